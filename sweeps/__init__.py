@@ -1,0 +1,1 @@
+"""Sweeps: Optuna decides, Ray Tune executes, the journal is the truth."""
