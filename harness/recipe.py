@@ -1,0 +1,207 @@
+"""Find, compose (Hydra) and validate a recipe. Imports neither torch nor vllm nor ray."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import typing
+from collections.abc import Iterator, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from harness.errors import UserError, nearest
+from harness.paths import RECIPES
+from harness.schema import Recipe
+from harness.validate import check
+
+# SkyRL's later names for keys that this project spells as the guide does.
+RENAMED = {
+    "generator.inference_engine.num_engines": "generator.num_inference_engines",
+    "generator.inference_engine.tensor_parallel_size": "generator.inference_engine_tensor_parallel_size",
+    "generator.inference_engine.gpu_memory_utilization": "generator.gpu_memory_utilization",
+    "generator.inference_engine.backend": "generator.backend",
+}
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file with command-line overrides applied, validated; raises UserError on anything wrong."""
+    file = find(path)
+    for override in overrides:
+        _check_override(override)
+    try:
+        with initialize_config_dir(str(file.parent), version_base="1.3"):
+            composed = compose(file.stem, [f"hydra.searchpath=[file://{RECIPES}]", *(f"++{o}" for o in overrides)])
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(f"cannot compose the recipe {path}", got=_first_line(error), fix="correct the YAML") from None
+    return from_dict(OmegaConf.to_container(composed), source=str(path))  # type: ignore[arg-type]
+
+
+def from_dict(values: dict[str, Any], *, source: str = "the recipe") -> Recipe:
+    """A validated recipe from plain nested values; raises UserError naming the key at fault."""
+    for key in _keys_given(values):
+        _check_key(key, source)
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Recipe), values)
+        recipe = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise _value_error(error, source) from None
+    assert isinstance(recipe, Recipe)
+    check(recipe)
+    return recipe
+
+
+def with_values(recipe: Recipe, values: dict[str, Any]) -> Recipe:
+    """A copy of a recipe with dotted keys set to plain values, validated again."""
+    config = OmegaConf.create(to_dict(recipe))
+    for key, value in values.items():
+        _check_key(key, "these values")
+        OmegaConf.update(config, key, value, merge=False)
+    return from_dict(OmegaConf.to_container(config))  # type: ignore[arg-type]
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as plain nested values, enums by name."""
+    return json.loads(json.dumps(dataclasses.asdict(recipe), default=_enum_name))  # type: ignore[no-any-return]
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, every key written out."""
+    return yaml.safe_dump(to_dict(recipe), sort_keys=False)
+
+
+def digest(recipe: Recipe) -> str:
+    """SHA-256 of the resolved recipe, the run's name and place aside: equal digests mean the same experiment."""
+    values = to_dict(recipe)
+    for key in ("run_name", "ckpt_path", "resume_mode"):
+        values["trainer"].pop(key)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def get(recipe: Recipe, key: str) -> Any:
+    """The value of a dotted key, e.g. `trainer.policy.model.lora.rank`."""
+    return functools.reduce(getattr, key.split("."), recipe)
+
+
+def override_for(key: str, value: Any) -> str:
+    """One `key=value` command-line override in Hydra's grammar, such that `load` reads back the same value."""
+    if value is None:
+        return f"{key}=null"
+    if isinstance(value, str):
+        return f"{key}={value}" if _reads_back(key, value) else f'{key}="{value}"'
+    return f"{key}={json.dumps(value, separators=(',', ':'))}"
+
+
+def find(path: str | Path) -> Path:
+    """The recipe file a path names; raises UserError listing the recipes there are."""
+    for candidate in (Path(path), RECIPES / path, RECIPES / f"{path}.yaml"):
+        if candidate.is_file():
+            if candidate.suffix not in (".yaml", ".yml"):
+                raise UserError("a recipe is a YAML file", got=candidate, allowed="*.yaml")
+            return candidate.resolve()
+    known = sorted(str(p.relative_to(RECIPES.parent)) for p in RECIPES.rglob("*.yaml"))
+    guess = nearest(str(path), known)
+    hint = f"did you mean {guess}?" if guess else "name one of the recipes, or your own file"
+    raise UserError("no such recipe", got=path, allowed=", ".join(known), fix=hint)
+
+
+@functools.cache
+def known_keys() -> tuple[str, ...]:
+    """Every dotted key of a recipe, leaves only, in the schema's order."""
+    return tuple(key for key, leaf in _walk(Recipe) if leaf)
+
+
+@functools.cache
+def _sections() -> frozenset[str]:
+    return frozenset(key for key, leaf in _walk(Recipe) if not leaf)
+
+
+def _walk(cls: type, prefix: str = "") -> Iterator[tuple[str, bool]]:
+    hints = typing.get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        inner = [t for t in (hints[item.name], *typing.get_args(hints[item.name])) if dataclasses.is_dataclass(t)]
+        yield prefix + item.name, not inner
+        if inner:
+            yield from _walk(typing.cast(type, inner[0]), f"{prefix}{item.name}.")
+
+
+def _keys_given(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and key in _sections():
+            yield from _keys_given(value, f"{key}.")
+        elif value is not None and key in _sections():
+            raise UserError(f"{key} is a group of keys, not a value", got=value, fix=f"name one key under {key}")
+        else:
+            yield key
+
+
+def _check_key(key: str, source: str) -> None:
+    known = known_keys()
+    open_dicts = ("sweep.space.", "sweep.pruner.")
+    if key in known or key in _sections() or key.startswith(open_dicts):
+        return
+    guess = RENAMED.get(key) or nearest(key, [*known, *_sections()]) or _same_leaf(key)
+    hint = f"did you mean {guess}?" if guess else "recipes/base.yaml lists every key"
+    raise UserError(f"unknown key in {source}", got=key, fix=hint)
+
+
+def _same_leaf(key: str) -> str | None:
+    leaf = nearest(key.rsplit(".", 1)[-1], {k.rsplit(".", 1)[-1] for k in known_keys()})
+    return next((k for k in known_keys() if leaf and k.rsplit(".", 1)[-1] == leaf), None)
+
+
+def _check_override(override: str) -> None:
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except HydraException as error:
+        raise UserError("cannot read an override", got=override, allowed="key=value", fix=_first_line(error)) from None
+    if override.startswith(("+", "~")):
+        raise UserError("every key already exists: overrides neither add nor delete", got=override, allowed="key=value")
+    if parsed.is_sweep_override():
+        raise UserError("an override has one value", got=override, fix="name several values under sweep.space")
+    _check_key(str(parsed.key_or_group), "the command line")
+
+
+def _value_error(error: OmegaConfBaseException, source: str) -> UserError:
+    key = error.full_key or error.key or "the recipe"
+    if "missing mandatory value" in str(error).lower():
+        return UserError(f"{key} must be set", fix=f"give it in {source} or as {key}=...")
+    return UserError(f"{source}: {key} cannot take this value", got=_first_line(error), allowed=_type_of(str(key)))
+
+
+def _type_of(key: str) -> str:
+    cls: Any = Recipe
+    for part in key.split("[")[0].split("."):
+        hint = typing.get_type_hints(cls).get(part, Any) if dataclasses.is_dataclass(cls) else Any
+        inner = [t for t in typing.get_args(hint) if dataclasses.is_dataclass(t)]
+        cls = inner[0] if inner else hint
+    if isinstance(cls, type) and issubclass(cls, Enum):
+        return ", ".join(member.name for member in cls)
+    return getattr(cls, "__name__", str(cls)) if typing.get_origin(cls) is None else str(cls)
+
+
+def _reads_back(key: str, value: str) -> bool:
+    try:
+        return OverridesParser.create().parse_override(f"{key}={value}").value() == value
+    except HydraException:
+        return False
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _enum_name(value: object) -> str:
+    if isinstance(value, Enum):
+        return value.name
+    raise TypeError(f"a recipe holds no {type(value).__name__}")
