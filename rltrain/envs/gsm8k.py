@@ -1,0 +1,129 @@
+"""GSM8K: grade-school math, scored on the number after the last `####` (Cobbe et al. 2021, arXiv:2110.14168)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from harness.errors import UserError
+
+PROMPT_SUFFIX = 'Let\'s think step by step and output the final answer after "####".'
+MARKER = "####"
+
+# An optional sign before or after an optional dollar sign, then digits with thousands commas.
+_NUMBER = re.compile(r"([-−]\s?)?\$?\s?([-−])?([0-9][0-9,]*(?:\.[0-9]*)?|\.[0-9]+)(\s?/\s?[0-9])?")
+_HUB_REPOSITORY = "openai/gsm8k"
+_HUB_FILES = ("main/train-00000-of-00001.parquet", "main/test-00000-of-00001.parquet")
+
+
+def prompt(question: str) -> list[dict[str, str]]:
+    """The chat messages for a question: one user message, the question and the instruction."""
+    return [{"role": "user", "content": f"{question} {PROMPT_SUFFIX}"}]
+
+
+def reward(completion: str, ground_truth: str) -> float:
+    """1.0 where the number after the completion's last `####` equals the ground truth as a number, else 0.0."""
+    answer = final_number(completion)
+    return 1.0 if answer is not None and answer == _number(ground_truth) else 0.0
+
+
+def final_number(completion: str) -> Decimal | None:
+    """The number a person would read after the last `####`, or None where there is none.
+
+    Currency signs, thousands commas, units and a trailing point do not matter; in `2+3=5` the result counts.
+    """
+    _, marker, tail = completion.rpartition(MARKER)
+    lines = tail.strip().splitlines()
+    return _number(lines[0].rpartition("=")[2]) if marker and lines else None
+
+
+def _number(text: str) -> Decimal | None:
+    match = _NUMBER.search(text)
+    if match is None:
+        return None
+    minus, inner_minus, digits, fraction = match.groups()
+    if fraction:  # 18/2 is not 18
+        return None
+    value = Decimal(digits.replace(",", ""))
+    return value.copy_negate() if minus or inner_minus else value
+
+
+def row(question: str, answer: str, split: str, index: int, *, data_source: str) -> dict[str, Any]:
+    """One row of a data file; `answer` is a worked solution ending in `#### N`."""
+    return {
+        "data_source": data_source,
+        "prompt": prompt(question),
+        "env_class": "gsm8k",
+        "reward_spec": {"method": "rule", "ground_truth": answer.rpartition(MARKER)[2].strip()},
+        "extra_info": {"split": split, "index": index, "answer": answer, "question": question},
+    }
+
+
+def prepare(source: Sequence[Path] | None, output_dir: Path) -> dict[str, int]:
+    """Write train.parquet and validation.parquet from local files, or from the hub; returns rows per split.
+
+    Files named *train* become the train split, files named *test* the validation split.
+    Raises UserError for bad files, and before anything is written.
+    """
+    from rltrain.data import write_rows
+
+    by_split = _by_split(source if source is not None else _download())
+    rows = {split: _read_split(paths, split) for split, paths in by_split.items()}
+    for split, split_rows in rows.items():
+        write_rows(split_rows, output_dir / f"{split}.parquet")
+    return {split: len(split_rows) for split, split_rows in rows.items()}
+
+
+def _by_split(source: Sequence[Path]) -> dict[str, list[Path]]:
+    by_split: dict[str, list[Path]] = {"train": [], "validation": []}
+    for path in source:
+        is_train, is_test = "train" in path.name.lower(), "test" in path.name.lower()
+        if is_train == is_test:
+            raise UserError(
+                "cannot tell the split from the file's name", got=path, allowed="a name with train or test in it"
+            )
+        by_split["train" if is_train else "validation"].append(path)
+    for split, word in (("train", "train"), ("validation", "test")):
+        if not by_split[split]:
+            raise UserError(
+                f"no source file for the {split} split",
+                got=", ".join(map(str, source)) or "no files",
+                fix=f"add a file with {word} in its name",
+            )
+    return by_split
+
+
+def _read_split(paths: Sequence[Path], split: str) -> list[dict[str, Any]]:
+    from rltrain.data import read_rows, require_columns
+
+    rows: list[dict[str, Any]] = []
+    for path in paths:
+        source_rows = read_rows(path)
+        require_columns(source_rows, ("question", "answer"), path)
+        for number, source_row in enumerate(source_rows, start=1):
+            question, answer = source_row["question"], source_row["answer"]
+            if not isinstance(question, str) or not isinstance(answer, str):
+                raise UserError("question and answer must be text", got=f"{path}, row {number}")
+            if final_number(answer) is None:
+                raise UserError(
+                    "an answer does not end in #### and a number", got=f"{path}, row {number}: {answer[-60:]!r}"
+                )
+            rows.append(row(question, answer, split, len(rows), data_source=_HUB_REPOSITORY))
+    return rows
+
+
+def _download() -> list[Path]:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return [Path(hf_hub_download(_HUB_REPOSITORY, name, repo_type="dataset")) for name in _HUB_FILES]
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"cannot download {_HUB_REPOSITORY} from the hub",
+            got=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
+            fix="check the network, or name local files: --source train.jsonl test.jsonl",
+        ) from None

@@ -1,0 +1,164 @@
+"""Templated grade-school word problems that run through the gsm8k environment: problems, splits, habits, data files."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.errors import UserError
+from rltrain.envs import gsm8k
+
+# The same environment as the real GSM8K.
+prompt = gsm8k.prompt
+reward = gsm8k.reward
+
+TEMPLATES = Path(__file__).parent.parent / "assets" / "tiny_gsm_templates.yaml"
+DATA_SOURCE = "tiny_gsm"
+DATA_SEED = 2024  # the data files' own problems; pretraining draws from other seeds
+SPLIT_SIZES = {"train": 2048, "validation": 512, "test": 1024}
+LARGEST = 99  # two digits: arithmetic that a model of 0.6 M parameters gets right when it reasons
+
+# How the base answers: share of the pretraining answers. Which habit an answer shows does not depend on its problem,
+# so reinforcement learning can shift the mixture.
+HABITS = {"reasoned": 0.30, "guess": 0.25, "unmarked": 0.25, "bare": 0.20}
+
+_CALCULATION = re.compile(r"\[(\w+)([-+*/])(\w+)\]")
+_NUMBER = re.compile(r"\d+")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A word problem: question, reasoning sentences, answer."""
+
+    question: str
+    steps: tuple[str, ...]
+    answer: int
+
+    @property
+    def solution(self) -> str:
+        """The reasoning, a sentence a line, ending in `#### N` as in GSM8K."""
+        return "\n".join((*self.steps, f"#### {self.answer}"))
+
+
+def split_of(question: str, answer: int) -> str:
+    """The split a problem belongs to, by a hash of its quantities in order and its answer.
+
+    Problems that differ only in names, objects or phrasing share a split, so no split holds another's arithmetic.
+    Train, validation and test get 80%, 10% and 10% of the hashes.
+    """
+    content = ",".join(_NUMBER.findall(question)) + f"={answer}"
+    bucket = hashlib.sha256(content.encode()).digest()[0] % 10
+    return {0: "validation", 1: "test"}.get(bucket, "train")
+
+
+def problems(split: str, seed: int) -> Iterator[Problem]:
+    """Endless problems of one split; the same split and seed give the same problems."""
+    rng = random.Random(f"tiny_gsm/{split}/{seed}")
+    while True:
+        problem = _sample(rng)
+        if problem is not None and split_of(problem.question, problem.answer) == split:
+            yield problem
+
+
+def answer_with_habit(problem: Problem, habit: str, rng: random.Random) -> str:
+    """A completion showing one of HABITS: only `reasoned` (and a lucky `guess`) scores."""
+    if habit == "reasoned":
+        return problem.solution
+    if habit == "unmarked":
+        return "\n".join((*problem.steps, f"The answer is {problem.answer}."))
+    # Hurried answers are off by up to ten either way: near, seldom right.
+    hurried = min(LARGEST, max(1, problem.answer + rng.randint(-10, 10)))
+    return f"#### {hurried}" if habit == "guess" else str(hurried)
+
+
+def prepare(source: Sequence[Path] | None, output_dir: Path) -> dict[str, int]:
+    """Write train, validation and test parquet files of distinct problems to `output_dir`; returns rows per split.
+
+    Always the same problems. Raises UserError when given a source: the problems are made here.
+    """
+    from rltrain.data import write_rows
+
+    if source:
+        raise UserError("tiny_gsm makes its own problems", got=f"--source {source[0]}", fix="leave out --source")
+    for split, size in SPLIT_SIZES.items():
+        distinct: dict[str, Problem] = {}
+        for problem in problems(split, DATA_SEED):
+            distinct.setdefault(problem.question, problem)
+            if len(distinct) == size:
+                break
+        rows = [
+            gsm8k.row(problem.question, problem.solution, split, index, data_source=DATA_SOURCE)
+            for index, problem in enumerate(distinct.values())
+        ]
+        write_rows(rows, output_dir / f"{split}.parquet")
+    return dict(SPLIT_SIZES)
+
+
+@functools.cache
+def _vocabulary() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The words and the templates, as the YAML file gives them."""
+    import yaml
+
+    content = yaml.safe_load(TEMPLATES.read_text(encoding="utf-8"))
+    return content["words"], content["templates"]
+
+
+def _sample(rng: random.Random) -> Problem | None:
+    """One problem, or None when the drawn quantities give a result that is not a whole number from 1 to LARGEST."""
+    words, templates = _vocabulary()
+    template = rng.choice(templates)
+    values = {name: rng.randint(low, high) for name, (low, high) in template["ranges"].items()}
+    slots = _draw_words(words, rng) | {name: str(value) for name, value in values.items()}
+    question = rng.choice(template["questions"])
+    steps = []
+    result: int | None = None
+    for result_name, sentence in zip("xyz", template["steps"], strict=False):
+        left, operator, right = _CALCULATION.findall(sentence)[0]
+        # The right side may be a number of the template's own: twice, half, a week.
+        left_value, right_value = values[left], values[right] if right in values else int(right)
+        result = _calculate(left_value, operator, right_value)
+        if result is None:
+            return None
+        values[result_name] = result
+        shown = f"{left_value}{operator}{right_value}={result}"
+        steps.append(_CALCULATION.sub(shown, sentence).format_map(slots))
+    return None if result is None else Problem(question.format_map(slots), tuple(steps), result)
+
+
+def _calculate(left: int, operator: str, right: int) -> int | None:
+    """The result where it is a whole number from 1 to LARGEST, else None."""
+    if operator == "/" and left % right:
+        return None
+    result = {"+": left + right, "-": left - right, "*": left * right, "/": left // right}[operator]
+    return result if 1 <= result <= LARGEST else None
+
+
+def _draw_words(words: dict[str, Any], rng: random.Random) -> dict[str, str]:
+    he = rng.random() < 0.5
+    people = words["he"] + words["she"]
+    name = rng.choice(words["he"] if he else words["she"])
+    other, third = rng.sample([person for person in people if person != name], 2)
+    box, boxes = rng.choice(words["containers"])
+    item, item2 = rng.sample(words["food"] + words["thing"], 2)
+    day = rng.randrange(len(words["day"]) - 1)
+    return {
+        "name": name,
+        "other": other,
+        "third": third,
+        "he": "he" if he else "she",
+        "He": "He" if he else "She",
+        "his": "his" if he else "her",
+        "item": item,
+        "item2": item2,
+        "box": box,
+        "boxes": boxes,
+        "day": words["day"][day],
+        "day2": words["day"][day + 1],
+        **{kind: rng.choice(words[kind]) for kind in ("food", "baked", "group", "animals")},
+    }

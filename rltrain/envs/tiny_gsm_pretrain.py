@@ -1,0 +1,218 @@
+"""Train the tiny_gsm base model from nothing on a CPU: Qwen2 architecture, a mixture of good and bad answer habits."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rltrain.envs import gsm8k, tiny_gsm
+from rltrain.envs.tiny_gsm_tokenizer import MAX_LENGTH, build_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
+
+MAX_NEW_TOKENS = 64
+_POOL = 8  # batches drawn together and sorted by length, so that little is padding
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """How the base is trained: optimizer steps, sequences a step, peak learning rate, seed, CPU threads."""
+
+    steps: int = 2000
+    batch_size: int = 128
+    lr: float = 3e-3
+    warmup_steps: int = 50
+    weight_decay: float = 0.01
+    seed: int = 0
+    threads: int = 2
+    eval_problems: int = 1024
+
+
+def prepare(output_dir: Path, settings: Pretraining, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Write data, tokenizer, trained model and `card.json` to `output_dir`; returns the card.
+
+    The same settings on the same machine give the same weights.
+    """
+    import torch
+
+    torch.set_num_threads(settings.threads)
+    torch.manual_seed(settings.seed)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    rows = tiny_gsm.prepare(None, output_dir / "data")
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer)
+    say(f"tiny_gsm: {model.num_parameters():,} parameters, {len(tokenizer)} tokens, {settings.steps} steps")
+    started = time.monotonic()
+    loss = train(model, tokenizer, settings, say)
+    minutes = (time.monotonic() - started) / 60
+    held_out = list(itertools.islice(tiny_gsm.problems("test", settings.seed), settings.eval_problems))
+    card = {
+        "task": "tiny_gsm: templated grade-school word problems, scored by the gsm8k environment",
+        "parameters": model.num_parameters(),
+        "pretraining": asdict(settings),
+        "habits": tiny_gsm.HABITS,
+        "rows": rows,
+        "final_loss": round(loss, 4),
+        "minutes": round(minutes, 1),
+        "held_out": measure(model, tokenizer, held_out, settings.seed),
+    }
+    model.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+    (output_dir / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+    return card
+
+
+def build_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
+    """A freshly initialised Qwen2 model of about 0.7 M parameters in float32, embeddings tied."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=MAX_LENGTH,
+        initializer_range=0.05,
+        tie_word_embeddings=True,
+        use_cache=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    model = Qwen2ForCausalLM(config).to(torch.float32)
+    model.generation_config.do_sample = True
+    model.generation_config.temperature = 1.0
+    return model
+
+
+def train(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, settings: Pretraining, say: Callable[[str], None]
+) -> float:
+    """Supervised training on the completions only; returns the mean loss (nats per token) of the last steps."""
+    import torch
+
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=settings.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmup_cosine(step, settings))
+    model.train()
+    started, losses = time.monotonic(), []
+    batches = _batches(tokenizer, settings)
+    for step, (tokens, is_completion) in enumerate(itertools.islice(batches, settings.steps), start=1):
+        loss = _completion_loss(model, tokens, is_completion)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        if step % 50 == 0 or step == settings.steps:
+            left = (time.monotonic() - started) / step * (settings.steps - step)
+            say(f"step {step}/{settings.steps}  loss {losses[-1]:.4f}  ETA {left / 60:.1f} min")
+    model.eval()
+    return sum(losses[-50:]) / len(losses[-50:])
+
+
+def measure(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, held_out: Sequence[tiny_gsm.Problem], seed: int
+) -> dict[str, float]:
+    """Sample one completion a problem at temperature 1; accuracy under the gsm8k reward, overall and when well formed.
+
+    Well formed: reasoning first, then `####`. `accuracy_when_well_formed` is what reinforcement learning can reach by
+    shifting habits alone.
+    """
+    import torch
+
+    torch.manual_seed(seed)
+    completions = sample(model, tokenizer, [gsm8k.prompt(problem.question) for problem in held_out])
+    rewards = [gsm8k.reward(c, str(p.answer)) for c, p in zip(completions, held_out, strict=True)]
+    formed = [reward for reward, c in zip(rewards, completions, strict=True) if c.find(gsm8k.MARKER) > 0]
+    return {
+        "problems": len(held_out),
+        "accuracy": round(sum(rewards) / len(rewards), 4),
+        "accuracy_when_well_formed": round(sum(formed) / max(1, len(formed)), 4),
+        "share_well_formed": round(len(formed) / len(rewards), 4),
+    }
+
+
+def sample(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[dict[str, str]]]
+) -> list[str]:
+    """One completion a prompt, temperature 1, at most MAX_NEW_TOKENS tokens, end token removed."""
+    import torch
+
+    texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
+    completions: list[str] = []
+    for start in range(0, len(texts), 256):
+        encoded = tokenizer(texts[start : start + 256], return_tensors="pt", padding=True, padding_side="left")
+        with torch.no_grad():
+            tokens = model.generate(
+                **encoded, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=MAX_NEW_TOKENS
+            )
+        new_tokens = tokens[:, encoded["input_ids"].shape[1] :]
+        completions += tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+    return completions
+
+
+def _batches(tokenizer: PreTrainedTokenizerBase, settings: Pretraining) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless (tokens `[B, T]`, is_completion `[B, T]`) batches from the train split, right-padded."""
+    import torch
+
+    problems = tiny_gsm.problems("train", settings.seed)
+    # Its own stream: which habit an answer shows must not depend on the problem.
+    rng = random.Random(f"tiny_gsm/habits/{settings.seed}")
+    names, weights = list(tiny_gsm.HABITS), list(tiny_gsm.HABITS.values())
+    while True:
+        prompts, completions = [], []
+        for problem in itertools.islice(problems, settings.batch_size * _POOL):
+            habit = rng.choices(names, weights)[0]
+            prompts.append(
+                tokenizer.apply_chat_template(
+                    gsm8k.prompt(problem.question), tokenize=False, add_generation_prompt=True
+                )
+            )
+            completions.append(tiny_gsm.answer_with_habit(problem, habit, rng) + tokenizer.eos_token)
+        prompt_ids = tokenizer(prompts)["input_ids"]
+        completion_ids = tokenizer(completions)["input_ids"]
+        pairs = sorted(zip(prompt_ids, completion_ids, strict=True), key=lambda pair: len(pair[0]) + len(pair[1]))
+        starts = list(range(0, len(pairs), settings.batch_size))
+        rng.shuffle(starts)
+        for start in starts:
+            batch = pairs[start : start + settings.batch_size]
+            longest = max(len(p) + len(c) for p, c in batch)
+            tokens = torch.full((len(batch), longest), tokenizer.pad_token_id)
+            is_completion = torch.zeros((len(batch), longest), dtype=torch.bool)
+            for index, (p, c) in enumerate(batch):
+                tokens[index, : len(p) + len(c)] = torch.tensor(p + c)
+                is_completion[index, len(p) : len(p) + len(c)] = True
+            yield tokens, is_completion
+
+
+def _completion_loss(model: Qwen2ForCausalLM, tokens: torch.Tensor, is_completion: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy over completion tokens. Right padding under a causal mask needs no attention mask."""
+    import torch
+
+    hidden = model.model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
+    targets = is_completion[:, 1:]
+    logits = model.lm_head(hidden[targets])
+    return torch.nn.functional.cross_entropy(logits, tokens[:, 1:][targets])
+
+
+def _warmup_cosine(step: int, settings: Pretraining) -> float:
+    if step < settings.warmup_steps:
+        return (step + 1) / settings.warmup_steps
+    progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * progress))
