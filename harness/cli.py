@@ -19,7 +19,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(main: Callable[[list[str]], int]) -> NoReturn:
-    """Run a command's `main(argv)`: its result is the exit status; bad input exits 2, Ctrl-C 130, both without traceback."""
+    """Run a command's `main(argv)` to its exit status: bad input exits 2, Ctrl-C 130, neither with a traceback."""
     try:
         status = main(sys.argv[1:])
     except UserError as error:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Bad input: what is wrong, what was given, what is allowed, what to do. Commands print it and exit with status 2."""
+    """Bad input: what is wrong, what was given, what is allowed, what to do; commands print it and exit 2."""
 
     def __init__(self, what: str, *, got: object = None, allowed: object = None, fix: str | None = None) -> None:
         self.what = what

@@ -18,7 +18,7 @@ Direction = Literal["maximize", "minimize"]
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One logged metric; `direction` is None where neither end is better, `timing` marks what differs between equal runs."""
+    """One logged metric; no `direction` where neither end is better, `timing` where equal runs differ."""
 
     name: str
     meaning: str

@@ -9,7 +9,7 @@ RECIPES = PROJECT / "recipes"
 
 
 def locate(path: str) -> Path | None:
-    """The existing file or folder a recipe's path names: as given, else relative to the project; None when neither exists."""
+    """The file or folder a recipe's path names: as given, else relative to the project; None when there is none."""
     given = Path(path).expanduser()
     for candidate in (given, PROJECT / given):
         if candidate.exists():

@@ -46,6 +46,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return from_dict(OmegaConf.to_container(composed), source=str(path))  # type: ignore[arg-type]
 
 
+def read(path: Path) -> Recipe:
+    """The resolved recipe that a run directory keeps; raises UserError when it is missing or damaged."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError("cannot read a run's recipe", got=f"{path}: {_first_line(error)}") from None
+    if not isinstance(values, dict):
+        raise UserError("a run's recipe is damaged", got=path)
+    return from_dict(values, source=str(path))
+
+
 def from_dict(values: dict[str, Any], *, source: str = "the recipe") -> Recipe:
     """A validated recipe from plain nested values; raises UserError naming the key at fault."""
     for key in _keys_given(values):

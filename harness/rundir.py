@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
+from harness.schema import Recipe
 
 
 class Status(Enum):
@@ -55,6 +56,12 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def place(recipe: Recipe, source: str | Path) -> RunDir:
+    """Where a run or sweep goes: `trainer.ckpt_path`/`trainer.run_name`, by default runs/<recipe>-<time>."""
+    name = recipe.trainer.run_name or f"{Path(source).stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    return RunDir(Path(recipe.trainer.ckpt_path) / name)
+
+
 class RunDir:
     """One run's or one sweep's directory; paths only, plus the manifest as its record of status."""
 
@@ -78,7 +85,7 @@ class RunDir:
         return RunDir(self.trials / f"{number:04d}")
 
     def create(self, recipe_yaml: str, manifest: dict[str, Any]) -> None:
-        """Make the directory with its recipe and manifest, status CREATED; raises UserError when it cannot be written."""
+        """Make the directory with recipe and manifest, status CREATED; raises UserError when it cannot be written."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.recipe, recipe_yaml)

@@ -157,7 +157,7 @@ class Trainer:
     max_bad_steps: int = num(3, ge=1)
     sync_tolerance: float | None = num(None, gt=0)
     ckpt_interval: int = num(10, ge=0)
-    ckpt_path: str | None = None
+    ckpt_path: str = "runs"
     resume_mode: str = "latest"
     max_ckpts_to_keep: int = num(1, ge=1)
     eval_interval: int = num(10, ge=0)

@@ -1,4 +1,4 @@
-"""What a recipe's values must satisfy together and apart; raises UserError naming the key, before anything heavy starts."""
+"""What a recipe's values must satisfy, apart and together; raises UserError naming the key."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import operator
 from typing import Any
 
 from harness.errors import UserError
-from harness.schema import Backend, LoRA, Recipe, SyncMode
+from harness.schema import Backend, Recipe, SyncMode
 
 _BOUNDS = {"ge": (operator.ge, ">="), "gt": (operator.gt, ">"), "le": (operator.le, "<="), "lt": (operator.lt, "<")}
 
-# PEFT inits that rewrite the base weights: the disabled adapter is then no reference, and the engine's base is not ours.
+# PEFT inits that rewrite the base weights: the disabled adapter is then no reference, the engine's base not ours.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga", "orthogonal")
 INITS = ("kaiming", "gaussian")
 VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -1,0 +1,105 @@
+"""`python -m harness.run RECIPE [overrides]`: one training run, its directory, progress and result."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from harness import manifest, metrics
+from harness import recipe as recipes
+from harness.cli import Parser, run_command
+from harness.errors import UserError
+from harness.rundir import RunDir, Status, place
+from harness.schema import Recipe
+
+
+def main(argv: list[str]) -> int:
+    """Parse, check, train, print the result; returns the exit status."""
+    parser = Parser(prog="harness.run", description="Train one run of a recipe.")
+    parser.add_argument("recipe", nargs="?", help="a recipe, e.g. recipes/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", help="key=value, e.g. trainer.policy.model.lora.rank=8")
+    parser.add_argument("--resume", metavar="DIR", help="go on with the run in this directory")
+    options = parser.parse_intermixed_args(argv)
+    recipe, run_dir = _resumed(options) if options.resume else _started(options)
+    _train(recipe, run_dir)
+    return 0
+
+
+def _started(options: object) -> tuple[Recipe, RunDir]:
+    source, overrides = options.recipe, options.overrides  # type: ignore[attr-defined]
+    if source is None:
+        raise UserError("no recipe was given", fix="python -m harness.run recipes/quickstart.yaml")
+    recipe = recipes.load(source, overrides)
+    recipe.sweep = None
+    recipe.trainer.num_threads = recipe.trainer.num_threads or os.cpu_count()
+    _check(recipe)
+    run_dir = place(recipe, source)
+    if run_dir.manifest.exists():
+        _check_same(recipe, run_dir)
+    else:
+        record = manifest.build(recipe, kind="run", name=run_dir.path.name, source=str(source), overrides=overrides,
+                                command=manifest.this_command())  # fmt: skip
+        run_dir.create(recipes.to_yaml(recipe), record)
+    return recipe, run_dir
+
+
+def _resumed(options: object) -> tuple[Recipe, RunDir]:
+    run_dir = RunDir(options.resume)  # type: ignore[attr-defined]
+    if options.recipe is not None:  # type: ignore[attr-defined]
+        raise UserError("--resume takes its recipe from the run directory", got=options.recipe,  # type: ignore[attr-defined]
+                        fix=f"python -m harness.run --resume {run_dir.path}")  # fmt: skip
+    run_dir.read_manifest()
+    recipe = recipes.read(run_dir.recipe)
+    _check_same(recipe, run_dir)
+    _check(recipe)
+    return recipe, run_dir
+
+
+def _check(recipe: Recipe) -> None:
+    from rltrain.preflight import check_run
+
+    check_run(recipe)
+
+
+def _check_same(recipe: Recipe, run_dir: RunDir) -> None:
+    """An existing directory is gone on with, never overwritten: it must be unfinished and of the same recipe."""
+    record = run_dir.read_manifest()
+    if record["kind"] == "sweep":
+        raise UserError("this directory holds a sweep", got=run_dir.path, fix="choose another trainer.run_name")
+    if record["status"] in (Status.COMPLETE.value, Status.PRUNED.value):
+        raise UserError(f"this run is {record['status']} already", got=run_dir.path,
+                        fix="choose another trainer.run_name to run it again")  # fmt: skip
+    if record["recipe"]["digest"] != recipes.digest(recipe):
+        raise UserError("this directory holds an unfinished run of another recipe", got=run_dir.path,
+                        fix="choose another trainer.run_name")  # fmt: skip
+
+
+def _train(recipe: Recipe, run_dir: RunDir) -> None:
+    shown = os.path.relpath(run_dir.path)
+    print(f"run {shown}", flush=True)
+    print("loading the model and starting the engine ...", flush=True)
+    from rltrain.pack import Pack
+    from rltrain.trainer import train
+
+    pack = Pack.open(recipe)
+    try:
+        member = pack.join(recipe, run_dir)
+        console = metrics.Console(member.total_steps)
+        for report in train(pack, member):
+            console.step(report.metrics)
+    finally:
+        pack.close()
+    print(_summary(run_dir, shown))
+
+
+def _summary(run_dir: RunDir, shown: str) -> str:
+    result = run_dir.read_manifest()["result"]
+    base = f" (base {result['base']['eval/accuracy']:.3f})" if result["base"] else ""
+    return (
+        f"held-out accuracy {result['metrics']['eval/accuracy']:.3f}{base} after {result['step']} steps "
+        f"in {metrics.duration(result['seconds'])}  {Path(shown)}"
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

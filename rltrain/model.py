@@ -1,0 +1,187 @@
+"""The base model, LoRA through PEFT, log-probabilities, and the reference policy."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from harness.errors import UserError
+from harness.paths import locate
+from harness.schema import Recipe
+from harness.validate import exclude_modules, target_modules
+from rltrain.parallel import device_of, dtype_of
+
+if TYPE_CHECKING:
+    from rltrain.batch import Batch
+
+# Named sets for architectures of the Llama family (Qwen2, Qwen3, Llama, Mistral).
+MODULE_SETS = {
+    "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "mlp": ["gate_proj", "up_proj", "down_proj"],
+}
+
+
+def model_folder(path: str) -> str:
+    """A local folder's absolute path, or a hub name as it is."""
+    found = locate(path)
+    return str(found) if found else path
+
+
+def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model, frozen, and its tokenizer; raises UserError when they cannot be had or lack a chat template."""
+    path = model_folder(recipe.trainer.policy.model.path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype_of(recipe), attn_implementation="sdpa")
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError("cannot load trainer.policy.model.path", got=f"{path}: {first}",
+                        allowed="a local folder or a hub name") from None  # fmt: skip
+    if tokenizer.chat_template is None:
+        raise UserError("the tokenizer has no chat template", got=path, fix="use an instruction-tuned model")
+    model.requires_grad_(False)
+    model.to(device_of(recipe)).eval()
+    return model, tokenizer
+
+
+def lora_config(recipe: Recipe) -> LoraConfig:
+    """PEFT's configuration of a recipe's policy adapter."""
+    lora = recipe.trainer.policy.model.lora
+    targets = target_modules(recipe)
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=MODULE_SETS.get(targets, targets) if isinstance(targets, str) else targets,
+        exclude_modules=exclude_modules(recipe),
+        init_lora_weights=True if lora.init_method == "kaiming" else "gaussian",
+    )
+
+
+def add_adapter(model: PreTrainedModel | PeftModel, name: str, recipe: Recipe, seed: int) -> PeftModel:
+    """Put a fresh adapter on the base, its A drawn from `seed`; raises UserError when a target names no module."""
+    config = lora_config(recipe)
+    _check_targets(model, config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if isinstance(model, PeftModel):
+            model.add_adapter(name, config)
+        else:
+            model = get_peft_model(model, config, adapter_name=name)
+    return model
+
+
+def _check_targets(model: torch.nn.Module, config: LoraConfig) -> None:
+    """A target that matches nothing would be dropped in silence."""
+    if not isinstance(config.target_modules, (list, set)):
+        return
+    names = {name.replace(".base_layer", "") for name, _ in model.named_modules()}
+    for target in config.target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            leaves = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+            leaves -= {"base_layer", "default", "lora_A", "lora_B"}
+            raise UserError("trainer.target_modules names no module of the model", got=target,
+                            allowed=", ".join(sorted(leaves)))  # fmt: skip
+
+
+def adapter_layers(model: torch.nn.Module, name: str) -> dict[str, LoraLayer]:
+    """The LoRA layers that carry an adapter, by module name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer) and name in m.lora_A}
+
+
+def adapter_parameters(model: torch.nn.Module, name: str) -> dict[str, torch.nn.Parameter]:
+    """An adapter's own parameters by full name, in a fixed order."""
+    mark = f".{name}."
+    return {n: p for n, p in model.named_parameters() if mark in n and ".lora_" in n}
+
+
+@contextlib.contextmanager
+def adapter_off(model: Any) -> Iterator[None]:
+    """The base policy: every adapter disabled (a plain model is its own base)."""
+    with model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext():
+        yield
+
+
+def token_logprobs(
+    model: Any, batch: Batch, temperature: float, *, entropy: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probabilities of the completions' tokens and, if asked, the entropies there; `[B, T]` each, float32.
+
+    Logits are divided by the temperature, as the engine does before it samples.
+    """
+    length = batch.completion_ids.shape[1]
+    output = model(
+        input_ids=torch.cat([batch.prompt_ids, batch.completion_ids], dim=1),
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        logits_to_keep=length + 1,
+    )
+    logits = output.logits[:, :-1].float() / temperature
+    logprobs = torch.log_softmax(logits, dim=-1)
+    chosen = logprobs.gather(-1, batch.completion_ids.unsqueeze(-1)).squeeze(-1)
+    return chosen, -(logprobs.exp() * logprobs).sum(-1) if entropy else None
+
+
+class Reference(Protocol):
+    """The policy that KL is measured against."""
+
+    def logprobs(self, batch: Batch, temperature: float) -> torch.Tensor:
+        """Log-probabilities under the reference, `[B, T]`."""
+        ...
+
+
+class AdapterOff:
+    """The reference of a LoRA run: the same model with its adapter disabled. Holds no weights of its own."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @torch.no_grad()
+    def logprobs(self, batch: Batch, temperature: float) -> torch.Tensor:
+        """Log-probabilities under the base, `[B, T]`."""
+        with adapter_off(self.model):
+            return token_logprobs(self.model, batch, temperature)[0]
+
+
+class FrozenCopy:
+    """The reference of full fine-tuning: a copy of the weights training starts from."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        import copy
+
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def logprobs(self, batch: Batch, temperature: float) -> torch.Tensor:
+        """Log-probabilities under the copy, `[B, T]`."""
+        return token_logprobs(self.model, batch, temperature)[0]
+
+
+@torch.no_grad()
+def adapter_statistics(model: torch.nn.Module, name: str) -> dict[str, float]:
+    """Norms of A and B and the mean effective rank of BA (exp of the entropy of its normalised singular values)."""
+    square_a = square_b = 0.0
+    ranks = []
+    for layer in adapter_layers(model, name).values():
+        a, b = layer.lora_A[name].weight.float(), layer.lora_B[name].weight.float()
+        square_a += float(a.square().sum())
+        square_b += float(b.square().sum())
+        # BA has the singular values of the small matrix R_B R_A^T.
+        small = torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T
+        values = torch.linalg.svdvals(small)
+        if float(values.sum()) > 0:
+            share = values / values.sum()
+            ranks.append(float(torch.exp(-(share * share.clamp(min=1e-30).log()).sum())))
+    return {
+        "lora/norm_A": square_a**0.5,
+        "lora/norm_B": square_b**0.5,
+        "lora/effective_rank": sum(ranks) / len(ranks) if ranks else 0.0,
+    }

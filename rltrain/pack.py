@@ -1,0 +1,227 @@
+"""Pack and Member: one frozen base and one rollout engine, and the runs that train adapters on them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+
+from harness.metrics import MetricsFile
+from harness.rundir import RunDir
+from harness.schema import Recipe, SyncMode
+from harness.validate import engine_lora_rank
+from rltrain import model as models
+from rltrain import parallel
+from rltrain.advantages import ADVANTAGES
+from rltrain.engines.base import Engine, EngineOptions, build_engine, stop_token_ids
+from rltrain.objective import Objective
+from rltrain.problems import Problem, load_problems
+from rltrain.seeding import permutation, stream_seed
+from rltrain.sync.base import Sync
+from rltrain.sync.disk import DiskSync
+from rltrain.sync.merge import MergeSync
+
+
+class Timer:
+    """Wall time of named spans, summed until taken."""
+
+    def __init__(self) -> None:
+        self._spent: dict[str, float] = defaultdict(float)
+
+    @contextlib.contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """Count the time inside under `timing_s/<name>`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._spent[f"timing_s/{name}"] += time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """Seconds by metric name since the last call."""
+        spent, self._spent = dict(self._spent), defaultdict(float)
+        return spent
+
+
+@dataclass(eq=False)
+class Member:
+    """One training run in a pack: its adapter's parameters, optimizer, data, counters and directory."""
+
+    name: str
+    recipe: Recipe
+    run_dir: RunDir
+    problems: list[Problem]
+    held_out: list[Problem]
+    num_dropped: int
+    parameters: dict[str, torch.nn.Parameter]
+    optimizer: torch.optim.AdamW
+    reference: models.Reference | None
+    sync: Sync
+    objective: Objective = field(init=False)
+    advantages: Any = field(init=False)
+    metrics: MetricsFile = field(init=False)
+    scheduler: torch.optim.lr_scheduler.LRScheduler = field(init=False)
+    step: int = 0
+    version: int = 0
+    num_tokens: int = 0
+    bad_steps: int = 0
+    best: dict[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        self.objective = Objective(self.recipe)
+        self.advantages = ADVANTAGES[self.recipe.trainer.algorithm.advantage_estimator.name]
+        self.metrics = MetricsFile(self.run_dir.metrics)
+
+    @property
+    def temperature(self) -> float:
+        """The training samples' temperature."""
+        return self.recipe.generator.sampling_params.temperature
+
+    @property
+    def total_steps(self) -> int:
+        """`trainer.max_steps` if set, else whole batches in `trainer.epochs` passes over the data."""
+        trainer = self.recipe.trainer
+        per_epoch = len(self.problems) // trainer.train_batch_size
+        return trainer.max_steps or trainer.epochs * per_epoch
+
+    def batch_problems(self) -> list[Problem]:
+        """The problems of the coming step: each epoch a new shuffle of the data, whole batches only."""
+        size = self.recipe.trainer.train_batch_size
+        epoch, batch = divmod(self.step, len(self.problems) // size)
+        order = permutation(self.recipe.seed, "data", epoch, length=len(self.problems))
+        return [self.problems[i] for i in order[batch * size : (batch + 1) * size]]
+
+
+class Pack:
+    """Members on one frozen base model and one rollout engine. A single run is a pack of one."""
+
+    def __init__(self, recipe: Recipe, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model: PreTrainedModel | PeftModel = base
+        self.tokenizer = tokenizer
+        self.device = parallel.device_of(recipe)
+        self.members: list[Member] = []
+        self.timer = Timer()
+        self._shape = _shape(recipe)
+        self._names = (f"member{i}" for i in itertools.count())
+        self._used_up = False
+        self.stop_token_ids = stop_token_ids(base, tokenizer)
+        merged = recipe.trainer.policy.model.lora.sync is SyncMode.merge
+        options = EngineOptions(
+            model_path=models.model_folder(recipe.trainer.policy.model.path),
+            dtype=parallel.dtype_of(recipe),
+            stop_token_ids=self.stop_token_ids,
+            max_lora_rank=0 if merged else engine_lora_rank(recipe),
+        )
+        self.engine: Engine = build_engine(recipe, self.current_model, options)
+
+    @classmethod
+    def open(cls, recipe: Recipe) -> Pack:
+        """Load the base model and start the engine that a recipe asks for."""
+        parallel.set_threads(recipe)
+        return cls(recipe, *models.load_base(recipe))
+
+    def current_model(self) -> PreTrainedModel | PeftModel:
+        """The trainer's model; plain until the first adapter joins."""
+        return self.model
+
+    def can_hold(self, recipe: Recipe) -> bool:
+        """Whether a run of this recipe can join: same base, engine and threads, and the base is still untrained."""
+        return not self._used_up and self._shape == _shape(recipe)
+
+    def join(self, recipe: Recipe, run_dir: RunDir) -> Member:
+        """A new member with a fresh adapter (rank 0: the base's own weights become trainable)."""
+        name = next(self._names)
+        problems, dropped = load_problems(recipe, recipe.data.train_data, self.tokenizer)
+        held_out, _ = load_problems(recipe, recipe.data.val_data, self.tokenizer)
+        reference, parameters = self._trainable(name, recipe)
+        settings = recipe.trainer.policy.optimizer_config
+        optimizer = torch.optim.AdamW(
+            parameters.values(), lr=settings.lr, betas=(settings.betas[0], settings.betas[1]),
+            weight_decay=settings.weight_decay,
+        )  # fmt: skip
+        member = Member(
+            name=name, recipe=recipe, run_dir=run_dir, problems=problems, held_out=held_out, num_dropped=dropped,
+            parameters=parameters, optimizer=optimizer, reference=reference,
+            sync=_sync(recipe, run_dir),
+        )  # fmt: skip
+        schedule = "constant_with_warmup" if settings.scheduler.name == "constant" else settings.scheduler.name
+        member.scheduler = get_scheduler(schedule, optimizer, settings.num_warmup_steps, member.total_steps)
+        self.members.append(member)
+        return member
+
+    def leave(self, member: Member) -> None:
+        """Take a member out: its adapter, optimizer and synced files go; its run directory stays."""
+        self.members.remove(member)
+        self.engine.drop_adapter(member.name)
+        if isinstance(self.model, PeftModel):
+            # A PeftModel without adapters cannot compute: with the last one the plain base comes back.
+            if self.members:
+                self.model.delete_adapter(member.name)
+            else:
+                self.model = self.model.unload()
+        if isinstance(member.sync, DiskSync):
+            shutil.rmtree(member.sync.root, ignore_errors=True)
+
+    def activate(self, member: Member) -> None:
+        """Make a member's adapter the one that computes and trains."""
+        if isinstance(self.model, PeftModel):
+            self.model.set_adapter(member.name)
+
+    def publish(self) -> None:
+        """Every member's adapter to the engine, version + 1."""
+        for member in self.members:
+            self.publish_member(member)
+
+    def publish_member(self, member: Member) -> None:
+        """One member's adapter to the engine, version + 1."""
+        member.version += 1
+        with self.timer.span("sync"):
+            member.sync.publish(self.engine, self.model, member.name, member.version)
+
+    def close(self) -> None:
+        """Give the engine's and the model's memory back."""
+        for member in list(self.members):
+            self.leave(member)
+        self.engine.close()
+
+    def _trainable(self, name: str, recipe: Recipe) -> tuple[models.Reference | None, dict[str, torch.nn.Parameter]]:
+        wants_reference = recipe.trainer.algorithm.use_kl_loss
+        if recipe.trainer.policy.model.lora.rank > 0:
+            self.model = models.add_adapter(self.model, name, recipe, stream_seed(recipe.seed, "adapter"))
+            reference = models.AdapterOff(self.model) if wants_reference else None
+            return reference, models.adapter_parameters(self.model, name)
+        # Full fine-tuning changes the base under everyone's feet: it is alone, and the pack ends with it.
+        self._used_up = True
+        copy = models.FrozenCopy(self.model) if wants_reference else None
+        self.model.requires_grad_(True)
+        return copy, dict(self.model.named_parameters())
+
+
+def _sync(recipe: Recipe, run_dir: RunDir) -> Sync:
+    lora = recipe.trainer.policy.model.lora
+    root = Path(lora.lora_sync_path) / run_dir.path.name if lora.lora_sync_path else run_dir.path / "sync"
+    makers = {SyncMode.disk: partial(DiskSync, root), SyncMode.merge: MergeSync}
+    return makers[lora.sync]()
+
+
+def _shape(recipe: Recipe) -> tuple[object, ...]:
+    """What two runs must have in common to share a base and an engine."""
+    model, generator = recipe.trainer.policy.model, recipe.generator
+    lengths = [generator.max_input_length, generator.sampling_params.max_generate_length,
+               generator.eval_sampling_params.max_generate_length]  # fmt: skip
+    engine = [generator.backend, generator.gpu_memory_utilization, generator.cpu_kv_cache_gb, generator.max_num_seqs,
+              generator.enforce_eager]  # fmt: skip
+    rank = 0 if model.lora.rank == 0 else engine_lora_rank(recipe)
+    return (model.path, parallel.dtype_of(recipe), parallel.device_of(recipe), recipe.trainer.num_threads,
+            *lengths, *engine, model.lora.sync, rank)  # fmt: skip

@@ -1,0 +1,62 @@
+"""What can be checked of a run before anything heavy starts. Imports neither torch nor vllm nor ray."""
+
+from __future__ import annotations
+
+from harness.errors import UserError
+from harness.paths import locate
+from harness.schema import Backend, Recipe, SyncMode
+from harness.validate import target_modules
+from rltrain.data import load_examples
+from rltrain.envs import get_env
+from rltrain.parallel import check_placement
+
+
+def check_run(recipe: Recipe) -> None:
+    """Raise UserError for data, environment, model folder or placement that would fail the run later."""
+    check_placement(recipe)
+    _check_model(recipe)
+    _check_sync(recipe)
+    get_env(recipe.environment.env_class)
+    sizes = {}
+    for key in ("train_data", "val_data"):
+        paths = getattr(recipe.data, key)
+        if not paths:
+            raise UserError(f"data.{key} must name at least one file", fix=f"data.{key}=[FILE.parquet]")
+        examples = load_examples(paths)
+        for name in {example.env_class for example in examples if example.env_class}:
+            get_env(name)
+        sizes[key] = len(examples)
+    if sizes["train_data"] < recipe.trainer.train_batch_size:
+        raise UserError(
+            "data.train_data holds fewer problems than one batch",
+            got=f"{sizes['train_data']} problems, trainer.train_batch_size={recipe.trainer.train_batch_size}",
+            fix=f"trainer.train_batch_size={sizes['train_data']} or less",
+        )
+
+
+def _check_model(recipe: Recipe) -> None:
+    """A local folder must hold a model; anything else must look like a hub's `owner/name`."""
+    path = recipe.trainer.policy.model.path
+    found = locate(path)
+    if found is None:
+        if path.count("/") != 1 or path.startswith((".", "/", "~")):
+            raise UserError("trainer.policy.model.path names no folder", got=path,
+                            allowed="a local folder with config.json, or a hub name owner/name")  # fmt: skip
+        return
+    if not (found / "config.json").is_file():
+        raise UserError("trainer.policy.model.path holds no config.json", got=found)
+
+
+def _check_sync(recipe: Recipe) -> None:
+    """vLLM serves no adapter on the embedding or the head; those need another engine or sync."""
+    targets = target_modules(recipe)
+    lora = recipe.trainer.policy.model.lora
+    if recipe.generator.backend is not Backend.vllm or lora.sync is SyncMode.merge or not isinstance(targets, list):
+        return
+    refused = sorted({"lm_head", "embed_tokens"} & set(targets))
+    if refused:
+        raise UserError(
+            "vLLM serves no adapter on these modules",
+            got=f"trainer.target_modules={targets}",
+            fix="trainer.policy.model.lora.sync=merge, or leave out " + ", ".join(refused),
+        )

@@ -1,0 +1,41 @@
+"""Problems: examples with their prompts tokenised; prompts that are too long are dropped and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from harness.errors import UserError
+from harness.schema import Recipe
+from rltrain.data import Example, load_examples
+from rltrain.envs import Env, get_env
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One example with its prompt's token ids and the environment that scores its completions."""
+
+    example: Example
+    prompt_ids: tuple[int, ...]
+    env: Env
+
+
+def load_problems(recipe: Recipe, paths: Sequence[str], tokenizer: Any) -> tuple[list[Problem], int]:
+    """The problems whose prompts fit `generator.max_input_length`, and how many did not; UserError if none does."""
+    limit = recipe.generator.max_input_length
+    examples = load_examples(paths)
+    problems = []
+    for example in examples:
+        ids = tokenizer.apply_chat_template(example.prompt, add_generation_prompt=True, return_dict=False)
+        if len(ids) <= limit:
+            env = get_env(example.env_class or recipe.environment.env_class)
+            problems.append(Problem(example, tuple(ids), env))
+    if not problems:
+        raise UserError(
+            "every prompt is longer than generator.max_input_length",
+            got=f"{len(examples)} prompts in {', '.join(paths)}",
+            allowed=f"<= {limit} tokens",
+            fix="raise generator.max_input_length",
+        )
+    return problems, len(examples) - len(problems)

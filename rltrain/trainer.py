@@ -1,0 +1,172 @@
+"""The training loop of one member: resume, step, log, evaluate, checkpoint; a report after every step."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from harness.rundir import Status
+from rltrain import checkpoint
+from rltrain.evaluate import evaluate
+from rltrain.model import adapter_statistics
+from rltrain.pack import Member, Pack
+from rltrain.step import train_step
+from rltrain.sync.disk import write_adapter
+
+ACCURACY = "eval/accuracy"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Where a run stands after a step: its row of `metrics.jsonl`."""
+
+    step: int
+    total_steps: int
+    metrics: dict[str, float]
+
+    @property
+    def done(self) -> bool:
+        """Whether this was the last step."""
+        return self.step >= self.total_steps
+
+
+def train(pack: Pack, member: Member) -> Iterator[Report]:
+    """Train a member to its end, from its last checkpoint if it has one; yields a report after every step.
+
+    The run's status goes to COMPLETE at the end, or to FAILED with the reason when anything raises. A consumer that
+    stops early leaves it RUNNING, to be resumed.
+    """
+    run, start = member.run_dir, time.perf_counter()
+    run.move_to(Status.RUNNING)
+    before = run.read_manifest().get("seconds", 0.0)
+    with recorded_failure(member):
+        resume(pack, member)
+        for report in steps(pack, member):
+            run.update(seconds=before + time.perf_counter() - start)
+            if report.done:
+                finish(member)
+            yield report
+
+
+def resume(pack: Pack, member: Member) -> None:
+    """Load the checkpoint the recipe names and bring log and engine to the same step."""
+    path = checkpoint.find(member)
+    if path is not None:
+        checkpoint.load(member, path)
+    member.metrics.truncate(member.step if path is not None else -1)
+    pack.publish_member(member)
+    pack.timer.take()
+
+
+def steps(pack: Pack, member: Member) -> Iterator[Report]:
+    """The base's evaluation, then every step with what is due after it."""
+    trainer = member.recipe.trainer
+    if member.step == 0 and trainer.eval_before_train:
+        yield log(member, evaluation(pack, member))
+    while member.step < member.total_steps:
+        start = time.perf_counter()
+        row = train_step(pack)[member]
+        member.step += 1
+        member.scheduler.step()
+        row |= {"step_time": time.perf_counter() - start, "num_dropped_prompts": member.num_dropped}
+        row |= performance(pack, member, row)
+        if due(member, trainer.eval_interval):
+            row |= evaluation(pack, member)
+        if due(member, trainer.ckpt_interval):
+            with pack.timer.span("checkpoint"):
+                checkpoint.save(member)
+            row |= pack.timer.take()
+        yield log(member, row)
+
+
+def due(member: Member, interval: int) -> bool:
+    """Whether something done every `interval` steps is due now; always at the last step, never before it at 0."""
+    return member.step == member.total_steps or (interval > 0 and member.step % interval == 0)
+
+
+def log(member: Member, row: dict[str, float]) -> Report:
+    """Write a step's row to `metrics.jsonl`, its step first."""
+    row = {"step": float(member.step)} | row
+    row["step"] = member.step
+    member.metrics.append(row)
+    return Report(member.step, member.total_steps, row)
+
+
+def evaluation(pack: Pack, member: Member) -> dict[str, float]:
+    """Evaluate, keep samples, and keep the adapter when it is the best so far."""
+    metrics, scored = evaluate(pack, member)
+    trainer = member.recipe.trainer
+    path = member.run_dir.samples / f"step_{member.step:06d}.parquet"
+    scored.save(path, step=member.step, phase="eval", limit=trainer.samples_per_dump)
+    if trainer.policy.model.lora.rank > 0:
+        metrics |= adapter_statistics(pack.model, member.name)
+    if member.step > 0:
+        keep_adapter(pack, member, metrics[ACCURACY])
+    return metrics
+
+
+def keep_adapter(pack: Pack, member: Member, accuracy: float) -> None:
+    """Write `adapter/best` when the score is the best so far, and `adapter/final` at the last step."""
+    folders = []
+    if member.best is None or accuracy > member.best[ACCURACY]:
+        member.best = {"step": member.step, ACCURACY: accuracy}
+        folders.append("best")
+    if member.step == member.total_steps:
+        folders.append("final")
+    for folder in folders:
+        write_policy(pack, member, member.run_dir.adapter / folder)
+
+
+def write_policy(pack: Pack, member: Member, folder: Path) -> None:
+    """The adapter in PEFT's format; the whole model in transformers' when all weights were trained."""
+    if member.recipe.trainer.policy.model.lora.rank > 0:
+        write_adapter(pack.model, member.name, folder)
+    else:
+        pack.model.save_pretrained(folder)
+        pack.tokenizer.save_pretrained(folder)
+
+
+def performance(pack: Pack, member: Member, row: dict[str, float]) -> dict[str, float]:
+    """Tokens a second over the step, and peak memory."""
+    recipe = member.recipe
+    samples = recipe.trainer.train_batch_size * recipe.generator.n_samples_per_prompt
+    if pack.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated() / 2**30
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {
+        "perf/tokens_per_second": samples * row["completions/mean_length"] / row["step_time"],
+        "perf/max_memory_gb": memory,
+    }
+
+
+def finish(member: Member) -> None:
+    """Move to COMPLETE with the result: the last evaluation, the base's, and the best."""
+    rows = [row for row in member.metrics.rows() if ACCURACY in row]
+    last, first = rows[-1], rows[0]
+    result = {
+        "step": member.step,
+        "metrics": {name: value for name, value in last.items() if name.startswith("eval/") and math.isfinite(value)},
+        "base": {ACCURACY: first[ACCURACY]} if first["step"] == 0 else None,
+        "best": member.best,
+        "seconds": member.run_dir.read_manifest()["seconds"],
+    }
+    member.run_dir.move_to(Status.COMPLETE, result=result)
+
+
+@contextlib.contextmanager
+def recorded_failure(member: Member) -> Iterator[None]:
+    """Record an exception as the run's FAILED status with its reason, and let it go on."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+        member.run_dir.move_to(Status.FAILED, reason=f"step {member.step}: {reason}")
+        raise

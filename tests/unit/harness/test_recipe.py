@@ -1,0 +1,164 @@
+"""Composing and validating recipes, and what a user is told about a wrong one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from harness import recipe as recipes
+from harness.errors import UserError
+from harness.paths import PROJECT, RECIPES
+from harness.schema import Recipe
+from harness.validate import engine_lora_rank
+
+MODEL = "trainer.policy.model.path=somewhere"
+
+
+def test_base_lists_every_key_with_the_schemas_default() -> None:
+    written = yaml.safe_load((RECIPES / "base.yaml").read_text())
+    assert written == recipes.to_dict(Recipe())
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_recipe_composes(path: Path) -> None:
+    assert recipes.load(path, [MODEL]).trainer.policy.model.path == "somewhere"
+
+
+def test_gsm8k_recipe_has_the_guides_numbers() -> None:
+    recipe = recipes.load("recipes/gsm8k_lora.yaml")
+    lora, generator = recipe.trainer.policy.model.lora, recipe.generator
+    assert (lora.rank, lora.alpha, recipe.trainer.policy.optimizer_config.lr) == (32, 32, 3e-5)
+    assert (recipe.trainer.train_batch_size, generator.n_samples_per_prompt) == (128, 4)
+    assert (generator.sampling_params.max_generate_length, generator.num_inference_engines) == (1024, 4)
+    assert recipe.trainer.algorithm.use_kl_loss
+    assert recipe.trainer.placement.colocate_all
+    assert recipe.trainer.strategy.name == "fsdp2"
+
+
+def test_overrides_win_over_the_file() -> None:
+    recipe = recipes.load("quickstart", ["trainer.policy.optimizer_config.lr=1e-5", "trainer.target_modules=[q_proj]"])
+    assert recipe.trainer.policy.optimizer_config.lr == 1e-5
+    assert recipe.trainer.target_modules == ["q_proj"]
+
+
+def test_users_recipe_outside_the_project_inherits_base(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: [base, _self_]\nseed: 7\ntrainer: {policy: {model: {path: m, lora: {rank: 4}}}}\n"
+    )
+    recipe = recipes.load(tmp_path / "mine.yaml")
+    assert (recipe.seed, recipe.trainer.policy.model.lora.rank, recipe.trainer.train_batch_size) == (7, 4, 128)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("trainer.policy.model.lora.rnak=3", "did you mean trainer.policy.model.lora.rank?"),
+        ("generator.inference_engine.num_engines=2", "did you mean generator.num_inference_engines?"),
+        ("lr=1e-3", "did you mean trainer.policy.optimizer_config.lr?"),
+        ("trainer.policy.model.lora.rank=abc", "trainer.policy.model.lora.rank cannot take this value"),
+        ("trainer.policy.model.lora.rank=-1", ">= 0 and <= 512"),
+        ("trainer.policy.optimizer_config.lr=nan", "out of range"),
+        ("trainer.strategy=fsdp", "fsdp2"),
+        ("+trainer.policy.model.lora.rank=3", "neither add nor delete"),
+        ("~trainer.seed", "neither add nor delete"),
+        ("seed=1,2", "sweep.space"),
+        ("seed", "key=value"),
+        ("trainer=4", "trainer is a group of keys"),
+        ("trainer.policy_mini_batch_size=100", "must divide"),
+        ("trainer.policy.model.lora.init_method=pissa", "changes the base weights"),
+        ("trainer.policy.model.lora.rank=0", "trainer.policy.model.lora.sync=merge"),
+        ("trainer.target_modules=[]", "all-linear"),
+        ("generator.sampling_params.temperature=0", "nothing to learn from"),
+        ("generator.sampling_params.top_k=0", "-1 (off)"),
+        ("trainer.policy.optimizer_config.betas=[0.9]", "two numbers"),
+        ("generator.max_lora_rank=4", "above generator.max_lora_rank"),
+        ("trainer.seed=5 ", None),
+    ],
+)
+def test_a_wrong_override_is_explained(override: str, told: str | None) -> None:
+    if told is None:
+        assert recipes.load("quickstart", [override]).seed == 5
+        return
+    with pytest.raises(UserError) as caught:
+        recipes.load("quickstart", [override])
+    assert told in str(caught.value)
+
+
+def test_seed_given_twice_and_differently_is_refused() -> None:
+    with pytest.raises(UserError, match="given twice"):
+        recipes.load("quickstart", ["seed=1", "trainer.seed=2"])
+
+
+def test_unknown_recipe_lists_the_known_ones() -> None:
+    with pytest.raises(UserError) as caught:
+        recipes.load("recipes/quikstart.yaml")
+    assert "did you mean recipes/quickstart.yaml?" in str(caught.value)
+
+
+def test_model_path_must_be_set() -> None:
+    with pytest.raises(UserError, match=r"trainer\.policy\.model\.path must be set"):
+        recipes.load("base")
+
+
+def test_typo_inside_the_file_is_found(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("defaults: [base, _self_]\ntrainer: {max_step: 3}\n")
+    with pytest.raises(UserError, match="did you mean trainer.max_steps"):
+        recipes.load(tmp_path / "mine.yaml", [MODEL])
+
+
+def test_broken_yaml_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("trainer: [unclosed\n")
+    with pytest.raises(UserError, match="cannot compose"):
+        recipes.load(tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("trainer.target_modules", "all-linear"),
+        ("trainer.target_modules", ["q_proj", "up_proj"]),
+        ("trainer.target_modules", r".*layers\.(0|1)\..*_proj"),
+        ("trainer.policy.optimizer_config.lr", 3.123456789e-5),
+        ("trainer.policy.model.lora.rank", 1),
+        ("trainer.run_name", None),
+        ("trainer.run_name", "1"),
+        ("generator.batched", False),
+    ],
+)
+def test_override_reads_back(key: str, value: object) -> None:
+    recipe = recipes.load("quickstart", [recipes.override_for(key, value)])
+    assert recipes.get(recipe, key) == value
+
+
+def test_yaml_round_trip_keeps_the_digest(tmp_path: Path) -> None:
+    recipe = recipes.load("quickstart", ["trainer.policy.model.lora.rank=3"])
+    (tmp_path / "recipe.yaml").write_text(recipes.to_yaml(recipe))
+    assert recipes.digest(recipes.read(tmp_path / "recipe.yaml")) == recipes.digest(recipe)
+    assert recipes.digest(recipes.load("quickstart")) != recipes.digest(recipe)
+
+
+def test_with_values_changes_a_copy() -> None:
+    recipe = recipes.load("quickstart")
+    changed = recipes.with_values(recipe, {"trainer.policy.model.lora.rank": 4, "seed": 9})
+    assert (changed.trainer.policy.model.lora.rank, changed.seed) == (4, 9)
+    assert recipe.trainer.policy.model.lora.rank == 8
+    with pytest.raises(UserError):
+        recipes.with_values(recipe, {"trainer.policy.model.lora.rank": -4})
+
+
+@pytest.mark.parametrize(("rank", "served"), [(1, 1), (4, 8), (8, 8), (9, 16), (100, 128), (512, 512)])
+def test_engine_rank_is_one_vllm_serves(rank: int, served: int) -> None:
+    assert engine_lora_rank(recipes.load("quickstart", [f"trainer.policy.model.lora.rank={rank}"])) == served
+
+
+def test_composing_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from harness import recipe; from rltrain.preflight import check_run; recipe.load('quickstart');"
+        "print(sorted({'torch', 'vllm', 'ray', 'transformers', 'peft'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT, check=True)
+    assert done.stdout.strip() == "[]"
