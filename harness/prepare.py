@@ -34,7 +34,8 @@ def _prepare_gsm8k(args: argparse.Namespace) -> None:
 def _prepare_tiny_gsm(args: argparse.Namespace) -> None:
     from rltrain.envs.tiny_gsm_pretrain import Pretraining, prepare
 
-    card = prepare(args.output_dir, Pretraining(steps=args.steps, seed=args.seed, threads=args.threads))
+    settings = Pretraining(steps=args.steps, seed=args.seed, threads=args.threads, eval_problems=args.eval_problems)
+    card = prepare(args.output_dir, settings)
     held_out = card["held_out"]
     print(
         f"{args.output_dir}: {card['parameters']:,} parameters, {sum(card['rows'].values()):,} problems, "
@@ -64,6 +65,9 @@ def _parser() -> Parser:
     tiny_gsm.add_argument("--steps", type=_positive, default=1500, help="optimizer steps (default: %(default)s)")
     tiny_gsm.add_argument("--seed", type=int, default=0)
     tiny_gsm.add_argument("--threads", type=_positive, default=2, help="CPU threads (default: %(default)s)")
+    tiny_gsm.add_argument(
+        "--eval-problems", type=_positive, default=1024, help="held-out problems to measure on (default: %(default)s)"
+    )
     return parser
 
 

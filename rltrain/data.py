@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -69,7 +70,8 @@ def write_rows(rows: Sequence[Row], path: Path) -> None:
     except OSError as error:
         raise UserError("cannot write the data file", got=f"{path}: {error.strerror or error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # renamed already, or never made
+            temporary.unlink()
 
 
 def require_columns(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:

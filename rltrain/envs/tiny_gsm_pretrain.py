@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import random
 import time
@@ -12,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.rundir import write_json
 from rltrain.envs import gsm8k, tiny_gsm
 from rltrain.envs.tiny_gsm_tokenizer import MAX_LENGTH, build_tokenizer
 
@@ -27,7 +27,7 @@ _POOL = 8  # batches drawn together and sorted by length, so that little is padd
 class Pretraining:
     """How the base is trained: optimizer steps, sequences a step, peak learning rate, seed, CPU threads."""
 
-    steps: int = 2000
+    steps: int = 1500
     batch_size: int = 128
     lr: float = 3e-3
     warmup_steps: int = 50
@@ -67,7 +67,7 @@ def prepare(output_dir: Path, settings: Pretraining, say: Callable[[str], None] 
     }
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
-    (output_dir / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+    write_json(output_dir / "card.json", card)
     return card
 
 

@@ -1,0 +1,48 @@
+"""Environments are found by name or by the dotted path of the user's own module."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from harness.errors import UserError
+from rltrain.envs import env_names, get_env
+
+COMPLETE = """
+def prepare(source, output_dir): return {}
+def prompt(question): return [{"role": "user", "content": question}]
+def reward(completion, ground_truth): return float(completion == ground_truth)
+"""
+
+
+def test_built_in_environments_register_themselves() -> None:
+    assert env_names() == ("gsm8k", "tiny_gsm")
+    for name in env_names():
+        env = get_env(name)
+        assert env.prompt("How many?")[0]["role"] == "user"
+        assert env.reward("#### 3", "3") == 1.0
+
+
+def test_a_typo_gets_the_known_names_and_a_suggestion() -> None:
+    with pytest.raises(UserError, match="unknown environment") as raised:
+        get_env("gms8k")
+    assert "gsm8k, tiny_gsm" in str(raised.value)
+    assert "did you mean gsm8k?" in str(raised.value)
+
+
+def test_a_users_own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "my_package"
+    package.mkdir()
+    (package / "my_env.py").write_text(COMPLETE)
+    (package / "partial.py").write_text("def prompt(question): return []\n")
+    (package / "broken.py").write_text("import a_package_that_is_not_there\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    assert get_env("my_package.my_env").reward("yes", "yes") == 1.0
+    with pytest.raises(UserError, match="has no prepare, reward"):
+        get_env("my_package.partial")
+    with pytest.raises(UserError, match="a_package_that_is_not_there"):
+        get_env("my_package.broken")
+    with pytest.raises(UserError, match="cannot import"):
+        get_env("my_package.absent")

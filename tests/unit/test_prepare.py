@@ -1,0 +1,86 @@
+"""The prepare command: what it writes, what it prints, and how it fails."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness.errors import UserError
+from harness.prepare import main
+from rltrain.data import load_examples
+
+PROJECT = Path(__file__).parents[2]
+EXCERPT = PROJECT / "tests" / "data" / "gsm8k"
+
+
+def test_gsm8k_from_local_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = [str(EXCERPT / "train.jsonl"), str(EXCERPT / "test.jsonl")]
+    assert main(["gsm8k", "--output-dir", str(tmp_path / "out"), "--source", *source]) == 0
+    assert "train.parquet: 6 problems" in capsys.readouterr().out
+    assert len(load_examples([tmp_path / "out" / "train.parquet", tmp_path / "out" / "validation.parquet"])) == 8
+
+
+def test_gsm8k_from_the_real_files(gsm8k_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = [str(gsm8k_dir / "train.jsonl"), str(gsm8k_dir / "test.jsonl")]
+    assert main(["gsm8k", "--output-dir", str(tmp_path), "--source", *source]) == 0
+    out = capsys.readouterr().out
+    assert "train.parquet: 7,473 problems" in out
+    assert "validation.parquet: 1,319 problems" in out
+
+
+def test_without_the_hub_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants as constants
+
+    # The real client, told to stay offline and with an empty cache: the same error as with no network, at once.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    with pytest.raises(UserError, match="cannot download openai/gsm8k") as raised:
+        main(["gsm8k", "--output-dir", str(tmp_path / "out")])
+    assert "--source train.jsonl test.jsonl" in str(raised.value)
+
+
+def test_tiny_gsm_in_three_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    arguments = ["--steps", "3", "--seed", "1", "--threads", "1", "--eval-problems", "16"]
+    assert main(["tiny_gsm", "--output-dir", str(tmp_path), *arguments]) == 0
+    assert "held-out accuracy, sampled at temperature 1" in capsys.readouterr().out
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters() < 1_500_000
+    assert len(load_examples([tmp_path / "data" / "test.parquet"])) == 1024
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "required"),
+        (["gsm9k", "--output-dir", "x"], "gsm9k"),
+        (["gsm8k"], "--output-dir"),
+        (["tiny_gsm", "--output-dir", "x", "--steps", "0"], "whole number above 0"),
+        (["tiny_gsm", "--output-dir", "x", "--threads", "two"], "whole number above 0"),
+        (["gsm8k", "--output-dir", "{tmp}/out", "--source", "{tmp}/train.jsonl", "{tmp}/test.jsonl"], "not found"),
+        (["gsm8k", "--output-dir", "{tmp}/file/out", "--source", "{tmp}/train.jsonl"], "output folder"),
+    ],
+)
+def test_bad_input_is_said(tmp_path: Path, arguments: list[str], complaint: str) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=complaint):
+        main([argument.format(tmp=tmp_path) for argument in arguments])
+
+
+def test_bad_input_exits_2_without_traceback(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"question": "q", "answer": "no number"}\n')
+    source = [str(tmp_path / "train.jsonl"), str(EXCERPT / "test.jsonl")]
+    done = subprocess.run(
+        [sys.executable, "-m", "harness.prepare", "gsm8k", "--output-dir", str(tmp_path / "out"), "--source", *source],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "an answer does not end in #### and a number" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / "train.parquet").exists()
