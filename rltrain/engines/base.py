@@ -1,0 +1,136 @@
+"""What a rollout engine is: requests in, samples out, adapters and weights loaded; and the registry of engines."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from harness.errors import UserError
+from harness.schema import Backend, Recipe, Sampling
+
+if TYPE_CHECKING:
+    import torch
+
+# Each module has `build(recipe, model, options) -> Engine`; imported only when wanted, for vLLM takes seconds.
+ENGINES: dict[Backend, str] = {
+    Backend.vllm: "rltrain.engines.vllm",
+    Backend.transformers: "rltrain.engines.transformers",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """`n` samples wanted for one prompt, drawn from `member`'s adapter; None: from the base model."""
+
+    prompt_token_ids: Sequence[int]
+    n: int
+    seed: int
+    sampling: Sampling
+    member: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One completion. `finish_reason` is "stop" (its last token is the EOS) or "length".
+
+    `logprobs[t]` is the log-probability of `token_ids[t]` under the distribution it was drawn from: temperature, top-k
+    and top-p applied. At temperature 0 the token is the likeliest, and its log-probability that of temperature 1.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What an engine must know besides the recipe. `max_lora_rank` 0: no adapters, weights come by `load_weights`."""
+
+    model_path: str
+    dtype: torch.dtype
+    stop_token_ids: tuple[int, ...]
+    max_lora_rank: int = 0
+    max_loras: int = 1
+
+
+class Engine(Protocol):
+    """Draws samples from the base model and from the adapters loaded on it."""
+
+    shares_weights: bool
+    """True: samples from the trainer's own modules, so there is nothing to sync."""
+
+    def generate(self, requests: Sequence[Request]) -> list[list[Sample]]:
+        """Samples `[P][G]` in the order of the requests; a sample depends on its weights, prompt, seed, place in G and
+        sampling only. Raises UserError for a member with no adapter here and for a prompt that is too long."""
+
+    def load_adapter(self, member: str, version: int, path: Path) -> None:
+        """Serve `member` from the PEFT folder `path` from now on; its earlier version is dropped."""
+
+    def drop_adapter(self, member: str) -> None:
+        """Forget the member's adapter; a member that has none is no error."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Replace the model's weights: all of them, under the names of the base model's `state_dict`."""
+
+    def use_model(self, model: Any) -> None:
+        """Sample from this model from now on: the trainer's changes when adapters come and go. Matters where weights are
+        shared only."""
+
+    def sleep(self) -> None:
+        """Give accelerator memory back until `wake`; nothing to do where engine and trainer do not compete for it."""
+
+    def wake(self) -> None:
+        """Make ready to generate again after `sleep`."""
+
+    def close(self) -> None:
+        """Free everything the engine holds; it cannot be used afterwards."""
+
+
+def build_engine(recipe: Recipe, model: Any, options: EngineOptions) -> Engine:
+    """The engine that `generator.backend` names; `model` is the trainer's (PEFT or plain) model."""
+    module = importlib.import_module(ENGINES[recipe.generator.backend])
+    engine: Engine = module.build(recipe, model, options)
+    return engine
+
+
+def stop_token_ids(model: Any, tokenizer: Any = None) -> tuple[int, ...]:
+    """The ids that end a completion: EOS of the model's generation config and config, and of the tokenizer, sorted."""
+    ids: set[int] = set()
+    for owner in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
+        eos = getattr(owner, "eos_token_id", None)
+        if eos is not None:
+            ids.update([eos] if isinstance(eos, int) else eos)
+    return tuple(sorted(ids))
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """The seed of the `index`-th sample of a request, below 2^63; hashed, so that no two share a stream."""
+    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def check_prompts(requests: Sequence[Request], max_input_length: int) -> None:
+    """Raise UserError for an empty prompt or one longer than `max_input_length` tokens."""
+    for index, request in enumerate(requests):
+        length = len(request.prompt_token_ids)
+        if not 1 <= length <= max_input_length:
+            raise UserError(
+                f"the prompt of request {index} has a length the engine was not built for",
+                got=f"{length} tokens",
+                allowed=f"1 to {max_input_length} (generator.max_input_length)",
+                fix="drop the prompt, or raise generator.max_input_length",
+            )
+
+
+def unknown_member(member: str, known: Iterable[str]) -> UserError:
+    """The error for a request whose member has no adapter in the engine."""
+    return UserError(
+        "no adapter is loaded for a member of the pack",
+        got=member,
+        allowed=", ".join(sorted(known)) or "none is loaded",
+        fix="publish the member's adapter to the engine before it generates",
+    )

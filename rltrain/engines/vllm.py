@@ -1,0 +1,202 @@
+"""vLLM in this process, on a CPU or GPUs. The only file that imports vllm."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from harness.schema import Recipe, Sampling
+from rltrain.engines.base import EngineOptions, Request, Sample, check_prompts, sample_seed, unknown_member
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The values that vLLM's `max_lora_rank` may have; an adapter keeps its own r."""
+
+CPU_BATCHED_TOKENS = 8192
+"""Tokens in one forward pass on a CPU: prompts are admitted whole while they fit."""
+
+
+def build(recipe: Recipe, model: Any, options: EngineOptions) -> VLLMEngine:
+    """An engine with the recipe's `generator` settings; the trainer's model serves only to know the device."""
+    device = next(model.parameters()).device
+    return VLLMEngine(recipe, options, on_cpu=device.type == "cpu")
+
+
+class VLLMEngine:
+    """`vllm.LLM` under the engine protocol: a new integer id and name for every adapter version, no stale prefixes."""
+
+    shares_weights = False
+
+    def __init__(self, recipe: Recipe, options: EngineOptions, on_cpu: bool) -> None:
+        generator = recipe.generator
+        _set_environment(generator.cpu_kv_cache_gb if on_cpu else None)
+        self._max_input_length = generator.max_input_length
+        self._stop_token_ids = list(options.stop_token_ids)
+        self._max_loras = options.max_loras
+        self._adapters: dict[str, Any] = {}
+        self._next_id = 1
+        self._sleeps = recipe.trainer.placement.colocate_all and not on_cpu
+        longest = max(generator.sampling_params.max_generate_length, generator.eval_sampling_params.max_generate_length)
+        max_model_len = generator.max_input_length + longest
+        settings: dict[str, Any] = {
+            "model": options.model_path,
+            "dtype": str(options.dtype).removeprefix("torch."),
+            "max_model_len": max_model_len,
+            "max_num_seqs": generator.max_num_seqs,
+            "tensor_parallel_size": generator.inference_engine_tensor_parallel_size,
+            "gpu_memory_utilization": generator.gpu_memory_utilization,
+            "enforce_eager": generator.enforce_eager,
+            "enable_sleep_mode": self._sleeps,
+            "seed": recipe.seed,
+            # Prompts come as token ids and EOS ids as stop tokens: no tokenizer, no second reading of the model's EOS.
+            "skip_tokenizer_init": True,
+            "generation_config": "vllm",
+            "logprobs_mode": "processed_logprobs",
+        }
+        if on_cpu:
+            # A prompt cut in two crashes vLLM's CPU runner when its request has a seed: a CPU generator has no offset.
+            settings |= {
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(max_model_len, generator.max_num_seqs, CPU_BATCHED_TOKENS),
+            }
+        if options.max_lora_rank:
+            settings |= {
+                "enable_lora": True,
+                "max_lora_rank": next(rank for rank in LORA_RANKS if rank >= options.max_lora_rank),
+                # On a CPU, rows without an adapter have index -1 and so meet the last slot: it must stay empty.
+                "max_loras": options.max_loras + (1 if on_cpu else 0),
+            }
+        with _process_state_kept():
+            import vllm
+
+            self._vllm = vllm
+            self._llm = vllm.LLM(**settings)
+
+    def generate(self, requests: Sequence[Request]) -> list[list[Sample]]:
+        """Samples `[P][G]` in the order of the requests. Raises UserError as the protocol says."""
+        check_prompts(requests, self._max_input_length)
+        prompts: list[dict[str, list[int]]] = []
+        params: list[Any] = []
+        adapters: list[Any] = []
+        for request in requests:
+            adapter = self._adapter(request.member)
+            prompt = {"prompt_token_ids": list(request.prompt_token_ids)}
+            for index in range(request.n):
+                prompts.append(prompt)
+                params.append(self._params(request.sampling, sample_seed(request.seed, index)))
+                adapters.append(adapter)
+        with _random_state_kept():
+            outputs = self._llm.generate(prompts, params, lora_request=adapters, use_tqdm=False)
+        samples = iter([_sample(output.outputs[0]) for output in outputs])
+        return [[next(samples) for _ in range(request.n)] for request in requests]
+
+    def load_adapter(self, member: str, version: int, path: Path) -> None:
+        """Serve `member` from the PEFT folder `path` from now on."""
+        from vllm.lora.request import LoRARequest
+
+        self.drop_adapter(member)
+        if len(self._adapters) == self._max_loras:
+            raise RuntimeError(f"the engine has room for {self._max_loras} adapters and holds {sorted(self._adapters)}")
+        # vLLM never reads an id again that it has seen.
+        name, new_id = f"{member}-v{version:06d}-{self._next_id}", self._next_id
+        self._next_id += 1
+        adapter = LoRARequest(lora_name=name, lora_int_id=new_id, lora_path=str(path))
+        self._llm.llm_engine.add_lora(adapter)
+        self._adapters[member] = adapter
+
+    def drop_adapter(self, member: str) -> None:
+        """Forget the member's adapter and every cached prefix: a later adapter must never meet an older one's keys."""
+        old = self._adapters.pop(member, None)
+        if old is not None:
+            self._llm.llm_engine.remove_lora(old.lora_int_id)
+            self._llm.llm_engine.reset_prefix_cache()
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Replace the model's weights, through vLLM's own reloading: its CPU kernels keep packed copies."""
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        self._llm.llm_engine.reset_prefix_cache()
+
+    def use_model(self, model: Any) -> None:
+        """vLLM has weights of its own."""
+
+    def sleep(self) -> None:
+        """Level 1: weights wait in host memory, the cache is dropped. Level 2 would lose the base for good."""
+        if self._sleeps:
+            self._llm.sleep(level=1)
+
+    def wake(self) -> None:
+        """Undo `sleep`."""
+        if self._sleeps:
+            self._llm.wake_up()
+
+    def close(self) -> None:
+        """Shut vLLM down; another engine may be built afterwards in the same process."""
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+
+    def _adapter(self, member: str | None) -> Any:
+        if member is None:
+            return None
+        if member not in self._adapters:
+            raise unknown_member(member, self._adapters)
+        return self._adapters[member]
+
+    def _params(self, sampling: Sampling, seed: int) -> Any:
+        return self._vllm.SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_generate_length,
+            stop_token_ids=self._stop_token_ids,
+            seed=seed,
+            logprobs=0,
+            detokenize=False,
+        )
+
+
+def _sample(output: Any) -> Sample:
+    token_ids = list(output.token_ids)
+    logprobs = [position[token].logprob for position, token in zip(output.logprobs, token_ids, strict=True)]
+    return Sample(token_ids, logprobs, output.finish_reason)
+
+
+def _set_environment(cpu_kv_cache_gb: int | None) -> None:
+    """Read by vLLM when imported or started: in this process, quiet, no usage report, no pinned threads."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if cpu_kv_cache_gb is not None:
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(cpu_kv_cache_gb)
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+
+
+@contextlib.contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """vLLM seeds and draws from the process's generators; the trainer must not notice."""
+    state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng():
+        yield
+    random.setstate(state[0])
+    np.random.set_state(state[1])  # noqa: NPY002
+
+
+@contextlib.contextmanager
+def _process_state_kept() -> Iterator[None]:
+    """Starting vLLM on a CPU disables torch.set_num_threads and preloads libraries into every child process."""
+    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    preload = os.environ.get("LD_PRELOAD")
+    with _random_state_kept():
+        yield
+    torch.set_num_threads = set_num_threads
+    torch.set_num_threads(threads)
+    if preload is None:
+        os.environ.pop("LD_PRELOAD", None)
+    else:
+        os.environ["LD_PRELOAD"] = preload
