@@ -27,7 +27,7 @@ lint: $(INSTALLED)  ## style, formatting, types and import contracts
 
 bench: $(INSTALLED)  ## every benchmark in tests/benchmarks, one after the other
 	@test -n "$(BENCHMARKS)" || { echo "error: there is no tests/benchmarks/bench_*.py" >&2; exit 1; }
-	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python "$$script"; done
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python -m tests.benchmarks.$$(basename $$script .py); done
 
 clean:  ## remove .venv, build output and caches; runs/ stays
 	rm -rf .venv build dist ./*.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

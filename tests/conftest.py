@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-PROJECT = Path(__file__).resolve().parent.parent
+from harness.paths import PROJECT
+
 TINY_MODEL = PROJECT / "rltrain" / "assets" / "tiny_gsm"
 
 
