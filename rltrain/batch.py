@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -48,7 +49,7 @@ class Batch:
         width_p = int(self.prompt_mask[start:stop].sum(dim=1).max())
         width_t = max(1, int(self.mask[start:stop].sum(dim=1).max()))
         prompt = {"prompt_ids", "prompt_mask"}
-        values = {}
+        values: dict[str, Any] = {}
         for item in fields(self):
             value = getattr(self, item.name)
             if value is None or value.dim() == 1:

@@ -18,7 +18,7 @@ def evaluate(pack: Pack, member: Member) -> tuple[dict[str, float], Rollout]:
     n = generator.eval_n_samples_per_prompt
     size = max(1, member.recipe.trainer.eval_batch_size // n)
     requests = [
-        request(member, problem, generator.eval_sampling_params, n, "eval", place)
+        request(pack, member, problem, generator.eval_sampling_params, n, "eval", place)
         for place, problem in enumerate(member.held_out)
     ]
     samples = []

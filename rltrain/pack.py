@@ -9,7 +9,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,7 @@ from rltrain.engines.base import Engine, EngineOptions, build_engine, stop_token
 from rltrain.objective import Objective
 from rltrain.problems import Problem, load_problems
 from rltrain.seeding import permutation, stream_seed
-from rltrain.sync.base import Sync
-from rltrain.sync.disk import DiskSync
-from rltrain.sync.merge import MergeSync
+from rltrain.sync.base import Sync, build_sync
 
 
 class Timer:
@@ -123,17 +120,13 @@ class Pack:
             stop_token_ids=self.stop_token_ids,
             max_lora_rank=0 if merged else engine_lora_rank(recipe),
         )
-        self.engine: Engine = build_engine(recipe, self.current_model, options)
+        self.engine: Engine = build_engine(recipe, base, options)
 
     @classmethod
     def open(cls, recipe: Recipe) -> Pack:
         """Load the base model and start the engine that a recipe asks for."""
         parallel.set_threads(recipe)
         return cls(recipe, *models.load_base(recipe))
-
-    def current_model(self) -> PreTrainedModel | PeftModel:
-        """The trainer's model; plain until the first adapter joins."""
-        return self.model
 
     def can_hold(self, recipe: Recipe) -> bool:
         """Whether a run of this recipe can join: same base, engine and threads, and the base is still untrained."""
@@ -153,7 +146,7 @@ class Pack:
         member = Member(
             name=name, recipe=recipe, run_dir=run_dir, problems=problems, held_out=held_out, num_dropped=dropped,
             parameters=parameters, optimizer=optimizer, reference=reference,
-            sync=_sync(recipe, run_dir),
+            sync=build_sync(recipe.trainer.policy.model.lora.sync, _sync_root(recipe, run_dir)),
         )  # fmt: skip
         schedule = "constant_with_warmup" if settings.scheduler.name == "constant" else settings.scheduler.name
         member.scheduler = get_scheduler(schedule, optimizer, settings.num_warmup_steps, member.total_steps)
@@ -170,13 +163,19 @@ class Pack:
                 self.model.delete_adapter(member.name)
             else:
                 self.model = self.model.unload()
-        if isinstance(member.sync, DiskSync):
-            shutil.rmtree(member.sync.root, ignore_errors=True)
+                self.engine.use_model(self.model)
+        shutil.rmtree(_sync_root(member.recipe, member.run_dir), ignore_errors=True)
 
     def activate(self, member: Member) -> None:
         """Make a member's adapter the one that computes and trains."""
         if isinstance(self.model, PeftModel):
             self.model.set_adapter(member.name)
+
+    def served_as(self, member: Member) -> str | None:
+        """The name the engine knows a member's adapter by; None where its weights are the engine's own."""
+        lora = member.recipe.trainer.policy.model.lora
+        merged = lora.sync is SyncMode.merge and not self.engine.shares_weights
+        return None if merged or lora.rank == 0 else member.name
 
     def publish(self) -> None:
         """Every member's adapter to the engine, version + 1."""
@@ -199,6 +198,7 @@ class Pack:
         wants_reference = recipe.trainer.algorithm.use_kl_loss
         if recipe.trainer.policy.model.lora.rank > 0:
             self.model = models.add_adapter(self.model, name, recipe, stream_seed(recipe.seed, "adapter"))
+            self.engine.use_model(self.model)
             reference = models.AdapterOff(self.model) if wants_reference else None
             return reference, models.adapter_parameters(self.model, name)
         # Full fine-tuning changes the base under everyone's feet: it is alone, and the pack ends with it.
@@ -208,11 +208,10 @@ class Pack:
         return copy, dict(self.model.named_parameters())
 
 
-def _sync(recipe: Recipe, run_dir: RunDir) -> Sync:
-    lora = recipe.trainer.policy.model.lora
-    root = Path(lora.lora_sync_path) / run_dir.path.name if lora.lora_sync_path else run_dir.path / "sync"
-    makers = {SyncMode.disk: partial(DiskSync, root), SyncMode.merge: MergeSync}
-    return makers[lora.sync]()
+def _sync_root(recipe: Recipe, run_dir: RunDir) -> Path:
+    """Where disk sync keeps a run's adapters: its own folder, so that runs cannot overwrite each other."""
+    wanted = recipe.trainer.policy.model.lora.lora_sync_path
+    return Path(wanted) / run_dir.path.name if wanted else run_dir.path / "sync"
 
 
 def _shape(recipe: Recipe) -> tuple[object, ...]:

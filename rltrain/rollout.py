@@ -87,7 +87,7 @@ def rollout(pack: Pack) -> list[Rollout]:
     """Every member's prompts x samples for the coming step, scored; one engine call for all members."""
     problems_M = [member.batch_problems() for member in pack.members]
     requests = [
-        request(member, problem, member.recipe.generator.sampling_params,
+        request(pack, member, problem, member.recipe.generator.sampling_params,
                 member.recipe.generator.n_samples_per_prompt, "sampling", member.step, place)
         for member, problems in zip(pack.members, problems_M, strict=True)
         for place, problem in enumerate(problems)
@@ -102,11 +102,9 @@ def rollout(pack: Pack) -> list[Rollout]:
         ]
 
 
-def request(member: Member, problem: Problem, sampling: Sampling, n: int, stream: str, *place: int) -> Request:
-    """A request whose seed depends on the run's seed, the stream and the place in it, and on nothing else."""
-    seed = stream_seed(member.recipe.seed, stream, *place)
-    served = member.name if member.recipe.trainer.policy.model.lora.rank else None
-    return Request(problem.prompt_ids, n, seed, sampling, served)
+def request(pack: Pack, member: Member, problem: Problem, sampling: Sampling, n: int, *stream: str | int) -> Request:
+    """A request whose seed depends on the run's seed and the stream's name, and on nothing else."""
+    return Request(problem.prompt_ids, n, stream_seed(member.recipe.seed, *stream), sampling, pack.served_as(member))
 
 
 def score(pack: Pack, member: Member, problems: Sequence[Problem], samples: list[list[Sample]]) -> Rollout:

@@ -62,8 +62,8 @@ def prepare(pack: Pack, scored: Rollout) -> Prepared:
     stats = scored.statistics() | {
         "entropy": float((entropy * batch.mask).sum()) / max(1, batch.tokens),
         "num_tokens": member.num_tokens,
-        "sampling/sampling_logp_difference/mean": gap.mean,
-        "sampling/sampling_logp_difference/max": gap.max,
+        "sampling/sampling_logp_difference/mean": gap.engine,
+        "sampling/sampling_logp_difference/max": gap.largest,
     }
     return Prepared(member, batch, stats)
 
