@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +108,25 @@ def test_every_harness_module_has_a_layer() -> None:
     }
     modules = {f"harness.{path.stem}" for path in (PROJECT / "harness").glob("*.py") if path.stem != "__init__"}
     assert not modules - names, "name these in the layers contract of pyproject.toml"
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of the packages that a source file imports, anywhere in it; relative imports left out."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level]
+    return {name.split(".")[0] for name in names}
+
+
+def test_every_imported_package_is_a_declared_dependency() -> None:
+    distributions = packages_distributions()
+    allowed = {canonicalize_name(requirement.name) for requirement in declared("cpu", "gpu", "dev")}
+    ours = {"harness", "rltrain", "sweeps", "analysis", "tests", "requirements"}
+    undeclared = {
+        f"{path.relative_to(PROJECT)}: {name}"
+        for folder in ours
+        for path in (PROJECT / folder).rglob("*.py")
+        for name in imported(path) - sys.stdlib_module_names - ours
+        if not allowed & {canonicalize_name(distribution) for distribution in distributions.get(name, [])}
+    }
+    assert not undeclared
