@@ -152,16 +152,15 @@ class MetricsFile:
 class Console:
     """Progress of one run on the console: a line per step or evaluation, with the time left."""
 
-    def __init__(self, total_steps: int) -> None:
-        self.total_steps = total_steps
+    def __init__(self) -> None:
         self._spent: list[float] = []
 
-    def step(self, row: Mapping[str, float]) -> None:
+    def step(self, total_steps: int, row: Mapping[str, float]) -> None:
         """Print a step's or an evaluation's row."""
         step = int(row["step"])
         if "step_time" in row:
             self._spent.append(row["step_time"] + row.get("timing_s/eval", 0.0))
-        parts = [f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}"]
+        parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
         shown = (
             ("eval/accuracy", "held-out {:.3f}"),
             ("reward", "reward {:.3f}"),
@@ -171,8 +170,8 @@ class Console:
             ("step_time", "{:.2f} s/step"),
         )
         parts += [text.format(row[name]) for name, text in shown if name in row]
-        if self._spent and step < self.total_steps:
-            left = (self.total_steps - step) * sum(self._spent) / len(self._spent)
+        if self._spent and step < total_steps:
+            left = (total_steps - step) * sum(self._spent) / len(self._spent)
             parts.append(f"ETA {duration(left)}")
         print("  ".join(parts), file=sys.stdout, flush=True)
 

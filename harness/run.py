@@ -78,17 +78,14 @@ def _train(recipe: Recipe, run_dir: RunDir) -> None:
     shown = os.path.relpath(run_dir.path)
     print(f"run {shown}", flush=True)
     print("loading the model and starting the engine ...", flush=True)
-    from rltrain.pack import Pack
-    from rltrain.trainer import train
+    from rltrain.quiet import quiet_libraries
 
-    pack = Pack.open(recipe)
-    try:
-        member = pack.join(recipe, run_dir)
-        console = metrics.Console(member.total_steps)
-        for report in train(pack, member):
-            console.step(report.metrics)
-    finally:
-        pack.close()
+    quiet_libraries()
+    from rltrain.trainer import run
+
+    console = metrics.Console()
+    for report in run(recipe, run_dir):
+        console.step(report.total_steps, report.metrics)
     print(_summary(run_dir, shown))
 
 

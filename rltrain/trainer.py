@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 
-from harness.rundir import Status
+from harness.errors import UserError
+from harness.rundir import RunDir, Status
+from harness.schema import Recipe
 from rltrain import checkpoint
 from rltrain.evaluate import evaluate
 from rltrain.model import adapter_statistics
@@ -37,19 +39,31 @@ class Report:
         return self.step >= self.total_steps
 
 
+def run(recipe: Recipe, run_dir: RunDir) -> Iterator[Report]:
+    """Open a pack of one, train it to its end and close it; a report after every step. Any failure is recorded."""
+    with recorded_failure(run_dir):
+        pack = Pack.open(recipe)
+    try:
+        with recorded_failure(run_dir):
+            member = pack.join(recipe, run_dir)
+        yield from train(pack, member)
+    finally:
+        pack.close()
+
+
 def train(pack: Pack, member: Member) -> Iterator[Report]:
     """Train a member to its end, from its last checkpoint if it has one; yields a report after every step.
 
     The run's status goes to COMPLETE at the end, or to FAILED with the reason when anything raises. A consumer that
     stops early leaves it RUNNING, to be resumed.
     """
-    run, start = member.run_dir, time.perf_counter()
-    run.move_to(Status.RUNNING)
-    before = run.read_manifest().get("seconds", 0.0)
-    with recorded_failure(member):
+    run_dir, start = member.run_dir, time.perf_counter()
+    run_dir.move_to(Status.RUNNING)
+    before = run_dir.read_manifest().get("seconds", 0.0)
+    with recorded_failure(run_dir):
         resume(pack, member)
         for report in steps(pack, member):
-            run.update(seconds=before + time.perf_counter() - start)
+            run_dir.update(seconds=before + time.perf_counter() - start)
             if report.done:
                 finish(member)
             yield report
@@ -162,11 +176,12 @@ def finish(member: Member) -> None:
 
 
 @contextlib.contextmanager
-def recorded_failure(member: Member) -> Iterator[None]:
+def recorded_failure(run_dir: RunDir) -> Iterator[None]:
     """Record an exception as the run's FAILED status with its reason, and let it go on."""
     try:
         yield
     except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-        member.run_dir.move_to(Status.FAILED, reason=f"step {member.step}: {reason}")
+        text = " ".join(str(error).removeprefix("error: ").split())[:500]
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        run_dir.move_to(Status.FAILED, reason=kind + (text or "no message"))
         raise

@@ -140,9 +140,9 @@ def test_durations_read_well(seconds: float, shown: str) -> None:
 
 
 def test_console_shows_progress_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
-    console = metrics.Console(total_steps=10)
-    console.step({"step": 0, "eval/accuracy": 0.25})
-    console.step({"step": 4, "reward": 0.5, "step_time": 2.0})
+    console = metrics.Console()
+    console.step(10, {"step": 0, "eval/accuracy": 0.25})
+    console.step(10, {"step": 4, "reward": 0.5, "step_time": 2.0})
     first, second = capsys.readouterr().out.splitlines()
     assert "held-out 0.250" in first
     assert "ETA 12 s" in second

@@ -1,0 +1,58 @@
+"""Small real runs on the embedded model for the integration tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from harness import manifest
+from harness import recipe as recipes
+from harness.rundir import RunDir
+from harness.schema import Recipe
+
+
+@pytest.fixture(scope="session")
+def small_data(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides that make quickstart a run of seconds: few problems, small batches, transformers as the engine."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, rows in (("train", 24), ("validation", 12)):
+        pd.read_parquet(tiny_model_dir / "data" / f"{name}.parquet").head(rows).to_parquet(folder / f"{name}.parquet")
+    return [
+        f"data.train_data=[{folder}/train.parquet]",
+        f"data.val_data=[{folder}/validation.parquet]",
+        "trainer.train_batch_size=4",
+        "trainer.policy_mini_batch_size=2",
+        "trainer.micro_train_batch_size_per_gpu=4",
+        "generator.n_samples_per_prompt=4",
+        "generator.backend=transformers",
+        "trainer.max_steps=4",
+        "trainer.ckpt_interval=2",
+        "trainer.eval_interval=2",
+    ]
+
+
+@pytest.fixture
+def small_recipe(small_data: list[str]) -> Callable[..., Recipe]:
+    """A small run's recipe with further overrides."""
+
+    def make(*overrides: str) -> Recipe:
+        recipe = recipes.load("quickstart", [*small_data, *overrides])
+        recipe.sweep = None
+        return recipe
+
+    return make
+
+
+@pytest.fixture
+def new_run(tmp_path: Path) -> Callable[[Recipe, str], RunDir]:
+    """A fresh run directory for a recipe."""
+
+    def make(recipe: Recipe, name: str) -> RunDir:
+        run = RunDir(tmp_path / name)
+        run.create(recipes.to_yaml(recipe), manifest.build(recipe, kind="run", name=name, source="test"))
+        return run
+
+    return make

@@ -1,0 +1,267 @@
+"""Training for real: equal runs, resumed runs, packs, full fine-tuning, failures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from harness.metrics import MetricsFile, without_timings
+from harness.rundir import RunDir, Status
+from harness.schema import Recipe
+from rltrain.model import adapter_layers
+from rltrain.pack import Member, Pack
+from rltrain.step import optimizer_step, train_step
+from rltrain.sync.proof import SyncError
+from rltrain.trainer import train
+
+MakeRecipe = Callable[..., Recipe]
+MakeRun = Callable[[Recipe, str], RunDir]
+
+
+def _train(recipe: Recipe, run: RunDir, *, stop_after: int | None = None) -> None:
+    pack = Pack.open(recipe)
+    reports = train(pack, pack.join(recipe, run))
+    for _ in islice(reports, stop_after):
+        pass
+    reports.close()
+    pack.close()
+
+
+def _rows(run: RunDir) -> list[dict[str, float]]:
+    return [without_timings(row) for row in MetricsFile(run.metrics).rows()]
+
+
+def _adapter(run: RunDir) -> dict[str, torch.Tensor]:
+    return load_file(run.adapter / "final" / "adapter_model.safetensors")
+
+
+def _assert_equal(one: RunDir, two: RunDir) -> None:
+    assert _rows(one) == _rows(two)
+    first, second = _adapter(one), _adapter(two)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_two_equal_runs_agree_to_the_bit(small_recipe: MakeRecipe, new_run: MakeRun) -> None:
+    recipe = small_recipe()
+    runs = [new_run(recipe, name) for name in ("one", "two")]
+    for run in runs:
+        _train(recipe, run)
+    _assert_equal(*runs)
+    rows = _rows(runs[0])
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in rows if "eval/accuracy" in row] == [0, 2, 4]
+    record = runs[0].read_manifest()
+    assert record["status"] == "COMPLETE"
+    assert record["result"]["metrics"]["eval/accuracy"] == rows[-1]["eval/accuracy"]
+    assert record["result"]["base"] == {"eval/accuracy": rows[0]["eval/accuracy"]}
+
+
+def test_another_seed_is_another_run(small_recipe: MakeRecipe, new_run: MakeRun) -> None:
+    for seed in (0, 1):
+        recipe = small_recipe(f"seed={seed}", "trainer.max_steps=1")
+        _train(recipe, new_run(recipe, f"seed{seed}"))
+        seen = _rows(RunDir(new_run(recipe, f"again{seed}").path.parent / f"seed{seed}"))
+        if seed == 0:
+            first = seen
+    assert first[1]["reward"] != seen[1]["reward"] or first[1]["entropy"] != seen[1]["entropy"]
+
+
+@pytest.mark.parametrize("reports", [2, 4], ids=["before its first checkpoint", "past its first checkpoint"])
+def test_a_stopped_run_goes_on_as_if_never_stopped(small_recipe: MakeRecipe, new_run: MakeRun, reports: int) -> None:
+    recipe = small_recipe("trainer.policy.optimizer_config.scheduler=cosine")
+    whole, broken = new_run(recipe, "whole"), new_run(recipe, "broken")
+    _train(recipe, whole)
+    _train(recipe, broken, stop_after=reports)
+    assert broken.status is Status.RUNNING
+    _train(recipe, broken)
+    _assert_equal(whole, broken)
+    statuses = [entry["status"] for entry in broken.read_manifest()["status_history"]]
+    assert statuses == ["CREATED", "RUNNING", "RUNNING", "COMPLETE"]
+
+
+def test_a_member_of_a_pack_trains_as_if_alone(small_recipe: MakeRecipe, new_run: MakeRun) -> None:
+    wanted = [
+        ("trainer.policy.model.lora.rank=4", "trainer.target_modules=attention", "seed=3"),
+        (
+            "trainer.policy.model.lora.rank=8",
+            "trainer.policy.optimizer_config.lr=3e-3",
+            "generator.n_samples_per_prompt=2",
+        ),
+    ]
+    room = "generator.max_lora_rank=8"
+    recipes = [small_recipe(room, *overrides) for overrides in wanted]
+    pack = Pack.open(recipes[0])
+    assert all(pack.can_hold(recipe) for recipe in recipes)
+    members = [pack.join(recipe, new_run(recipe, f"m{i}")) for i, recipe in enumerate(recipes)]
+    pack.publish()
+    together = [_two_steps(pack)[member] for member in members]
+    _leave_all(pack, members)
+    for recipe, expected in zip(recipes, together, strict=True):
+        member = pack.join(recipe, new_run(recipe, f"solo{recipe.seed}"))
+        pack.publish()
+        alone = _two_steps(pack)[member]
+        _leave_all(pack, [member])
+        for name in ("reward", "loss", "grad_norm", "entropy", "completions/mean_length"):
+            assert alone[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
+    pack.close()
+
+
+def _two_steps(pack: Pack) -> dict[Member, dict[str, float]]:
+    for _ in range(2):
+        rows = train_step(pack)
+        for member in pack.members:
+            member.step += 1
+    return rows
+
+
+def _leave_all(pack: Pack, members: list[Member]) -> None:
+    for member in members:
+        pack.leave(member)
+
+
+def test_a_pack_is_as_new_when_a_member_has_left(small_recipe: MakeRecipe, new_run: MakeRun) -> None:
+    recipe = small_recipe("trainer.max_steps=2")
+    first, second = new_run(recipe, "first"), new_run(recipe, "second")
+    pack = Pack.open(recipe)
+    for run in (first, second):
+        member = pack.join(recipe, run)
+        for _ in train(pack, member):
+            pass
+        pack.leave(member)
+        assert not (run.path / "sync").exists()
+    pack.close()
+    _assert_equal(first, second)
+
+
+def test_kl_to_the_base_starts_at_zero_and_grows(small_recipe: MakeRecipe, new_run: MakeRun) -> None:
+    recipe = small_recipe("trainer.algorithm.use_kl_loss=true", "trainer.policy_mini_batch_size=4")
+    run = new_run(recipe, "kl")
+    _train(recipe, run)
+    kl = [row["kl"] for row in _rows(run) if "kl" in row]
+    assert kl[0] == pytest.approx(0, abs=1e-7)
+    assert kl[-1] > kl[0]
+
+
+def test_full_fine_tuning_trains_every_weight(small_recipe: MakeRecipe, new_run: MakeRun) -> None:
+    recipe = small_recipe(
+        "trainer.policy.model.lora.rank=0", "trainer.policy.model.lora.sync=merge", "trainer.max_steps=2",
+        "trainer.algorithm.use_kl_loss=true", "trainer.policy.optimizer_config.lr=1e-4",
+    )  # fmt: skip
+    run = new_run(recipe, "full")
+    pack = Pack.open(recipe)
+    before = {name: p.clone() for name, p in pack.model.named_parameters()}
+    member = pack.join(recipe, run)
+    for _ in train(pack, member):
+        pass
+    assert all(not torch.equal(p, before[name]) for name, p in pack.model.named_parameters())
+    assert not pack.can_hold(recipe)
+    assert _rows(run)[-1]["kl"] > 0
+    saved = load_file(run.adapter / "final" / "model.safetensors")
+    assert torch.equal(saved["model.norm.weight"], dict(pack.model.named_parameters())["model.norm.weight"])
+    pack.close()
+
+
+@pytest.fixture(scope="module")
+def open_pack(small_data: list[str]) -> Iterator[Callable[[Recipe], Pack]]:
+    opened: list[Pack] = []
+
+    def make(recipe: Recipe) -> Pack:
+        opened.append(Pack.open(recipe))
+        return opened[-1]
+
+    yield make
+    for pack in opened:
+        pack.close()
+
+
+@pytest.mark.parametrize(
+    ("targets", "exclude", "leaves"),
+    [
+        ("all-linear", "null", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        ("attention", "null", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("mlp", "null", {"gate_proj", "up_proj", "down_proj"}),
+        ("[q_proj,up_proj]", "null", {"q_proj", "up_proj"}),
+        ("all-linear", "[q_proj]", {"k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        (r"'.*\.layers\.0\..*(q|k)_proj'", "null", {"q_proj", "k_proj"}),
+    ],
+)
+def test_target_modules_are_what_the_recipe_says(
+    small_recipe: MakeRecipe, new_run: MakeRun, open_pack: Callable[[Recipe], Pack],
+    targets: str, exclude: str, leaves: set[str],
+) -> None:  # fmt: skip
+    recipe = small_recipe(f"trainer.target_modules={targets}", f"trainer.exclude_modules={exclude}")
+    pack = open_pack(recipe)
+    member = pack.join(recipe, new_run(recipe, "run"))
+    found = adapter_layers(pack.model, member.name)
+    assert {name.rsplit(".", 1)[1] for name in found} == leaves
+    layers = 1 if "layers" in targets else pack.model.config.num_hidden_layers
+    assert len(found) == len(leaves) * layers
+    assert len(member.parameters) == 2 * len(found)
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in member.parameters.values())
+
+
+def test_a_target_that_matches_nothing_is_refused(
+    small_recipe: MakeRecipe, new_run: MakeRun, open_pack: Callable[[Recipe], Pack]
+) -> None:
+    recipe = small_recipe("trainer.target_modules=[q_proj,query]")
+    with pytest.raises(Exception, match=r"names no module.*\n.*query"):
+        open_pack(recipe).join(recipe, new_run(recipe, "run"))
+
+
+def test_non_finite_gradients_are_skipped_then_fail(
+    small_recipe: MakeRecipe, new_run: MakeRun, open_pack: Callable[[Recipe], Pack]
+) -> None:
+    recipe = small_recipe("trainer.max_bad_steps=2")
+    member = open_pack(recipe).join(recipe, new_run(recipe, "run"))
+    before = [p.clone() for p in member.parameters.values()]
+
+    def step_with_nan() -> dict[str, float]:
+        for p in member.parameters.values():
+            p.grad = torch.full_like(p, math.nan)
+        return optimizer_step(member)
+
+    assert step_with_nan()["skipped_updates"] == 1
+    assert all(torch.equal(p, old) for p, old in zip(member.parameters.values(), before, strict=True))
+    with pytest.raises(FloatingPointError, match="2 times in a row"):
+        step_with_nan()
+
+
+@pytest.mark.heavy
+def test_a_sync_that_does_not_arrive_fails_the_run(
+    small_recipe: MakeRecipe, new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small_recipe("generator.backend=vllm", "trainer.policy.optimizer_config.lr=1e-2")
+    run = new_run(recipe, "run")
+    pack = Pack.open(recipe)
+    member = pack.join(recipe, run)
+    publish = type(member.sync).publish
+
+    def first_only(self: object, engine: object, model: object, name: str, version: int) -> None:
+        if version == 1:
+            publish(self, engine, model, name, version)
+
+    monkeypatch.setattr(type(member.sync), "publish", first_only)
+    with pytest.raises(SyncError):
+        list(train(pack, member))
+    assert run.status is Status.FAILED
+    assert "SyncError" in run.read_manifest()["reason"]
+    pack.close()
+
+
+def test_long_prompts_are_dropped_and_counted(small_recipe: MakeRecipe, new_run: MakeRun) -> None:
+    lengths = small_recipe("generator.max_input_length=128")
+    pack = Pack.open(lengths)
+    member = pack.join(lengths, new_run(lengths, "all"))
+    sizes = sorted(len(problem.prompt_ids) for problem in member.problems)
+    pack.close()
+    limit = sizes[len(sizes) // 2]
+    recipe = small_recipe(f"generator.max_input_length={limit}", "trainer.max_steps=1")
+    run = new_run(recipe, "some")
+    _train(recipe, run)
+    assert _rows(run)[-1]["num_dropped_prompts"] == sum(size > limit for size in sizes)
