@@ -103,7 +103,9 @@ class Member:
 class Pack:
     """Members on one frozen base model and one rollout engine. A single run is a pack of one."""
 
-    def __init__(self, recipe: Recipe, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, recipe: Recipe, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, room: int = 1
+    ) -> None:
         self.model: PreTrainedModel | PeftModel = base
         self.tokenizer = tokenizer
         self.device = parallel.device_of(recipe)
@@ -119,14 +121,15 @@ class Pack:
             dtype=parallel.dtype_of(recipe),
             stop_token_ids=self.stop_token_ids,
             max_lora_rank=0 if merged else engine_lora_rank(recipe),
+            max_loras=room,
         )
         self.engine: Engine = build_engine(recipe, base, options)
 
     @classmethod
-    def open(cls, recipe: Recipe) -> Pack:
-        """Load the base model and start the engine that a recipe asks for."""
+    def open(cls, recipe: Recipe, *, room: int = 1) -> Pack:
+        """Load the base model and start the engine that a recipe asks for, with room for so many members at a time."""
         parallel.set_threads(recipe)
-        return cls(recipe, *models.load_base(recipe))
+        return cls(recipe, *models.load_base(recipe), room)
 
     def can_hold(self, recipe: Recipe) -> bool:
         """Whether a run of this recipe can join: same base, engine and threads, and the base is still untrained."""
@@ -170,6 +173,13 @@ class Pack:
         """Make a member's adapter the one that computes and trains."""
         if isinstance(self.model, PeftModel):
             self.model.set_adapter(member.name)
+
+    @contextlib.contextmanager
+    def engine_asleep(self) -> Iterator[None]:
+        """The engine gives its device memory back while the trainer works (nothing to give on a CPU)."""
+        self.engine.sleep()
+        yield
+        self.engine.wake()
 
     def served_as(self, member: Member) -> str | None:
         """The name the engine knows a member's adapter by; None where its weights are the engine's own."""

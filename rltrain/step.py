@@ -21,8 +21,9 @@ Row = dict[str, float]
 def train_step(pack: Pack) -> dict[Member, Row]:
     """One GRPO step of every member: roll out, score, update, publish; each member's metrics."""
     rollouts_M = rollout(pack)
-    batches_M = [prepare(pack, scored) for scored in rollouts_M]
-    updates = [update(pack, minibatch) for minibatch in minibatches(batches_M)]
+    with pack.engine_asleep():
+        batches_M = [prepare(pack, scored) for scored in rollouts_M]
+        updates = [update(pack, minibatch) for minibatch in minibatches(batches_M)]
     pack.publish()
     return collect_stats(pack, batches_M, updates)
 
