@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
 
+TokenPair = tuple[list[int], list[int]]  # prompt, completion
+
 MAX_NEW_TOKENS = 64
-_POOL = 8  # batches drawn together and sorted by length, so that little is padding
+_MICRO_BATCH = 32  # sequences in one pass, of like length, so that little is padding
 
 
 @dataclass(frozen=True)
@@ -111,14 +113,12 @@ def train(
     model.train()
     started, losses = time.monotonic(), []
     batches = _batches(tokenizer, settings)
-    for step, (tokens, is_completion) in enumerate(itertools.islice(batches, settings.steps), start=1):
-        loss = _completion_loss(model, tokens, is_completion)
-        loss.backward()
+    for step, batch in enumerate(itertools.islice(batches, settings.steps), start=1):
+        losses.append(_backward(model, batch))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
         if step % 50 == 0 or step == settings.steps:
             left = (time.monotonic() - started) / step * (settings.steps - step)
             say(f"step {step}/{settings.steps}  loss {losses[-1]:.4f}  ETA {left / 60:.1f} min")
@@ -154,7 +154,7 @@ def sample(
     """One completion a prompt, temperature 1, at most MAX_NEW_TOKENS tokens, end token removed."""
     import torch
 
-    texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
+    texts = [_chat_text(tokenizer, messages) for messages in prompts]
     completions: list[str] = []
     for start in range(0, len(texts), 256):
         encoded = tokenizer(texts[start : start + 256], return_tensors="pt", padding=True, padding_side="left")
@@ -167,48 +167,55 @@ def sample(
     return completions
 
 
-def _batches(tokenizer: PreTrainedTokenizerBase, settings: Pretraining) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless (tokens `[B, T]`, is_completion `[B, T]`) batches from the train split, right-padded."""
-    import torch
-
+def _batches(tokenizer: PreTrainedTokenizerBase, settings: Pretraining) -> Iterator[list[TokenPair]]:
+    """Endless batches of (prompt tokens, completion tokens) from the train split, each in order of length."""
     problems = tiny_gsm.problems("train", settings.seed)
     # Its own stream: which habit an answer shows must not depend on the problem.
     rng = random.Random(f"tiny_gsm/habits/{settings.seed}")
     names, weights = list(tiny_gsm.HABITS), list(tiny_gsm.HABITS.values())
     while True:
         prompts, completions = [], []
-        for problem in itertools.islice(problems, settings.batch_size * _POOL):
+        for problem in itertools.islice(problems, settings.batch_size):
+            prompts.append(_chat_text(tokenizer, gsm8k.prompt(problem.question)))
             habit = rng.choices(names, weights)[0]
-            prompts.append(
-                tokenizer.apply_chat_template(
-                    gsm8k.prompt(problem.question), tokenize=False, add_generation_prompt=True
-                )
-            )
             completions.append(tiny_gsm.answer_with_habit(problem, habit, rng) + tokenizer.eos_token)
-        prompt_ids = tokenizer(prompts)["input_ids"]
-        completion_ids = tokenizer(completions)["input_ids"]
-        pairs = sorted(zip(prompt_ids, completion_ids, strict=True), key=lambda pair: len(pair[0]) + len(pair[1]))
-        starts = list(range(0, len(pairs), settings.batch_size))
-        rng.shuffle(starts)
-        for start in starts:
-            batch = pairs[start : start + settings.batch_size]
-            longest = max(len(p) + len(c) for p, c in batch)
-            tokens = torch.full((len(batch), longest), tokenizer.pad_token_id)
-            is_completion = torch.zeros((len(batch), longest), dtype=torch.bool)
-            for index, (p, c) in enumerate(batch):
-                tokens[index, : len(p) + len(c)] = torch.tensor(p + c)
-                is_completion[index, len(p) : len(p) + len(c)] = True
-            yield tokens, is_completion
+        pairs = zip(tokenizer(prompts)["input_ids"], tokenizer(completions)["input_ids"], strict=True)
+        yield sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
 
 
-def _completion_loss(model: Qwen2ForCausalLM, tokens: torch.Tensor, is_completion: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy over completion tokens. Right padding under a causal mask needs no attention mask."""
+def _backward(model: Qwen2ForCausalLM, batch: list[TokenPair]) -> float:
+    """Accumulate the gradient of the mean cross-entropy over the batch's completion tokens; returns the loss."""
     import torch
 
-    hidden = model.model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
-    targets = is_completion[:, 1:]
-    logits = model.lm_head(hidden[targets])
-    return torch.nn.functional.cross_entropy(logits, tokens[:, 1:][targets])
+    total = sum(len(completion) for _, completion in batch)
+    batch_loss = 0.0
+    for start in range(0, len(batch), _MICRO_BATCH):
+        tokens, is_completion = _right_pad(batch[start : start + _MICRO_BATCH])
+        # Right padding under a causal mask needs no attention mask.
+        hidden = model.model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
+        logits = model.lm_head(hidden[is_completion[:, 1:]])
+        targets = tokens[:, 1:][is_completion[:, 1:]]
+        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / total
+        loss.backward()
+        batch_loss += loss.item()
+    return batch_loss
+
+
+def _right_pad(pairs: Sequence[TokenPair]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens `[B, T]` and which of them are completion `[B, T]`."""
+    import torch
+
+    longest = max(len(prompt) + len(completion) for prompt, completion in pairs)
+    tokens = torch.zeros((len(pairs), longest), dtype=torch.long)
+    is_completion = torch.zeros((len(pairs), longest), dtype=torch.bool)
+    for row, (prompt, completion) in enumerate(pairs):
+        tokens[row, : len(prompt) + len(completion)] = torch.tensor(prompt + completion)
+        is_completion[row, len(prompt) : len(prompt) + len(completion)] = True
+    return tokens, is_completion
+
+
+def _chat_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def _warmup_cosine(step: int, settings: Pretraining) -> float:

@@ -1,0 +1,96 @@
+"""Log-probabilities, references and adapter statistics on a tiny random model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from rltrain.batch import Batch, collate
+from rltrain.model import AdapterOff, FrozenCopy, adapter_statistics, token_logprobs
+
+
+@pytest.fixture
+def base() -> Qwen2ForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    return Qwen2ForCausalLM(config).eval()
+
+
+@pytest.fixture
+def adapted(base: Qwen2ForCausalLM) -> PeftModel:
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"), "member0")
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+@pytest.fixture
+def batch() -> Batch:
+    prompts, completions = [[5, 6, 7], [8], [9, 10]], [[1, 2], [3, 4, 9, 11], [12]]
+    return collate(prompts, completions, [[0.0] * len(c) for c in completions], pad_id=0, device=torch.device("cpu"))
+
+
+def test_logprobs_equal_those_of_each_sequence_alone(base: Qwen2ForCausalLM, batch: Batch) -> None:
+    temperature = 0.7
+    with torch.no_grad():
+        together, entropy = token_logprobs(base, batch, temperature, entropy=True)
+        assert entropy is not None
+        for row, (prompt, completion) in enumerate([([5, 6, 7], [1, 2]), ([8], [3, 4, 9, 11]), ([9, 10], [12])]):
+            logits = base(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / temperature
+            expected = torch.distributions.Categorical(logits=logits)
+            length = len(completion)
+            assert torch.allclose(together[row, :length], expected.log_prob(torch.tensor(completion)), atol=1e-5)
+            assert torch.allclose(entropy[row, :length], expected.entropy(), atol=1e-5)
+
+
+def test_the_adapters_reference_is_the_base(base: Qwen2ForCausalLM, batch: Batch) -> None:
+    with torch.no_grad():
+        expected = token_logprobs(base, batch, 1.0)[0].clone()
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear"), "member0")
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(parameter)
+    model.eval()
+    with torch.no_grad():
+        assert not torch.allclose(token_logprobs(model, batch, 1.0)[0], expected, atol=1e-3)
+    assert torch.equal(AdapterOff(model).logprobs(batch, 1.0), expected)
+
+
+def test_a_frozen_copy_stays_where_training_started(base: Qwen2ForCausalLM, batch: Batch) -> None:
+    reference = FrozenCopy(base)
+    before = reference.logprobs(batch, 1.0)
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.mul_(1.5)
+    assert torch.equal(reference.logprobs(batch, 1.0), before)
+    assert not any(p.requires_grad for p in reference.model.parameters())
+
+
+def test_effective_rank_counts_equal_directions(adapted: PeftModel) -> None:
+    # BA with three equal singular values has effective rank three.
+    for layer in adapted.modules():
+        if hasattr(layer, "lora_A") and "member0" in getattr(layer, "lora_A", {}):
+            a, b = layer.lora_A["member0"].weight, layer.lora_B["member0"].weight
+            with torch.no_grad():
+                a.zero_()
+                b.zero_()
+                for i in range(3):
+                    a[i, i] = 2.0
+                    b[i, i] = 5.0
+    statistics = adapter_statistics(adapted, "member0")
+    assert statistics["lora/effective_rank"] == pytest.approx(3.0, rel=1e-4)
+    modules = 7 * 2
+    assert statistics["lora/norm_A"] == pytest.approx((modules * 3 * 4.0) ** 0.5, rel=1e-5)
+    assert statistics["lora/norm_B"] == pytest.approx((modules * 3 * 25.0) ** 0.5, rel=1e-5)
+
+
+def test_a_fresh_adapter_has_no_effective_rank(base: Qwen2ForCausalLM) -> None:
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]), "member0")
+    assert adapter_statistics(model, "member0")["lora/effective_rank"] == 0

@@ -1,0 +1,49 @@
+"""What is refused before anything heavy starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from harness import recipe as recipes
+from harness.errors import UserError
+from rltrain import parallel
+from rltrain.preflight import check_run
+
+
+def test_the_quickstart_passes(tiny_model_dir: Path) -> None:
+    check_run(recipes.load("quickstart"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["trainer.policy.model.path=./nowhere"], "names no folder"),
+        (["trainer.policy.model.path=recipes"], "no config.json"),
+        (["data.train_data=[]"], "at least one file"),
+        (["data.val_data=[nowhere.parquet]"], "nowhere.parquet"),
+        (["environment.env_class=gsm9k"], "gsm8k"),
+        (["trainer.train_batch_size=100000", "trainer.policy_mini_batch_size=100000"], "fewer problems than one batch"),
+        (["trainer.target_modules=[q_proj,lm_head]"], "vLLM serves no adapter"),
+        (["generator.num_inference_engines=2"], "one process"),
+        (["trainer.placement.colocate_all=false"], "trainer.placement.colocate_all=true"),
+    ],
+)
+def test_bad_input_is_explained(tiny_model_dir: Path, overrides: list[str], told: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_run(recipes.load("quickstart", overrides))
+    assert told in str(caught.value)
+
+
+def test_missing_gpus_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "visible_gpus", lambda: 1)
+    with pytest.raises(UserError, match="4 asked, 1 there"):
+        check_run(recipes.load("gsm8k_lora"))
+
+
+def test_missing_columns_are_named(tiny_model_dir: Path, tmp_path: Path) -> None:
+    pd.DataFrame({"question": ["1 + 1?"]}).to_parquet(tmp_path / "bad.parquet")
+    with pytest.raises(UserError, match="prompt"):
+        check_run(recipes.load("quickstart", [f"data.train_data=[{tmp_path}/bad.parquet]"]))
