@@ -77,8 +77,7 @@ class Engine(Protocol):
         """Replace the model's weights: all of them, under the names of the base model's `state_dict`."""
 
     def use_model(self, model: Any) -> None:
-        """Sample from this model from now on: the trainer's changes when adapters come and go. Matters where weights are
-        shared only."""
+        """Where weights are shared: sample from this model from now on (the trainer's changes with its adapters)."""
 
     def sleep(self) -> None:
         """Give accelerator memory back until `wake`; nothing to do where engine and trainer do not compete for it."""

@@ -84,20 +84,34 @@ class TransformersEngine:
         """One padded batch `[B]`, all of one member and one Sampling."""
         sampling = requests[places[0][0]].sampling
         device = self._model.device
-        prompts = [list(requests[p].prompt_token_ids) for p, _ in places]
+        rows = {p: row for row, p in enumerate(dict.fromkeys(p for p, _ in places))}
+        prompts = [list(requests[p].prompt_token_ids) for p in rows]
         width = max(map(len, prompts))
-        input_ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+        ids_P = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        attention_mask = (torch.arange(width, device=device) >= (width - lengths)[:, None]).long()
+        mask_P = (torch.arange(width, device=device) >= (width - lengths)[:, None]).long()
+        row_of_B = torch.tensor([rows[p] for p, _ in places], device=device)
         draw = _Draw([sample_seed(requests[p].seed, g) for p, g in places], sampling, device)
         sequences = self._model.generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
+            input_ids=ids_P[row_of_B],
+            attention_mask=mask_P[row_of_B],
+            past_key_values=self._prefill(ids_P[:, :-1], mask_P[:, :-1], row_of_B),
             generation_config=self._generation_config(sampling),
             logits_processor=_processors(sampling, draw),
         )
         logprobs = torch.stack(draw.logprobs, dim=1).tolist()
         return [self._sample(row, logprobs[i]) for i, row in enumerate(sequences[:, width:].tolist())]
+
+    def _prefill(self, ids_P: torch.Tensor, mask_P: torch.Tensor, row_of_B: torch.Tensor) -> Any:
+        """Keys and values of the prompts, computed once per prompt and repeated for each of its samples."""
+        if ids_P.shape[1] == 0:
+            return None
+        position_ids = (mask_P.cumsum(dim=-1) - 1).clamp(min=0)
+        output = self._model(
+            input_ids=ids_P, attention_mask=mask_P, position_ids=position_ids, use_cache=True, logits_to_keep=1
+        )
+        output.past_key_values.batch_select_indices(row_of_B)
+        return output.past_key_values
 
     def _sample(self, token_ids: list[int], logprobs: list[float]) -> Sample:
         """Cut the padding that `generate` leaves after a row's EOS."""

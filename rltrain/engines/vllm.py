@@ -11,15 +11,26 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read once, when vLLM is imported
+import vllm
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+from vllm.lora.request import LoRARequest
+from vllm.platforms import current_platform
 
 from harness.schema import Recipe, Sampling
 from rltrain.engines.base import EngineOptions, Request, Sample, check_prompts, sample_seed, unknown_member
+from rltrain.sync.proof import SyncError
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM's `max_lora_rank` may have; an adapter keeps its own r."""
 
-CPU_BATCHED_TOKENS = 8192
-"""Tokens in one forward pass on a CPU: prompts are admitted whole while they fit."""
+CPU_BATCHED_TOKENS = 4096
+"""Tokens in one forward pass on a CPU; more is slower, for the activations leave the cache."""
+
+CPU_BLOCK_SIZE = 32
+"""Tokens in a block of the KV cache, the least there is: samples of one prompt share its whole blocks only."""
 
 
 def build(recipe: Recipe, model: Any, options: EngineOptions) -> VLLMEngine:
@@ -56,6 +67,7 @@ class VLLMEngine:
             "seed": recipe.seed,
             # Prompts come as token ids and EOS ids as stop tokens: no tokenizer, no second reading of the model's EOS.
             "skip_tokenizer_init": True,
+            "use_tqdm_on_load": False,
             "generation_config": "vllm",
             "logprobs_mode": "processed_logprobs",
         }
@@ -64,18 +76,17 @@ class VLLMEngine:
             settings |= {
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(max_model_len, generator.max_num_seqs, CPU_BATCHED_TOKENS),
+                "block_size": CPU_BLOCK_SIZE,
             }
         if options.max_lora_rank:
             settings |= {
                 "enable_lora": True,
                 "max_lora_rank": next(rank for rank in LORA_RANKS if rank >= options.max_lora_rank),
-                # On a CPU, rows without an adapter have index -1 and so meet the last slot: it must stay empty.
-                "max_loras": options.max_loras + (1 if on_cpu else 0),
+                "max_loras": options.max_loras,
             }
         with _process_state_kept():
-            import vllm
-
-            self._vllm = vllm
+            if on_cpu:
+                type(current_platform).get_punica_wrapper = classmethod(lambda _: f"{__name__}.{GroupedLoRA.__name__}")
             self._llm = vllm.LLM(**settings)
 
     def generate(self, requests: Sequence[Request]) -> list[list[Sample]]:
@@ -91,15 +102,18 @@ class VLLMEngine:
                 prompts.append(prompt)
                 params.append(self._params(request.sampling, sample_seed(request.seed, index)))
                 adapters.append(adapter)
+        # Nothing cached outlives a call: no keys of older weights, and the same call gives the same bits again.
+        self._llm.llm_engine.reset_prefix_cache()
         with _random_state_kept():
             outputs = self._llm.generate(prompts, params, lora_request=adapters, use_tqdm=False)
         samples = iter([_sample(output.outputs[0]) for output in outputs])
         return [[next(samples) for _ in range(request.n)] for request in requests]
 
     def load_adapter(self, member: str, version: int, path: Path) -> None:
-        """Serve `member` from the PEFT folder `path` from now on."""
-        from vllm.lora.request import LoRARequest
+        """Serve `member` from the PEFT folder `path` from now on.
 
+        Raises RuntimeError when all slots are taken and SyncError when vLLM took fewer modules than the folder holds.
+        """
         self.drop_adapter(member)
         if len(self._adapters) == self._max_loras:
             raise RuntimeError(f"the engine has room for {self._max_loras} adapters and holds {sorted(self._adapters)}")
@@ -108,19 +122,21 @@ class VLLMEngine:
         self._next_id += 1
         adapter = LoRARequest(lora_name=name, lora_int_id=new_id, lora_path=str(path))
         self._llm.llm_engine.add_lora(adapter)
+        trained = _modules_in(path)
+        for served in self._llm.collective_rpc(_modules_served, args=(adapter.lora_int_id,)):
+            if served != trained:
+                raise SyncError(f"vLLM took {served} of the {trained} modules of the adapter in {path}")
         self._adapters[member] = adapter
 
     def drop_adapter(self, member: str) -> None:
-        """Forget the member's adapter and every cached prefix: a later adapter must never meet an older one's keys."""
+        """Forget the member's adapter; a member that has none is no error."""
         old = self._adapters.pop(member, None)
         if old is not None:
             self._llm.llm_engine.remove_lora(old.lora_int_id)
-            self._llm.llm_engine.reset_prefix_cache()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace the model's weights, through vLLM's own reloading: its CPU kernels keep packed copies."""
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
-        self._llm.llm_engine.reset_prefix_cache()
 
     def use_model(self, model: Any) -> None:
         """vLLM has weights of its own."""
@@ -149,7 +165,7 @@ class VLLMEngine:
         return self._adapters[member]
 
     def _params(self, sampling: Sampling, seed: int) -> Any:
-        return self._vllm.SamplingParams(
+        return vllm.SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
@@ -161,17 +177,74 @@ class VLLMEngine:
         )
 
 
+class GroupedLoRA(PunicaWrapperCPU):
+    """vLLM's LoRA on a CPU with one pair of matrix products per adapter in the batch.
+
+    vLLM's own gathers a copy of A and B for every token, and gives rows of the base (index -1) the last slot's adapter.
+    """
+
+    def update_metadata(self, *args: Any, **kwargs: Any) -> None:
+        """Note which rows of the batch belong to which adapter slot."""
+        super().update_metadata(*args, **kwargs)
+        self._groups = _rows_by_slot(self.token_lora_indices)
+
+    def add_lora_linear(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: tuple[torch.Tensor, ...],
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        **kwargs: Any,
+    ) -> None:
+        """y += scale * x A^T B^T in place: y `[N, out]`, x `[N, in]`, A `[slots, 1, r, in]`, B `[slots, 1, out, r]`.
+
+        q, k and v (gate and up) come packed: one A and one B each, every B for its slice of `out`.
+        """
+        offset = 0
+        for lora_a, lora_b, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
+            part = y[:, offset : offset + size]
+            offset += size
+            for slot, rows in self._groups:
+                a, b = lora_a[slot, 0].T, lora_b[slot, 0].T
+                if rows is None:
+                    part.addmm_(x @ a, b, alpha=scale)
+                else:
+                    part.index_add_(0, rows, x[rows] @ a @ b, alpha=scale)
+
+
+def _rows_by_slot(slot_N: torch.Tensor) -> list[tuple[int, torch.Tensor | None]]:
+    """(slot, its rows) for each adapter in the batch; None stands for all rows."""
+    slots = slot_N.unique().tolist()
+    if len(slots) == 1:
+        return [(slots[0], None)] if slots[0] >= 0 else []
+    return [(slot, (slot_N == slot).nonzero().squeeze(1)) for slot in slots if slot >= 0]
+
+
 def _sample(output: Any) -> Sample:
     token_ids = list(output.token_ids)
     logprobs = [position[token].logprob for position, token in zip(output.logprobs, token_ids, strict=True)]
     return Sample(token_ids, logprobs, output.finish_reason)
 
 
+def _modules_in(path: Path) -> int:
+    """How many modules an adapter's folder holds."""
+    with safe_open(path / "adapter_model.safetensors", framework="pt") as file:
+        return sum("lora_A" in name or "lora_embedding_A" in name for name in file.keys())  # noqa: SIM118
+
+
+def _modules_served(worker: Any, adapter_id: int) -> int:
+    """How many of an adapter's modules vLLM applies (it ignores others in silence); q, k, v and gate, up are packed."""
+    manager = worker.model_runner.lora_manager._adapter_manager
+    packed = [lora.lora_a for name, lora in manager.get_adapter(adapter_id).loras.items() if name in manager.modules]
+    return sum(sum(a is not None for a in lora_a) if isinstance(lora_a, list) else 1 for lora_a in packed)
+
+
 def _set_environment(cpu_kv_cache_gb: int | None) -> None:
-    """Read by vLLM when imported or started: in this process, quiet, no usage report, no pinned threads."""
+    """Read by vLLM when it starts: in this process, quiet, no usage report, no pinned threads."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if cpu_kv_cache_gb is not None:
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(cpu_kv_cache_gb)
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
@@ -181,10 +254,12 @@ def _set_environment(cpu_kv_cache_gb: int | None) -> None:
 def _random_state_kept() -> Iterator[None]:
     """vLLM seeds and draws from the process's generators; the trainer must not notice."""
     state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng():
-        yield
-    random.setstate(state[0])
-    np.random.set_state(state[1])  # noqa: NPY002
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(state[0])
+        np.random.set_state(state[1])  # noqa: NPY002
 
 
 @contextlib.contextmanager
@@ -192,11 +267,12 @@ def _process_state_kept() -> Iterator[None]:
     """Starting vLLM on a CPU disables torch.set_num_threads and preloads libraries into every child process."""
     set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
     preload = os.environ.get("LD_PRELOAD")
-    with _random_state_kept():
-        yield
-    torch.set_num_threads = set_num_threads
-    torch.set_num_threads(threads)
-    if preload is None:
+    try:
+        with _random_state_kept():
+            yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(threads)
         os.environ.pop("LD_PRELOAD", None)
-    else:
-        os.environ["LD_PRELOAD"] = preload
+        if preload is not None:
+            os.environ["LD_PRELOAD"] = preload
