@@ -82,7 +82,8 @@ def with_values(recipe: Recipe, values: dict[str, Any]) -> Recipe:
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """A recipe as plain nested values, enums by name."""
-    return json.loads(json.dumps(dataclasses.asdict(recipe), default=_enum_name))  # type: ignore[no-any-return]
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe), default=_enum_name))
+    return values
 
 
 def to_yaml(recipe: Recipe) -> str:

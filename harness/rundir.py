@@ -107,7 +107,8 @@ class RunDir:
     def read_manifest(self) -> dict[str, Any]:
         """The manifest; raises UserError when there is none or it is damaged."""
         try:
-            return json.loads(self.manifest.read_text())  # type: ignore[no-any-return]
+            record: dict[str, Any] = json.loads(self.manifest.read_text())
+            return record
         except FileNotFoundError:
             raise UserError("not a run directory: it has no manifest.json", got=self.path) from None
         except json.JSONDecodeError as error:

@@ -109,25 +109,36 @@ def adapter_off(model: Any) -> Iterator[None]:
         yield
 
 
-def token_logprobs(
-    model: Any, batch: Batch, temperature: float, *, entropy: bool = False
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probabilities of the completions' tokens and, if asked, the entropies there; `[B, T]` each, float32.
+def token_logprobs(model: Any, batch: Batch, temperature: float) -> torch.Tensor:
+    """Log-probabilities of the completions' tokens, `[B, T]`, float32.
 
     Logits are divided by the temperature, as the engine does before it samples.
     """
-    length = batch.completion_ids.shape[1]
+    return _chosen(_log_distribution(model, batch, temperature), batch)
+
+
+def token_logprobs_and_entropy(model: Any, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`token_logprobs`, and the entropies (nats) of the distributions there, `[B, T]`, without gradient."""
+    logprobs = _log_distribution(model, batch, temperature)
+    with torch.no_grad():
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return _chosen(logprobs, batch), entropy
+
+
+def _log_distribution(model: Any, batch: Batch, temperature: float) -> torch.Tensor:
+    """`[B, T, V]`: over the vocabulary, at each position that a completion's token was drawn from."""
     output = model(
         input_ids=torch.cat([batch.prompt_ids, batch.completion_ids], dim=1),
         attention_mask=batch.attention_mask,
         position_ids=batch.position_ids,
         use_cache=False,
-        logits_to_keep=length + 1,
+        logits_to_keep=batch.completion_ids.shape[1] + 1,
     )
-    logits = output.logits[:, :-1].float() / temperature
-    logprobs = torch.log_softmax(logits, dim=-1)
-    chosen = logprobs.gather(-1, batch.completion_ids.unsqueeze(-1)).squeeze(-1)
-    return chosen, -(logprobs.exp() * logprobs).sum(-1) if entropy else None
+    return torch.log_softmax(output.logits[:, :-1].float() / temperature, dim=-1)
+
+
+def _chosen(logprobs_BTV: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return logprobs_BTV.gather(-1, batch.completion_ids.unsqueeze(-1)).squeeze(-1)
 
 
 class Reference(Protocol):
@@ -148,7 +159,7 @@ class AdapterOff:
     def logprobs(self, batch: Batch, temperature: float) -> torch.Tensor:
         """Log-probabilities under the base, `[B, T]`."""
         with adapter_off(self.model):
-            return token_logprobs(self.model, batch, temperature)[0]
+            return token_logprobs(self.model, batch, temperature)
 
 
 class FrozenCopy:
@@ -162,7 +173,7 @@ class FrozenCopy:
     @torch.no_grad()
     def logprobs(self, batch: Batch, temperature: float) -> torch.Tensor:
         """Log-probabilities under the copy, `[B, T]`."""
-        return token_logprobs(self.model, batch, temperature)[0]
+        return token_logprobs(self.model, batch, temperature)
 
 
 @torch.no_grad()

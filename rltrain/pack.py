@@ -29,6 +29,8 @@ from rltrain.problems import Problem, load_problems
 from rltrain.seeding import permutation, stream_seed
 from rltrain.sync.base import Sync, build_sync
 
+DEFAULT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+
 
 class Timer:
     """Wall time of named spans, summed until taken."""
@@ -84,6 +86,19 @@ class Member:
     def temperature(self) -> float:
         """The training samples' temperature."""
         return self.recipe.generator.sampling_params.temperature
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """Whether updates see another policy than the one that sampled: several a step, or dropout."""
+        trainer = self.recipe.trainer
+        updates = trainer.update_epochs_per_batch * (trainer.train_batch_size // trainer.policy_mini_batch_size)
+        return updates > 1 or trainer.policy.model.lora.dropout > 0
+
+    @property
+    def sync_tolerance(self) -> float:
+        """The mean gap between engine and trainer that fails the run, in nats."""
+        default = DEFAULT_TOLERANCE[parallel.dtype_of(self.recipe)]
+        return self.recipe.trainer.sync_tolerance or default
 
     @property
     def total_steps(self) -> int:

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 import torch
 
 from rltrain.batch import Batch
-from rltrain.model import token_logprobs
+from rltrain.losses import Totals
+from rltrain.model import token_logprobs, token_logprobs_and_entropy
 from rltrain.pack import Member, Pack
-from rltrain.probe import prove_sync
+from rltrain.probe import check_gap, prove_sync
 from rltrain.rollout import Rollout, rollout
 
 Row = dict[str, float]
+GAP_MEAN = "sampling/sampling_logp_difference/mean"
+GAP_MAX = "sampling/sampling_logp_difference/max"
 
 
 def train_step(pack: Pack) -> dict[Member, Row]:
@@ -53,20 +56,16 @@ def prepare(pack: Pack, scored: Rollout) -> Prepared:
     batch.advantages = member.advantages(scored.rewards).flatten().to(pack.device)
     pack.activate(member)
     with pack.timer.span("logprobs"):
-        batch.old_logprobs, entropy = forward_logprobs(pack, member, batch)
+        prove_sync(pack, member, batch, member.temperature)
+        parts = list(batch.split(member.recipe.trainer.micro_forward_batch_size_per_gpu))
+        if member.needs_old_logprobs:
+            old = [token_logprobs(pack.model, part, member.temperature) for part in parts]
+            batch.old_logprobs = widen(old, batch.mask.shape[1])
         if member.reference is not None:
-            parts = batch.split(member.recipe.trainer.micro_forward_batch_size_per_gpu)
             ref = [member.reference.logprobs(part, member.temperature) for part in parts]
             batch.ref_logprobs = widen(ref, batch.mask.shape[1])
-        gap = prove_sync(pack, member, batch, member.temperature)
     member.num_tokens += batch.tokens + int(batch.prompt_mask.sum())
-    stats = scored.statistics() | {
-        "entropy": float((entropy * batch.mask).sum()) / max(1, batch.tokens),
-        "num_tokens": member.num_tokens,
-        "sampling/sampling_logp_difference/mean": gap.engine,
-        "sampling/sampling_logp_difference/max": gap.largest,
-    }
-    return Prepared(member, batch, stats)
+    return Prepared(member, batch, scored.statistics() | {"num_tokens": member.num_tokens})
 
 
 def minibatches(batches_M: Iterable[Prepared]) -> Iterator[tuple[Member, Batch]]:
@@ -80,7 +79,10 @@ def minibatches(batches_M: Iterable[Prepared]) -> Iterator[tuple[Member, Batch]]
 
 
 def update(pack: Pack, minibatch: tuple[Member, Batch]) -> Update:
-    """Forward, loss and backward over micro-batches, then one optimizer step; a non-finite gradient skips the step."""
+    """Forward, loss and backward over micro-batches, then one optimizer step; a non-finite gradient skips the step.
+
+    Where old log-probabilities were not needed apart, the policy is still the one that sampled, and these are they.
+    """
     member, batch = minibatch
     pack.activate(member)
     totals = member.objective.totals(batch)
@@ -88,12 +90,14 @@ def update(pack: Pack, minibatch: tuple[Member, Batch]) -> Update:
     with pack.timer.span("update"):
         pack.model.train()
         for micro in batch.split(member.recipe.trainer.micro_train_batch_size_per_gpu):
-            logprobs, _ = token_logprobs(pack.model, micro, member.temperature)
+            logprobs, entropy = token_logprobs_and_entropy(pack.model, micro, member.temperature)
+            if micro.old_logprobs is None:
+                micro.old_logprobs = logprobs.detach()
             loss, seen = member.objective(logprobs, micro, totals)
             loss.backward()
-            for name, value in seen.items():
-                stats[name] += value
+            add_up(stats, seen | sampling_stats(micro, entropy, totals))
         pack.model.eval()
+        check_gap(stats[GAP_MEAN], stats[GAP_MAX], member.sync_tolerance)
         stats |= {"learning_rate": float(member.optimizer.param_groups[0]["lr"]), **optimizer_step(member)}
     return Update(member, dict(stats))
 
@@ -115,16 +119,21 @@ def optimizer_step(member: Member) -> Row:
     return {"grad_norm": norm, "skipped_updates": float(not finite)}
 
 
-def forward_logprobs(pack: Pack, member: Member, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The policy's log-probabilities and entropies of a whole batch, micro-batch by micro-batch; `[B, T]` each."""
-    logprobs, entropies = [], []
-    for micro in batch.split(member.recipe.trainer.micro_forward_batch_size_per_gpu):
-        values, entropy = token_logprobs(pack.model, micro, member.temperature, entropy=True)
-        assert entropy is not None
-        logprobs.append(values)
-        entropies.append(entropy)
-    width = batch.mask.shape[1]
-    return widen(logprobs, width), widen(entropies, width)
+def sampling_stats(micro: Batch, entropy_BT: torch.Tensor, totals: Totals) -> Row:
+    """A micro-batch's share of the mean entropy and of the gap between engine and trainer; the gap's maximum whole."""
+    assert micro.old_logprobs is not None
+    gap = (micro.engine_logprobs - micro.old_logprobs).abs() * micro.mask
+    return {
+        "entropy": float((entropy_BT * micro.mask).sum()) / totals.tokens,
+        GAP_MEAN: float(gap.sum()) / totals.tokens,
+        GAP_MAX: float(gap.max()),
+    }
+
+
+def add_up(stats: Row, seen: Row) -> None:
+    """Add a micro-batch's shares to the mini-batch's statistics; maxima stay maxima."""
+    for name, value in seen.items():
+        stats[name] = max(stats[name], value) if name == GAP_MAX else stats[name] + value
 
 
 def widen(parts: list[torch.Tensor], width: int) -> torch.Tensor:
@@ -140,5 +149,6 @@ def collect_stats(pack: Pack, batches_M: list[Prepared], updates: list[Update]) 
         own = [u.stats for u in updates if u.member is prepared.member]
         means = {name: sum(s[name] for s in own) / len(own) for name in own[0]}
         means["skipped_updates"] = sum(s["skipped_updates"] for s in own)
+        means[GAP_MAX] = max(s[GAP_MAX] for s in own)
         rows[prepared.member] = {**prepared.stats, **means, **timings}
     return rows

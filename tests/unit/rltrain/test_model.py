@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rltrain.batch import Batch, collate
-from rltrain.model import AdapterOff, FrozenCopy, adapter_statistics, token_logprobs
+from rltrain.model import AdapterOff, FrozenCopy, adapter_statistics, token_logprobs, token_logprobs_and_entropy
 
 
 @pytest.fixture
@@ -40,8 +40,7 @@ def batch() -> Batch:
 def test_logprobs_equal_those_of_each_sequence_alone(base: Qwen2ForCausalLM, batch: Batch) -> None:
     temperature = 0.7
     with torch.no_grad():
-        together, entropy = token_logprobs(base, batch, temperature, entropy=True)
-        assert entropy is not None
+        together, entropy = token_logprobs_and_entropy(base, batch, temperature)
         for row, (prompt, completion) in enumerate([([5, 6, 7], [1, 2]), ([8], [3, 4, 9, 11]), ([9, 10], [12])]):
             logits = base(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / temperature
             expected = torch.distributions.Categorical(logits=logits)
@@ -52,14 +51,14 @@ def test_logprobs_equal_those_of_each_sequence_alone(base: Qwen2ForCausalLM, bat
 
 def test_the_adapters_reference_is_the_base(base: Qwen2ForCausalLM, batch: Batch) -> None:
     with torch.no_grad():
-        expected = token_logprobs(base, batch, 1.0)[0].clone()
+        expected = token_logprobs(base, batch, 1.0)
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear"), "member0")
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.ones_(parameter)
     model.eval()
     with torch.no_grad():
-        assert not torch.allclose(token_logprobs(model, batch, 1.0)[0], expected, atol=1e-3)
+        assert not torch.allclose(token_logprobs(model, batch, 1.0), expected, atol=1e-3)
     assert torch.equal(AdapterOff(model).logprobs(batch, 1.0), expected)
 
 
