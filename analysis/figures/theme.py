@@ -1,0 +1,127 @@
+"""How every figure looks: light or dark, wide or narrow, colours that colour-blind readers can tell apart."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import Colormap, ListedColormap
+from matplotlib.figure import Figure
+
+from harness.rundir import Status
+
+# Okabe and Ito (2008), in the order that shows best on a light and on a dark page; no black, no yellow on white.
+OKABE_ITO = {
+    False: ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
+    True: ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00"),
+}
+MARKERS = ("o", "s", "^", "D", "v", "P")
+SCHEMES = {
+    False: {"paper": "#ffffff", "ink": "#22272c", "soft": "#66707a", "rule": "#d9dde1", "good": "#e4f1e6"},
+    True: {"paper": "#1c2126", "ink": "#e6e9ec", "soft": "#9aa4ae", "rule": "#3a424a", "good": "#23352a"},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Which page a figure is drawn for."""
+
+    dark: bool = False
+    narrow: bool = False
+
+    @property
+    def colours(self) -> dict[str, str]:
+        """The page's own colours: paper, ink, soft (second to ink), rule (grid), good (a band)."""
+        return SCHEMES[self.dark]
+
+    @property
+    def size(self) -> tuple[float, float]:
+        """Width and height in inches at 100 dots."""
+        return (3.7, 3.7) if self.narrow else (9.6, 4.4)
+
+    @property
+    def sequence(self) -> Colormap:
+        """Viridis without the end that fades into this page."""
+        low, high = (0.22, 1.0) if self.dark else (0.0, 0.86)
+        return ListedColormap(mpl.colormaps["viridis"](np.linspace(low, high, 256)))
+
+
+def status_style(status: str) -> tuple[Any, Any]:
+    """Line style and end marker by status: pruned and running are hollow (dashed), failed is a cross (dotted)."""
+    if status == Status.COMPLETE.value:
+        return "-", ""
+    return (":", "x") if status == Status.FAILED.value else ("--", "o")
+
+
+def category_styles(values: Sequence[Any], look: Look) -> dict[Any, tuple[str, str]]:
+    """A colour and a marker for each of a few categories, in order."""
+    return dict(zip(values, itertools.cycle(zip(OKABE_ITO[look.dark], MARKERS, strict=True)), strict=False))
+
+
+def base_line(axes: Axes, base: float | None, text: str, look: Look) -> None:
+    """The base model's level as a line with its name outside, at the right, where no data can cover it."""
+    if base is None:
+        return
+    axes.axhline(base, color=look.colours["soft"], linestyle=(0, (1, 2)), linewidth=1.2, zorder=1)
+    axes.annotate(
+        text,
+        (1.0, base),
+        xycoords=("axes fraction", "data"),
+        xytext=(3, 0),
+        textcoords="offset points",
+        va="center",
+        color=look.colours["soft"],
+        fontsize="small",
+    )
+
+
+def render(draw: Callable[[Figure, Look], None], look: Look, kind: str) -> bytes:
+    """A figure as `svg` or `png`; equal data gives equal bytes."""
+    with _settings(look):
+        figure = Figure(figsize=look.size, layout="constrained")
+        draw(figure, look)
+        buffer = io.BytesIO()
+        if kind == "svg":
+            FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
+        else:
+            FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+@contextmanager
+def _settings(look: Look) -> Iterator[None]:
+    colours = look.colours
+    values: dict[Any, Any] = {
+        "font.size": 9.5,
+        "font.family": "DejaVu Sans",
+        "svg.fonttype": "none",
+        "svg.hashsalt": "noregret",
+        "figure.facecolor": colours["paper"],
+        "savefig.facecolor": colours["paper"],
+        "axes.facecolor": colours["paper"],
+        "axes.edgecolor": colours["rule"],
+        "axes.labelcolor": colours["ink"],
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": colours["rule"],
+        "grid.linewidth": 0.6,
+        "text.color": colours["ink"],
+        "xtick.color": colours["soft"],
+        "ytick.color": colours["soft"],
+        "legend.frameon": False,
+        "figure.dpi": 100,
+        "savefig.dpi": 100 if look.narrow else 150,
+    }
+    with mpl.rc_context(values):
+        yield

@@ -1,0 +1,132 @@
+"""What the report says besides its answer, tables and figures: completions, method and provenance."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from analysis import labels, stats
+from analysis.experiment import Experiment
+from analysis.load import load_samples
+from harness import metrics
+
+SHOWN_PROBLEMS = 4
+# A completion longer than this is cut on the page, and says so.
+SHOWN_CHARACTERS = 1500
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One model's completion for a problem, and its reward."""
+
+    who: str
+    completion: str
+    reward: str
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A held-out problem, its reference answer, and how the base and the trained model answered it."""
+
+    question: str
+    truth: str
+    answers: list[Answer]
+
+
+def problems(experiment: Experiment, run_dir: str) -> list[Problem]:
+    """The first held-out problems that both step 0 and the last evaluation of a run kept completions of."""
+    samples = load_samples(experiment.path, run_dir=run_dir)
+    samples = samples[samples["phase"] == "eval"].drop_duplicates(["step", "index"])
+    if samples.empty or samples["step"].max() == 0:
+        return []
+    last = int(samples["step"].max())
+    asked = {
+        f"after training, step {step!s}" if step else "base model, step 0": rows.set_index("index")
+        for step, rows in samples[samples["step"].isin([0, last])].groupby("step")
+    }
+    shared = sorted(set.intersection(*(set(rows.index) for rows in asked.values())))
+    return [_problem({who: rows.loc[index] for who, rows in asked.items()}) for index in shared[:SHOWN_PROBLEMS]]
+
+
+def method(experiment: Experiment) -> list[str]:
+    """How the numbers on the page were computed."""
+    name = labels.metric(experiment.metric)
+    meaning = metrics.lookup(experiment.metric).meaning
+    better = "higher" if experiment.direction == "maximize" else "lower"
+    lines = [f"{labels.capital(name)} is the metric {experiment.metric}: {meaning}; {better} is better."]
+    if experiment.metric.startswith("eval/"):
+        lines.append(f"It is measured by sampling: {_sampling(experiment)}. A run's score is its last evaluation's.")
+    if experiment.is_sweep:
+        lines.append(
+            "Configurations are ranked by their mean over seeds. Only those whose every seed is COMPLETE are ranked; a "
+            "failed, pruned or running trial never counts as a score, whatever it logged. Equal means share a rank."
+        )
+    lines += _interval_method(experiment)
+    if experiment.is_sweep:
+        lines.append(
+            "The winner is picked by the very score shown, so that score flatters it a little: the more configurations "
+            "are close, the more. A fresh set of problems would tell."
+        )
+    return lines
+
+
+def _interval_method(experiment: Experiment) -> list[str]:
+    many = f"From {stats.MIN_BOOTSTRAP_SEEDS} seeds on, the interval is a bootstrap over seeds."
+    if not experiment.problems:
+        return [f"No interval over problems: the score is not a share of right answers that can be counted. {many}"]
+    wilson = f"Intervals are 95%, Wilson's for {experiment.problems} problems: chance in the problems and in sampling"
+    if not experiment.is_sweep:
+        return [f"{wilson}. Chance in training takes several seeds to see."]
+    shared = "The seeds share these problems, so several seeds count as one draw of them."
+    return [f"{wilson}, not chance in training, which the seeds' range shows. {shared} {many}"]
+
+
+def provenance(experiment: Experiment) -> list[tuple[str, str]]:
+    """The manifest, as name and value."""
+    manifest = experiment.manifest
+    git, hardware = manifest.get("git") or {}, manifest.get("hardware") or {}
+    history = manifest.get("status_history") or [{}]
+    commit = f"{git.get('commit')}{' with uncommitted changes' if git.get('dirty') else ''}" if git else None
+    recipe, data = manifest.get("recipe") or {}, manifest.get("data") or {}
+    machine = [hardware.get("cpu"), f"{hardware.get('cores')} cores", f"{hardware.get('memory_gb')} GiB"]
+    rows = [
+        ("command", shlex.join(manifest.get("command") or [])),
+        ("status", f"{manifest.get('status')} since {history[-1].get('time')}; made {history[0].get('time')}"),
+        ("seed" if not experiment.is_sweep else "seeds", ", ".join(str(seed) for seed in experiment.seeds)),
+        ("recipe", f"{recipe.get('source')} (sha256:{recipe.get('digest')})"),
+        ("model", _named_digest(manifest.get("model") or {})),
+        *(("data", f"{path} ({digest or 'not on this machine'})") for path, digest in data.items()),
+        ("commit", commit),
+        ("machine", ", ".join(str(part) for part in machine) if hardware else None),
+        ("platform", hardware.get("platform")),
+        ("python", manifest.get("python")),
+        ("packages", ", ".join(f"{name} {version}" for name, version in (manifest.get("packages") or {}).items())),
+    ]
+    return [(name, str(value)) for name, value in rows if value]
+
+
+def _problem(rows: dict[str, pd.Series]) -> Problem:
+    answers = [Answer(who, _cut(str(row["completion"])), f"{float(row['reward']):g}") for who, row in rows.items()]
+    any_row = next(iter(rows.values()))
+    return Problem(str(any_row["question"]), str(any_row["ground_truth"]), answers)
+
+
+def _cut(text: str) -> str:
+    if len(text) <= SHOWN_CHARACTERS:
+        return text
+    return f"{text[:SHOWN_CHARACTERS]} … (cut: {len(text) - SHOWN_CHARACTERS} more characters)"
+
+
+def _sampling(experiment: Experiment) -> str:
+    generator = experiment.recipe.get("generator") or {}
+    settings = generator.get("eval_sampling_params") or {}
+    count = labels.plural(int(generator.get("eval_n_samples_per_prompt") or 1), "completion")
+    several = f"{experiment.problems} problems, " if experiment.problems else ""
+    return f"{several}{count} per problem at temperature {settings.get('temperature')}"
+
+
+def _named_digest(model: dict[str, Any]) -> str:
+    return f"{model.get('path')} ({model.get('digest') or 'not a folder on this machine'})"

@@ -1,0 +1,265 @@
+"""What the numbers say, in plain sentences computed from the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from analysis import labels, stats
+from analysis.experiment import Experiment
+from analysis.labels import LR, MAIN_KEYS, RANK, TARGETS
+from analysis.records import read_recipe
+from harness import metrics
+from harness.rundir import Status
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The headline: what won, at what score against the base's, and how sure that is."""
+
+    title: str
+    settings: list[tuple[str, str, bool]]
+    scores: list[tuple[str, str, str]]
+    sentences: list[str]
+
+    def text(self) -> str:
+        """The whole answer as one paragraph."""
+        return " ".join([self.title, *self.sentences])
+
+
+def answer(experiment: Experiment) -> Answer:
+    """The headline of a sweep or of a single run."""
+    trial = experiment.best_trial()
+    if trial is None:
+        return _no_answer(experiment)
+    values = settings_of(experiment, trial)
+    kept = {key: value for key, value in values.items() if labels.matters(key, values)}
+    shown = [(labels.key(key), labels.value(key, value), key in experiment.axes) for key, value in kept.items()]
+    if experiment.is_sweep:
+        return _sweep_answer(experiment, values, shown)
+    score = float(trial[experiment.metric])
+    found = stats.interval([score], experiment.problems)
+    title = (
+        f"{labels.capital(labels.settings(values))} reached {_scored(experiment, score, found)}{_against(experiment)}."
+    )
+    return Answer(title, shown, _tiles(experiment, score, found, 1), [_clear_of_base(experiment, score, found)])
+
+
+def settings_of(experiment: Experiment, trial: pd.Series) -> dict[str, Any]:
+    """Rank, alpha, learning rate and target modules of a trial, swept or not, then its other swept keys."""
+    recipe = read_recipe(experiment.path / str(trial["run_dir"]))
+    values: dict[str, Any] = {}
+    for key in (*MAIN_KEYS, *experiment.axes):
+        values[key] = trial[key] if key in trial.index else _recipe_value(recipe, key)
+    own = _recipe_value(recipe, "trainer.policy.model.lora.target_modules")
+    if own is not None and TARGETS not in trial.index:
+        values[TARGETS] = own
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def rate_words(basin: stats.Basin) -> str:
+    """Which learning rates are too low, good and too high, in one line."""
+    if not basin.good or basin.best is None:
+        return "no learning rate tested rose above the base."
+    span = _span(basin.good)
+    low = f"{_span(basin.too_low)} too low" if basin.too_low else "nothing tested was too low"
+    high = f"{_span(basin.too_high)} too high" if basin.too_high else "nothing tested was too high"
+    good = f"{span} good" + (f" (best {labels.lr(basin.best)})" if len(basin.good) > 1 else "")
+    return f"{low}, {good}, {high}."
+
+
+def rate_rows(experiment: Experiment) -> list[dict[str, str]]:
+    """The learning-rate table: a row per rank, with what was too low, good, best and too high there."""
+    if LR not in experiment.axes:
+        return []
+    ranks: list[int | None] = [None]
+    if RANK in experiment.trials.columns:
+        ranks = [int(rank) for rank in sorted(experiment.trials[RANK].dropna().unique())]
+    rows = []
+    for rank in ranks:
+        basin = experiment.basin() if rank is None else experiment.basin(rank)
+        if basin is None:
+            continue
+        name = "all trials" if rank is None else labels.setting(RANK, rank)
+        best = labels.lr(basin.best) if basin.best is not None else "none rose above the base"
+        cells = {"too_low": basin.too_low, "good": basin.good, "too_high": basin.too_high}
+        rows.append({"rank": name, "best": best, **{k: _span(v) if v else "none seen" for k, v in cells.items()}})
+    return rows
+
+
+def standing(experiment: Experiment) -> str:
+    """How many trials ended how, and whether the sweep has ended."""
+    counts = experiment.trials["status"].value_counts()
+    if not experiment.is_sweep:
+        return f"A single run: {str(experiment.manifest.get('status')).lower()}."
+    parts = [f"{int(counts[status])} {str(status).lower()}" for status in sorted(counts.index, key=_status_order)]
+    text = f"{labels.plural(len(experiment.trials), 'trial')}: {labels.listed(parts)}" if parts else "No trial yet"
+    if experiment.manifest.get("seconds"):
+        text += f", in {metrics.duration(float(experiment.manifest['seconds']))}"
+    return text + ("." if experiment.finished else ". The sweep has not ended: this page shows what there is so far.")
+
+
+def _sweep_answer(experiment: Experiment, values: dict[str, Any], shown: list[tuple[str, str, bool]]) -> Answer:
+    ranked = experiment.configurations[experiment.configurations["whole"]]
+    first = ranked.iloc[0]
+    score, found = float(first["mean"]), _interval_of(first)
+    reached = f"{_scored(experiment, score, found)}{_against(experiment)}."
+    title = f"Of {len(ranked)} configurations, {labels.settings(values)} won: {reached}"
+    if len(ranked) == 1:
+        title = f"Only one configuration is complete: {labels.settings(values)}, with {reached}"
+    sentences = [
+        _seeds(experiment, first),
+        _clear_of_base(experiment, score, found),
+        *_runner_up(experiment, ranked),
+        *_edge(experiment, values),
+        *_unranked(experiment),
+    ]
+    return Answer(title, shown, _tiles(experiment, score, found, int(first["n"])), [s for s in sentences if s])
+
+
+def _no_answer(experiment: Experiment) -> Answer:
+    if not experiment.is_sweep:
+        row = experiment.trials.iloc[0]
+        last = labels.score(experiment.metric, row[f"last/{experiment.metric}"])
+        why = f" ({row['reason']})" if isinstance(row["reason"], str) else ""
+        title = f"This run is {row['status']}{why}: it has no final score."
+        return Answer(title, [], [], [f"Its last evaluation was {last}."] if last != "–" else [])
+    yet = "" if experiment.finished else " yet"
+    if len(experiment.seeds) == 1:
+        return Answer(f"No winner{yet}: no trial has completed.", [], [], [])
+    title = f"No winner{yet}: no configuration has all its {len(experiment.seeds)} seeds complete."
+    leading = experiment.configurations[experiment.configurations["n"] > 0]
+    if leading.empty:
+        return Answer(title, [], [], ["No trial has completed."])
+    first = leading.iloc[0]
+    values = labels.settings({key: first[key] for key in experiment.axes})
+    score = f"{labels.score(experiment.metric, first['mean'])} on {first['n']} of {len(experiment.seeds)} seeds"
+    return Answer(title, [], [], [f"The best so far is {values or 'the only configuration'}, with {score}."])
+
+
+def _scored(experiment: Experiment, score: float, found: stats.Interval | None) -> str:
+    text = f"{labels.metric(experiment.metric)} {labels.score(experiment.metric, score)}"
+    return f"{text} (95% interval {_range(experiment, found)})" if found else text
+
+
+def _against(experiment: Experiment) -> str:
+    base = experiment.base
+    return f", against the base's {labels.score(experiment.metric, base)}" if base is not None else ""
+
+
+def _tiles(
+    experiment: Experiment, score: float, found: stats.Interval | None, seeds: int
+) -> list[tuple[str, str, str]]:
+    name, base = labels.metric(experiment.metric), experiment.base
+    note = f"95% interval {_range(experiment, found)}" if found else "no interval"
+    tiles = [(name, labels.score(experiment.metric, score), f"mean of {seeds} seeds; {note}" if seeds > 1 else note)]
+    if base is not None:
+        there = experiment.base_interval
+        span = f"95% interval {_range(experiment, there)}" if there else ""
+        gain = labels.score(experiment.metric, score - base)
+        tiles.append(("base model", labels.score(experiment.metric, base), span))
+        tiles.append(("change", gain if gain.startswith("-") else f"+{gain}", "trained − base"))
+    return tiles
+
+
+def _clear_of_base(experiment: Experiment, score: float, found: stats.Interval | None) -> str:
+    base = experiment.base
+    if base is None:
+        return "The base was not evaluated before training, so the gain is unknown."
+    if not experiment.better(score, base):
+        return "That is no better than the base: training did not help."
+    there = experiment.base_interval
+    if found and there and found.overlaps(there):
+        return "Its interval and the base's overlap: the gain may be chance."
+    return "Its interval and the base's do not overlap: the gain is more than chance." if found and there else ""
+
+
+def _seeds(experiment: Experiment, first: pd.Series) -> str:
+    problems = f"{experiment.problems} held-out problems" if experiment.problems else "the held-out problems"
+    if first["n"] == 1:
+        return f"It rests on one seed and {problems}: how far seeds differ is not known."
+    low, high = (labels.score(experiment.metric, first[name]) for name in ("min", "max"))
+    return f"It rests on {first['n']} seeds, which gave {low} to {high}, and on {problems} for each."
+
+
+def _runner_up(experiment: Experiment, ranked: pd.DataFrame) -> list[str]:
+    if len(ranked) < 2:
+        return []
+    first, second = ranked.iloc[0], ranked.iloc[1]
+    values = {key: second[key] for key in experiment.axes}
+    gap = labels.score(experiment.metric, abs(first["mean"] - second["mean"]))
+    behind = f"is {gap} behind" if first["mean"] != second["mean"] else "ties with it"
+    text = f"The runner-up ({labels.settings(values)}) {behind}"
+    if _interval_of(first) is None:
+        return [f"{text}; there is no basis for an interval, so whether that is chance is not known."]
+    near = [row for _, row in ranked.iloc[1:].iterrows() if _meets(first, row)]
+    if not _meets(first, second):
+        return [f"{text}, and their intervals do not overlap. {_caution(first, second)}".strip()]
+    if len(near) == 1:
+        return [f"{text}, and their intervals overlap: this sweep does not tell the two apart."]
+    more = labels.plural(len(near) - 1, "more configuration")
+    return [f"{text}, and their intervals overlap, as do those of {more}: this sweep does not tell them apart."]
+
+
+def _caution(first: pd.Series, second: pd.Series) -> str:
+    """What an interval over problems alone leaves open: chance in training."""
+    if min(first["n"], second["n"]) >= stats.MIN_BOOTSTRAP_SEEDS:
+        return ""
+    if min(first["n"], second["n"]) == 1:
+        return "That accounts for chance in the problems sampled; chance in training needs more seeds."
+    apart = first["min"] > second["max"] or first["max"] < second["min"]
+    return "Nor do the ranges of their seeds." if apart else "But the ranges of their seeds do."
+
+
+def _edge(experiment: Experiment, values: dict[str, Any]) -> list[str]:
+    if LR not in experiment.axes:
+        return []
+    basin = experiment.basin(int(values[RANK])) if RANK in experiment.trials.columns else experiment.basin()
+    if basin is None or basin.best is None or len(basin.tested) < 2:
+        return []
+    at = " at this rank" if RANK in experiment.trials.columns else ""
+    for end, word in ((0, "lowest"), (-1, "highest")):
+        if float(values[LR]) == basin.tested[end]:
+            return [f"Its learning rate is the {word} tested{at}: the best may lie beyond."]
+    return []
+
+
+def _unranked(experiment: Experiment) -> list[str]:
+    waiting = experiment.configurations[~experiment.configurations["whole"]]
+    if waiting.empty:
+        return []
+    few = labels.plural(len(waiting), "more configuration")
+    what = "did not complete" if len(experiment.seeds) == 1 else "did not complete on every seed"
+    return [f"{few} {what} and cannot win; the table shows why."]
+
+
+def _meets(first: pd.Series, other: pd.Series) -> bool:
+    one, two = _interval_of(first), _interval_of(other)
+    return one is not None and two is not None and one.overlaps(two)
+
+
+def _interval_of(row: pd.Series) -> stats.Interval | None:
+    return stats.Interval(row["low"], row["high"], row["source"]) if pd.notna(row["low"]) else None
+
+
+def _range(experiment: Experiment, found: stats.Interval) -> str:
+    return f"{labels.score(experiment.metric, found.low)} to {labels.score(experiment.metric, found.high)}"
+
+
+def _span(rates: tuple[float, ...]) -> str:
+    return labels.lr(rates[0]) if len(rates) == 1 else f"{labels.lr(rates[0])} to {labels.lr(rates[-1])}"
+
+
+def _recipe_value(recipe: dict[str, Any], key: str) -> Any:
+    value: Any = recipe
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _status_order(status: str) -> int:
+    order = [Status.COMPLETE, Status.RUNNING, Status.CREATED, Status.PRUNED, Status.FAILED]
+    names = [item.value for item in order]
+    return names.index(status) if status in names else len(names)

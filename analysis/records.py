@@ -1,0 +1,143 @@
+"""What one run directory's files say, damage included. Facts come from the files' contents, never from names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from harness import metrics
+from harness.errors import UserError
+from harness.rundir import RunDir, Status
+
+# A directory whose status cannot be known: not a state a run is ever in.
+UNREADABLE = "UNREADABLE"
+# The parts of a manifest that the tables are made from, each of this type or absent.
+_STRUCTURE: dict[str, type] = {
+    "trial": dict,
+    "trial.number": int,
+    "trial.configuration": int,
+    "trial.seed": int,
+    "trial.params": dict,
+    "status_history": list,
+    "result": dict,
+    "result.metrics": dict,
+    "result.base": dict,
+    "result.seconds": float,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What one run directory's files say; `reason` is why the run did not complete, or what could not be read."""
+
+    run_dir: str
+    status: str
+    reason: str | None = None
+    manifest: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def trial(self) -> dict[str, Any]:
+        """Number, configuration, seed and params of a sweep's trial; empty for a single run."""
+        return self.manifest.get("trial") or {}
+
+    def identity(self) -> dict[str, Any]:
+        """The columns that say which run a row of any table belongs to."""
+        seed = self.trial.get("seed", self.manifest.get("seed"))
+        return {
+            "number": self.trial.get("number"),
+            "configuration": self.trial.get("configuration"),
+            "seed": seed,
+            "status": self.status,
+        }
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """A trial's swept recipe keys and their values as given; empty for a single run."""
+        return self.trial.get("params") or {}
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds the run took; None for one that has not ended."""
+        result = self.manifest.get("result") or {}
+        return result.get("seconds", _elapsed(self.manifest))
+
+
+def read_records(directory: str | Path) -> list[Record]:
+    """A record per trial of a sweep, or a run's own; raises UserError when `directory` is neither."""
+    run = RunDir(directory)
+    if run.read_manifest().get("kind") != "sweep":
+        return [read_record(run, ".")]
+    folders = sorted(p for p in run.trials.iterdir() if p.is_dir()) if run.trials.is_dir() else []
+    return [read_record(RunDir(folder), str(folder.relative_to(run.path))) for folder in folders]
+
+
+def read_record(run: RunDir, name: str) -> Record:
+    """One run directory's record; what is damaged becomes its reason."""
+    try:
+        manifest = run.read_manifest()
+    except (UserError, OSError, ValueError) as error:
+        return Record(name, UNREADABLE, _brief(error))
+    problem = _problem(manifest)
+    if problem:
+        return Record(name, UNREADABLE, f"manifest: {problem}")
+    try:
+        rows = [row for row in metrics.MetricsFile(run.metrics).rows() if "step" in row]
+        reason = manifest.get("reason")
+    except (OSError, ValueError, AttributeError) as error:
+        rows, reason = [], f"metrics.jsonl: {_brief(error)}"
+    return Record(name, manifest["status"], reason, manifest, rows)
+
+
+def read_recipe(directory: str | Path) -> dict[str, Any]:
+    """The resolved recipe as plain values, whatever version of the schema wrote it; empty when it cannot be read."""
+    try:
+        values = yaml.safe_load(RunDir(directory).recipe.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _elapsed(manifest: dict[str, Any]) -> float | None:
+    """Seconds from the first RUNNING to the final status; None for a run that has not ended."""
+    history = manifest.get("status_history") or []
+    started = [entry["time"] for entry in history if entry["status"] == Status.RUNNING.value]
+    if not started or manifest["status"] in (Status.CREATED.value, Status.RUNNING.value):
+        return None
+    try:
+        return (datetime.fromisoformat(history[-1]["time"]) - datetime.fromisoformat(started[0])).total_seconds()
+    except ValueError:
+        return None
+
+
+def _problem(manifest: Any) -> str | None:
+    """What is wrong with a manifest's structure, or None when the tables can be made from it."""
+    if not isinstance(manifest, dict):
+        return f"expected an object, got {type(manifest).__name__}"
+    known = [status.value for status in Status]
+    if manifest.get("status") not in known:
+        return f"status is {manifest.get('status')!r}, not one of {', '.join(known)}"
+    return next(_wrong_types(manifest), None)
+
+
+def _wrong_types(manifest: dict[str, Any]) -> Iterator[str]:
+    for path, allowed in _STRUCTURE.items():
+        value: Any = manifest
+        for part in path.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None and not isinstance(value, int | float if allowed is float else allowed):
+            yield f"{path} is {type(value).__name__}, expected {allowed.__name__}"
+    for entry in manifest.get("status_history") or []:
+        if not (
+            isinstance(entry, dict) and isinstance(entry.get("status"), str) and isinstance(entry.get("time"), str)
+        ):
+            yield f"status_history holds {entry!r}"
+
+
+def _brief(error: Exception) -> str:
+    return error.what if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from analysis import reading
+from analysis.experiment import Experiment
+from harness.rundir import Status
+from tests.unit.analysis.synthetic import (
+    ALPHA,
+    BASE,
+    LR,
+    PROBLEMS,
+    RANK,
+    TARGETS,
+    Sweep,
+    Trial,
+    params,
+    rewrite_manifest,
+    write_run,
+    write_sweep,
+)
+
+
+def test_what_the_example_sweep_is(experiment: Experiment) -> None:
+    assert experiment.is_sweep
+    assert experiment.finished
+    assert (experiment.metric, experiment.direction) == ("eval/accuracy", "maximize")
+    assert experiment.seeds == [0, 1]
+    assert experiment.axes == [RANK, LR, TARGETS]
+    assert experiment.base == pytest.approx(BASE)
+    assert experiment.problems == PROBLEMS
+
+
+def test_the_best_trial_is_the_better_seed_of_the_best_configuration(experiment: Experiment) -> None:
+    best = experiment.best_trial()
+    assert best is not None
+    assert (best["configuration"], best["number"]) == (2, 4)
+
+
+def test_basin_at_a_rank_and_over_all(experiment: Experiment) -> None:
+    at_8, over_all = experiment.basin(8), experiment.basin()
+    assert at_8 is not None
+    assert over_all is not None
+    assert (at_8.too_low, at_8.good, at_8.too_high) == ((1e-5,), (3e-4, 1e-3), (1e-2,))
+    assert over_all.best == 1e-3
+    assert 3e-3 not in over_all.tested, "one of two seeds is still running: no evidence yet"
+
+
+def test_problems_are_not_counted_in_a_file_that_has_changed(tmp_path: Path) -> None:
+    path = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9))
+    changed = tmp_path / "changed.parquet"
+    pd.DataFrame({"question": ["one", "two"]}).to_parquet(changed)
+    assert Experiment.open(path).problems == PROBLEMS
+    data = dict.fromkeys(Experiment.open(path).manifest["data"], "sha256:0")
+    rewrite_manifest(path, data=data)
+    assert Experiment.open(path).problems is None
+
+
+def test_a_graded_score_has_no_binomial_interval(tmp_path: Path) -> None:
+    path = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9))
+    rewrite_manifest(path, result={"step": 50, "metrics": {"eval/accuracy": 0.12345}, "base": {}, "seconds": 1.0})
+    found = Experiment.open(path)
+    assert found.problems is None
+    assert "interval" not in reading.answer(found).title
+
+
+def test_answer_names_settings_swept_or_not_scores_and_doubt(experiment: Experiment) -> None:
+    found = reading.answer(experiment)
+    assert found.title == (
+        "Of 4 configurations, rank 8, alpha 32, learning rate 1e-3, target modules all-linear won: "
+        "held-out accuracy 0.910 (95% interval 0.882 to 0.932), against the base's 0.291."
+    )
+    assert ("alpha", "32", False) in found.settings
+    assert ("learning rate", "1e-3", True) in found.settings
+    text = " ".join(found.sentences)
+    assert "2 seeds, which gave 0.900 to 0.920, and on 512 held-out problems" in text
+    assert "The runner-up (rank 8, learning rate 3e-4, target modules all-linear) is 0.061 behind" in text
+    assert "their intervals do not overlap. Nor do the ranges of their seeds." in text
+    assert "2 more configurations did not complete on every seed and cannot win" in text
+
+
+def test_a_near_tie_is_said_to_be_one(tmp_path: Path) -> None:
+    scores = [0.90, 0.89, 0.88]
+    trials = [
+        Trial(i, 0, params(rank, 1e-3), score) for i, (rank, score) in enumerate(zip((8, 4, 1), scores, strict=True))
+    ]
+    text = reading.answer(Experiment.open(write_sweep(tmp_path, Sweep(trials, seeds=[0])))).text()
+    assert "intervals overlap, as do those of 1 more configuration: this sweep does not tell them apart" in text
+    assert "one seed" in text
+
+
+def test_equal_means_are_called_a_tie(tmp_path: Path) -> None:
+    trials = [Trial(0, 0, params(8, 1e-3), 0.9), Trial(1, 0, params(4, 1e-3), 0.9)]
+    text = reading.answer(Experiment.open(write_sweep(tmp_path, Sweep(trials, seeds=[0])))).text()
+    assert "The runner-up (rank 4) ties with it" in text
+
+
+def test_a_winner_at_the_edge_of_what_was_tested_is_said(tmp_path: Path) -> None:
+    trials = [Trial(0, 0, params(8, 1e-4), 0.5), Trial(1, 0, params(8, 1e-3), 0.9)]
+    text = reading.answer(Experiment.open(write_sweep(tmp_path, Sweep(trials, seeds=[0])))).text()
+    assert "Its learning rate is the highest tested at this rank: the best may lie beyond." in text
+
+
+def test_training_that_did_not_help_is_said(tmp_path: Path) -> None:
+    found = reading.answer(Experiment.open(write_run(tmp_path, Trial(0, 0, params(8, 1e-1), 0.05))))
+    assert "no better than the base" in found.text()
+
+
+def test_a_gain_within_chance_is_said(tmp_path: Path) -> None:
+    found = reading.answer(Experiment.open(write_run(tmp_path, Trial(0, 0, params(8, 1e-5), BASE + 0.01))))
+    assert "may be chance" in found.text()
+
+
+def test_lower_is_better_picks_the_other_end(tmp_path: Path) -> None:
+    trials = [Trial(0, 0, params(8, 1e-3), 0.05), Trial(1, 0, params(8, 3e-3), 0.2), Trial(2, 0, params(4, 1e-3), 0.25)]
+    path = write_sweep(tmp_path, Sweep(trials, seeds=[0], metric="completions/clipped_ratio"))
+    found = Experiment.open(path)
+    best = found.best_trial()
+    assert best is not None
+    assert best["number"] == 0
+    assert found.configurations["configuration"].tolist() == [0, 1, 2]
+    basin = found.basin(8)
+    assert basin is not None
+    assert (basin.good, basin.too_high) == ((1e-3,), (3e-3,))
+
+
+def test_no_complete_configuration_has_no_winner_but_a_leader(tmp_path: Path) -> None:
+    half = [Trial(0, 0, params(8, 1e-3), 0.9), Trial(0, 1, params(8, 1e-3), 0.9, Status.RUNNING, last_step=30)]
+    path = write_sweep(tmp_path, Sweep(half, status=Status.RUNNING))
+    found = Experiment.open(path)
+    assert found.best is None
+    assert found.best_trial() is None
+    answer = reading.answer(found)
+    assert answer.title == "No winner yet: no configuration has all its 2 seeds complete."
+    assert "0.900 on 1 of 2 seeds" in answer.text()
+
+
+def test_full_fine_tuning_has_neither_alpha_nor_targets(tmp_path: Path) -> None:
+    overrides = ["trainer.policy.model.lora.sync=merge"]
+    trials = [Trial(0, 0, params(0, 1e-4), 0.9), Trial(1, 0, params(8, 1e-4), 0.5)]
+    path = write_sweep(tmp_path, Sweep(trials, seeds=[0], overrides=overrides))
+    title = reading.answer(Experiment.open(path)).title
+    assert "full fine-tuning, learning rate 1e-4 won" in title
+    assert "alpha" not in title
+
+
+def test_learning_rates_by_rank_in_words(experiment: Experiment) -> None:
+    rows = {row["rank"]: row for row in reading.rate_rows(experiment)}
+    assert rows["rank 8"] == {
+        "rank": "rank 8",
+        "too_low": "1e-5",
+        "good": "3e-4 to 1e-3",
+        "best": "1e-3",
+        "too_high": "1e-2",
+    }
+    basin = experiment.basin(8)
+    assert basin is not None
+    assert reading.rate_words(basin) == "1e-5 too low, 3e-4 to 1e-3 good (best 1e-3), 1e-2 too high."
+
+
+def test_standing_counts_every_status(experiment: Experiment) -> None:
+    assert reading.standing(experiment) == "12 trials: 9 complete, 1 running, 1 pruned and 1 failed."
+
+
+def test_an_axis_that_never_moved_is_no_axis(experiment: Experiment) -> None:
+    assert ALPHA in experiment.trials.columns
+    assert ALPHA not in experiment.axes

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from analysis.load import load_samples, load_steps, load_trials, param_columns, write_results
+from analysis.records import UNREADABLE
+from harness.errors import UserError
+from harness.rundir import Status
+from tests.unit.analysis.synthetic import (
+    ALPHA,
+    BASE,
+    LR,
+    RANK,
+    TARGETS,
+    Sweep,
+    Trial,
+    example,
+    params,
+    rewrite_manifest,
+    write_run,
+    write_sweep,
+)
+
+METRIC = "eval/accuracy"
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    """A sweep of three sound trials, for a test to damage."""
+    return write_sweep(tmp_path, Sweep([Trial(i, 0, params(8, 1e-3), 0.5 + i / 10) for i in range(3)], seeds=[0]))
+
+
+def test_a_row_per_trial_with_its_facts(sweep_dir: Path) -> None:
+    trials = load_trials(sweep_dir)
+    assert trials["number"].tolist() == list(range(12))
+    assert trials["configuration"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert trials["seed"].tolist() == [0, 1] * 6
+    assert param_columns(trials) == [RANK, ALPHA, LR, TARGETS]
+    assert trials["run_dir"].tolist() == [f"trials/{i:04d}" for i in range(12)]
+    row = trials.iloc[4]
+    assert (row[RANK], row[LR], row[TARGETS]) == (8, 1e-3, "all-linear")
+    assert row[METRIC] == pytest.approx(0.92, abs=1e-3)
+    assert row[f"base/{METRIC}"] == BASE
+    assert (row["step"], row["seconds"], row["status"]) == (50, 61.5, "COMPLETE")
+
+
+def test_best_and_last_come_from_the_logged_rows(sweep_dir: Path) -> None:
+    steps, trials = load_steps(sweep_dir), load_trials(sweep_dir).set_index("run_dir")
+    for run_dir, rows in steps[steps["step"] > 0].dropna(subset=METRIC).groupby("run_dir"):
+        row = trials.loc[str(run_dir)]
+        assert row[f"best/{METRIC}"] == rows[METRIC].max()
+        assert rows.set_index("step").loc[row["best/step"], METRIC] == rows[METRIC].max()
+        assert row[f"last/{METRIC}"] == rows[METRIC].iloc[-1]
+
+
+def test_what_did_not_complete_keeps_its_row_and_has_no_score(sweep_dir: Path) -> None:
+    rows = [row for _, row in load_trials(sweep_dir).iterrows()]
+    for number, status in ((9, "RUNNING"), (10, "FAILED"), (11, "PRUNED")):
+        assert rows[number]["status"] == status
+        assert pd.isna(rows[number][METRIC])
+        assert pd.notna(rows[number][f"last/{METRIC}"])
+    assert rows[10]["reason"] == "3 non-finite gradient norms in a row at step 20"
+    assert pd.isna(rows[9]["seconds"])
+    assert rows[10]["seconds"] >= 0
+
+
+def test_facts_come_from_files_not_from_names(damaged: Path) -> None:
+    (damaged / "trials" / "0002").rename(damaged / "trials" / "lr=99_rank=99")
+    trials = load_trials(damaged)
+    assert trials["number"].tolist() == [0, 1, 2]
+    assert trials.iloc[2][LR] == 1e-3
+    assert trials.iloc[2]["run_dir"] == "trials/lr=99_rank=99"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("{ not json", "the manifest is damaged"),
+        ("[1, 2]", "expected an object, got list"),
+        ('{"status": "DONE"}', "status is 'DONE'"),
+        ('{"status": "COMPLETE", "trial": "seven"}', "trial is str, expected dict"),
+        ('{"status": "COMPLETE", "result": {"metrics": 3}}', "result.metrics is int"),
+        ('{"status": "COMPLETE", "status_history": [{"status": "RUNNING"}]}', "status_history holds"),
+    ],
+)
+def test_a_damaged_manifest_is_a_row_with_a_reason(damaged: Path, text: str, why: str) -> None:
+    (damaged / "trials" / "0001" / "manifest.json").write_text(text)
+    trials = load_trials(damaged)
+    assert len(trials) == 3
+    row = trials[trials["run_dir"] == "trials/0001"].iloc[0]
+    assert row["status"] == UNREADABLE
+    assert why in row["reason"]
+    assert pd.isna(row["number"])
+    assert set(load_steps(damaged)["run_dir"]) == {"trials/0000", "trials/0002"}
+
+
+def test_an_empty_trial_directory_is_a_row_with_a_reason(damaged: Path) -> None:
+    (damaged / "trials" / "0003").mkdir()
+    row = load_trials(damaged).iloc[-1]
+    assert row["status"] == UNREADABLE
+    assert "no manifest.json" in row["reason"]
+
+
+def test_damaged_metrics_are_said_and_the_recorded_result_stands(damaged: Path) -> None:
+    path = damaged / "trials" / "0001" / "metrics.jsonl"
+    path.write_text("{ garbage }\n" + path.read_text())
+    row = load_trials(damaged).iloc[1]
+    assert row["reason"].startswith("metrics.jsonl: ")
+    assert row["status"] == "COMPLETE"
+    assert row[METRIC] == pytest.approx(0.6, abs=1e-3)
+
+
+def test_a_line_cut_short_by_a_kill_is_left_out(damaged: Path) -> None:
+    path = damaged / "trials" / "0000" / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 51, "rew')
+    steps = load_steps(damaged)
+    assert steps[steps["run_dir"] == "trials/0000"]["step"].max() == 50
+
+
+def test_a_step_logged_twice_counts_once_as_logged_last(damaged: Path) -> None:
+    path = damaged / "trials" / "0000" / "metrics.jsonl"
+    path.write_text(path.read_text() + json.dumps({"step": 50, METRIC: 0.25}) + "\n")
+    steps = load_steps(damaged)
+    again = steps[(steps["run_dir"] == "trials/0000") & (steps["step"] == 50)]
+    assert again[METRIC].tolist() == [0.25]
+
+
+def test_a_complete_run_whose_result_lacks_the_metric_has_its_last_logged_value(damaged: Path) -> None:
+    rewrite_manifest(damaged / "trials" / "0000", result={"step": 50, "metrics": {}, "seconds": 1.0})
+    row = load_trials(damaged).iloc[0]
+    assert row[METRIC] == row[f"last/{METRIC}"]
+
+
+def test_a_single_run_is_one_row(tmp_path: Path) -> None:
+    path = write_run(tmp_path, Trial(0, 3, params(8, 1e-3), 0.9))
+    trials = load_trials(path)
+    assert len(trials) == 1
+    assert (trials.iloc[0]["seed"], trials.iloc[0]["run_dir"]) == (3, ".")
+    assert param_columns(trials) == []
+    assert len(load_steps(path)) == 51
+
+
+def test_a_run_that_never_evaluated_is_read_by_its_reward(tmp_path: Path) -> None:
+    path = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9))
+    (path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.25}\n{"step": 2, "reward": 0.5}\n')
+    rewrite_manifest(path, result={"step": 2, "metrics": {}, "seconds": 1.0})
+    assert load_trials(path).iloc[0]["reward"] == 0.5
+
+
+def test_an_unfinished_sweep_without_trials_has_no_rows(tmp_path: Path) -> None:
+    path = write_sweep(tmp_path, Sweep([], status=Status.RUNNING))
+    assert load_trials(path).empty
+    assert load_steps(path).empty
+    assert load_samples(path).empty
+
+
+def test_neither_run_nor_sweep(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a run directory"):
+        load_trials(tmp_path)
+
+
+def test_samples_of_one_run_or_of_all(sweep_dir: Path) -> None:
+    every, one = load_samples(sweep_dir), load_samples(sweep_dir, run_dir="trials/0004")
+    assert len(every) == 12 * len(one)
+    assert set(one["step"]) == {0, 50}
+    assert set(one["configuration"]) == {2}
+
+
+def test_damaged_samples_are_left_out_with_a_warning(damaged: Path) -> None:
+    (damaged / "trials" / "0000" / "samples" / "step_000050.parquet").write_bytes(b"not parquet")
+    with pytest.warns(UserWarning, match="step_000050"):
+        samples = load_samples(damaged, run_dir="trials/0000")
+    assert set(samples["step"]) == {0}
+
+
+def test_results_read_back_equal(tmp_path: Path) -> None:
+    path = write_sweep(tmp_path, example())
+    table = write_results(path)
+    pd.testing.assert_frame_equal(pd.read_parquet(path / "results.parquet"), table, check_dtype=False)
+    text = pd.read_csv(path / "results.csv")
+    assert text[METRIC].tolist() == pytest.approx(table[METRIC].tolist(), nan_ok=True)
+    assert text["status"].tolist() == table["status"].tolist()
+    assert not [file for file in path.iterdir() if file.name.startswith(".")]
+
+
+def test_results_of_mixed_parameter_types_are_written(tmp_path: Path) -> None:
+    axes = [params(8, 1e-3, targets="mlp"), params(8, 1e-3, targets=["q_proj"])]
+    path = write_sweep(tmp_path, Sweep([Trial(i, 0, axis, 0.5) for i, axis in enumerate(axes)], seeds=[0]))
+    write_results(path)
+    assert pd.read_parquet(path / "results.parquet")[TARGETS].tolist() == ["mlp", '["q_proj"]']
