@@ -1,0 +1,95 @@
+"""Ray for one sweep: quiet, on loopback, with a short-lived directory; or a running cluster (RAY_ADDRESS)."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from harness.paths import PROJECT
+from harness.schema import Recipe
+from sweeps.trials import cpus_per_trial, gpus_per_trial
+
+# Ray and Tune read these when they are imported: nothing of Ray is imported before `cluster` has set them.
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Messages about dead workers come past `log_to_driver`; the trial's reason says it.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_RESULT_BUFFER_LENGTH": "1",
+}
+# Ray's way to say "no cluster of several machines": it then listens on the loopback device alone, and needs no token.
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "disabled"}
+OBJECT_STORE_BYTES = 100 * 2**20
+# A socket's path has at most 107 bytes, of which Ray's own part takes about 70.
+LONGEST_ROOT = 30
+
+
+@contextlib.contextmanager
+def cluster(recipe: Recipe, sweep_dir: Path) -> Iterator[Path]:
+    """Ray is up inside; yields a folder for Tune's own files. Afterwards nothing of either is left on this machine."""
+    os.environ.update(QUIET if os.environ.get("RAY_ADDRESS") else QUIET | LOOPBACK)
+    root = _scratch(sweep_dir)
+    # What a killed sweep left behind; the caller holds the sweep's lock, so nothing uses it.
+    shutil.rmtree(root, ignore_errors=True)
+    (root / "tune").mkdir(parents=True)
+    import ray
+
+    logging.getLogger("ray").setLevel(logging.CRITICAL)
+    try:
+        ray.init(**_options(recipe, root))
+        yield root / "tune"
+    finally:
+        ray.shutdown()
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def _options(recipe: Recipe, root: Path) -> dict[str, object]:
+    assert recipe.sweep is not None
+    options: dict[str, object] = {
+        "log_to_driver": False,
+        "configure_logging": False,
+        "runtime_env": {"env_vars": worker_environment(recipe)},
+    }
+    if os.environ.get("RAY_ADDRESS"):
+        return options
+    places = recipe.sweep.max_concurrent
+    return options | {
+        "num_cpus": places * cpus_per_trial(recipe),
+        "num_gpus": places * gpus_per_trial(recipe),
+        "include_dashboard": False,
+        "_temp_dir": str(root / "ray"),
+        "object_store_memory": OBJECT_STORE_BYTES,
+    }
+
+
+def worker_environment(recipe: Recipe) -> dict[str, str]:
+    """Environment of the processes that run trials: threads as the recipe says, and the project importable."""
+    threads = str(cpus_per_trial(recipe))
+    path = [str(PROJECT), str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        **QUIET,
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join(path),
+    }
+
+
+def _scratch(sweep_dir: Path) -> Path:
+    """A short path of this sweep's own, the same each time, so that a resumed sweep clears what a killed one left."""
+    root = Path(tempfile.gettempdir())
+    if len(str(root)) > LONGEST_ROOT:
+        root = Path("/tmp")
+    own = hashlib.sha256(str(sweep_dir).encode()).hexdigest()[:10]
+    return root / f"noregret-{os.getuid()}-{own}"

@@ -1,0 +1,105 @@
+"""What `--dry-run` says: the space, the first trials and the cost. Imports neither torch nor vllm nor ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from harness.metrics import duration
+from harness.paths import locate
+from harness.schema import Sampler
+from sweeps.estimate import Cost, Pace, costs, pace
+from sweeps.plan import Plan, preview
+from sweeps.space import short_names, show
+
+SHOWN = 8
+
+
+def describe(plan: Plan, source: str) -> str:
+    """The whole text."""
+    parts = [_settings(plan, source), _space(plan), _first_trials(plan), _costs(plan, source)]
+    return "\n\n".join(part for part in [*parts, _missing(plan)] if part)
+
+
+def _settings(plan: Plan, source: str) -> str:
+    sweep, size = plan.sweep, plan.space.size
+    seeds = len(sweep.seeds)
+    runs = f"{plan.num_configurations} configurations x {seeds} seed{'s' * (seeds > 1)} = {plan.num_runs} runs"
+    pruner = "none" if sweep.pruner is None else " ".join(f"{k}={show(v)}" for k, v in sweep.pruner.items())
+    rows = [
+        ["runs", f"{runs}, {sweep.max_concurrent} at a time"],
+        ["metric", f"{sweep.metric}, {plan.direction}"],
+        ["sampler", f"{sweep.sampler.name}, seed {plan.recipe.seed}"],
+        ["pruner", pruner],
+        ["seeds", ", ".join(map(str, sweep.seeds))],
+    ]
+    if size is not None and size < sweep.num_trials:
+        rows.append(["note", f"the space has no more than {size} configurations: sweep.num_trials={sweep.num_trials}"])
+    return f"sweep of {source}\n{_table(rows)}"
+
+
+def _space(plan: Plan) -> str:
+    size = plan.space.size
+    rows = [[axis.key, axis.kind, axis.describe()] for axis in plan.space.axes]
+    return f"space ({'continuous' if size is None else f'{size} configurations'})\n{_table(rows)}"
+
+
+def _first_trials(plan: Plan) -> str:
+    names = short_names([axis.key for axis in plan.space.axes])
+    seeds = len(plan.sweep.seeds)
+    rows = [["trials" if seeds > 1 else "trial", *names.values()]]
+    for place, params in enumerate(preview(plan, SHOWN)):
+        first, last = place * seeds, (place + 1) * seeds - 1
+        rows.append([f"{first}-{last}" if last > first else str(first), *(show(params[key]) for key in names)])
+    fixed = plan.sweep.sampler is not Sampler.tpe
+    return f"first trials{'' if fixed else ' (later ones depend on results)'}\n{_table(rows)}"
+
+
+def _costs(plan: Plan, source: str) -> str:
+    found = costs(plan)
+    if not found:
+        return "cost: unknown until the data is there"
+    runs, speed = plan.num_runs, pace(plan, source)
+    lines: list[tuple[str, Callable[[Cost], float], Callable[[float], str]]] = [
+        ("steps", lambda c: c.steps, _count),
+        ("training samples", lambda c: c.training_samples, _count),
+        ("evaluation samples", lambda c: c.evaluation_samples, _count),
+        ("tokens, at most", lambda c: c.tokens, _count),
+    ]
+    if found[-1].flops is not None:
+        lines.append(("FLOPs, at most, roughly", lambda c: c.flops or 0.0, lambda value: f"{value:.0e}"))
+    rows = [["", "a run", f"all {runs}"]]
+    for name, take, text in lines:
+        rows.append([name, _span([text(take(c)) for c in found]), _span([text(take(c) * runs) for c in found])])
+    return "cost" + "\n" + _table([*rows, _time(plan, found, speed)])
+
+
+def _time(plan: Plan, found: Sequence[Cost], speed: Pace | None) -> list[str]:
+    if speed is None:
+        return ["time", "unknown until a first run", ""]
+    a_run = [cost.steps * speed.seconds_per_step for cost in found]
+    together = min(plan.sweep.max_concurrent, plan.num_runs)
+    source = f"(median of {speed.num_runs} earlier run{'s' * (speed.num_runs > 1)})"
+    total = _span([duration(seconds * plan.num_runs / together) for seconds in a_run])
+    return ["time", f"about {_span([duration(seconds) for seconds in a_run])}", f"about {total} {source}"]
+
+
+def _missing(plan: Plan) -> str:
+    """Files the sweep will need and that are not there yet."""
+    data = [path for path in (*plan.recipe.data.train_data, *plan.recipe.data.val_data) if locate(path) is None]
+    lines = [f"  {path}" for path in data]
+    return "data still to be prepared (python -m harness.prepare)\n" + "\n".join(lines) if lines else ""
+
+
+def _count(value: float) -> str:
+    return f"{int(value):,}" if value < 1e7 else f"{value / 1e6:,.0f} M"
+
+
+def _span(texts: Sequence[str]) -> str:
+    return " to ".join(dict.fromkeys(texts))
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as aligned columns."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(f"  {line}".rstrip() for line in lines)

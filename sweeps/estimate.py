@@ -1,0 +1,140 @@
+"""What a sweep will cost, before it runs: steps, samples, tokens, arithmetic, and time by earlier runs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness import recipe as recipes
+from harness.errors import UserError
+from harness.paths import locate
+from harness.schema import Device, Recipe
+from sweeps.plan import Plan
+
+# Keys that a run's cost depends on, besides the data.
+COST_KEYS = frozenset({
+    "trainer.train_batch_size", "trainer.max_steps", "trainer.epochs", "trainer.eval_interval",
+    "trainer.eval_before_train", "trainer.algorithm.use_kl_loss", "trainer.policy.model.path",
+    "trainer.policy.model.lora.rank", "generator.n_samples_per_prompt", "generator.eval_n_samples_per_prompt",
+    "generator.max_input_length", "generator.sampling_params.max_generate_length",
+    "generator.eval_sampling_params.max_generate_length",
+})  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """One run's cost. Token counts are upper bounds: every prompt and completion as long as it may be."""
+
+    steps: int
+    training_samples: int
+    evaluation_samples: int
+    tokens: int
+    flops: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Seconds a step takes, evaluations included: the median of earlier runs of the same recipe."""
+
+    seconds_per_step: float
+    num_runs: int
+
+
+def costs(plan: Plan) -> list[Cost]:
+    """The cheapest and the dearest run of a sweep, one cost when these are equal; empty when data files are missing."""
+    rows = [count_rows(paths) for paths in (plan.recipe.data.train_data, plan.recipe.data.val_data)]
+    if None in rows:
+        return []
+    num_train, num_val = (n or 0 for n in rows)
+    base = recipes.with_values(plan.recipe, {"sweep": None})
+    axes = [axis for axis in plan.space.axes if axis.key in COST_KEYS]
+    found = []
+    for point in itertools.product(*({axis.bounds()[0], axis.bounds()[-1]} for axis in axes)):
+        values = {axis.key: value for axis, value in zip(axes, point, strict=True)}
+        try:
+            found.append(cost(recipes.with_values(base, values) if values else base, num_train, num_val))
+        except UserError:
+            continue  # a corner of the space that the recipe refuses is no trial either
+    ends = [min(found, key=lambda c: c.tokens), max(found, key=lambda c: c.tokens)] if found else []
+    return ends[:1] if ends and ends[0] == ends[1] else ends
+
+
+def cost(recipe: Recipe, num_train: int, num_val: int) -> Cost:
+    """One run's cost, from the numbers of its training and evaluation problems."""
+    trainer, generator = recipe.trainer, recipe.generator
+    steps = trainer.max_steps or trainer.epochs * (num_train // trainer.train_batch_size)
+    training = steps * trainer.train_batch_size * generator.n_samples_per_prompt
+    times = math.ceil(steps / trainer.eval_interval) if trainer.eval_interval else 1
+    evaluation = (times + trainer.eval_before_train) * num_val * generator.eval_n_samples_per_prompt
+    trained = training * (generator.max_input_length + generator.sampling_params.max_generate_length)
+    evaluated = evaluation * (generator.max_input_length + generator.eval_sampling_params.max_generate_length)
+    return Cost(steps, training, evaluation, trained + evaluated, _flops(recipe, trained, evaluated))
+
+
+def count_rows(paths: Sequence[str]) -> int | None:
+    """Rows of data files together, without reading them whole; None when one is missing."""
+    found = [locate(path) for path in paths]
+    if not found or None in found:
+        return None
+    return sum(_rows(path) for path in found if path is not None)
+
+
+def pace(plan: Plan, source: str) -> Pace | None:
+    """How fast earlier runs and trials of the same recipe file were; None when there are none."""
+    root = Path(plan.recipe.trainer.ckpt_path)
+    paces = []
+    for file in [*root.glob("*/manifest.json"), *root.glob("*/trials/*/manifest.json")]:
+        try:
+            record = json.loads(file.read_text())
+        except (OSError, ValueError):
+            continue
+        result = record.get("result") or {}
+        same = Path(record.get("recipe", {}).get("source") or "").stem == Path(source).stem
+        if same and record.get("status") == "COMPLETE" and result.get("seconds") and result.get("step"):
+            paces.append(result["seconds"] / result["step"])
+    return Pace(statistics.median(paces), len(paces)) if paces else None
+
+
+def _rows(path: Path) -> int:
+    if path.suffix != ".parquet":
+        with path.open("rb") as file:
+            return sum(1 for line in file if line.strip())
+    import pyarrow.parquet as pq
+
+    return int(pq.ParquetFile(path).metadata.num_rows)
+
+
+def _flops(recipe: Recipe, trained: int, evaluated: int) -> float | None:
+    """Order of magnitude of a run on a GPU: 2 FLOPs a parameter and token forward; None on a CPU or for unknown sizes.
+
+    Sampled tokens go through sampling, old log-probabilities, forward and backward; LoRA's backward skips the weights'
+    gradients.
+    """
+    config = locate(f"{recipe.trainer.policy.model.path}/config.json")
+    if config is None or recipe.trainer.placement.device is Device.cpu:
+        return None
+    parameters = count_parameters(json.loads(config.read_text()))
+    if parameters is None:
+        return None
+    backward = 4 if recipe.trainer.policy.model.lora.rank == 0 else 2
+    passes = 2 + 2 + 2 + backward + (2 if recipe.trainer.algorithm.use_kl_loss else 0)
+    return float(parameters) * (passes * trained + 2 * evaluated)
+
+
+def count_parameters(config: dict[str, Any]) -> int | None:
+    """Parameters of a causal LM of the Llama family by its config.json; None when it is another kind."""
+    try:
+        hidden, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
+        head = config.get("head_dim") or hidden // heads
+        kv = config.get("num_key_value_heads") or heads
+        attention = 2 * hidden * heads * head + 2 * hidden * kv * head
+        embeddings = config["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings") else 2)
+        return int(embeddings + layers * (attention + 3 * hidden * config["intermediate_size"]))
+    except (KeyError, TypeError):
+        return None

@@ -1,0 +1,69 @@
+"""Where Ray Tune's trials, the study's and their directories meet. Knows nothing of Ray."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from harness.rundir import RunDir, Status
+from harness.schema import Recipe
+from sweeps import trials
+from sweeps.progress import Progress
+from sweeps.study import Study
+
+DIED = "the trial's process died: killed, out of memory, or crashed"
+
+
+class Ledger:
+    """What searcher and scheduler share: which Tune trial runs which of the study's, and where results are written."""
+
+    def __init__(self, recipe: Recipe, sweep_dir: RunDir, study: Study, progress: Progress) -> None:
+        self.recipe = recipe
+        self.sweep_dir = sweep_dir
+        self.study = study
+        self.progress = progress
+        self._numbers: dict[str, int] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles its searcher for a restore of its own, and here the journal is the state."""
+        return {}
+
+    @property
+    def full(self) -> bool:
+        """Whether as many trials run as may."""
+        assert self.recipe.sweep is not None
+        return len(self._numbers) >= self.recipe.sweep.max_concurrent
+
+    def begin(self, tune_id: str) -> dict[str, Any] | None:
+        """The next trial's config for the actor, its directory made; None when there is none left."""
+        trial = self.study.ask()
+        if trial is None:
+            return None
+        run_dir = trials.create(self.recipe, trial, self.sweep_dir)
+        self._numbers[tune_id] = trial.number
+        self.progress.began(trial, run_dir)
+        return {"run_dir": str(run_dir.path), "metric": self.study.plan.sweep.metric}
+
+    def report(self, tune_id: str, step: int, total_steps: int, value: float | None) -> bool:
+        """Record an evaluation; whether the pruner stops the trial."""
+        number = self._numbers[tune_id]
+        self.progress.evaluated(number, step, total_steps, value)
+        # Step 0 is the base model, the same in every trial: nothing to prune by.
+        reason = self.study.report(number, step, value) if value is not None and step > 0 else None
+        if reason is not None:
+            self.sweep_dir.trial(number).move_to(Status.PRUNED, reason=reason)
+        return reason is not None
+
+    def end(self, tune_id: str, *, died: bool) -> None:
+        """Record how a trial ended, from what its directory says."""
+        number = self._numbers.pop(tune_id)
+        run_dir = self.sweep_dir.trial(number)
+        value, step = trials.final_value(run_dir, self.study.plan.sweep.metric)
+        if run_dir.status is Status.COMPLETE:
+            reason = self.study.complete(number, value, step)
+            if reason is not None:
+                run_dir.update(reason=reason)
+        elif run_dir.status is not Status.PRUNED:
+            if run_dir.status is not Status.FAILED:
+                run_dir.move_to(Status.FAILED, reason=f"{DIED}; see {run_dir.log.name}" if died else "it stopped early")
+            self.study.fail(number, run_dir.read_manifest()["reason"])
+        self.progress.ended(number, value)

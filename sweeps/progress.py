@@ -1,0 +1,140 @@
+"""A sweep's progress: a live table on a terminal, a line per event elsewhere."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from harness.metrics import MetricsFile, duration
+from harness.rundir import RunDir
+from sweeps.space import Params, short_names, show
+from sweeps.study import Study, Trial
+
+STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
+
+
+@dataclass
+class Running:
+    """A trial that is being trained."""
+
+    trial: Trial
+    run_dir: RunDir
+    began: float
+    step: int = 0
+    total_steps: int | None = None
+    value: float | None = None
+
+
+class Progress:
+    """Shows a sweep while it runs. Use as a context manager: the live table is up inside."""
+
+    def __init__(self, study: Study, console: Console | None = None) -> None:
+        self.study = study
+        self.console = console or Console(soft_wrap=True)
+        plan = study.plan
+        self._names = short_names([axis.key for axis in plan.space.axes])
+        self._running: dict[int, Running] = {}
+        self._spent: list[float] = []
+        self._began = time.monotonic()
+        self._summary = self._counts()
+        live = Live(get_renderable=self.render, console=self.console, refresh_per_second=1, transient=True)
+        self._live = live if self.console.is_terminal else None
+
+    def __enter__(self) -> Progress:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._live:
+            self._live.stop()
+
+    def began(self, trial: Trial, run_dir: RunDir) -> None:
+        """A trial was given to a worker."""
+        self._running[trial.number] = Running(trial, run_dir, time.monotonic())
+        self._summary = self._counts()
+        self._say(f"trial {trial.number} begins: {self._label(trial)}")
+
+    def evaluated(self, number: int, step: int, total_steps: int, value: float | None) -> None:
+        """A trial came by an evaluation."""
+        running = self._running[number]
+        running.step, running.total_steps = step, total_steps
+        running.value = value if value is not None else running.value
+
+    def ended(self, number: int, value: float | None) -> None:
+        """A trial is complete, pruned or failed."""
+        running = self._running.pop(number)
+        seconds = time.monotonic() - running.began
+        self._spent.append(seconds)
+        record = self.study.trials()[number]
+        reached = "" if value is None else f"{self.study.plan.sweep.metric} {value:.4g} in {duration(seconds)}"
+        self._summary = self._counts()
+        self._say(f"trial {number} {STATES[record.state.name]}: {record.user_attrs.get('reason') or reached}")
+        if not self._live:
+            self.console.print(f"  {self._summary}  {self._times()}", highlight=False)
+
+    def render(self) -> Group:
+        """The table of running trials, with the counts, the best so far and the time left under it."""
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        for heading in ("trial", *self._names.values(), "seed", "step", self.study.plan.sweep.metric, "time"):
+            table.add_column(heading, no_wrap=True)
+        for running in list(self._running.values()):
+            self._refresh(running)
+            total = f"/{running.total_steps}" if running.total_steps else ""
+            value = "" if running.value is None else f"{running.value:.4f}"
+            cells = [show(running.trial.params[key]) for key in self._names]
+            spent = duration(time.monotonic() - running.began)
+            table.add_row(str(running.trial.number), *cells, str(running.trial.seed), f"{running.step}{total}", value,
+                          spent)  # fmt: skip
+        return Group(table, Text(f"{self._summary}  {self._times()}"))
+
+    def seconds_left(self) -> float | None:
+        """Time until the sweep's end by the mean of the trials ended so far; None before the first."""
+        if not self._spent:
+            return None
+        mean = sum(self._spent) / len(self._spent)
+        now = time.monotonic()
+        done = sum(min(mean, now - running.began) for running in list(self._running.values()))
+        sweep = self.study.plan.sweep
+        return max(0.0, self._left * mean - done) / min(sweep.max_concurrent, max(1, self._left))
+
+    def _refresh(self, running: Running) -> None:
+        """The step that the trial's own metrics file has come to."""
+        rows = MetricsFile(running.run_dir.metrics).rows()
+        if rows:
+            running.step = int(rows[-1]["step"])
+        values = [row[self.study.plan.sweep.metric] for row in rows if self.study.plan.sweep.metric in row]
+        if values:
+            running.value = values[-1]
+
+    def _counts(self) -> str:
+        counts, self._left = self.study.counts(), self.study.num_left
+        text = (f"{counts['COMPLETE']} complete, {counts['PRUNED']} pruned, {counts['FAIL']} failed, "
+                f"{self._left} left of {self.study.plan.num_runs}")  # fmt: skip
+        best = self.study.best
+        if best is not None:
+            text += f"; best so far {best[1]:.4f} (trial {best[0].number}: {self._label(best[0])})"
+        return text
+
+    def _times(self) -> str:
+        left = self.seconds_left()
+        eta = f", ETA {duration(left)}" if left else ""
+        return f"[{duration(time.monotonic() - self._began)}{eta}]"
+
+    def _label(self, trial: Trial) -> str:
+        return label(trial.params, trial.seed, self._names)
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False)
+
+
+def label(params: Params, seed: int | None, names: dict[str, str]) -> str:
+    """A configuration on one line: `rank=8 lr=0.001 seed=0`."""
+    parts = [f"{names[key]}={show(value)}" for key, value in params.items()]
+    return " ".join(parts + ([] if seed is None else [f"seed={seed}"]))

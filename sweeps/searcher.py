@@ -1,0 +1,47 @@
+"""Ray Tune's searcher and scheduler over a sweep's study: thin, without state of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from sweeps.ledger import Ledger
+
+
+class StudySearcher(Searcher):
+    """Asks the study for trials, and tells it how they ended."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self._ledger = ledger
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next trial's config; None while as many run as may, FINISHED when none is left."""
+        if self._ledger.full:
+            return None
+        return self._ledger.begin(trial_id) or Searcher.FINISHED
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Record the end of a trial."""
+        self._ledger.end(trial_id, died=error)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the study's journal is the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: a resumed sweep is a new one over the same journal."""
+
+
+class PrunerScheduler(FIFOScheduler):
+    """Stops a trial when the study's pruner says so, so that it is PRUNED in the study and never COMPLETE."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self._ledger = ledger
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Go on or stop after an evaluation."""
+        pruned = self._ledger.report(trial.trial_id, result["step"], result["total_steps"], result["value"])
+        return TrialScheduler.STOP if pruned else TrialScheduler.CONTINUE

@@ -1,0 +1,165 @@
+"""A sweep from its first to its last trial, over as many processes as it takes: start, resume, run, conclude."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from harness import manifest
+from harness import recipe as recipes
+from harness.errors import UserError
+from harness.rundir import RunDir, Status, place, write_text
+from harness.schema import Recipe
+from rltrain.preflight import check_run
+from sweeps import plan as plans
+from sweeps import trials, tune
+from sweeps.locks import held
+from sweeps.plan import Plan
+from sweeps.progress import Progress
+from sweeps.space import PLACES
+from sweeps.study import Study
+
+# What a resumed sweep may set anew; anything else would make its later trials another experiment than its first.
+FREE = frozenset({*PLACES, "trainer.logger", "sweep.num_trials", "sweep.max_concurrent", "sweep.sampler"})
+# The pruner is free too; the others the study compares, and says better what changed.
+STUDIED = ("sweep.pruner", "sweep.space", "sweep.metric", "sweep.seeds")
+
+
+@dataclass(frozen=True)
+class Session:
+    """A sweep ready to run: its settled recipe, its plan and its directory."""
+
+    recipe: Recipe
+    plan: Plan
+    sweep_dir: RunDir
+
+
+def start(source: str, overrides: Sequence[str]) -> Session:
+    """A new sweep's directory; raises UserError for anything wrong, and for a directory that exists."""
+    recipe = recipes.load(source, overrides)
+    plan = plans.build(recipe)
+    sweep_dir = place(recipe, source)
+    if sweep_dir.manifest.exists():
+        raise UserError("this directory exists", got=trials.relative(sweep_dir.path),
+                        fix=f"go on with --resume {trials.relative(sweep_dir.path)}, or choose another "
+                            "trainer.run_name")  # fmt: skip
+    session = _session(recipe, plan, sweep_dir)
+    record = manifest.build(session.recipe, kind="sweep", name=sweep_dir.path.name, source=source, overrides=overrides,
+                            command=manifest.this_command())  # fmt: skip
+    sweep_dir.create(recipes.to_yaml(session.recipe), record)
+    return session
+
+
+def resume(directory: str | None, source: str | None, overrides: Sequence[str]) -> Session:
+    """A sweep begun earlier, by its directory or by recipe and `trainer.run_name`; UserError if it is another now."""
+    recipe = None if source is None else recipes.load(source, overrides)
+    sweep_dir = RunDir(directory) if directory else _by_name(recipe, source)
+    record = sweep_dir.read_manifest()
+    if record["kind"] != "sweep":
+        raise UserError(f"this is the directory of a {record['kind']}", got=trials.relative(sweep_dir.path),
+                        fix="python -m harness.run --resume goes on with a run")  # fmt: skip
+    stored = recipes.read(sweep_dir.recipe)
+    recipe = recipes.load(sweep_dir.recipe, overrides) if recipe is None else _as_settled(recipe, stored)
+    _check_same(recipe, stored)
+    return _session(recipe, plans.build(recipe), sweep_dir)
+
+
+def run(session: Session, actor: Callable[[], type] | None = None) -> Study:
+    """Run what the sweep has left; its study afterwards. Raises UserError when another process is at it.
+
+    KeyboardInterrupt, SIGTERM too, leaves the sweep RUNNING; any other failure FAILED with the reason. Both can be
+    resumed.
+    """
+    sweep_dir = session.sweep_dir
+    with held(sweep_dir.path / ".lock") as owned:
+        if not owned:
+            raise UserError("another process is running this sweep", got=trials.relative(sweep_dir.path))
+        study = Study(sweep_dir.journal, session.plan)
+        trials.reconcile(study, sweep_dir)
+        if not study.num_left or study.exhausted:
+            return study
+        write_text(sweep_dir.recipe, recipes.to_yaml(session.recipe))
+        sweep_dir.move_to(Status.RUNNING)
+        began, before = time.monotonic(), sweep_dir.read_manifest().get("seconds", 0.0)
+        try:
+            with _terminable():
+                tune.run(session.recipe, sweep_dir, study, Progress(study), actor)
+        except Exception as error:
+            sweep_dir.move_to(Status.FAILED, reason=f"{type(error).__name__}: {str(error).strip()[:200]}")
+            raise
+        finally:
+            sweep_dir.update(seconds=before + time.monotonic() - began)
+        return study
+
+
+def conclude(session: Session, study: Study, best: dict[str, Any] | None) -> None:
+    """Write the sweep's final status and result."""
+    sweep_dir, counts = session.sweep_dir, study.counts()
+    status = Status.COMPLETE if counts["COMPLETE"] else Status.FAILED
+    result = {"counts": {name: counts[name] for name in ("COMPLETE", "PRUNED", "FAIL")}, "best": best,
+              "seconds": sweep_dir.read_manifest().get("seconds", 0.0)}  # fmt: skip
+    if sweep_dir.status is not status:
+        sweep_dir.move_to(status, reason=None if counts["COMPLETE"] else "no trial completed", result=result)
+
+
+def _session(recipe: Recipe, plan: Plan, sweep_dir: RunDir) -> Session:
+    settled = trials.settle(recipe, plan.space)
+    plan = Plan(settled, plan.space, plan.first_trials)
+    check_run(recipes.with_values(settled, {"sweep": None}))
+    return Session(settled, plan, sweep_dir)
+
+
+def _by_name(recipe: Recipe | None, source: str | None) -> RunDir:
+    if recipe is None or source is None:
+        raise UserError("which sweep is to be resumed?", fix="python -m harness.sweep --resume runs/NAME")
+    if recipe.trainer.run_name is None:
+        root = Path(recipe.trainer.ckpt_path)
+        known = sorted(str(file.parent) for file in root.glob("*/study.journal"))
+        raise UserError("which sweep of this recipe is to be resumed?", allowed=", ".join(known) or f"none in {root}",
+                        fix="name its directory after --resume")  # fmt: skip
+    return place(recipe, source)
+
+
+def _as_settled(recipe: Recipe, stored: Recipe) -> Recipe:
+    """A recipe file's recipe with what the sweep settled when it began: this machine may have other cores."""
+    keys = ("trainer.num_threads", "generator.max_lora_rank")
+    unset = {key: recipes.get(stored, key) for key in keys if recipes.get(recipe, key) is None}
+    return recipes.with_values(recipe, unset)
+
+
+def _check_same(recipe: Recipe, stored: Recipe) -> None:
+    new, old = _flat(recipes.to_dict(recipe)), _flat(recipes.to_dict(stored))
+    differ = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
+    changed = [key for key in differ if key not in FREE and not key.startswith(STUDIED)]
+    if changed:
+        raise UserError(
+            "the recipe is not the one this sweep began with",
+            got="; ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed),
+            fix="undo the change, or start a new sweep under another trainer.run_name",
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM stops the sweep as Ctrl-C does: a preempted machine's sweep is resumed elsewhere."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,221 @@
+"""The Optuna study on `study.journal`, the truth about a sweep: ask, report, tell, resume."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.samplers import RandomSampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from harness.errors import UserError
+from sweeps.locks import KernelLock
+from sweeps.plan import Observation, Plan, propose
+from sweeps.pruner import build_pruner
+from sweeps.space import Params
+
+STUDY_NAME = "sweep"
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One run of a sweep: a configuration with one of the seeds. `run_dir` is relative to the sweep's directory."""
+
+    number: int
+    configuration: int
+    seed: int
+    params: Params
+    run_dir: str
+
+
+class Study:
+    """A sweep's trials. Every change is one line of the journal, written before anything acts on it."""
+
+    def __init__(self, journal: Path, plan: Plan) -> None:
+        """Open the study in a journal file, new or existing; raises UserError when it is another sweep's."""
+        self.plan = plan
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        _mend(journal)
+        backend = JournalFileBackend(str(journal), lock_obj=KernelLock(journal.with_name(f"{journal.name}.lock")))
+        self._study = optuna.create_study(
+            storage=JournalStorage(backend),
+            study_name=STUDY_NAME,
+            direction=plan.direction,
+            sampler=RandomSampler(),
+            pruner=build_pruner(plan.recipe),
+            load_if_exists=True,
+        )
+        self._check_same()
+        self._issued: set[int] = set()
+
+    def trials(self) -> list[FrozenTrial]:
+        """Optuna's record of every trial, by number."""
+        return self._study.get_trials(deepcopy=False)
+
+    def describe(self, number: int) -> Trial:
+        """What a trial runs."""
+        record = self.trials()[number]
+        attrs = record.user_attrs
+        params = self.plan.space.decode_all(record.params)
+        return Trial(number, attrs["configuration"], attrs["seed"], params, attrs["run_dir"])
+
+    def counts(self) -> Counter[str]:
+        """Number of trials by state: RUNNING, COMPLETE, PRUNED, FAIL."""
+        return Counter(record.state.name for record in self.trials())
+
+    @property
+    def num_left(self) -> int:
+        """Runs that have not ended, those not begun included."""
+        ended = sum(record.state.is_finished() for record in self.trials())
+        return self.plan.num_runs - ended
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether nothing untried is left although fewer configurations ran than were asked for."""
+        started = len(self.trials()) // len(self.plan.sweep.seeds)
+        return started < self.plan.num_configurations and propose(self.plan, self._history()) is None
+
+    @property
+    def best(self) -> tuple[Trial, float] | None:
+        """The complete trial with the best value so far, and the value."""
+        done = [(r.value, r.number) for r in self.trials() if r.state is TrialState.COMPLETE and r.value is not None]
+        if not done:
+            return None
+        value, number = max(done) if self.plan.direction == "maximize" else min(done)
+        return self.describe(number), value
+
+    def ask(self) -> Trial | None:
+        """The next trial, marked RUNNING: first those an earlier process left RUNNING; None when there is none left.
+
+        Trials are numbered configuration by configuration, each with every seed in turn.
+        """
+        trials = self.trials()
+        left = (r.number for r in trials if r.state is TrialState.RUNNING and r.number not in self._issued)
+        number = next(left, len(trials))
+        if number == len(trials):
+            seeds = self.plan.sweep.seeds
+            configuration, place = divmod(number, len(seeds))
+            params = self._params(configuration, place, trials)
+            if params is None:
+                return None
+            self._add(configuration, seeds[place], params, f"trials/{number:04d}")
+        self._issued.add(number)
+        return self.describe(number)
+
+    def report(self, number: int, step: int, value: float) -> str | None:
+        """Record an evaluation; the reason when the pruner stops the trial here, which is then PRUNED."""
+        record = self.trials()[number]
+        if not math.isfinite(value) or record.state.is_finished():
+            return None
+        trial = optuna.trial.Trial(self._study, record._trial_id)
+        # A resumed trial comes by an evaluation again that it had reported before the kill.
+        if step not in record.intermediate_values:
+            trial.report(value, step)
+        if not trial.should_prune():
+            return None
+        reason = f"pruned at step {step}: {self.plan.sweep.metric} {value:.4g} by {type(self._study.pruner).__name__}"
+        self._finish(number, TrialState.PRUNED, reason=reason)
+        return reason
+
+    def complete(self, number: int, value: float | None, step: int) -> str | None:
+        """Record the final value; a missing or non-finite one is a failure, whose reason is returned."""
+        metric = self.plan.sweep.metric
+        if value is None or not math.isfinite(value):
+            reason = f"the run logged no {metric}" if value is None else f"{metric} is {value} at step {step}"
+            self._finish(number, TrialState.FAIL, reason=reason)
+            return reason
+        record = self.trials()[number]
+        if not record.state.is_finished():
+            if step not in record.intermediate_values:
+                optuna.trial.Trial(self._study, record._trial_id).report(value, step)
+            self._finish(number, TrialState.COMPLETE, value=value)
+        return None
+
+    def fail(self, number: int, reason: str) -> None:
+        """Record a failure."""
+        self._finish(number, TrialState.FAIL, reason=reason)
+
+    def _params(self, configuration: int, place: int, trials: Sequence[FrozenTrial]) -> Params | None:
+        if place == 0:
+            return propose(self.plan, self._history())
+        first = trials[configuration * len(self.plan.sweep.seeds)]
+        return self.plan.space.decode_all(first.params)
+
+    def _add(self, configuration: int, seed: int, params: Params, run_dir: str) -> None:
+        # Whole in one line of the journal: a kill leaves a trial with all its parameters, or none.
+        self._study.add_trial(
+            create_trial(
+                state=TrialState.RUNNING,
+                params=self.plan.space.encode_all(params),
+                distributions=dict(self.plan.space.distributions),
+                user_attrs={"configuration": configuration, "seed": seed, "run_dir": run_dir},
+            )
+        )
+
+    def _finish(self, number: int, state: TrialState, *, reason: str | None = None, value: float | None = None) -> None:
+        record = self.trials()[number]
+        if record.state.is_finished():
+            return
+        if reason is not None:
+            optuna.trial.Trial(self._study, record._trial_id).set_user_attr("reason", reason)
+        self._study.tell(number, value, state)
+
+    def _history(self) -> list[Observation]:
+        """One observation per configuration, so that a sampler learns from means over seeds, not from lucky ones."""
+        size = len(self.plan.sweep.seeds)
+        trials = self.trials()
+        return [_observation(self.plan, trials[i : i + size]) for i in range(0, len(trials), size)]
+
+    def _check_same(self) -> None:
+        """Hold what must not change against what the study was begun with."""
+        plan, known = self.plan, self._study.user_attrs
+        now: dict[str, Any] = {
+            "space_hash": plan.space.hash,
+            "space": plan.space.describe(),
+            "metric": plan.sweep.metric,
+            "seeds": plan.sweep.seeds,
+        }
+        changes = [f"sweep.{name}: {known[name]} -> {now[name]}" for name in ("metric", "seeds")
+                   if known.get(name, now[name]) != now[name]]  # fmt: skip
+        if known.get("space_hash", now["space_hash"]) != now["space_hash"]:
+            old, new = known.get("space", {}), now["space"]
+            changes += [f"{key}: {old.get(key, 'no axis')} -> {new.get(key, 'no axis')}"
+                        for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]  # fmt: skip
+        if changes:
+            raise UserError("the sweep to resume is another one", got="; ".join(changes),
+                            fix="undo the change, or start a new sweep under another trainer.run_name")  # fmt: skip
+        for name, value in now.items():
+            if name not in known:
+                self._study.set_user_attr(name, value)
+
+
+def _observation(plan: Plan, trials: Sequence[FrozenTrial]) -> Observation:
+    params = plan.space.decode_all(trials[0].params)
+    by_state = {state: [t for t in trials if t.state is state] for state in TrialState}
+    complete, pruned = by_state[TrialState.COMPLETE], by_state[TrialState.PRUNED]
+    if pruned:
+        # One seed that was stopped early has no final value: the mean of the others would flatter the configuration.
+        return Observation(params, TrialState.PRUNED, pruned[0].value, dict(pruned[0].intermediate_values))
+    if complete:
+        values = [t.value for t in complete if t.value is not None]
+        return Observation(params, TrialState.COMPLETE, sum(values) / len(values))
+    running = by_state[TrialState.RUNNING] or len(trials) < len(plan.sweep.seeds)
+    return Observation(params, TrialState.RUNNING if running else TrialState.FAIL)
+
+
+def _mend(journal: Path) -> None:
+    """Cut off a last line that a kill left unfinished: the next would be appended to it, and neither be readable."""
+    if not journal.exists():
+        return
+    content = journal.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(journal, whole)

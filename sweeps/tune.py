@@ -1,0 +1,63 @@
+"""Ray Tune runs a study's trials: its searcher asks and tells the study, its scheduler asks the study's pruner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from harness.rundir import RunDir
+from harness.schema import Recipe
+from sweeps import trials
+from sweeps.cluster import cluster
+from sweeps.ledger import Ledger
+from sweeps.progress import Progress
+from sweeps.study import Study
+
+
+def run(
+    recipe: Recipe, sweep_dir: RunDir, study: Study, progress: Progress, actor: Callable[[], type] | None = None
+) -> None:
+    """Run every trial that the study has left; `actor` makes the Trainable, by default the trainer's.
+
+    A failed trial is recorded and not tried again. KeyboardInterrupt leaves the running ones RUNNING, to be resumed.
+    """
+    if not study.num_left:
+        return
+    ledger = Ledger(recipe, sweep_dir, study, progress)
+    with cluster(recipe, sweep_dir.path) as scratch, progress:
+        _fit(ledger, actor or trial_actor, scratch)
+
+
+def trial_actor() -> type:
+    """The Trainable that trains for real."""
+    from sweeps.actor import TrialActor
+
+    return TrialActor
+
+
+def _fit(ledger: Ledger, actor: Callable[[], type], scratch: Path) -> None:
+    from ray import tune
+
+    from sweeps.searcher import PrunerScheduler, StudySearcher
+
+    gpus = trials.gpus_per_trial(ledger.recipe)
+    resources = {"cpu": trials.cpus_per_trial(ledger.recipe), "gpu": gpus}
+    tuner = tune.Tuner(
+        tune.with_resources(actor(), resources),
+        tune_config=tune.TuneConfig(
+            search_alg=StudySearcher(ledger),
+            scheduler=PrunerScheduler(ledger),
+            num_samples=ledger.study.num_left,
+            # vLLM does not give all GPU memory back: there, a process per trial.
+            reuse_actors=gpus == 0,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name="sweep",
+            storage_path=str(scratch),
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=0),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+        ),
+    )
+    tuner.fit()

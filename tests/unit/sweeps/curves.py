@@ -1,0 +1,90 @@
+"""A stand-in for training: learning curves by formula, to test the sweep apart from the trainer."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from harness import manifest
+from harness import recipe as recipes
+from harness.metrics import MetricsFile
+from harness.rundir import RunDir, Status
+from harness.schema import Recipe
+from rltrain.trainer import Report
+from sweeps import plan as plans
+from sweeps.trials import settle
+
+RANK = "trainer.policy.model.lora.rank"
+ALPHA = "trainer.policy.model.lora.alpha"
+LR = "trainer.policy.optimizer_config.lr"
+TARGETS = "trainer.target_modules"
+SPACE: dict[str, Any] = {
+    RANK: {"choices": [1, 8, 32]},
+    LR: {"low": 1e-5, "high": 1e-2, "log": True},
+    TARGETS: {"choices": ["all-linear", ["q_proj", "v_proj"]]},
+}
+STEPS, INTERVAL = 4, 1
+# Ranks that make a run fail in a chosen way.
+RAISES, DIES, IS_NAN = 13, 14, 15
+
+
+def recipe_of(space: dict[str, Any] | None = None, *, steps: int = STEPS, **sweep: Any) -> Recipe:
+    """A recipe with a sweep over `space`."""
+    overrides = ["trainer.policy.model.path=rltrain", "trainer.placement.device=cpu", "trainer.num_threads=1",
+                 f"trainer.max_steps={steps}", f"trainer.eval_interval={INTERVAL}"]  # fmt: skip
+    base = recipes.load("base", overrides)
+    defaults = {"metric": "eval/accuracy", "num_trials": 4, "sampler": "random"}
+    return recipes.with_values(base, {"sweep": defaults | {"space": SPACE if space is None else space} | sweep})
+
+
+def begin(recipe: Recipe, folder: Path) -> tuple[Recipe, RunDir]:
+    """The settled recipe and the directory of a sweep."""
+    settled = settle(recipe, plans.build(recipe).space)
+    sweep_dir = RunDir(folder)
+    record = manifest.build(settled, kind="sweep", name=folder.name, source="recipes/base.yaml")
+    sweep_dir.create(recipes.to_yaml(settled), record)
+    return settled, sweep_dir
+
+
+def curve(rank: int, step: int) -> float:
+    """A made-up accuracy: the closer rank is to 8, the better; the same for everyone at step 0."""
+    return 0.3 + step * 0.1 / (1 + abs(rank - 8))
+
+
+def follow(run_dir: RunDir) -> Iterator[Report]:
+    """The reports of a run that computes nothing."""
+    recipe = recipes.read(run_dir.recipe)
+    rank, total = recipe.trainer.policy.model.lora.rank, recipe.trainer.max_steps or 0
+    run_dir.move_to(Status.RUNNING)
+    print(f"pid {os.getpid()} threads {os.environ['OMP_NUM_THREADS']} cwd {os.getcwd()}", flush=True)
+    log = MetricsFile(run_dir.metrics)
+    for step in range(total + 1):
+        if step == 2 and rank == RAISES:
+            raise ValueError("this rank is unlucky\nin two lines")
+        if step == 2 and rank == DIES:
+            os.kill(os.getpid(), signal.SIGKILL)
+        row = {"step": step, "eval/accuracy": math.nan if rank == IS_NAN else curve(rank, step)}
+        log.append(row)
+        if step == total:
+            run_dir.move_to(Status.COMPLETE, result={"step": step, "metrics": row, "seconds": 1.0})
+        yield Report(step, total, row)
+
+
+def curve_actor() -> type:
+    """A Trainable that follows `curve` where the trainer would train; its log says which process it was."""
+    import ray.cloudpickle
+
+    from sweeps.actor import TrialActor
+
+    class CurveActor(TrialActor):
+        def start(self, run_dir: RunDir) -> Iterator[Report]:
+            return follow(run_dir)
+
+    # Ray's workers do not know where the tests are.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    return CurveActor
