@@ -137,6 +137,7 @@ class VLLMEngine:
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace the model's weights, through vLLM's own reloading: its CPU kernels keep packed copies."""
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        self._llm.collective_rpc(_repack_head)
 
     def use_model(self, model: Any) -> None:
         """vLLM has weights of its own."""
@@ -239,6 +240,13 @@ def _modules_served(worker: Any, adapter_id: int) -> int:
     manager = worker.model_runner.lora_manager._adapter_manager
     packed = [lora.lora_a for name, lora in manager.get_adapter(adapter_id).loras.items() if name in manager.modules]
     return sum(sum(a is not None for a in lora_a) if isinstance(lora_a, list) else 1 for lora_a in packed)
+
+
+def _repack_head(worker: Any) -> None:
+    """A head tied to the embedding has a packed copy of its own on a CPU, which vLLM's reloading leaves as it was."""
+    head = getattr(worker.model_runner.model, "lm_head", None)
+    if head is not None and hasattr(head, "quant_method"):
+        head.quant_method.process_weights_after_loading(head)
 
 
 def _set_environment(cpu_kv_cache_gb: int | None) -> None:

@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
+from harness.errors import UserError
 from rltrain.engines.base import Engine
 
 
@@ -26,14 +27,22 @@ def merged_weights(model: Any, member: str) -> Iterator[tuple[str, torch.Tensor]
     """(name, tensor) for each tensor of the base model's `state_dict`, one at a time; a tied head is left out.
 
     For a PEFT model each weight the adapter `member` targets is W + scale * B A (LoRA, arXiv 2106.09685, eq. 3).
+    Raises UserError for an adapter on one of two tied weights: merged, it would change both.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    tied = set(getattr(base, "_tied_weights_keys", None) or ()) if base.config.tie_word_embeddings else set()
+    tied = dict(getattr(base, "_tied_weights_keys", None) or {}) if base.config.tie_word_embeddings else {}
     adapted = {
         name: layer
         for name, layer in base.named_modules()
         if isinstance(layer, LoraLayer) and (member in layer.lora_A or member in layer.lora_embedding_A)
     }
+    both = {name.removesuffix(".weight") for name in (*tied, *tied.values())} & adapted.keys()
+    if both:
+        raise UserError(
+            "an adapter on one of two tied weights cannot be merged",
+            got=", ".join(sorted(both)),
+            fix="leave it out of trainer.target_modules, or set generator.backend=transformers",
+        )
     for name, tensor in base.state_dict().items():
         module, _, leaf = name.rpartition(".")
         module, is_base, _ = module.partition(".base_layer")

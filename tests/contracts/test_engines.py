@@ -1,0 +1,254 @@
+"""What every registered engine must do; an engine added to the registry is tested here without another line."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from harness.errors import UserError
+from harness.schema import Backend
+from rltrain.engines.base import ENGINES, Engine, Request
+from rltrain.sync.disk import DiskSync, write_adapter
+from rltrain.sync.proof import SyncError
+from tests.contracts.tiny import (
+    ADAPTERS,
+    LONGEST,
+    MAX_INPUT_LENGTH,
+    STOP_TOKEN_IDS,
+    VOCAB,
+    adapt,
+    flat_logprobs,
+    load_base,
+    next_token_logits,
+    prompt,
+    request,
+    start,
+    tokens,
+    trainer_logprobs,
+)
+
+BACKENDS = [
+    pytest.param(backend, id=backend.name, marks=[pytest.mark.heavy] if backend is Backend.vllm else [])
+    for backend in ENGINES
+]
+MEMBERS: list[str | None] = [*ADAPTERS, None]
+
+
+@pytest.fixture(scope="module")
+def model(base_dir: Path) -> PeftModel:
+    return adapt(load_base(base_dir))
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def engine(
+    request: pytest.FixtureRequest, model: PeftModel, base_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Engine]:
+    """An engine that serves both adapters, in all slots it has."""
+    engine = start(request.param, model, base_dir)
+    sync = DiskSync(tmp_path_factory.mktemp("adapters"))
+    for member in ADAPTERS:
+        sync.publish(engine, model, member, 1)
+    yield engine
+    engine.close()
+
+
+def test_samples_come_in_the_order_of_the_requests(engine: Engine, model: PeftModel) -> None:
+    requests = [request(length, member, n=n) for length, member, n in
+                [(30, "attention", 1), (3, None, 3), (12, "all_linear", 2), (5, "attention", 4)]]  # fmt: skip
+    groups = engine.generate(requests)
+    assert [len(group) for group in groups] == [1, 3, 2, 4]
+    for one, group in zip(requests, groups, strict=True):
+        for sample in group:
+            assert 1 <= len(sample.token_ids) == len(sample.logprobs) <= LONGEST
+        # Only its own prompt and adapter explain a group's log-probabilities.
+        torch.testing.assert_close(
+            flat_logprobs([group]), trainer_logprobs(model, one.member, [one], [group]), atol=1e-4, rtol=0
+        )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_the_trainers(engine: Engine, model: PeftModel, temperature: float) -> None:
+    requests = [request(length, member, n=3, seed=length, temperature=temperature)
+                for length in (1, 8, 40) for member in MEMBERS]  # fmt: skip
+    groups = engine.generate(requests)
+    for member in MEMBERS:
+        mine = [i for i, one in enumerate(requests) if one.member == member]
+        asked, got = [requests[i] for i in mine], [groups[i] for i in mine]
+        found = flat_logprobs(got)
+        assert torch.allclose(found, trainer_logprobs(model, member, asked, got), atol=1e-4)
+        for other in set(MEMBERS) - {member}:
+            assert (found - trainer_logprobs(model, other, asked, got)).abs().mean() > 0.01
+
+
+def test_samples_follow_the_distribution(engine: Engine, model: PeftModel) -> None:
+    n = 4000
+    one = request(7, "all_linear", n=n, longest=1)
+    counts = torch.zeros(VOCAB)
+    for sample in engine.generate([one])[0]:
+        counts[sample.token_ids[0]] += 1
+    expected = n * next_token_logits(model, "all_linear", one.prompt_token_ids)[-1].softmax(dim=-1)
+    likely = expected >= 5
+    chi_square = ((counts - expected).square() / expected)[likely].sum()
+    freedom = int(likely.sum())
+    assert freedom > 10
+    assert chi_square < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_the_same_seed_gives_the_same_bits(engine: Engine) -> None:
+    requests = [request(length, member, n=4, seed=5) for length in (6, 50) for member in MEMBERS]
+    first, again = engine.generate(requests), engine.generate(requests)
+    assert first == again
+
+
+def test_other_seeds_and_samples_differ(engine: Engine) -> None:
+    groups = engine.generate([request(9, "all_linear", n=4, seed=seed) for seed in (0, 1, 2)])
+    completions = [tuple(sample.token_ids) for group in groups for sample in group]
+    assert len(set(completions)) >= 11
+
+
+def test_a_sample_does_not_depend_on_its_companions(engine: Engine) -> None:
+    one = request(20, "attention", n=3, seed=3)
+    companions = [request(length, member, n=2, seed=length) for length in (1, 33, 90) for member in MEMBERS]
+    alone = engine.generate([one])[0]
+    among = engine.generate([*companions[:5], one, *companions[5:]])[5]
+    assert tokens([among]) == tokens([alone])
+    assert torch.allclose(flat_logprobs([among]), flat_logprobs([alone]), atol=1e-4)
+
+
+def test_fewer_samples_are_the_first_of_more(engine: Engine) -> None:
+    few, many = (engine.generate([request(11, "all_linear", n=n, seed=4)])[0] for n in (2, 5))
+    assert tokens([many[:2]]) == tokens([few])
+
+
+def test_finish_reasons(engine: Engine) -> None:
+    groups = engine.generate([request(length, None, n=16, seed=length) for length in (4, 5, 6)])
+    samples = [sample for group in groups for sample in group]
+    for sample in samples:
+        *before, last = sample.token_ids
+        assert not set(before) & set(STOP_TOKEN_IDS)
+        if sample.finish_reason == "stop":
+            assert last in STOP_TOKEN_IDS
+        else:
+            assert sample.finish_reason == "length"
+            assert last not in STOP_TOKEN_IDS
+            assert len(sample.token_ids) == LONGEST
+    assert {sample.finish_reason for sample in samples} == {"stop", "length"}
+
+
+def test_eos_at_the_very_limit_is_a_stop(engine: Engine) -> None:
+    samples = engine.generate([request(4, None, n=64, longest=1)])[0]
+    reasons = [(sample.token_ids[0] in STOP_TOKEN_IDS, sample.finish_reason) for sample in samples]
+    assert set(reasons) == {(True, "stop"), (False, "length")}
+
+
+def test_temperature_zero_is_greedy(engine: Engine, model: PeftModel) -> None:
+    one = request(10, "all_linear", n=2, temperature=0.0)
+    other = request(10, "all_linear", n=1, temperature=1.0)
+    group = engine.generate([one, other])[0]
+    assert tokens([group])[0][0] == tokens([group])[0][1]
+    ids = [*one.prompt_token_ids, *group[0].token_ids]
+    greedy = next_token_logits(model, "all_linear", ids)[len(one.prompt_token_ids) - 1 : -1].argmax(dim=-1)
+    assert group[0].token_ids == greedy.tolist()
+    found = trainer_logprobs(model, "all_linear", [one], [group])  # of temperature 1
+    assert torch.allclose(flat_logprobs([group]), found, atol=1e-4)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (-1, 0.6), (20, 0.7)])
+def test_truncated_distributions(engine: Engine, model: PeftModel, top_k: int, top_p: float) -> None:
+    one = request(10, "attention", n=4, temperature=1.3, top_k=top_k, top_p=top_p)
+    for sample in engine.generate([one])[0]:
+        ids = [*one.prompt_token_ids, *sample.token_ids]
+        logits = next_token_logits(model, "attention", ids)[len(one.prompt_token_ids) - 1 : -1] / 1.3
+        for t, token in enumerate(sample.token_ids):
+            ordered, order = logits[t].sort(descending=True)
+            kept = top_k if top_k > 0 else VOCAB
+            probabilities = ordered[:kept].softmax(dim=-1)
+            before = probabilities.cumsum(dim=-1) - probabilities
+            allowed = order[:kept][before < top_p]
+            assert token in allowed
+            expected = logits[t][allowed].log_softmax(dim=-1)[allowed == token]
+            assert sample.logprobs[t] == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_more_prompt_tokens_than_one_batch_takes(engine: Engine, model: PeftModel) -> None:
+    requests = [request(length, "all_linear", n=1, seed=length, longest=2) for length in range(20, 96)]
+    requests += [Request(prompt(95, seed), 1, seed, requests[0].sampling, "all_linear") for seed in range(1, 30)]
+    groups = engine.generate(requests)
+    found = trainer_logprobs(model, "all_linear", requests, groups)
+    assert torch.allclose(flat_logprobs(groups), found, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [0, MAX_INPUT_LENGTH + 1])
+def test_prompts_out_of_range_are_refused(engine: Engine, length: int) -> None:
+    with pytest.raises(UserError, match=f"got: +{length} tokens"):
+        engine.generate([request(4, None), request(length, None)])
+
+
+def test_an_unknown_member_is_refused(engine: Engine) -> None:
+    with pytest.raises(UserError, match=r"(?s)no adapter.*nobody.*all_linear"):
+        engine.generate([request(4, "nobody")])
+
+
+def test_the_process_is_left_as_it_was(engine: Engine, model: PeftModel) -> None:
+    model.train()
+    model.set_adapter("attention")
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    drawn = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tobytes()  # type: ignore[index] # noqa: NPY002
+    engine.generate([request(4, member) for member in MEMBERS])
+    assert torch.equal(torch.get_rng_state(), drawn[0])
+    assert random.getstate() == drawn[1]
+    assert np.random.get_state()[1].tobytes() == drawn[2]  # type: ignore[index] # noqa: NPY002
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert all(module.training for module in model.modules())
+    assert model.active_adapter == "attention"
+    assert model.base_model.active_adapters == ["attention"]
+    model.eval()
+
+
+def test_threads_can_still_be_set(engine: Engine) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    assert torch.get_num_threads() == threads + 1
+    torch.set_num_threads(threads)
+
+
+def test_dropped_adapters_are_gone(engine: Engine, model: PeftModel, tmp_path: Path) -> None:
+    if engine.shares_weights:
+        pytest.skip("adapters come and go with the trainer's")
+    engine.drop_adapter("attention")
+    engine.drop_adapter("attention")
+    with pytest.raises(UserError, match="no adapter"):
+        engine.generate([request(4, "attention")])
+    DiskSync(tmp_path).publish(engine, model, "attention", 2)
+    asked = [request(4, "attention")]
+    groups = engine.generate(asked)
+    assert torch.allclose(flat_logprobs(groups), trainer_logprobs(model, "attention", asked, groups), atol=1e-4)
+
+
+def test_an_adapter_too_many_is_refused(engine: Engine, model: PeftModel, tmp_path: Path) -> None:
+    if engine.shares_weights:
+        pytest.skip("the trainer's model has room for any number")
+    write_adapter(model, "attention", tmp_path / "third")
+    with pytest.raises(RuntimeError, match="room for 2 adapters"):
+        engine.load_adapter("third", 1, tmp_path / "third")
+
+
+def test_a_module_the_engine_cannot_serve_is_caught(engine: Engine, model: PeftModel, tmp_path: Path) -> None:
+    if engine.shares_weights:
+        pytest.skip("the trainer's modules serve themselves")
+    engine.drop_adapter("attention")
+    write_adapter(model, "attention", tmp_path / "stray")
+    weights = tmp_path / "stray" / "adapter_model.safetensors"
+    # A layer the model does not have: vLLM itself says nothing.
+    strayed = {name.replace("layers.1.", "layers.7."): tensor for name, tensor in load_file(weights).items()}
+    save_file(strayed, weights, metadata={"format": "pt"})
+    with pytest.raises(SyncError, match="3 of the 6 modules"):
+        engine.load_adapter("attention", 3, tmp_path / "stray")
+    DiskSync(tmp_path).publish(engine, model, "attention", 4)

@@ -1,0 +1,330 @@
+"""What every registered sync must do with every registered engine, and that a sync which does not is caught."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+from harness.errors import UserError
+from harness.schema import Backend, SyncMode
+from rltrain.engines.base import ENGINES, Sample
+from rltrain.sync.base import SYNCS, build_sync
+from rltrain.sync.disk import write_adapter
+from rltrain.sync.merge import merged_weights
+from rltrain.sync.proof import SyncError, check_sync
+from tests.contracts.tiny import (
+    adapt,
+    flat_logprobs,
+    load_base,
+    next_token_logits,
+    prompt,
+    request,
+    shake,
+    start,
+    tokens,
+    trainer_logprobs,
+)
+
+MEMBER = "all_linear"
+TOLERANCE = 1e-4
+
+
+@dataclass
+class Probe:
+    """Samples an engine drew at one moment, with the log-probabilities `[N]` of the engine and of the trainer then."""
+
+    samples: list[list[Sample]]
+    engine: torch.Tensor
+    on: torch.Tensor
+    off: torch.Tensor
+
+
+@dataclass
+class Story:
+    """One engine and one sync through the life of an adapter."""
+
+    shares_weights: bool
+    first: Probe
+    unpublished: Probe
+    second: Probe
+    zeroed: Probe
+    trainer_before: dict[str, torch.Tensor]
+    trainer_after: dict[str, torch.Tensor]
+
+
+def _tell(backend: Backend, mode: SyncMode, base_dir: Path, root: Path) -> Story:
+    model = adapt(load_base(base_dir), [MEMBER])
+    merged = mode is SyncMode.merge
+    engine = start(backend, model, base_dir, max_lora_rank=0 if merged else 4)
+    sync = build_sync(mode, root)
+    served_as = None if merged and not engine.shares_weights else MEMBER
+    requests = [request(length, served_as, n=3, seed=length) for length in (1, 9, 40, 70)]
+
+    def probe() -> Probe:
+        samples = engine.generate(requests)
+        on, off = (trainer_logprobs(model, member, requests, samples) for member in (MEMBER, None))
+        return Probe(samples, flat_logprobs(samples), on, off)
+
+    try:
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        sync.publish(engine, model, MEMBER, 1)
+        after = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        first = probe()
+        shake(model, MEMBER, seed=3)
+        unpublished = probe()
+        sync.publish(engine, model, MEMBER, 2)
+        second = probe()
+        trained = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.zero_()
+        sync.publish(engine, model, MEMBER, 3)
+        model.load_state_dict(trained)
+        zeroed = probe()
+        return Story(engine.shares_weights, first, unpublished, second, zeroed, before, after)
+    finally:
+        engine.close()
+
+
+Stories = dict[tuple[Backend, SyncMode], Story]
+
+
+@pytest.fixture(scope="module")
+def told() -> Stories:
+    """Stories told so far, each once: engines are slow to start."""
+    return {}
+
+
+PAIRS = [
+    pytest.param(
+        (backend, mode), id=f"{backend.name}-{mode.name}", marks=[pytest.mark.heavy] if backend is Backend.vllm else []
+    )
+    for backend, mode in itertools.product(ENGINES, SYNCS)
+]
+
+
+@pytest.fixture(params=PAIRS)
+def story(request: pytest.FixtureRequest, told: Stories, base_dir: Path, tmp_path: Path) -> Story:
+    backend, mode = request.param
+    return _story(told, backend, mode, base_dir, tmp_path)
+
+
+def _story(told: Stories, backend: Backend, mode: SyncMode, base_dir: Path, root: Path) -> Story:
+    if (backend, mode) not in told:
+        told[backend, mode] = _tell(backend, mode, base_dir, root)
+    return told[backend, mode]
+
+
+def test_every_mode_of_the_schema_has_a_sync() -> None:
+    assert set(SYNCS) == set(SyncMode)
+
+
+def test_a_published_adapter_is_served(story: Story) -> None:
+    for probe in (story.first, story.second):
+        gap = check_sync(probe.engine, probe.on, probe.off, tolerance=TOLERANCE)
+        assert gap.engine <= gap.largest <= 1e-3
+        assert gap.adapter is not None
+        assert gap.adapter > 0.05
+        with pytest.raises(SyncError, match="serves the base model"):
+            check_sync(probe.off, probe.on, probe.off, tolerance=TOLERANCE)
+
+
+def test_a_new_version_changes_the_rollouts(story: Story) -> None:
+    assert tokens(story.second.samples) != tokens(story.first.samples)
+
+
+def test_what_was_not_published_is_caught(story: Story) -> None:
+    probe = story.unpublished
+    if story.shares_weights:
+        check_sync(probe.engine, probe.on, probe.off, tolerance=TOLERANCE)
+    else:
+        assert tokens(probe.samples) == tokens(story.first.samples)
+        with pytest.raises(SyncError):
+            check_sync(probe.engine, probe.on, probe.off, tolerance=TOLERANCE)
+
+
+def test_an_adapter_that_arrives_as_zeros_is_caught(story: Story) -> None:
+    probe = story.zeroed
+    if story.shares_weights:
+        check_sync(probe.engine, probe.on, probe.off, tolerance=TOLERANCE)
+    else:
+        assert torch.allclose(probe.engine, probe.off, atol=1e-4)
+        with pytest.raises(SyncError, match="serves the base model"):
+            check_sync(probe.engine, probe.on, probe.off, tolerance=TOLERANCE)
+
+
+def test_publishing_leaves_the_trainers_weights_alone(story: Story) -> None:
+    assert story.trainer_before.keys() == story.trainer_after.keys()
+    assert all(torch.equal(tensor, story.trainer_after[name]) for name, tensor in story.trainer_before.items())
+
+
+@pytest.mark.heavy
+def test_all_modes_give_the_same_rollouts(told: Stories, base_dir: Path, tmp_path: Path) -> None:
+    for backend in ENGINES:
+        stories = [_story(told, backend, mode, base_dir, tmp_path / mode.name) for mode in SYNCS]
+        for one, other in itertools.pairwise(stories):
+            for name in ("first", "second"):
+                mine, its = getattr(one, name), getattr(other, name)
+                assert tokens(mine.samples) == tokens(its.samples)
+                assert torch.allclose(mine.engine, its.engine, atol=1e-4)
+
+
+@pytest.mark.heavy
+def test_full_fine_tuning_is_served(base_dir: Path, tmp_path: Path) -> None:
+    model = load_base(base_dir)
+    engine = start(Backend.vllm, model, base_dir, max_lora_rank=0)
+    requests = [request(length, None, n=2, seed=length) for length in (5, 50)]
+    torch.manual_seed(4)
+    seen = []
+    try:
+        for version in (1, 2):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter += 0.05 * torch.randn_like(parameter)
+            build_sync(SyncMode.merge, tmp_path).publish(engine, model, MEMBER, version)
+            samples = engine.generate(requests)
+            on = trainer_logprobs(model, None, requests, samples)
+            check_sync(flat_logprobs(samples), on, None, tolerance=TOLERANCE)
+            seen.append(tokens(samples))
+    finally:
+        engine.close()
+    assert seen[0] != seen[1]
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_half_of_a_tied_pair_is_not_merged(base_dir: Path, target: str) -> None:
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", target])
+    model = get_peft_model(load_base(base_dir), config, adapter_name=MEMBER)
+    with pytest.raises(UserError, match=f"got: +.*{target}"):
+        next(merged_weights(model, MEMBER))
+
+
+def test_merged_weights_are_pefts_own_merge(base_dir: Path) -> None:
+    model = adapt(load_base(base_dir))
+    mine = {name: tensor.clone() for name, tensor in merged_weights(model, "attention")}
+    model.set_adapter("attention")
+    expected = model.merge_and_unload(adapter_names=["attention"]).state_dict()
+    assert expected.keys() - mine.keys() == {"lm_head.weight"}  # tied to the embedding
+    assert not mine.keys() - expected.keys()
+    assert all(torch.allclose(tensor, expected[name], atol=1e-6) for name, tensor in mine.items())
+
+
+def test_disk_sync_keeps_one_version_in_peft_format(base_dir: Path, tmp_path: Path) -> None:
+    class Recorder:
+        shares_weights = False
+        loaded: tuple[tuple[str, int, str], ...] = ()
+
+        def load_adapter(self, member: str, version: int, path: Path) -> None:
+            assert (path / "adapter_model.safetensors").is_file()
+            self.loaded += ((member, version, str(path.relative_to(tmp_path))),)
+
+    engine, model = Recorder(), adapt(load_base(base_dir))
+    sync = build_sync(SyncMode.disk, tmp_path)
+    for version in (11, 12):
+        for member in ("all_linear", "attention"):
+            sync.publish(engine, model, member, version)  # type: ignore[arg-type]
+    assert engine.loaded[2:] == (
+        ("all_linear", 12, "all_linear/v000012"),
+        ("attention", 12, "attention/v000012"),
+    )
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == [
+        f"{member}/v000012/{file}"
+        for member in ("all_linear", "attention")
+        for file in ("adapter_config.json", "adapter_model.safetensors")
+    ]
+
+
+def test_a_written_adapter_loads_in_plain_peft(base_dir: Path, tmp_path: Path) -> None:
+    model = adapt(load_base(base_dir))
+    for member in ("all_linear", "attention"):
+        write_adapter(model, member, tmp_path / member)
+        plain = PeftModel.from_pretrained(load_base(base_dir), tmp_path / member).eval()
+        found, expected = next_token_logits(plain, "default", prompt(9)), next_token_logits(model, member, prompt(9))
+        assert torch.equal(found, expected)
+
+
+def test_what_was_there_before_is_replaced_whole(base_dir: Path, tmp_path: Path) -> None:
+    model = adapt(load_base(base_dir))
+    folder = tmp_path / "best"
+    write_adapter(model, "attention", folder)
+    (folder / "left_over.txt").write_text("old")
+    write_adapter(model, "all_linear", folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 4
+    assert len(load_file(folder / "adapter_model.safetensors")) == 2 * 7 * 2
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+def test_a_write_that_fails_leaves_the_old_adapter(
+    base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapt(load_base(base_dir))
+    folder = tmp_path / "best"
+    write_adapter(model, "attention", folder)
+    old = (folder / "adapter_config.json").read_text()
+    monkeypatch.setattr("rltrain.sync.disk._config_json", lambda config: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_adapter(model, "all_linear", folder)
+    assert (folder / "adapter_config.json").read_text() == old
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "excluded", "modules"),
+    [
+        (r".*\.layers\.1\..*(q_proj|down_proj)", None, 2),
+        (["v_proj", "q_proj", "o_proj"], ["layers.0.self_attn.o_proj", "layers.1.self_attn.v_proj"], 4),
+    ],
+)
+def test_targets_are_written_as_they_were_given(
+    base_dir: Path, tmp_path: Path, targets: str | list[str], excluded: list[str] | None, modules: int
+) -> None:
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=2, lora_alpha=3, use_rslora=True, target_modules=targets, exclude_modules=excluded
+    )
+    model = get_peft_model(load_base(base_dir), config, adapter_name=MEMBER)
+    write_adapter(model, MEMBER, tmp_path / "a")
+    written = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert written["target_modules"] == (targets if isinstance(targets, str) else sorted(targets))
+    assert written["exclude_modules"] == (sorted(excluded) if excluded else None)
+    assert (written["r"], written["lora_alpha"], written["use_rslora"]) == (2, 3, True)
+    assert len(load_file(tmp_path / "a" / "adapter_model.safetensors")) == 2 * modules
+    PeftModel.from_pretrained(load_base(base_dir), tmp_path / "a")
+
+
+def test_the_proof_measures_mean_and_largest_differences() -> None:
+    engine, on, off = torch.tensor([-1.0, -2.0]), torch.tensor([-1.1, -2.3]), torch.tensor([-2.0, -3.0])
+    gap = check_sync(engine, on, off, tolerance=0.25)
+    assert (gap.engine, gap.largest, gap.adapter) == pytest.approx((0.2, 0.3, 0.8))
+    assert check_sync(engine, on, None, tolerance=0.25).adapter is None
+
+
+@pytest.mark.parametrize("off", [None, torch.tensor([-1.0, -2.0])])
+def test_the_proof_refuses_a_difference_above_the_tolerance(off: torch.Tensor | None) -> None:
+    with pytest.raises(SyncError, match=r"2\.00e-01 nats, tolerance 1\.00e-01"):
+        check_sync(torch.tensor([-1.2, -2.2]), torch.tensor([-1.0, -2.0]), off, tolerance=0.1)
+
+
+def test_the_proof_refuses_an_engine_nearer_to_the_base_even_within_the_tolerance() -> None:
+    on, off = torch.tensor([-1.0, -1.0]), torch.tensor([-1.12, -1.12])
+    check_sync(on + 0.05 * (off - on), on, off, tolerance=0.1)
+    with pytest.raises(SyncError, match="serves the base model"):
+        check_sync(on + 0.8 * (off - on), on, off, tolerance=0.1)
+
+
+def test_the_proof_refuses_nan_and_mismatched_tokens() -> None:
+    good, bad = torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, torch.nan])
+    for off in (None, good - 1):
+        with pytest.raises(SyncError):
+            check_sync(bad, good, off, tolerance=0.1)
+    for engine, on, off in [(good, good[:1], None), (good, good, good[:1]), (good[:0], good[:0], None)]:
+        with pytest.raises(ValueError, match="same tokens"):
+            check_sync(engine, on, off, tolerance=0.1)
