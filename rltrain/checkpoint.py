@@ -75,10 +75,12 @@ def load(member: Member, path: Path) -> None:
     state: dict[str, Any] = json.loads((path / "state.json").read_text())
     member.step, member.num_tokens = state["step"], state["num_tokens"]
     member.bad_steps, member.best = state["bad_steps"], state["best"]
-    # The schedule is a function of the step alone.
+    # The learning rate is a function of the step alone.
     member.scheduler.last_epoch = member.step
-    for group, rate in zip(member.optimizer.param_groups, member.scheduler.get_lr(), strict=True):
-        group["lr"] = rate
+    for group, base, factor in zip(
+        member.optimizer.param_groups, member.scheduler.base_lrs, member.scheduler.lr_lambdas, strict=True
+    ):
+        group["lr"] = base * factor(member.step)
 
 
 def _named(member: Member) -> list[tuple[str, torch.nn.Parameter]]:

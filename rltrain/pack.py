@@ -70,7 +70,7 @@ class Member:
     objective: Objective = field(init=False)
     advantages: Any = field(init=False)
     metrics: MetricsFile = field(init=False)
-    scheduler: torch.optim.lr_scheduler.LRScheduler = field(init=False)
+    scheduler: torch.optim.lr_scheduler.LambdaLR = field(init=False)
     step: int = 0
     version: int = 0
     num_tokens: int = 0
