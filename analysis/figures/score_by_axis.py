@@ -95,7 +95,7 @@ def _where_it_matters(table: pd.DataFrame, key: str) -> pd.DataFrame:
     table = table.dropna(subset=[key])
     if labels.RANK not in table.columns:
         return table
-    return table[[labels.matters(key, {labels.RANK: rank}) for rank in table[labels.RANK]]]
+    return table.loc[[labels.matters(key, {labels.RANK: rank}) for rank in table[labels.RANK]]]
 
 
 def _reading(sides: Sides, maximize: bool, done: pd.DataFrame) -> str:

@@ -25,6 +25,7 @@ OKABE_ITO = {
     True: ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00"),
 }
 MARKERS = ("o", "s", "^", "D", "v", "P")
+DPI = 150
 SCHEMES = {
     False: {"paper": "#ffffff", "ink": "#22272c", "soft": "#66707a", "rule": "#d9dde1", "good": "#e4f1e6"},
     True: {"paper": "#1c2126", "ink": "#e6e9ec", "soft": "#9aa4ae", "rule": "#3a424a", "good": "#23352a"},
@@ -45,7 +46,7 @@ class Look:
 
     @property
     def size(self) -> tuple[float, float]:
-        """Width and height in inches at 100 dots."""
+        """Width and height in inches."""
         return (3.7, 3.7) if self.narrow else (9.6, 4.4)
 
     @property
@@ -87,7 +88,7 @@ def base_line(axes: Axes, base: float | None, text: str, look: Look) -> None:
 def render(draw: Callable[[Figure, Look], None], look: Look, kind: str) -> bytes:
     """A figure as `svg` or `png`; equal data gives equal bytes."""
     with _settings(look):
-        figure = Figure(figsize=look.size, layout="constrained")
+        figure = Figure(figsize=look.size, dpi=DPI, layout="constrained")
         draw(figure, look)
         buffer = io.BytesIO()
         if kind == "svg":
@@ -120,8 +121,6 @@ def _settings(look: Look) -> Iterator[None]:
         "xtick.color": colours["soft"],
         "ytick.color": colours["soft"],
         "legend.frameon": False,
-        "figure.dpi": 100,
-        "savefig.dpi": 100 if look.narrow else 150,
     }
     with mpl.rc_context(values):
         yield

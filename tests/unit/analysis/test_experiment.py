@@ -84,9 +84,7 @@ def test_answer_names_settings_swept_or_not_scores_and_doubt(experiment: Experim
 
 def test_a_near_tie_is_said_to_be_one(tmp_path: Path) -> None:
     scores = [0.90, 0.89, 0.88]
-    trials = [
-        Trial(i, 0, params(rank, 1e-3), score) for i, (rank, score) in enumerate(zip((8, 4, 1), scores, strict=True))
-    ]
+    trials = [Trial(i, 0, params(2**i, 1e-3), score) for i, score in enumerate(scores)]
     text = reading.answer(Experiment.open(write_sweep(tmp_path, Sweep(trials, seeds=[0])))).text()
     assert "intervals overlap, as do those of 1 more configuration: this sweep does not tell them apart" in text
     assert "one seed" in text

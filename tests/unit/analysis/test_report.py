@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from analysis import page, tables
+from analysis.experiment import Experiment
+from analysis.report import write_report
+from harness.errors import UserError
+from harness.rundir import Status
+from tests.unit.analysis.synthetic import Sweep, Trial, example, params, rewrite_manifest, write_run, write_sweep
+
+HOSTILE = "<script>document.title = 'ran'</script><img src=http://example.com/x.png> | ``` ![x](http://example.com/y) 7"
+
+
+class Page(HTMLParser):
+    """A page's tags, the addresses it would load, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.loads: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.loads += [str(value) for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def written(sweep_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example sweep's report."""
+    return write_report(sweep_dir, tmp_path_factory.mktemp("report")).path.parent
+
+
+@pytest.fixture(scope="module")
+def html(written: Path) -> Page:
+    return Page((written / "index.html").read_text())
+
+
+def test_the_page_answers_first_and_then_shows_why(html: Page) -> None:
+    order = [
+        "The answer",
+        "Of 4 configurations, rank 8, alpha 32, learning rate 1e-3, target modules all-linear won",
+        "Run the winner again",
+        "python -m harness.run",
+        "Configurations, best first",
+        "Learning rates: too low, good, too high",
+        "Score against learning rate",
+        "Learning curves",
+        "Score by target modules",
+        "Score by rank",
+        "All trials",
+        "The same problems, before and after",
+        "How this was computed",
+        "Provenance",
+    ]
+    places = [html.text.index(text) for text in order]
+    assert places == sorted(places)
+
+
+def test_the_page_loads_nothing_and_runs_nothing(html: Page) -> None:
+    assert html.loads
+    assert all(address.startswith("data:") for address in html.loads)
+    assert not {"script", "iframe", "object", "form", "base"} & set(html.tags)
+    assert "link" in html.tags, "an empty icon, or a browser asks for /favicon.ico"
+
+
+def test_every_picture_has_words(written: Path) -> None:
+    text = (written / "index.html").read_text()
+    pictures = re.findall(r"<img [^>]*>", text)
+    assert len(pictures) == 4
+    assert all(re.search(r'alt="[^"]{40,}"', picture) for picture in pictures)
+
+
+def test_markdown_says_the_same_and_its_pictures_exist(written: Path, html: Page) -> None:
+    text = (written / "report.md").read_text()
+    assert "**Of 4 configurations, rank 8, alpha 32, learning rate 1e-3, target modules all-linear won" in text
+    names = re.findall(r"\]\((figures/[^)]+\.png)\)", text)
+    assert len(names) == 4
+    for name in names:
+        with Image.open(written / name) as image:
+            image.verify()
+    for heading in re.findall(r"^## (.+)$", text, flags=re.MULTILINE):
+        assert heading in html.text
+
+
+def test_markdown_tables_are_whole(written: Path) -> None:
+    blocks = re.findall(r"(?:^\|.*\|$\n?)+", (written / "report.md").read_text(), flags=re.MULTILINE)
+    assert len(blocks) == 3
+    for block in blocks:
+        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in block.strip().splitlines()}
+        assert len(widths) == 1
+
+
+def test_equal_directories_give_equal_reports(sweep_dir: Path, written: Path, tmp_path: Path) -> None:
+    again = write_report(sweep_dir, tmp_path).path
+    assert again.read_bytes() == (written / "index.html").read_bytes()
+    assert (tmp_path / "report.md").read_bytes() == (written / "report.md").read_bytes()
+
+
+def test_model_output_stays_text(tmp_path: Path) -> None:
+    path = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9, completion=HOSTILE))
+    folder = write_report(path).path.parent
+    assert folder == path / "report"
+    html = Page((folder / "index.html").read_text())
+    assert HOSTILE in html.text
+    assert "script" not in html.tags
+    assert all(address.startswith("data:") for address in html.loads)
+    markdown = (folder / "report.md").read_text()
+    fence = re.search(rf"^(`{{3,}})text\n{re.escape(HOSTILE)}\n(`{{3,}})$", markdown, flags=re.MULTILINE)
+    assert fence is not None
+    assert fence[1] == fence[2] == "````"
+
+
+def test_a_hostile_reason_stays_in_its_cell(tmp_path: Path) -> None:
+    trials = [Trial(0, 0, params(8, 1e-3), 0.9, Status.FAILED, HOSTILE), Trial(1, 0, params(1, 1e-3), 0.9)]
+    folder = write_report(write_sweep(tmp_path, Sweep(trials, seeds=[0]))).path.parent
+    html = Page((folder / "index.html").read_text())
+    assert f"failed: {HOSTILE}" in html.text
+    assert "script" not in html.tags
+    row = next(line for line in (folder / "report.md").read_text().splitlines() if "failed: " in line)
+    assert "\\<script>" in row
+    assert "!\\[x\\](" in row
+    assert row.count(" | ") == 8, "a bar within a reason does not part a cell"
+
+
+def test_all_trials_are_listed_with_how_they_ended(experiment: Experiment) -> None:
+    table = tables.trials(experiment)
+    titles = [column.title for column in table.columns]
+    assert titles == [
+        "trial",
+        "config",
+        "seed",
+        "rank",
+        "learning rate",
+        "target modules",
+        "held-out accuracy",
+        "best (step)",
+        "steps",
+        "time",
+        "status",
+    ]
+    assert len(table.rows) == 12
+    assert [row.cells[0] for row in table.rows if row.best] == ["4"]
+    assert [row.cells[0] for row in table.rows if row.muted] == ["9", "10", "11"]
+    failed = dict(zip(titles, table.rows[10].cells, strict=True))
+    assert failed["held-out accuracy"] == "(0.990)"
+    assert failed["status"] == "failed: 3 non-finite gradient norms in a row at step 20"
+    assert dict(zip(titles, table.rows[9].cells, strict=True))["time"] == "–"
+
+
+def test_configurations_are_ranked_and_the_unranked_say_why(experiment: Experiment) -> None:
+    table = tables.configurations(experiment)
+    places = [row.cells[0] for row in table.rows]
+    assert places == ["1", "2", "3", "4", "–", "–"]
+    assert table.rows[0].best
+    assert table.rows[0].cells[-1] == "2 of 2"
+    assert [row.cells[-1] for row in table.rows[4:]] == ["1 of 2: 1 complete, 1 running", "0 of 2: 1 failed, 1 pruned"]
+
+
+def test_a_long_reason_is_cut_on_the_page(tmp_path: Path) -> None:
+    path = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9, Status.FAILED, "x" * 5000))
+    status = tables.trials(Experiment.open(path)).rows[0].cells[-1]
+    assert len(status) < 400
+    assert status.endswith("…")
+
+
+def test_samples_are_the_same_problems_before_and_after(experiment: Experiment) -> None:
+    problems = page.problems(experiment, "trials/0004")
+    assert len(problems) == 4
+    first = problems[0]
+    assert first.question.startswith("Ann has 3 apples")
+    assert first.truth == "7"
+    assert [answer.who for answer in first.answers] == ["base model, step 0", "after training, step 50"]
+    assert [answer.reward for answer in first.answers] == ["0", "1"]
+
+
+def test_a_long_completion_is_cut_and_says_so(tmp_path: Path) -> None:
+    path = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9, completion="7 " * 4000))
+    shown = page.problems(Experiment.open(path), ".")[0].answers[1].completion
+    assert shown.endswith(" … (cut: 6500 more characters)")
+
+
+def test_a_run_without_samples_has_no_such_section(tmp_path: Path) -> None:
+    path = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9))
+    for file in (path / "samples").iterdir():
+        file.unlink()
+    assert "before and after" not in write_report(path).path.read_text()
+
+
+def test_provenance_has_what_it_takes_to_do_it_again(experiment: Experiment) -> None:
+    facts = dict(page.provenance(experiment))
+    assert facts["command"].startswith("python -m harness.sweep ")
+    assert facts["seeds"] == "0, 1"
+    assert re.search(r"\(sha256:[0-9a-f]{64}\)", facts["data"])
+    assert "numpy " in facts["packages"]
+
+
+def test_a_manifest_with_nothing_but_its_status_still_makes_a_page(tmp_path: Path) -> None:
+    path = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9))
+    (path / "manifest.json").write_text('{"status": "COMPLETE", "kind": "run"}')
+    assert "reached held-out accuracy 0.900" in write_report(path).answer
+
+
+@pytest.mark.parametrize(
+    ("sweep", "answer"),
+    [
+        (Sweep([], status=Status.RUNNING), "No winner yet: no configuration has all its 2 seeds complete."),
+        (
+            Sweep([Trial(0, 0, params(8, 1e-3), 0.5, Status.FAILED, "boom")], seeds=[0]),
+            "No winner: no trial has completed.",
+        ),
+        (Sweep([Trial(0, 0, params(8, 1e-3), 0.5, Status.CREATED)], seeds=[0]), "No winner: no trial has completed."),
+        (Sweep([Trial(0, 0, params(8, 1e-3), 0.5)], seeds=[0]), "Only one configuration is complete: rank 8,"),
+    ],
+    ids=["no trial", "one failed", "one created", "one trial"],
+)
+def test_small_sweeps_have_their_page(tmp_path: Path, sweep: Sweep, answer: str) -> None:
+    report = write_report(write_sweep(tmp_path, sweep))
+    assert report.answer.startswith(answer)
+    assert report.path.is_file()
+
+
+def test_a_sweep_with_damage_everywhere_still_has_its_page(tmp_path: Path) -> None:
+    path = write_sweep(tmp_path, example())
+    (path / "trials" / "0000" / "manifest.json").write_text("{")
+    (path / "trials" / "0001" / "metrics.jsonl").write_text("garbage\n")
+    (path / "trials" / "0002" / "recipe.yaml").unlink()
+    rewrite_manifest(path, git=None, hardware=None, packages=None)
+    report = write_report(path)
+    assert "rank 8, alpha 32, learning rate 1e-3, target modules all-linear won" in report.answer
+    assert "unreadable: the manifest is damaged" in report.path.read_text()
+
+
+def test_neither_run_nor_sweep(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a run directory"):
+        write_report(tmp_path)
