@@ -6,7 +6,7 @@ import contextlib
 import math
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def run(recipe: Recipe, run_dir: RunDir) -> Iterator[Report]:
         pack.close()
 
 
-def train(pack: Pack, member: Member) -> Iterator[Report]:
+def train(pack: Pack, member: Member) -> Generator[Report]:
     """Train a member to its end, from its last checkpoint if it has one; yields a report after every step.
 
     The run's status goes to COMPLETE at the end, or to FAILED with the reason when anything raises. A consumer that

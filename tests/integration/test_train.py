@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from itertools import islice
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from safetensors.torch import load_file
 from harness.metrics import MetricsFile, without_timings
 from harness.rundir import RunDir, Status
 from harness.schema import Recipe
+from rltrain.engines.base import Engine
 from rltrain.model import adapter_layers
 from rltrain.pack import Member, Pack
 from rltrain.step import optimizer_step, train_step
+from rltrain.sync.disk import DiskSync
 from rltrain.sync.proof import SyncError
 from rltrain.trainer import train
 
@@ -240,13 +243,13 @@ def test_a_sync_that_does_not_arrive_fails_the_run(
     run = new_run(recipe, "run")
     pack = Pack.open(recipe)
     member = pack.join(recipe, run)
-    publish = type(member.sync).publish
+    publish = DiskSync.publish
 
-    def first_only(self: object, engine: object, model: object, name: str, version: int) -> None:
+    def first_only(self: DiskSync, engine: Engine, model: Any, name: str, version: int) -> None:
         if version == 1:
             publish(self, engine, model, name, version)
 
-    monkeypatch.setattr(type(member.sync), "publish", first_only)
+    monkeypatch.setattr(DiskSync, "publish", first_only)
     with pytest.raises(SyncError):
         list(train(pack, member))
     assert run.status is Status.FAILED
