@@ -29,7 +29,14 @@ QUIET = {
     "TUNE_RESULT_BUFFER_LENGTH": "1",
 }
 # Ray's way to say "no cluster of several machines": it then listens on the loopback device alone, and needs no token.
-LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "disabled"}
+# Ray's agents look for its server for that many seconds, a minute by default, before they follow a killed sweep.
+LOOPBACK = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "15",
+    # Workers are to be as quick as a run of their own: Ray would make them yield to everything else.
+    "RAY_worker_niceness": "0",
+}
 OBJECT_STORE_BYTES = 100 * 2**20
 # A socket's path has at most 107 bytes, of which Ray's own part takes about 70.
 LONGEST_ROOT = 30

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from harness import manifest
 from harness import recipe as recipes
@@ -87,8 +85,7 @@ def run(session: Session, actor: Callable[[], type] | None = None) -> Study:
         sweep_dir.move_to(Status.RUNNING)
         began, before = time.monotonic(), sweep_dir.read_manifest().get("seconds", 0.0)
         try:
-            with _terminable():
-                tune.run(session.recipe, sweep_dir, study, Progress(study), actor)
+            tune.run(session.recipe, sweep_dir, study, Progress(study), actor)
         except Exception as error:
             sweep_dir.move_to(Status.FAILED, reason=f"{type(error).__name__}: {str(error).strip()[:200]}")
             raise
@@ -149,17 +146,3 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in values.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM stops the sweep as Ctrl-C does: a preempted machine's sweep is resumed elsewhere."""
-
-    def interrupt(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

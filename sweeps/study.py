@@ -89,7 +89,8 @@ class Study:
         done = [(r.value, r.number) for r in self.trials() if r.state is TrialState.COMPLETE and r.value is not None]
         if not done:
             return None
-        value, number = max(done) if self.plan.direction == "maximize" else min(done)
+        sign = -1 if self.plan.direction == "maximize" else 1
+        value, number = min(done, key=lambda pair: (sign * pair[0], pair[1]))
         return self.describe(number), value
 
     def ask(self) -> Trial | None:

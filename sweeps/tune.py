@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from harness.rundir import RunDir
 from harness.schema import Recipe
@@ -21,10 +24,8 @@ def run(
 
     A failed trial is recorded and not tried again. KeyboardInterrupt leaves the running ones RUNNING, to be resumed.
     """
-    if not study.num_left:
-        return
     ledger = Ledger(recipe, sweep_dir, study, progress)
-    with cluster(recipe, sweep_dir.path) as scratch, progress:
+    with cluster(recipe, sweep_dir.path) as scratch, terminable(), progress:
         _fit(ledger, actor or trial_actor, scratch)
 
 
@@ -61,3 +62,18 @@ def _fit(ledger: Ledger, actor: Callable[[], type], scratch: Path) -> None:
         ),
     )
     tuner.fit()
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM stops the sweep as Ctrl-C does: a preempted machine's sweep is resumed elsewhere."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    # Only now: starting Ray puts its own handler in place, which ends the process where it stands.
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,126 @@
+"""`python -m harness.sweep RECIPE [overrides]`: every trial of a recipe's sweep, its results and its report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness import recipe as recipes
+from harness.cli import Parser, run_command
+from harness.errors import UserError
+from harness.rundir import RunDir
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from analysis.experiment import Experiment
+    from sweeps.session import Session
+    from sweeps.study import Study
+
+
+def main(argv: list[str]) -> int:
+    """Parse, check, run the sweep or say what it would do; 0 when a trial completed, 1 when none did."""
+    parser = Parser(prog="harness.sweep", description="Run the sweep of a recipe: sweep.space, over sweep.seeds.")
+    parser.add_argument("arguments", nargs="*", metavar="RECIPE key=value",
+                        help="e.g. recipes/quickstart.yaml sweep.num_trials=24")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="print the space, the first trials and the cost")
+    parser.add_argument("--resume", nargs="?", const="", metavar="DIR", help="go on with the sweep in this directory")
+    options = parser.parse_intermixed_args(argv)
+    _sort_out(options)
+    if options.dry_run:
+        return _dry_run(options)
+    from sweeps import session as sessions
+
+    if options.resume is None:
+        session = sessions.start(_recipe(options), options.overrides)
+    else:
+        session = sessions.resume(options.resume or None, options.recipe, options.overrides)
+    return _run(session)
+
+
+def _sort_out(options: argparse.Namespace) -> None:
+    """Tell recipe, overrides and directory apart: `--resume` takes the next word, whichever of them it is."""
+    words = list(options.arguments)
+    if options.resume and not Path(options.resume).is_dir() and ("=" in options.resume or _is_recipe(options.resume)):
+        words.insert(0, options.resume)
+        options.resume = ""
+    named = [word for word in words if "=" not in word]
+    options.overrides = [word for word in words if "=" in word]
+    if len(named) > 1:
+        raise UserError("one recipe at a time", got=" ".join(named), allowed="RECIPE and key=value overrides")
+    options.recipe = named[0] if named else None
+
+
+def _is_recipe(word: str) -> bool:
+    return word.endswith((".yaml", ".yml")) or Path("recipes", f"{word}.yaml").is_file()
+
+
+def _recipe(options: argparse.Namespace) -> str:
+    if options.recipe is None:
+        raise UserError("no recipe was given", fix="python -m harness.sweep recipes/quickstart.yaml")
+    return str(options.recipe)
+
+
+def _dry_run(options: argparse.Namespace) -> int:
+    from sweeps import dry_run, plan
+
+    if options.resume is not None:
+        raise UserError("--dry-run shows a sweep before it starts", got="--resume", fix="leave out one of the two")
+    source = _recipe(options)
+    print(dry_run.describe(plan.build(recipes.load(source, options.overrides)), source))
+    return 0
+
+
+def _run(session: Session) -> int:
+    from sweeps import session as sessions
+    from sweeps.trials import relative
+
+    shown = relative(session.sweep_dir.path)
+    print(f"sweep {shown}: {session.plan.num_runs} runs, {session.plan.sweep.max_concurrent} at a time", flush=True)
+    try:
+        study = sessions.run(session)
+    except KeyboardInterrupt:
+        print(f"stopped; go on with: python -m harness.sweep --resume {shown}", file=sys.stderr)
+        raise
+    if study.exhausted:
+        print(f"the space is exhausted after {len(study.trials())} runs: sweep.num_trials asks for more")
+    return _finish(session, study, shown)
+
+
+def _finish(session: Session, study: Study, shown: str) -> int:
+    """Results, report, best configuration and the command that runs its best trial again."""
+    from analysis.experiment import Experiment
+    from analysis.load import write_results
+    from analysis.report import write_report
+    from analysis.rerun import command
+    from sweeps.session import conclude
+
+    experiment = Experiment.open(session.sweep_dir.path)
+    trial = experiment.best_trial()
+    conclude(session, study, _best(experiment, trial))
+    write_results(session.sweep_dir.path)
+    report = write_report(session.sweep_dir.path)
+    print(report.answer)
+    if trial is not None:
+        print(f"again: {command(experiment, str(trial['run_dir']))}")
+    counts = study.counts()
+    print(f"{counts['COMPLETE']} complete, {counts['PRUNED']} pruned, {counts['FAIL']} failed  {shown}")
+    print(f"report: {shown}/report/index.html")
+    return 0 if counts["COMPLETE"] else 1
+
+
+def _best(experiment: Experiment, trial: pd.Series | None) -> dict[str, Any] | None:
+    """The best configuration, for the sweep's manifest."""
+    best = experiment.best
+    if best is None or trial is None:
+        return None
+    number = int(trial["number"])
+    params = RunDir(experiment.path).trial(number).read_manifest()["trial"]["params"]
+    return {"configuration": best.configuration, "params": params, "metric": experiment.metric, "mean": best.mean,
+            "seeds": best.seeds, "trial": number}  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_command(main)
