@@ -48,8 +48,8 @@ def configurations(experiment: Experiment) -> Table:
     score, many = _score(experiment), len(experiment.seeds) > 1
     columns = [
         _count("place", "rank"),
-        *_axes(experiment),
         Column(labels.metric(experiment.metric), lambda row: score(row["mean"])),
+        *_axes(experiment),
         Column("95% interval", lambda row: _range(score, row["low"], row["high"])),
     ]
     if many:
@@ -66,12 +66,14 @@ def configurations(experiment: Experiment) -> Table:
 def trials(experiment: Experiment) -> Table:
     """Every trial with how it ended; the last score of one that did not complete is in brackets: it does not count."""
     score, metric = _score(experiment), experiment.metric
-    place = [_count("trial", "number"), _count("config", "configuration")] if experiment.is_sweep else []
+    number = [_count("trial", "number")] if experiment.is_sweep else []
+    configuration = [_count("config", "configuration")] if experiment.is_sweep else []
     columns = [
-        *place,
-        _count("seed", "seed"),
-        *_axes(experiment),
+        *number,
         Column(labels.metric(metric), lambda row: _final(row, metric, score)),
+        *_axes(experiment),
+        *configuration,
+        _count("seed", "seed"),
         Column("best (step)", lambda row: _peak(row, metric, score)),
         _count("steps", "step"),
         Column("time", lambda row: metrics.duration(row["seconds"]) if pd.notna(row["seconds"]) else "–"),

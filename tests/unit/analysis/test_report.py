@@ -138,12 +138,12 @@ def test_all_trials_are_listed_with_how_they_ended(experiment: Experiment) -> No
     titles = [column.title for column in table.columns]
     assert titles == [
         "trial",
-        "config",
-        "seed",
+        "held-out accuracy",
         "rank",
         "learning rate",
         "target modules",
-        "held-out accuracy",
+        "config",
+        "seed",
         "best (step)",
         "steps",
         "time",
