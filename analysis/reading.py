@@ -106,7 +106,9 @@ def _sweep_answer(experiment: Experiment, values: dict[str, Any], shown: list[tu
     first = ranked.iloc[0]
     score, found = float(first["mean"]), _interval_of(first)
     reached = f"{_scored(experiment, score, found)}{_against(experiment)}."
-    title = f"Of {len(ranked)} configurations, {labels.settings(values)} won: {reached}"
+    level = int((ranked["mean"] == score).sum()) - 1
+    won = f"shares first place with {labels.plural(level, 'other')}" if level else "won"
+    title = f"Of {len(ranked)} configurations, {labels.settings(values)} {won}: {reached}"
     if len(ranked) == 1:
         title = f"Only one configuration is complete: {labels.settings(values)}, with {reached}"
     sentences = [

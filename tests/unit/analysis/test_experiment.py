@@ -93,6 +93,7 @@ def test_a_near_tie_is_said_to_be_one(tmp_path: Path) -> None:
 def test_equal_means_are_called_a_tie(tmp_path: Path) -> None:
     trials = [Trial(0, 0, params(8, 1e-3), 0.9), Trial(1, 0, params(4, 1e-3), 0.9)]
     text = reading.answer(Experiment.open(write_sweep(tmp_path, Sweep(trials, seeds=[0])))).text()
+    assert "target modules all-linear shares first place with 1 other: held-out accuracy 0.900" in text
     assert "The runner-up (rank 4) ties with it" in text
 
 
