@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from matplotlib.image import imread
 
 from analysis import page, tables
 from analysis.experiment import Experiment
@@ -87,8 +87,7 @@ def test_markdown_says_the_same_and_its_pictures_exist(written: Path, html: Page
     names = re.findall(r"\]\((figures/[^)]+\.png)\)", text)
     assert len(names) == 4
     for name in names:
-        with Image.open(written / name) as image:
-            image.verify()
+        assert imread(written / name).std() > 0.05, "something is drawn"
     for heading in re.findall(r"^## (.+)$", text, flags=re.MULTILINE):
         assert heading in html.text
 
