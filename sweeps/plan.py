@@ -161,7 +161,7 @@ def _candidates(plan: Plan, history: Sequence[Observation], fixed: Params) -> It
 def _suggest(plan: Plan, history: Sequence[Observation], fixed: Params, attempt: int) -> Params:
     """One suggestion of a sampler seeded by the recipe's seed and the place: a resumed sweep repeats none."""
     seed = int(np.random.SeedSequence([plan.recipe.seed, len(history), attempt]).generate_state(1)[0])
-    study = optuna.create_study(direction=plan.direction, sampler=_sampler(plan.sweep.sampler, seed))
+    study = optuna.create_study(direction=plan.direction, sampler=_sampler(plan, seed))
     space = plan.space
     study.add_trials(
         create_trial(
@@ -178,8 +178,11 @@ def _suggest(plan: Plan, history: Sequence[Observation], fixed: Params, attempt:
     return space.decode_all(study.ask(dict(space.distributions)).params)
 
 
-def _sampler(name: Sampler, seed: int) -> BaseSampler:
-    return TPESampler(seed=seed) if name is Sampler.tpe else RandomSampler(seed=seed)
+def _sampler(plan: Plan, seed: int) -> BaseSampler:
+    if plan.sweep.sampler is not Sampler.tpe:
+        return RandomSampler(seed=seed)
+    # Optuna's 10 random configurations first would leave a small sweep none to learn from.
+    return TPESampler(seed=seed, n_startup_trials=min(10, max(2, plan.num_configurations // 3)))
 
 
 def _first_trials(recipe: Recipe, space: Space) -> tuple[Params, ...]:
