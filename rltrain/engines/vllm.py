@@ -86,7 +86,10 @@ class VLLMEngine:
             }
         with _process_state_kept():
             if on_cpu:
-                type(current_platform).get_punica_wrapper = classmethod(lambda _: f"{__name__}.{GroupedLoRA.__name__}")
+                platform = type(current_platform)
+                platform.get_punica_wrapper = classmethod(lambda _: f"{__name__}.{GroupedLoRA.__name__}")
+                # The sampler counts ranks with a compiled function: inductor would want a C++ compiler, and seconds.
+                platform.simple_compile_backend = "eager"
             self._llm = vllm.LLM(**settings)
 
     def generate(self, requests: Sequence[Request]) -> list[list[Sample]]:
@@ -145,12 +148,12 @@ class VLLMEngine:
     def sleep(self) -> None:
         """Level 1: weights wait in host memory, the cache is dropped. Level 2 would lose the base for good."""
         if self._sleeps:
-            self._llm.sleep(level=1)
+            self._llm.llm_engine.sleep(level=1)
 
     def wake(self) -> None:
         """Undo `sleep`."""
         if self._sleeps:
-            self._llm.wake_up()
+            self._llm.llm_engine.wake_up()
 
     def close(self) -> None:
         """Shut vLLM down; another engine may be built afterwards in the same process."""
