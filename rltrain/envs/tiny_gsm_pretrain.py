@@ -74,7 +74,7 @@ def prepare(output_dir: Path, settings: Pretraining, say: Callable[[str], None] 
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
-    """A freshly initialised Qwen2 model of about 0.7 M parameters in float32, embeddings tied."""
+    """A freshly initialised Qwen2 model of about 0.75 M parameters in float32, embeddings tied."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from harness.errors import UserError
 from rltrain.envs import env_names, get_env
@@ -18,10 +20,16 @@ def reward(completion, ground_truth): return float(completion == ground_truth)
 
 def test_built_in_environments_register_themselves() -> None:
     assert env_names() == ("gsm8k", "tiny_gsm")
-    for name in env_names():
-        env = get_env(name)
-        assert env.prompt("How many?")[0]["role"] == "user"
-        assert env.reward("#### 3", "3") == 1.0
+
+
+@pytest.mark.parametrize("name", env_names())
+@given(question=st.text(), completion=st.text(), ground_truth=st.text())
+def test_every_environment_keeps_the_contract(name: str, question: str, completion: str, ground_truth: str) -> None:
+    env = get_env(name)
+    messages = env.prompt(question)
+    assert question in messages[-1]["content"]
+    assert all(set(message) == {"role", "content"} for message in messages)
+    assert 0.0 <= env.reward(completion, ground_truth) <= 1.0
 
 
 def test_a_typo_gets_the_known_names_and_a_suggestion() -> None:
