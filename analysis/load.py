@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import pandas as pd
 
 from analysis.records import Record, read_recipe, read_record, read_records
 from harness import metrics
-from harness.rundir import RunDir, Status
+from harness.rundir import RunDir, Status, write_bytes
 
 DEFAULT_METRIC = "eval/accuracy"
 _IDENTITY = ("number", "configuration", "seed", "status")
@@ -82,16 +80,6 @@ def write_results(directory: str | Path) -> pd.DataFrame:
     write_bytes(run.results, buffer.getvalue())
     write_bytes(run.results.with_suffix(".csv"), table.to_csv(index=False).encode())
     return table
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: a temporary file beside it, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
 
 
 def metric_of(directory: str | Path) -> str:

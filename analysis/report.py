@@ -15,8 +15,7 @@ from analysis import labels, page, reading, rerun, stats, tables
 from analysis.experiment import Experiment
 from analysis.figures import Figure, Plot, all_figures
 from analysis.figures.theme import Look, render
-from analysis.load import write_bytes
-from harness.rundir import RunDir, write_text
+from harness.rundir import RunDir, write_bytes, write_text
 
 
 @dataclass(frozen=True, slots=True)

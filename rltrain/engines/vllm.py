@@ -20,11 +20,9 @@ from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 
 from harness.schema import Recipe, Sampling
+from harness.validate import VLLM_LORA_RANKS
 from rltrain.engines.base import EngineOptions, Request, Sample, check_prompts, sample_seed, unknown_member
 from rltrain.sync.proof import SyncError
-
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The values that vLLM's `max_lora_rank` may have; an adapter keeps its own r."""
 
 CPU_BATCHED_TOKENS = 4096
 """Tokens in one forward pass on a CPU; more is slower, for the activations leave the cache."""
@@ -81,7 +79,7 @@ class VLLMEngine:
         if options.max_lora_rank:
             settings |= {
                 "enable_lora": True,
-                "max_lora_rank": next(rank for rank in LORA_RANKS if rank >= options.max_lora_rank),
+                "max_lora_rank": next(rank for rank in VLLM_LORA_RANKS if rank >= options.max_lora_rank),
                 "max_loras": options.max_loras,
             }
         with _process_state_kept():
