@@ -72,6 +72,13 @@ METRICS: dict[str, Metric] = {
             "maximize",
             timing=True,
         ),
+        Metric(
+            "perf/mfu",
+            "model FLOPs of the step over its time, as a share of the measured matmul peak",
+            "share",
+            "maximize",
+            timing=True,
+        ),
         Metric("perf/max_memory_gb", "peak memory of the process (GPU memory on a GPU)", "GB", "minimize", timing=True),
         Metric("lora/norm_A", "Frobenius norm of all A together"),
         Metric("lora/norm_B", "Frobenius norm of all B together"),

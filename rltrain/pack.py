@@ -24,6 +24,7 @@ from rltrain import model as models
 from rltrain import parallel
 from rltrain.advantages import ADVANTAGES
 from rltrain.engines.base import Engine, EngineOptions, build_engine, stop_token_ids
+from rltrain.flops import measured_peak
 from rltrain.objective import Objective
 from rltrain.problems import Problem, load_problems
 from rltrain.seeding import permutation, stream_seed
@@ -74,6 +75,7 @@ class Member:
     step: int = 0
     version: int = 0
     num_tokens: int = 0
+    step_tokens: int = 0
     bad_steps: int = 0
     best: dict[str, float] | None = None
 
@@ -130,6 +132,8 @@ class Pack:
         self._names = (f"member{i}" for i in itertools.count())
         self._used_up = False
         self.stop_token_ids = stop_token_ids(base, tokenizer)
+        self.num_parameters = base.num_parameters()
+        self.peak_flops = measured_peak(self.device, parallel.dtype_of(recipe))
         merged = recipe.trainer.policy.model.lora.sync is SyncMode.merge
         options = EngineOptions(
             model_path=models.model_folder(recipe.trainer.policy.model.path),

@@ -64,7 +64,8 @@ def prepare(pack: Pack, scored: Rollout) -> Prepared:
         if member.reference is not None:
             ref = [member.reference.logprobs(part, member.temperature) for part in parts]
             batch.ref_logprobs = widen(ref, batch.mask.shape[1])
-    member.num_tokens += batch.tokens + int(batch.prompt_mask.sum())
+    member.step_tokens = batch.tokens + int(batch.prompt_mask.sum())
+    member.num_tokens += member.step_tokens
     return Prepared(member, batch, scored.statistics() | {"num_tokens": member.num_tokens})
 
 

@@ -17,6 +17,7 @@ from harness.rundir import RunDir, Status
 from harness.schema import Recipe
 from rltrain import checkpoint
 from rltrain.evaluate import evaluate
+from rltrain.flops import step_flops
 from rltrain.model import adapter_statistics
 from rltrain.pack import Member, Pack
 from rltrain.step import train_step
@@ -148,15 +149,19 @@ def write_policy(pack: Pack, member: Member, folder: Path) -> None:
 
 
 def performance(pack: Pack, member: Member, row: dict[str, float]) -> dict[str, float]:
-    """Tokens a second over the step, and peak memory."""
+    """Tokens a second over the step, model-FLOPs utilisation and peak memory."""
     recipe = member.recipe
     samples = recipe.trainer.train_batch_size * recipe.generator.n_samples_per_prompt
+    forwards = 1 + member.needs_old_logprobs + (member.reference is not None)
+    full = recipe.trainer.policy.model.lora.rank == 0
+    flops = step_flops(pack.num_parameters, member.step_tokens, forwards=forwards, full=full)
     if pack.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated() / 2**30
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {
         "perf/tokens_per_second": samples * row["completions/mean_length"] / row["step_time"],
+        "perf/mfu": flops / (row["step_time"] * pack.peak_flops),
         "perf/max_memory_gb": memory,
     }
 

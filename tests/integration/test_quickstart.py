@@ -54,7 +54,7 @@ def test_it_learns(quickstart: tuple[RunDir, str]) -> None:
 
 def test_engine_and_trainer_agree_throughout(quickstart: tuple[RunDir, str]) -> None:
     gaps = [row[GAP] for row in MetricsFile(quickstart[0].metrics).rows() if GAP in row]
-    assert len(gaps) == 40
+    assert len(gaps) == 32
     assert max(gaps) < 1e-3
 
 
