@@ -22,13 +22,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> int:
     """Parse, check, run the sweep or say what it would do; 0 when a trial completed, 1 when none did."""
-    parser = Parser(prog="harness.sweep", description="Run the sweep of a recipe: sweep.space, over sweep.seeds.")
-    parser.add_argument("arguments", nargs="*", metavar="RECIPE key=value",
-                        help="e.g. recipes/quickstart.yaml sweep.num_trials=24")  # fmt: skip
-    parser.add_argument("--dry-run", action="store_true", help="print the space, the first trials and the cost")
-    parser.add_argument("--resume", nargs="?", const="", metavar="DIR", help="go on with the sweep in this directory")
-    options = parser.parse_intermixed_args(argv)
-    _sort_out(options)
+    options = parse(argv)
     if options.dry_run:
         return _dry_run(options)
     from sweeps import session as sessions
@@ -40,9 +34,16 @@ def main(argv: list[str]) -> int:
     return _run(session)
 
 
-def _sort_out(options: argparse.Namespace) -> None:
-    """Tell recipe, overrides and directory apart: `--resume` takes the next word, whichever of them it is."""
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Recipe, overrides, `resume` (None, a directory, or "" for the recipe's own) and `dry_run`, in any order."""
+    parser = Parser(prog="harness.sweep", description="Run the sweep of a recipe: sweep.space, over sweep.seeds.")
+    parser.add_argument("arguments", nargs="*", metavar="RECIPE key=value",
+                        help="e.g. recipes/quickstart.yaml sweep.num_trials=24")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="print the space, the first trials and the cost")
+    parser.add_argument("--resume", nargs="?", const="", metavar="DIR", help="go on with the sweep in this directory")
+    options = parser.parse_intermixed_args(argv)
     words = list(options.arguments)
+    # `--resume` takes the next word, whichever of the three it is.
     if options.resume and not Path(options.resume).is_dir() and ("=" in options.resume or _is_recipe(options.resume)):
         words.insert(0, options.resume)
         options.resume = ""
@@ -51,6 +52,7 @@ def _sort_out(options: argparse.Namespace) -> None:
     if len(named) > 1:
         raise UserError("one recipe at a time", got=" ".join(named), allowed="RECIPE and key=value overrides")
     options.recipe = named[0] if named else None
+    return options
 
 
 def _is_recipe(word: str) -> bool:

@@ -37,6 +37,7 @@ LOOPBACK = {
     # Workers are to be as quick as a run of their own: Ray would make them yield to everything else.
     "RAY_worker_niceness": "0",
 }
+STARTS = 3
 OBJECT_STORE_BYTES = 100 * 2**20
 # A socket's path has at most 107 bytes, of which Ray's own part takes about 70.
 LONGEST_ROOT = 30
@@ -54,11 +55,25 @@ def cluster(recipe: Recipe, sweep_dir: Path) -> Iterator[Path]:
 
     logging.getLogger("ray").setLevel(logging.CRITICAL)
     try:
-        ray.init(**_options(recipe, root))
+        _start(_options(recipe, root))
         yield root / "tune"
     finally:
         ray.shutdown()
         shutil.rmtree(root, ignore_errors=True)
+
+
+def _start(options: dict[str, object]) -> None:
+    """Start Ray; on a machine so busy that its half minute for that runs out, again."""
+    import ray
+
+    for left in reversed(range(STARTS)):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:
+            ray.shutdown()
+            if not left or "timed out during startup" not in str(error):
+                raise
 
 
 def _options(recipe: Recipe, root: Path) -> dict[str, object]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from harness.rundir import RunDir, Status
-from harness.schema import Recipe
 from sweeps import trials
 from sweeps.progress import Progress
 from sweeps.study import Study
@@ -16,8 +15,7 @@ DIED = "the trial's process died: killed, out of memory, or crashed"
 class Ledger:
     """What searcher and scheduler share: which Tune trial runs which of the study's, and where results are written."""
 
-    def __init__(self, recipe: Recipe, sweep_dir: RunDir, study: Study, progress: Progress) -> None:
-        self.recipe = recipe
+    def __init__(self, sweep_dir: RunDir, study: Study, progress: Progress) -> None:
         self.sweep_dir = sweep_dir
         self.study = study
         self.progress = progress
@@ -30,15 +28,14 @@ class Ledger:
     @property
     def full(self) -> bool:
         """Whether as many trials run as may."""
-        assert self.recipe.sweep is not None
-        return len(self._numbers) >= self.recipe.sweep.max_concurrent
+        return len(self._numbers) >= self.study.plan.sweep.max_concurrent
 
     def begin(self, tune_id: str) -> dict[str, Any] | None:
         """The next trial's config for the actor, its directory made; None when there is none left."""
         trial = self.study.ask()
         if trial is None:
             return None
-        run_dir = trials.create(self.recipe, trial, self.sweep_dir)
+        run_dir = trials.create(self.study.plan, trial, self.sweep_dir)
         self._numbers[tune_id] = trial.number
         self.progress.began(trial, run_dir)
         return {"run_dir": str(run_dir.path), "metric": self.study.plan.sweep.metric}

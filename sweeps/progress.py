@@ -16,7 +16,8 @@ from harness.rundir import RunDir
 from sweeps.space import Params, short_names, show
 from sweeps.study import Study, Trial
 
-STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
+# A pruned trial's reason says so itself.
+STATES = {"COMPLETE": "complete: ", "PRUNED": "", "FAIL": "failed: "}
 
 
 @dataclass
@@ -75,7 +76,7 @@ class Progress:
         record = self.study.trials()[number]
         reached = "" if value is None else f"{self.study.plan.sweep.metric} {value:.4g} in {duration(seconds)}"
         self._summary = self._counts()
-        self._say(f"trial {number} {STATES[record.state.name]}: {record.user_attrs.get('reason') or reached}")
+        self._say(f"trial {number} {STATES[record.state.name]}{record.user_attrs.get('reason') or reached}")
         if not self._live:
             self.console.print(f"  {self._summary}  {self._times()}", highlight=False)
 

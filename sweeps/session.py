@@ -30,9 +30,8 @@ STUDIED = ("sweep.pruner", "sweep.space", "sweep.metric", "sweep.seeds")
 
 @dataclass(frozen=True)
 class Session:
-    """A sweep ready to run: its settled recipe, its plan and its directory."""
+    """A sweep ready to run: the plan of its settled recipe, and its directory."""
 
-    recipe: Recipe
     plan: Plan
     sweep_dir: RunDir
 
@@ -47,9 +46,10 @@ def start(source: str, overrides: Sequence[str]) -> Session:
                         fix=f"go on with --resume {trials.relative(sweep_dir.path)}, or choose another "
                             "trainer.run_name")  # fmt: skip
     session = _session(recipe, plan, sweep_dir)
-    record = manifest.build(session.recipe, kind="sweep", name=sweep_dir.path.name, source=source, overrides=overrides,
+    recipe = session.plan.recipe
+    record = manifest.build(recipe, kind="sweep", name=sweep_dir.path.name, source=source, overrides=overrides,
                             command=manifest.this_command())  # fmt: skip
-    sweep_dir.create(recipes.to_yaml(session.recipe), record)
+    sweep_dir.create(recipes.to_yaml(recipe), record)
     return session
 
 
@@ -81,11 +81,11 @@ def run(session: Session, actor: Callable[[], type] | None = None) -> Study:
         trials.reconcile(study, sweep_dir)
         if not study.num_left or study.exhausted:
             return study
-        write_text(sweep_dir.recipe, recipes.to_yaml(session.recipe))
+        write_text(sweep_dir.recipe, recipes.to_yaml(session.plan.recipe))
         sweep_dir.move_to(Status.RUNNING)
         began, before = time.monotonic(), sweep_dir.read_manifest().get("seconds", 0.0)
         try:
-            tune.run(session.recipe, sweep_dir, study, Progress(study), actor)
+            tune.run(sweep_dir, study, Progress(study), actor)
         except Exception as error:
             sweep_dir.move_to(Status.FAILED, reason=f"{type(error).__name__}: {str(error).strip()[:200]}")
             raise
@@ -105,10 +105,9 @@ def conclude(session: Session, study: Study, best: dict[str, Any] | None) -> Non
 
 
 def _session(recipe: Recipe, plan: Plan, sweep_dir: RunDir) -> Session:
-    settled = trials.settle(recipe, plan.space)
-    plan = Plan(settled, plan.space, plan.first_trials)
+    settled = trials.settle(recipe)
     check_run(recipes.with_values(settled, {"sweep": None}))
-    return Session(settled, plan, sweep_dir)
+    return Session(Plan(settled, plan.space, plan.first_trials), sweep_dir)
 
 
 def _by_name(recipe: Recipe | None, source: str | None) -> RunDir:
@@ -124,9 +123,9 @@ def _by_name(recipe: Recipe | None, source: str | None) -> RunDir:
 
 def _as_settled(recipe: Recipe, stored: Recipe) -> Recipe:
     """A recipe file's recipe with what the sweep settled when it began: this machine may have other cores."""
-    keys = ("trainer.num_threads", "generator.max_lora_rank")
-    unset = {key: recipes.get(stored, key) for key in keys if recipes.get(recipe, key) is None}
-    return recipes.with_values(recipe, unset)
+    if recipe.trainer.num_threads is not None:
+        return recipe
+    return recipes.with_values(recipe, {"trainer.num_threads": stored.trainer.num_threads})
 
 
 def _check_same(recipe: Recipe, stored: Recipe) -> None:

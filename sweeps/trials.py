@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,23 +15,25 @@ from harness.metrics import MetricsFile
 from harness.rundir import RunDir, Status
 from harness.schema import Device, Recipe
 from rltrain.parallel import visible_gpus
-from sweeps.space import PLACES, Params, Space
+from sweeps.plan import Plan
+from sweeps.space import PLACES
 from sweeps.study import Study, Trial
 
 RANK = "trainer.policy.model.lora.rank"
 _FINAL = {TrialState.PRUNED: Status.PRUNED, TrialState.FAIL: Status.FAILED}
 
 
-def settle(recipe: Recipe, space: Space) -> Recipe:
-    """The recipe with what its trials share written out: threads, and an engine with room for the largest rank."""
-    assert recipe.sweep is not None
-    values: dict[str, Any] = {"trainer.num_threads": recipe.trainer.num_threads or cpus_per_trial(recipe)}
-    ranks = [recipe.trainer.policy.model.lora.rank]
-    if any(axis.key == RANK for axis in space.axes):
-        ranks = [int(rank) for rank in space[RANK].bounds()]
-    if recipe.generator.max_lora_rank is None and max(ranks) > 0:
-        values["generator.max_lora_rank"] = max(ranks)
-    return recipes.with_values(recipe, values)
+def settle(recipe: Recipe) -> Recipe:
+    """The recipe with its trials' threads written out: resumed on another machine, they stay as many."""
+    return recipes.with_values(recipe, {"trainer.num_threads": cpus_per_trial(recipe)})
+
+
+def engine_rank(plan: Plan) -> int | None:
+    """The largest rank in the space, for which every trial's engine has room, so that all can share one."""
+    ranks = [plan.recipe.trainer.policy.model.lora.rank]
+    if any(axis.key == RANK for axis in plan.space.axes):
+        ranks = [int(rank) for rank in plan.space[RANK].bounds()]
+    return plan.recipe.generator.max_lora_rank or max(ranks) or None
 
 
 def cpus_per_trial(recipe: Recipe) -> int:
@@ -49,32 +50,31 @@ def gpus_per_trial(recipe: Recipe) -> int:
     return placement.policy_num_gpus_per_node * placement.policy_num_nodes
 
 
-def trial_values(recipe: Recipe, params: Params, seed: int) -> dict[str, Any]:
+def trial_values(plan: Plan, trial: Trial) -> dict[str, Any]:
     """What a trial's recipe sets, by key: its parameters, its seed, and what it shares with the other trials."""
-    shared = {"generator.max_lora_rank": recipe.generator.max_lora_rank,
-              "trainer.num_threads": recipe.trainer.num_threads}  # fmt: skip
-    return {**{k: v for k, v in shared.items() if v is not None}, **params, "seed": seed}
+    shared = {"generator.max_lora_rank": engine_rank(plan), "trainer.num_threads": plan.recipe.trainer.num_threads}
+    return {**{k: v for k, v in shared.items() if v is not None}, **trial.params, "seed": trial.seed}
 
 
-def trial_recipe(recipe: Recipe, trial: Trial, sweep_dir: RunDir) -> Recipe:
+def trial_recipe(plan: Plan, trial: Trial, sweep_dir: RunDir) -> Recipe:
     """A trial's own recipe, from the sweep's settled one."""
     place = sweep_dir.trial(trial.number)
     values = {"sweep": None, "trainer.ckpt_path": str(place.path.parent), "trainer.run_name": place.path.name,
               "trainer.resume_mode": "latest"}  # fmt: skip
-    return recipes.with_values(recipe, values | trial_values(recipe, trial.params, trial.seed))
+    return recipes.with_values(plan.recipe, values | trial_values(plan, trial))
 
 
-def create(recipe: Recipe, trial: Trial, sweep_dir: RunDir) -> RunDir:
+def create(plan: Plan, trial: Trial, sweep_dir: RunDir) -> RunDir:
     """A trial's directory with recipe and manifest; one that an earlier process left is gone on with."""
     run_dir = sweep_dir.trial(trial.number)
     if not run_dir.manifest.exists():
-        own, sweep = trial_recipe(recipe, trial, sweep_dir), sweep_dir.read_manifest()
+        own, sweep = trial_recipe(plan, trial, sweep_dir), sweep_dir.read_manifest()
         record = manifest.build(
             own,
             kind="trial",
             name=f"{sweep_dir.path.name}/{run_dir.path.name}",
             source=sweep["recipe"]["source"],
-            overrides=rerun_overrides(recipe, sweep["recipe"]["overrides"], trial.params, trial.seed),
+            overrides=rerun_overrides(plan, trial, sweep["recipe"]["overrides"]),
             command=manifest.this_command(),
             trial={"number": trial.number, "configuration": trial.configuration, "seed": trial.seed,
                    "params": trial.params},
@@ -83,17 +83,12 @@ def create(recipe: Recipe, trial: Trial, sweep_dir: RunDir) -> RunDir:
     return run_dir
 
 
-def rerun_overrides(recipe: Recipe, given: Sequence[str], params: Params, seed: int) -> list[str]:
+def rerun_overrides(plan: Plan, trial: Trial, given: Sequence[str]) -> list[str]:
     """The overrides with which `harness.run` makes of the sweep's recipe file the very recipe of a trial."""
-    values = trial_values(recipe, params, seed)
+    values = trial_values(plan, trial)
     dropped = {"sweep", "trainer.seed", *PLACES, *values}
     kept = [o for o in given if (key := o.split("=", 1)[0]) not in dropped and not key.startswith("sweep.")]
     return kept + [recipes.override_for(key, value) for key, value in values.items()]
-
-
-def rerun_command(source: str, overrides: Sequence[str]) -> str:
-    """The command line that runs a trial again, quoted for a shell."""
-    return shlex.join(["python", "-m", "harness.run", source, *overrides])
 
 
 def final_value(run_dir: RunDir, metric: str) -> tuple[float | None, int]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from harness.rundir import RunDir
-from harness.schema import Recipe
 from sweeps import trials
 from sweeps.cluster import cluster
 from sweeps.ledger import Ledger
@@ -17,15 +16,13 @@ from sweeps.progress import Progress
 from sweeps.study import Study
 
 
-def run(
-    recipe: Recipe, sweep_dir: RunDir, study: Study, progress: Progress, actor: Callable[[], type] | None = None
-) -> None:
+def run(sweep_dir: RunDir, study: Study, progress: Progress, actor: Callable[[], type] | None = None) -> None:
     """Run every trial that the study has left; `actor` makes the Trainable, by default the trainer's.
 
     A failed trial is recorded and not tried again. KeyboardInterrupt leaves the running ones RUNNING, to be resumed.
     """
-    ledger = Ledger(recipe, sweep_dir, study, progress)
-    with cluster(recipe, sweep_dir.path) as scratch, terminable(), progress:
+    ledger = Ledger(sweep_dir, study, progress)
+    with cluster(study.plan.recipe, sweep_dir.path) as scratch, terminable(), progress:
         _fit(ledger, actor or trial_actor, scratch)
 
 
@@ -41,8 +38,9 @@ def _fit(ledger: Ledger, actor: Callable[[], type], scratch: Path) -> None:
 
     from sweeps.searcher import PrunerScheduler, StudySearcher
 
-    gpus = trials.gpus_per_trial(ledger.recipe)
-    resources = {"cpu": trials.cpus_per_trial(ledger.recipe), "gpu": gpus}
+    recipe = ledger.study.plan.recipe
+    gpus = trials.gpus_per_trial(recipe)
+    resources = {"cpu": trials.cpus_per_trial(recipe), "gpu": gpus}
     tuner = tune.Tuner(
         tune.with_resources(actor(), resources),
         tune_config=tune.TuneConfig(

@@ -1,0 +1,191 @@
+"""Whole sweeps on the embedded model: every outcome in one, a kill and a Ctrl-C half way, the best trial run again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pandas as pd
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from harness import metrics
+from harness.metrics import MetricsFile
+from harness.paths import PROJECT
+from harness.rundir import RunDir
+
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(600)]
+
+RANK, LR = "trainer.policy.model.lora.rank", "trainer.policy.optimizer_config.lr"
+MARK = "NOREGRET_TEST_MARK"
+
+
+class Sweeps:
+    """Starts sweep commands whose every descendant carries a mark, by which those left over are found."""
+
+    def __init__(self, root: Path, overrides: list[str]) -> None:
+        self.root = root
+        self.overrides = [*overrides, f"trainer.ckpt_path={root}", "sweep.max_concurrent=1"]
+        self.mark = uuid.uuid4().hex
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """A sweep command, running."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "harness.sweep", *arguments], cwd=PROJECT, env={**os.environ, MARK: self.mark},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+
+    def new(self, name: str, *overrides: str) -> subprocess.Popen[str]:
+        """A new sweep of the quickstart recipe, made small."""
+        return self.start("quickstart", *self.overrides, f"trainer.run_name={name}", *overrides)
+
+    def left_over(self) -> list[int]:
+        """Processes that still carry the mark."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if f"{MARK}={self.mark}".encode() in (folder / "environ").read_bytes():
+                    found.append(int(folder.name))
+        return found
+
+
+@pytest.fixture
+def sweeps(tmp_path: Path, small_data: list[str]) -> Iterator[Sweeps]:
+    sweeps = Sweeps(tmp_path / "runs", small_data)
+    yield sweeps
+    for pid in sweeps.left_over():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def finished(process: subprocess.Popen[str], status: int = 0) -> str:
+    out, err = process.communicate(timeout=280)
+    assert process.returncode == status, out + err
+    return out + err
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+
+
+def manifests(sweep: RunDir) -> list[dict[str, Any]]:
+    return [RunDir(folder).read_manifest() for folder in sorted(sweep.trials.iterdir())]
+
+
+def studied(sweep: RunDir) -> list[optuna.trial.FrozenTrial]:
+    storage = JournalStorage(JournalFileBackend(str(sweep.journal)))
+    return optuna.load_study(study_name=None, storage=storage).trials
+
+
+def steps_of(run: RunDir) -> list[int]:
+    return [int(row["step"]) for row in MetricsFile(run.metrics).rows()]
+
+
+def rows_of(run: RunDir) -> list[dict[str, float]]:
+    return [metrics.without_timings(row) for row in MetricsFile(run.metrics).rows()]
+
+
+def test_complete_pruned_and_failed_trials(sweeps: Sweeps) -> None:
+    # A grid of 2 x 2: runs that evaluate at step 2 are pruned there; a target that names no module fails.
+    space = (
+        "sweep.space={trainer.eval_interval:{choices:[4,2]},"
+        "trainer.target_modules:{choices:[attention,[no_such_module]]}}"
+    )
+    nothing = [f"sweep.space.{key}=null" for key in (RANK, "trainer.policy.model.lora.alpha", LR)]
+    process = sweeps.new("all", *nothing, space, "sweep.sampler=grid", "sweep.num_trials=4",
+                         "sweep.pruner={name:threshold,lower:2.0}")  # fmt: skip
+    said = finished(process)
+    sweep = RunDir(sweeps.root / "all")
+    assert [m["status"] for m in manifests(sweep)] == ["COMPLETE", "FAILED", "PRUNED", "FAILED"]
+    assert [trial.state.name for trial in studied(sweep)] == ["COMPLETE", "FAIL", "PRUNED", "FAIL"]
+    failed, pruned = manifests(sweep)[1], manifests(sweep)[2]
+    assert "no_such_module" in failed["reason"] + sweep.trial(1).log.read_text()
+    assert "Traceback" in sweep.trial(1).log.read_text()
+    assert pruned["reason"].startswith("pruned at step 2: eval/accuracy")
+    assert steps_of(sweep.trial(2)) == [0, 1, 2]
+    assert steps_of(sweep.trial(0)) == [0, 1, 2, 3, 4]
+
+    record = sweep.read_manifest()
+    assert record["status"] == "COMPLETE"
+    assert record["result"]["counts"] == {"COMPLETE": 1, "PRUNED": 1, "FAIL": 2}
+    assert record["result"]["best"]["trial"] == 0
+    table = pd.read_csv(sweep.path / "results.csv")
+    assert table["status"].tolist() == ["COMPLETE", "FAILED", "PRUNED", "FAILED"]
+    assert (sweep.report / "index.html").is_file()
+    assert "1 complete, 1 pruned, 2 failed" in said
+    assert "python -m harness.run quickstart" in said
+    assert sweeps.left_over() == []
+
+
+def test_a_sweep_of_failures_exits_1(sweeps: Sweeps) -> None:
+    only = "sweep.space={trainer.target_modules:{choices:[[no_such_module]]}}"
+    nothing = [f"sweep.space.{key}=null" for key in (RANK, "trainer.policy.model.lora.alpha", LR)]
+    said = finished(sweeps.new("none", *nothing, only, "sweep.num_trials=1"), status=1)
+    assert "1 failed" in said
+    assert RunDir(sweeps.root / "none").status.value == "FAILED"
+
+
+def test_kill_and_interrupt_and_resume(sweeps: Sweeps) -> None:
+    sweep = RunDir(sweeps.root / "stopped")
+    first = sweeps.new("stopped", "sweep.num_trials=3", "trainer.max_steps=8", "trainer.eval_interval=4")
+    wait_until(lambda: steps_of(sweep.trial(1))[-1:] >= [3], first)
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate()
+    before = [sweep.trial(0).manifest.read_bytes(), sweep.trial(0).metrics.read_bytes()]
+    assert [m["status"] for m in manifests(sweep)] == ["COMPLETE", "RUNNING"]
+
+    second = sweeps.start("--resume", str(sweep.path))
+    wait_until(lambda: steps_of(sweep.trial(2))[-1:] >= [3], second)
+    os.killpg(second.pid, signal.SIGINT)
+    assert f"--resume {sweep.path}" in finished(second, status=130)
+    assert manifests(sweep)[2]["status"] == "RUNNING"
+
+    said = finished(sweeps.start("--resume", str(sweep.path)))
+    assert "3 complete, 0 pruned, 0 failed" in said
+    assert [sweep.trial(0).manifest.read_bytes(), sweep.trial(0).metrics.read_bytes()] == before
+    assert [trial.state.name for trial in studied(sweep)] == ["COMPLETE"] * 3
+    assert len({json.dumps(trial.params, sort_keys=True) for trial in studied(sweep)}) == 3
+    histories = [[entry["status"] for entry in m["status_history"]] for m in manifests(sweep)]
+    assert histories == [
+        ["CREATED", "RUNNING", "COMPLETE"],
+        ["CREATED", "RUNNING", "RUNNING", "COMPLETE"],
+        ["CREATED", "RUNNING", "RUNNING", "COMPLETE"],
+    ]
+    for number in range(3):
+        assert steps_of(sweep.trial(number)) == list(range(9))
+    assert sweeps.left_over() == []
+
+    # A trial that was killed and resumed is, to the bit, the run that its command makes.
+    again = next(line for line in said.splitlines() if line.startswith("again: ")).removeprefix("again: python")
+    best = sweep.read_manifest()["result"]["best"]["trial"]
+    place = [f"trainer.ckpt_path={sweeps.root}", "trainer.run_name=again"]
+    run = subprocess.run([sys.executable, *shlex.split(again), *place], cwd=PROJECT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    alone = RunDir(sweeps.root / "again")
+    assert alone.read_manifest()["recipe"]["digest"] == sweep.trial(best).read_manifest()["recipe"]["digest"]
+    assert rows_of(alone) == rows_of(sweep.trial(best))
+
+
+def test_trials_share_a_vllm_engine(sweeps: Sweeps) -> None:
+    finished(sweeps.new("vllm", "generator.backend=vllm", "trainer.max_steps=1", "sweep.num_trials=2",
+                        f"sweep.first_trials=[{{{RANK}:1}},{{{RANK}:8}}]"))  # fmt: skip
+    sweep = RunDir(sweeps.root / "vllm")
+    assert [m["trial"]["params"][RANK] for m in manifests(sweep)] == [1, 8]
+    assert [m["status"] for m in manifests(sweep)] == ["COMPLETE"] * 2
+    gaps = [row["sampling/sampling_logp_difference/mean"] for n in range(2) for row in rows_of(sweep.trial(n))[1:]]
+    assert len(gaps) == 2
+    assert max(gaps) < 1e-3

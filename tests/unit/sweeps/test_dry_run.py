@@ -1,0 +1,110 @@
+"""What a dry run says of a sweep: its size, its first trials, its cost, its time by earlier runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from harness import recipe as recipes
+from harness.rundir import write_json
+from harness.schema import Recipe
+from sweeps import dry_run, estimate
+from sweeps import plan as plans
+from tests.unit.sweeps.curves import LR, RANK, recipe_of
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    for name, rows in (("train", 20), ("val", 5)):
+        pd.DataFrame({"prompt": range(rows)}).to_parquet(tmp_path / f"{name}.parquet")
+    (tmp_path / "more.jsonl").write_text('{"prompt": 1}\n' * 4 + "\n")
+    space = {RANK: {"choices": [1, 8]}, LR: {"low": 1e-5, "high": 1e-3, "log": True}}
+    return recipes.with_values(
+        recipe_of(space, num_trials=3, seeds=[0, 1], max_concurrent=2),
+        {
+            "data.train_data": [str(tmp_path / "train.parquet"), str(tmp_path / "more.jsonl")],
+            "data.val_data": [str(tmp_path / "val.parquet")],
+            "trainer.ckpt_path": str(tmp_path / "runs"),
+            "trainer.max_steps": None,
+            "trainer.epochs": 2,
+            "trainer.train_batch_size": 8,
+            "trainer.policy_mini_batch_size": 8,
+            "trainer.eval_interval": 4,
+            "generator.n_samples_per_prompt": 3,
+            "generator.max_input_length": 10,
+            "generator.sampling_params.max_generate_length": 20,
+            "generator.eval_sampling_params.max_generate_length": 30,
+        },
+    )
+
+
+def test_cost_of_a_run(recipe: Recipe) -> None:
+    (cost,) = estimate.costs(plans.build(recipe))
+    # 24 problems, 3 whole batches of 8, 2 epochs; evaluations at steps 0, 4 and 6.
+    assert cost == estimate.Cost(6, 6 * 8 * 3, 3 * 5, 144 * 30 + 15 * 40, None)
+
+
+def test_an_axis_that_changes_the_cost_gives_a_span(recipe: Recipe) -> None:
+    space = {"generator.n_samples_per_prompt": {"choices": [2, 4]}, "trainer.train_batch_size": {"choices": [8, 24]}}
+    low, high = estimate.costs(plans.build(recipes.with_values(recipe, {"sweep.space": space})))
+    assert (low.training_samples, high.training_samples) == (2 * 24 * 2, 6 * 8 * 4)
+
+
+def test_the_text(recipe: Recipe) -> None:
+    text = dry_run.describe(plans.build(recipe), "my.yaml")
+    assert "3 configurations x 2 seeds = 6 runs, 2 at a time" in text
+    assert f"{LR}" in text
+    assert "1e-05 to 0.001" in text
+    assert text.index("0-1") < text.index("2-3") < text.index("4-5")
+    assert [line.split() for line in text.splitlines() if line.startswith("  steps")] == [["steps", "6", "36"]]
+    assert "unknown until a first run" in text
+
+
+def test_time_by_earlier_runs_of_the_same_recipe(recipe: Recipe) -> None:
+    def ran(folder: str, source: str, seconds: float, status: str = "COMPLETE") -> None:
+        result = {"seconds": seconds, "step": 6} if status == "COMPLETE" else None
+        path = Path(recipe.trainer.ckpt_path) / folder / "manifest.json"
+        write_json(path, {"status": status, "recipe": {"source": source}, "result": result})
+
+    plan = plans.build(recipe)
+    assert estimate.pace(plan, "my.yaml") is None
+    ran("one", "recipes/my.yaml", 60)
+    ran("sweep/trials/0000", "my.yaml", 600)
+    ran("sweep/trials/0001", "my.yaml", 120)
+    ran("sweep/trials/0002", "my.yaml", 0, status="FAILED")
+    ran("other", "yours.yaml", 6000)
+    (Path(recipe.trainer.ckpt_path) / "other" / "manifest.json").with_name("broken").mkdir()
+    assert estimate.pace(plan, "my.yaml") == estimate.Pace(20.0, 3)
+    # 6 runs of 2 minutes, two at a time.
+    assert "about 2 min 00 s  about 6 min 00 s (median of 3 earlier runs)" in dry_run.describe(plan, "my.yaml")
+
+
+def test_what_is_missing_is_named(recipe: Recipe) -> None:
+    missing = recipes.with_values(recipe, {"data.val_data": ["nowhere/val.parquet"]})
+    text = dry_run.describe(plans.build(missing), "my.yaml")
+    assert "cost: unknown until the data is there" in text
+    assert "nowhere/val.parquet" in text
+
+
+def test_arithmetic_of_a_gpu_recipe(recipe: Recipe, tmp_path: Path) -> None:
+    # Qwen2.5-0.5B's shape: 494,032,768 parameters, of which norms and biases, 0.01%, are left out here.
+    config: dict[str, Any] = {
+        "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+        "intermediate_size": 4864, "vocab_size": 151936, "tie_word_embeddings": True,
+    }  # fmt: skip
+    assert estimate.count_parameters(config) == pytest.approx(494_032_768, rel=1e-3)
+    assert estimate.count_parameters({"hidden_size": 896}) is None
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    gpu = recipes.with_values(recipe, {"trainer.placement.device": "cuda", "trainer.policy.model.path": str(tmp_path)})
+    (cost,) = estimate.costs(plans.build(gpu))
+    assert cost.flops == pytest.approx(494e6 * (8 * 144 * 30 + 2 * 15 * 40), rel=1e-2)
+    assert "FLOPs" in dry_run.describe(plans.build(gpu), "my.yaml")
+
+
+def test_a_space_smaller_than_the_number_of_trials_is_said(recipe: Recipe) -> None:
+    small = recipes.with_values(recipe, {"sweep.space": {RANK: {"choices": [1, 8]}}})
+    assert "the space has no more than 2 configurations" in dry_run.describe(plans.build(small), "my.yaml")

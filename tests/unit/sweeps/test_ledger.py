@@ -1,0 +1,115 @@
+"""How a trial's fate gets into the study, its directory and the console: every way one can end, without Ray."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from harness.metrics import MetricsFile
+from harness.rundir import RunDir, Status
+from sweeps.ledger import Ledger
+from sweeps.progress import Progress
+from sweeps.study import Study
+from tests.unit.sweeps.curves import begin, recipe_of
+
+
+@pytest.fixture
+def said() -> io.StringIO:
+    return io.StringIO()
+
+
+@pytest.fixture
+def ledger(tmp_path: Path, said: io.StringIO) -> Ledger:
+    plan, sweep_dir = begin(recipe_of(max_concurrent=2, pruner={"name": "median", "n_startup_trials": 1}), tmp_path)
+    study = Study(sweep_dir.journal, plan)
+    return Ledger(sweep_dir, study, Progress(study, Console(file=said, width=200)))
+
+
+def start(ledger: Ledger, name: str) -> RunDir:
+    config = ledger.begin(name)
+    assert config is not None
+    run_dir = RunDir(config["run_dir"])
+    run_dir.move_to(Status.RUNNING)
+    return run_dir
+
+
+def log(run_dir: RunDir, step: int, value: float) -> None:
+    MetricsFile(run_dir.metrics).append({"step": step, "eval/accuracy": value})
+
+
+def finish(ledger: Ledger, name: str, value: float) -> RunDir:
+    run_dir = start(ledger, name)
+    for step in (1, 4):
+        ledger.report(name, step, 4, value)
+        log(run_dir, step, value)
+    run_dir.move_to(Status.COMPLETE, result={"step": 4})
+    ledger.end(name, died=False)
+    return run_dir
+
+
+def test_a_complete_trial(ledger: Ledger, said: io.StringIO) -> None:
+    finish(ledger, "a", 0.75)
+    record = ledger.study.trials()[0]
+    assert (record.state.name, record.value, record.intermediate_values) == ("COMPLETE", 0.75, {1: 0.75, 4: 0.75})
+    assert "trial 0 complete: eval/accuracy 0.75" in said.getvalue()
+
+
+def test_no_more_trials_at_once_than_asked_for(ledger: Ledger) -> None:
+    start(ledger, "a")
+    assert not ledger.full
+    start(ledger, "b")
+    assert ledger.full
+
+
+def test_a_pruned_trial(ledger: Ledger, said: io.StringIO) -> None:
+    finish(ledger, "a", 0.75)
+    run_dir = start(ledger, "b")
+    assert not ledger.report("b", 0, 4, 0.1)  # the base model: nothing to prune by
+    assert ledger.report("b", 1, 4, 0.25)
+    ledger.end("b", died=False)
+    reason = "pruned at step 1: eval/accuracy 0.25 by MedianPruner"
+    assert (run_dir.status, run_dir.read_manifest()["reason"]) == (Status.PRUNED, reason)
+    assert ledger.study.trials()[1].state.name == "PRUNED"
+    assert f"trial 1 {reason}" in said.getvalue()
+
+
+def test_a_trial_that_raised(ledger: Ledger, said: io.StringIO) -> None:
+    run_dir = start(ledger, "a")
+    run_dir.move_to(Status.FAILED, reason="step 2: ValueError: no luck")
+    ledger.end("a", died=True)
+    record = ledger.study.trials()[0]
+    assert (record.state.name, record.user_attrs["reason"]) == ("FAIL", "step 2: ValueError: no luck")
+    assert "trial 0 failed: step 2: ValueError: no luck" in said.getvalue()
+    assert not ledger.full
+
+
+def test_a_trial_whose_process_died(ledger: Ledger) -> None:
+    run_dir = start(ledger, "a")
+    ledger.end("a", died=True)
+    assert run_dir.status is Status.FAILED
+    assert "the trial's process died" in run_dir.read_manifest()["reason"]
+    assert ledger.study.trials()[0].state.name == "FAIL"
+
+
+def test_a_trial_whose_metric_is_nan(ledger: Ledger) -> None:
+    run_dir = finish(ledger, "a", math.nan)
+    assert ledger.study.trials()[0].state.name == "FAIL"
+    assert run_dir.read_manifest()["reason"] == "eval/accuracy is nan at step 4"
+
+
+def test_a_trial_that_logged_nothing(ledger: Ledger) -> None:
+    run_dir = start(ledger, "a")
+    run_dir.move_to(Status.COMPLETE)
+    ledger.end("a", died=False)
+    assert ledger.study.trials()[0].user_attrs["reason"] == "the run logged no eval/accuracy"
+
+
+def test_it_ends_when_no_trial_is_left(ledger: Ledger) -> None:
+    for name in "abcd":
+        finish(ledger, name, 0.5)
+    assert ledger.begin("e") is None
+    assert ledger.study.num_left == 0

@@ -1,0 +1,148 @@
+"""Starting and resuming a sweep: what is checked before anything heavy, and what a resumed sweep may change."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from harness.errors import UserError
+from harness.rundir import Status
+from sweeps import session as sessions
+from sweeps.locks import held
+from sweeps.session import Session
+from sweeps.study import Study
+from tests.unit.sweeps.curves import LR, RANK
+
+Start = Callable[..., Session]
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    """A recipe with everything the checks want: a model's config.json and data files."""
+    (tmp_path / "config.json").write_text("{}")
+    rows = [{"prompt": [{"role": "user", "content": "1 + 1?"}], "env_class": "gsm8k",
+             "reward_spec": {"method": "rule", "ground_truth": "2"}}] * 4  # fmt: skip
+    pd.DataFrame(rows).to_parquet(tmp_path / "data.parquet")
+    recipe = {
+        "defaults": ["base", "_self_"],
+        "data": {"train_data": [str(tmp_path / "data.parquet")], "val_data": [str(tmp_path / "data.parquet")]},
+        "trainer": {"policy": {"model": {"path": str(tmp_path)}}, "placement": {"device": "cpu"}, "max_steps": 4,
+                    "train_batch_size": 4, "policy_mini_batch_size": 4, "ckpt_path": str(tmp_path / "runs")},
+        "sweep": {"num_trials": 3, "space": {RANK: {"choices": [1, 8]}, LR: {"low": 1e-5, "high": 1e-3, "log": True}}},
+    }  # fmt: skip
+    file = tmp_path / "mine.yaml"
+    file.write_text(json.dumps(recipe))
+    return file
+
+
+@pytest.fixture
+def begun(recipe_file: Path) -> Session:
+    """A sweep of which one trial was begun."""
+    session = sessions.start(str(recipe_file), ["trainer.run_name=first"])
+    assert Study(session.sweep_dir.journal, session.plan).ask() is not None
+    session.sweep_dir.move_to(Status.RUNNING)
+    return session
+
+
+def test_a_sweeps_directory(recipe_file: Path) -> None:
+    session = sessions.start(str(recipe_file), ["trainer.run_name=first"])
+    assert session.sweep_dir.path == recipe_file.parent / "runs" / "first"
+    manifest = session.sweep_dir.read_manifest()
+    assert (manifest["kind"], manifest["status"]) == ("sweep", "CREATED")
+    assert manifest["recipe"]["source"] == str(recipe_file)
+    assert session.plan.recipe.trainer.num_threads == os.cpu_count()
+    with pytest.raises(UserError, match="--resume"):
+        sessions.start(str(recipe_file), ["trainer.run_name=first"])
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.train_data=[nowhere.parquet]", "data file not found"),
+        ("trainer.policy.model.path=nowhere/at/all", "names no folder"),
+        ("environment.env_class=gsm9k", "gsm8k"),
+        ("trainer.placement.device=cuda", "not enough GPUs"),
+        (f"sweep.space.{RANK}.choices=[1,1]", "the same choice twice"),
+        ("sweep.metric=eval/acuracy", "did you mean eval/accuracy?"),
+        ("sweep.pruner.name=hyperbnd", "did you mean hyperband?"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_starts(recipe_file: Path, override: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        sessions.start(str(recipe_file), [override])
+    assert said in str(caught.value)
+    assert not (recipe_file.parent / "runs").exists()
+
+
+def test_resume_by_directory(begun: Session) -> None:
+    again = sessions.resume(str(begun.sweep_dir.path), None, [])
+    assert again.sweep_dir.path == begun.sweep_dir.path
+    assert again.plan.recipe == begun.plan.recipe
+
+
+def test_resume_by_recipe_and_name(begun: Session, recipe_file: Path) -> None:
+    again = sessions.resume(None, str(recipe_file), ["trainer.run_name=first", "sweep.num_trials=5"])
+    assert again.sweep_dir.path == begun.sweep_dir.path
+    assert again.plan.num_configurations == 5
+    with pytest.raises(UserError, match="runs/first"):
+        sessions.resume(None, str(recipe_file), [])
+
+
+def test_threads_stay_what_they_were(begun: Session, recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 999)
+    again = sessions.resume(str(begun.sweep_dir.path), str(recipe_file), [])
+    assert again.plan.recipe.trainer.num_threads == begun.plan.recipe.trainer.num_threads != 999
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("trainer.max_steps=8", "trainer.max_steps: 4 -> 8"),
+        ("seed=3", "seed: 0 -> 3"),
+        (f"sweep.first_trials=[{{{RANK}:8}}]", "sweep.first_trials"),
+    ],
+)
+def test_another_recipe_is_not_resumed(begun: Session, override: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        sessions.resume(str(begun.sweep_dir.path), None, [override])
+    assert said in str(caught.value)
+
+
+def test_another_space_is_not_resumed(begun: Session) -> None:
+    again = sessions.resume(str(begun.sweep_dir.path), None, [f"sweep.space.{RANK}.choices=[1,16]"])
+    with pytest.raises(UserError, match=r"choices: 1, 8 -> choices: 1, 16"):
+        sessions.run(again)
+    assert begun.sweep_dir.status is Status.RUNNING
+
+
+def test_only_sweeps_are_resumed(begun: Session, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no manifest"):
+        sessions.resume(str(tmp_path), None, [])
+    begun.sweep_dir.update(kind="run")
+    with pytest.raises(UserError, match="the directory of a run"):
+        sessions.resume(str(begun.sweep_dir.path), None, [])
+    with pytest.raises(UserError, match="which sweep"):
+        sessions.resume(None, None, [])
+
+
+def test_one_process_at_a_time(begun: Session) -> None:
+    with held(begun.sweep_dir.path / ".lock") as owned:
+        assert owned
+        with pytest.raises(UserError, match="another process"):
+            sessions.run(begun)
+
+
+def test_a_sweep_with_nothing_left_starts_nothing(begun: Session) -> None:
+    study = Study(begun.sweep_dir.journal, begun.plan)
+    while (trial := study.ask()) is not None:
+        study.complete(trial.number, 0.5, 4)
+    again = sessions.run(sessions.resume(str(begun.sweep_dir.path), None, []))
+    assert again.num_left == 0
+    sessions.conclude(begun, again, None)
+    manifest = begun.sweep_dir.read_manifest()
+    assert (manifest["status"], manifest["result"]["counts"]) == ("COMPLETE", {"COMPLETE": 3, "PRUNED": 0, "FAIL": 0})

@@ -1,0 +1,114 @@
+"""Trials as runs: their recipes, their directories, the overrides that make one again, and the mending after a kill."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from optuna.trial import TrialState
+
+from harness import recipe as recipes
+from harness.metrics import MetricsFile
+from harness.rundir import Status
+from sweeps import plan as plans
+from sweeps import trials
+from sweeps.study import Study
+from tests.unit.sweeps.curves import ALPHA, LR, RANK, TARGETS, begin, recipe_of
+
+
+def test_trials_share_an_engine_with_room_for_the_largest_rank() -> None:
+    recipe = recipe_of({RANK: {"choices": [1, 64, 8]}}, max_concurrent=2)
+    recipe.trainer.num_threads = None
+    assert trials.settle(recipe).trainer.num_threads == trials.cpus_per_trial(recipe)
+    assert trials.engine_rank(plans.build(recipe)) == 64
+    # The recipe's own rank counts only where rank is no axis; a limit in the recipe stands.
+    assert trials.engine_rank(plans.build(recipe_of({RANK: {"choices": [1, 8]}}))) == 8
+    other = recipe_of({LR: {"low": 1e-5, "high": 1e-3}})
+    assert trials.engine_rank(plans.build(other)) == 32
+    other.generator.max_lora_rank = 256
+    assert trials.engine_rank(plans.build(other)) == 256
+
+
+def test_a_trial_is_a_run_that_its_overrides_make_again(tmp_path: Path) -> None:
+    space = {
+        RANK: {"choices": [1, 8]},
+        LR: {"low": 1e-5, "high": 1e-2, "log": True},
+        ALPHA: {"choices": [16, 32]},
+        TARGETS: {"choices": [["q_proj", "v_proj"], ["k_proj"]]},
+        "generator.sampling_params.temperature": {"choices": [0.7, 1.0]},
+        "trainer.strategy": {"choices": ["fsdp2"]},
+    }
+    given = ["trainer.policy.model.path=rltrain", "trainer.max_steps=3", "seed=7", "trainer.run_name=x", f"{RANK}=4",
+             "sweep.num_trials=2"]  # fmt: skip
+    recipe = recipes.with_values(
+        recipes.load("base", given), {"sweep": {"num_trials": 2, "seeds": [3], "space": space}}
+    )
+    plan, sweep_dir = begin(recipe, tmp_path)
+    sweep_dir.update(recipe={"source": "recipes/base.yaml", "overrides": given})
+    study = Study(sweep_dir.journal, plan)
+    for _ in range(2):
+        trial = study.ask()
+        assert trial is not None
+        run_dir = trials.create(plan, trial, sweep_dir)
+        manifest = run_dir.read_manifest()
+        assert manifest["kind"] == "trial"
+        assert manifest["trial"] == {"number": trial.number, "configuration": trial.configuration, "seed": 3,
+                                     "params": trial.params}  # fmt: skip
+        overrides = manifest["recipe"]["overrides"]
+        assert not any(override.startswith(("sweep", "trainer.run_name")) for override in overrides)
+        again = recipes.load("recipes/base.yaml", overrides)
+        assert recipes.digest(again) == manifest["recipe"]["digest"]
+        own = recipes.read(run_dir.recipe)
+        assert own.sweep is None
+        assert own.seed == 3
+        assert own.trainer.target_modules == trial.params[TARGETS]
+        assert Path(own.trainer.ckpt_path) / str(own.trainer.run_name) == run_dir.path
+
+
+def test_an_interrupted_trials_directory_is_kept(tmp_path: Path) -> None:
+    plan, sweep_dir = begin(recipe_of(), tmp_path)
+    trial = Study(sweep_dir.journal, plan).ask()
+    assert trial is not None
+    run_dir = trials.create(plan, trial, sweep_dir)
+    run_dir.move_to(Status.RUNNING)
+    trials.create(plan, trial, sweep_dir)
+    assert run_dir.status is Status.RUNNING
+
+
+def test_study_and_directories_agree_again_after_a_kill(tmp_path: Path) -> None:
+    plan, sweep_dir = begin(recipe_of(num_trials=6), tmp_path)
+    study = Study(sweep_dir.journal, plan)
+    asked = [study.ask() for _ in range(6)]
+    run_dirs = [trials.create(plan, trial, sweep_dir) for trial in asked[:5] if trial is not None]
+    for run_dir in run_dirs:
+        run_dir.move_to(Status.RUNNING)
+    # Each killed between two lines of the program: 0 finished, 1 failed, 2 was pruned, 3 failed in the study alone,
+    # 4 was training, and 5 has no directory yet.
+    MetricsFile(run_dirs[0].metrics).append({"step": 4, "eval/accuracy": 0.5})
+    run_dirs[0].move_to(Status.COMPLETE)
+    run_dirs[1].move_to(Status.FAILED, reason="ValueError: no luck")
+    study._finish(2, TrialState.PRUNED, reason="pruned at step 1")
+    study.fail(3, "it died")
+    again = Study(sweep_dir.journal, plan)
+    trials.reconcile(again, sweep_dir)
+    states = [record.state.name for record in again.trials()]
+    assert states == ["COMPLETE", "FAIL", "PRUNED", "FAIL", "RUNNING", "RUNNING"]
+    assert again.trials()[0].value == 0.5
+    assert again.trials()[1].user_attrs["reason"] == "ValueError: no luck"
+    assert [run_dir.status.value for run_dir in run_dirs] == ["COMPLETE", "FAILED", "PRUNED", "FAILED", "RUNNING"]
+    assert run_dirs[2].read_manifest()["reason"] == "pruned at step 1"
+    assert [trial and trial.number for trial in (again.ask(), again.ask(), again.ask())] == [4, 5, None]
+
+
+@pytest.mark.parametrize(("threads", "concurrent", "expected"), [(3, 1, 3), (None, 10_000, 1)])
+def test_cores_are_shared_out(threads: int | None, concurrent: int, expected: int) -> None:
+    recipe = recipe_of(max_concurrent=concurrent)
+    recipe.trainer.num_threads = threads
+    assert trials.cpus_per_trial(recipe) == expected
+
+
+def test_a_sweep_on_the_cpu_asks_for_no_gpu() -> None:
+    assert trials.gpus_per_trial(recipe_of()) == 0
+    recipe = recipes.with_values(recipe_of(), {"trainer.placement.device": "cuda",
+                                               "trainer.placement.policy_num_gpus_per_node": 4})  # fmt: skip
+    assert trials.gpus_per_trial(recipe) == 4

@@ -1,0 +1,78 @@
+"""Ray Tune under the study, on made-up learning curves: trials that end in every way, and what Ray leaves behind."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from harness.paths import PROJECT
+from sweeps import cluster, tune
+from sweeps.progress import Progress
+from sweeps.study import Study
+from tests.unit.sweeps.curves import DIES, IS_NAN, RAISES, RANK, begin, curve_actor, recipe_of
+
+
+@pytest.mark.heavy
+def test_every_way_a_trial_can_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in cluster.QUIET | cluster.LOOPBACK:
+        monkeypatch.delenv(name, raising=False)
+    recipe = recipe_of({RANK: {"choices": [8, 1, RAISES, DIES, IS_NAN, 9]}}, sampler="grid", num_trials=6,
+                       pruner={"name": "median", "n_startup_trials": 1})  # fmt: skip
+    plan, sweep_dir = begin(recipe, tmp_path / "a sweep's directory with a name that no socket's path could hold")
+    study, said = Study(sweep_dir.journal, plan), io.StringIO()
+    tune.run(sweep_dir, study, Progress(study, Console(file=said, width=200)), curve_actor)
+    records = study.trials()
+    assert [record.state.name for record in records] == ["COMPLETE", "PRUNED", "FAIL", "FAIL", "FAIL", "COMPLETE"]
+    manifests = [sweep_dir.trial(number).read_manifest() for number in range(6)]
+    assert [m["status"] for m in manifests] == ["COMPLETE", "PRUNED", "FAILED", "FAILED", "COMPLETE", "COMPLETE"]
+    assert manifests[1]["reason"] == "pruned at step 1: eval/accuracy 0.3125 by MedianPruner"
+    assert manifests[2]["reason"] == "ValueError: this rank is unlucky"
+    assert "process died" in manifests[3]["reason"]
+    assert manifests[4]["reason"] == "eval/accuracy is nan at step 4"
+    for number, manifest in enumerate(manifests):
+        assert [entry["status"] for entry in manifest["status_history"]].count("RUNNING") == 1, number
+    # Intermediate values at every evaluation but the base's, and the pruned trial's last one as its value.
+    assert list(records[0].intermediate_values) == [1, 2, 3, 4]
+    assert (records[1].value, records[1].intermediate_values) == (0.3125, {1: 0.3125})
+
+    logs = [sweep_dir.trial(number).log.read_text() for number in range(6)]
+    assert "unlucky\nin two lines" in logs[2]
+    # A process goes on from one trial to the next, a pruned one too; not after an exception.
+    pids = [re.findall(r"pid (\d+)", log) for log in logs]
+    assert pids[0] == pids[1] == pids[2] != pids[3] != pids[4]
+    assert pids[4] == pids[5]
+    # Threads as in the recipe, the working directory as it was.
+    assert all(f"threads 1 cwd {Path.cwd()}" in log for log in logs)
+    assert not cluster._scratch(sweep_dir.path).exists()
+
+
+def test_workers_find_the_project_and_the_users_modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "/somewhere/else")
+    recipe = recipe_of()
+    recipe.trainer.num_threads = 3
+    environment = cluster.worker_environment(recipe)
+    assert environment["PYTHONPATH"].split(":") == [str(PROJECT), str(tmp_path), "/somewhere/else"]
+    assert environment["OMP_NUM_THREADS"] == "3"
+
+
+def test_ray_listens_on_loopback_unless_a_cluster_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    local = cluster._options(recipe_of(max_concurrent=3), tmp_path)
+    assert local["num_cpus"] == 3
+    assert local["include_dashboard"] is False
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert {"num_cpus", "_temp_dir"}.isdisjoint(cluster._options(recipe_of(), tmp_path))
+
+
+def test_rays_directory_is_short_and_the_sweeps_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import tempfile
+
+    one, other = cluster._scratch(tmp_path / "one"), cluster._scratch(tmp_path / "other")
+    assert one != other
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("deep" * 20)))
+    assert len(str(cluster._scratch(tmp_path / "one"))) < 40
