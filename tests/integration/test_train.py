@@ -151,6 +151,27 @@ def test_kl_to_the_base_starts_at_zero_and_grows(small_recipe: MakeRecipe, new_r
     assert kl[-1] > kl[0]
 
 
+def test_dropout_leaves_old_logprobs_and_the_sync_proof_alone(small_recipe: MakeRecipe, new_run: MakeRun) -> None:
+    recipe = small_recipe(
+        "trainer.policy.model.lora.dropout=0.3", "trainer.policy_mini_batch_size=4", "trainer.max_steps=3",
+        "trainer.policy.optimizer_config.lr=1e-2",
+    )  # fmt: skip
+    run = new_run(recipe, "dropout")
+    _train(recipe, run)
+    rows = _rows(run)[1:]
+    assert all(row["sampling/sampling_logp_difference/mean"] < 1e-3 for row in rows)
+    # The update sees dropout, the old log-probabilities do not: some ratios leave the clip range at once.
+    assert any(row["clip_ratio/region_mean"] > 0 for row in rows)
+
+
+def test_bfloat16_base_trains_float32_adapters(small_recipe: MakeRecipe, new_run: MakeRun) -> None:
+    recipe = small_recipe("trainer.policy.model.dtype=bfloat16", "trainer.max_steps=1")
+    run = new_run(recipe, "bfloat16")
+    _train(recipe, run)
+    assert all(tensor.dtype == torch.float32 for tensor in _adapter(run).values())
+    assert 1e-6 < _rows(run)[-1]["sampling/sampling_logp_difference/mean"] < 5e-2
+
+
 def test_full_fine_tuning_trains_every_weight(small_recipe: MakeRecipe, new_run: MakeRun) -> None:
     recipe = small_recipe(
         "trainer.policy.model.lora.rank=0", "trainer.policy.model.lora.sync=merge", "trainer.max_steps=2",
@@ -233,6 +254,27 @@ def test_non_finite_gradients_are_skipped_then_fail(
     assert all(torch.equal(p, old) for p, old in zip(member.parameters.values(), before, strict=True))
     with pytest.raises(FloatingPointError, match="2 times in a row"):
         step_with_nan()
+
+
+def test_gradients_are_clipped_to_the_recipes_norm(
+    small_recipe: MakeRecipe, new_run: MakeRun, open_pack: Callable[[Recipe], Pack], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small_recipe("trainer.policy.optimizer_config.max_grad_norm=0.5")
+    member = open_pack(recipe).join(recipe, new_run(recipe, "run"))
+    seen: list[float] = []
+
+    def step() -> None:
+        seen.append(
+            math.sqrt(sum(float(p.grad.square().sum()) for p in member.parameters.values() if p.grad is not None))
+        )
+
+    monkeypatch.setattr(member.optimizer, "step", step)
+    for p in member.parameters.values():
+        p.grad = torch.ones_like(p)
+    before = math.sqrt(sum(p.numel() for p in member.parameters.values()))
+    assert optimizer_step(member)["grad_norm"] == pytest.approx(before, rel=1e-5)
+    assert seen == [pytest.approx(0.5, rel=1e-3)]
+    assert all(p.grad is None for p in member.parameters.values())
 
 
 @pytest.mark.heavy
