@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import sys
@@ -70,6 +71,9 @@ class TrialActor(Trainable):
 
     def start(self, run_dir: RunDir) -> Iterator[Report]:
         """Join a run to the pack, which is opened anew when it cannot hold the run; the training's reports."""
+        from rltrain.quiet import quiet_libraries
+
+        quiet_libraries()
         from rltrain.pack import Pack
         from rltrain.trainer import train
 
@@ -115,13 +119,10 @@ def _redirect_output(log: Path) -> None:
 
 def _record(run_dir: RunDir, error: Exception) -> None:
     """Write an error's traceback to the log, and its reason to the manifest unless the trainer did."""
+    from rltrain.trainer import recorded_failure
+
     with run_dir.log.open("a") as log:
         log.write("".join(traceback.format_exception(error)))
     if run_dir.status not in (Status.FAILED, Status.COMPLETE):
-        run_dir.move_to(Status.FAILED, reason=reason_of(error))
-
-
-def reason_of(error: Exception) -> str:
-    """An error on one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+        with contextlib.suppress(type(error)), recorded_failure(run_dir):
+            raise error

@@ -11,6 +11,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
+
 from harness.paths import PROJECT
 from harness.schema import Recipe
 from sweeps.trials import cpus_per_trial, gpus_per_trial
@@ -29,11 +31,9 @@ QUIET = {
     "TUNE_RESULT_BUFFER_LENGTH": "1",
 }
 # Ray's way to say "no cluster of several machines": it then listens on the loopback device alone, and needs no token.
-# Ray's agents look for its server for that many seconds, a minute by default, before they follow a killed sweep.
 LOOPBACK = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_AUTH_MODE": "disabled",
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "15",
     # Workers are to be as quick as a run of their own: Ray would make them yield to everything else.
     "RAY_worker_niceness": "0",
 }
@@ -48,8 +48,7 @@ def cluster(recipe: Recipe, sweep_dir: Path) -> Iterator[Path]:
     """Ray is up inside; yields a folder for Tune's own files. Afterwards nothing of either is left on this machine."""
     os.environ.update(QUIET if os.environ.get("RAY_ADDRESS") else QUIET | LOOPBACK)
     root = _scratch(sweep_dir)
-    # What a killed sweep left behind; the caller holds the sweep's lock, so nothing uses it.
-    shutil.rmtree(root, ignore_errors=True)
+    _clear(root)
     (root / "tune").mkdir(parents=True)
     import ray
 
@@ -60,6 +59,26 @@ def cluster(recipe: Recipe, sweep_dir: Path) -> Iterator[Path]:
     finally:
         ray.shutdown()
         shutil.rmtree(root, ignore_errors=True)
+
+
+def _clear(root: Path) -> None:
+    """End and remove what a killed process left of this sweep; the caller holds its lock, so nothing else uses it.
+
+    Most of Ray dies with the process that started it, but its agents linger for minutes.
+    """
+    old = [process for process in psutil.process_iter() if root.exists() and _writes_under(process, root)]
+    for process in old:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(old, timeout=10)
+    shutil.rmtree(root, ignore_errors=True)
+
+
+def _writes_under(process: psutil.Process, root: Path) -> bool:
+    try:
+        return any(Path(file.path).is_relative_to(root) for file in process.open_files())
+    except psutil.Error:
+        return False
 
 
 def _start(options: dict[str, object]) -> None:

@@ -189,9 +189,6 @@ def _first_trials(recipe: Recipe, space: Space) -> tuple[Params, ...]:
     """`sweep.first_trials` as the axes read them: Optuna itself would take any name and any value."""
     assert recipe.sweep is not None
     given = recipe.sweep.first_trials
-    if len(given) > recipe.sweep.num_trials:
-        raise UserError("sweep.first_trials lists more than sweep.num_trials", got=f"{len(given)} first trials",
-                        allowed=f"<= {recipe.sweep.num_trials}")  # fmt: skip
     keys = [axis.key for axis in space.axes]
     first = []
     for place, params in enumerate(given):

@@ -42,8 +42,9 @@ def _build(given: Mapping[str, Any], recipe: Recipe, where: str) -> BasePruner:
     for argument, value in arguments.items():
         if argument not in known:
             guess = nearest(argument, known)
+            fix = f"did you mean {guess}?" if guess else "overrides add to the recipe's pruner: sweep.pruner=null first"
             raise UserError(f"{where}: {kind.__name__} takes no such argument", got=argument, allowed=", ".join(known),
-                            fix=f"did you mean {guess}?" if guess else None)  # fmt: skip
+                            fix=fix)  # fmt: skip
         if isinstance(value, Mapping):
             arguments[argument] = _build(value, recipe, f"{where}.{argument}")
     try:

@@ -98,7 +98,6 @@ def test_the_sampler_does_not_use_up_a_first_trial(sampler: str) -> None:
         ([{LR: True}], "outside its axis"),
         ([{}], "names no axis"),
         ([{RANK: 8, LR: 1e-4, TARGETS: "all-linear"}] * 2, "repeats"),
-        ([{RANK: 1}, {RANK: 8}, {RANK: 32}, {LR: 1e-4}, {LR: 1e-3}], "more than sweep.num_trials"),
     ],
 )
 def test_wrong_first_trials_are_refused(first: list[dict[str, Any]], said: str) -> None:

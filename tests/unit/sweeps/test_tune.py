@@ -30,7 +30,7 @@ def test_every_way_a_trial_can_end(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     manifests = [sweep_dir.trial(number).read_manifest() for number in range(6)]
     assert [m["status"] for m in manifests] == ["COMPLETE", "PRUNED", "FAILED", "FAILED", "COMPLETE", "COMPLETE"]
     assert manifests[1]["reason"] == "pruned at step 1: eval/accuracy 0.3125 by MedianPruner"
-    assert manifests[2]["reason"] == "ValueError: this rank is unlucky"
+    assert manifests[2]["reason"] == "ValueError: this rank is unlucky in two lines"
     assert "process died" in manifests[3]["reason"]
     assert manifests[4]["reason"] == "eval/accuracy is nan at step 4"
     for number, manifest in enumerate(manifests):
