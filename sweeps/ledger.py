@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from harness.rundir import RunDir, Status
@@ -20,10 +21,16 @@ class Ledger:
         self.study = study
         self.progress = progress
         self._numbers: dict[str, int] = {}
+        self._began = time.monotonic()
+        self._before: float = sweep_dir.read_manifest().get("seconds", 0.0)
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune pickles its searcher for a restore of its own, and here the journal is the state."""
         return {}
+
+    def stamp(self) -> None:
+        """Write how long the sweep has run, over all its processes."""
+        self.sweep_dir.update(seconds=self._before + time.monotonic() - self._began)
 
     @property
     def full(self) -> bool:
@@ -64,3 +71,4 @@ class Ledger:
                 run_dir.move_to(Status.FAILED, reason=f"{DIED}; see {run_dir.log.name}" if died else "it stopped early")
             self.study.fail(number, run_dir.read_manifest()["reason"])
         self.progress.ended(number, value)
+        self.stamp()

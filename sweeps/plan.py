@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -67,6 +68,11 @@ class Plan:
     def num_runs(self) -> int:
         """Configurations times seeds."""
         return self.num_configurations * len(self.sweep.seeds)
+
+    @property
+    def num_random(self) -> int:
+        """Configurations that TPE draws at random: Optuna's 10 would leave a small sweep none to learn from."""
+        return min(10, max(2, self.num_configurations // 3))
 
     def refusal(self, params: Params) -> UserError | None:
         """Why the recipe refuses a configuration; None when it takes it."""
@@ -133,8 +139,11 @@ def propose(plan: Plan, history: Sequence[Observation]) -> Params | None:
 
 
 def preview(plan: Plan, count: int) -> list[Params]:
-    """The first configurations, as far as they do not depend on results."""
+    """The first `count` configurations, or as many of them as do not depend on results."""
     history: list[Observation] = []
+    if plan.sweep.sampler is Sampler.tpe:
+        given = itertools.takewhile(lambda params: len(params) == len(plan.space.axes), plan.first_trials)
+        count = min(count, max(plan.num_random, len(list(given))))
     while len(history) < count and (params := propose(plan, history)) is not None:
         history.append(Observation(params))
     return [seen.params for seen in history]
@@ -181,8 +190,7 @@ def _suggest(plan: Plan, history: Sequence[Observation], fixed: Params, attempt:
 def _sampler(plan: Plan, seed: int) -> BaseSampler:
     if plan.sweep.sampler is not Sampler.tpe:
         return RandomSampler(seed=seed)
-    # Optuna's 10 random configurations first would leave a small sweep none to learn from.
-    return TPESampler(seed=seed, n_startup_trials=min(10, max(2, plan.num_configurations // 3)))
+    return TPESampler(seed=seed, n_startup_trials=plan.num_random)
 
 
 def _first_trials(recipe: Recipe, space: Space) -> tuple[Params, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from harness import recipe as recipes
 from harness.errors import UserError
 from harness.rundir import RunDir, Status, place, write_text
 from harness.schema import Recipe
+from rltrain.parallel import visible_gpus
 from rltrain.preflight import check_run
 from sweeps import plan as plans
 from sweeps import trials, tune
@@ -79,18 +80,15 @@ def run(session: Session, actor: Callable[[], type] | None = None) -> Study:
             raise UserError("another process is running this sweep", got=trials.relative(sweep_dir.path))
         study = Study(sweep_dir.journal, session.plan)
         trials.reconcile(study, sweep_dir)
-        if not study.num_left or study.exhausted:
+        if study.finished:
             return study
         write_text(sweep_dir.recipe, recipes.to_yaml(session.plan.recipe))
         sweep_dir.move_to(Status.RUNNING)
-        began, before = time.monotonic(), sweep_dir.read_manifest().get("seconds", 0.0)
         try:
             tune.run(sweep_dir, study, Progress(study), actor)
         except Exception as error:
             sweep_dir.move_to(Status.FAILED, reason=f"{type(error).__name__}: {str(error).strip()[:200]}")
             raise
-        finally:
-            sweep_dir.update(seconds=before + time.monotonic() - began)
         return study
 
 
@@ -106,8 +104,18 @@ def conclude(session: Session, study: Study, best: dict[str, Any] | None) -> Non
 
 def _session(recipe: Recipe, plan: Plan, sweep_dir: RunDir) -> Session:
     settled = trials.settle(recipe)
+    _check_places(settled)
     check_run(recipes.with_values(settled, {"sweep": None}))
     return Session(Plan(settled, plan.space, plan.first_trials), sweep_dir)
+
+
+def _check_places(recipe: Recipe) -> None:
+    """Trials that run at once must each have their GPUs; a cluster's are for Ray to count."""
+    assert recipe.sweep is not None
+    wanted, there = trials.gpus_per_trial(recipe) * recipe.sweep.max_concurrent, visible_gpus()
+    if recipe.sweep.max_concurrent > 1 and wanted > there and not os.environ.get("RAY_ADDRESS"):
+        raise UserError("not enough GPUs for sweep.max_concurrent", got=f"{wanted} asked, {there} there",
+                        fix="sweep.max_concurrent=1")  # fmt: skip
 
 
 def _by_name(recipe: Recipe | None, source: str | None) -> RunDir:

@@ -80,8 +80,15 @@ class Study:
     @property
     def exhausted(self) -> bool:
         """Whether nothing untried is left although fewer configurations ran than were asked for."""
-        started = len(self.trials()) // len(self.plan.sweep.seeds)
-        return started < self.plan.num_configurations and propose(self.plan, self._history()) is None
+        configurations, begun = divmod(len(self.trials()), len(self.plan.sweep.seeds))
+        if begun or configurations >= self.plan.num_configurations:
+            return False
+        return propose(self.plan, self._history()) is None
+
+    @property
+    def finished(self) -> bool:
+        """Whether every trial has ended and none is to come."""
+        return not self.counts()["RUNNING"] and (not self.num_left or self.exhausted)
 
     @property
     def best(self) -> tuple[Trial, float] | None:

@@ -22,8 +22,11 @@ def run(sweep_dir: RunDir, study: Study, progress: Progress, actor: Callable[[],
     A failed trial is recorded and not tried again. KeyboardInterrupt leaves the running ones RUNNING, to be resumed.
     """
     ledger = Ledger(sweep_dir, study, progress)
-    with cluster(study.plan.recipe, sweep_dir.path) as scratch, terminable(), progress:
-        _fit(ledger, actor or trial_actor, scratch)
+    try:
+        with cluster(study.plan.recipe, sweep_dir.path) as scratch, terminable(), progress:
+            _fit(ledger, actor or trial_actor, scratch)
+    finally:
+        ledger.stamp()
 
 
 def trial_actor() -> type:

@@ -58,6 +58,13 @@ def test_a_complete_trial(ledger: Ledger, said: io.StringIO) -> None:
     assert "trial 0 complete: eval/accuracy 0.75" in said.getvalue()
 
 
+def test_time_adds_up_over_processes(ledger: Ledger) -> None:
+    ledger.sweep_dir.update(seconds=100.0)
+    again = Ledger(ledger.sweep_dir, ledger.study, ledger.progress)
+    finish(again, "a", 0.5)
+    assert 100 < ledger.sweep_dir.read_manifest()["seconds"] < 200
+
+
 def test_no_more_trials_at_once_than_asked_for(ledger: Ledger) -> None:
     start(ledger, "a")
     assert not ledger.full

@@ -9,7 +9,7 @@ from optuna.trial import TrialState
 
 from harness.errors import UserError
 from sweeps import plan as plans
-from sweeps.plan import Observation, Plan, preview, propose
+from sweeps.plan import Observation, Plan, propose
 from sweeps.space import identity
 from tests.unit.sweeps.curves import ALPHA, LR, RANK, TARGETS, recipe_of
 
@@ -21,15 +21,21 @@ def plan_of(space: dict[str, Any] | None = None, **sweep: Any) -> Plan:
     return plans.build(recipe_of(space, **sweep))
 
 
+def walk(plan: Plan) -> list[dict[str, Any]]:
+    """Every configuration, none of whose results is known."""
+    history: list[Observation] = []
+    while (params := propose(plan, history)) is not None:
+        history.append(Observation(params))
+    return [seen.params for seen in history]
+
+
 def unique(params: list[dict[str, Any]]) -> int:
     return len({identity(p) for p in params})
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
 def test_the_next_configuration_depends_on_the_history_alone(sampler: str) -> None:
-    seen = [
-        Observation(p, TrialState.COMPLETE, 0.5 + i / 50) for i, p in enumerate(preview(plan_of(num_trials=12), 12))
-    ]
+    seen = [Observation(p, TrialState.COMPLETE, 0.5 + i / 50) for i, p in enumerate(walk(plan_of(num_trials=12)))]
     plan = plan_of(sampler=sampler, num_trials=20)
     assert propose(plan, seen) == propose(plan_of(sampler=sampler, num_trials=20), list(seen))
     # A sampler made anew with the same seed each time would begin again with its first suggestion.
@@ -53,24 +59,24 @@ def test_minimised_metrics_are_minimised() -> None:
 @pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
 def test_a_finite_space_is_covered_without_repeats(sampler: str) -> None:
     plan = plan_of(FINITE, sampler=sampler, num_trials=50, seeds=[0, 1])
-    tried = preview(plan, 50)
+    tried = walk(plan)
     assert (plan.num_configurations, plan.num_runs) == (6, 12)
     assert len(tried) == unique(tried) == 6
     assert propose(plan, [Observation(p) for p in tried]) is None
 
 
 def test_a_whole_grid_goes_in_order_and_a_part_of_it_covers_every_value() -> None:
-    whole = preview(plan_of(FINITE, sampler="grid", num_trials=6), 6)
+    whole = walk(plan_of(FINITE, sampler="grid", num_trials=6))
     assert [p[RANK] for p in whole] == [1, 1, 8, 8, 32, 32]
     space = {RANK: {"choices": [1, 2, 4, 8]}, ALPHA: {"choices": [8, 16, 32, 64]}}
-    part = preview(plan_of(space, sampler="grid", num_trials=8), 8)
+    part = walk(plan_of(space, sampler="grid", num_trials=8))
     assert len(part) == unique(part) == 8
     assert {p[RANK] for p in part} == {1, 2, 4, 8}
 
 
 def test_first_trials_come_first_and_the_sampler_fills_in_what_they_leave_open() -> None:
     first = [{RANK: 8, LR: 0.001, TARGETS: ["q_proj", "v_proj"]}, {RANK: 32}]
-    tried = preview(plan_of(first_trials=first), 4)
+    tried = walk(plan_of(first_trials=first))
     assert tried[0] == first[0]
     assert tried[1][RANK] == 32
     assert set(tried[1]) == {RANK, LR, TARGETS}
@@ -80,7 +86,7 @@ def test_first_trials_come_first_and_the_sampler_fills_in_what_they_leave_open()
 @pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
 def test_the_sampler_does_not_use_up_a_first_trial(sampler: str) -> None:
     first = [{RANK: 8}, {RANK: 8, ALPHA: 16}, {RANK: 8}]
-    tried = preview(plan_of(FINITE, sampler=sampler, num_trials=6, first_trials=first), 6)
+    tried = walk(plan_of(FINITE, sampler=sampler, num_trials=6, first_trials=first))
     assert [p[RANK] for p in tried[:2]] == [8, 8]
     assert (tried[0][ALPHA], tried[1][ALPHA]) == (32, 16)
     # Rank 8 is used up: the third first trial falls to the sampler rather than ending the sweep.
@@ -110,7 +116,7 @@ def test_wrong_first_trials_are_refused(first: list[dict[str, Any]], said: str) 
 def test_configurations_that_the_recipe_refuses_are_passed_over(sampler: str) -> None:
     # 4 of the 6 pairs: a mini-batch must divide its batch.
     space = {BATCH: {"choices": [128, 192]}, MINI: {"choices": [64, 96, 128]}}
-    tried = preview(plan_of(space, sampler=sampler, num_trials=6), 6)
+    tried = walk(plan_of(space, sampler=sampler, num_trials=6))
     assert len(tried) == 4
     assert all(p[BATCH] % p[MINI] == 0 for p in tried)
     with pytest.raises(UserError, match=r"first_trials\[0\].*must divide"):

@@ -79,6 +79,15 @@ def test_what_is_wrong_is_said_before_anything_starts(recipe_file: Path, overrid
     assert not (recipe_file.parent / "runs").exists()
 
 
+def test_trials_at_once_need_their_gpus(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("sweeps.trials", "sweeps.session", "rltrain.parallel"):
+        monkeypatch.setattr(f"{module}.visible_gpus", lambda: 1)
+    cuda = "trainer.placement.device=cuda"
+    assert sessions.start(str(recipe_file), [cuda, "trainer.run_name=one"])
+    with pytest.raises(UserError, match="2 asked, 1 there"):
+        sessions.start(str(recipe_file), [cuda, "trainer.run_name=two", "sweep.max_concurrent=2"])
+
+
 def test_resume_by_directory(begun: Session) -> None:
     again = sessions.resume(str(begun.sweep_dir.path), None, [])
     assert again.sweep_dir.path == begun.sweep_dir.path

@@ -45,14 +45,22 @@ def test_every_configuration_runs_with_every_seed(tmp_path: Path) -> None:
     assert len({identity(t.params) for t in asked}) == 3
 
 
-def test_dry_run_shows_what_the_study_asks(tmp_path: Path) -> None:
-    for place, sampler in enumerate(("tpe", "random")):
-        study = study_of(tmp_path / sampler, sampler=sampler, num_trials=8, first_trials=[{RANK: 8}])
+@pytest.mark.parametrize(("sampler", "first", "shown"), [("random", 0, 9), ("tpe", 0, 3), ("tpe", 4, 4)])
+def test_dry_run_shows_what_the_study_asks_whatever_the_results(
+    sampler: str, first: int, shown: int, tmp_path: Path
+) -> None:
+    given = [{RANK: 8, LR: lr, TARGETS: "all-linear"} for lr in (1e-5, 1e-4, 1e-3, 1e-2)[:first]]
+    for results in ([0.5] * 9, [i / 10 for i in range(9)]):
+        study = study_of(tmp_path / str(results[0]), sampler=sampler, num_trials=9, first_trials=given)
         asked = []
-        while (trial := study.ask()) is not None:
+        for value in results:
+            trial = study.ask()
+            assert trial is not None
             asked.append(trial.params)
-            study.complete(trial.number, 0.1 * place, 4)
-        assert asked == plans.preview(study.plan, 8)
+            study.complete(trial.number, value, 4)
+        preview = plans.preview(study.plan, 20)
+        assert len(preview) == shown
+        assert asked[:shown] == preview
 
 
 def test_optuna_reads_the_journal(tmp_path: Path) -> None:
@@ -220,8 +228,18 @@ def test_a_finite_space_runs_out(tmp_path: Path) -> None:
     }
     study = study_of(tmp_path, space, num_trials=4, seeds=[0, 1])
     assert not study.exhausted
-    assert len(ask_all(study)) == 6
+    asked = [study.ask() for _ in range(5)]
+    assert not study.exhausted  # the third configuration has a seed to go
+    asked += ask_all(study)
+    assert len(asked) == 6
     assert study.exhausted
+    assert not study.finished
+    again = study_of(tmp_path, space, num_trials=4, seeds=[0, 1])
+    assert ask_all(again) == asked
+    for trial in asked:
+        assert trial is not None
+        again.complete(trial.number, 0.5, 4)
+    assert again.finished
 
 
 def test_samplers_see_a_configurations_mean_over_seeds(tmp_path: Path) -> None:
