@@ -102,7 +102,7 @@ def build(recipe: Recipe) -> Plan:
     """The plan of a recipe's sweep; raises UserError for a wrong space, metric, sampler, pruner or first trial."""
     space = from_recipe(recipe)
     plan = Plan(recipe, space, _first_trials(recipe, space))
-    metrics.direction(plan.sweep.metric)
+    _check_metric(recipe, plan.sweep.metric)
     build_pruner(recipe)
     if plan.sweep.sampler is Sampler.grid and space.size is None:
         axis = next(axis for axis in space.axes if axis.values() is None)
@@ -114,6 +114,15 @@ def build(recipe: Recipe) -> Plan:
             raise UserError(f"sweep.first_trials[{place}]: {refusal.what}", got=refusal.got, allowed=refusal.allowed,
                             fix=refusal.fix)  # fmt: skip
     return plan
+
+
+def _check_metric(recipe: Recipe, metric: str) -> None:
+    """A metric must have a better end, and be one that the runs log."""
+    metrics.direction(metric)
+    _, at, count = metric.partition("@")
+    if at and int(count) != recipe.generator.eval_n_samples_per_prompt:
+        raise UserError("sweep.metric needs as many samples a problem at evaluation", got=metric,
+                        fix=f"generator.eval_n_samples_per_prompt={count}")  # fmt: skip
 
 
 def propose(plan: Plan, history: Sequence[Observation]) -> Params | None:

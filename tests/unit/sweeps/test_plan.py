@@ -128,8 +128,15 @@ def test_a_grid_needs_values() -> None:
         plan_of(sampler="grid")
 
 
-@pytest.mark.parametrize(("metric", "said"), [("eval/acuracy", "did you mean eval/accuracy?"), ("kl", "no better end")])
-def test_a_metric_without_a_direction_is_refused(metric: str, said: str) -> None:
+@pytest.mark.parametrize(
+    ("metric", "said"),
+    [
+        ("eval/acuracy", "did you mean eval/accuracy?"),
+        ("kl", "no better end"),
+        ("eval/pass@4", "generator.eval_n_samples_per_prompt=4"),
+    ],
+)
+def test_a_metric_that_cannot_be_optimised_is_refused(metric: str, said: str) -> None:
     with pytest.raises(UserError) as caught:
         plan_of(metric=metric)
     assert said in str(caught.value)
