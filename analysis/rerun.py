@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from analysis.experiment import Experiment
 from analysis.records import read_recipe, read_record
 from harness import recipe as recipes
 from harness.errors import UserError
+from harness.paths import shown
 from harness.rundir import RunDir
 from harness.schema import Trainer
 
@@ -27,7 +26,7 @@ def command(experiment: Experiment, run_dir: str) -> str:
     source, overrides = str(written.get("source")), [str(override) for override in written.get("overrides") or []]
     if not _gives(source, overrides, read_recipe(path)):
         saved = (path / "recipe.yaml").resolve()
-        source = os.path.relpath(saved) if saved.is_relative_to(Path.cwd()) else str(saved)
+        source = shown(saved)
         # Not into the directory of the run that is to be repeated.
         overrides = ["trainer.run_name=null", f"trainer.ckpt_path={Trainer().ckpt_path}"]
     return shlex.join(["python", "-m", "harness.run", source, *overrides])

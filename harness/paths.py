@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
 RECIPES = PROJECT / "recipes"
+
+
+def shown(path: Path) -> str:
+    """A path as a person in the working directory would type it."""
+    text = os.path.relpath(path)
+    return str(path) if text.startswith("..") else text
 
 
 def locate(path: str) -> Path | None:

@@ -127,7 +127,8 @@ def find(path: str | Path) -> Path:
                 raise UserError("a recipe is a YAML file", got=candidate, allowed="*.yaml")
             return candidate.resolve()
     known = sorted(str(p.relative_to(RECIPES.parent)) for p in RECIPES.rglob("*.yaml"))
-    guess = nearest(str(path), known)
+    by_name = {Path(name).stem: name for name in known} | {name: name for name in known}
+    guess = by_name.get(nearest(str(path), by_name) or "")
     hint = f"did you mean {guess}?" if guess else "name one of the recipes, or your own file"
     raise UserError("no such recipe", got=path, allowed=", ".join(known), fix=hint)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from harness import manifest, metrics
 from harness import recipe as recipes
 from harness.cli import Parser, run_command
 from harness.errors import UserError
+from harness.paths import shown
 from harness.rundir import RunDir, Status, place
 from harness.schema import Recipe
 
@@ -75,8 +75,8 @@ def _check_same(recipe: Recipe, run_dir: RunDir) -> None:
 
 
 def _train(recipe: Recipe, run_dir: RunDir) -> None:
-    shown = os.path.relpath(run_dir.path)
-    print(f"run {shown}", flush=True)
+    place = shown(run_dir.path)
+    print(f"run {place}", flush=True)
     print("loading the model and starting the engine ...", flush=True)
     from rltrain.quiet import quiet_libraries
 
@@ -86,15 +86,15 @@ def _train(recipe: Recipe, run_dir: RunDir) -> None:
     console = metrics.Console()
     for report in run(recipe, run_dir):
         console.step(report.total_steps, report.metrics)
-    print(_summary(run_dir, shown))
+    print(_summary(run_dir, place))
 
 
-def _summary(run_dir: RunDir, shown: str) -> str:
+def _summary(run_dir: RunDir, place: str) -> str:
     result = run_dir.read_manifest()["result"]
     base = f" (base {result['base']['eval/accuracy']:.3f})" if result["base"] else ""
     return (
         f"held-out accuracy {result['metrics']['eval/accuracy']:.3f}{base} after {result['step']} steps "
-        f"in {metrics.duration(result['seconds'])}  {Path(shown)}"
+        f"in {metrics.duration(result['seconds'])}  {place}"
     )
 
 

@@ -123,6 +123,11 @@ class RunDir:
         """Set top-level fields of the manifest."""
         write_json(self.manifest, {**self.read_manifest(), **values})
 
+    def fail(self, error: Exception) -> None:
+        """Move to FAILED, with the exception on one line as the reason."""
+        text = " ".join(str(error).removeprefix("error: ").split())[:500] or "no message"
+        self.move_to(Status.FAILED, reason=text if isinstance(error, UserError) else f"{type(error).__name__}: {text}")
+
     @property
     def status(self) -> Status:
         """The status the manifest records."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from harness import recipe as recipes
 from harness.cli import Parser, run_command
 from harness.errors import UserError
+from harness.paths import shown
 from harness.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -77,21 +78,20 @@ def _dry_run(options: argparse.Namespace) -> int:
 
 def _run(session: Session) -> int:
     from sweeps import session as sessions
-    from sweeps.trials import relative
 
-    shown = relative(session.sweep_dir.path)
-    print(f"sweep {shown}: {session.plan.num_runs} runs, {session.plan.sweep.max_concurrent} at a time", flush=True)
+    place = shown(session.sweep_dir.path)
+    print(f"sweep {place}: {session.plan.num_runs} runs, {session.plan.sweep.max_concurrent} at a time", flush=True)
     try:
         study = sessions.run(session)
     except KeyboardInterrupt:
-        print(f"stopped; go on with: python -m harness.sweep --resume {shown}", file=sys.stderr)
+        print(f"stopped; go on with: python -m harness.sweep --resume {place}", file=sys.stderr)
         raise
     if study.exhausted:
         print(f"the space is exhausted after {len(study.trials())} runs: sweep.num_trials asks for more")
-    return _finish(session, study, shown)
+    return _finish(session, study, place)
 
 
-def _finish(session: Session, study: Study, shown: str) -> int:
+def _finish(session: Session, study: Study, place: str) -> int:
     """Results, report, best configuration and the command that runs its best trial again."""
     from analysis.experiment import Experiment
     from analysis.load import write_results
@@ -108,8 +108,8 @@ def _finish(session: Session, study: Study, shown: str) -> int:
     if trial is not None:
         print(f"again: {command(experiment, str(trial['run_dir']))}")
     counts = study.counts()
-    print(f"{counts['COMPLETE']} complete, {counts['PRUNED']} pruned, {counts['FAIL']} failed  {shown}")
-    print(f"report: {shown}/report/index.html")
+    print(f"{counts['COMPLETE']} complete, {counts['PRUNED']} pruned, {counts['FAIL']} failed  {place}")
+    print(f"report: {place}/report/index.html")
     return 0 if counts["COMPLETE"] else 1
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from harness.errors import UserError
 from harness.rundir import RunDir, Status
 from harness.schema import Recipe
 from rltrain import checkpoint
@@ -81,8 +80,10 @@ def resume(pack: Pack, member: Member) -> None:
 
 
 def steps(pack: Pack, member: Member) -> Iterator[Report]:
-    """The base's evaluation, then every step with what is due after it."""
+    """The base's evaluation, then every step with what is due after it; a run killed after its last has that one."""
     trainer = member.recipe.trainer
+    if member.step == member.total_steps:
+        yield Report(member.step, member.total_steps, member.metrics.rows()[-1])
     if member.step == 0 and trainer.eval_before_train:
         yield log(member, evaluation(pack, member))
     while member.step < member.total_steps:
@@ -94,11 +95,12 @@ def steps(pack: Pack, member: Member) -> Iterator[Report]:
         row |= performance(pack, member, row)
         if due(member, trainer.eval_interval):
             row |= evaluation(pack, member)
+        report = log(member, row)
+        # Logged before it is saved: a kill in between repeats the step, the other way round it would lose the row.
         if due(member, trainer.ckpt_interval):
             with pack.timer.span("checkpoint"):
                 checkpoint.save(member)
-            row |= pack.timer.take()
-        yield log(member, row)
+        yield report
 
 
 def due(member: Member, interval: int) -> bool:
@@ -108,8 +110,7 @@ def due(member: Member, interval: int) -> bool:
 
 def log(member: Member, row: dict[str, float]) -> Report:
     """Write a step's row to `metrics.jsonl`, its step first."""
-    row = {"step": float(member.step)} | row
-    row["step"] = member.step
+    row = {"step": member.step, **row}
     member.metrics.append(row)
     return Report(member.step, member.total_steps, row)
 
@@ -186,7 +187,5 @@ def recorded_failure(run_dir: RunDir) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        text = " ".join(str(error).removeprefix("error: ").split())[:500]
-        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        run_dir.move_to(Status.FAILED, reason=kind + (text or "no message"))
+        run_dir.fail(error)
         raise

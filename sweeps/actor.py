@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 import sys
@@ -119,10 +118,7 @@ def _redirect_output(log: Path) -> None:
 
 def _record(run_dir: RunDir, error: Exception) -> None:
     """Write an error's traceback to the log, and its reason to the manifest unless the trainer did."""
-    from rltrain.trainer import recorded_failure
-
     with run_dir.log.open("a") as log:
         log.write("".join(traceback.format_exception(error)))
     if run_dir.status not in (Status.FAILED, Status.COMPLETE):
-        with contextlib.suppress(type(error)), recorded_failure(run_dir):
-            raise error
+        run_dir.fail(error)

@@ -11,6 +11,7 @@ from typing import Any
 from harness import manifest
 from harness import recipe as recipes
 from harness.errors import UserError
+from harness.paths import shown
 from harness.rundir import RunDir, Status, place, write_text
 from harness.schema import Recipe
 from rltrain.parallel import visible_gpus
@@ -43,8 +44,8 @@ def start(source: str, overrides: Sequence[str]) -> Session:
     plan = plans.build(recipe)
     sweep_dir = place(recipe, source)
     if sweep_dir.manifest.exists():
-        raise UserError("this directory exists", got=trials.relative(sweep_dir.path),
-                        fix=f"go on with --resume {trials.relative(sweep_dir.path)}, or choose another "
+        raise UserError("this directory exists", got=shown(sweep_dir.path),
+                        fix=f"go on with --resume {shown(sweep_dir.path)}, or choose another "
                             "trainer.run_name")  # fmt: skip
     session = _session(recipe, plan, sweep_dir)
     recipe = session.plan.recipe
@@ -60,7 +61,7 @@ def resume(directory: str | None, source: str | None, overrides: Sequence[str]) 
     sweep_dir = RunDir(directory) if directory else _by_name(recipe, source)
     record = sweep_dir.read_manifest()
     if record["kind"] != "sweep":
-        raise UserError(f"this is the directory of a {record['kind']}", got=trials.relative(sweep_dir.path),
+        raise UserError(f"this is the directory of a {record['kind']}", got=shown(sweep_dir.path),
                         fix="python -m harness.run --resume goes on with a run")  # fmt: skip
     stored = recipes.read(sweep_dir.recipe)
     recipe = recipes.load(sweep_dir.recipe, overrides) if recipe is None else _as_settled(recipe, stored)
@@ -77,7 +78,7 @@ def run(session: Session, actor: Callable[[], type] | None = None) -> Study:
     sweep_dir = session.sweep_dir
     with held(sweep_dir.path / ".lock") as owned:
         if not owned:
-            raise UserError("another process is running this sweep", got=trials.relative(sweep_dir.path))
+            raise UserError("another process is running this sweep", got=shown(sweep_dir.path))
         study = Study(sweep_dir.journal, session.plan)
         trials.reconcile(study, sweep_dir)
         if study.finished:

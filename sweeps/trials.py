@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from optuna.trial import TrialState
@@ -111,9 +110,3 @@ def reconcile(study: Study, sweep_dir: RunDir) -> None:
             study.fail(record.number, run_dir.read_manifest()["reason"])
         elif record.state in _FINAL and status in (Status.CREATED, Status.RUNNING):
             run_dir.move_to(_FINAL[record.state], reason=record.user_attrs.get("reason"))
-
-
-def relative(path: Path) -> str:
-    """A path as a person in the working directory would type it."""
-    text = os.path.relpath(path)
-    return str(path) if text.startswith("..") else text

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from harness.metrics import MetricsFile, without_timings
 from harness.rundir import RunDir, Status
 from harness.schema import Recipe
+from rltrain import checkpoint, trainer
 from rltrain.engines.base import Engine
 from rltrain.model import adapter_layers
 from rltrain.pack import Member, Pack
@@ -86,6 +87,30 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(small_recipe: MakeRecipe, new
     _assert_equal(whole, broken)
     statuses = [entry["status"] for entry in broken.read_manifest()["status_history"]]
     assert statuses == ["CREATED", "RUNNING", "RUNNING", "COMPLETE"]
+
+
+@pytest.mark.parametrize("moment", ["before a checkpoint is whole", "before the last status"])
+def test_a_kill_between_two_records_loses_nothing(
+    small_recipe: MakeRecipe, new_run: MakeRun, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    recipe = small_recipe("trainer.eval_interval=4")
+    whole, broken = new_run(recipe, "whole"), new_run(recipe, "broken")
+    _train(recipe, whole)
+
+    def killed(member: Member) -> None:
+        # Like a signal: nothing below records it as a failure.
+        if member.step == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((checkpoint, "save") if moment.endswith("whole") else (trainer, "finish")), killed)
+        with pytest.raises(KeyboardInterrupt):
+            _train(recipe, broken)
+    assert broken.status is Status.RUNNING
+    _train(recipe, broken)
+    _assert_equal(whole, broken)
+    results = [{k: v for k, v in run.read_manifest()["result"].items() if k != "seconds"} for run in (whole, broken)]
+    assert results[0] == results[1]
 
 
 def test_a_member_of_a_pack_trains_as_if_alone(small_recipe: MakeRecipe, new_run: MakeRun) -> None:
