@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 from harness import manifest, metrics
 from harness import recipe as recipes
@@ -84,8 +85,12 @@ def _train(recipe: Recipe, run_dir: RunDir) -> None:
     from rltrain.trainer import run
 
     console = metrics.Console()
-    for report in run(recipe, run_dir):
-        console.step(report.total_steps, report.metrics)
+    try:
+        for report in run(recipe, run_dir):
+            console.step(report.total_steps, report.metrics)
+    except KeyboardInterrupt:
+        print(f"stopped; go on with: python -m harness.run --resume {place}", file=sys.stderr)
+        raise
     print(_summary(run_dir, place))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import shutil
 import time
@@ -16,6 +17,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
+from harness.errors import UserError
 from harness.metrics import MetricsFile
 from harness.rundir import RunDir
 from harness.schema import Recipe, SyncMode
@@ -159,6 +161,13 @@ class Pack:
         name = next(self._names)
         problems, dropped = load_problems(recipe, recipe.data.train_data, self.tokenizer)
         held_out, _ = load_problems(recipe, recipe.data.val_data, self.tokenizer)
+        if len(problems) < recipe.trainer.train_batch_size:
+            raise UserError(
+                "too few prompts are short enough to fill a batch",
+                got=f"{len(problems)} prompts, {dropped} dropped as longer than generator.max_input_length",
+                allowed=f">= {recipe.trainer.train_batch_size} (trainer.train_batch_size)",
+                fix="raise generator.max_input_length, or lower trainer.train_batch_size",
+            )
         reference, parameters = self._trainable(name, recipe)
         settings = recipe.trainer.policy.optimizer_config
         optimizer = torch.optim.AdamW(
@@ -182,6 +191,7 @@ class Pack:
         if isinstance(self.model, PeftModel):
             # A PeftModel without adapters cannot compute: with the last one the plain base comes back.
             if self.members:
+                self.activate(self.members[0])
                 self.model.delete_adapter(member.name)
             else:
                 self.model = self.model.unload()
@@ -240,7 +250,11 @@ class Pack:
 def _sync_root(recipe: Recipe, run_dir: RunDir) -> Path:
     """Where disk sync keeps a run's adapters: its own folder, so that runs cannot overwrite each other."""
     wanted = recipe.trainer.policy.model.lora.lora_sync_path
-    return Path(wanted) / run_dir.path.name if wanted else run_dir.path / "sync"
+    if wanted is None:
+        return run_dir.path / "sync"
+    # Trials of different sweeps have the same names: the whole path tells them apart.
+    own = hashlib.sha256(str(run_dir.path).encode()).hexdigest()[:8]
+    return Path(wanted) / f"{run_dir.path.name}-{own}"
 
 
 def _shape(recipe: Recipe) -> tuple[object, ...]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from harness.errors import UserError
 from harness.metrics import MetricsFile, without_timings
 from harness.rundir import RunDir, Status
 from harness.schema import Recipe
@@ -259,7 +261,7 @@ def test_a_target_that_matches_nothing_is_refused(
     small_recipe: MakeRecipe, new_run: MakeRun, open_pack: Callable[[Recipe], Pack]
 ) -> None:
     recipe = small_recipe("trainer.target_modules=[q_proj,query]")
-    with pytest.raises(Exception, match=r"names no module.*\n.*query"):
+    with pytest.raises(UserError, match=r"names no module.*\n.*query"):
         open_pack(recipe).join(recipe, new_run(recipe, "run"))
 
 
@@ -322,6 +324,33 @@ def test_a_sync_that_does_not_arrive_fails_the_run(
     assert run.status is Status.FAILED
     assert "SyncError" in run.read_manifest()["reason"]
     pack.close()
+
+
+def test_too_few_short_prompts_are_explained(
+    small_recipe: MakeRecipe, new_run: MakeRun, open_pack: Callable[[Recipe], Pack]
+) -> None:
+    pack = open_pack(small_recipe())
+    shortest = min(len(p.prompt_ids) for p in pack.join(small_recipe(), new_run(small_recipe(), "all")).problems)
+    recipe = small_recipe(f"generator.max_input_length={shortest}", "trainer.train_batch_size=24")
+    with pytest.raises(UserError, match="fill a batch"):
+        pack.join(recipe, new_run(recipe, "some"))
+
+
+@pytest.mark.heavy
+def test_runs_of_one_name_sync_apart(small_recipe: MakeRecipe, tmp_path: Path) -> None:
+    shared = tmp_path / "adapters"
+    recipe = small_recipe("generator.backend=vllm", f"trainer.policy.model.lora.lora_sync_path={shared}")
+    runs = [RunDir(tmp_path / sweep / "0000") for sweep in ("one", "two")]
+    pack = Pack.open(recipe, room=2)
+    for run in runs:
+        run.create("", {})
+        pack.publish_member(pack.join(recipe, run))
+        pack.publish_member(pack.members[-1])
+    folders = sorted(p.relative_to(shared).as_posix().split("/", 1)[1] for p in shared.glob("*/*/*"))
+    assert folders == ["member0/v000002", "member1/v000002"]
+    assert len(list(shared.iterdir())) == 2
+    pack.close()
+    assert list(shared.iterdir()) == []
 
 
 def test_long_prompts_are_dropped_and_counted(small_recipe: MakeRecipe, new_run: MakeRun) -> None:

@@ -1,0 +1,41 @@
+"""`python -m harness.run` stopped by a signal and resumed from the command line."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness.metrics import MetricsFile
+from harness.paths import PROJECT
+from harness.rundir import RunDir
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)], ids=["INT", "KILL"]
+)
+def test_a_stopped_run_goes_on_by_its_directory(
+    small_data: list[str], tmp_path: Path, sent: signal.Signals, status: int
+) -> None:
+    start = [sys.executable, "-m", "harness.run", "recipes/quickstart.yaml", *small_data, "trainer.max_steps=30",
+             f"trainer.ckpt_path={tmp_path}", "trainer.run_name=run"]  # fmt: skip
+    process = subprocess.Popen(start, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert any(line.startswith("step  5/30") for line in process.stdout)
+    process.send_signal(sent)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert "Traceback" not in told
+    run = RunDir(tmp_path / "run")
+    assert run.read_manifest()["status"] == "RUNNING"
+    resume = f"python -m harness.run --resume {run.path}"
+    assert (resume in told) == (sent is signal.SIGINT)
+    done = subprocess.run(
+        [sys.executable, *resume.split()[1:]], cwd=PROJECT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert run.read_manifest()["status"] == "COMPLETE"
+    assert [row["step"] for row in MetricsFile(run.metrics).rows()] == list(range(31))
