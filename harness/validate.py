@@ -118,6 +118,19 @@ def engine_lora_rank(recipe: Recipe) -> int:
     return next(rank for rank in VLLM_LORA_RANKS if rank >= wanted)
 
 
+def check_context(recipe: Recipe, limit: int) -> None:
+    """Raise UserError when prompt and completion together may be longer than the model's positions."""
+    generator = recipe.generator
+    completion = max(generator.sampling_params.max_generate_length, generator.eval_sampling_params.max_generate_length)
+    if generator.max_input_length + completion > limit:
+        raise UserError(
+            "prompts and completions may be longer than the model's context",
+            got=f"generator.max_input_length={generator.max_input_length} + max_generate_length={completion}",
+            allowed=f"<= {limit} together (max_position_embeddings)",
+            fix="lower generator.max_input_length or max_generate_length (sampling_params and eval_sampling_params)",
+        )
+
+
 def _check_modules(key: str, value: Any) -> None:
     if value is None or (isinstance(value, str) and value):
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from harness.errors import UserError
 from harness.paths import locate
 from harness.schema import Recipe
-from harness.validate import exclude_modules, target_modules
+from harness.validate import check_context, exclude_modules, target_modules
 from rltrain.parallel import device_of, dtype_of
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
                         allowed="a local folder or a hub name") from None  # fmt: skip
     if tokenizer.chat_template is None:
         raise UserError("the tokenizer has no chat template", got=path, fix="use an instruction-tuned model")
+    check_context(recipe, getattr(model.config, "max_position_embeddings", sys.maxsize))
     model.requires_grad_(False)
     model.to(device_of(recipe)).eval()
     return model, tokenizer

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 from harness.errors import UserError
 from harness.paths import locate
 from harness.schema import Backend, Recipe, SyncMode
-from harness.validate import target_modules
+from harness.validate import check_context, target_modules
 from rltrain.data import load_examples
 from rltrain.envs import get_env
 from rltrain.parallel import check_placement
@@ -43,8 +45,14 @@ def _check_model(recipe: Recipe) -> None:
             raise UserError("trainer.policy.model.path names no folder", got=path,
                             allowed="a local folder with config.json, or a hub name owner/name")  # fmt: skip
         return
-    if not (found / "config.json").is_file():
-        raise UserError("trainer.policy.model.path holds no config.json", got=found)
+    try:
+        config = json.loads((found / "config.json").read_text())
+    except OSError:
+        raise UserError("trainer.policy.model.path holds no config.json", got=found) from None
+    except ValueError as error:
+        raise UserError("the model's config.json is damaged", got=f"{found}: {error}") from None
+    if "max_position_embeddings" in config:
+        check_context(recipe, config["max_position_embeddings"])
 
 
 def _check_sync(recipe: Recipe) -> None:

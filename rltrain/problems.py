@@ -27,7 +27,10 @@ def load_problems(recipe: Recipe, paths: Sequence[str], tokenizer: Any) -> tuple
     examples = load_examples(paths)
     problems = []
     for example in examples:
-        ids = tokenizer.apply_chat_template(example.prompt, add_generation_prompt=True, return_dict=False)
+        # verbose=False: a prompt that is too long is ours to drop and count, not the tokenizer's to warn of.
+        ids = tokenizer.apply_chat_template(
+            example.prompt, add_generation_prompt=True, return_dict=False, tokenizer_kwargs={"verbose": False}
+        )
         if len(ids) <= limit:
             env = get_env(example.env_class or recipe.environment.env_class)
             problems.append(Problem(example, tuple(ids), env))

@@ -28,6 +28,7 @@ def test_the_quickstart_passes(tiny_model_dir: Path) -> None:
         (["trainer.train_batch_size=100000", "trainer.policy_mini_batch_size=100000"], "fewer problems than one batch"),
         (["trainer.target_modules=[q_proj,lm_head]"], "vLLM serves no adapter"),
         (["generator.num_inference_engines=2"], "one process"),
+        (["generator.max_input_length=200"], "<= 256 together"),
         (["trainer.placement.colocate_all=false"], "trainer.placement.colocate_all=true"),
     ],
 )
