@@ -142,8 +142,9 @@ def test_a_sweep_of_failures_exits_1(sweeps: Sweeps) -> None:
 
 def test_kill_and_interrupt_and_resume(sweeps: Sweeps) -> None:
     sweep = RunDir(sweeps.root / "stopped")
+    # Long enough that a signal sent at step 3 comes before the end, on a quick machine too.
     first = sweeps.new(
-        "stopped", "sweep.num_trials=3", "sweep.first_trials=[]", "trainer.max_steps=8", "trainer.eval_interval=4"
+        "stopped", "sweep.num_trials=3", "sweep.first_trials=[]", "trainer.max_steps=24", "trainer.eval_interval=12"
     )
     wait_until(lambda: steps_of(sweep.trial(1))[-1:] >= [3], first)
     os.kill(first.pid, signal.SIGKILL)
@@ -169,7 +170,7 @@ def test_kill_and_interrupt_and_resume(sweeps: Sweeps) -> None:
         ["CREATED", "RUNNING", "RUNNING", "COMPLETE"],
     ]
     for number in range(3):
-        assert steps_of(sweep.trial(number)) == list(range(9))
+        assert steps_of(sweep.trial(number)) == list(range(25))
     assert sweeps.left_over() == []
 
     # A trial that was killed and resumed is, to the bit, the run that its command makes.
