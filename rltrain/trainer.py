@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from harness.errors import UserError
 from harness.rundir import RunDir, Status
 from harness.schema import Recipe
 from rltrain import checkpoint
@@ -75,6 +76,12 @@ def resume(pack: Pack, member: Member) -> None:
     if path is not None:
         checkpoint.load(member, path)
     member.metrics.truncate(member.step if path is not None else -1)
+    if member.step >= member.total_steps and not member.metrics.rows():
+        raise UserError(
+            "the checkpoint is at the run's last step already: nothing is left to train",
+            got=f"{path}: step {member.step}, {member.total_steps} steps in all",
+            fix=f"trainer.max_steps={member.step + 1} or more",
+        )
     pack.publish_member(member)
     pack.timer.take()
 
@@ -82,7 +89,7 @@ def resume(pack: Pack, member: Member) -> None:
 def steps(pack: Pack, member: Member) -> Iterator[Report]:
     """The base's evaluation, then every step with what is due after it; a run killed after its last has that one."""
     trainer = member.recipe.trainer
-    if member.step == member.total_steps:
+    if member.step >= member.total_steps:
         yield Report(member.step, member.total_steps, member.metrics.rows()[-1])
     if member.step == 0 and trainer.eval_before_train:
         yield log(member, evaluation(pack, member))

@@ -91,6 +91,25 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(small_recipe: MakeRecipe, new
     assert statuses == ["CREATED", "RUNNING", "RUNNING", "COMPLETE"]
 
 
+def test_another_runs_checkpoint_is_gone_on_with(small_recipe: MakeRecipe, new_run: MakeRun) -> None:
+    whole, first, second = (new_run(small_recipe(), name) for name in ("whole", "first", "second"))
+    _train(small_recipe(), whole)
+    _train(small_recipe("trainer.max_steps=2"), first)
+    source = f"trainer.resume_mode={first.path}/checkpoints/step_000002"
+    _train(small_recipe(source), second)
+    assert _rows(second) == _rows(whole)[3:]
+    assert all(torch.equal(tensor, _adapter(whole)[name]) for name, tensor in _adapter(second).items())
+    done = small_recipe(source, "trainer.max_steps=2")
+    with pytest.raises(UserError, match="last step already"):
+        _train(done, new_run(done, "done"))
+    other = small_recipe(source, "trainer.policy.model.lora.rank=4")
+    with pytest.raises(UserError, match="does not fit this recipe's adapter"):
+        _train(other, new_run(other, "other"))
+    nowhere = small_recipe("trainer.resume_mode=nowhere")
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        _train(nowhere, new_run(nowhere, "nowhere"))
+
+
 @pytest.mark.parametrize("moment", ["before a checkpoint is whole", "before the last status"])
 def test_a_kill_between_two_records_loses_nothing(
     small_recipe: MakeRecipe, new_run: MakeRun, monkeypatch: pytest.MonkeyPatch, moment: str
