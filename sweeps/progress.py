@@ -43,7 +43,7 @@ class Progress:
         self._running: dict[int, Running] = {}
         self._spent: list[float] = []
         self._began = time.monotonic()
-        self._summary = self._counts()
+        self._count()
         live = Live(get_renderable=self.render, console=self.console, refresh_per_second=1, transient=True)
         self._live = live if self.console.is_terminal else None
 
@@ -59,7 +59,7 @@ class Progress:
     def began(self, trial: Trial, run_dir: RunDir) -> None:
         """A trial was given to a worker."""
         self._running[trial.number] = Running(trial, run_dir, time.monotonic())
-        self._summary = self._counts()
+        self._count()
         self._say(f"trial {trial.number} begins: {self._label(trial)}")
 
     def evaluated(self, number: int, step: int, total_steps: int, value: float | None) -> None:
@@ -75,10 +75,10 @@ class Progress:
         self._spent.append(seconds)
         record = self.study.trials()[number]
         reached = "" if value is None else f"{self.study.plan.sweep.metric} {value:.4g} in {duration(seconds)}"
-        self._summary = self._counts()
+        self._count()
         self._say(f"trial {number} {STATES[record.state.name]}{record.user_attrs.get('reason') or reached}")
         if not self._live:
-            self.console.print(f"  {self._summary}  {self._times()}", highlight=False)
+            self.console.print(f"  {self._summary}  {self._times()}  {self._best}", highlight=False, markup=False)
 
     def render(self) -> Group:
         """The table of running trials, with the counts, the best so far and the time left under it."""
@@ -93,7 +93,8 @@ class Progress:
             spent = duration(time.monotonic() - running.began)
             table.add_row(str(running.trial.number), *cells, str(running.trial.seed), f"{running.step}{total}", value,
                           spent)  # fmt: skip
-        return Group(table, Text(f"{self._summary}  {self._times()}"))
+        # On lines of their own: a line longer than the terminal is cut.
+        return Group(table, Text(f"{self._summary}  {self._times()}"), Text(self._best))
 
     def seconds_left(self) -> float | None:
         """Time until the sweep's end by the mean of the trials ended so far; None before the first."""
@@ -114,14 +115,15 @@ class Progress:
         if values:
             running.value = values[-1]
 
-    def _counts(self) -> str:
+    def _count(self) -> None:
+        """Take the counts and the best from the study: once an event, not once a frame."""
         counts, self._left = self.study.counts(), self.study.num_left
-        text = (f"{counts['COMPLETE']} complete, {counts['PRUNED']} pruned, {counts['FAIL']} failed, "
-                f"{self._left} left of {self.study.plan.num_runs}")  # fmt: skip
+        self._summary = (f"{counts['COMPLETE']} complete, {counts['PRUNED']} pruned, {counts['FAIL']} failed, "
+                         f"{self._left} left of {self.study.plan.num_runs}")  # fmt: skip
+        self._best = ""
         best = self.study.best
         if best is not None:
-            text += f"; best so far {best[1]:.4f} (trial {best[0].number}: {self._label(best[0])})"
-        return text
+            self._best = f"best so far {best[1]:.4f} (trial {best[0].number}: {self._label(best[0])})"
 
     def _times(self) -> str:
         left = self.seconds_left()
