@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,11 @@ from harness import manifest
 from harness import recipe as recipes
 from harness.rundir import RunDir
 from harness.schema import Recipe
+
+
+def heed_interrupts() -> None:
+    """For a child before it starts: tests run in the background ignore SIGINT, and children would inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import pytest
 from harness.metrics import MetricsFile
 from harness.paths import PROJECT
 from harness.rundir import RunDir
+from tests.integration.conftest import heed_interrupts
 
 
 @pytest.mark.parametrize(
@@ -22,7 +23,9 @@ def test_a_stopped_run_goes_on_by_its_directory(
 ) -> None:
     start = [sys.executable, "-m", "harness.run", "recipes/quickstart.yaml", *small_data, "trainer.max_steps=30",
              f"trainer.ckpt_path={tmp_path}", "trainer.run_name=run"]  # fmt: skip
-    process = subprocess.Popen(start, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        start, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    )
     assert process.stdout is not None
     assert any(line.startswith("step  5/30") for line in process.stdout)
     process.send_signal(sent)

@@ -25,6 +25,7 @@ from harness import metrics
 from harness.metrics import MetricsFile
 from harness.paths import PROJECT
 from harness.rundir import RunDir
+from tests.integration.conftest import heed_interrupts
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(600)]
 
@@ -48,6 +49,7 @@ class Sweeps:
         return subprocess.Popen(
             [sys.executable, "-m", "harness.sweep", *arguments], cwd=PROJECT, env={**os.environ, MARK: self.mark},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            preexec_fn=heed_interrupts,
         )  # fmt: skip
 
     def new(self, name: str, *overrides: str) -> subprocess.Popen[str]:
