@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from harness.errors import UserError, nearest
+from harness.rundir import write_text
 
 Direction = Literal["maximize", "minimize"]
 
@@ -142,9 +143,7 @@ class MetricsFile:
     def truncate(self, step: int) -> None:
         """Keep the rows up to a step: what a resumed run had logged past its checkpoint is logged again."""
         kept = [line for line, row in self._lines() if row["step"] <= step] if self.path.exists() else []
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(self.path)
+        write_text(self.path, "".join(kept))
 
     def _read(self) -> Iterator[dict[str, float]]:
         for _, row in self._lines():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 
@@ -26,8 +27,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _started(options: object) -> tuple[Recipe, RunDir]:
-    source, overrides = options.recipe, options.overrides  # type: ignore[attr-defined]
+def _started(options: argparse.Namespace) -> tuple[Recipe, RunDir]:
+    source, overrides = options.recipe, options.overrides
     if source is None:
         raise UserError("no recipe was given", fix="python -m harness.run recipes/quickstart.yaml")
     recipe = recipes.load(source, overrides)
@@ -44,10 +45,10 @@ def _started(options: object) -> tuple[Recipe, RunDir]:
     return recipe, run_dir
 
 
-def _resumed(options: object) -> tuple[Recipe, RunDir]:
-    run_dir = RunDir(options.resume)  # type: ignore[attr-defined]
-    if options.recipe is not None:  # type: ignore[attr-defined]
-        raise UserError("--resume takes its recipe from the run directory", got=options.recipe,  # type: ignore[attr-defined]
+def _resumed(options: argparse.Namespace) -> tuple[Recipe, RunDir]:
+    run_dir = RunDir(options.resume)
+    if options.recipe is not None:
+        raise UserError("--resume takes its recipe from the run directory", got=options.recipe,
                         fix=f"python -m harness.run --resume {run_dir.path}")  # fmt: skip
     run_dir.read_manifest()
     recipe = recipes.read(run_dir.recipe)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from harness.rundir import write_bytes
 from harness.schema import Sampling
 from rltrain.batch import Batch, collate
 from rltrain.engines.base import Request, Sample
@@ -77,10 +78,7 @@ class Rollout:
                 self.problems, self.samples, self.completions, self.rewards, strict=True)
             for sample, text, reward in zip(samples, texts, rewards, strict=True)
         ]  # fmt: skip
-        path.parent.mkdir(exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        pd.DataFrame(rows[:limit]).to_parquet(temporary)
-        temporary.replace(path)
+        write_bytes(path, pd.DataFrame(rows[:limit]).to_parquet())
 
 
 def rollout(pack: Pack) -> list[Rollout]:
