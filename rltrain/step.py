@@ -15,6 +15,7 @@ from rltrain.model import token_logprobs, token_logprobs_and_entropy
 from rltrain.pack import Member, Pack
 from rltrain.probe import check_gap, prove_sync
 from rltrain.rollout import Rollout, rollout
+from rltrain.seeding import stream_seed
 
 Row = dict[str, float]
 GAP_MEAN = "sampling/sampling_logp_difference/mean"
@@ -69,23 +70,25 @@ def prepare(pack: Pack, scored: Rollout) -> Prepared:
     return Prepared(member, batch, scored.statistics() | {"num_tokens": member.num_tokens})
 
 
-def minibatches(batches_M: Iterable[Prepared]) -> Iterator[tuple[Member, Batch]]:
-    """Each member's mini-batches in turn, `update_epochs_per_batch` times over."""
+def minibatches(batches_M: Iterable[Prepared]) -> Iterator[tuple[Member, int, Batch]]:
+    """Each member's mini-batches in turn with their places, `update_epochs_per_batch` times over."""
     for prepared in batches_M:
         recipe = prepared.member.recipe
         size = recipe.trainer.policy_mini_batch_size * recipe.generator.n_samples_per_prompt
-        for _ in range(recipe.trainer.update_epochs_per_batch):
-            for part in prepared.batch.split(size):
-                yield prepared.member, part
+        epochs = range(recipe.trainer.update_epochs_per_batch)
+        for place, part in enumerate(part for _ in epochs for part in prepared.batch.split(size)):
+            yield prepared.member, place, part
 
 
-def update(pack: Pack, minibatch: tuple[Member, Batch]) -> Update:
+def update(pack: Pack, minibatch: tuple[Member, int, Batch]) -> Update:
     """Forward, loss and backward over micro-batches, then one optimizer step; a non-finite gradient skips the step.
 
     Where old log-probabilities were not needed apart, the policy is still the one that sampled, and these are they.
     """
-    member, batch = minibatch
+    member, place, batch = minibatch
     pack.activate(member)
+    # Dropout draws from the process's generator: its masks are a named stream like any other.
+    torch.manual_seed(stream_seed(member.recipe.seed, "dropout", member.step, place))
     totals = member.objective.totals(batch)
     stats: Row = defaultdict(float)
     with pack.timer.span("update"):

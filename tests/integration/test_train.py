@@ -202,8 +202,11 @@ def test_dropout_leaves_old_logprobs_and_the_sync_proof_alone(small_recipe: Make
         "trainer.policy.model.lora.dropout=0.3", "trainer.policy_mini_batch_size=4", "trainer.max_steps=3",
         "trainer.policy.optimizer_config.lr=1e-2",
     )  # fmt: skip
-    run = new_run(recipe, "dropout")
-    _train(recipe, run)
+    run, again = new_run(recipe, "dropout"), new_run(recipe, "again")
+    for global_seed, each in enumerate((run, again)):
+        torch.manual_seed(global_seed)
+        _train(recipe, each)
+    _assert_equal(run, again)
     rows = _rows(run)[1:]
     assert all(row["sampling/sampling_logp_difference/mean"] < 1e-3 for row in rows)
     # The update sees dropout, the old log-probabilities do not: some ratios leave the clip range at once.
