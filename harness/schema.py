@@ -12,8 +12,10 @@ def num(default: float | int | None, **bounds: float) -> Any:
     return field(default=default, metadata=bounds)
 
 
-class AdvantageEstimator(Enum):
-    grpo = "grpo"
+# The functional form, for "reinforce++" is no Python name.
+AdvantageEstimator = Enum(
+    "AdvantageEstimator", {name: name for name in ("grpo", "rloo", "reinforce++", "gae")}, module=__name__
+)
 
 
 class KLEstimator(Enum):
@@ -25,6 +27,22 @@ class KLEstimator(Enum):
 
 class PolicyLoss(Enum):
     regular = "regular"
+    dual_clip = "dual_clip"
+    gspo = "gspo"
+    cispo = "cispo"
+    dr_grpo = "dr_grpo"
+
+
+class TIS(Enum):
+    none = "none"
+    token = "token"
+    sequence = "sequence"
+
+
+class Resampling(Enum):
+    none = "none"
+    filter = "filter"
+    replace = "replace"
 
 
 class LossReduction(Enum):
@@ -35,6 +53,7 @@ class LossReduction(Enum):
 
 class SyncMode(Enum):
     disk = "disk"
+    memory = "memory"
     merge = "merge"
 
 
@@ -62,6 +81,8 @@ class LRScheduler(Enum):
 
 class Logger(Enum):
     console = "console"
+    wandb = "wandb"
+    tensorboard = "tensorboard"
 
 
 class Backend(Enum):
@@ -82,15 +103,32 @@ class Data:
 
 
 @dataclass(kw_only=True, slots=True)
+class DynamicSampling:
+    type: Resampling = Resampling.none
+    max_sample_batches: int = num(30, ge=1)
+    min_replace_ratio: float = num(0.3, ge=0, le=1)
+
+
+@dataclass(kw_only=True, slots=True)
 class Algorithm:
-    advantage_estimator: AdvantageEstimator = AdvantageEstimator.grpo
+    advantage_estimator: AdvantageEstimator = AdvantageEstimator["grpo"]
+    grpo_norm_by_std: bool = True
+    gamma: float = num(1.0, ge=0, le=1)
+    lambd: float = num(1.0, ge=0, le=1)
     policy_loss_type: PolicyLoss = PolicyLoss.regular
     loss_reduction: LossReduction = LossReduction.token_mean
     eps_clip_low: float = num(0.2, gt=0, lt=1)
     eps_clip_high: float = num(0.2, gt=0)
+    clip_ratio_c: float = num(3.0, gt=1)
+    value_clip: float = num(0.2, gt=0)
     use_kl_loss: bool = False
+    use_kl_in_reward: bool = False
     kl_loss_coef: float = num(0.001, ge=0)
     kl_estimator: KLEstimator = KLEstimator.k3
+    tis: TIS = TIS.none
+    tis_imp_ratio_cap: float = num(2.0, gt=0)
+    zero_variance_filter: bool = False
+    dynamic_sampling: DynamicSampling = field(default_factory=DynamicSampling)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -101,14 +139,24 @@ class LoRA:
     target_modules: Any = None
     exclude_modules: Any = None
     init_method: str = "kaiming"
+
+
+@dataclass(kw_only=True, slots=True)
+class PolicyLoRA(LoRA):
     sync: SyncMode = SyncMode.disk
     lora_sync_path: str | None = None
 
 
 @dataclass(kw_only=True, slots=True)
-class Model:
+class PolicyModel:
     path: str = "???"
     dtype: DType = DType.auto
+    lora: PolicyLoRA = field(default_factory=PolicyLoRA)
+
+
+@dataclass(kw_only=True, slots=True)
+class CriticModel:
+    path: str | None = None
     lora: LoRA = field(default_factory=LoRA)
 
 
@@ -124,7 +172,13 @@ class Optimizer:
 
 @dataclass(kw_only=True, slots=True)
 class Policy:
-    model: Model = field(default_factory=Model)
+    model: PolicyModel = field(default_factory=PolicyModel)
+    optimizer_config: Optimizer = field(default_factory=Optimizer)
+
+
+@dataclass(kw_only=True, slots=True)
+class Critic:
+    model: CriticModel = field(default_factory=CriticModel)
     optimizer_config: Optimizer = field(default_factory=Optimizer)
 
 
@@ -134,23 +188,28 @@ class Placement:
     colocate_all: bool = True
     policy_num_gpus_per_node: int = num(1, ge=1)
     policy_num_nodes: int = num(1, ge=1)
-    ref_num_gpus_per_node: int = num(1, ge=1)
+    ref_num_gpus_per_node: int | None = num(None, ge=1)
+    critic_num_gpus_per_node: int | None = num(None, ge=1)
 
 
 @dataclass(kw_only=True, slots=True)
 class Trainer:
     algorithm: Algorithm = field(default_factory=Algorithm)
     policy: Policy = field(default_factory=Policy)
+    critic: Critic = field(default_factory=Critic)
     target_modules: Any = "all-linear"
     exclude_modules: Any = None
     strategy: Strategy = Strategy.fsdp2
     placement: Placement = field(default_factory=Placement)
     seed: int | None = num(None, ge=0)
+    max_prompt_length: int | None = num(None, ge=1)
     num_threads: int | None = num(None, ge=1)
     train_batch_size: int = num(128, ge=1)
     policy_mini_batch_size: int = num(128, ge=1)
+    critic_mini_batch_size: int | None = num(None, ge=1)
     micro_forward_batch_size_per_gpu: int = num(16, ge=1)
     micro_train_batch_size_per_gpu: int = num(16, ge=1)
+    max_tokens_per_microbatch: int | None = num(None, ge=1)
     update_epochs_per_batch: int = num(1, ge=1)
     epochs: int = num(1, ge=1)
     max_steps: int | None = num(None, ge=1)
@@ -158,7 +217,7 @@ class Trainer:
     sync_tolerance: float | None = num(None, gt=0)
     ckpt_interval: int = num(10, ge=0)
     ckpt_path: str = "runs"
-    resume_mode: str = "latest"
+    resume_mode: str | None = "latest"
     max_ckpts_to_keep: int = num(1, ge=1)
     eval_interval: int = num(10, ge=0)
     eval_batch_size: int = num(1024, ge=1)
@@ -191,6 +250,7 @@ class Generator:
     n_samples_per_prompt: int = num(4, ge=1)
     eval_n_samples_per_prompt: int = num(1, ge=1)
     max_input_length: int = num(512, ge=1)
+    apply_overlong_filtering: bool = False
     sampling_params: Sampling = field(default_factory=Sampling)
     eval_sampling_params: Sampling = field(default_factory=Sampling)
 
@@ -198,6 +258,11 @@ class Generator:
 @dataclass(kw_only=True, slots=True)
 class Environment:
     env_class: str = "gsm8k"
+
+
+@dataclass(kw_only=True, slots=True)
+class Ray:
+    address: str | None = None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -219,4 +284,5 @@ class Recipe:
     trainer: Trainer = field(default_factory=Trainer)
     generator: Generator = field(default_factory=Generator)
     environment: Environment = field(default_factory=Environment)
+    ray: Ray = field(default_factory=Ray)
     sweep: Sweep | None = None
