@@ -1,4 +1,4 @@
-"""Losses, importance weights, KL estimators and reductions: registries of small pure functions over `[B, T]` tensors."""
+"""Losses, importance weights, KL estimators, reductions: registries of small pure functions over `[B, T]` tensors."""
 
 from __future__ import annotations
 
