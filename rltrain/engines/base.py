@@ -70,6 +70,11 @@ class Engine(Protocol):
     def load_adapter(self, member: str, version: int, path: Path) -> None:
         """Serve `member` from the PEFT folder `path` from now on; its earlier version is dropped."""
 
+    def load_adapter_tensors(
+        self, member: str, version: int, tensors: dict[str, torch.Tensor], config: dict[str, Any]
+    ) -> None:
+        """As `load_adapter`, from tensors under PEFT's names and PEFT's configuration; both are left as they are."""
+
     def drop_adapter(self, member: str) -> None:
         """Forget the member's adapter; a member that has none is no error."""
 

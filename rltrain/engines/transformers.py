@@ -26,8 +26,8 @@ def build(recipe: Recipe, model: Any, options: EngineOptions) -> TransformersEng
 class TransformersEngine:
     """Samples from the trainer's modules, one batch per member and sampling parameters, prompts padded on the left.
 
-    Adapters and weights are those the trainer holds this moment: `load_adapter`, `drop_adapter` and `load_weights` have
-    nothing to do, and neither have `sleep` and `wake`.
+    Adapters and weights are those the trainer holds this moment: what loads and drops them has nothing to do, and
+    neither have `sleep` and `wake`.
     """
 
     shares_weights = True
@@ -62,6 +62,11 @@ class TransformersEngine:
         self._model = model
 
     def load_adapter(self, member: str, version: int, path: Path) -> None:
+        """The trainer's adapter is the engine's."""
+
+    def load_adapter_tensors(
+        self, member: str, version: int, tensors: dict[str, torch.Tensor], config: dict[str, Any]
+    ) -> None:
         """The trainer's adapter is the engine's."""
 
     def drop_adapter(self, member: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read once, when vLLM is imported
 import vllm
+from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
@@ -105,7 +106,7 @@ class VLLMEngine:
                 adapters.append(adapter)
         # Nothing cached outlives a call: no keys of older weights, and the same call gives the same bits again.
         self._llm.llm_engine.reset_prefix_cache()
-        with _random_state_kept():
+        with _random_state_kept(), self._nothing_left_behind():
             outputs = self._llm.generate(prompts, params, lora_request=adapters, use_tqdm=False)
         samples = iter([_sample(output.outputs[0]) for output in outputs])
         return [[next(samples) for _ in range(request.n)] for request in requests]
@@ -115,18 +116,36 @@ class VLLMEngine:
 
         Raises RuntimeError when all slots are taken and SyncError when vLLM took fewer modules than the folder holds.
         """
+        with safe_open(path / "adapter_model.safetensors", framework="pt") as file:
+            names = list(file.keys())
+        self._serve(member, version, str(path), names, self._llm.llm_engine.add_lora)
+
+    def load_adapter_tensors(
+        self, member: str, version: int, tensors: dict[str, torch.Tensor], config: dict[str, Any]
+    ) -> None:
+        """As `load_adapter`, with nothing read from files."""
+
+        def add(adapter: Any) -> None:
+            self._llm.collective_rpc(_add_adapter, args=(adapter.lora_int_id, tensors, config))
+
+        # vLLM wants a path, and would go there only for an adapter that it does not hold.
+        self._serve(member, version, "/nowhere", tensors, add)
+
+    def _serve(self, member: str, version: int, path: str, names: Iterable[str], add: Callable[[Any], object]) -> None:
+        """Bookkeeping of a new version whose tensors have those names and which `add` gives to the workers."""
         self.drop_adapter(member)
         if len(self._adapters) == self._max_loras:
             raise RuntimeError(f"the engine has room for {self._max_loras} adapters and holds {sorted(self._adapters)}")
         # vLLM never reads an id again that it has seen.
         name, new_id = f"{member}-v{version:06d}-{self._next_id}", self._next_id
         self._next_id += 1
-        adapter = LoRARequest(lora_name=name, lora_int_id=new_id, lora_path=str(path))
-        self._llm.llm_engine.add_lora(adapter)
-        trained = _modules_in(path)
-        for served in self._llm.collective_rpc(_modules_served, args=(adapter.lora_int_id,)):
+        adapter = LoRARequest(lora_name=name, lora_int_id=new_id, lora_path=path)
+        add(adapter)
+        trained = sum("lora_A" in name or "lora_embedding_A" in name for name in names)
+        for served in self._llm.collective_rpc(_modules_served, args=(new_id,)):
             if served != trained:
-                raise SyncError(f"vLLM took {served} of the {trained} modules of the adapter in {path}")
+                self._llm.llm_engine.remove_lora(new_id)
+                raise SyncError(f"vLLM took {served} of the {trained} modules of {member}'s adapter")
         self._adapters[member] = adapter
 
     def drop_adapter(self, member: str) -> None:
@@ -158,6 +177,16 @@ class VLLMEngine:
         llm, self._llm = self._llm, None
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
+
+    @contextlib.contextmanager
+    def _nothing_left_behind(self) -> Iterator[None]:
+        """After an error vLLM would go on with the unfinished requests in the next call, among that call's own."""
+        try:
+            yield
+        except BaseException:
+            engine = self._llm.llm_engine
+            engine.abort_request(list(engine.output_processor.request_states), internal=True)
+            raise
 
     def _adapter(self, member: str | None) -> Any:
         if member is None:
@@ -230,10 +259,27 @@ def _sample(output: Any) -> Sample:
     return Sample(token_ids, logprobs, output.finish_reason)
 
 
-def _modules_in(path: Path) -> int:
-    """How many modules an adapter's folder holds."""
-    with safe_open(path / "adapter_model.safetensors", framework="pt") as file:
-        return sum("lora_A" in name or "lora_embedding_A" in name for name in file.keys())  # noqa: SIM118
+def _add_adapter(worker: Any, adapter_id: int, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    """What vLLM's worker does with an adapter's folder, from the tensors that would be in it."""
+    manager = worker.model_runner.lora_manager
+    helper = PEFTHelper.from_dict({**config, "vllm_max_position_embeddings": manager.max_position_embeddings})
+    helper.validate_legal(manager.lora_config)
+    dtype = manager.lora_config.lora_dtype
+    model = manager._adapter_manager.model
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    adapter = manager._lora_model_cls.from_lora_tensors(
+        adapter_id,
+        # Copies, for vLLM multiplies B by the scale in place.
+        {name: tensor.to(manager.device, dtype, copy=True) for name, tensor in tensors.items()},
+        helper,
+        device=str(manager.device),
+        dtype=dtype,
+        model_vocab_size=manager.vocab_size,
+        weights_mapper=getattr(mapper, "get_rename_mapper", lambda: mapper)(),
+        skip_prefixes=getattr(model, "lora_skip_prefixes", None),
+    )
+    manager._adapter_manager.add_adapter(adapter)
+    manager._adapter_manager.activate_adapter(adapter_id)
 
 
 def _modules_served(worker: Any, adapter_id: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from harness.schema import SyncMode
 from rltrain.engines.base import Engine
 from rltrain.sync.disk import DiskSync
+from rltrain.sync.memory import MemorySync
 from rltrain.sync.merge import MergeSync
 
 
@@ -24,6 +25,7 @@ class Sync(Protocol):
 
 SYNCS: dict[SyncMode, Callable[[Path], Sync]] = {
     SyncMode.disk: DiskSync,
+    SyncMode.memory: lambda root: MemorySync(),
     SyncMode.merge: lambda root: MergeSync(),
 }
 

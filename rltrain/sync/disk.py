@@ -9,10 +9,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from peft import get_peft_model_state_dict
+import torch
 from safetensors.torch import save_file
 
 from rltrain.engines.base import Engine
+from rltrain.sync.adapter import adapter_config, adapter_tensors
 
 
 class DiskSync:
@@ -37,31 +38,28 @@ class DiskSync:
 
 
 def write_adapter(model: Any, member: str, folder: Path) -> None:
-    """Write the PEFT model's adapter `member` into `folder`, whole or not at all, in place of what was there.
+    """Write the PEFT model's adapter `member` into `folder`, as `write_tensors` does."""
+    write_tensors(adapter_tensors(model, member), adapter_config(model, member), folder)
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], config: dict[str, Any], folder: Path) -> None:
+    """Write an adapter (`adapter_tensors`, `adapter_config`), whole or not at all, in place of what was in `folder`.
 
     The folder loads with plain `PeftModel.from_pretrained` and as a plain vLLM LoRARequest; r and alpha as trained.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        # "auto" would ask a hub whether the vocabulary was resized.
-        tensors = get_peft_model_state_dict(model, adapter_name=member, save_embedding_layers=False)
         new = temporary / "new"
         new.mkdir()
         save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
             new / "adapter_model.safetensors",
             metadata={"format": "pt"},
         )
-        (new / "adapter_config.json").write_text(_config_json(model.peft_config[member]))
+        (new / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         if folder.exists():
             os.rename(folder, temporary / "old")
         os.rename(new, folder)
     finally:
         shutil.rmtree(temporary)
-
-
-def _config_json(config: Any) -> str:
-    """PEFT's own dictionary; sets become sorted lists, for json knows no sets; a regex of targets stays one string."""
-    values = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
-    return json.dumps({**values, "inference_mode": True}, indent=2, sort_keys=True) + "\n"

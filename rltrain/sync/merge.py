@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 
 from harness.errors import UserError
 from rltrain.engines.base import Engine
+from rltrain.sync.adapter import whole
 
 
 class MergeSync:
@@ -26,6 +27,7 @@ class MergeSync:
 def merged_weights(model: Any, member: str) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) for each tensor of the base model's `state_dict`, one at a time; a tied head is left out.
 
+    Where the model is sharded over ranks each is gathered, so that all of them must go through the iterator.
     For a PEFT model each weight the adapter `member` targets is W + scale * B A (LoRA, arXiv 2106.09685, eq. 3).
     Raises UserError for an adapter on one of two tied weights: merged, it would change both.
     """
@@ -50,4 +52,4 @@ def merged_weights(model: Any, member: str) -> Iterator[tuple[str, torch.Tensor]
             continue
         if is_base and leaf == "weight" and module in adapted:
             tensor = tensor + adapted[module].get_delta_weight(member).to(tensor.dtype)
-        yield f"{module}.{leaf}", tensor.detach()
+        yield f"{module}.{leaf}", whole(tensor)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 
 from harness.errors import UserError
 from harness.schema import Backend
 from rltrain.engines.base import ENGINES, Engine, Request
-from rltrain.sync.disk import DiskSync, write_adapter
+from rltrain.sync.adapter import adapter_config, adapter_tensors
+from rltrain.sync.disk import DiskSync, write_tensors
 from rltrain.sync.proof import SyncError
 from tests.contracts.tiny import (
     ADAPTERS,
@@ -235,23 +235,77 @@ def test_dropped_adapters_are_gone(engine: Engine, model: PeftModel, tmp_path: P
     assert torch.allclose(flat_logprobs(groups), trainer_logprobs(model, "attention", asked, groups), atol=1e-4)
 
 
-def test_an_adapter_too_many_is_refused(engine: Engine, model: PeftModel, tmp_path: Path) -> None:
+def test_an_adapter_loads_from_its_tensors(engine: Engine, model: PeftModel, tmp_path: Path) -> None:
+    asked = [request(8, "attention", n=3)]
+    before = {name: tensor.clone() for name, tensor in adapter_tensors(model, "attention").items()}
+    from_disk = engine.generate(asked)
+    engine.drop_adapter("attention")
+    engine.load_adapter_tensors("attention", 5, adapter_tensors(model, "attention"), adapter_config(model, "attention"))
+    assert engine.generate(asked) == from_disk
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapter_tensors(model, "attention").items())
+
+
+Load = Callable[[Engine, PeftModel, str, Path, Callable[[str], str]], None]
+
+
+def _from_disk(engine: Engine, model: PeftModel, member: str, folder: Path, rename: Callable[[str], str]) -> None:
+    write_tensors(_renamed(model, rename), adapter_config(model, "attention"), folder)
+    engine.load_adapter(member, 1, folder)
+
+
+def _from_memory(engine: Engine, model: PeftModel, member: str, folder: Path, rename: Callable[[str], str]) -> None:
+    engine.load_adapter_tensors(member, 1, _renamed(model, rename), adapter_config(model, "attention"))
+
+
+def _renamed(model: PeftModel, rename: Callable[[str], str]) -> dict[str, torch.Tensor]:
+    return {rename(name): tensor for name, tensor in adapter_tensors(model, "attention").items()}
+
+
+@pytest.mark.parametrize("load", [_from_disk, _from_memory])
+def test_an_adapter_too_many_is_refused(engine: Engine, model: PeftModel, tmp_path: Path, load: Load) -> None:
     if engine.shares_weights:
         pytest.skip("the trainer's model has room for any number")
-    write_adapter(model, "attention", tmp_path / "third")
     with pytest.raises(RuntimeError, match="room for 2 adapters"):
-        engine.load_adapter("third", 1, tmp_path / "third")
+        load(engine, model, "third", tmp_path, str)
 
 
-def test_a_module_the_engine_cannot_serve_is_caught(engine: Engine, model: PeftModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("load", [_from_disk, _from_memory])
+def test_a_module_the_engine_cannot_serve_is_caught(
+    engine: Engine, model: PeftModel, tmp_path: Path, load: Load
+) -> None:
     if engine.shares_weights:
         pytest.skip("the trainer's modules serve themselves")
-    engine.drop_adapter("attention")
-    write_adapter(model, "attention", tmp_path / "stray")
-    weights = tmp_path / "stray" / "adapter_model.safetensors"
     # A layer the model does not have: vLLM itself says nothing.
-    strayed = {name.replace("layers.1.", "layers.7."): tensor for name, tensor in load_file(weights).items()}
-    save_file(strayed, weights, metadata={"format": "pt"})
     with pytest.raises(SyncError, match="3 of the 6 modules"):
-        engine.load_adapter("attention", 3, tmp_path / "stray")
-    DiskSync(tmp_path).publish(engine, model, "attention", 4)
+        load(engine, model, "attention", tmp_path / "stray", lambda name: name.replace("layers.1.", "layers.7."))
+    with pytest.raises(UserError, match="no adapter"):
+        engine.generate([request(4, "attention")])
+    load(engine, model, "attention", tmp_path / "good", str)
+    asked = [request(6, member) for member in ADAPTERS]
+    groups = engine.generate(asked)
+    for i, member in enumerate(ADAPTERS):
+        expected = trainer_logprobs(model, member, asked[i : i + 1], groups[i : i + 1])
+        assert torch.allclose(flat_logprobs(groups[i : i + 1]), expected, atol=1e-4)
+
+
+@pytest.mark.heavy
+def test_nothing_is_left_of_a_call_that_failed(
+    model: PeftModel, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = getattr(engine, "_llm", None)
+    if llm is None:
+        pytest.skip("the engine keeps no requests between calls")
+    asked = [request(9, None, n=2)]
+    expected = engine.generate(asked)
+    step, steps = llm.llm_engine.step, iter(range(3))
+
+    def fail_at_the_fourth() -> object:
+        next(steps)
+        return step()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.llm_engine, "step", fail_at_the_fourth)
+        with pytest.raises(StopIteration):
+            engine.generate([request(12, None, n=4, seed=1)])
+    assert not llm.llm_engine.has_unfinished_requests()
+    assert engine.generate(asked) == expected

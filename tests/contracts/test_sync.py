@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from harness.errors import UserError
 from harness.schema import Backend, SyncMode
-from rltrain.engines.base import ENGINES, Sample
+from rltrain.engines.base import ENGINES, Engine, Sample
 from rltrain.sync.base import SYNCS, build_sync
 from rltrain.sync.disk import write_adapter
 from rltrain.sync.merge import merged_weights
@@ -52,8 +53,9 @@ class Story:
 
     shares_weights: bool
     first: Probe
-    unpublished: Probe
+    unheard: Probe
     second: Probe
+    stale: Probe
     zeroed: Probe
     trainer_before: dict[str, torch.Tensor]
     trainer_after: dict[str, torch.Tensor]
@@ -72,26 +74,48 @@ def _tell(backend: Backend, mode: SyncMode, base_dir: Path, root: Path) -> Story
         on, off = (trainer_logprobs(model, member, requests, samples) for member in (MEMBER, None))
         return Probe(samples, flat_logprobs(samples), on, off)
 
+    def state() -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
     try:
-        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        before = state()
         sync.publish(engine, model, MEMBER, 1)
-        after = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        after = state()
         first = probe()
         shake(model, MEMBER, seed=3)
-        unpublished = probe()
-        sync.publish(engine, model, MEMBER, 2)
-        second = probe()
-        trained = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name:
-                    parameter.zero_()
+        sync.publish(Deaf(engine), model, MEMBER, 2)  # type: ignore[arg-type]
+        unheard = probe()
         sync.publish(engine, model, MEMBER, 3)
+        second = probe()
+        trained = state()
+        model.load_state_dict(before)
+        sync.publish(engine, model, MEMBER, 4)
+        model.load_state_dict(trained)
+        stale = probe()
+        model.load_state_dict({name: tensor * ("lora_B" not in name) for name, tensor in trained.items()})
+        sync.publish(engine, model, MEMBER, 5)
         model.load_state_dict(trained)
         zeroed = probe()
-        return Story(engine.shares_weights, first, unpublished, second, zeroed, before, after)
+        return Story(engine.shares_weights, first, unheard, second, stale, zeroed, before, after)
     finally:
         engine.close()
+
+
+class Deaf:
+    """An engine to which nothing gets through, and which says nothing of it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.shares_weights = engine.shares_weights
+
+    def load_adapter(self, *args: object) -> None:
+        """Unheard."""
+
+    def load_adapter_tensors(self, *args: object) -> None:
+        """Unheard."""
+
+    def load_weights(self, weights: Iterable[object]) -> None:
+        """Taken and thrown away."""
+        list(weights)
 
 
 Stories = dict[tuple[Backend, SyncMode], Story]
@@ -141,8 +165,9 @@ def test_a_new_version_changes_the_rollouts(story: Story) -> None:
     assert tokens(story.second.samples) != tokens(story.first.samples)
 
 
-def test_what_was_not_published_is_caught(story: Story) -> None:
-    probe = story.unpublished
+@pytest.mark.parametrize("sabotage", ["unheard", "stale"])
+def test_an_engine_left_with_the_version_before_is_caught(story: Story, sabotage: str) -> None:
+    probe = getattr(story, sabotage)
     if story.shares_weights:
         check_sync(probe.engine, probe.on, probe.off, tolerance=TOLERANCE)
     else:
@@ -175,6 +200,14 @@ def test_all_modes_give_the_same_rollouts(told: Stories, base_dir: Path, tmp_pat
                 mine, its = getattr(one, name), getattr(other, name)
                 assert tokens(mine.samples) == tokens(its.samples)
                 assert torch.allclose(mine.engine, its.engine, atol=1e-4)
+
+
+@pytest.mark.heavy
+def test_disk_and_memory_agree_to_the_bit(told: Stories, base_dir: Path, tmp_path: Path) -> None:
+    for backend in ENGINES:
+        disk, memory = (_story(told, backend, mode, base_dir, tmp_path) for mode in (SyncMode.disk, SyncMode.memory))
+        for name in ("first", "second", "stale", "zeroed"):
+            assert getattr(disk, name).samples == getattr(memory, name).samples
 
 
 @pytest.mark.heavy
@@ -270,7 +303,7 @@ def test_a_write_that_fails_leaves_the_old_adapter(
     folder = tmp_path / "best"
     write_adapter(model, "attention", folder)
     old = (folder / "adapter_config.json").read_text()
-    monkeypatch.setattr("rltrain.sync.disk._config_json", lambda config: 1 / 0)
+    monkeypatch.setattr("rltrain.sync.disk.json.dumps", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_adapter(model, "all_linear", folder)
     assert (folder / "adapter_config.json").read_text() == old
