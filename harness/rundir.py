@@ -85,6 +85,10 @@ class RunDir:
         self.results = self.path / "results.parquet"
         self.report = self.path / "report"
 
+    def eval_samples(self, step: int) -> Path:
+        """The file of the completions kept from a step's evaluation."""
+        return self.samples / f"step_{step:06d}.parquet"
+
     def trial(self, number: int) -> RunDir:
         """The directory of a sweep's trial."""
         return RunDir(self.trials / f"{number:04d}")

@@ -14,7 +14,7 @@ def num(default: float | int | None, **bounds: float) -> Any:
 
 # The functional form, for "reinforce++" is no Python name.
 AdvantageEstimator = Enum(
-    "AdvantageEstimator", {name: name for name in ("grpo", "rloo", "reinforce++", "gae")}, module=__name__
+    "AdvantageEstimator", {"grpo": "grpo", "rloo": "rloo", "reinforce++": "reinforce++", "gae": "gae"}, module=__name__
 )
 
 

@@ -8,7 +8,7 @@ import operator
 from typing import Any
 
 from harness.errors import UserError
-from harness.schema import Backend, Recipe, SyncMode
+from harness.schema import Backend, LoRA, Optimizer, Recipe, Resampling, SyncMode
 
 _BOUNDS = {"ge": (operator.ge, ">="), "gt": (operator.gt, ">"), "le": (operator.le, "<="), "lt": (operator.lt, "<")}
 
@@ -19,14 +19,17 @@ VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def check(recipe: Recipe) -> None:
-    """Check every bound and every rule between keys."""
+    """Check every bound and every rule between keys; settings given under a second name go to their own."""
     _check_bounds(recipe, "")
-    if recipe.trainer.seed is not None:
-        _merge_seed(recipe)
+    _merge_names(recipe)
     _check_batches(recipe)
-    _check_lora(recipe)
+    _check_algorithm(recipe)
+    _check_processes(recipe)
+    _check_sync(recipe)
+    for role in ("policy", "critic"):
+        _check_lora(recipe, f"trainer.{role}.model.lora", getattr(recipe.trainer, role).model.lora)
+        _check_optimizer(f"trainer.{role}", getattr(recipe.trainer, role).optimizer_config)
     _check_sampling(recipe)
-    _check_optimizer(recipe)
     if recipe.sweep is not None:
         _check_sweep(recipe)
 
@@ -43,32 +46,105 @@ def _check_bounds(node: Any, prefix: str) -> None:
                 raise UserError(f"{key} is out of range", got=value, allowed=" and ".join(wanted))
 
 
-def _merge_seed(recipe: Recipe) -> None:
-    """`trainer.seed` is the guide's name for the top-level `seed`."""
-    assert recipe.trainer.seed is not None
-    if recipe.seed not in (0, recipe.trainer.seed):
-        raise UserError(
-            "seed and trainer.seed are the same setting, given twice",
-            got=f"seed={recipe.seed}, trainer.seed={recipe.trainer.seed}",
-            fix="give seed alone",
-        )
-    recipe.seed, recipe.trainer.seed = recipe.trainer.seed, None
+def _merge_names(recipe: Recipe) -> None:
+    """`trainer.seed` and `trainer.max_prompt_length` are the guide's names; a null resume_mode is its none."""
+    trainer = recipe.trainer
+    if trainer.seed is not None:
+        if recipe.seed not in (0, trainer.seed):
+            raise UserError(
+                "seed and trainer.seed are the same setting, given twice",
+                got=f"seed={recipe.seed}, trainer.seed={trainer.seed}",
+                fix="give seed alone",
+            )
+        recipe.seed, trainer.seed = trainer.seed, None
+    if trainer.max_prompt_length is not None:
+        recipe.generator.max_input_length, trainer.max_prompt_length = trainer.max_prompt_length, None
+    trainer.resume_mode = trainer.resume_mode or "none"
+
+
+def num_processes(recipe: Recipe) -> int:
+    """Processes that train one run together."""
+    placement = recipe.trainer.placement
+    return placement.policy_num_gpus_per_node * placement.policy_num_nodes
 
 
 def _check_batches(recipe: Recipe) -> None:
     trainer = recipe.trainer
-    batch, mini = trainer.train_batch_size, trainer.policy_mini_batch_size
-    if mini > batch or batch % mini:
+    batch = trainer.train_batch_size
+    for key in ("policy_mini_batch_size", "critic_mini_batch_size"):
+        mini = getattr(trainer, key)
+        if mini is not None and (mini > batch or batch % mini):
+            raise UserError(
+                f"trainer.{key} must divide trainer.train_batch_size (both count prompts)",
+                got=f"{key}={mini}, train_batch_size={batch}",
+                fix=f"trainer.{key}={math.gcd(batch, mini)}",
+            )
+
+
+def _check_algorithm(recipe: Recipe) -> None:
+    algorithm, group = recipe.trainer.algorithm, recipe.generator.n_samples_per_prompt
+    wants_kl = [f"trainer.algorithm.{key}" for key in ("use_kl_loss", "use_kl_in_reward") if getattr(algorithm, key)]
+    if len(wants_kl) > 1:
+        raise UserError("KL goes into the loss or into the reward, not into both", got=" and ".join(wants_kl),
+                        fix="trainer.algorithm.use_kl_in_reward=false")  # fmt: skip
+    if wants_kl and algorithm.kl_loss_coef == 0:
+        raise UserError(f"{wants_kl[0]} with a coefficient of 0 computes a reference for nothing",
+                        got="kl_loss_coef=0", fix=f"{wants_kl[0]}=false")  # fmt: skip
+    compares = {
+        "trainer.algorithm.advantage_estimator=rloo": algorithm.advantage_estimator.name == "rloo",
+        "trainer.algorithm.zero_variance_filter=true": algorithm.zero_variance_filter,
+        f"trainer.algorithm.dynamic_sampling.type={algorithm.dynamic_sampling.type.name}":
+            algorithm.dynamic_sampling.type is not Resampling.none,
+    }  # fmt: skip
+    for setting, given in compares.items():
+        if given and group == 1:
+            raise UserError(f"{setting} compares the samples of a prompt: it needs several",
+                            got="generator.n_samples_per_prompt=1", allowed=">= 2")  # fmt: skip
+
+
+def _check_processes(recipe: Recipe) -> None:
+    placement, generator, processes = recipe.trainer.placement, recipe.generator, num_processes(recipe)
+    for key in ("ref_num_gpus_per_node", "critic_num_gpus_per_node"):
+        given = getattr(placement, key)
+        if given not in (None, placement.policy_num_gpus_per_node):
+            raise UserError(
+                f"trainer.placement.{key}: reference and critic live in the policy's processes",
+                got=f"{given}, with policy_num_gpus_per_node={placement.policy_num_gpus_per_node}",
+                fix=f"trainer.placement.{key}=null",
+            )
+    if generator.backend is Backend.transformers:
+        if processes > 1 or not placement.colocate_all:
+            raise UserError(
+                "generator.backend=transformers samples inside one training process",
+                got=f"{processes} processes, colocate_all={placement.colocate_all}".lower(),
+                fix="generator.backend=vllm",
+            )
+        return
+    engines, tensor_parallel = generator.num_inference_engines, generator.inference_engine_tensor_parallel_size
+    if placement.colocate_all and (engines != processes or tensor_parallel > 1):
         raise UserError(
-            "trainer.policy_mini_batch_size must divide trainer.train_batch_size (both count prompts)",
-            got=f"policy_mini_batch_size={mini}, train_batch_size={batch}",
-            fix=f"trainer.policy_mini_batch_size={math.gcd(batch, mini)}",
+            "with trainer.placement.colocate_all each training process holds one engine of its own",
+            got=f"{processes} processes, generator.num_inference_engines={engines}, "
+            f"generator.inference_engine_tensor_parallel_size={tensor_parallel}",
+            fix=f"generator.num_inference_engines={processes} generator.inference_engine_tensor_parallel_size=1, "
+            "or trainer.placement.colocate_all=false",
         )
 
 
-def _check_lora(recipe: Recipe) -> None:
-    trainer, lora = recipe.trainer, recipe.trainer.policy.model.lora
+def _check_sync(recipe: Recipe) -> None:
+    lora, limit = recipe.trainer.policy.model.lora, recipe.generator.max_lora_rank
     key = "trainer.policy.model.lora"
+    if lora.rank == 0 and lora.sync is not SyncMode.merge and recipe.generator.backend is Backend.vllm:
+        raise UserError(
+            f"{key}.rank=0 is full fine-tuning: there is no adapter to send",
+            got=f"sync={lora.sync.name}",
+            fix=f"{key}.sync=merge",
+        )
+    if limit is not None and lora.rank > limit:
+        raise UserError(f"{key}.rank is above generator.max_lora_rank", got=lora.rank, allowed=f"<= {limit}")
+
+
+def _check_lora(recipe: Recipe, key: str, lora: LoRA) -> None:
     if lora.init_method in BASE_CHANGING_INITS or lora.init_method.startswith(("pissa", "corda")):
         raise UserError(
             f"{key}.init_method changes the base weights: the disabled adapter would be no reference, "
@@ -78,38 +154,19 @@ def _check_lora(recipe: Recipe) -> None:
         )
     if lora.init_method not in INITS:
         raise UserError(f"{key}.init_method is unknown", got=lora.init_method, allowed=", ".join(INITS))
-    if lora.rank == 0 and lora.sync is not SyncMode.merge and recipe.generator.backend is Backend.vllm:
-        raise UserError(
-            f"{key}.rank=0 is full fine-tuning: there is no adapter to write",
-            got=f"sync={lora.sync.name}",
-            fix=f"{key}.sync=merge",
-        )
-    for name, value in (
-        ("trainer.target_modules", target_modules(recipe)),
-        ("trainer.exclude_modules", exclude_modules(recipe)),
-    ):
-        _check_modules(name, value)
-    limit = recipe.generator.max_lora_rank
-    if limit is not None and lora.rank > limit:
-        raise UserError(f"{key}.rank is above generator.max_lora_rank", got=lora.rank, allowed=f"<= {limit}")
-    if trainer.algorithm.use_kl_loss and trainer.algorithm.kl_loss_coef == 0:
-        raise UserError(
-            "trainer.algorithm.use_kl_loss with a coefficient of 0 computes a reference for nothing",
-            got="kl_loss_coef=0",
-            fix="trainer.algorithm.use_kl_loss=false",
-        )
+    for name, value in (("target", target_modules(recipe, lora)), ("exclude", exclude_modules(recipe, lora))):
+        own = getattr(lora, f"{name}_modules") is not None
+        _check_modules(f"{key}.{name}_modules" if own else f"trainer.{name}_modules", value)
 
 
-def target_modules(recipe: Recipe) -> Any:
-    """The policy's LoRA targets: its own if set, else the trainer's."""
-    own = recipe.trainer.policy.model.lora.target_modules
-    return recipe.trainer.target_modules if own is None else own
+def target_modules(recipe: Recipe, lora: LoRA) -> Any:
+    """The LoRA targets of the policy or the critic: its own if set, else the trainer's."""
+    return recipe.trainer.target_modules if lora.target_modules is None else lora.target_modules
 
 
-def exclude_modules(recipe: Recipe) -> Any:
-    """The policy's excluded modules: its own if set, else the trainer's."""
-    own = recipe.trainer.policy.model.lora.exclude_modules
-    return recipe.trainer.exclude_modules if own is None else own
+def exclude_modules(recipe: Recipe, lora: LoRA) -> Any:
+    """The excluded modules of the policy or the critic: its own if set, else the trainer's."""
+    return recipe.trainer.exclude_modules if lora.exclude_modules is None else lora.exclude_modules
 
 
 def engine_lora_rank(recipe: Recipe) -> int:
@@ -154,12 +211,11 @@ def _check_sampling(recipe: Recipe) -> None:
             raise UserError(f"generator.{key}.top_k", got=0, allowed="-1 (off) or >= 1")
 
 
-def _check_optimizer(recipe: Recipe) -> None:
-    betas = recipe.trainer.policy.optimizer_config.betas
+def _check_optimizer(role: str, settings: Optimizer) -> None:
+    betas = settings.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise UserError(
-            "trainer.policy.optimizer_config.betas", got=betas, allowed="two numbers in [0, 1)", fix="[0.9, 0.999]"
-        )
+        raise UserError(f"{role}.optimizer_config.betas", got=betas, allowed="two numbers in [0, 1)",
+                        fix="[0.9, 0.999]")  # fmt: skip
 
 
 def _check_sweep(recipe: Recipe) -> None:

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+
+from harness.schema import Trainer
 
 
 @dataclass(slots=True)
 class Batch:
     """One member's samples as tensors: prompts left-padded `[B, P]`, completions right-padded `[B, T]`.
 
-    `mask` is 1 on completion tokens; `engine_logprobs`, `old_logprobs` and `ref_logprobs` are `[B, T]`,
-    `advantages` `[B]`; those not computed yet, or not needed, are None.
+    `mask` is 1 on completion tokens, `loss_mask` on those that are trained on; log-probabilities, values, returns and
+    advantages are `[B, T]`; those not computed yet, or not needed, are None.
     """
 
     prompt_ids: torch.Tensor
     prompt_mask: torch.Tensor
     completion_ids: torch.Tensor
     mask: torch.Tensor
+    loss_mask: torch.Tensor
     engine_logprobs: torch.Tensor
-    advantages: torch.Tensor | None = None
     old_logprobs: torch.Tensor | None = None
     ref_logprobs: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    returns: torch.Tensor | None = None
+    advantages: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.prompt_ids.shape[0]
@@ -41,29 +46,63 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Completion tokens."""
-        return int(self.mask.sum())
+        """Completion tokens that are trained on."""
+        return int(self.loss_mask.sum())
 
-    def rows(self, start: int, stop: int) -> Batch:
+    def take(self, rows: Sequence[int]) -> Batch:
         """Some of the sequences, without the padding that only the others needed."""
-        width_p = int(self.prompt_mask[start:stop].sum(dim=1).max())
-        width_t = max(1, int(self.mask[start:stop].sum(dim=1).max()))
-        prompt = {"prompt_ids", "prompt_mask"}
+        index = torch.tensor(rows, device=self.mask.device)
+        width_p = int(self.prompt_mask[index].sum(dim=1).max())
+        width_t = max(1, int(self.mask[index].sum(dim=1).max()))
         values: dict[str, Any] = {}
         for item in fields(self):
             value = getattr(self, item.name)
-            if value is None or value.dim() == 1:
-                values[item.name] = value if value is None else value[start:stop]
-            elif item.name in prompt:
-                values[item.name] = value[start:stop, -width_p:]
-            else:
-                values[item.name] = value[start:stop, :width_t]
+            if value is not None:
+                value = value[index]
+                value = value[:, -width_p:] if item.name in ("prompt_ids", "prompt_mask") else value[:, :width_t]
+            values[item.name] = value
         return Batch(**values)
 
-    def split(self, size: int) -> Iterator[Batch]:
-        """Consecutive parts of at most `size` sequences."""
-        for start in range(0, len(self), size):
-            yield self.rows(start, min(start + size, len(self)))
+    def untrained(self) -> Batch:
+        """The same sequences with nothing to train on: what a rank computes that has none left while others do."""
+        blank = self.take(range(len(self)))
+        blank.loss_mask = torch.zeros_like(blank.loss_mask)
+        return blank
+
+
+def micro_batches(batch: Batch, rows: Sequence[int], size: int, budget: int | None) -> list[list[int]]:
+    """Rows of a batch in groups of at most `size`; or, with a budget, of at most so many tokens, padding included.
+
+    With a budget sequences of like length go together; one that is longer than the budget goes alone.
+    """
+    if budget is None:
+        return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
+    prompt, completion = batch.prompt_mask.sum(dim=1).tolist(), batch.mask.sum(dim=1).long().tolist()
+    groups: list[list[int]] = []
+    width = (0, 0)
+    for row in sorted(rows, key=lambda r: (prompt[r] + completion[r], r)):
+        wider = max(width[0], prompt[row]), max(width[1], completion[row])
+        if groups and sum(wider) * (len(groups[-1]) + 1) <= budget:
+            groups[-1].append(row)
+            width = wider
+        else:
+            groups.append([row])
+            width = prompt[row], completion[row]
+    return groups
+
+
+def training_parts(batch: Batch, trainer: Trainer, rank: int, ranks: int) -> list[Batch]:
+    """This rank's micro-batches of a mini-batch; sequences that are not trained on are left out.
+
+    Every rank gets as many, for a sharded model computes on all ranks at once: one that has fewer gets blank ones.
+    Nothing to train on anywhere gives none.
+    """
+    trained = [i for i, any_token in enumerate(batch.loss_mask.any(dim=1).tolist()) if any_token]
+    size, budget = trainer.micro_train_batch_size_per_gpu, trainer.max_tokens_per_microbatch
+    plans = [micro_batches(batch, trained[r::ranks], size, budget) for r in range(ranks)]
+    parts = [batch.take(rows) for rows in plans[rank]]
+    missing = max(map(len, plans)) - len(parts)
+    return parts + [batch.take(trained[:1]).untrained()] * missing if trained else []
 
 
 def collate(
@@ -74,7 +113,7 @@ def collate(
     pad_id: int,
     device: torch.device,
 ) -> Batch:
-    """Token ids of B samples and the engine's log-probabilities of their completions -> a Batch."""
+    """Token ids of B samples and the engine's log-probabilities of their completions -> a Batch; all tokens train."""
     prompt_width = max(len(p) for p in prompts)
     width = max(1, max(len(c) for c in completions))
     count = len(prompts)
@@ -89,4 +128,4 @@ def collate(
         completion_ids[row, : len(completion)] = torch.tensor(completion, dtype=torch.long)
         mask[row, : len(completion)] = 1
         logprobs[row, : len(completion)] = torch.tensor(values)
-    return Batch(*(t.to(device) for t in (prompt_ids, prompt_mask, completion_ids, mask, logprobs)))
+    return Batch(*(t.to(device) for t in (prompt_ids, prompt_mask, completion_ids, mask, mask.clone(), logprobs)))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from rltrain.pack import Member, Pack
-from rltrain.probe import prove_evaluation
-from rltrain.rollout import Rollout, request, score
+from rltrain.member import Member
+from rltrain.pack import Pack
+from rltrain.rollout import request, score
+from rltrain.scored import Rollout
 
 
 def evaluate(pack: Pack, member: Member) -> tuple[dict[str, float], Rollout]:
@@ -26,8 +27,9 @@ def evaluate(pack: Pack, member: Member) -> tuple[dict[str, float], Rollout]:
         for start in range(0, len(requests), size):
             samples += pack.engine.generate(requests[start : start + size])
         scored = score(pack, member, member.held_out, samples)
-        if generator.eval_sampling_params.temperature > 0:
-            prove_evaluation(pack, scored)
+        # The last sync is followed by no training rollout: its proof is here.
+        if (temperature := generator.eval_sampling_params.temperature) > 0:
+            member.policy.prove(scored.batch(pack.stop_token_ids[0], pack.device), temperature)
     return _metrics(scored.rewards, n) | {
         "eval/mean_length": scored.mean_length,
         "eval/clipped_ratio": scored.clipped_ratio,

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from harness.errors import UserError
 from harness.paths import locate
-from harness.schema import Recipe
+from harness.schema import LoRA, Recipe
 from harness.validate import check_context, exclude_modules, target_modules
 from rltrain.parallel import device_of, dtype_of
 
@@ -36,40 +36,52 @@ def model_folder(path: str) -> str:
 
 def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model, frozen, and its tokenizer; raises UserError when they cannot be had or lack a chat template."""
-    path = model_folder(recipe.trainer.policy.model.path)
+    path = recipe.trainer.policy.model.path
+    model = load_model(path, recipe, key="trainer.policy.model.path")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype_of(recipe), attn_implementation="sdpa")
+        tokenizer = AutoTokenizer.from_pretrained(model_folder(path))
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError("cannot load trainer.policy.model.path", got=f"{path}: {first}",
-                        allowed="a local folder or a hub name") from None  # fmt: skip
+        raise _cannot_load("trainer.policy.model.path", path, error) from None
     if tokenizer.chat_template is None:
         raise UserError("the tokenizer has no chat template", got=path, fix="use an instruction-tuned model")
     check_context(recipe, getattr(model.config, "max_position_embeddings", sys.maxsize))
-    model.requires_grad_(False)
-    model.to(device_of(recipe)).eval()
     return model, tokenizer
 
 
-def lora_config(recipe: Recipe) -> LoraConfig:
-    """PEFT's configuration of a recipe's policy adapter."""
-    lora = recipe.trainer.policy.model.lora
-    targets = target_modules(recipe)
+def load_model(path: str, recipe: Recipe, *, key: str) -> PreTrainedModel:
+    """A causal language model, frozen, in eval mode, on the recipe's device; raises UserError naming the key."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            model_folder(path), dtype=dtype_of(recipe), attn_implementation="sdpa"
+        )
+    except (OSError, ValueError) as error:
+        raise _cannot_load(key, path, error) from None
+    model.requires_grad_(False)
+    model.to(device_of(recipe)).eval()
+    return model
+
+
+def _cannot_load(key: str, path: str, error: Exception) -> UserError:
+    first = str(error).strip().splitlines()[0]
+    return UserError(f"cannot load {key}", got=f"{path}: {first}", allowed="a local folder or a hub name")
+
+
+def lora_config(recipe: Recipe, lora: LoRA) -> LoraConfig:
+    """PEFT's configuration of an adapter of the recipe's policy or critic."""
+    targets = target_modules(recipe, lora)
     return LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=MODULE_SETS.get(targets, targets) if isinstance(targets, str) else targets,
-        exclude_modules=exclude_modules(recipe),
+        exclude_modules=exclude_modules(recipe, lora),
         init_lora_weights=True if lora.init_method == "kaiming" else "gaussian",
     )
 
 
-def add_adapter(model: PreTrainedModel | PeftModel, name: str, recipe: Recipe, seed: int) -> PeftModel:
+def add_adapter(model: PreTrainedModel | PeftModel, name: str, config: LoraConfig, seed: int) -> PeftModel:
     """Put a fresh adapter on the base, its A drawn from `seed`; raises UserError when a target names no module."""
-    config = lora_config(recipe)
     _check_targets(model, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -164,17 +176,15 @@ class AdapterOff:
             return token_logprobs(self.model, batch, temperature)
 
 
-class FrozenCopy:
-    """The reference of full fine-tuning: a copy of the weights training starts from."""
+class FrozenModel:
+    """The reference of full fine-tuning: another model that holds the weights training starts from."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        import copy
-
-        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+    def __init__(self, model: Any) -> None:
+        self.model = model
 
     @torch.no_grad()
     def logprobs(self, batch: Batch, temperature: float) -> torch.Tensor:
-        """Log-probabilities under the copy, `[B, T]`."""
+        """Log-probabilities under that model, `[B, T]`."""
         return token_logprobs(self.model, batch, temperature)
 
 

@@ -1,4 +1,4 @@
-"""Pack and Member: one frozen base and one rollout engine, and the runs that train adapters on them."""
+"""Pack: one frozen base and one rollout engine, and the members that train adapters on them."""
 
 from __future__ import annotations
 
@@ -6,127 +6,44 @@ import contextlib
 import hashlib
 import itertools
 import shutil
-import time
-from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from harness.errors import UserError
-from harness.metrics import MetricsFile
 from harness.rundir import RunDir
-from harness.schema import Recipe, SyncMode
+from harness.schema import AdvantageEstimator, LoRA, Recipe, SyncMode
 from harness.validate import engine_lora_rank
 from rltrain import model as models
 from rltrain import parallel
-from rltrain.advantages import ADVANTAGES
-from rltrain.engines.base import Engine, EngineOptions, build_engine, stop_token_ids
+from rltrain.critic import Critic
+from rltrain.engines.base import Engine, EngineOptions, stop_token_ids
+from rltrain.engines.placed import place_engine
 from rltrain.flops import measured_peak
-from rltrain.objective import Objective
-from rltrain.problems import Problem, load_problems
-from rltrain.seeding import permutation, stream_seed
-from rltrain.sync.base import Sync, build_sync
-
-DEFAULT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-
-
-class Timer:
-    """Wall time of named spans, summed until taken."""
-
-    def __init__(self) -> None:
-        self._spent: dict[str, float] = defaultdict(float)
-
-    @contextlib.contextmanager
-    def span(self, name: str) -> Iterator[None]:
-        """Count the time inside under `timing_s/<name>`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._spent[f"timing_s/{name}"] += time.perf_counter() - start
-
-    def take(self) -> dict[str, float]:
-        """Seconds by metric name since the last call."""
-        spent, self._spent = dict(self._spent), defaultdict(float)
-        return spent
-
-
-@dataclass(eq=False)
-class Member:
-    """One training run in a pack: its adapter's parameters, optimizer, data, counters and directory."""
-
-    name: str
-    recipe: Recipe
-    run_dir: RunDir
-    problems: list[Problem]
-    held_out: list[Problem]
-    num_dropped: int
-    parameters: dict[str, torch.nn.Parameter]
-    optimizer: torch.optim.AdamW
-    reference: models.Reference | None
-    sync: Sync
-    objective: Objective = field(init=False)
-    advantages: Any = field(init=False)
-    metrics: MetricsFile = field(init=False)
-    scheduler: torch.optim.lr_scheduler.LambdaLR = field(init=False)
-    step: int = 0
-    version: int = 0
-    num_tokens: int = 0
-    step_tokens: int = 0
-    bad_steps: int = 0
-    best: dict[str, float] | None = None
-
-    def __post_init__(self) -> None:
-        self.objective = Objective(self.recipe)
-        self.advantages = ADVANTAGES[self.recipe.trainer.algorithm.advantage_estimator.name]
-        self.metrics = MetricsFile(self.run_dir.metrics)
-
-    @property
-    def temperature(self) -> float:
-        """The training samples' temperature."""
-        return self.recipe.generator.sampling_params.temperature
-
-    @property
-    def needs_old_logprobs(self) -> bool:
-        """Whether updates see another policy than the one that sampled: several a step, or dropout."""
-        trainer = self.recipe.trainer
-        updates = trainer.update_epochs_per_batch * (trainer.train_batch_size // trainer.policy_mini_batch_size)
-        return updates > 1 or trainer.policy.model.lora.dropout > 0
-
-    @property
-    def sync_tolerance(self) -> float:
-        """The mean gap between engine and trainer that fails the run, in nats."""
-        default = DEFAULT_TOLERANCE[parallel.dtype_of(self.recipe)]
-        return self.recipe.trainer.sync_tolerance or default
-
-    @property
-    def total_steps(self) -> int:
-        """`trainer.max_steps` if set, else whole batches in `trainer.epochs` passes over the data."""
-        trainer = self.recipe.trainer
-        per_epoch = len(self.problems) // trainer.train_batch_size
-        return trainer.max_steps or trainer.epochs * per_epoch
-
-    def batch_problems(self) -> list[Problem]:
-        """The problems of the coming step: each epoch a new shuffle of the data, whole batches only."""
-        size = self.recipe.trainer.train_batch_size
-        epoch, batch = divmod(self.step, len(self.problems) // size)
-        order = permutation(self.recipe.seed, "data", epoch, length=len(self.problems))
-        return [self.problems[i] for i in order[batch * size : (batch + 1) * size]]
+from rltrain.member import Member, sync_tolerance, total_steps
+from rltrain.policy import Policy
+from rltrain.problems import load_problems
+from rltrain.ranks import Ranks
+from rltrain.seeding import stream_seed
+from rltrain.sync.base import build_sync
+from rltrain.timer import Timer
 
 
 class Pack:
-    """Members on one frozen base model and one rollout engine. A single run is a pack of one."""
+    """Members on one frozen base model and one rollout engine. A single run is a pack of one.
+
+    With several `ranks` every one of them holds the pack, its base sharded; they make the same calls in the same order.
+    """
 
     def __init__(
-        self, recipe: Recipe, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, room: int = 1
+        self, recipe: Recipe, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, room: int, ranks: Ranks
     ) -> None:
         self.model: PreTrainedModel | PeftModel = base
         self.tokenizer = tokenizer
+        self.ranks = ranks
         self.device = parallel.device_of(recipe)
         self.members: list[Member] = []
         self.timer = Timer()
@@ -135,7 +52,7 @@ class Pack:
         self._used_up = False
         self.stop_token_ids = stop_token_ids(base, tokenizer)
         self.num_parameters = base.num_parameters()
-        self.peak_flops = measured_peak(self.device, parallel.dtype_of(recipe))
+        self.peak_flops = measured_peak(self.device, parallel.dtype_of(recipe)) * ranks.size
         merged = recipe.trainer.policy.model.lora.sync is SyncMode.merge
         options = EngineOptions(
             model_path=models.model_folder(recipe.trainer.policy.model.path),
@@ -144,20 +61,21 @@ class Pack:
             max_lora_rank=0 if merged else engine_lora_rank(recipe),
             max_loras=room,
         )
-        self.engine: Engine = build_engine(recipe, base, options)
+        self.engine: Engine = place_engine(recipe, base, options, ranks)
+        ranks.shard(base)
 
     @classmethod
-    def open(cls, recipe: Recipe, *, room: int = 1) -> Pack:
+    def open(cls, recipe: Recipe, *, room: int = 1, ranks: Ranks | None = None) -> Pack:
         """Load the base model and start the engine that a recipe asks for, with room for so many members at a time."""
         parallel.set_threads(recipe)
-        return cls(recipe, *models.load_base(recipe), room)
+        return cls(recipe, *models.load_base(recipe), room, ranks or Ranks())
 
     def can_hold(self, recipe: Recipe) -> bool:
         """Whether a run of this recipe can join: same base, engine and threads, and the base is still untrained."""
         return not self._used_up and self._shape == _shape(recipe)
 
     def join(self, recipe: Recipe, run_dir: RunDir) -> Member:
-        """A new member with a fresh adapter (rank 0: the base's own weights become trainable)."""
+        """A new member with a fresh adapter (rank 0: the base's own weights become trainable) and critic, if any."""
         name = next(self._names)
         problems, dropped = load_problems(recipe, recipe.data.train_data, self.tokenizer)
         held_out, _ = load_problems(recipe, recipe.data.val_data, self.tokenizer)
@@ -168,40 +86,34 @@ class Pack:
                 allowed=f">= {recipe.trainer.train_batch_size} (trainer.train_batch_size)",
                 fix="raise generator.max_input_length, or lower trainer.train_batch_size",
             )
-        reference, parameters = self._trainable(name, recipe)
-        settings = recipe.trainer.policy.optimizer_config
-        optimizer = torch.optim.AdamW(
-            parameters.values(), lr=settings.lr, betas=(settings.betas[0], settings.betas[1]),
-            weight_decay=settings.weight_decay,
-        )  # fmt: skip
+        steps = total_steps(recipe, len(problems))
+        policy = self._policy(name, recipe, steps)
+        gae = recipe.trainer.algorithm.advantage_estimator is AdvantageEstimator["gae"]
+        root = _sync_root(recipe, run_dir)
         member = Member(
             name=name, recipe=recipe, run_dir=run_dir, problems=problems, held_out=held_out, num_dropped=dropped,
-            parameters=parameters, optimizer=optimizer, reference=reference,
-            sync=build_sync(recipe.trainer.policy.model.lora.sync, _sync_root(recipe, run_dir)),
+            policy=policy, critic=self._critic(f"{name}_critic", recipe, steps) if gae else None,
+            sync=build_sync(recipe.trainer.policy.model.lora.sync, root, self.ranks.once),
         )  # fmt: skip
-        schedule = "constant_with_warmup" if settings.scheduler.name == "constant" else settings.scheduler.name
-        member.scheduler = get_scheduler(schedule, optimizer, settings.num_warmup_steps, member.total_steps)
         self.members.append(member)
         return member
 
     def leave(self, member: Member) -> None:
-        """Take a member out: its adapter, optimizer and synced files go; its run directory stays."""
+        """Take a member out: its adapters, optimizers and synced files go; its run directory stays."""
         self.members.remove(member)
         self.engine.drop_adapter(member.name)
         if isinstance(self.model, PeftModel):
             # A PeftModel without adapters cannot compute: with the last one the plain base comes back.
             if self.members:
-                self.activate(self.members[0])
-                self.model.delete_adapter(member.name)
+                self.members[0].policy.activate()
+                for learner in (member.policy, member.critic):
+                    if learner is not None and learner.model is self.model:
+                        self.model.delete_adapter(learner.adapter)
             else:
                 self.model = self.model.unload()
                 self.engine.use_model(self.model)
-        shutil.rmtree(_sync_root(member.recipe, member.run_dir), ignore_errors=True)
-
-    def activate(self, member: Member) -> None:
-        """Make a member's adapter the one that computes and trains."""
-        if isinstance(self.model, PeftModel):
-            self.model.set_adapter(member.name)
+        if self.ranks.first:
+            shutil.rmtree(_sync_root(member.recipe, member.run_dir), ignore_errors=True)
 
     @contextlib.contextmanager
     def engine_asleep(self) -> Iterator[None]:
@@ -233,18 +145,51 @@ class Pack:
             self.leave(member)
         self.engine.close()
 
-    def _trainable(self, name: str, recipe: Recipe) -> tuple[models.Reference | None, dict[str, torch.nn.Parameter]]:
-        wants_reference = recipe.trainer.algorithm.use_kl_loss
-        if recipe.trainer.policy.model.lora.rank > 0:
-            self.model = models.add_adapter(self.model, name, recipe, stream_seed(recipe.seed, "adapter"))
-            self.engine.use_model(self.model)
+    def _policy(self, name: str, recipe: Recipe, steps: int) -> Policy:
+        algorithm, lora = recipe.trainer.algorithm, recipe.trainer.policy.model.lora
+        wants_reference = algorithm.use_kl_loss or algorithm.use_kl_in_reward
+        reference: models.Reference | None = None
+        if lora.rank > 0:
+            self._add_adapter(name, recipe, lora)
+            parameters = models.adapter_parameters(self.model, name)
             reference = models.AdapterOff(self.model) if wants_reference else None
-            return reference, models.adapter_parameters(self.model, name)
-        # Full fine-tuning changes the base under everyone's feet: it is alone, and the pack ends with it.
-        self._used_up = True
-        copy = models.FrozenCopy(self.model) if wants_reference else None
-        self.model.requires_grad_(True)
-        return copy, dict(self.model.named_parameters())
+        else:
+            # Full fine-tuning changes the base under everyone's feet: it is alone, and the pack ends with it.
+            self._used_up = True
+            if wants_reference:
+                reference = models.FrozenModel(self._another_base(recipe, recipe.trainer.policy.model.path))
+            parameters = dict(self.model.requires_grad_(True).named_parameters())
+        return Policy(name, self.model, parameters, recipe, reference, steps, sync_tolerance(recipe))
+
+    def _critic(self, name: str, recipe: Recipe, steps: int) -> Critic:
+        """The critic's adapter on the policy's base where it has the same path and stays as it is, else on its own."""
+        critic, policy = recipe.trainer.critic.model, recipe.trainer.policy.model
+        path = critic.path or policy.path
+        same = models.model_folder(path) == models.model_folder(policy.path)
+        if same and critic.lora.rank > 0 and policy.lora.rank > 0:
+            self._add_adapter(name, recipe, critic.lora)
+            return Critic(name, self.model, models.adapter_parameters(self.model, name), recipe, steps)
+        base: Any = self._another_base(recipe, path)
+        if critic.lora.rank > 0:
+            base = models.add_adapter(base, name, models.lora_config(recipe, critic.lora), _adapter_seed(recipe, name))
+            return Critic(name, base, models.adapter_parameters(base, name), recipe, steps)
+        parameters = {n: p.requires_grad_(True) for n, p in base.named_parameters() if not n.startswith("lm_head.")}
+        return Critic(name, base, parameters, recipe, steps)
+
+    def _another_base(self, recipe: Recipe, path: str) -> PreTrainedModel:
+        base = models.load_model(path, recipe, key="trainer.critic.model.path")
+        self.ranks.shard(base)
+        return base
+
+    def _add_adapter(self, name: str, recipe: Recipe, lora: LoRA) -> None:
+        config = models.lora_config(recipe, lora)
+        self.model = models.add_adapter(self.model, name, config, _adapter_seed(recipe, name))
+        self.engine.use_model(self.model)
+
+
+def _adapter_seed(recipe: Recipe, name: str) -> int:
+    """A's stream depends on the run's seed and on whose adapter it is, not on the member's name."""
+    return stream_seed(recipe.seed, "critic_adapter" if name.endswith("_critic") else "adapter")
 
 
 def _sync_root(recipe: Recipe, run_dir: RunDir) -> Path:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from harness.errors import UserError
 from harness.schema import Device, DType, Recipe
+from harness.validate import num_processes
 
 if TYPE_CHECKING:
     import torch
@@ -23,33 +24,63 @@ def visible_gpus() -> int:
     return min(present, len([d for d in allowed.split(",") if d.strip() not in ("", "-1")]))
 
 
-def check_placement(recipe: Recipe) -> None:
-    """Raise UserError, saying what was asked and what there is, for a placement this machine or version cannot give."""
+def needs_workers(recipe: Recipe) -> bool:
+    """Whether a run needs processes besides this one: several ranks, or engines apart from them."""
+    return num_processes(recipe) > 1 or not recipe.trainer.placement.colocate_all
+
+
+def uses_gpus(recipe: Recipe) -> bool:
+    """Whether training runs on GPUs, as far as can be told without importing torch."""
+    device = recipe.trainer.placement.device
+    return device is Device.cuda or (device is Device.auto and (visible_gpus() > 0 or address_of(recipe) is not None))
+
+
+def address_of(recipe: Recipe) -> str | None:
+    """The running Ray cluster to use; None: this machine alone."""
+    return recipe.ray.address or os.environ.get("RAY_ADDRESS") or None
+
+
+def bundles(recipe: Recipe) -> list[dict[str, float]]:
+    """What a run's processes need: one bundle of CPUs and GPUs per node of ranks, then one per engine apart."""
     placement, generator = recipe.trainer.placement, recipe.generator
-    gpus = visible_gpus()
-    asked = placement.policy_num_gpus_per_node * placement.policy_num_nodes
-    needs_gpus = placement.device is Device.cuda or (placement.device is Device.auto and asked > 1)
-    if needs_gpus and asked > gpus:
+    threads = recipe.trainer.num_threads or 1
+    gpus = int(uses_gpus(recipe))
+    ranks = placement.policy_num_gpus_per_node
+    node = {"CPU": float(threads * ranks), "GPU": float(gpus * ranks)}
+    each = generator.inference_engine_tensor_parallel_size
+    engine = {"CPU": float(threads * (1 if gpus else each)), "GPU": float(gpus * each)}
+    apart = 0 if placement.colocate_all else generator.num_inference_engines
+    return [dict(node) for _ in range(placement.policy_num_nodes)] + [dict(engine) for _ in range(apart)]
+
+
+def check_placement(recipe: Recipe) -> None:
+    """Raise UserError, saying what was asked and what there is, for a placement this machine cannot give.
+
+    A cluster is asked when it is reached; a CPU gives any number of processes.
+    """
+    placement = recipe.trainer.placement
+    if address_of(recipe) is not None:
+        return
+    if placement.policy_num_nodes > 1:
+        raise UserError(
+            "trainer.placement.policy_num_nodes asks for several machines, and no cluster is named",
+            got=f"{placement.policy_num_nodes} asked, 1 there",
+            fix="trainer.placement.policy_num_nodes=1, or ray.address=HOST:PORT of a running Ray cluster",
+        )
+    there, processes = visible_gpus(), num_processes(recipe)
+    # `auto` falls back to the CPU for one process; several were meant for GPUs.
+    wants = placement.device is Device.cuda or (placement.device is Device.auto and needs_workers(recipe))
+    engines = 0 if placement.colocate_all else recipe.generator.num_inference_engines
+    tensor_parallel = recipe.generator.inference_engine_tensor_parallel_size
+    asked = processes + engines * tensor_parallel
+    if wants and asked > there:
+        each = f" + {engines} engines x {tensor_parallel}" if engines else ""
         raise UserError(
             "not enough GPUs for trainer.placement",
-            got=f"{asked} asked, {gpus} there",
-            fix="trainer.placement.policy_num_gpus_per_node=1 generator.num_inference_engines=1 trains in one process"
-            + ("" if gpus else "; trainer.placement.device=cpu needs no GPU"),
-        )
-    processes = {
-        "trainer.placement.policy_num_gpus_per_node": placement.policy_num_gpus_per_node,
-        "trainer.placement.policy_num_nodes": placement.policy_num_nodes,
-        "trainer.placement.ref_num_gpus_per_node": placement.ref_num_gpus_per_node,
-        "generator.num_inference_engines": generator.num_inference_engines,
-        "generator.inference_engine_tensor_parallel_size": generator.inference_engine_tensor_parallel_size,
-    }
-    many = {key: value for key, value in processes.items() if value > 1}
-    if many or not placement.colocate_all:
-        wanted = [f"{key}={value}" for key, value in many.items()]
-        raise UserError(
-            "this version trains in one process, with its engine inside",
-            got=", ".join(wanted or ["trainer.placement.colocate_all=false"]),
-            fix=" ".join(f"{key}=1" for key in many) or "trainer.placement.colocate_all=true",
+            got=f"{asked} asked ({processes} ranks{each}), {there} there",
+            fix="trainer.placement.policy_num_gpus_per_node=1 generator.num_inference_engines=1 "
+            "trainer.placement.ref_num_gpus_per_node=null trains in one process"
+            + ("" if there else "; trainer.placement.device=cpu needs no GPU"),
         )
 
 

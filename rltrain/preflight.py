@@ -57,8 +57,8 @@ def _check_model(recipe: Recipe) -> None:
 
 def _check_sync(recipe: Recipe) -> None:
     """vLLM serves no adapter on the embedding or the head; those need another engine or sync."""
-    targets = target_modules(recipe)
     lora = recipe.trainer.policy.model.lora
+    targets = target_modules(recipe, lora)
     if recipe.generator.backend is not Backend.vllm or lora.sync is SyncMode.merge or not isinstance(targets, list):
         return
     refused = sorted({"lm_head", "embed_tokens"} & set(targets))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from rltrain.batch import Batch
 from rltrain.model import adapter_off, token_logprobs
-from rltrain.pack import Member, Pack
-from rltrain.rollout import Rollout
 from rltrain.sync.proof import SyncError, SyncGap, check_sync
 
 # Sequences whose log-probabilities are computed again with the adapter off: enough to tell, too few to cost.
@@ -15,23 +15,19 @@ PROBE_ROWS = 8
 
 
 @torch.no_grad()
-def prove_sync(pack: Pack, member: Member, batch: Batch, temperature: float) -> SyncGap:
-    """The gap between engine and trainer over a batch's first sequences; raises SyncError when it is too wide."""
-    probe = batch.rows(0, PROBE_ROWS)
+def prove_sync(model: Any, batch: Batch, temperature: float, *, tolerance: float, adapter: bool) -> SyncGap:
+    """The gap between engine and trainer over a batch's first sequences; raises SyncError when it is too wide.
+
+    `adapter`: whether there is one to switch off, so that an engine which serves the base can be told.
+    """
+    probe = batch.take(range(min(PROBE_ROWS, len(batch))))
     real = probe.mask.bool()
-    on = token_logprobs(pack.model, probe, temperature)[real]
+    on = token_logprobs(model, probe, temperature)[real]
     off = None
-    if member.recipe.trainer.policy.model.lora.rank > 0:
-        with adapter_off(pack.model):
-            off = token_logprobs(pack.model, probe, temperature)[real]
-    return check_sync(probe.engine_logprobs[real], on, off, tolerance=member.sync_tolerance)
-
-
-def prove_evaluation(pack: Pack, scored: Rollout) -> SyncGap:
-    """The same proof on the first samples of an evaluation: the last sync is followed by no training rollout."""
-    pack.activate(scored.member)
-    temperature = scored.member.recipe.generator.eval_sampling_params.temperature
-    return prove_sync(pack, scored.member, scored.batch(pack), temperature)
+    if adapter:
+        with adapter_off(model):
+            off = token_logprobs(model, probe, temperature)[real]
+    return check_sync(probe.engine_logprobs[real], on, off, tolerance=tolerance)
 
 
 def check_gap(mean: float, largest: float, tolerance: float) -> None:

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
-from rltrain.batch import Batch
-from rltrain.losses import Totals
-from rltrain.model import token_logprobs, token_logprobs_and_entropy
-from rltrain.pack import Member, Pack
-from rltrain.probe import check_gap, prove_sync
-from rltrain.rollout import Rollout, rollout
+from rltrain.batch import Batch, micro_batches, training_parts
+from rltrain.learner import Learner, Row
+from rltrain.member import Member
+from rltrain.objective import RATIO_MAX
+from rltrain.pack import Pack
+from rltrain.policy import GAP_MAX
+from rltrain.rollout import rollout
+from rltrain.scored import Rollout
 from rltrain.seeding import stream_seed
 
-Row = dict[str, float]
-GAP_MEAN = "sampling/sampling_logp_difference/mean"
-GAP_MAX = "sampling/sampling_logp_difference/max"
+MAXIMA = (GAP_MAX, RATIO_MAX)
 
 
 def train_step(pack: Pack) -> dict[Member, Row]:
-    """One GRPO step of every member: roll out, score, update, publish; each member's metrics."""
+    """One step of every member: roll out, score, update, publish; each member's metrics."""
     rollouts_M = rollout(pack)
     with pack.engine_asleep():
-        batches_M = [prepare(pack, scored) for scored in rollouts_M]
+        batches_M = [prepare(pack, scored, stats) for scored, stats in rollouts_M]
         updates = [update(pack, minibatch) for minibatch in minibatches(batches_M)]
     pack.publish()
     return collect_stats(pack, batches_M, updates)
@@ -34,115 +33,105 @@ def train_step(pack: Pack) -> dict[Member, Row]:
 
 @dataclass(slots=True)
 class Prepared:
-    """A member's batch with advantages and old (and reference) log-probabilities, and what was seen on the way."""
+    """A member's batch with everything its updates need, and what was seen on the way."""
 
     member: Member
     batch: Batch
+    group: int
     stats: Row
 
 
 @dataclass(slots=True)
-class Update:
-    """One optimizer step of one member."""
+class MiniBatch:
+    """What one optimizer step of one learner sees; `place` counts a step's mini-batches."""
 
     member: Member
+    learner: Learner
+    place: int
+    batch: Batch
+
+
+@dataclass(slots=True)
+class Update:
+    """One optimizer step of one learner."""
+
+    member: Member
+    learner: Learner
     stats: Row
 
 
 @torch.no_grad()
-def prepare(pack: Pack, scored: Rollout) -> Prepared:
-    """Advantages, old and reference log-probabilities, and the proof that the engine sampled from this policy."""
+def prepare(pack: Pack, scored: Rollout, stats: Row) -> Prepared:
+    """Old and reference log-probabilities, values, advantages, and the proof that the engine sampled this policy."""
     member = scored.member
-    batch = scored.batch(pack)
-    batch.advantages = member.advantages(scored.rewards).flatten().to(pack.device)
-    pack.activate(member)
+    batch = scored.batch(pack.stop_token_ids[0], pack.device)
     with pack.timer.span("logprobs"):
-        prove_sync(pack, member, batch, member.temperature)
-        parts = list(batch.split(member.recipe.trainer.micro_forward_batch_size_per_gpu))
+        member.policy.prove(batch, member.policy.temperature)
         if member.needs_old_logprobs:
-            old = [token_logprobs(pack.model, part, member.temperature) for part in parts]
-            batch.old_logprobs = widen(old, batch.mask.shape[1])
-        if member.reference is not None:
-            ref = [member.reference.logprobs(part, member.temperature) for part in parts]
-            batch.ref_logprobs = widen(ref, batch.mask.shape[1])
-    member.step_tokens = batch.tokens + int(batch.prompt_mask.sum())
+            batch.old_logprobs = over_rows(pack, member, batch, member.policy.logprobs)
+        if member.policy.reference is not None:
+            batch.ref_logprobs = over_rows(pack, member, batch, member.policy.reference_logprobs)
+        if member.critic is not None:
+            member.critic.activate()
+            batch.values = over_rows(pack, member, batch, member.critic.values)
+    stats |= member.credit(batch, scored.rewards, scored.cut)
+    member.step_tokens = int(batch.mask.sum() + batch.prompt_mask.sum())
     member.num_tokens += member.step_tokens
-    return Prepared(member, batch, scored.statistics() | {"num_tokens": member.num_tokens})
+    return Prepared(member, batch, scored.rewards.shape[1], stats | {"num_tokens": member.num_tokens})
 
 
-def minibatches(batches_M: Iterable[Prepared]) -> Iterator[tuple[Member, int, Batch]]:
-    """Each member's mini-batches in turn with their places, `update_epochs_per_batch` times over."""
+def over_rows(pack: Pack, member: Member, batch: Batch, compute: Callable[[Batch], torch.Tensor]) -> torch.Tensor:
+    """`compute` over a batch in micro-batches, `[B, T]`, zeros where there is no token; the ranks share the rows."""
+    trainer, ranks = member.recipe.trainer, pack.ranks
+    size, budget = trainer.micro_forward_batch_size_per_gpu, trainer.max_tokens_per_microbatch
+    plans = [micro_batches(batch, range(r, len(batch), ranks.size), size, budget) for r in range(ranks.size)]
+    out = torch.zeros_like(batch.mask)
+    for place in range(max(map(len, plans))):
+        # A sharded model computes on all ranks at once: one that has no rows left computes some without keeping them.
+        own = plans[ranks.rank][place] if place < len(plans[ranks.rank]) else []
+        values = compute(batch.take(own or [0]))
+        if own:
+            out[own, : values.shape[1]] = values
+    return ranks.sum_rows(out * batch.mask)
+
+
+def minibatches(batches_M: Iterable[Prepared]) -> Iterator[MiniBatch]:
+    """Each member's mini-batches for each of its learners in turn, `update_epochs_per_batch` times over."""
     for prepared in batches_M:
-        recipe = prepared.member.recipe
-        size = recipe.trainer.policy_mini_batch_size * recipe.generator.n_samples_per_prompt
-        epochs = range(recipe.trainer.update_epochs_per_batch)
-        for place, part in enumerate(part for _ in epochs for part in prepared.batch.split(size)):
-            yield prepared.member, place, part
+        member, batch = prepared.member, prepared.batch
+        for learner in member.learners:
+            size = learner.mini_batch_size * prepared.group
+            starts = list(range(0, len(batch), size)) * member.recipe.trainer.update_epochs_per_batch
+            for place, start in enumerate(starts):
+                yield MiniBatch(member, learner, place, batch.take(range(start, min(start + size, len(batch)))))
 
 
-def update(pack: Pack, minibatch: tuple[Member, int, Batch]) -> Update:
-    """Forward, loss and backward over micro-batches, then one optimizer step; a non-finite gradient skips the step.
-
-    Where old log-probabilities were not needed apart, the policy is still the one that sampled, and these are they.
-    """
-    member, place, batch = minibatch
-    pack.activate(member)
+def update(pack: Pack, mini: MiniBatch) -> Update:
+    """Forward, loss and backward over micro-batches, then one optimizer step; none where nothing is to be learned."""
+    learner, ranks, recipe = mini.learner, pack.ranks, mini.member.recipe
+    learner.activate()
     # Dropout draws from the process's generator: its masks are a named stream like any other.
-    torch.manual_seed(stream_seed(member.recipe.seed, "dropout", member.step, place))
-    totals = member.objective.totals(batch)
+    torch.manual_seed(stream_seed(recipe.seed, "dropout", learner.name, mini.member.step, mini.place, ranks.rank))
+    totals = learner.totals(mini.batch)
     stats: Row = defaultdict(float)
-    with pack.timer.span("update"):
-        pack.model.train()
-        for micro in batch.split(member.recipe.trainer.micro_train_batch_size_per_gpu):
-            logprobs, entropy = token_logprobs_and_entropy(pack.model, micro, member.temperature)
-            if micro.old_logprobs is None:
-                micro.old_logprobs = logprobs.detach()
-            loss, seen = member.objective(logprobs, micro, totals)
+    with pack.timer.span("update" if learner is mini.member.policy else learner.name):
+        learner.model.train()
+        for micro in training_parts(mini.batch, recipe.trainer, ranks.rank, ranks.size):
+            loss, seen = learner.loss(micro, totals)
             loss.backward()
-            add_up(stats, seen | sampling_stats(micro, entropy, totals))
-        pack.model.eval()
-        check_gap(stats[GAP_MEAN], stats[GAP_MAX], member.sync_tolerance)
-        stats |= {"learning_rate": float(member.optimizer.param_groups[0]["lr"]), **optimizer_step(member)}
-    return Update(member, dict(stats))
-
-
-def optimizer_step(member: Member) -> Row:
-    """Clip, step and zero; raises FloatingPointError after `trainer.max_bad_steps` non-finite gradients in a row."""
-    limit = member.recipe.trainer.policy.optimizer_config.max_grad_norm
-    norm = float(torch.nn.utils.clip_grad_norm_(member.parameters.values(), limit))
-    finite = math.isfinite(norm)
-    member.bad_steps = 0 if finite else member.bad_steps + 1
-    if finite:
-        member.optimizer.step()
-    member.optimizer.zero_grad()
-    if member.bad_steps >= member.recipe.trainer.max_bad_steps:
-        raise FloatingPointError(
-            f"the gradient was not finite {member.bad_steps} times in a row (last norm {norm}): "
-            "the learning rate is probably too high"
-        )
-    return {"grad_norm": norm, "skipped_updates": float(not finite)}
-
-
-def sampling_stats(micro: Batch, entropy_BT: torch.Tensor, totals: Totals) -> Row:
-    """A micro-batch's share of the mean entropy and of the gap between engine and trainer; the gap's maximum whole."""
-    assert micro.old_logprobs is not None
-    gap = (micro.engine_logprobs - micro.old_logprobs).abs() * micro.mask
-    return {
-        "entropy": float((entropy_BT * micro.mask).sum()) / totals.tokens,
-        GAP_MEAN: float(gap.sum()) / totals.tokens,
-        GAP_MAX: float(gap.max()),
-    }
+            add_up(stats, seen)
+        learner.model.eval()
+        summed = ranks.add_up(stats, MAXIMA)
+        if summed:
+            learner.check(summed)
+            summed |= learner.optimize(ranks)
+    return Update(mini.member, learner, summed)
 
 
 def add_up(stats: Row, seen: Row) -> None:
     """Add a micro-batch's shares to the mini-batch's statistics; maxima stay maxima."""
     for name, value in seen.items():
-        stats[name] = max(stats[name], value) if name == GAP_MAX else stats[name] + value
-
-
-def widen(parts: list[torch.Tensor], width: int) -> torch.Tensor:
-    """Stack `[b, t]` parts into `[B, T]`, zeros where a part was narrower."""
-    return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
+        stats[name] = max(stats[name], value) if name in MAXIMA else stats[name] + value
 
 
 def collect_stats(pack: Pack, batches_M: list[Prepared], updates: list[Update]) -> dict[Member, Row]:
@@ -150,9 +139,16 @@ def collect_stats(pack: Pack, batches_M: list[Prepared], updates: list[Update]) 
     timings = pack.timer.take()
     rows = {}
     for prepared in batches_M:
-        own = [u.stats for u in updates if u.member is prepared.member]
-        means = {name: sum(s[name] for s in own) / len(own) for name in own[0]}
-        means["skipped_updates"] = sum(s["skipped_updates"] for s in own)
-        means[GAP_MAX] = max(s[GAP_MAX] for s in own)
-        rows[prepared.member] = {**prepared.stats, **means, **timings}
+        row = dict(prepared.stats)
+        for learner in prepared.member.learners:
+            own = [u.stats for u in updates if u.learner is learner and u.stats]
+            for name in own[0] if own else {}:
+                values = [stats[name] for stats in own]
+                if name in MAXIMA:
+                    row[learner.prefix + name] = max(values)
+                elif name == "skipped_updates":
+                    row[name] = row.get(name, 0.0) + sum(values)
+                else:
+                    row[learner.prefix + name] = sum(values) / len(values)
+        rows[prepared.member] = {**row, **timings}
     return rows

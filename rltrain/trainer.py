@@ -18,8 +18,11 @@ from harness.schema import Recipe
 from rltrain import checkpoint
 from rltrain.evaluate import evaluate
 from rltrain.flops import step_flops
+from rltrain.member import Member
 from rltrain.model import adapter_statistics
-from rltrain.pack import Member, Pack
+from rltrain.pack import Pack
+from rltrain.parallel import needs_workers
+from rltrain.ranks import full
 from rltrain.step import train_step
 from rltrain.sync.disk import write_adapter
 
@@ -41,7 +44,15 @@ class Report:
 
 
 def run(recipe: Recipe, run_dir: RunDir) -> Iterator[Report]:
-    """Open a pack of one, train it to its end and close it; a report after every step. Any failure is recorded."""
+    """Train a run to its end, in this process or on a worker group as its placement says; a report after every step.
+
+    Any failure is recorded.
+    """
+    if needs_workers(recipe):
+        from rltrain.workers import run_on_workers
+
+        yield from run_on_workers(recipe, run_dir)
+        return
     with recorded_failure(run_dir):
         pack = Pack.open(recipe)
     try:
@@ -53,21 +64,26 @@ def run(recipe: Recipe, run_dir: RunDir) -> Iterator[Report]:
 
 
 def train(pack: Pack, member: Member) -> Generator[Report]:
+    """`training`, with any failure recorded as the run's status. A consumer that stops early leaves it RUNNING."""
+    with recorded_failure(member.run_dir):
+        yield from training(pack, member)
+
+
+def training(pack: Pack, member: Member) -> Generator[Report]:
     """Train a member to its end, from its last checkpoint if it has one; yields a report after every step.
 
-    The run's status goes to COMPLETE at the end, or to FAILED with the reason when anything raises. A consumer that
-    stops early leaves it RUNNING, to be resumed.
+    The run's status goes to RUNNING, and to COMPLETE at the end. The first rank alone writes.
     """
     run_dir, start = member.run_dir, time.perf_counter()
-    run_dir.move_to(Status.RUNNING)
+    pack.ranks.once(lambda: run_dir.move_to(Status.RUNNING))
     before = run_dir.read_manifest().get("seconds", 0.0)
-    with recorded_failure(run_dir):
-        resume(pack, member)
-        for report in steps(pack, member):
+    resume(pack, member)
+    for report in steps(pack, member):
+        if pack.ranks.first:
             run_dir.update(seconds=before + time.perf_counter() - start)
             if report.done:
                 finish(member)
-            yield report
+        yield report
 
 
 def resume(pack: Pack, member: Member) -> None:
@@ -75,7 +91,7 @@ def resume(pack: Pack, member: Member) -> None:
     path = checkpoint.find(member)
     if path is not None:
         checkpoint.load(member, path)
-    member.metrics.truncate(member.step if path is not None else -1)
+    pack.ranks.once(lambda: member.metrics.truncate(member.step if path is not None else -1))
     if member.step >= member.total_steps and not member.metrics.rows():
         raise UserError(
             "the checkpoint is at the run's last step already: nothing is left to train",
@@ -92,21 +108,22 @@ def steps(pack: Pack, member: Member) -> Iterator[Report]:
     if member.step >= member.total_steps:
         yield Report(member.step, member.total_steps, member.metrics.rows()[-1])
     if member.step == 0 and trainer.eval_before_train:
-        yield log(member, evaluation(pack, member))
+        yield log(pack, member, evaluation(pack, member))
     while member.step < member.total_steps:
         start = time.perf_counter()
         row = train_step(pack)[member]
         member.step += 1
-        member.scheduler.step()
+        for learner in member.learners:
+            learner.scheduler.step()
         row |= {"step_time": time.perf_counter() - start, "num_dropped_prompts": member.num_dropped}
         row |= performance(pack, member, row)
         if due(member, trainer.eval_interval):
             row |= evaluation(pack, member)
-        report = log(member, row)
+        report = log(pack, member, row)
         # Logged before it is saved: a kill in between repeats the step, the other way round it would lose the row.
         if due(member, trainer.ckpt_interval):
             with pack.timer.span("checkpoint"):
-                checkpoint.save(member)
+                checkpoint.save(member, pack.ranks)
         yield report
 
 
@@ -115,10 +132,11 @@ def due(member: Member, interval: int) -> bool:
     return member.step == member.total_steps or (interval > 0 and member.step % interval == 0)
 
 
-def log(member: Member, row: dict[str, float]) -> Report:
+def log(pack: Pack, member: Member, row: dict[str, float]) -> Report:
     """Write a step's row to `metrics.jsonl`, its step first."""
     row = {"step": member.step, **row}
-    member.metrics.append(row)
+    if pack.ranks.first:
+        member.metrics.append(row)
     return Report(member.step, member.total_steps, row)
 
 
@@ -126,8 +144,9 @@ def evaluation(pack: Pack, member: Member) -> dict[str, float]:
     """Evaluate, keep samples, and keep the adapter when it is the best so far."""
     metrics, scored = evaluate(pack, member)
     trainer = member.recipe.trainer
-    path = member.run_dir.samples / f"step_{member.step:06d}.parquet"
-    scored.save(path, step=member.step, phase="eval", limit=trainer.samples_per_dump)
+    if pack.ranks.first:
+        path = member.run_dir.eval_samples(member.step)
+        scored.save(path, step=member.step, phase="eval", limit=trainer.samples_per_dump)
     if trainer.policy.model.lora.rank > 0:
         metrics |= adapter_statistics(pack.model, member.name)
     if member.step > 0:
@@ -150,17 +169,22 @@ def keep_adapter(pack: Pack, member: Member, accuracy: float) -> None:
 def write_policy(pack: Pack, member: Member, folder: Path) -> None:
     """The adapter in PEFT's format; the whole model in transformers' when all weights were trained."""
     if member.recipe.trainer.policy.model.lora.rank > 0:
-        write_adapter(pack.model, member.name, folder)
-    else:
-        pack.model.save_pretrained(folder)
+        pack.ranks.once(lambda: write_adapter(pack.model, member.name, folder))
+        return
+    whole = {name: full(tensor) for name, tensor in pack.model.state_dict().items()}
+
+    def write() -> None:
+        pack.model.save_pretrained(folder, state_dict=whole)
         pack.tokenizer.save_pretrained(folder)
+
+    pack.ranks.once(write)
 
 
 def performance(pack: Pack, member: Member, row: dict[str, float]) -> dict[str, float]:
     """Tokens a second over the step, model-FLOPs utilisation and peak memory."""
     recipe = member.recipe
     samples = recipe.trainer.train_batch_size * recipe.generator.n_samples_per_prompt
-    forwards = 1 + member.needs_old_logprobs + (member.reference is not None)
+    forwards = 1 + member.needs_old_logprobs + (member.policy.reference is not None) + (member.critic is not None)
     full = recipe.trainer.policy.model.lora.rank == 0
     flops = step_flops(pack.num_parameters, member.step_tokens, forwards=forwards, full=full)
     if pack.device.type == "cuda":

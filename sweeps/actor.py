@@ -17,7 +17,8 @@ from harness.rundir import RunDir, Status
 from sweeps.locks import KernelLock
 
 if TYPE_CHECKING:
-    from rltrain.pack import Member, Pack
+    from rltrain.member import Member
+    from rltrain.pack import Pack
     from rltrain.trainer import Report
 
 # A killed sweep's worker may live on for some seconds: how long its successor waits for it to let go of the directory.

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from harness.schema import SyncMode
 from rltrain.engines.base import Engine
-from rltrain.sync.disk import DiskSync
+from rltrain.sync.disk import DiskSync, Once, run_here
 from rltrain.sync.memory import MemorySync
 from rltrain.sync.merge import MergeSync
 
@@ -23,13 +23,16 @@ class Sync(Protocol):
         """
 
 
-SYNCS: dict[SyncMode, Callable[[Path], Sync]] = {
+SYNCS: dict[SyncMode, Callable[[Path, Once], Sync]] = {
     SyncMode.disk: DiskSync,
-    SyncMode.memory: lambda root: MemorySync(),
-    SyncMode.merge: lambda root: MergeSync(),
+    SyncMode.memory: lambda root, once: MemorySync(),
+    SyncMode.merge: lambda root, once: MergeSync(),
 }
 
 
-def build_sync(mode: SyncMode, root: Path) -> Sync:
-    """The sync that `trainer.policy.model.lora.sync` names; `root` is where disk sync keeps its adapters."""
-    return SYNCS[mode](root)
+def build_sync(mode: SyncMode, root: Path, once: Once = run_here) -> Sync:
+    """The sync that `trainer.policy.model.lora.sync` names.
+
+    `root` is where disk sync keeps its adapters, `once` runs what only one of several training processes must do.
+    """
+    return SYNCS[mode](root, once)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ from safetensors.torch import save_file
 from rltrain.engines.base import Engine
 from rltrain.sync.adapter import adapter_config, adapter_tensors
 
+# Runs what several processes that train together must do but once; the others wait for it.
+Once = Callable[[Callable[[], None]], None]
+
+
+def run_here(action: Callable[[], None]) -> None:
+    """The one process does it."""
+    action()
+
 
 class DiskSync:
     """Writes `<root>/<member>/v000012/`, has the engine load it, then removes the member's other versions.
@@ -22,19 +31,24 @@ class DiskSync:
     The default, for it works with every engine and leaves the adapter where other programs can read it.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, once: Once = run_here) -> None:
         self._root = root
+        self._once = once
 
     def publish(self, engine: Engine, model: Any, member: str, version: int) -> None:
         """Make the engine serve `member` with the adapter of that name that the PEFT model holds now."""
         if engine.shares_weights:
             return
         folder = self._root / member / f"v{version:06d}"
-        write_adapter(model, member, folder)
+        self._once(lambda: write_adapter(model, member, folder))
         engine.load_adapter(member, version, folder)
-        for other in folder.parent.iterdir():
-            if other != folder:
-                shutil.rmtree(other)
+        self._once(lambda: _remove_others(folder))
+
+
+def _remove_others(folder: Path) -> None:
+    for other in folder.parent.iterdir():
+        if other != folder:
+            shutil.rmtree(other)
 
 
 def write_adapter(model: Any, member: str, folder: Path) -> None:

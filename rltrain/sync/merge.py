@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 
 from harness.errors import UserError
 from rltrain.engines.base import Engine
+from rltrain.ranks import full
 from rltrain.sync.adapter import whole
 
 
@@ -50,6 +51,7 @@ def merged_weights(model: Any, member: str) -> Iterator[tuple[str, torch.Tensor]
         module, is_base, _ = module.partition(".base_layer")
         if name in tied or ".lora_" in name:
             continue
+        tensor = full(tensor)
         if is_base and leaf == "weight" and module in adapted:
             tensor = tensor + adapted[module].get_delta_weight(member).to(tensor.dtype)
         yield f"{module}.{leaf}", whole(tensor)

@@ -58,7 +58,7 @@ def _open(engine: str, scratch: Path) -> tuple[Any, Any]:
     pack = Pack.open(recipe)
     member = pack.join(recipe, run_dir)
     with torch.no_grad():
-        for name, parameter in member.parameters.items():
+        for name, parameter in member.policy.parameters.items():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=1e-3)
     pack.publish()

@@ -19,8 +19,10 @@ from harness.schema import Recipe
 from rltrain import checkpoint, trainer
 from rltrain.engines.base import Engine
 from rltrain.model import adapter_layers
-from rltrain.pack import Member, Pack
-from rltrain.step import optimizer_step, train_step
+from rltrain.member import Member
+from rltrain.pack import Pack
+from rltrain.ranks import Ranks
+from rltrain.step import train_step
 from rltrain.sync.disk import DiskSync
 from rltrain.sync.proof import SyncError
 from rltrain.trainer import train
@@ -103,7 +105,7 @@ def test_another_runs_checkpoint_is_gone_on_with(small_recipe: MakeRecipe, new_r
     with pytest.raises(UserError, match="last step already"):
         _train(done, new_run(done, "done"))
     other = small_recipe(source, "trainer.policy.model.lora.rank=4")
-    with pytest.raises(UserError, match="does not fit this recipe's adapter"):
+    with pytest.raises(UserError, match="does not fit this recipe's policy"):
         _train(other, new_run(other, "other"))
     nowhere = small_recipe("trainer.resume_mode=nowhere")
     with pytest.raises(UserError, match="no whole checkpoint"):
@@ -118,7 +120,7 @@ def test_a_kill_between_two_records_loses_nothing(
     whole, broken = new_run(recipe, "whole"), new_run(recipe, "broken")
     _train(recipe, whole)
 
-    def killed(member: Member) -> None:
+    def killed(member: Member, *_: object) -> None:
         # Like a signal: nothing below records it as a failure.
         if member.step == 4:
             raise KeyboardInterrupt
@@ -275,8 +277,8 @@ def test_target_modules_are_what_the_recipe_says(
     assert {name.rsplit(".", 1)[1] for name in found} == leaves
     layers = 1 if "layers" in targets else pack.model.config.num_hidden_layers
     assert len(found) == len(leaves) * layers
-    assert len(member.parameters) == 2 * len(found)
-    assert all(p.requires_grad and p.dtype == torch.float32 for p in member.parameters.values())
+    assert len(member.policy.parameters) == 2 * len(found)
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in member.policy.parameters.values())
 
 
 def test_a_target_that_matches_nothing_is_refused(
@@ -292,15 +294,15 @@ def test_non_finite_gradients_are_skipped_then_fail(
 ) -> None:
     recipe = small_recipe("trainer.max_bad_steps=2")
     member = open_pack(recipe).join(recipe, new_run(recipe, "run"))
-    before = [p.clone() for p in member.parameters.values()]
+    before = [p.clone() for p in member.policy.parameters.values()]
 
     def step_with_nan() -> dict[str, float]:
-        for p in member.parameters.values():
+        for p in member.policy.parameters.values():
             p.grad = torch.full_like(p, math.nan)
-        return optimizer_step(member)
+        return member.policy.optimize(Ranks())
 
     assert step_with_nan()["skipped_updates"] == 1
-    assert all(torch.equal(p, old) for p, old in zip(member.parameters.values(), before, strict=True))
+    assert all(torch.equal(p, old) for p, old in zip(member.policy.parameters.values(), before, strict=True))
     with pytest.raises(FloatingPointError, match="2 times in a row"):
         step_with_nan()
 
@@ -314,16 +316,16 @@ def test_gradients_are_clipped_to_the_recipes_norm(
 
     def step() -> None:
         seen.append(
-            math.sqrt(sum(float(p.grad.square().sum()) for p in member.parameters.values() if p.grad is not None))
+            math.sqrt(sum(float(p.grad.square().sum()) for p in member.policy.parameters.values() if p.grad is not None))
         )
 
-    monkeypatch.setattr(member.optimizer, "step", step)
-    for p in member.parameters.values():
+    monkeypatch.setattr(member.policy.optimizer, "step", step)
+    for p in member.policy.parameters.values():
         p.grad = torch.ones_like(p)
-    before = math.sqrt(sum(p.numel() for p in member.parameters.values()))
-    assert optimizer_step(member)["grad_norm"] == pytest.approx(before, rel=1e-5)
+    before = math.sqrt(sum(p.numel() for p in member.policy.parameters.values()))
+    assert member.policy.optimize(Ranks())["grad_norm"] == pytest.approx(before, rel=1e-5)
     assert seen == [pytest.approx(0.5, rel=1e-3)]
-    assert all(p.grad is None for p in member.parameters.values())
+    assert all(p.grad is None for p in member.policy.parameters.values())
 
 
 @pytest.mark.heavy

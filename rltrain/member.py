@@ -1,0 +1,95 @@
+"""Member: one training run in a pack."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from harness.metrics import MetricsFile
+from harness.rundir import RunDir
+from harness.schema import Recipe
+from rltrain import parallel
+from rltrain.credit import Credit
+from rltrain.critic import Critic
+from rltrain.learner import Learner
+from rltrain.policy import Policy
+from rltrain.problems import Problem
+from rltrain.seeding import permutation
+from rltrain.sync.base import Sync
+
+DEFAULT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+
+
+@dataclass(eq=False)
+class Member:
+    """One training run in a pack: what it trains, its data, counters and directory.
+
+    `batches` counts the batches of problems drawn so far: the data's cursor, which runs ahead of `step` where dynamic
+    sampling draws several for one step.
+    """
+
+    name: str
+    recipe: Recipe
+    run_dir: RunDir
+    problems: list[Problem]
+    held_out: list[Problem]
+    num_dropped: int
+    policy: Policy
+    critic: Critic | None
+    sync: Sync
+    credit: Credit = field(init=False)
+    metrics: MetricsFile = field(init=False)
+    step: int = 0
+    batches: int = 0
+    version: int = 0
+    num_tokens: int = 0
+    step_tokens: int = 0
+    best: dict[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        self.credit = Credit(self.recipe)
+        self.metrics = MetricsFile(self.run_dir.metrics)
+
+    @property
+    def learners(self) -> list[Learner]:
+        """What is trained, in the order it is: the critic first, so that its loss is of the values that were used."""
+        return [self.policy] if self.critic is None else [self.critic, self.policy]
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """Whether updates see another policy than the one that sampled (several a step, or dropout), or rewards KL."""
+        trainer = self.recipe.trainer
+        updates = trainer.update_epochs_per_batch * (trainer.train_batch_size // trainer.policy_mini_batch_size)
+        return updates > 1 or trainer.policy.model.lora.dropout > 0 or trainer.algorithm.use_kl_in_reward
+
+    @property
+    def total_steps(self) -> int:
+        """`trainer.max_steps` if set, else whole batches in `trainer.epochs` passes over the data."""
+        return total_steps(self.recipe, len(self.problems))
+
+    def draw_problems(self) -> list[Problem]:
+        """The next batch of problems: each epoch a new shuffle of the data, whole batches only."""
+        size = self.recipe.trainer.train_batch_size
+        epoch, batch = divmod(self.batches, len(self.problems) // size)
+        order = permutation(self.recipe.seed, "data", epoch, length=len(self.problems))
+        self.batches += 1
+        return [self.problems[i] for i in order[batch * size : (batch + 1) * size]]
+
+
+def total_steps(recipe: Recipe, num_problems: int) -> int:
+    """`trainer.max_steps` if set, else whole batches in `trainer.epochs` passes over so many problems."""
+    trainer = recipe.trainer
+    return trainer.max_steps or trainer.epochs * (num_problems // trainer.train_batch_size)
+
+
+def sync_tolerance(recipe: Recipe) -> float:
+    """The mean gap between engine and trainer that fails the run, in nats.
+
+    Top-p and top-k renormalise the engine's log-probabilities: with them no gap is the sync's fault, unless one is set.
+    """
+    sampling = recipe.generator.sampling_params
+    if recipe.trainer.sync_tolerance is None and (sampling.top_p < 1 or sampling.top_k > 0):
+        return math.inf
+    return recipe.trainer.sync_tolerance or DEFAULT_TOLERANCE[parallel.dtype_of(recipe)]
