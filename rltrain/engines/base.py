@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,6 +20,9 @@ ENGINES: dict[Backend, str] = {
     Backend.vllm: "rltrain.engines.vllm",
     Backend.transformers: "rltrain.engines.transformers",
 }
+
+WEIGHTS_AT_ONCE = 512 * 2**20
+"""Bytes of new weights that go to an engine in one message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +118,22 @@ def sample_seed(seed: int, index: int) -> int:
     """The seed of the `index`-th sample of a request, below 2^63; hashed, so that no two share a stream."""
     digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def in_parts(
+    weights: Iterable[tuple[str, torch.Tensor]], limit: int = WEIGHTS_AT_ONCE
+) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """The same weights as lists of at most `limit` bytes each; one tensor that is larger makes a list of its own."""
+    part: list[tuple[str, torch.Tensor]] = []
+    size = 0
+    for name, tensor in weights:
+        if part and size + tensor.nbytes > limit:
+            yield part
+            part, size = [], 0
+        part.append((name, tensor))
+        size += tensor.nbytes
+    if part:
+        yield part
 
 
 def check_prompts(requests: Sequence[Request], max_input_length: int) -> None:

@@ -11,18 +11,23 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read once, when vLLM is imported
 import vllm
+from vllm.config import set_current_vllm_config
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.lora.request import LoRARequest
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
 
+from harness.errors import UserError
 from harness.schema import Recipe, Sampling
 from harness.validate import VLLM_LORA_RANKS
-from rltrain.engines.base import EngineOptions, Request, Sample, check_prompts, sample_seed, unknown_member
+from rltrain import parallel
+from rltrain.engines.base import EngineOptions, Request, Sample, check_prompts, in_parts, sample_seed, unknown_member
 from rltrain.sync.proof import SyncError
 
 CPU_BATCHED_TOKENS = 4096
@@ -33,8 +38,8 @@ CPU_BLOCK_SIZE = 32
 
 
 def build(recipe: Recipe, model: Any, options: EngineOptions) -> VLLMEngine:
-    """An engine with the recipe's `generator` settings; the trainer's model serves only to know the device."""
-    device = next(model.parameters()).device
+    """An engine with the recipe's `generator` settings; the trainer's model, if it is here, only tells the device."""
+    device = parallel.device_of(recipe) if model is None else next(model.parameters()).device
     return VLLMEngine(recipe, options, on_cpu=device.type == "cpu")
 
 
@@ -51,6 +56,8 @@ class VLLMEngine:
         self._max_loras = options.max_loras
         self._adapters: dict[str, Any] = {}
         self._next_id = 1
+        self._reloading = False
+        self._tensor_parallel_size = generator.inference_engine_tensor_parallel_size
         self._sleeps = recipe.trainer.placement.colocate_all and not on_cpu
         longest = max(generator.sampling_params.max_generate_length, generator.eval_sampling_params.max_generate_length)
         max_model_len = generator.max_input_length + longest
@@ -59,7 +66,9 @@ class VLLMEngine:
             "dtype": str(options.dtype).removeprefix("torch."),
             "max_model_len": max_model_len,
             "max_num_seqs": generator.max_num_seqs,
-            "tensor_parallel_size": generator.inference_engine_tensor_parallel_size,
+            "tensor_parallel_size": self._tensor_parallel_size,
+            "distributed_executor_backend": _executor(self._tensor_parallel_size),
+            "worker_extension_cls": f"{__name__}.{WorkerExtension.__name__}",
             "gpu_memory_utilization": generator.gpu_memory_utilization,
             "enforce_eager": generator.enforce_eager,
             "enable_sleep_mode": self._sleeps,
@@ -84,11 +93,6 @@ class VLLMEngine:
                 "max_loras": options.max_loras,
             }
         with _process_state_kept():
-            if on_cpu:
-                platform = type(current_platform)
-                platform.get_punica_wrapper = classmethod(lambda _: f"{__name__}.{GroupedLoRA.__name__}")
-                # The sampler counts ranks with a compiled function: inductor would want a C++ compiler, and seconds.
-                platform.simple_compile_backend = "eager"
             self._llm = vllm.LLM(**settings)
 
     def generate(self, requests: Sequence[Request]) -> list[list[Sample]]:
@@ -125,8 +129,12 @@ class VLLMEngine:
     ) -> None:
         """As `load_adapter`, with nothing read from files."""
 
+        if self._tensor_parallel_size > 1:
+            # On their way to the worker processes; a GPU's memory would be rebuilt on that one GPU in all of them.
+            tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+
         def add(adapter: Any) -> None:
-            self._llm.collective_rpc(_add_adapter, args=(adapter.lora_int_id, tensors, config))
+            self._llm.collective_rpc("add_adapter", args=(adapter.lora_int_id, tensors, config))
 
         # vLLM wants a path, and would go there only for an adapter that it does not hold.
         self._serve(member, version, "/nowhere", tensors, add)
@@ -142,7 +150,7 @@ class VLLMEngine:
         adapter = LoRARequest(lora_name=name, lora_int_id=new_id, lora_path=path)
         add(adapter)
         trained = sum("lora_A" in name or "lora_embedding_A" in name for name in names)
-        for served in self._llm.collective_rpc(_modules_served, args=(new_id,)):
+        for served in self._llm.collective_rpc("modules_served", args=(new_id,)):
             if served != trained:
                 self._llm.llm_engine.remove_lora(new_id)
                 raise SyncError(f"vLLM took {served} of the {trained} modules of {member}'s adapter")
@@ -154,10 +162,21 @@ class VLLMEngine:
         if old is not None:
             self._llm.llm_engine.remove_lora(old.lora_int_id)
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Replace the model's weights, through vLLM's own reloading: its CPU kernels keep packed copies."""
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
-        self._llm.collective_rpc(_repack_head)
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], *, last: bool = True) -> None:
+        """Replace the model's weights, in one call or in several of which the last has `last` set.
+
+        Through vLLM's own reloading, layer by layer, for its kernels keep packed copies.
+        """
+        if not self._reloading:
+            self._llm.collective_rpc("start_reload")
+            self._reloading = True
+        for part in in_parts(weights):
+            if self._tensor_parallel_size > 1:
+                part = [(name, tensor.cpu()) for name, tensor in part]
+            self._llm.collective_rpc("reload_part", args=(part,))
+        if last:
+            self._llm.collective_rpc("finish_reload")
+            self._reloading = False
 
     def use_model(self, model: Any) -> None:
         """vLLM has weights of its own."""
@@ -208,6 +227,63 @@ class VLLMEngine:
         )
 
 
+class WorkerExtension:
+    """What our engine asks of vLLM's worker; vLLM makes it a base of its worker class, in whatever process that is."""
+
+    model_runner: Any
+    vllm_config: Any
+
+    def add_adapter(self, adapter_id: int, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+        """What the worker does with an adapter's folder, from the tensors that would be in it."""
+        manager = self.model_runner.lora_manager
+        helper = PEFTHelper.from_dict({**config, "vllm_max_position_embeddings": manager.max_position_embeddings})
+        helper.validate_legal(manager.lora_config)
+        dtype = manager.lora_config.lora_dtype
+        model = manager._adapter_manager.model
+        mapper = getattr(model, "hf_to_vllm_mapper", None)
+        adapter = manager._lora_model_cls.from_lora_tensors(
+            adapter_id,
+            # Copies, for vLLM multiplies B by the scale in place.
+            {name: tensor.to(manager.device, dtype, copy=True) for name, tensor in tensors.items()},
+            helper,
+            device=str(manager.device),
+            dtype=dtype,
+            model_vocab_size=manager.vocab_size,
+            weights_mapper=getattr(mapper, "get_rename_mapper", lambda: mapper)(),
+            skip_prefixes=getattr(model, "lora_skip_prefixes", None),
+        )
+        manager._adapter_manager.add_adapter(adapter)
+        manager._adapter_manager.activate_adapter(adapter_id)
+
+    def modules_served(self, adapter_id: int) -> int:
+        """How many of an adapter's modules vLLM applies: it packs q, k, v and gate, up, ignores others in silence."""
+        manager = self.model_runner.lora_manager._adapter_manager
+        packed = [
+            lora.lora_a for name, lora in manager.get_adapter(adapter_id).loras.items() if name in manager.modules
+        ]
+        return sum(sum(a is not None for a in lora_a) if isinstance(lora_a, list) else 1 for lora_a in packed)
+
+    def start_reload(self) -> None:
+        """Make the model ready for new weights."""
+        with set_current_vllm_config(self.vllm_config):
+            initialize_layerwise_reload(self.model_runner.get_model())
+
+    def reload_part(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+        """Load some of the new weights, as from a checkpoint."""
+        with set_current_vllm_config(self.vllm_config):
+            self.model_runner.get_model().load_weights(weights)
+
+    def finish_reload(self) -> None:
+        """Serve the new weights."""
+        model = self.model_runner.get_model()
+        with set_current_vllm_config(self.vllm_config):
+            finalize_layerwise_reload(model, self.model_runner.model_config)
+        # A head tied to the embedding has a packed copy of its own on a CPU, which vLLM's reloading leaves as it was.
+        head = getattr(model, "lm_head", None)
+        if head is not None and hasattr(head, "quant_method"):
+            head.quant_method.process_weights_after_loading(head)
+
+
 class GroupedLoRA(PunicaWrapperCPU):
     """vLLM's LoRA on a CPU with one pair of matrix products per adapter in the batch.
 
@@ -245,6 +321,14 @@ class GroupedLoRA(PunicaWrapperCPU):
                     part.index_add_(0, rows, x[rows] @ a @ b, alpha=scale)
 
 
+if current_platform.is_cpu():
+    # Set by importing this module, for that is all that the worker processes of tensor parallelism do with it.
+    _platform = type(current_platform)
+    _platform.get_punica_wrapper = classmethod(lambda _: f"{__name__}.{GroupedLoRA.__name__}")
+    # The sampler counts ranks with a compiled function: inductor would want a C++ compiler, and seconds.
+    _platform.simple_compile_backend = "eager"
+
+
 def _rows_by_slot(slot_N: torch.Tensor) -> list[tuple[int, torch.Tensor | None]]:
     """(slot, its rows) for each adapter in the batch; None stands for all rows."""
     slots = slot_N.unique().tolist()
@@ -259,41 +343,20 @@ def _sample(output: Any) -> Sample:
     return Sample(token_ids, logprobs, output.finish_reason)
 
 
-def _add_adapter(worker: Any, adapter_id: int, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
-    """What vLLM's worker does with an adapter's folder, from the tensors that would be in it."""
-    manager = worker.model_runner.lora_manager
-    helper = PEFTHelper.from_dict({**config, "vllm_max_position_embeddings": manager.max_position_embeddings})
-    helper.validate_legal(manager.lora_config)
-    dtype = manager.lora_config.lora_dtype
-    model = manager._adapter_manager.model
-    mapper = getattr(model, "hf_to_vllm_mapper", None)
-    adapter = manager._lora_model_cls.from_lora_tensors(
-        adapter_id,
-        # Copies, for vLLM multiplies B by the scale in place.
-        {name: tensor.to(manager.device, dtype, copy=True) for name, tensor in tensors.items()},
-        helper,
-        device=str(manager.device),
-        dtype=dtype,
-        model_vocab_size=manager.vocab_size,
-        weights_mapper=getattr(mapper, "get_rename_mapper", lambda: mapper)(),
-        skip_prefixes=getattr(model, "lora_skip_prefixes", None),
-    )
-    manager._adapter_manager.add_adapter(adapter)
-    manager._adapter_manager.activate_adapter(adapter_id)
+def _executor(tensor_parallel_size: int) -> str:
+    """Where vLLM's workers run: this process, processes of its own, or this process as one of several ranks.
 
-
-def _modules_served(worker: Any, adapter_id: int) -> int:
-    """How many of an adapter's modules vLLM applies (it ignores others in silence); q, k, v and gate, up are packed."""
-    manager = worker.model_runner.lora_manager._adapter_manager
-    packed = [lora.lora_a for name, lora in manager.get_adapter(adapter_id).loras.items() if name in manager.modules]
-    return sum(sum(a is not None for a in lora_a) if isinstance(lora_a, list) else 1 for lora_a in packed)
-
-
-def _repack_head(worker: Any) -> None:
-    """A head tied to the embedding has a packed copy of its own on a CPU, which vLLM's reloading leaves as it was."""
-    head = getattr(worker.model_runner.model, "lm_head", None)
-    if head is not None and hasattr(head, "quant_method"):
-        head.quant_method.process_weights_after_loading(head)
+    Always named, for where Ray runs vLLM may choose Ray's, which needs a placement group of its own.
+    """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        if tensor_parallel_size > 1:
+            raise UserError(
+                "an engine inside each of several training ranks cannot be split",
+                got=f"generator.inference_engine_tensor_parallel_size={tensor_parallel_size}",
+                fix="set it to 1, or trainer.placement.colocate_all=false",
+            )
+        return "external_launcher"
+    return "uni" if tensor_parallel_size == 1 else "mp"
 
 
 def _set_environment(cpu_kv_cache_gb: int | None) -> None:
@@ -319,15 +382,16 @@ def _random_state_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _process_state_kept() -> Iterator[None]:
-    """Starting vLLM on a CPU disables torch.set_num_threads and preloads libraries into every child process."""
+    """Starting vLLM on a CPU disables torch.set_num_threads and changes the environment of every child process."""
     set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
-    preload = os.environ.get("LD_PRELOAD")
+    before = {name: os.environ.get(name) for name in ("LD_PRELOAD", "LOCAL_WORLD_SIZE")}
     try:
         with _random_state_kept():
             yield
     finally:
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
-        os.environ.pop("LD_PRELOAD", None)
-        if preload is not None:
-            os.environ["LD_PRELOAD"] = preload
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
