@@ -93,6 +93,8 @@ class VLLMEngine:
                 "max_loras": options.max_loras,
             }
         with _process_state_kept():
+            if on_cpu:
+                os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # worker processes take what we have
             self._llm = vllm.LLM(**settings)
 
     def generate(self, requests: Sequence[Request]) -> list[list[Sample]]:
@@ -384,7 +386,7 @@ def _random_state_kept() -> Iterator[None]:
 def _process_state_kept() -> Iterator[None]:
     """Starting vLLM on a CPU disables torch.set_num_threads and changes the environment of every child process."""
     set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
-    before = {name: os.environ.get(name) for name in ("LD_PRELOAD", "LOCAL_WORLD_SIZE")}
+    before = {name: os.environ.get(name) for name in ("LD_PRELOAD", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")}
     try:
         with _random_state_kept():
             yield

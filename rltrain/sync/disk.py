@@ -40,7 +40,8 @@ class DiskSync:
         if engine.shares_weights:
             return
         folder = self._root / member / f"v{version:06d}"
-        self._once(lambda: write_adapter(model, member, folder))
+        tensors, config = adapter_tensors(model, member), adapter_config(model, member)
+        self._once(lambda: write_tensors(tensors, config, folder))
         engine.load_adapter(member, version, folder)
         self._once(lambda: _remove_others(folder))
 
