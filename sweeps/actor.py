@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import gc
-import os
-import sys
 import traceback
 from collections.abc import Generator, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray.tune import Trainable
 
 from harness import recipe as recipes
 from harness.rundir import RunDir, Status
+from rltrain.parallel import needs_workers
+from rltrain.quiet import redirect_output
 from sweeps.locks import KernelLock
 
 if TYPE_CHECKING:
@@ -75,9 +74,11 @@ class TrialActor(Trainable):
 
         quiet_libraries()
         from rltrain.pack import Pack
-        from rltrain.trainer import train
+        from rltrain.trainer import run, train
 
         recipe = recipes.read(run_dir.recipe)
+        if needs_workers(recipe):
+            return run(recipe, run_dir)
         if self._pack is not None and not self._pack.can_hold(recipe):
             self._pack.close()
             self._pack = None
@@ -92,7 +93,7 @@ class TrialActor(Trainable):
         if not self._lock.acquire(TAKEOVER_SECONDS):
             self._lock = None
             raise RuntimeError(f"another process still writes {run_dir.path}")
-        _redirect_output(run_dir.log)
+        redirect_output(run_dir.log)
 
     def _leave(self) -> None:
         """Let go of the trial: a training stopped early leaves its pack."""
@@ -105,16 +106,6 @@ class TrialActor(Trainable):
         if self._lock is not None:
             self._lock.release()
             self._lock = None
-
-
-def _redirect_output(log: Path) -> None:
-    """Send everything this process prints, native code included, to a file's end."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
 
 
 def _record(run_dir: RunDir, error: Exception) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from harness.errors import UserError
 from harness.paths import shown
 from harness.rundir import RunDir, Status, place, write_text
 from harness.schema import Recipe
-from rltrain.parallel import visible_gpus
+from rltrain.parallel import address_of, visible_gpus
 from rltrain.preflight import check_run
 from sweeps import plan as plans
 from sweeps import trials, tune
@@ -114,7 +113,7 @@ def _check_places(recipe: Recipe) -> None:
     """Trials that run at once must each have their GPUs; a cluster's are for Ray to count."""
     assert recipe.sweep is not None
     wanted, there = trials.gpus_per_trial(recipe) * recipe.sweep.max_concurrent, visible_gpus()
-    if recipe.sweep.max_concurrent > 1 and wanted > there and not os.environ.get("RAY_ADDRESS"):
+    if recipe.sweep.max_concurrent > 1 and wanted > there and address_of(recipe) is None:
         raise UserError("not enough GPUs for sweep.max_concurrent", got=f"{wanted} asked, {there} there",
                         fix="sweep.max_concurrent=1")  # fmt: skip
 

@@ -12,8 +12,9 @@ from harness import manifest
 from harness import recipe as recipes
 from harness.metrics import MetricsFile
 from harness.rundir import RunDir, Status
-from harness.schema import Device, Recipe
-from rltrain.parallel import visible_gpus
+from harness.schema import Recipe
+from harness.validate import num_processes
+from rltrain.parallel import bundles, needs_workers, uses_gpus
 from sweeps.plan import Plan
 from sweeps.space import PLACES
 from sweeps.study import Study, Trial
@@ -36,17 +37,22 @@ def engine_rank(plan: Plan) -> int | None:
 
 
 def cpus_per_trial(recipe: Recipe) -> int:
-    """CPU cores that one trial computes with."""
+    """CPU threads that each process of a trial computes with."""
     assert recipe.sweep is not None
-    return recipe.trainer.num_threads or max(1, (os.cpu_count() or 1) // recipe.sweep.max_concurrent)
+    together = recipe.sweep.max_concurrent * num_processes(recipe)
+    return recipe.trainer.num_threads or max(1, (os.cpu_count() or 1) // together)
+
+
+def trial_bundles(recipe: Recipe) -> list[dict[str, float]]:
+    """What one trial holds: its process, and the bundles of its ranks and engines where it has any apart."""
+    if needs_workers(recipe):
+        return [{"CPU": 1.0}, *bundles(recipe)]
+    return [{"CPU": float(cpus_per_trial(recipe)), "GPU": float(uses_gpus(recipe))}]
 
 
 def gpus_per_trial(recipe: Recipe) -> int:
     """GPUs that one trial holds; 0 when it trains on the CPU."""
-    placement = recipe.trainer.placement
-    if placement.device is Device.cpu or (placement.device is Device.auto and visible_gpus() == 0):
-        return 0
-    return placement.policy_num_gpus_per_node * placement.policy_num_nodes
+    return int(sum(bundle.get("GPU", 0.0) for bundle in trial_bundles(recipe)))
 
 
 def trial_values(plan: Plan, trial: Trial) -> dict[str, Any]:

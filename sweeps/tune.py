@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from harness.rundir import RunDir
+from harness.schema import Recipe
+from rltrain.cluster import cluster
+from rltrain.parallel import address_of
 from sweeps import trials
-from sweeps.cluster import cluster
 from sweeps.ledger import Ledger
 from sweeps.progress import Progress
 from sweeps.study import Study
@@ -23,10 +25,19 @@ def run(sweep_dir: RunDir, study: Study, progress: Progress, actor: Callable[[],
     """
     ledger = Ledger(sweep_dir, study, progress)
     try:
-        with cluster(study.plan.recipe, sweep_dir.path) as scratch, terminable(), progress:
+        with _cluster(study.plan.recipe, sweep_dir.path) as scratch, terminable(), progress:
             _fit(ledger, actor or trial_actor, scratch)
     finally:
         ledger.stamp()
+
+
+def _cluster(recipe: Recipe, owner: Path) -> contextlib.AbstractContextManager[Path]:
+    """Ray with room for all trials that run at once; yields the folder for Tune's own files."""
+    assert recipe.sweep is not None
+    places, needs = recipe.sweep.max_concurrent, trials.trial_bundles(recipe)
+    cpus, gpus = (places * sum(bundle.get(kind, 0.0) for bundle in needs) for kind in ("CPU", "GPU"))
+    return cluster(owner, cpus=cpus, gpus=gpus, threads=trials.cpus_per_trial(recipe), address=address_of(recipe),
+                   scratch="tune")  # fmt: skip
 
 
 def trial_actor() -> type:
@@ -42,8 +53,7 @@ def _fit(ledger: Ledger, actor: Callable[[], type], scratch: Path) -> None:
     from sweeps.searcher import PrunerScheduler, StudySearcher
 
     recipe = ledger.study.plan.recipe
-    gpus = trials.gpus_per_trial(recipe)
-    resources = {"cpu": trials.cpus_per_trial(recipe), "gpu": gpus}
+    resources = tune.PlacementGroupFactory(trials.trial_bundles(recipe))
     tuner = tune.Tuner(
         tune.with_resources(actor(), resources),
         tune_config=tune.TuneConfig(
@@ -51,7 +61,7 @@ def _fit(ledger: Ledger, actor: Callable[[], type], scratch: Path) -> None:
             scheduler=PrunerScheduler(ledger),
             num_samples=ledger.study.num_left,
             # vLLM does not give all GPU memory back: there, a process per trial.
-            reuse_actors=gpus == 0,
+            reuse_actors=trials.gpus_per_trial(recipe) == 0,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(

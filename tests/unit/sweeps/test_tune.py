@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from harness.paths import PROJECT
-from sweeps import cluster, tune
+from rltrain import cluster
+from sweeps import tune
 from sweeps.progress import Progress
 from sweeps.study import Study
 from tests.unit.sweeps.curves import DIES, IS_NAN, RAISES, RANK, begin, curve_actor, recipe_of
@@ -53,20 +54,9 @@ def test_every_way_a_trial_can_end(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_workers_find_the_project_and_the_users_modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", "/somewhere/else")
-    recipe = recipe_of()
-    recipe.trainer.num_threads = 3
-    environment = cluster.worker_environment(recipe)
+    environment = cluster.worker_environment(3)
     assert environment["PYTHONPATH"].split(":") == [str(PROJECT), str(tmp_path), "/somewhere/else"]
     assert environment["OMP_NUM_THREADS"] == "3"
-
-
-def test_ray_listens_on_loopback_unless_a_cluster_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    local = cluster._options(recipe_of(max_concurrent=3), tmp_path)
-    assert local["num_cpus"] == 3
-    assert local["include_dashboard"] is False
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert {"num_cpus", "_temp_dir"}.isdisjoint(cluster._options(recipe_of(), tmp_path))
 
 
 def test_rays_directory_is_short_and_the_sweeps_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
-"""Ray for one sweep: quiet, on loopback, with a short-lived directory; or a running cluster (RAY_ADDRESS)."""
+"""Ray for one run or sweep: quiet, on loopback, with a short-lived directory; or a running cluster."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -14,8 +15,6 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 
 from harness.paths import PROJECT
-from harness.schema import Recipe
-from sweeps.trials import cpus_per_trial, gpus_per_trial
 
 # Ray and Tune read these when they are imported: nothing of Ray is imported before `cluster` has set them.
 QUIET = {
@@ -44,25 +43,36 @@ LONGEST_ROOT = 30
 
 
 @contextlib.contextmanager
-def cluster(recipe: Recipe, sweep_dir: Path) -> Iterator[Path]:
-    """Ray is up inside; yields a folder for Tune's own files. Afterwards nothing of either is left on this machine."""
-    os.environ.update(QUIET if os.environ.get("RAY_ADDRESS") else QUIET | LOOPBACK)
-    root = _scratch(sweep_dir)
+def cluster(
+    owner: Path, *, cpus: float, gpus: float, threads: int, address: str | None, scratch: str = "scratch"
+) -> Iterator[Path]:
+    """Ray is up inside, with room for so many CPUs and GPUs; yields a folder. Nothing of either is left afterwards.
+
+    `owner` is the directory of the run or sweep that it is for, `threads` those of each process, `address` that of a
+    running cluster, None for this machine alone. The caller holds the owner's lock.
+    """
+    os.environ.update(QUIET if address else QUIET | LOOPBACK)
+    root = _scratch(owner)
     _clear(root)
-    (root / "tune").mkdir(parents=True)
+    (root / scratch).mkdir(parents=True)
     import ray
 
     logging.getLogger("ray").setLevel(logging.CRITICAL)
+    options = {
+        "log_to_driver": False,
+        "configure_logging": False,
+        "runtime_env": {"env_vars": worker_environment(threads)},
+    }
     try:
-        _start(_options(recipe, root))
-        yield root / "tune"
+        _start(options | ({"address": address} if address else _alone(root, cpus, gpus)))
+        yield root / scratch
     finally:
         ray.shutdown()
         shutil.rmtree(root, ignore_errors=True)
 
 
 def _clear(root: Path) -> None:
-    """End and remove what a killed process left of this sweep; the caller holds its lock, so nothing else uses it.
+    """End and remove what a killed process left of this owner; its lock is held, so nothing else uses it.
 
     Most of Ray dies with the process that started it, but its agents linger for minutes.
     """
@@ -95,42 +105,32 @@ def _start(options: dict[str, object]) -> None:
                 raise
 
 
-def _options(recipe: Recipe, root: Path) -> dict[str, object]:
-    assert recipe.sweep is not None
-    options: dict[str, object] = {
-        "log_to_driver": False,
-        "configure_logging": False,
-        "runtime_env": {"env_vars": worker_environment(recipe)},
-    }
-    if os.environ.get("RAY_ADDRESS"):
-        return options
-    places = recipe.sweep.max_concurrent
-    return options | {
-        "num_cpus": places * cpus_per_trial(recipe),
-        "num_gpus": places * gpus_per_trial(recipe),
+def _alone(root: Path, cpus: float, gpus: float) -> dict[str, object]:
+    return {
+        "num_cpus": math.ceil(cpus),
+        "num_gpus": math.ceil(gpus),
         "include_dashboard": False,
         "_temp_dir": str(root / "ray"),
         "object_store_memory": OBJECT_STORE_BYTES,
     }
 
 
-def worker_environment(recipe: Recipe) -> dict[str, str]:
-    """Environment of the processes that run trials: threads as the recipe says, and the project importable."""
-    threads = str(cpus_per_trial(recipe))
+def worker_environment(threads: int) -> dict[str, str]:
+    """Environment of Ray's processes: threads as the recipe says, and the project importable."""
     path = [str(PROJECT), str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         **QUIET,
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": os.pathsep.join(path),
     }
 
 
-def _scratch(sweep_dir: Path) -> Path:
-    """A short path of this sweep's own, the same each time, so that a resumed sweep clears what a killed one left."""
+def _scratch(owner: Path) -> Path:
+    """A short path of this owner's own, the same each time, so that a resumed sweep clears what a killed one left."""
     root = Path(tempfile.gettempdir())
     if len(str(root)) > LONGEST_ROOT:
         root = Path("/tmp")
-    own = hashlib.sha256(str(sweep_dir).encode()).hexdigest()[:10]
+    own = hashlib.sha256(str(owner).encode()).hexdigest()[:10]
     return root / f"noregret-{os.getuid()}-{own}"

@@ -1,0 +1,182 @@
+"""A run on several processes: Ray places the ranks, torch's process group joins them."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from harness.errors import UserError
+from harness.rundir import RunDir
+from harness.schema import Recipe
+from harness.validate import num_processes
+from rltrain.cluster import cluster, worker_environment
+from rltrain.parallel import address_of, bundles, device_of, uses_gpus
+from rltrain.quiet import quiet_libraries, redirect_output
+from rltrain.trainer import Report, recorded_failure
+
+if TYPE_CHECKING:
+    from rltrain.pack import Pack
+
+# How long a cluster may take to find the places it has said it has, and a rank to give its engine's memory back.
+PLACING_SECONDS = 300.0
+CLOSING_SECONDS = 60.0
+
+
+def run_on_workers(recipe: Recipe, run_dir: RunDir) -> Iterator[Report]:
+    """Train a run on a group of processes; a report after every step. Any failure is recorded.
+
+    Inside a Ray task or actor (a trial of a sweep) its own placement group must hold the bundles, after its own.
+    """
+    with recorded_failure(run_dir), contextlib.ExitStack() as stack:
+        if not ray.is_initialized():
+            needs = bundles(recipe)
+            cpus, gpus = (sum(bundle[kind] for bundle in needs) for kind in ("CPU", "GPU"))
+            stack.enter_context(
+                cluster(run_dir.path, cpus=cpus, gpus=gpus, threads=_threads(recipe), address=address_of(recipe))
+            )
+        yield from stack.enter_context(WorkerGroup(recipe, run_dir)).reports()
+
+
+class WorkerGroup:
+    """The ranks of one run, in step with each other; a context manager that ends their processes."""
+
+    def __init__(self, recipe: Recipe, run_dir: RunDir) -> None:
+        self._recipe = recipe
+        self._run_dir = run_dir
+        self._own: PlacementGroup | None = None
+        self._ranks: list[Any] = []
+
+    def __enter__(self) -> WorkerGroup:
+        try:
+            self._place()
+            address = _get(self._ranks[:1], "address")[0]
+            _get(self._ranks, "start", address, self._recipe, self._run_dir)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def reports(self) -> Iterator[Report]:
+        """The first rank's reports; all ranks take each step together."""
+        while True:
+            report: Report = _get(self._ranks, "advance")[0]
+            if report.done:
+                # Engines and process group go in order before anyone is told that the run is over.
+                _get(self._ranks, "close", timeout=CLOSING_SECONDS)
+            yield report
+            if report.done:
+                return
+
+    def __exit__(self, *_: object) -> None:
+        for rank in self._ranks:
+            ray.kill(rank)
+        if self._own is not None:
+            remove_placement_group(self._own)
+
+    def _place(self) -> None:
+        """Start the ranks where the placement group holds room for them."""
+        needs = bundles(self._recipe)
+        group, first = ray.util.get_current_placement_group(), 1
+        if group is None:
+            group = self._own = _reserve(needs, apart=not self._recipe.trainer.placement.colocate_all)
+            first = 0
+        threads, per_node = _threads(self._recipe), self._recipe.trainer.placement.policy_num_gpus_per_node
+        for rank in range(num_processes(self._recipe)):
+            place = PlacementGroupSchedulingStrategy(
+                group, placement_group_bundle_index=first + rank // per_node, placement_group_capture_child_tasks=True
+            )
+            options = {
+                "num_cpus": threads, "num_gpus": int(uses_gpus(self._recipe)), "scheduling_strategy": place,
+                "runtime_env": {"env_vars": worker_environment(threads)},
+            }  # fmt: skip
+            self._ranks.append(ray.remote(Rank).options(**options).remote(rank))
+
+
+class Rank:
+    """One training process, a Ray actor: forms the process group with the others and trains in step with them."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._pack: Pack | None = None
+        self._reports: Iterator[Report] = iter(())
+
+    def address(self) -> tuple[str, int]:
+        """Where the ranks can meet: this node's address and a port that is free now."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def start(self, address: tuple[str, int], recipe: Recipe, run_dir: RunDir) -> None:
+        """Join the process group, load the base, start the engine, and have the run join the pack."""
+        redirect_output(run_dir.log)
+        quiet_libraries()
+        from rltrain.pack import Pack
+        from rltrain.ranks import Ranks
+        from rltrain.trainer import training
+
+        ranks = Ranks.form(self._rank, num_processes(recipe), address, device_of(recipe))
+        self._pack = Pack.open(recipe, ranks=ranks)
+        self._reports = training(self._pack, self._pack.join(recipe, run_dir))
+
+    def advance(self) -> Report:
+        """Train up to the next report."""
+        return next(self._reports)
+
+    def close(self) -> None:
+        """Give the engine's and the model's memory back; the process group goes with the engine."""
+        if self._pack is not None:
+            self._pack.close()
+
+
+def _threads(recipe: Recipe) -> int:
+    return recipe.trainer.num_threads or 1
+
+
+def _reserve(needs: Sequence[dict[str, float]], *, apart: bool) -> PlacementGroup:
+    """A placement group of a run's own; raises UserError, with what there is, when the cluster has no room for it."""
+    there = ray.cluster_resources()
+    asked = {kind: sum(bundle[kind] for bundle in needs) for kind in ("CPU", "GPU")}
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    # Ranks of several nodes are one bundle a node; engines apart go where there is room.
+    strategy = "STRICT_SPREAD" if len(needs) > 1 and not apart else "PACK"
+    short = any(asked[kind] > there.get(kind, 0.0) for kind in asked) or (strategy != "PACK" and len(needs) > nodes)
+    group = None if short else placement_group([{k: v for k, v in b.items() if v} for b in needs], strategy=strategy)
+    if group is None or not group.wait(PLACING_SECONDS):
+        if group is not None:
+            remove_placement_group(group)
+        raise UserError(
+            "the Ray cluster has no room for trainer.placement",
+            got=f"asked for {asked['CPU']:g} CPUs and {asked['GPU']:g} GPUs in {len(needs)} bundles",
+            allowed=f"{there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs on {nodes} nodes",
+            fix="lower trainer.placement.policy_num_nodes, policy_num_gpus_per_node or generator.num_inference_engines",
+        )
+    return group
+
+
+def _get(ranks: Sequence[Any], method: str, *args: object, timeout: float | None = None) -> list[Any]:
+    """Call a method on all ranks at once; the first failure of any is raised, though others still wait for it."""
+    calls = [getattr(rank, method).remote(*args) for rank in ranks]
+    waiting = list(calls)
+    while waiting:
+        done, waiting = ray.wait(waiting, num_returns=1, timeout=timeout)
+        if not done:
+            raise TimeoutError(f"{len(waiting)} of {len(ranks)} ranks did not finish {method!r} in {timeout:g} s")
+        try:
+            ray.get(done)
+        except RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, Exception) else error) from None
+        except RayActorError as error:
+            rank = calls.index(done[0])
+            raise RuntimeError(f"training process {rank} of {len(ranks)} died: {_first_line(error)}") from None
+    return list(ray.get(calls))
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
