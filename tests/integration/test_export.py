@@ -1,0 +1,227 @@
+"""Exported policies in other programs' hands: plain PEFT, plain transformers, and `vllm serve` over HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from harness import export as command
+from harness import manifest
+from harness import recipe as recipes
+from harness.errors import UserError
+from harness.rundir import RunDir, write_json
+from harness.schema import Recipe
+from rltrain import export
+from rltrain.data import load_examples
+from rltrain.pack import Pack
+from rltrain.trainer import train
+from tests.integration.vllm_server import ask, serving
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A short run with what its trained policy, and its base, say of `tokens`: log-probabilities `[T]`."""
+
+    run: RunDir
+    recipe: Recipe
+    tokens: torch.Tensor
+    logprobs: torch.Tensor
+    base: torch.Tensor
+
+
+@torch.no_grad()
+def _logprobs(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    logits = model(input_ids=tokens[None], use_cache=False).logits[0, :-1].float()
+    return torch.log_softmax(logits, dim=-1).gather(-1, tokens[1:, None]).squeeze(-1)
+
+
+def _train(folder: Path, small_data: list[str], *overrides: str) -> Trained:
+    recipe = recipes.load("quickstart", [*small_data, *overrides])
+    recipe.sweep = None
+    run = RunDir(folder)
+    run.create(recipes.to_yaml(recipe), manifest.build(recipe, kind="run", name=folder.name, source="quickstart"))
+    pack = Pack.open(recipe)
+    chat = [*load_examples(recipe.data.val_data)[0].prompt, {"role": "assistant", "content": "3+4=7\n#### 7"}]
+    tokens = pack.tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=False)[0]
+    base = _logprobs(pack.model, tokens)
+    for _ in train(pack, pack.join(recipe, run)):
+        pass
+    trained = Trained(run, recipe, tokens, _logprobs(pack.model.eval(), tokens), base)
+    pack.close()
+    return trained
+
+
+@pytest.fixture(scope="module")
+def trained(small_data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A few steps of LoRA, at a rate that moves the policy well away from its base."""
+    return _train(tmp_path_factory.mktemp("runs") / "lora", small_data, "trainer.policy.optimizer_config.lr=3e-3")
+
+
+@pytest.fixture
+def exported(trained: Trained, tmp_path: Path) -> Callable[..., Path]:
+    """The command's output folder for some of its options."""
+
+    def make(*options: str, run: RunDir = trained.run, name: str = "exported") -> Path:
+        folder = tmp_path / name
+        assert command.main([str(run.path), "--output", str(folder), *options]) == 0
+        assert [path.name for path in folder.parent.iterdir() if path.name.startswith(".")] == []
+        return folder
+
+    return make
+
+
+def test_the_adapter_in_plain_peft_is_the_trainers(trained: Trained, exported: Callable[..., Path]) -> None:
+    folder = exported()
+    named = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert Path(named).is_absolute()
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(named), folder).eval()
+    assert (trained.logprobs - trained.base).abs().max() > 0.1
+    torch.testing.assert_close(_logprobs(model, trained.tokens), trained.logprobs, atol=1e-6, rtol=0)
+    _assert_tokenizer_of(folder, trained.recipe.trainer.policy.model.path)
+
+
+def test_the_merged_model_is_a_plain_one_and_the_trainers(trained: Trained, exported: Callable[..., Path]) -> None:
+    folder = exported("--merged")
+    assert not list(folder.glob("adapter*"))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    assert model.dtype is torch.float32
+    torch.testing.assert_close(_logprobs(model, trained.tokens), trained.logprobs, atol=1e-5, rtol=1e-5)
+    base = trained.recipe.trainer.policy.model.path
+    _assert_tokenizer_of(folder, base)
+    ours, its = (GenerationConfig.from_pretrained(path).to_dict() for path in (folder, base))
+    assert ours == its
+
+
+def _assert_tokenizer_of(folder: Path, base: str) -> None:
+    own, its = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(base)
+    chat = [{"role": "user", "content": "Ann's 12 pens cost $3.50 — each?"}]
+    assert own.chat_template == its.chat_template
+    assert own.apply_chat_template(chat) == its.apply_chat_template(chat)
+    assert (own.eos_token_id, own.pad_token_id) == (its.eos_token_id, its.pad_token_id)
+
+
+def test_the_card_says_what_it_is(trained: Trained, exported: Callable[..., Path]) -> None:
+    card = (exported() / "README.md").read_text()
+    record = trained.run.read_manifest()
+    assert record["recipe"]["digest"] in card
+    assert record["model"]["digest"] in card
+    result = record["result"]
+    accuracy, base = result["metrics"][export.ACCURACY], result["base"][export.ACCURACY]
+    assert f"| held-out accuracy | {accuracy:.3f} (base {base:.3f}) |" in card
+    assert "| policy | final: step 4, of a run that is COMPLETE |" in card
+    assert "--enable-lora --max-lora-rank 8 --lora-modules noregret=FOLDER" in card
+
+
+def test_best_is_the_best_evaluations(trained: Trained, exported: Callable[..., Path]) -> None:
+    folder = exported("--which", "best")
+    name = "adapter_model.safetensors"
+    assert (folder / name).read_bytes() == (trained.run.adapter / "best" / name).read_bytes()
+    best = trained.run.read_manifest()["result"]["best"]
+    card = (folder / "README.md").read_text()
+    assert f"best: step {best['step']}" in card
+    assert f"| held-out accuracy | {best[export.ACCURACY]:.3f} " in card
+
+
+def test_full_fine_tuning_gives_a_plain_model(
+    small_data: list[str], tmp_path: Path, exported: Callable[..., Path]
+) -> None:
+    full = _train(
+        tmp_path / "full", small_data, "trainer.policy.model.lora.rank=0", "trainer.policy.model.lora.sync=merge",
+        "trainer.max_steps=1", "trainer.policy.optimizer_config.lr=1e-3",
+    )  # fmt: skip
+    folder = exported(run=full.run)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert (full.logprobs - full.base).abs().max() > 0.01
+    torch.testing.assert_close(_logprobs(model, full.tokens), full.logprobs, atol=1e-6, rtol=0)
+    _assert_tokenizer_of(folder, full.recipe.trainer.policy.model.path)
+    assert "LoRA" not in (folder / "README.md").read_text()
+
+
+def test_merged_weights_have_the_bases_dtype(trained: Trained, tmp_path: Path, exported: Callable[..., Path]) -> None:
+    path = trained.recipe.trainer.policy.model.path
+    small = tmp_path / "bfloat16"
+    AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).save_pretrained(small)
+    AutoTokenizer.from_pretrained(path).save_pretrained(small)
+    model = AutoModelForCausalLM.from_pretrained(exported("--merged", run=_on_base(trained, small)), dtype="auto")
+    assert model.dtype is torch.bfloat16
+    gap = (_logprobs(model.eval(), trained.tokens) - trained.logprobs).abs()
+    assert gap.mean() < 0.1 * (trained.logprobs - trained.base).abs().mean()
+
+
+def _on_base(trained: Trained, base: Path) -> RunDir:
+    """The trained run as if it had been one on another base."""
+    recipe = recipes.with_values(trained.recipe, {"trainer.policy.model.path": str(base)})
+    run = RunDir(base.with_name(f"run-{base.name}"))
+    shutil.copytree(trained.run.path, run.path)
+    run.recipe.write_text(recipes.to_yaml(recipe))
+    own = manifest.build(recipe, kind="run", name="run", source="quickstart")
+    write_json(run.manifest, {**trained.run.read_manifest(), "recipe": own["recipe"], "model": own["model"]})
+    return run
+
+
+def test_a_base_that_is_not_the_one_trained_on_is_refused(
+    trained: Trained, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in tiny_model_dir.iterdir():
+        if file.is_file():
+            shutil.copy(file, base)
+    run = _on_base(trained, base)
+    export.plan(run.path, tmp_path / "out")
+    manifest.digest_path.cache_clear()
+    (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-4] + b"\0\0\0\1")
+    with pytest.raises(UserError, match="changed since the run"):
+        export.plan(run.path, tmp_path / "out")
+    shutil.rmtree(base)
+    with pytest.raises(UserError, match="base model is gone"):
+        export.plan(run.path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("options", [[], ["--merged"]])
+def test_what_fails_leaves_nothing(trained: Trained, tmp_path: Path, options: list[str]) -> None:
+    run = RunDir(tmp_path / "run")
+    shutil.copytree(trained.run.path, run.path)
+    damaged = run.adapter / "final" / ("adapter_model.safetensors" if options else "adapter_config.json")
+    damaged.write_bytes(damaged.read_bytes()[:40])
+    with pytest.raises((SafetensorError, json.JSONDecodeError)):
+        command.main([str(run.path), "--output", str(tmp_path / "out"), *options])
+    assert os.listdir(tmp_path) == ["run"]
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(420)
+def test_vllm_serve_answers_as_the_policy(
+    trained: Trained, exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    merged, adapter = exported("--merged", name="merged"), exported(name="adapter")
+    model = AutoModelForCausalLM.from_pretrained(merged).eval()
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    prompt = load_examples(trained.recipe.data.val_data)[1].prompt
+    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+    greedy = model.generate(ids, do_sample=False, max_new_tokens=48)[0, ids.shape[1] :].tolist()
+    base = trained.recipe.trainer.policy.model.path
+    lora = ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"noregret={adapter}"]
+    # Both start at once: a start is mostly three processes' imports, one after another.
+    with (
+        serving(merged, tmp_path_factory.mktemp("m")) as whole,
+        serving(Path(base), tmp_path_factory.mktemp("a"), *lora) as with_adapter,
+    ):
+        for server, name in ((whole, str(merged)), (with_adapter, "noregret")):
+            server.wait_until_up()
+            answer = ask(server, name, prompt, max_tokens=48)
+            assert answer["prompt_token_ids"] == ids[0].tolist()
+            assert answer["choices"][0]["token_ids"] == greedy
+    assert not whole.alive()
+    assert not with_adapter.alive()
