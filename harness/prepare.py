@@ -1,4 +1,4 @@
-"""Prepare data, and the tiny model: `python -m harness.prepare {gsm8k,tiny_gsm} --output-dir DIR`."""
+"""Prepare data, and the tiny model: `python -m harness.prepare {gsm8k,math,tiny_gsm} --output-dir DIR`."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ def main(argv: list[str]) -> int:
         args.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError("cannot use the output folder", got=f"{args.output_dir}: {error.strerror}") from None
-    if args.task == "gsm8k":
-        _prepare_gsm8k(args)
-    else:
+    if args.task == "tiny_gsm":
         _prepare_tiny_gsm(args)
+    else:
+        _prepare_data(args)
     return 0
 
 
-def _prepare_gsm8k(args: argparse.Namespace) -> None:
-    from rltrain.envs import gsm8k
+def _prepare_data(args: argparse.Namespace) -> None:
+    from rltrain.envs import get_env
 
-    rows = gsm8k.prepare(args.source, args.output_dir)
+    rows = get_env(args.task).prepare(args.source, args.output_dir)
     for split, count in rows.items():
         print(f"{args.output_dir / split}.parquet: {count:,} problems")
 
@@ -48,17 +48,18 @@ def _prepare_tiny_gsm(args: argparse.Namespace) -> None:
 
 def _parser() -> Parser:
     parser = Parser(prog="harness.prepare", description="Make data files, or the tiny model, for recipes to use.")
-    tasks = parser.add_subparsers(dest="task", required=True, metavar="{gsm8k,tiny_gsm}")
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="{gsm8k,math,tiny_gsm}")
 
-    gsm8k = tasks.add_parser("gsm8k", help="GSM8K as train.parquet and validation.parquet")
-    gsm8k.add_argument("--output-dir", type=Path, required=True)
-    gsm8k.add_argument(
-        "--source",
-        type=Path,
-        nargs="+",
-        metavar="FILE",
-        help="JSONL or parquet files named *train* and *test* (default: the hub)",
-    )
+    for task, data in (("gsm8k", "GSM8K"), ("math", "MATH, or files of its or DeepMath's columns,")):
+        parser_of_task = tasks.add_parser(task, help=f"{data} as train.parquet and validation.parquet")
+        parser_of_task.add_argument("--output-dir", type=Path, required=True)
+        parser_of_task.add_argument(
+            "--source",
+            type=Path,
+            nargs="+",
+            metavar="FILE",
+            help="JSONL or parquet files named *train* and *test* (default: the hub)",
+        )
 
     tiny_gsm = tasks.add_parser("tiny_gsm", help="word problems, and a tiny base model trained on them from nothing")
     tiny_gsm.add_argument("--output-dir", type=Path, required=True)

@@ -31,14 +31,33 @@ def test_gsm8k_from_the_real_files(gsm8k_dir: Path, tmp_path: Path, capsys: pyte
     assert "validation.parquet: 1,319 problems" in out
 
 
-def test_without_the_hub_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_math_from_local_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "train.jsonl").write_text('{"problem": "p", "solution": "It is $\\\\boxed{2}$."}\n')
+    (tmp_path / "test.jsonl").write_text('{"question": "q", "final_answer": "Yes"}\n' * 2)
+    source = [str(tmp_path / "train.jsonl"), str(tmp_path / "test.jsonl")]
+    assert main(["math", "--output-dir", str(tmp_path / "out"), "--source", *source]) == 0
+    out = capsys.readouterr().out
+    assert "train.parquet: 1 problems" in out
+    assert "validation.parquet: 2 problems" in out
+    examples = load_examples([tmp_path / "out" / "train.parquet", tmp_path / "out" / "validation.parquet"])
+    assert [(example.env_class, example.ground_truth) for example in examples] == [
+        ("math", "2"),
+        ("math", "Yes"),
+        ("math", "Yes"),
+    ]
+
+
+@pytest.mark.parametrize(("task", "repository"), [("gsm8k", "openai/gsm8k"), ("math", "EleutherAI/hendrycks_math")])
+def test_without_the_hub_it_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, repository: str
+) -> None:
     import huggingface_hub.constants as constants
 
     # The real client, told to stay offline and with an empty cache: the same error as with no network, at once.
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
-    with pytest.raises(UserError, match="cannot download openai/gsm8k") as raised:
-        main(["gsm8k", "--output-dir", str(tmp_path / "out")])
+    with pytest.raises(UserError, match=f"cannot download {repository}") as raised:
+        main([task, "--output-dir", str(tmp_path / "out")])
     assert "--source train.jsonl test.jsonl" in str(raised.value)
 
 

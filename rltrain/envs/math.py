@@ -1,0 +1,305 @@
+"""Competition mathematics, scored on the last `\\boxed{}` by math-verify.
+
+For MATH (Hendrycks et al. 2021, arXiv:2103.03874) and DeepMath-103K (He et al. 2025, arXiv:2504.11456).
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.errors import UserError
+
+PROMPT_SUFFIX = "Let's think step by step and put the final answer in \\boxed{}."
+LONGEST = 500
+"""Characters of an answer that math-verify is asked about; longer ones must equal the truth's text."""
+CPU_SECONDS = 5
+"""What one comparison may cost. CPU time, not the clock's: a busy machine gives the same rewards."""
+MEMORY_BYTES = 4 << 30
+
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+_BARE = re.compile(r"[^\s$]+")  # \boxed 5
+_TEXT = re.compile(r"\\(?:text(?:bf|it|rm|sf)?|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
+_SPACING = re.compile(r"\\[,!;: ]|\\(?:left|right|displaystyle)(?![A-Za-z])|~|\s+")
+_WORDS = re.compile(r"(?=.*[a-z]{3}|no$)[a-z]+(?:[ ,'’-]+[a-z]+)*")
+_FRACTION_OF_PI = re.compile(r"\\[dt]?frac\s*\\pi(?![a-z])\s*")
+_PERCENT = re.compile(r"\s*\\?%$")
+
+_MATH, _DEEPMATH = "EleutherAI/hendrycks_math", "zwhe99/DeepMath-103K"
+_SUBJECTS = (
+    "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
+    "precalculus",
+)  # fmt: skip
+
+
+def prompt(question: str) -> list[dict[str, str]]:
+    """The chat messages for a question: one user message, the question and the instruction."""
+    return [{"role": "user", "content": f"{question} {PROMPT_SUFFIX}"}]
+
+
+def reward(completion: str, ground_truth: str) -> float:
+    """1.0 where the completion's last `\\boxed{}` is the ground truth, as text or as mathematics, else 0.0.
+
+    Words (Yes, True, a name) are compared as text, whatever their case; all else by math-verify.
+    """
+    answer, truth = final_answer(completion), _one_line(ground_truth)
+    if answer is None or not truth:
+        return 0.0
+    if _text(answer) == _text(truth):
+        return 1.0
+    words = _words(truth)
+    if words is not None:
+        return float(_words(answer) == words)
+    if _words(answer) is not None or max(len(answer), len(truth)) > LONGEST:
+        return 0.0
+    return float(_equal(truth, answer))
+
+
+def final_answer(completion: str) -> str | None:
+    """What the completion's last `\\boxed{}` (or `\\fbox{}`) holds, on one line; None: no box, an empty or open one."""
+    box = _BOX.match(completion, max(completion.rfind("\\boxed"), completion.rfind("\\fbox"), 0))
+    if box is None:
+        return None
+    start = box.end()
+    if completion[start : start + 1] != "{":
+        bare = _BARE.match(completion, start)
+        return (_one_line(bare[0]) or None) if bare else None
+    depth, place = 0, start
+    while place < len(completion):
+        character = completion[place]
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return _one_line(completion[start + 1 : place]) or None
+        place += 2 if character == "\\" else 1
+    return None
+
+
+def _one_line(latex: str) -> str:
+    """Without dollar signs, a point at the end and line breaks."""
+    return " ".join(re.sub(r"\\?\$", "", latex).split()).removesuffix(".").rstrip()
+
+
+def _text(latex: str) -> str:
+    """The same text for answers that look the same."""
+    plain = re.sub(r"\\[dt]frac", r"\\frac", _TEXT.sub(r"\1", latex))
+    return _SPACING.sub("", plain)
+
+
+def _words(latex: str) -> str | None:
+    """The answer in lower case if it is words, not a formula; else None. `x - y` and `ab` are formulas."""
+    text = " ".join(_SPACING.sub(" ", _TEXT.sub(r"\1", latex)).split()).casefold()
+    return text if _WORDS.fullmatch(text) else None
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _equal(truth: str, answer: str) -> bool:
+    """Whether math-verify finds two formulas equal; False where it cannot tell within its bounds."""
+    return _VERIFIER.equal(truth, answer)
+
+
+class Verifier:
+    """math-verify in a process of its own, started when first needed and again after it died.
+
+    Comparing short formulas can take for ever (`9^{9^{9^9}}`, many integrals), in C code that no exception interrupts,
+    and math-verify's own limit needs the main thread: so the process has a CPU timer, and the kernel ends it.
+    """
+
+    def __init__(self, cpu_seconds: float = CPU_SECONDS) -> None:
+        self._cpu_seconds = cpu_seconds
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+
+    def equal(self, truth: str, answer: str) -> bool:
+        """Whether the two formulas are equal; False where the comparison ends the process.
+
+        Raises RuntimeError when the process does not start.
+        """
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._close()
+                self._process = _start(self._cpu_seconds)
+            try:
+                reply = self._ask(self._process, json.dumps([truth, answer]))
+            except BaseException:  # an interrupt: the answer to come must not become the next one's
+                self._close()
+                raise
+            if not reply:
+                self._close()  # waits for its end, or the next comparison might still find it there
+            return reply == "equal\n"
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        with self._lock:
+            self._close()
+
+    def forget(self) -> None:
+        """In a forked child: the process is the parent's, and so may be the lock."""
+        self._lock, self._process = threading.Lock(), None
+
+    @staticmethod
+    def _ask(process: subprocess.Popen[str], line: str) -> str:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(line + "\n")
+            process.stdin.flush()
+        return process.stdout.readline()
+
+    def _close(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            with contextlib.suppress(BrokenPipeError):
+                process.communicate()
+
+
+_VERIFIER = Verifier()
+atexit.register(_VERIFIER.close)
+os.register_at_fork(after_in_child=_VERIFIER.forget)
+
+
+def _start(cpu_seconds: float) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        # -P: this folder on the path would put this module in the place of Python's own math.
+        [sys.executable, "-P", "-c", f"from {__name__} import serve; serve({cpu_seconds})"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+        text=True,
+        process_group=0,  # an interrupt from the keyboard is for the run alone
+    )
+    assert process.stdout is not None
+    if process.stdout.readline() != "ready\n":
+        process.kill()
+        raise RuntimeError(f"math-verify's process ended with status {process.wait()} while it started; see above")
+    return process
+
+
+def serve(cpu_seconds: float) -> None:
+    """The process: a line in with truth and answer as JSON, a line out with `equal` or `different`."""
+    import logging
+
+    from math_verify import LatexExtractionConfig, parse, verify  # type: ignore[import-untyped]
+
+    logging.disable()
+    config = [LatexExtractionConfig()]
+    # Its parser's messages would come between the answers.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    print("ready", file=answers)
+    os.dup2(quiet, 2)
+    for limit, value in ((resource.RLIMIT_AS, MEMORY_BYTES), (resource.RLIMIT_CORE, 0)):
+        with contextlib.suppress(ValueError, OSError):  # a lower limit is set already
+            resource.setrlimit(limit, (value, value))
+
+    @functools.lru_cache(maxsize=1 << 12)  # a truth meets many answers
+    def parsed(latex: str) -> list[Any]:
+        # What math-verify does not read: \frac\pi2, and a percent sign before the closing dollar.
+        number, percent = _PERCENT.subn("", _FRACTION_OF_PI.sub(r"\\frac{\\pi}", latex))
+        found: list[Any] = parse(f"${number}${'%' * percent}", config, parsing_timeout=None)
+        return found
+
+    for line in sys.stdin:
+        truth, answer = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)  # no handler: SIGPROF ends the process
+        try:
+            equal = verify(parsed(truth), parsed(answer), allow_set_relation_comp=True, timeout_seconds=None)
+        except Exception:  # whatever sympy says of it, such an answer does not score
+            equal = False
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print("equal" if equal else "different", file=answers)
+
+
+def prepare(source: Sequence[Path] | None, output_dir: Path) -> dict[str, int]:
+    """Write train.parquet and validation.parquet from local files, or MATH from the hub; returns rows per split.
+
+    Files named *train* become the train split, files named *test* the validation split; one of them is enough.
+    A file has MATH's columns (problem, solution or answer) or DeepMath's (question, final_answer).
+    Raises UserError for bad files, and before anything is written.
+    """
+    from rltrain.data import write_rows
+
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for path in source if source is not None else _download():
+        split = _split_of(path)
+        rows.setdefault(split, []).extend(_read(path, split, len(rows.get(split, []))))
+    for split, split_rows in rows.items():
+        write_rows(split_rows, output_dir / f"{split}.parquet")
+    return {split: len(split_rows) for split, split_rows in rows.items()}
+
+
+def _split_of(path: Path) -> str:
+    is_train, is_test = "train" in path.name.lower(), "test" in path.name.lower()
+    if is_train == is_test:
+        raise UserError(
+            "cannot tell the split from the file's name", got=path, allowed="a name with train or test in it"
+        )
+    return "train" if is_train else "validation"
+
+
+def _read(path: Path, split: str, first: int) -> list[dict[str, Any]]:
+    """The file's rows as those of a data file, numbered from `first`."""
+    from rltrain.data import read_rows, require_columns
+
+    source_rows = read_rows(path)
+    in_math = "problem" in source_rows[0]
+    asked = "problem" if in_math else "question"
+    require_columns(source_rows, (asked,) if in_math else (asked, "final_answer"), path)
+    rows: list[dict[str, Any]] = []
+    for number, source_row in enumerate(source_rows, start=1):
+        truth, worked = _truth_of(source_row, in_math)
+        question = source_row[asked]
+        if not isinstance(question, str) or not isinstance(truth, str) or not _one_line(truth):
+            raise UserError(
+                "a problem has no final answer",
+                got=f"{path}, row {number}: {str(worked)[-60:]!r}",
+                allowed="text in answer or a solution with \\boxed{...} (MATH), or text in final_answer (DeepMath)",
+            )
+        rows.append(
+            {
+                "data_source": _MATH if in_math else _DEEPMATH,
+                "prompt": prompt(question),
+                "env_class": "math",
+                "reward_spec": {"method": "rule", "ground_truth": truth},
+                "extra_info": {"split": split, "index": first + len(rows), "answer": worked, "question": question},
+            }
+        )
+    return rows
+
+
+def _truth_of(row: dict[str, Any], in_math: bool) -> tuple[Any, Any]:
+    """The final answer, and the worked solution where there is one."""
+    if not in_math:
+        return row["final_answer"], row["final_answer"]
+    solution, answer = row.get("solution"), row.get("answer")
+    if answer is None and isinstance(solution, str):
+        answer = final_answer(solution)
+    return answer, answer if solution is None else solution
+
+
+def _download() -> list[Path]:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    names = [f"{subject}/{split}-00000-of-00001.parquet" for split in ("train", "test") for subject in _SUBJECTS]
+    try:
+        return [Path(hf_hub_download(_MATH, name, repo_type="dataset")) for name in names]
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"cannot download {_MATH} from the hub",
+            got=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
+            fix="check the network, or name local files: --source train.jsonl test.jsonl",
+        ) from None
