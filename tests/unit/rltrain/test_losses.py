@@ -50,7 +50,12 @@ CLIPPED = [
     (1.5, 0.0, 0.0, False),
 ]
 UNBOUNDED = [(5.0, -2.0, 10.0, False)]
-BOUNDED = [(2.9, -2.0, 2.9 * 2, False), (5.0, -2.0, 3 * 2, True), (5.0, 2.0, -1.3 * 2, True)]  # by c = 3
+BOUNDED = [  # by c = 3
+    (2.9, -2.0, 2.9 * 2, False),
+    (5.0, -2.0, 3 * 2, True),
+    (5.0, 2.0, -1.3 * 2, True),
+    (5.0, 0.0, 0.0, False),
+]
 CASES = [(name, *case) for name in ("regular", "dr_grpo", "gspo") for case in CLIPPED + UNBOUNDED]
 CASES += [("dual_clip", *case) for case in CLIPPED + BOUNDED]
 
@@ -185,11 +190,13 @@ def test_value_loss(value: float, target: float, loss: float, gradient: float, h
     assert values.grad.item() == pytest.approx(gradient, rel=1e-5)
 
 
-def test_value_loss_unmoved_is_half_the_square() -> None:
-    values, targets = torch.tensor([[0.1, -0.3, 0.7]]), torch.tensor([[1.0, 1.0, 0.7]])
-    loss, held = value_loss(values, values, targets, 0.2)
-    torch.testing.assert_close(loss, torch.tensor([[0.5 * 0.9**2, 0.5 * 1.3**2, 0.0]]))
-    assert not held.any()
+def test_value_loss_within_the_clip_is_half_the_square() -> None:
+    generator = torch.Generator().manual_seed(0)
+    old, targets = torch.randn(2, 10, 100, generator=generator)
+    values = old + 0.19 * (2 * torch.rand(10, 100, generator=generator) - 1)
+    loss, held = value_loss(values, old, targets, 0.2)
+    torch.testing.assert_close(loss, 0.5 * (values - targets) ** 2)
+    assert not held.any()  # though old + (value - old) need not be value to the last bit
 
 
 @pytest.mark.parametrize(
