@@ -70,7 +70,7 @@ def grpo(returns: Returns) -> torch.Tensor:
 
 
 def rloo(returns: Returns) -> torch.Tensor:
-    """Leave-one-out advantage: r minus the mean of the group's others; `[B, T]`. Ahmadian et al. 2024, eq. 8.
+    """Leave-one-out advantage: r minus the mean of the group's others; `[B, T]`. RLOO, Ahmadian et al. 2024.
 
     A group of one has no others: its advantage is zero.
     """
