@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 if TYPE_CHECKING:
@@ -89,14 +89,18 @@ class Ranks:
         return rows
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Add up the ranks' gradients of unsharded parameters, in one exchange; FSDP adds up those of its own."""
-        plain = [p for p in parameters if not isinstance(p, DTensor)]
-        if self.size == 1 or not plain:
+        """Make every gradient the sum of all ranks'; losses are divided by global totals, so none is averaged."""
+        parameters = list(parameters)
+        if self.size == 1:
             return
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in plain])
-        dist.all_reduce(flat)
-        for parameter, gradient in zip(plain, flat.split([p.numel() for p in plain]), strict=True):
-            parameter.grad = gradient.view_as(parameter)
+        for sharded in [p for p in parameters if isinstance(p, DTensor) and p.grad is not None]:
+            sharded.grad.mul_(self.size)  # FSDP has taken the mean, and gloo knows no other factor
+        plain = [p for p in parameters if not isinstance(p, DTensor)]
+        if plain:
+            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in plain])
+            dist.all_reduce(flat)
+            for parameter, gradient in zip(plain, flat.split([p.numel() for p in plain]), strict=True):
+                parameter.grad = gradient.view_as(parameter)
 
     def add_up(self, stats: Mapping[str, float], maxima: Iterable[str] = ()) -> dict[str, float]:
         """The sum of each statistic over the ranks; the largest for those named in `maxima`."""
@@ -106,10 +110,7 @@ class Ranks:
         return {n: (max if n in largest else sum)(one[n] for one in everyone if n in one) for n in names}
 
     def shard(self, model: Any) -> None:
-        """Split a transformers model's weights over the ranks, layer by layer (FSDP2, arXiv 2304.11277).
-
-        Gradients of what is sharded are summed over the ranks, not averaged: losses are divided by global totals.
-        """
+        """Split a transformers model's weights over the ranks, layer by layer (FSDP2, arXiv 2304.11277)."""
         if self.size == 1:
             return
         self._mesh = self._mesh or init_device_mesh(self._device.type, (self.size,))
@@ -118,9 +119,6 @@ class Ranks:
             fully_shard(module, mesh=self._mesh)
         # Tied embedding and head stay together in the root's group.
         fully_shard(model, mesh=self._mesh)
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.set_gradient_divide_factor(1.0)
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from harness.schema import Recipe
+from rltrain.cluster import worker_environment
 from rltrain.engines.base import Engine, EngineOptions, Request, Sample, build_engine
 from rltrain.ranks import Ranks
 
@@ -16,11 +17,21 @@ from rltrain.ranks import Ranks
 def place_engine(recipe: Recipe, model: Any, options: EngineOptions, ranks: Ranks) -> Engine:
     """The engine, or the engines that seem one, that the recipe's placement asks for."""
     if not recipe.trainer.placement.colocate_all:
-        from rltrain.engines.remote import start_engines
-
-        return DrivenEngine(start_engines(recipe, options) if ranks.first else None, ranks)
+        return DrivenEngine(_engines_apart(recipe, options) if ranks.first else None, ranks)
     engine = build_engine(recipe, model, options)
     return engine if ranks.size == 1 else DividedEngine(engine, ranks)
+
+
+def _engines_apart(recipe: Recipe, options: EngineOptions) -> Engine:
+    """Engines in the last bundles of the placement group that this rank is in (`rltrain.parallel.bundles`)."""
+    import ray
+
+    from rltrain.engines.remote import start_engines
+
+    group, count = ray.util.get_current_placement_group(), recipe.generator.num_inference_engines
+    env = worker_environment(recipe.trainer.num_threads or 1)
+    first = group.bundle_count - count
+    return start_engines(recipe, options, count=count, placement_group=group, first_bundle=first, env=env)
 
 
 class DividedEngine:

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from peft import get_peft_model_state_dict
-from torch.distributed.tensor import DTensor
+
+from rltrain.ranks import full
 
 
 def adapter_tensors(model: Any, member: str) -> dict[str, torch.Tensor]:
@@ -16,7 +17,7 @@ def adapter_tensors(model: Any, member: str) -> dict[str, torch.Tensor]:
     """
     # "auto" would ask a hub whether the vocabulary was resized.
     tensors = get_peft_model_state_dict(model, adapter_name=member, save_embedding_layers=False)
-    return {name: whole(tensor) for name, tensor in tensors.items()}
+    return {name: full(tensor.detach()) for name, tensor in tensors.items()}
 
 
 def adapter_config(model: Any, member: str) -> dict[str, Any]:
@@ -26,9 +27,3 @@ def adapter_config(model: Any, member: str) -> dict[str, Any]:
         **{key: sorted(value) if isinstance(value, set) else value for key, value in values.items()},
         "inference_mode": True,
     }
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor detached, gathered from all ranks where it is sharded over them."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

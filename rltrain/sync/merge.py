@@ -12,7 +12,6 @@ from peft.tuners.lora import LoraLayer
 from harness.errors import UserError
 from rltrain.engines.base import Engine
 from rltrain.ranks import full
-from rltrain.sync.adapter import whole
 
 
 class MergeSync:
@@ -54,4 +53,4 @@ def merged_weights(model: Any, member: str) -> Iterator[tuple[str, torch.Tensor]
         tensor = full(tensor)
         if is_base and leaf == "weight" and module in adapted:
             tensor = tensor + adapted[module].get_delta_weight(member).to(tensor.dtype)
-        yield f"{module}.{leaf}", whole(tensor)
+        yield f"{module}.{leaf}", tensor.detach()
