@@ -1,0 +1,460 @@
+"""Console, W&B and TensorBoard: what a run leaves in each, read back from their own files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from harness import recipe as recipes
+from harness import sinks
+from harness.errors import UserError
+from harness.logfiles import event_records, event_steps, wandb_records, wandb_steps
+from harness.metrics import MetricsFile
+from harness.paths import PROJECT
+from harness.rundir import RunDir, Status, write_bytes
+from harness.schema import Recipe
+
+KEY = "0123456789abcdef0123456789abcdef01234567"
+ESCAPE = "\x1b"
+
+
+@pytest.fixture(autouse=True)
+def wandb_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key, and no mode: a run must stay offline all the same."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+
+
+def recipe_of(*loggers: str) -> Recipe:
+    return recipes.load("quickstart", [f"trainer.logger=[{','.join(loggers)}]", "trainer.project_name=proving"])
+
+
+def make_run(path: Path, recipe: Recipe) -> RunDir:
+    run_dir = RunDir(path)
+    run_dir.create(recipes.to_yaml(recipe), {"result": None})
+    run_dir.move_to(Status.RUNNING)
+    return run_dir
+
+
+def row_of(step: int, evaluated: bool = False) -> dict[str, float]:
+    return {"step": step, "reward": step / 8, "kl": 0.5} | ({"eval/accuracy": step / 10} if evaluated else {})
+
+
+def sample(**values: Any) -> dict[str, Any]:
+    return {"step": 0, "phase": "eval", "index": 7, "question": "How many?", "ground_truth": "18",
+            "completion": "#### 18", "reward": 1.0, "num_tokens": 5, "finish_reason": "stop", **values}  # fmt: skip
+
+
+def write_samples(run_dir: RunDir, step: int, *rows: dict[str, Any]) -> Path:
+    path = run_dir.eval_samples(step)
+    write_bytes(path, pd.DataFrame(list(rows)).to_parquet())
+    return path
+
+
+def train(run_dir: RunDir, recipe: Recipe, steps: range, total: int, group: str | None = None) -> None:
+    """Report as the trainer does: row and samples on disk first, an evaluation every fourth step, at last a result."""
+    file = MetricsFile(run_dir.metrics)
+    file.truncate(steps.start - 1)
+    with contextlib.closing(sinks.Sinks(recipe, run_dir, group=group)) as log:
+        for step in steps:
+            row = row_of(step, evaluated=step % 4 == 0)
+            if step % 4 == 0:
+                write_samples(run_dir, step, sample(step=step), sample(completion=f"wrong at {step}", reward=0.0))
+            file.append(row)
+            if step == total:
+                run_dir.move_to(Status.COMPLETE, result={"step": total, "metrics": {"eval/accuracy": 0.8}})
+            log.report(total, row)
+
+
+class WandBRun:
+    """What the `.wandb` files of one run directory hold, in the order in which `wandb sync` would send them."""
+
+    def __init__(self, run_dir: RunDir) -> None:
+        import wandb
+        from wandb.proto.wandb_internal_pb2 import Record
+
+        # A run's end reaches its file some milliseconds after `finish` returns, at the latest as W&B's service ends.
+        wandb.teardown()
+        self.files = sorted((run_dir.path / "wandb").glob("*run-*/*.wandb"))
+        self.records = [Record.FromString(data) for file in self.files for data in wandb_records(file.read_bytes())]
+
+    def all(self, kind: str) -> list[Any]:
+        return [getattr(record, kind) for record in self.records if record.WhichOneof("record_type") == kind]
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        return [
+            {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in history.item}
+            for history in self.all("history")
+        ]
+
+    @property
+    def steps(self) -> list[int]:
+        return [row["_step"] for row in self.history]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        updates = [update for run in self.all("run")[-1:] for update in run.config.update]
+        return {update.key: json.loads(update.value_json) for update in updates}
+
+    @property
+    def exit_codes(self) -> list[int]:
+        return [int(record.exit_code) for record in self.all("exit")]
+
+    def artifacts(self, kind: str) -> list[Any]:
+        return [artifact for artifact in self.all("artifact") if artifact.type == kind]
+
+    def tables(self) -> dict[int, dict[str, Any]]:
+        """The tables that the history refers to, by step."""
+        return {
+            row["_step"]: json.loads(next(self.files[0].parents[1].glob(f"*/files/{row['samples/path']}")).read_text())
+            for row in self.history
+            if "samples/path" in row
+        }
+
+
+class TensorBoardRun:
+    """What TensorBoard would show of a run directory: a file's purge hides what files before it hold of later steps."""
+
+    def __init__(self, run_dir: RunDir) -> None:
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self.seen: list[tuple[int, str, Any]] = []
+        for file in sorted((run_dir.path / "tensorboard").iterdir()):
+            for data in event_records(file.read_bytes()):
+                event = Event.FromString(data)
+                if event.session_log.status == SessionLog.START:
+                    self.seen = [entry for entry in self.seen if entry[0] < event.step]
+                self.seen += [(event.step, value.tag, value) for value in event.summary.value]
+
+    def scalars(self, name: str) -> list[tuple[int, float]]:
+        return [(step, value.simple_value) for step, tag, value in self.seen if tag == name]
+
+    def texts(self) -> dict[int, str]:
+        return {
+            step: value.tensor.string_val[0].decode() for step, tag, value in self.seen if tag.startswith("samples")
+        }
+
+
+def test_wandb_holds_config_group_history_table_and_adapter(tmp_path: Path) -> None:
+    recipe = recipe_of("wandb")
+    run_dir = make_run(tmp_path / "trial", recipe)
+    (run_dir.adapter / "final").mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (run_dir.adapter / "final" / name).write_text(f"bytes of {name}")
+    train(run_dir, recipe, range(9), 8, group="a sweep")
+
+    kept = WandBRun(run_dir)
+    (run,) = kept.all("run")
+    assert (run.project, run.display_name, run.run_group) == ("proving", "trial", "a sweep")
+    assert {key: kept.config[key] for key in ("seed", "trainer", "generator")} == {
+        key: recipes.to_dict(recipe)[key] for key in ("seed", "trainer", "generator")
+    }
+    assert kept.steps == list(range(9))
+    for step, row in enumerate(kept.history):
+        assert row_of(step, evaluated=step % 4 == 0).items() <= row.items()
+    tables = kept.tables()
+    assert list(tables) == [0, 4, 8]
+    assert tables[4]["columns"] == list(sample())
+    assert [line[tables[4]["columns"].index("completion")] for line in tables[4]["data"]] == ["#### 18", "wrong at 4"]
+    (artifact,) = kept.artifacts("model")
+    assert [entry.path for entry in artifact.manifest.contents] == ["adapter_config.json", "adapter_model.safetensors"]
+    # The adapter's files are the run's own, and copies of the tables are in the run's folder too.
+    assert all(Path(entry.local_path).parent == run_dir.adapter / "final" for entry in artifact.manifest.contents)
+    copies = [Path(entry.local_path) for table in kept.artifacts("run_table") for entry in table.manifest.contents]
+    assert len(copies) == 3
+    assert all(copy.is_relative_to(run_dir.path / "wandb") and copy.is_file() for copy in copies)
+    assert json.loads(artifact.metadata)["metrics"] == {"eval/accuracy": 0.8}
+    assert kept.exit_codes == [0]
+    assert all(file.is_relative_to(run_dir.path / "wandb") and "offline" in str(file) for file in kept.files)
+
+
+def test_a_run_alone_has_no_group_and_no_adapter_is_no_artifact(tmp_path: Path) -> None:
+    recipe = recipe_of("wandb")
+    run_dir = make_run(tmp_path / "full", recipe)
+    train(run_dir, recipe, range(2), 1)
+    kept = WandBRun(run_dir)
+    assert kept.all("run")[0].run_group == ""
+    assert not kept.artifacts("model")
+
+
+@pytest.mark.parametrize(
+    ("end", "code"), [(Status.FAILED, 1), (Status.PRUNED, 0), (Status.RUNNING, 255), (Status.COMPLETE, 0)]
+)
+def test_wandb_says_how_a_run_ended(tmp_path: Path, end: Status, code: int) -> None:
+    recipe = recipe_of("wandb")
+    run_dir = make_run(tmp_path / "run", recipe)
+    with contextlib.closing(sinks.Sinks(recipe, run_dir)) as log:
+        log.report(8, row_of(1))
+        run_dir.move_to(end)
+    kept = WandBRun(run_dir)
+    assert kept.exit_codes == [code]
+    updates = [update for summary in kept.all("summary") for update in summary.update if update.key == "status"]
+    assert [json.loads(update.value_json) for update in updates] == [end.value]
+
+
+def test_two_runs_in_one_process_are_two_wandb_runs(tmp_path: Path) -> None:
+    recipe = recipe_of("wandb")
+    runs = [make_run(tmp_path / name, recipe) for name in ("one", "other")]
+    train(runs[0], recipe, range(3), 9)
+    train(runs[1], recipe, range(5), 9)
+    kept = [WandBRun(run) for run in runs]
+    assert [run.steps for run in kept] == [[0, 1, 2], [0, 1, 2, 3, 4]]
+    assert len({run.all("run")[0].run_id for run in kept}) == 2
+
+
+def test_a_resumed_run_goes_on_in_the_same_wandb_run_and_logs_no_step_twice(tmp_path: Path) -> None:
+    recipe = recipe_of("wandb")
+    run_dir = make_run(tmp_path / "run", recipe)
+    train(run_dir, recipe, range(7), 12)
+    train(run_dir, recipe, range(5, 13), 12)  # the checkpoint was at step 4
+    kept = WandBRun(run_dir)
+    assert len(kept.files) == 2
+    assert len({run.run_id for run in kept.all("run")}) == 1
+    assert kept.steps == list(range(13))
+    assert list(kept.tables()) == [0, 4, 8, 12]
+    assert kept.exit_codes == [255, 0]
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {project!r})
+from pathlib import Path
+from harness import recipe as recipes, sinks
+from harness.rundir import RunDir
+from tests.unit.harness.test_sinks import MetricsFile, row_of, sample, write_samples
+
+run_dir = RunDir(sys.argv[1])
+log = sinks.Sinks(recipes.read(run_dir.recipe), run_dir)
+for step in range(160):
+    row = row_of(step, evaluated=step == 100)
+    if step == 100:
+        write_samples(run_dir, step, sample())
+    MetricsFile(run_dir.metrics).append(row)
+    log.report(200, row)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_kill_took_from_wandb_and_tensorboard_is_logged_when_the_run_goes_on(tmp_path: Path) -> None:
+    recipe = recipe_of("wandb", "tensorboard")
+    run_dir = make_run(tmp_path / "run", recipe)
+    killed = subprocess.run([sys.executable, "-c", KILLED.format(project=str(PROJECT)), run_dir.path], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(MetricsFile(run_dir.metrics).rows()) == 160
+    before = set(WandBRun(run_dir).steps)
+    # W&B had written a part, in more than one of its blocks; else this would test less than it says.
+    assert 50 < len(before) < 160
+
+    train(run_dir, recipe, range(155, 181), 180)
+    kept = WandBRun(run_dir)
+    assert sorted(kept.steps) == list(range(181))
+    assert [row["reward"] for row in kept.history] == [step / 8 for step in range(181)]
+    assert 100 in kept.tables()
+    shown = TensorBoardRun(run_dir)
+    assert shown.scalars("reward") == [(step, step / 8) for step in range(181)]
+    assert 100 in shown.texts()
+
+
+def test_steps_on_disk_are_read_up_to_what_a_kill_cut_short(tmp_path: Path) -> None:
+    recipe = recipe_of("wandb", "tensorboard")
+    run_dir = make_run(tmp_path / "run", recipe)
+    train(run_dir, recipe, range(6), 9)
+    (wandb_file,) = WandBRun(run_dir).files
+    run_id = wandb_file.stem.removeprefix("run-")
+    (event_file,) = (run_dir.path / "tensorboard").iterdir()
+    assert wandb_steps(run_dir.path / "wandb", run_id) == event_steps(run_dir.path / "tensorboard") == set(range(6))
+    for file in (wandb_file, event_file):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    for steps in (wandb_steps(run_dir.path / "wandb", run_id), event_steps(run_dir.path / "tensorboard")):
+        assert steps == set(range(len(steps)))
+        assert len(steps) < 6
+
+
+def test_tensorboard_holds_scalars_and_samples_and_hides_repeated_steps(tmp_path: Path) -> None:
+    recipe = recipe_of("tensorboard")
+    run_dir = make_run(tmp_path / "run", recipe)
+    train(run_dir, recipe, range(8), 12)
+    assert TensorBoardRun(run_dir).scalars("reward") == [(step, step / 8) for step in range(8)]
+    train(run_dir, recipe, range(5, 7), 12)
+    shown = TensorBoardRun(run_dir)
+    assert shown.scalars("reward") == [(step, step / 8) for step in range(7)]
+    assert shown.scalars("eval/accuracy") == [(0, 0.0), (4, pytest.approx(0.4))]
+    assert not shown.scalars("step")
+    assert "    wrong at 4\n" in shown.texts()[4]
+    train(run_dir, recipe, range(7, 13), 12)
+    assert TensorBoardRun(run_dir).scalars("reward") == [(step, step / 8) for step in range(13)]
+
+
+SOLO = """
+import contextlib, sys
+from harness import recipe as recipes, sinks
+from harness.rundir import RunDir
+run_dir = RunDir(sys.argv[1])
+with contextlib.closing(sinks.Sinks(recipes.read(run_dir.recipe), run_dir)) as log:
+    log.report(3, {"step": 1, "reward": 0.5, "step_time": 2.0})
+"""
+
+
+@contextlib.contextmanager
+def listener() -> Iterator[tuple[str, list[str]]]:
+    """A server's address, and the paths that were asked of it."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+        do_GET = do_POST
+
+        def log_message(self, *_: object) -> None:
+            """Nothing to the console."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+
+
+def run_alone(run_dir: RunDir, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", SOLO, run_dir.path], cwd=PROJECT, env=os.environ | environment,
+                          capture_output=True, text=True, check=False)  # fmt: skip
+
+
+def test_a_key_in_the_environment_neither_calls_anyone_nor_is_written(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    runs = [make_run(tmp_path / name, recipe_of("console", "wandb")) for name in ("run", "other")]
+    with listener() as (address, asked):
+        done = run_alone(runs[0], WANDB_BASE_URL=address, HOME=str(home))
+        assert asked == []
+        # The server would have noticed: W&B's error reports, which are off, come here.
+        run_alone(runs[1], WANDB_BASE_URL=address, HOME=str(home), WANDB_ERROR_REPORTING="true")
+        assert asked
+    assert (done.stdout, done.stderr) == ("step 1/3  reward 0.500  2.00 s/step  ETA 4 s\n", "")
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert any(file.suffix == ".wandb" for file in files)
+    assert not [file for file in files if KEY.encode() in file.read_bytes()]
+
+
+def test_wandb_that_cannot_start_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of("wandb")
+    run_dir = make_run(tmp_path / "run", recipe)
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    with pytest.raises(UserError, match="offline, online, disabled"):
+        sinks.build(recipe, run_dir)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert sinks.build(recipe, run_dir) == []
+
+
+def test_online_without_a_key_says_what_to_do_and_asks_nothing(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run", recipe_of("wandb"))
+    done = run_alone(run_dir, WANDB_MODE="online", WANDB_API_KEY="", HOME=str(tmp_path))
+    assert "UserError: error: WANDB_MODE=online needs an API key" in done.stderr
+    assert "wandb login" in done.stderr
+    assert not (run_dir.path / "wandb").exists()
+
+
+def test_importing_and_building_load_only_what_is_asked_for(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run", recipe_of("console"))
+    code = SOLO + "print({'torch', 'vllm', 'ray', 'pandas', 'wandb', 'tensorboardX', 'pyarrow'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code, run_dir.path], cwd=PROJECT, capture_output=True, text=True,
+                          check=True)  # fmt: skip
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_every_sink_is_closed_when_one_fails(tmp_path: Path) -> None:
+    recipe = recipe_of("tensorboard", "wandb")
+    run_dir = make_run(tmp_path / "run", recipe)
+    log = sinks.Sinks(recipe, run_dir)
+    log.report(8, row_of(1))
+    manifest = run_dir.manifest.read_text()
+    run_dir.manifest.write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        log.close()
+    run_dir.manifest.write_text(manifest)
+    assert TensorBoardRun(run_dir).scalars("reward") == [(1, 0.125)]
+
+
+def test_console_shows_progress_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    console = sinks.Console()
+    console.step(10, {"step": 0, "eval/accuracy": 0.25})
+    console.step(10, {"step": 4, "reward": 0.5, "step_time": 2.0})
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "step  0/10  held-out 0.250"
+    assert "ETA 12 s" in second
+
+
+def test_console_shows_a_completion_and_one_rewarded_otherwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = RunDir(tmp_path)
+    path = write_samples(run_dir, 16, sample(completion="first\n\n#### 18"), sample(completion="as good"),
+                         sample(completion="so\nlong\n" * 40 + "#### 5", reward=0, finish_reason="length"))  # fmt: skip
+    sinks.Console().samples(16, path)
+    assert capsys.readouterr().out.splitlines() == [
+        "  sample at step 16: reward 1, wanted 18, 5 tokens, stopped",
+        "    question    How many?",
+        "    completion  first",
+        "                #### 18",
+        "  sample at step 16: reward 0, wanted 18, 5 tokens, cut at the limit",
+        "    question    How many?",
+        "    completion  so",
+        "                long",
+        "                so",
+        "                …",
+        "                #### 5",
+    ]
+
+
+def test_console_shows_control_characters_as_escapes_and_long_lines_in_parts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hostile = f"{ESCAPE}[31mred\rover\x07 \u202eback\u2028 ten\xa0dollars {'word ' * 200}"
+    sinks.Console().samples(4, write_samples(RunDir(tmp_path), 4, sample(completion=hostile, question="")))
+    out = capsys.readouterr().out
+    assert r"\x1b[31mred\rover\x07 \u202eback\u2028 ten dollars" in out
+    assert not set(out) & set(f"{ESCAPE}\r\x07\u202e\u2028")
+    assert "(empty)" in out
+    assert max(map(len, out.splitlines())) <= 120
+    assert len(out.splitlines()) == 7
+
+
+def test_console_says_nothing_of_an_evaluation_that_kept_no_samples(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sinks.Console().samples(4, write_samples(RunDir(tmp_path), 4))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.heavy
+def test_wandb_inside_a_ray_worker(tmp_path: Path) -> None:
+    from rltrain.cluster import cluster
+
+    recipe = recipe_of("wandb")
+    runs = [make_run(tmp_path / name, recipe) for name in ("one", "other")]
+
+    with cluster(tmp_path, cpus=1, gpus=0, threads=1, address=None):
+        import ray
+
+        worker = ray.remote(train)
+        ray.get([worker.remote(run, recipe, range(9), 8, "a sweep") for run in runs])
+    for run in runs:
+        kept = WandBRun(run)
+        assert kept.steps == list(range(9))
+        assert list(kept.tables()) == [0, 4, 8]
+        assert kept.exit_codes == [0]
