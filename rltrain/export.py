@@ -159,7 +159,10 @@ def _write_merged(export: Export, folder: Path) -> None:
     except (OSError, ValueError) as error:
         raise _cannot_load(export, error) from None
     model = PeftModel.from_pretrained(base, str(export.source), torch_device="cpu")
-    weights = dict(merged_weights(model, "default"))
+    try:
+        weights = dict(merged_weights(model, "default"))
+    except UserError as error:
+        raise UserError(error.what, got=error.got, fix="export the adapter: leave out --merged") from None
     model.unload().save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
 

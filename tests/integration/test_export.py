@@ -55,8 +55,10 @@ def _train(folder: Path, small_data: list[str], *overrides: str) -> Trained:
     chat = [*load_examples(recipe.data.val_data)[0].prompt, {"role": "assistant", "content": "3+4=7\n#### 7"}]
     tokens = pack.tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=False)[0]
     base = _logprobs(pack.model, tokens)
-    for _ in train(pack, pack.join(recipe, run)):
+    member = pack.join(recipe, run)
+    for _ in train(pack, member):
         pass
+    member.policy.activate()  # not the critic
     trained = Trained(run, recipe, tokens, _logprobs(pack.model.eval(), tokens), base)
     pack.close()
     return trained
@@ -146,6 +148,36 @@ def test_full_fine_tuning_gives_a_plain_model(
     torch.testing.assert_close(_logprobs(model, full.tokens), full.logprobs, atol=1e-6, rtol=0)
     _assert_tokenizer_of(folder, full.recipe.trainer.policy.model.path)
     assert "LoRA" not in (folder / "README.md").read_text()
+
+
+def test_a_ppo_runs_policy_goes_without_its_critic(
+    small_data: list[str], tmp_path: Path, exported: Callable[..., Path]
+) -> None:
+    ppo = _train(
+        tmp_path / "ppo", small_data, "trainer.algorithm.advantage_estimator=gae", "trainer.max_steps=1",
+        "trainer.policy.optimizer_config.lr=1e-2", "trainer.critic.optimizer_config.lr=1e-2",
+    )  # fmt: skip
+    for options in ([], ["--merged"]):
+        folder = exported(*options, run=ppo.run, name=f"exported{len(options)}")
+        assert not any("critic" in path.name for path in folder.iterdir())
+        model = AutoModelForCausalLM.from_pretrained(folder if options else ppo.recipe.trainer.policy.model.path)
+        model = model if options else PeftModel.from_pretrained(model, folder)
+        assert (ppo.logprobs - ppo.base).abs().max() > 0.01
+        torch.testing.assert_close(_logprobs(model.eval(), ppo.tokens), ppo.logprobs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True:UserWarning")
+def test_an_adapter_on_a_tied_head_is_exported_but_not_merged(
+    small_data: list[str], tmp_path: Path, exported: Callable[..., Path]
+) -> None:
+    targets = ["trainer.target_modules=[lm_head,q_proj]", "trainer.max_steps=1"]
+    tied = _train(tmp_path / "tied", small_data, *targets, "trainer.policy.optimizer_config.lr=1e-2")
+    with pytest.raises(UserError, match=r"cannot be merged\n.*lm_head\n.*leave out --merged"):
+        exported("--merged", run=tied.run)
+    base = AutoModelForCausalLM.from_pretrained(tied.recipe.trainer.policy.model.path)
+    model = PeftModel.from_pretrained(base, exported(run=tied.run)).eval()
+    assert (tied.logprobs - tied.base).abs().max() > 0.01
+    torch.testing.assert_close(_logprobs(model, tied.tokens), tied.logprobs, atol=1e-6, rtol=0)
 
 
 def test_merged_weights_have_the_bases_dtype(trained: Trained, tmp_path: Path, exported: Callable[..., Path]) -> None:
