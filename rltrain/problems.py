@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
 from harness.errors import UserError
 from harness.schema import Recipe
 from rltrain.data import Example, load_examples
@@ -22,15 +24,15 @@ class Problem:
 
 
 def load_problems(recipe: Recipe, paths: Sequence[str], tokenizer: Any) -> tuple[list[Problem], int]:
-    """The problems whose prompts fit `generator.max_input_length`, and how many did not; UserError if none does."""
+    """The problems whose prompts fit `generator.max_input_length`, and how many did not.
+
+    Raises UserError where none fits, and for a prompt that the tokenizer's chat template refuses.
+    """
     limit = recipe.generator.max_input_length
     examples = load_examples(paths)
     problems = []
     for example in examples:
-        # verbose=False: a prompt that is too long is ours to drop and count, not the tokenizer's to warn of.
-        ids = tokenizer.apply_chat_template(
-            example.prompt, add_generation_prompt=True, return_dict=False, tokenizer_kwargs={"verbose": False}
-        )
+        ids = _prompt_ids(example, tokenizer)
         if len(ids) <= limit:
             env = get_env(example.env_class or recipe.environment.env_class)
             problems.append(Problem(example, tuple(ids), env))
@@ -42,3 +44,20 @@ def load_problems(recipe: Recipe, paths: Sequence[str], tokenizer: Any) -> tuple
             fix="raise generator.max_input_length",
         )
     return problems, len(examples) - len(problems)
+
+
+def _prompt_ids(example: Example, tokenizer: Any) -> list[int]:
+    """The messages under the tokenizer's own chat template, the assistant's turn opened."""
+    try:
+        # verbose=False: a prompt that is too long is ours to drop and count, not the tokenizer's to warn of.
+        ids: list[int] = tokenizer.apply_chat_template(
+            example.prompt, add_generation_prompt=True, return_dict=False, tokenizer_kwargs={"verbose": False}
+        )
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in example.prompt)
+        raise UserError(
+            "the model's chat template refuses a prompt",
+            got=f"{error}: problem {example.index} of the data, with messages of {roles}",
+            fix="change the data's messages: many templates know no system role, or want user and assistant in turn",
+        ) from None
+    return ids
