@@ -6,9 +6,11 @@ import contextlib
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -282,6 +284,45 @@ def test_steps_on_disk_are_read_up_to_what_a_kill_cut_short(tmp_path: Path) -> N
     for steps in (wandb_steps(run_dir.path / "wandb", run_id), event_steps(run_dir.path / "tensorboard")):
         assert steps == set(range(len(steps)))
         assert len(steps) < 6
+
+
+def test_wandb_writes_to_disk_while_the_run_goes_on(tmp_path: Path) -> None:
+    recipe = recipe_of("wandb")
+    run_dir = make_run(tmp_path / "run", recipe)
+    with contextlib.closing(sinks.Sinks(recipe, run_dir)) as log:
+        log.report(8, row_of(1))
+        run_id = (run_dir.path / "wandb" / "run_id").read_text().strip()
+        # By itself W&B writes every 15 seconds.
+        deadline = time.monotonic() + 12
+        while not wandb_steps(run_dir.path / "wandb", run_id) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert wandb_steps(run_dir.path / "wandb", run_id) == {1}
+
+
+def test_a_wandb_record_never_begins_in_the_last_bytes_of_a_block() -> None:
+    def part(kind: int, data: bytes) -> bytes:
+        return struct.pack("<IHB", 0, len(data), kind) + data
+
+    first = b"a" * (32768 - 7 - 7 - 3)  # header of the file, of the record, and three bytes that are left
+    split = [part(2, b"bc"), part(3, b"d"), part(4, b"e")]
+    content = b":W&B\xe1\xbe\x00" + part(1, first) + bytes(3) + b"".join(split) + part(1, b"f")
+    assert list(wandb_records(content)) == [first, b"bcde", b"f"]
+
+
+def test_a_step_that_a_kill_left_in_part_is_logged_again_by_tensorboard(tmp_path: Path) -> None:
+    recipe = recipe_of("tensorboard")
+    run_dir = make_run(tmp_path / "run", recipe)
+    train(run_dir, recipe, range(6), 9)
+    (file,) = (run_dir.path / "tensorboard").iterdir()
+    content = file.read_bytes()
+    # Two scalars a step, four where there is an evaluation, and the record that begins the file: through 3's reward.
+    records = list(event_records(content))[: 1 + 4 + 2 + 2 + 1]
+    file.write_bytes(content[: sum(16 + len(record) for record in records)])
+    assert TensorBoardRun(run_dir).scalars("reward")[-1][0] == 3
+    assert TensorBoardRun(run_dir).scalars("kl")[-1][0] == 2
+    train(run_dir, recipe, range(6, 8), 9)
+    for name in ("reward", "kl"):
+        assert [step for step, _ in TensorBoardRun(run_dir).scalars(name)] == list(range(8))
 
 
 def test_tensorboard_holds_scalars_and_samples_and_hides_repeated_steps(tmp_path: Path) -> None:
