@@ -30,12 +30,27 @@ RENAMED = {
     "generator.inference_engine.tensor_parallel_size": "generator.inference_engine_tensor_parallel_size",
     "generator.inference_engine.gpu_memory_utilization": "generator.gpu_memory_utilization",
     "generator.inference_engine.backend": "generator.backend",
+    "trainer.algorithm.kl_estimator_type": "trainer.algorithm.kl_estimator",
+    "trainer.algorithm.use_tis": "trainer.algorithm.tis",
+    "trainer.algorithm.off_policy_correction.tis_ratio_type": "trainer.algorithm.tis",
+    "trainer.algorithm.off_policy_correction.token_tis_ratio_clip_high": "trainer.algorithm.tis_imp_ratio_cap",
+    "trainer.policy.optimizer_config.adam_betas": "trainer.policy.optimizer_config.betas",
+    "trainer.critic.optimizer_config.adam_betas": "trainer.critic.optimizer_config.betas",
+    "trainer.max_training_steps": "trainer.max_steps",
+}
+
+# Settings of SkyRL's guide that there is nothing to set for here: taken on the command line, and left out.
+WITHOUT_EFFECT = {
+    "generator.run_engines_locally": "engines always run beside the trainer, under Ray where there are several",
+    "generator.weight_sync_backend": "adapters travel as trainer.policy.model.lora.sync says",
+    "generator.async_engine": "an engine decodes all samples of a step in one batch",
 }
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file with command-line overrides applied, validated; raises UserError on anything wrong."""
     file = find(path)
+    overrides = [override for override in overrides if not _without_effect(override)]
     for override in overrides:
         _check_override(override)
     try:
@@ -44,6 +59,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(f"cannot compose the recipe {path}", got=_first_line(error), fix="correct the YAML") from None
     return from_dict(OmegaConf.to_container(composed), source=str(path))  # type: ignore[arg-type]
+
+
+def notes(overrides: Sequence[str]) -> list[str]:
+    """What a user should know of overrides that are taken and have no effect."""
+    keys = [override.partition("=")[0] for override in overrides if _without_effect(override)]
+    return [f"{key} has no effect here: {WITHOUT_EFFECT[key]}" for key in keys]
 
 
 def read(path: Path) -> Recipe:
@@ -61,6 +82,7 @@ def from_dict(values: dict[str, Any], *, source: str = "the recipe") -> Recipe:
     """A validated recipe from plain nested values; raises UserError naming the key at fault."""
     for key in _keys_given(values):
         _check_key(key, source)
+    values = _one_as_list(values)
     try:
         merged = OmegaConf.merge(_schema(), values)
         recipe = OmegaConf.to_object(merged)
@@ -100,6 +122,7 @@ def to_yaml(recipe: Recipe) -> str:
 def digest(recipe: Recipe) -> str:
     """SHA-256 of the resolved recipe, the run's name and place aside: equal digests mean the same experiment."""
     values = to_dict(recipe)
+    values.pop("ray")
     for key in ("run_name", "ckpt_path", "resume_mode"):
         values["trainer"].pop(key)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
@@ -175,6 +198,8 @@ def _check_key(key: str, source: str) -> None:
     open_dicts = ("sweep.space.", "sweep.pruner.")
     if key in known or key in _sections() or key.startswith(open_dicts):
         return
+    if key in WITHOUT_EFFECT:
+        raise UserError(f"{key} has no effect here", got=source, fix=f"leave it out: {WITHOUT_EFFECT[key]}")
     guess = RENAMED.get(key) or nearest(key, [*known, *_sections()]) or _same_leaf(key)
     hint = f"did you mean {guess}?" if guess else "recipes/base.yaml lists every key"
     raise UserError(f"unknown key in {source}", got=key, fix=hint)
@@ -183,6 +208,22 @@ def _check_key(key: str, source: str) -> None:
 def _same_leaf(key: str) -> str | None:
     leaf = nearest(key.rsplit(".", 1)[-1], {k.rsplit(".", 1)[-1] for k in known_keys()})
     return next((k for k in known_keys() if leaf and k.rsplit(".", 1)[-1] == leaf), None)
+
+
+def _without_effect(override: str) -> bool:
+    key, _, value = override.partition("=")
+    if key == "generator.run_engines_locally" and value.strip("\"'").lower() == "false":
+        raise UserError(f"{key}: engines on other servers are not supported", got=value, allowed="true",
+                        fix="trainer.placement.colocate_all=false gives engines processes of their own")  # fmt: skip
+    return key in WITHOUT_EFFECT
+
+
+def _one_as_list(values: dict[str, Any]) -> dict[str, Any]:
+    """`trainer.logger: wandb` means a list of one."""
+    trainer = values.get("trainer")
+    if isinstance(trainer, dict) and isinstance(trainer.get("logger"), str):
+        return {**values, "trainer": {**trainer, "logger": [trainer["logger"]]}}
+    return values
 
 
 def _check_override(override: str) -> None:

@@ -13,6 +13,7 @@ from harness.errors import UserError
 from harness.paths import shown
 from harness.rundir import RunDir, Status, place
 from harness.schema import Recipe
+from harness.validate import num_processes
 
 
 def main(argv: list[str]) -> int:
@@ -21,7 +22,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("recipe", nargs="?", help="a recipe, e.g. recipes/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", help="key=value, e.g. trainer.policy.model.lora.rank=8")
     parser.add_argument("--resume", metavar="DIR", help="go on with the run in this directory")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be trained, where, and the cost")
     options = parser.parse_intermixed_args(argv)
+    if options.dry_run:
+        return _dry_run(options)
     recipe, run_dir = _resumed(options) if options.resume else _started(options)
     _train(recipe, run_dir)
     return 0
@@ -29,11 +33,10 @@ def main(argv: list[str]) -> int:
 
 def _started(options: argparse.Namespace) -> tuple[Recipe, RunDir]:
     source, overrides = options.recipe, options.overrides
-    if source is None:
-        raise UserError("no recipe was given", fix="python -m harness.run recipes/quickstart.yaml")
-    recipe = recipes.load(source, overrides)
-    recipe.sweep = None
-    recipe.trainer.num_threads = recipe.trainer.num_threads or os.cpu_count()
+    recipe = _composed(options)
+    _advise(recipe, overrides)
+    cores = (os.cpu_count() or 1) // num_processes(recipe)
+    recipe.trainer.num_threads = recipe.trainer.num_threads or max(1, cores)
     _check(recipe)
     run_dir = place(recipe, source)
     if run_dir.manifest.exists():
@@ -43,6 +46,30 @@ def _started(options: argparse.Namespace) -> tuple[Recipe, RunDir]:
                                 command=manifest.this_command())  # fmt: skip
         run_dir.create(recipes.to_yaml(recipe), record)
     return recipe, run_dir
+
+
+def _composed(options: argparse.Namespace) -> Recipe:
+    if options.recipe is None:
+        raise UserError("no recipe was given", fix="python -m harness.run recipes/quickstart.yaml")
+    recipe = recipes.load(options.recipe, options.overrides)
+    recipe.sweep = None
+    return recipe
+
+
+def _dry_run(options: argparse.Namespace) -> int:
+    from sweeps.dry_run import describe_run
+
+    if options.resume is not None:
+        raise UserError("--dry-run shows a run before it starts", got="--resume", fix="leave out one of the two")
+    recipe = _composed(options)
+    print(describe_run(recipe, options.recipe))
+    _advise(recipe, options.overrides)
+    return 0
+
+
+def _advise(recipe: Recipe, overrides: list[str]) -> None:
+    for note in recipes.notes(overrides):
+        print(f"note: {note}")
 
 
 def _resumed(options: argparse.Namespace) -> tuple[Recipe, RunDir]:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 from harness.metrics import duration
 from harness.paths import locate
-from harness.schema import Sampler
-from sweeps.estimate import Cost, Pace, costs, pace
+from harness.schema import LoRA, Recipe, Sampler
+from harness.validate import num_processes, target_modules
+from sweeps.estimate import Cost, Pace, costs, pace, run_cost
 from sweeps.plan import Plan, preview
 from sweeps.space import short_names, show
 
@@ -17,7 +18,56 @@ SHOWN = 8
 def describe(plan: Plan, source: str) -> str:
     """The whole text."""
     parts = [_settings(plan, source), _space(plan), _first_trials(plan), _costs(plan, source)]
-    return "\n\n".join(part for part in [*parts, _missing(plan)] if part)
+    return "\n\n".join(part for part in [*parts, _missing(plan.recipe)] if part)
+
+
+def describe_run(recipe: Recipe, source: str) -> str:
+    """What one run would do: what is trained how and where, and its cost."""
+    parts = [_run_settings(recipe, source), _run_cost(recipe), _missing(recipe)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _run_settings(recipe: Recipe, source: str) -> str:
+    trainer, generator = recipe.trainer, recipe.generator
+    algorithm, policy, critic = trainer.algorithm, trainer.policy, trainer.critic
+    ppo = algorithm.advantage_estimator.name == "gae"
+    kl = "loss" if algorithm.use_kl_loss else "reward" if algorithm.use_kl_in_reward else None
+    critic_path = critic.model.path or policy.model.path
+    engines = "inside the training processes"
+    if not trainer.placement.colocate_all:
+        engines = (
+            f"apart: {generator.num_inference_engines} x {generator.inference_engine_tensor_parallel_size} devices"
+        )
+    losses = f"{algorithm.advantage_estimator.name}, {algorithm.policy_loss_type.name} loss"
+    batch = f"{trainer.train_batch_size} prompts x {generator.n_samples_per_prompt} samples"
+    place = f"{num_processes(recipe)} on {trainer.placement.device.name}; {generator.backend.name} engines {engines}"
+    rows = [
+        ["model", policy.model.path],
+        ["policy", _learner(recipe, policy.model.lora, policy.optimizer_config.lr)],
+        *([["critic", f"{_learner(recipe, critic.model.lora, critic.optimizer_config.lr)}, on {critic_path}"]] * ppo),
+        ["algorithm", losses + (f", {algorithm.kl_estimator.name} KL in the {kl}" if kl else "")],
+        ["batch", f"{batch}, {trainer.policy_mini_batch_size} prompts an update"],
+        ["processes", f"{place}, sync {policy.model.lora.sync.name}"],
+        ["log", ", ".join(logger.name for logger in trainer.logger)],
+    ]
+    return f"run of {source}\n{_table(rows)}"
+
+
+def _learner(recipe: Recipe, lora: LoRA, lr: float) -> str:
+    if lora.rank == 0:
+        return f"full fine-tuning, lr {show(lr)}"
+    targets = target_modules(recipe, lora)
+    where = targets if isinstance(targets, str) else ", ".join(targets)
+    return f"LoRA rank {lora.rank}, alpha {show(lora.alpha)}, {where}, lr {show(lr)}"
+
+
+def _run_cost(recipe: Recipe) -> str:
+    found = run_cost(recipe)
+    return (
+        "cost: unknown until the data is there"
+        if found is None
+        else "cost\n" + _table([[name, text(take(found))] for name, take, text in _cost_lines([found])])
+    )
 
 
 def _settings(plan: Plan, source: str) -> str:
@@ -59,6 +109,14 @@ def _costs(plan: Plan, source: str) -> str:
     if not found:
         return "cost: unknown until the data is there"
     runs, speed = plan.num_runs, pace(plan, source)
+    rows = [["", "a run", f"all {runs}"]]
+    for name, take, text in _cost_lines(found):
+        rows.append([name, _span([text(take(c)) for c in found]), _span([text(take(c) * runs) for c in found])])
+    return "cost" + "\n" + _table([*rows, _time(plan, found, speed)])
+
+
+def _cost_lines(found: Sequence[Cost]) -> list[tuple[str, Callable[[Cost], float], Callable[[float], str]]]:
+    """What is counted of a run: its name, how it is taken from a cost, and how it is written."""
     lines: list[tuple[str, Callable[[Cost], float], Callable[[float], str]]] = [
         ("steps", lambda c: c.steps, _count),
         ("training samples", lambda c: c.training_samples, _count),
@@ -67,10 +125,7 @@ def _costs(plan: Plan, source: str) -> str:
     ]
     if found[-1].flops is not None:
         lines.append(("FLOPs, at most, roughly", lambda c: c.flops or 0.0, lambda value: f"{value:.0e}"))
-    rows = [["", "a run", f"all {runs}"]]
-    for name, take, text in lines:
-        rows.append([name, _span([text(take(c)) for c in found]), _span([text(take(c) * runs) for c in found])])
-    return "cost" + "\n" + _table([*rows, _time(plan, found, speed)])
+    return lines
 
 
 def _time(plan: Plan, found: Sequence[Cost], speed: Pace | None) -> list[str]:
@@ -83,9 +138,9 @@ def _time(plan: Plan, found: Sequence[Cost], speed: Pace | None) -> list[str]:
     return ["time", f"about {_span([duration(seconds) for seconds in a_run])}", f"about {total} {source}"]
 
 
-def _missing(plan: Plan) -> str:
-    """Files the sweep will need and that are not there yet."""
-    data = [path for path in (*plan.recipe.data.train_data, *plan.recipe.data.val_data) if locate(path) is None]
+def _missing(recipe: Recipe) -> str:
+    """Files that will be needed and are not there yet."""
+    data = [path for path in (*recipe.data.train_data, *recipe.data.val_data) if locate(path) is None]
     lines = [f"  {path}" for path in data]
     return "data still to be prepared (python -m harness.prepare)\n" + "\n".join(lines) if lines else ""
 

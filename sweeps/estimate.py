@@ -48,21 +48,25 @@ class Pace:
 
 def costs(plan: Plan) -> list[Cost]:
     """The cheapest and the dearest run of a sweep, one cost when these are equal; empty when data files are missing."""
-    rows = [count_rows(paths) for paths in (plan.recipe.data.train_data, plan.recipe.data.val_data)]
-    if None in rows:
+    if run_cost(plan.recipe) is None:
         return []
-    num_train, num_val = (n or 0 for n in rows)
     base = recipes.with_values(plan.recipe, {"sweep": None})
     axes = [axis for axis in plan.space.axes if axis.key in COST_KEYS]
-    found = []
+    found: list[Cost] = []
     for point in itertools.product(*({axis.bounds()[0], axis.bounds()[-1]} for axis in axes)):
         values = {axis.key: value for axis, value in zip(axes, point, strict=True)}
         try:
-            found.append(cost(recipes.with_values(base, values) if values else base, num_train, num_val))
+            found += [one for one in [run_cost(recipes.with_values(base, values) if values else base)] if one]
         except UserError:
             continue  # a corner of the space that the recipe refuses is no trial either
     ends = [min(found, key=lambda c: c.tokens), max(found, key=lambda c: c.tokens)] if found else []
     return ends[:1] if ends and ends[0] == ends[1] else ends
+
+
+def run_cost(recipe: Recipe) -> Cost | None:
+    """One run's cost; None when data files are missing."""
+    num_train, num_val = (count_rows(paths) for paths in (recipe.data.train_data, recipe.data.val_data))
+    return None if num_train is None or num_val is None else cost(recipe, num_train, num_val)
 
 
 def cost(recipe: Recipe, num_train: int, num_val: int) -> Cost:

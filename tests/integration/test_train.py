@@ -18,8 +18,8 @@ from harness.rundir import RunDir, Status
 from harness.schema import Recipe
 from rltrain import checkpoint, trainer
 from rltrain.engines.base import Engine
-from rltrain.model import adapter_layers
 from rltrain.member import Member
+from rltrain.model import adapter_layers
 from rltrain.pack import Pack
 from rltrain.ranks import Ranks
 from rltrain.step import train_step

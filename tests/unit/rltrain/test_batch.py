@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from rltrain.batch import Batch, collate
+from harness.schema import Trainer
+from rltrain.batch import Batch, collate, micro_batches, training_parts
 from rltrain.seeding import permutation, stream_seed
+
+CPU = torch.device("cpu")
 
 
 def _batch() -> Batch:
-    return collate(
-        [[5, 6, 7], [8]], [[1, 2], [3, 4, 9]], [[-0.1, -0.2], [-0.3, -0.4, -0.5]], pad_id=0, device=torch.device("cpu")
-    )
+    return collate([[5, 6, 7], [8]], [[1, 2], [3, 4, 9]], [[-0.1, -0.2], [-0.3, -0.4, -0.5]], pad_id=0, device=CPU)
 
 
 def test_prompts_are_padded_left_and_completions_right() -> None:
@@ -24,16 +27,60 @@ def test_prompts_are_padded_left_and_completions_right() -> None:
 
 
 def test_parts_drop_padding_that_only_others_needed() -> None:
-    first, second = _batch().split(1)
+    first, second = _batch().take([0]), _batch().take([1])
     assert first.completion_ids.tolist() == [[1, 2]]
     assert second.prompt_ids.tolist() == [[8]]
     assert torch.allclose(second.engine_logprobs, torch.tensor([[-0.3, -0.4, -0.5]]))
 
 
 def test_an_empty_completion_keeps_its_row() -> None:
-    batch = collate([[5], [6]], [[], [1]], [[], [-0.1]], pad_id=0, device=torch.device("cpu"))
+    batch = collate([[5], [6]], [[], [1]], [[], [-0.1]], pad_id=0, device=CPU)
     assert batch.mask.tolist() == [[0.0], [1.0]]
-    assert [len(part) for part in batch.split(1)] == [1, 1]
+    assert [len(batch.take([row])) for row in range(2)] == [1, 1]
+
+
+def _of_lengths(lengths: list[int]) -> Batch:
+    """One prompt token each, completions of these lengths."""
+    completions = [[1] * length for length in lengths]
+    return collate([[5]] * len(lengths), completions, [[-1.0] * n for n in lengths], pad_id=0, device=CPU)
+
+
+def test_micro_batches_of_so_many_sequences_keep_the_order() -> None:
+    assert micro_batches(_of_lengths([3, 1, 2]), [2, 0, 1], 2, None) == [[2, 0], [1]]
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 120))
+def test_a_token_budget_holds_with_padding_and_loses_no_sequence(lengths: list[int], budget: int) -> None:
+    batch = _of_lengths(lengths)
+    groups = micro_batches(batch, range(len(lengths)), 1, budget)
+    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+    for group in groups:
+        padded = len(group) * (1 + max(lengths[row] for row in group))
+        assert padded <= budget or len(group) == 1
+
+
+def test_a_token_budget_puts_like_lengths_together() -> None:
+    assert micro_batches(_of_lengths([9, 1, 9, 1]), range(4), 1, 20) == [[1, 3], [0, 2]]
+
+
+def test_ranks_train_on_every_sequence_once_and_as_often_as_each_other() -> None:
+    trainer = Trainer(micro_train_batch_size_per_gpu=2)
+    batch = _of_lengths([1, 2, 3, 4, 5, 6, 7])
+    batch.loss_mask[2] = 0
+    parts = [training_parts(batch, trainer, rank, 3) for rank in range(3)]
+    assert {len(own) for own in parts} == {1}
+    assert sorted(int(n) for own in parts for part in own for n in part.loss_mask.sum(dim=1)) == [1, 2, 4, 5, 6, 7]
+    # One sequence left for two ranks: the other computes it too, without training on it.
+    batch.loss_mask[1:] = 0
+    first, second = (training_parts(batch, trainer, rank, 2) for rank in range(2))
+    assert (first[0].tokens, second[0].tokens) == (1, 0)
+    assert len(second[0]) == 1
+
+
+def test_nothing_to_train_on_is_no_micro_batch() -> None:
+    batch = _of_lengths([1, 2])
+    batch.loss_mask.zero_()
+    assert training_parts(batch, Trainer(), 0, 1) == []
 
 
 def test_streams_depend_on_seed_and_name_only() -> None:

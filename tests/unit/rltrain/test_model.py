@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rltrain.batch import Batch, collate
-from rltrain.model import AdapterOff, FrozenCopy, adapter_statistics, token_logprobs, token_logprobs_and_entropy
+from rltrain.model import AdapterOff, adapter_statistics, token_logprobs, token_logprobs_and_entropy
 
 
 @pytest.fixture
@@ -60,16 +60,6 @@ def test_the_adapters_reference_is_the_base(base: Qwen2ForCausalLM, batch: Batch
     with torch.no_grad():
         assert not torch.allclose(token_logprobs(model, batch, 1.0), expected, atol=1e-3)
     assert torch.equal(AdapterOff(model).logprobs(batch, 1.0), expected)
-
-
-def test_a_frozen_copy_stays_where_training_started(base: Qwen2ForCausalLM, batch: Batch) -> None:
-    reference = FrozenCopy(base)
-    before = reference.logprobs(batch, 1.0)
-    with torch.no_grad():
-        for parameter in base.parameters():
-            parameter.mul_(1.5)
-    assert torch.equal(reference.logprobs(batch, 1.0), before)
-    assert not any(p.requires_grad for p in reference.model.parameters())
 
 
 def test_effective_rank_counts_equal_directions(adapted: PeftModel) -> None:

@@ -27,9 +27,8 @@ def test_the_quickstart_passes(tiny_model_dir: Path) -> None:
         (["environment.env_class=gsm9k"], "gsm8k"),
         (["trainer.train_batch_size=100000", "trainer.policy_mini_batch_size=100000"], "fewer problems than one batch"),
         (["trainer.target_modules=[q_proj,lm_head]"], "vLLM serves no adapter"),
-        (["generator.num_inference_engines=2"], "one process"),
+        (["trainer.placement.policy_num_nodes=2", "generator.num_inference_engines=2"], "2 asked, 1 there"),
         (["generator.max_input_length=200"], "<= 256 together"),
-        (["trainer.placement.colocate_all=false"], "trainer.placement.colocate_all=true"),
     ],
 )
 def test_bad_input_is_explained(tiny_model_dir: Path, overrides: list[str], told: str) -> None:
@@ -40,8 +39,15 @@ def test_bad_input_is_explained(tiny_model_dir: Path, overrides: list[str], told
 
 def test_missing_gpus_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "visible_gpus", lambda: 1)
-    with pytest.raises(UserError, match="4 asked, 1 there"):
+    with pytest.raises(UserError, match=r"4 asked \(4 ranks\), 1 there"):
         check_run(recipes.load("gsm8k_lora"))
+
+
+def test_engines_apart_need_devices_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "visible_gpus", lambda: 7)
+    apart = ["trainer.placement.colocate_all=false", "generator.inference_engine_tensor_parallel_size=2"]
+    with pytest.raises(UserError, match=r"8 asked \(4 ranks \+ 2 engines x 2\), 7 there"):
+        check_run(recipes.load("gsm8k_lora", [*apart, "generator.num_inference_engines=2"]))
 
 
 def test_missing_columns_are_named(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_what_is_wrong_is_said_before_anything_starts(recipe_file: Path, overrid
 
 
 def test_trials_at_once_need_their_gpus(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("sweeps.trials", "sweeps.session", "rltrain.parallel"):
+    for module in ("sweeps.session", "rltrain.parallel"):
         monkeypatch.setattr(f"{module}.visible_gpus", lambda: 1)
     cuda = "trainer.placement.device=cuda"
     assert sessions.start(str(recipe_file), [cuda, "trainer.run_name=one"])
