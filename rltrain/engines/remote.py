@@ -133,9 +133,10 @@ def start_engines(
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     on_gpu = parallel.device_of(recipe).type == "cuda"
+    processes = recipe.generator.inference_engine_tensor_parallel_size
     settings = {
-        "num_cpus": max(1, recipe.trainer.num_threads or 1),
-        "num_gpus": recipe.generator.inference_engine_tensor_parallel_size if on_gpu else 0,
+        "num_cpus": (recipe.trainer.num_threads or 1) * (1 if on_gpu else processes),
+        "num_gpus": processes if on_gpu else 0,
         "runtime_env": {"env_vars": dict(env or {})},
     }
     actors = []

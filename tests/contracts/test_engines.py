@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,13 +13,14 @@ import torch
 from peft import PeftModel
 
 from harness.errors import UserError
-from harness.schema import Backend
-from rltrain.engines.base import ENGINES, Engine, Request
+from rltrain.engines.base import Engine, Request
+from rltrain.engines.remote import RemoteEngines
 from rltrain.sync.adapter import adapter_config, adapter_tensors
 from rltrain.sync.disk import DiskSync, write_tensors
 from rltrain.sync.proof import SyncError
 from tests.contracts.tiny import (
     ADAPTERS,
+    KINDS,
     LONGEST,
     MAX_INPUT_LENGTH,
     STOP_TOKEN_IDS,
@@ -26,18 +28,18 @@ from tests.contracts.tiny import (
     adapt,
     flat_logprobs,
     load_base,
+    marks_of,
+    name_of,
     next_token_logits,
     prompt,
+    ray_for_two,
     request,
     start,
     tokens,
     trainer_logprobs,
 )
 
-BACKENDS = [
-    pytest.param(backend, id=backend.name, marks=[pytest.mark.heavy] if backend is Backend.vllm else [])
-    for backend in ENGINES
-]
+ALL_KINDS = [pytest.param(kind, id=name_of(kind), marks=marks_of(kind)) for kind in KINDS]
 MEMBERS: list[str | None] = [*ADAPTERS, None]
 
 
@@ -46,17 +48,20 @@ def model(base_dir: Path) -> PeftModel:
     return adapt(load_base(base_dir))
 
 
-@pytest.fixture(scope="module", params=BACKENDS)
+@pytest.fixture(scope="module", params=ALL_KINDS)
 def engine(
     request: pytest.FixtureRequest, model: PeftModel, base_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Engine]:
     """An engine that serves both adapters, in all slots it has."""
-    engine = start(request.param, model, base_dir)
-    sync = DiskSync(tmp_path_factory.mktemp("adapters"))
-    for member in ADAPTERS:
-        sync.publish(engine, model, member, 1)
-    yield engine
-    engine.close()
+    with contextlib.ExitStack() as stack:
+        if request.param == "remote":
+            stack.enter_context(ray_for_two(tmp_path_factory.mktemp("ray")))
+        engine = start(request.param, model, base_dir)
+        stack.callback(engine.close)
+        sync = DiskSync(tmp_path_factory.mktemp("adapters"))
+        for member in ADAPTERS:
+            sync.publish(engine, model, member, 1)
+        yield engine
 
 
 def test_samples_come_in_the_order_of_the_requests(engine: Engine, model: PeftModel) -> None:
@@ -294,7 +299,7 @@ def test_nothing_is_left_of_a_call_that_failed(
 ) -> None:
     llm = getattr(engine, "_llm", None)
     if llm is None:
-        pytest.skip("the engine keeps no requests between calls")
+        pytest.skip("no vLLM in this process")
     asked = [request(9, None, n=2)]
     expected = engine.generate(asked)
     step, steps = llm.llm_engine.step, iter(range(3))
@@ -309,3 +314,17 @@ def test_nothing_is_left_of_a_call_that_failed(
             engine.generate([request(12, None, n=4, seed=1)])
     assert not llm.llm_engine.has_unfinished_requests()
     assert engine.generate(asked) == expected
+
+
+def test_prompts_are_shared_among_engines(engine: Engine, model: PeftModel, tmp_path: Path) -> None:
+    if not isinstance(engine, RemoteEngines):
+        pytest.skip("one engine")
+    # Only the second engine is without the adapter: its share of the prompts is what cannot be answered.
+    second = RemoteEngines(engine._actors[1:])
+    second.drop_adapter("attention")
+    asked = [request(length, member) for length, member in [(5, "attention"), (6, None), (7, "attention"), (8, None)]]
+    assert [len(group) for group in engine.generate(asked)] == [2, 2, 2, 2]
+    with pytest.raises(UserError, match="no adapter is loaded"):
+        engine.generate(asked[1:])
+    DiskSync(tmp_path).publish(second, model, "attention", 9)
+    assert len(engine.generate(asked[1:])) == 3

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,17 +16,22 @@ from safetensors.torch import load_file
 
 from harness.errors import UserError
 from harness.schema import Backend, SyncMode
-from rltrain.engines.base import ENGINES, Engine, Sample
+from rltrain.engines.base import Engine, Sample
 from rltrain.sync.base import SYNCS, build_sync
 from rltrain.sync.disk import write_adapter
 from rltrain.sync.merge import merged_weights
 from rltrain.sync.proof import SyncError, check_sync
 from tests.contracts.tiny import (
+    KINDS,
+    Kind,
     adapt,
     flat_logprobs,
     load_base,
+    marks_of,
+    name_of,
     next_token_logits,
     prompt,
+    ray_for_two,
     request,
     shake,
     start,
@@ -61,10 +67,8 @@ class Story:
     trainer_after: dict[str, torch.Tensor]
 
 
-def _tell(backend: Backend, mode: SyncMode, base_dir: Path, root: Path) -> Story:
-    model = adapt(load_base(base_dir), [MEMBER])
+def _tell(engine: Engine, model: PeftModel, mode: SyncMode, root: Path) -> Story:
     merged = mode is SyncMode.merge
-    engine = start(backend, model, base_dir, max_lora_rank=0 if merged else 4)
     sync = build_sync(mode, root)
     served_as = None if merged and not engine.shares_weights else MEMBER
     requests = [request(length, served_as, n=3, seed=length) for length in (1, 9, 40, 70)]
@@ -77,28 +81,25 @@ def _tell(backend: Backend, mode: SyncMode, base_dir: Path, root: Path) -> Story
     def state() -> dict[str, torch.Tensor]:
         return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
-    try:
-        before = state()
-        sync.publish(engine, model, MEMBER, 1)
-        after = state()
-        first = probe()
-        shake(model, MEMBER, seed=3)
-        sync.publish(Deaf(engine), model, MEMBER, 2)  # type: ignore[arg-type]
-        unheard = probe()
-        sync.publish(engine, model, MEMBER, 3)
-        second = probe()
-        trained = state()
-        model.load_state_dict(before)
-        sync.publish(engine, model, MEMBER, 4)
-        model.load_state_dict(trained)
-        stale = probe()
-        model.load_state_dict({name: tensor * ("lora_B" not in name) for name, tensor in trained.items()})
-        sync.publish(engine, model, MEMBER, 5)
-        model.load_state_dict(trained)
-        zeroed = probe()
-        return Story(engine.shares_weights, first, unheard, second, stale, zeroed, before, after)
-    finally:
-        engine.close()
+    before = state()
+    sync.publish(engine, model, MEMBER, 1)
+    after = state()
+    first = probe()
+    shake(model, MEMBER, seed=3)
+    sync.publish(Deaf(engine), model, MEMBER, 2)  # type: ignore[arg-type]
+    unheard = probe()
+    sync.publish(engine, model, MEMBER, 3)
+    second = probe()
+    trained = state()
+    model.load_state_dict(before)
+    sync.publish(engine, model, MEMBER, 4)
+    model.load_state_dict(trained)
+    stale = probe()
+    model.load_state_dict({name: tensor * ("lora_B" not in name) for name, tensor in trained.items()})
+    sync.publish(engine, model, MEMBER, 5)
+    model.load_state_dict(trained)
+    zeroed = probe()
+    return Story(engine.shares_weights, first, unheard, second, stale, zeroed, before, after)
 
 
 class Deaf:
@@ -118,33 +119,64 @@ class Deaf:
         list(weights)
 
 
-Stories = dict[tuple[Backend, SyncMode], Story]
+class Stories:
+    """Stories told so far, each once, and the engine of the last of them: engines are slow to start."""
+
+    def __init__(self, base_dir: Path, root: Path) -> None:
+        self._base_dir = base_dir
+        self._root = root
+        self._told: dict[tuple[Kind, SyncMode], Story] = {}
+        self._up: tuple[Kind, int] | None = None
+        self._engine: Engine | None = None
+        self._ray = contextlib.ExitStack()
+
+    def get(self, kind: Kind, mode: SyncMode) -> Story:
+        """The story of that kind of engine and that sync."""
+        if (kind, mode) not in self._told:
+            model = adapt(load_base(self._base_dir), [MEMBER])
+            engine = self._started(kind, model, 0 if mode is SyncMode.merge else 4)
+            self._told[kind, mode] = _tell(engine, model, mode, self._root / name_of(kind) / mode.name)
+        return self._told[kind, mode]
+
+    def _started(self, kind: Kind, model: PeftModel, max_lora_rank: int) -> Engine:
+        if self._up != (kind, max_lora_rank) or self._engine is None:
+            self.close()
+            tensor_parallel_size = 1
+            if kind == "remote":
+                tensor_parallel_size = 2
+                self._ray.enter_context(ray_for_two(self._root))
+            self._engine = start(
+                kind, model, self._base_dir, max_lora_rank=max_lora_rank, tensor_parallel_size=tensor_parallel_size
+            )
+            self._up = kind, max_lora_rank
+        self._engine.use_model(model)
+        return self._engine
+
+    def close(self) -> None:
+        """End the engine that is up."""
+        if self._engine is not None:
+            self._engine.close()
+        self._engine = None
+        self._ray.close()
 
 
 @pytest.fixture(scope="module")
-def told() -> Stories:
-    """Stories told so far, each once: engines are slow to start."""
-    return {}
+def stories(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stories]:
+    stories = Stories(base_dir, tmp_path_factory.mktemp("sync"))
+    yield stories
+    stories.close()
 
 
 PAIRS = [
-    pytest.param(
-        (backend, mode), id=f"{backend.name}-{mode.name}", marks=[pytest.mark.heavy] if backend is Backend.vllm else []
-    )
-    for backend, mode in itertools.product(ENGINES, SYNCS)
+    pytest.param((kind, mode), id=f"{name_of(kind)}-{mode.name}", marks=marks_of(kind))
+    for kind, mode in itertools.product(KINDS, SYNCS)
 ]
+ALL_KINDS = [pytest.param(kind, id=name_of(kind), marks=marks_of(kind)) for kind in KINDS]
 
 
 @pytest.fixture(params=PAIRS)
-def story(request: pytest.FixtureRequest, told: Stories, base_dir: Path, tmp_path: Path) -> Story:
-    backend, mode = request.param
-    return _story(told, backend, mode, base_dir, tmp_path)
-
-
-def _story(told: Stories, backend: Backend, mode: SyncMode, base_dir: Path, root: Path) -> Story:
-    if (backend, mode) not in told:
-        told[backend, mode] = _tell(backend, mode, base_dir, root)
-    return told[backend, mode]
+def story(request: pytest.FixtureRequest, stories: Stories) -> Story:
+    return stories.get(*request.param)
 
 
 def test_every_mode_of_the_schema_has_a_sync() -> None:
@@ -191,23 +223,20 @@ def test_publishing_leaves_the_trainers_weights_alone(story: Story) -> None:
     assert all(torch.equal(tensor, story.trainer_after[name]) for name, tensor in story.trainer_before.items())
 
 
-@pytest.mark.heavy
-def test_all_modes_give_the_same_rollouts(told: Stories, base_dir: Path, tmp_path: Path) -> None:
-    for backend in ENGINES:
-        stories = [_story(told, backend, mode, base_dir, tmp_path / mode.name) for mode in SYNCS]
-        for one, other in itertools.pairwise(stories):
-            for name in ("first", "second"):
-                mine, its = getattr(one, name), getattr(other, name)
-                assert tokens(mine.samples) == tokens(its.samples)
-                assert torch.allclose(mine.engine, its.engine, atol=1e-4)
-
-
-@pytest.mark.heavy
-def test_disk_and_memory_agree_to_the_bit(told: Stories, base_dir: Path, tmp_path: Path) -> None:
-    for backend in ENGINES:
-        disk, memory = (_story(told, backend, mode, base_dir, tmp_path) for mode in (SyncMode.disk, SyncMode.memory))
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_all_modes_give_the_same_rollouts(stories: Stories, kind: Kind) -> None:
+    for one, other in itertools.pairwise(stories.get(kind, mode) for mode in SYNCS):
         for name in ("first", "second", "stale", "zeroed"):
-            assert getattr(disk, name).samples == getattr(memory, name).samples
+            mine, its = getattr(one, name), getattr(other, name)
+            assert tokens(mine.samples) == tokens(its.samples)
+            assert torch.allclose(mine.engine, its.engine, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_disk_and_memory_agree_to_the_bit(stories: Stories, kind: Kind) -> None:
+    disk, memory = stories.get(kind, SyncMode.disk), stories.get(kind, SyncMode.memory)
+    for name in ("first", "second", "stale", "zeroed"):
+        assert getattr(disk, name).samples == getattr(memory, name).samples
 
 
 @pytest.mark.heavy

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Literal, TypeAlias
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from harness.schema import Backend, Recipe, Sampling
-from rltrain.engines.base import Engine, EngineOptions, Request, Sample, build_engine
+from harness.schema import Backend, Device, Recipe, Sampling
+from rltrain.cluster import cluster
+from rltrain.engines.base import ENGINES, Engine, EngineOptions, Request, Sample, build_engine
+from rltrain.engines.remote import start_engines
+
+Kind: TypeAlias = Backend | Literal["remote"]
+KINDS: list[Kind] = [*ENGINES, "remote"]
 
 VOCAB = 101
 # Many ids end a completion, so that a random model's completions end both ways.
@@ -64,15 +72,41 @@ def shake(model: PeftModel, member: str, seed: int) -> None:
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
-def start(backend: Backend, model: torch.nn.Module, base_dir: Path, *, max_lora_rank: int = 4) -> Engine:
-    """An engine with room for both adapters; `max_lora_rank` 0: one whose weights are replaced instead."""
+def start(
+    kind: Kind, model: torch.nn.Module, base_dir: Path, *, max_lora_rank: int = 4, tensor_parallel_size: int = 1
+) -> Engine:
+    """An engine with room for both adapters; `max_lora_rank` 0: one whose weights are replaced instead.
+
+    "remote": two vLLM engines in actors of their own, or one of them split over `tensor_parallel_size` processes.
+    """
     recipe = Recipe()
-    recipe.generator.backend = backend
+    recipe.trainer.placement.device = Device.cpu
+    recipe.trainer.num_threads = 1 if kind == "remote" else None
+    recipe.generator.backend = Backend.vllm if kind == "remote" else kind
     recipe.generator.max_input_length = MAX_INPUT_LENGTH
     recipe.generator.sampling_params.max_generate_length = LONGEST
     recipe.generator.eval_sampling_params.max_generate_length = LONGEST
     options = EngineOptions(str(base_dir), torch.float32, STOP_TOKEN_IDS, max_lora_rank, max_loras=len(ADAPTERS))
-    return build_engine(recipe, model, options)
+    if kind != "remote":
+        return build_engine(recipe, model, options)
+    recipe.generator.num_inference_engines = 2 // tensor_parallel_size
+    recipe.generator.inference_engine_tensor_parallel_size = tensor_parallel_size
+    return start_engines(recipe, options)
+
+
+def ray_for_two(owner: Path) -> contextlib.AbstractContextManager[object]:
+    """Ray on this machine, with two CPUs to give away; "remote" engines must be closed before it ends."""
+    return cluster(owner, cpus=2, gpus=0, threads=1, address=None)
+
+
+def name_of(kind: Kind) -> str:
+    """What a kind of engine is called in the names of tests."""
+    return kind if kind == "remote" else kind.name
+
+
+def marks_of(kind: Kind) -> list[pytest.MarkDecorator]:
+    """Engines that are slow to start mark their tests as heavy."""
+    return [] if kind is Backend.transformers else [pytest.mark.heavy]
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from harness.errors import UserError
 from harness.schema import Backend, Sampling
-from rltrain.engines.base import ENGINES, Request, check_prompts, sample_seed, stop_token_ids, unknown_member
+from rltrain.engines.base import (
+    ENGINES,
+    Request,
+    check_prompts,
+    in_parts,
+    sample_seed,
+    stop_token_ids,
+    unknown_member,
+)
 
 
 def test_every_backend_of_the_schema_has_an_engine() -> None:
@@ -57,3 +67,23 @@ def test_prompts_are_checked_before_anything_runs() -> None:
 def test_an_unknown_member_is_named_with_those_there_are() -> None:
     assert "got:     c\n  allowed: a, b" in str(unknown_member("c", ["b", "a"]))
     assert "none is loaded" in str(unknown_member("c", []))
+
+
+def test_weights_come_in_parts_of_limited_size() -> None:
+    sizes = {"a": 3, "b": 3, "c": 4, "d": 25, "e": 1, "f": 9}
+    weights = [(name, torch.zeros(size, dtype=torch.uint8)) for name, size in sizes.items()]
+    parts = [[name for name, _ in part] for part in in_parts(iter(weights), limit=10)]
+    assert parts == [["a", "b", "c"], ["d"], ["e", "f"]]
+    assert list(in_parts([], limit=10)) == []
+
+
+def test_weights_are_not_taken_before_their_part_is_wanted() -> None:
+    taken = []
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        for name in "abcd":
+            taken.append(name)
+            yield name, torch.zeros(4)
+
+    next(in_parts(weights(), limit=32))
+    assert taken == ["a", "b", "c"]
