@@ -13,6 +13,7 @@ from harness.schema import Recipe
 from rltrain.batch import Batch
 from rltrain.learner import Learner, Row
 from rltrain.losses import Totals, value_loss
+from rltrain.model import completion_logits
 from rltrain.seeding import stream_seed
 
 
@@ -58,15 +59,7 @@ class Critic(Learner):
     def values(self, batch: Batch) -> torch.Tensor:
         """V(s_t) before each of the completions' tokens, `[B, T]`, float32."""
         with self._in_place_of_the_head():
-            output = self.model(
-                input_ids=torch.cat([batch.prompt_ids, batch.completion_ids], dim=1),
-                attention_mask=batch.attention_mask,
-                position_ids=batch.position_ids,
-                use_cache=False,
-                logits_to_keep=batch.completion_ids.shape[1] + 1,
-            )
-        values: torch.Tensor = output.logits[:, :-1, 0]
-        return values
+            return completion_logits(self.model, batch).squeeze(-1).float()
 
     def totals(self, batch: Batch) -> Totals:
         """The divisors of a mini-batch's loss."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
@@ -37,7 +38,8 @@ def model_folder(path: str) -> str:
 def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model, frozen, and its tokenizer; raises UserError when they cannot be had or lack a chat template."""
     path = recipe.trainer.policy.model.path
-    model = load_model(path, recipe, key="trainer.policy.model.path")
+    full = recipe.trainer.policy.model.lora.rank == 0
+    model = load_model(path, recipe, key="trainer.policy.model.path", full=full)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_folder(path))
     except (OSError, ValueError) as error:
@@ -48,17 +50,28 @@ def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     return model, tokenizer
 
 
-def load_model(path: str, recipe: Recipe, *, key: str) -> PreTrainedModel:
-    """A causal language model, frozen, in eval mode, on the recipe's device; raises UserError naming the key."""
+def load_model(path: str, recipe: Recipe, *, key: str, full: bool) -> PreTrainedModel:
+    """A causal language model, frozen, in eval mode, on the recipe's device; raises UserError naming the key.
+
+    With `full` fine-tuning ahead its weights are float32, whatever it computes in (`precision`): a bfloat16 weight
+    has 8 bits, and most updates of a fine-tuning learning rate are smaller than its last one.
+    """
+    dtype = torch.float32 if full else dtype_of(recipe)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            model_folder(path), dtype=dtype_of(recipe), attn_implementation="sdpa"
-        )
+        model = AutoModelForCausalLM.from_pretrained(model_folder(path), dtype=dtype, attn_implementation="sdpa")
     except (OSError, ValueError) as error:
         raise _cannot_load(key, path, error) from None
+    model.computes_in = dtype_of(recipe)
     model.requires_grad_(False)
     model.to(device_of(recipe)).eval()
     return model
+
+
+def precision(model: Any) -> torch.autocast:
+    """The precision a model computes in, where that is not its weights' own."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    wanted = getattr(base, "computes_in", base.dtype)
+    return torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=wanted != base.dtype)
 
 
 def _cannot_load(key: str, path: str, error: Exception) -> UserError:
@@ -112,8 +125,8 @@ def adapter_layers(model: torch.nn.Module, name: str) -> dict[str, LoraLayer]:
 
 def adapter_parameters(model: torch.nn.Module, name: str) -> dict[str, torch.nn.Parameter]:
     """An adapter's own parameters by full name, in a fixed order."""
-    mark = f".{name}."
-    return {n: p for n, p in model.named_parameters() if mark in n and ".lora_" in n}
+    own = re.compile(rf"\.lora_\w+\.{re.escape(name)}(\.|$)")
+    return {n: p for n, p in model.named_parameters() if own.search(n)}
 
 
 @contextlib.contextmanager
@@ -141,14 +154,21 @@ def token_logprobs_and_entropy(model: Any, batch: Batch, temperature: float) -> 
 
 def _log_distribution(model: Any, batch: Batch, temperature: float) -> torch.Tensor:
     """`[B, T, V]`: over the vocabulary, at each position that a completion's token was drawn from."""
-    output = model(
-        input_ids=torch.cat([batch.prompt_ids, batch.completion_ids], dim=1),
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
-        logits_to_keep=batch.completion_ids.shape[1] + 1,
-    )
-    return torch.log_softmax(output.logits[:, :-1].float() / temperature, dim=-1)
+    return torch.log_softmax(completion_logits(model, batch).float() / temperature, dim=-1)
+
+
+def completion_logits(model: Any, batch: Batch) -> torch.Tensor:
+    """What the model's head gives at each position that a completion's token was drawn from, `[B, T, ...]`."""
+    with precision(model):
+        output = model(
+            input_ids=torch.cat([batch.prompt_ids, batch.completion_ids], dim=1),
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            logits_to_keep=batch.completion_ids.shape[1] + 1,
+        )
+    logits: torch.Tensor = output.logits[:, :-1]
+    return logits
 
 
 def _chosen(logprobs_BTV: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -157,7 +157,8 @@ class Pack:
             # Full fine-tuning changes the base under everyone's feet: it is alone, and the pack ends with it.
             self._used_up = True
             if wants_reference:
-                reference = models.FrozenModel(self._another_base(recipe, recipe.trainer.policy.model.path))
+                path = recipe.trainer.policy.model.path
+                reference = models.FrozenModel(self._another_base(path, recipe, key="trainer.policy.model.path"))
             parameters = dict(self.model.requires_grad_(True).named_parameters())
         return Policy(name, self.model, parameters, recipe, reference, steps, sync_tolerance(recipe))
 
@@ -169,15 +170,16 @@ class Pack:
         if same and critic.lora.rank > 0 and policy.lora.rank > 0:
             self._add_adapter(name, recipe, critic.lora)
             return Critic(name, self.model, models.adapter_parameters(self.model, name), recipe, steps)
-        base: Any = self._another_base(recipe, path)
-        if critic.lora.rank > 0:
+        full = critic.lora.rank == 0
+        base: Any = self._another_base(path, recipe, key="trainer.critic.model.path", full=full)
+        if not full:
             base = models.add_adapter(base, name, models.lora_config(recipe, critic.lora), _adapter_seed(recipe, name))
             return Critic(name, base, models.adapter_parameters(base, name), recipe, steps)
         parameters = {n: p.requires_grad_(True) for n, p in base.named_parameters() if not n.startswith("lm_head.")}
         return Critic(name, base, parameters, recipe, steps)
 
-    def _another_base(self, recipe: Recipe, path: str) -> PreTrainedModel:
-        base = models.load_model(path, recipe, key="trainer.critic.model.path")
+    def _another_base(self, path: str, recipe: Recipe, *, key: str, full: bool = False) -> PreTrainedModel:
+        base = models.load_model(path, recipe, key=key, full=full)
         self.ranks.shard(base)
         return base
 

@@ -6,7 +6,7 @@ import json
 
 from harness.errors import UserError
 from harness.paths import locate
-from harness.schema import Backend, Recipe, SyncMode
+from harness.schema import AdvantageEstimator, Backend, Recipe, SyncMode
 from harness.validate import check_context, target_modules
 from rltrain.data import load_examples
 from rltrain.envs import get_env
@@ -16,8 +16,10 @@ from rltrain.parallel import check_placement
 def check_run(recipe: Recipe) -> None:
     """Raise UserError for data, environment, model folder or placement that would fail the run later."""
     check_placement(recipe)
-    _check_model(recipe)
+    _check_model(recipe, "trainer.policy.model.path", recipe.trainer.policy.model.path)
     _check_sync(recipe)
+    if recipe.trainer.algorithm.advantage_estimator is AdvantageEstimator["gae"]:
+        _check_critic(recipe)
     get_env(recipe.environment.env_class)
     sizes = {}
     for key in ("train_data", "val_data"):
@@ -36,23 +38,35 @@ def check_run(recipe: Recipe) -> None:
         )
 
 
-def _check_model(recipe: Recipe) -> None:
+def _check_model(recipe: Recipe, key: str, path: str) -> None:
     """A local folder must hold a model; anything else must look like a hub's `owner/name`."""
-    path = recipe.trainer.policy.model.path
     found = locate(path)
     if found is None:
         if path.count("/") != 1 or path.startswith((".", "/", "~")):
-            raise UserError("trainer.policy.model.path names no folder", got=path,
+            raise UserError(f"{key} names no folder", got=path,
                             allowed="a local folder with config.json, or a hub name owner/name")  # fmt: skip
         return
     try:
         config = json.loads((found / "config.json").read_text())
     except OSError:
-        raise UserError("trainer.policy.model.path holds no config.json", got=found) from None
+        raise UserError(f"{key} holds no config.json", got=found) from None
     except ValueError as error:
         raise UserError("the model's config.json is damaged", got=f"{found}: {error}") from None
     if "max_position_embeddings" in config:
         check_context(recipe, config["max_position_embeddings"])
+
+
+def _check_critic(recipe: Recipe) -> None:
+    critic = recipe.trainer.critic.model
+    if critic.path is not None:
+        _check_model(recipe, "trainer.critic.model.path", critic.path)
+    targets = target_modules(recipe, critic.lora)
+    if isinstance(targets, list) and "lm_head" in targets:
+        raise UserError(
+            "a critic has a value head in the place of lm_head: an adapter there would never train",
+            got=f"target_modules={targets}",
+            fix="trainer.critic.model.lora.target_modules=all-linear",
+        )
 
 
 def _check_sync(recipe: Recipe) -> None:

@@ -93,8 +93,9 @@ class Ranks:
         parameters = list(parameters)
         if self.size == 1:
             return
-        for sharded in [p for p in parameters if isinstance(p, DTensor) and p.grad is not None]:
-            sharded.grad.mul_(self.size)  # FSDP has taken the mean, and gloo knows no other factor
+        for sharded in [p for p in parameters if isinstance(p, DTensor)]:
+            if sharded.grad is not None:  # FSDP has taken the mean, and gloo knows no other factor
+                sharded.grad.mul_(self.size)
         plain = [p for p in parameters if not isinstance(p, DTensor)]
         if plain:
             flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in plain])

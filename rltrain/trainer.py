@@ -21,7 +21,7 @@ from rltrain.flops import step_flops
 from rltrain.member import Member
 from rltrain.model import adapter_statistics
 from rltrain.pack import Pack
-from rltrain.parallel import needs_workers
+from rltrain.parallel import dtype_of, needs_workers
 from rltrain.ranks import full
 from rltrain.step import train_step
 from rltrain.sync.disk import write_adapter
@@ -171,7 +171,8 @@ def write_policy(pack: Pack, member: Member, folder: Path) -> None:
     if member.recipe.trainer.policy.model.lora.rank > 0:
         pack.ranks.once(lambda: write_adapter(pack.model, member.name, folder))
         return
-    whole = {name: full(tensor) for name, tensor in pack.model.state_dict().items()}
+    dtype = dtype_of(member.recipe)
+    whole = {name: full(tensor).to(dtype) for name, tensor in pack.model.state_dict().items()}
 
     def write() -> None:
         pack.model.save_pretrained(folder, state_dict=whole)

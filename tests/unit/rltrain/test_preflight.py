@@ -12,6 +12,8 @@ from harness.errors import UserError
 from rltrain import parallel
 from rltrain.preflight import check_run
 
+PPO = ["trainer.algorithm.advantage_estimator=gae"]
+
 
 def test_the_quickstart_passes(tiny_model_dir: Path) -> None:
     check_run(recipes.load("quickstart"))
@@ -28,6 +30,8 @@ def test_the_quickstart_passes(tiny_model_dir: Path) -> None:
         (["trainer.train_batch_size=100000", "trainer.policy_mini_batch_size=100000"], "fewer problems than one batch"),
         (["trainer.target_modules=[q_proj,lm_head]"], "vLLM serves no adapter"),
         (["trainer.placement.policy_num_nodes=2", "generator.num_inference_engines=2"], "2 asked, 1 there"),
+        ([*PPO, "trainer.critic.model.path=./nowhere"], "trainer.critic.model.path names no folder"),
+        ([*PPO, "trainer.critic.model.lora.target_modules=[q_proj,lm_head]"], "value head in the place of lm_head"),
         (["generator.max_input_length=200"], "<= 256 together"),
     ],
 )
