@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 
-from harness import manifest, metrics
+from harness import manifest, metrics, sinks
 from harness import recipe as recipes
+from harness.advice import advise
 from harness.cli import Parser, run_command
 from harness.errors import UserError
 from harness.paths import shown
 from harness.rundir import RunDir, Status, place
-from harness.schema import Recipe
+from harness.schema import Logger, Recipe
 from harness.validate import num_processes
 
 
@@ -68,7 +70,7 @@ def _dry_run(options: argparse.Namespace) -> int:
 
 
 def _advise(recipe: Recipe, overrides: list[str]) -> None:
-    for note in recipes.notes(overrides):
+    for note in [*recipes.notes(overrides), *advise(recipe)]:
         print(f"note: {note}")
 
 
@@ -88,6 +90,8 @@ def _check(recipe: Recipe) -> None:
     from rltrain.preflight import check_run
 
     check_run(recipe)
+    if Logger.wandb in recipe.trainer.logger:
+        sinks.wandb_mode()
 
 
 def _check_same(recipe: Recipe, run_dir: RunDir) -> None:
@@ -104,22 +108,33 @@ def _check_same(recipe: Recipe, run_dir: RunDir) -> None:
 
 
 def _train(recipe: Recipe, run_dir: RunDir) -> None:
+    from sweeps.locks import held
+
     place = shown(run_dir.path)
-    print(f"run {place}", flush=True)
-    print("loading the model and starting the engine ...", flush=True)
-    from rltrain.quiet import quiet_libraries
-
-    quiet_libraries()
-    from rltrain.trainer import run
-
-    console = metrics.Console()
-    try:
-        for report in run(recipe, run_dir):
-            console.step(report.total_steps, report.metrics)
-    except KeyboardInterrupt:
-        print(f"stopped; go on with: python -m harness.run --resume {place}", file=sys.stderr)
-        raise
+    with held(run_dir.path / ".lock") as mine:
+        if not mine:
+            raise UserError("another process is training this run", got=place,
+                            fix="wait for it, or choose another trainer.run_name")  # fmt: skip
+        print(f"run {place}", flush=True)
+        try:
+            _follow(recipe, run_dir)
+        except KeyboardInterrupt:
+            print(f"stopped; go on with: python -m harness.run --resume {place}", file=sys.stderr)
+            raise
     print(_summary(run_dir, place))
+
+
+def _follow(recipe: Recipe, run_dir: RunDir) -> None:
+    """Train, and tell the recipe's loggers of every step."""
+    with contextlib.closing(sinks.Sinks(recipe, run_dir)) as told:
+        print("loading the model and starting the engine ...", flush=True)
+        from rltrain.quiet import quiet_libraries
+
+        quiet_libraries()
+        from rltrain.trainer import run
+
+        for report in run(recipe, run_dir):
+            told.report(report.total_steps, report.metrics)
 
 
 def _summary(run_dir: RunDir, place: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import recipe as recipes
+from harness.advice import advise
 from harness.cli import Parser, run_command
 from harness.errors import UserError
 from harness.paths import shown
@@ -72,7 +73,10 @@ def _dry_run(options: argparse.Namespace) -> int:
     if options.resume is not None:
         raise UserError("--dry-run shows a sweep before it starts", got="--resume", fix="leave out one of the two")
     source = _recipe(options)
-    print(dry_run.describe(plan.build(recipes.load(source, options.overrides)), source))
+    recipe = recipes.load(source, options.overrides)
+    print(dry_run.describe(plan.build(recipe), source))
+    for note in [*recipes.notes(options.overrides), *advise(recipe)]:
+        print(f"note: {note}")
     return 0
 
 

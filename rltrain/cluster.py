@@ -38,18 +38,27 @@ LOOPBACK = {
 }
 STARTS = 3
 OBJECT_STORE_BYTES = 100 * 2**20
+# For what engines in processes of their own are sent: whole models in parts of some 500 MiB.
+LARGE_STORE_BYTES = 2 * 2**30
 # A socket's path has at most 107 bytes, of which Ray's own part takes about 70.
 LONGEST_ROOT = 30
 
 
 @contextlib.contextmanager
 def cluster(
-    owner: Path, *, cpus: float, gpus: float, threads: int, address: str | None, scratch: str = "scratch"
+    owner: Path,
+    *,
+    cpus: float,
+    gpus: float,
+    threads: int,
+    address: str | None,
+    scratch: str = "scratch",
+    store: int = OBJECT_STORE_BYTES,
 ) -> Iterator[Path]:
     """Ray is up inside, with room for so many CPUs and GPUs; yields a folder. Nothing of either is left afterwards.
 
     `owner` is the directory of the run or sweep that it is for, `threads` those of each process, `address` that of a
-    running cluster, None for this machine alone. The caller holds the owner's lock.
+    running cluster, None for this machine alone, `store` the bytes for objects. The caller holds the owner's lock.
     """
     os.environ.update(QUIET if address else QUIET | LOOPBACK)
     root = _scratch(owner)
@@ -64,7 +73,7 @@ def cluster(
         "runtime_env": {"env_vars": worker_environment(threads)},
     }
     try:
-        _start(options | ({"address": address} if address else _alone(root, cpus, gpus)))
+        _start(options | ({"address": address} if address else _alone(root, cpus, gpus, store)))
         yield root / scratch
     finally:
         ray.shutdown()
@@ -105,13 +114,13 @@ def _start(options: dict[str, object]) -> None:
                 raise
 
 
-def _alone(root: Path, cpus: float, gpus: float) -> dict[str, object]:
+def _alone(root: Path, cpus: float, gpus: float, store: int) -> dict[str, object]:
     return {
         "num_cpus": math.ceil(cpus),
         "num_gpus": math.ceil(gpus),
         "include_dashboard": False,
         "_temp_dir": str(root / "ray"),
-        "object_store_memory": OBJECT_STORE_BYTES,
+        "object_store_memory": store,
     }
 
 

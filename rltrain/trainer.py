@@ -22,9 +22,9 @@ from rltrain.member import Member
 from rltrain.model import adapter_statistics
 from rltrain.pack import Pack
 from rltrain.parallel import dtype_of, needs_workers
-from rltrain.ranks import full
 from rltrain.step import train_step
 from rltrain.sync.disk import write_adapter
+from rltrain.sync.merge import merged_weights
 
 ACCURACY = "eval/accuracy"
 
@@ -172,7 +172,7 @@ def write_policy(pack: Pack, member: Member, folder: Path) -> None:
         pack.ranks.once(lambda: write_adapter(pack.model, member.name, folder))
         return
     dtype = dtype_of(member.recipe)
-    whole = {name: full(tensor).to(dtype) for name, tensor in pack.model.state_dict().items()}
+    whole = {name: tensor.to(dtype) for name, tensor in merged_weights(pack.model, member.name)}
 
     def write() -> None:
         pack.model.save_pretrained(folder, state_dict=whole)

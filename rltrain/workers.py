@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
-
-import ray
-from ray.exceptions import RayActorError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from harness.errors import UserError
 from harness.rundir import RunDir
 from harness.schema import Recipe
 from harness.validate import num_processes
-from rltrain.cluster import cluster, worker_environment
+from rltrain.cluster import LARGE_STORE_BYTES, OBJECT_STORE_BYTES, cluster, worker_environment
 from rltrain.parallel import address_of, bundles, device_of, uses_gpus
 from rltrain.quiet import quiet_libraries, redirect_output
 from rltrain.trainer import Report, recorded_failure
 
 if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
+
     from rltrain.pack import Pack
+
+# Ray reads its settings when it is imported: here only inside functions, after `cluster` has made them.
 
 # How long a cluster may take to find the places it has said it has, and a rank to give its engine's memory back.
 PLACING_SECONDS = 300.0
@@ -35,12 +35,14 @@ def run_on_workers(recipe: Recipe, run_dir: RunDir) -> Iterator[Report]:
     Inside a Ray task or actor (a trial of a sweep) its own placement group must hold the bundles, after its own.
     """
     with recorded_failure(run_dir), contextlib.ExitStack() as stack:
-        if not ray.is_initialized():
+        if not _inside_ray():
             needs = bundles(recipe)
             cpus, gpus = (sum(bundle[kind] for bundle in needs) for kind in ("CPU", "GPU"))
+            store = OBJECT_STORE_BYTES if recipe.trainer.placement.colocate_all else LARGE_STORE_BYTES
             stack.enter_context(
-                cluster(run_dir.path, cpus=cpus, gpus=gpus, threads=_threads(recipe), address=address_of(recipe))
-            )
+                cluster(run_dir.path, cpus=cpus, gpus=gpus, threads=_threads(recipe), address=address_of(recipe),
+                        store=store)
+            )  # fmt: skip
         yield from stack.enter_context(WorkerGroup(recipe, run_dir)).reports()
 
 
@@ -75,6 +77,9 @@ class WorkerGroup:
                 return
 
     def __exit__(self, *_: object) -> None:
+        import ray
+        from ray.util.placement_group import remove_placement_group
+
         for rank in self._ranks:
             ray.kill(rank)
         if self._own is not None:
@@ -82,6 +87,9 @@ class WorkerGroup:
 
     def _place(self) -> None:
         """Start the ranks where the placement group holds room for them."""
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
         needs = bundles(self._recipe)
         group, first = ray.util.get_current_placement_group(), 1
         if group is None:
@@ -109,6 +117,8 @@ class Rank:
 
     def address(self) -> tuple[str, int]:
         """Where the ranks can meet: this node's address and a port that is free now."""
+        import ray
+
         with socket.socket() as probe:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
@@ -135,12 +145,20 @@ class Rank:
             self._pack.close()
 
 
+def _inside_ray() -> bool:
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
+
+
 def _threads(recipe: Recipe) -> int:
     return recipe.trainer.num_threads or 1
 
 
 def _reserve(needs: Sequence[dict[str, float]], *, apart: bool) -> PlacementGroup:
     """A placement group of a run's own; raises UserError, with what there is, when the cluster has no room for it."""
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
     there = ray.cluster_resources()
     asked = {kind: sum(bundle[kind] for bundle in needs) for kind in ("CPU", "GPU")}
     nodes = sum(node["Alive"] for node in ray.nodes())
@@ -162,6 +180,9 @@ def _reserve(needs: Sequence[dict[str, float]], *, apart: bool) -> PlacementGrou
 
 def _get(ranks: Sequence[Any], method: str, *args: object, timeout: float | None = None) -> list[Any]:
     """Call a method on all ranks at once; the first failure of any is raised, though others still wait for it."""
+    import ray
+    from ray.exceptions import RayActorError, RayTaskError
+
     calls = [getattr(rank, method).remote(*args) for rank in ranks]
     waiting = list(calls)
     while waiting:

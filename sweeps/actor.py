@@ -11,6 +11,7 @@ from ray.tune import Trainable
 
 from harness import recipe as recipes
 from harness.rundir import RunDir, Status
+from harness.sinks import Sinks
 from rltrain.parallel import needs_workers
 from rltrain.quiet import redirect_output
 from sweeps.locks import KernelLock
@@ -37,6 +38,7 @@ class TrialActor(Trainable):
         self._member: Member | None = None
         self._reports: Iterator[Report] | None = None
         self._lock: KernelLock | None = None
+        self._sinks: Sinks | None = None
         self._trial = config
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -51,8 +53,11 @@ class TrialActor(Trainable):
         try:
             if self._reports is None:
                 self._own(run_dir)
+                self._sinks = Sinks(recipes.read(run_dir.recipe), run_dir, group=run_dir.path.parents[1].name)
                 self._reports = self.start(run_dir)
             for report in self._reports:
+                assert self._sinks is not None
+                self._sinks.report(report.total_steps, report.metrics)
                 if EVALUATED in report.metrics or report.done:
                     return {"step": report.step, "total_steps": report.total_steps, "done": report.done,
                             "value": report.metrics.get(self._trial["metric"])}  # fmt: skip
@@ -100,6 +105,9 @@ class TrialActor(Trainable):
         if isinstance(self._reports, Generator):
             self._reports.close()
         self._reports = None
+        if self._sinks is not None:
+            self._sinks.close()
+            self._sinks = None
         if self._pack is not None and self._member is not None:
             self._pack.leave(self._member)
             self._member = None
