@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,33 +180,6 @@ class MetricsFile:
         for line in self.path.read_text().splitlines(keepends=True):
             if line.endswith("\n"):
                 yield line, json.loads(line)
-
-
-class Console:
-    """Progress of one run on the console: a line per step or evaluation, with the time left."""
-
-    def __init__(self) -> None:
-        self._spent: list[float] = []
-
-    def step(self, total_steps: int, row: Mapping[str, float]) -> None:
-        """Print a step's or an evaluation's row."""
-        step = int(row["step"])
-        if "step_time" in row:
-            self._spent.append(row["step_time"] + row.get("timing_s/eval", 0.0))
-        parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
-        shown = (
-            ("eval/accuracy", "held-out {:.3f}"),
-            ("reward", "reward {:.3f}"),
-            ("kl", "kl {:.4f}"),
-            ("completions/mean_length", "length {:.0f}"),
-            ("grad_norm", "grad {:.3f}"),
-            ("step_time", "{:.2f} s/step"),
-        )
-        parts += [text.format(row[name]) for name, text in shown if name in row]
-        if self._spent and step < total_steps:
-            left = (total_steps - step) * sum(self._spent) / len(self._spent)
-            parts.append(f"ETA {duration(left)}")
-        print("  ".join(parts), file=sys.stdout, flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -137,12 +137,3 @@ def test_timings_are_what_two_equal_runs_may_differ_in() -> None:
 @pytest.mark.parametrize(("seconds", "shown"), [(47.2, "47 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")])
 def test_durations_read_well(seconds: float, shown: str) -> None:
     assert metrics.duration(seconds) == shown
-
-
-def test_console_shows_progress_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
-    console = metrics.Console()
-    console.step(10, {"step": 0, "eval/accuracy": 0.25})
-    console.step(10, {"step": 4, "reward": 0.5, "step_time": 2.0})
-    first, second = capsys.readouterr().out.splitlines()
-    assert "held-out 0.250" in first
-    assert "ETA 12 s" in second
