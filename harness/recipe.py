@@ -108,6 +108,14 @@ def with_values(recipe: Recipe, values: dict[str, Any]) -> Recipe:
     return from_dict(plain)
 
 
+def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """A copy of a recipe with command-line overrides applied, validated again."""
+    for override in overrides:
+        _check_override(override)
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return with_values(recipe, {str(one.key_or_group): one.value() for one in parsed})
+
+
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """A recipe as plain nested values, enums by name."""
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe), default=_enum_name))

@@ -9,7 +9,6 @@ import sys
 
 from harness import manifest, metrics, sinks
 from harness import recipe as recipes
-from harness.advice import advise
 from harness.cli import Parser, run_command
 from harness.errors import UserError
 from harness.paths import shown
@@ -17,13 +16,23 @@ from harness.rundir import RunDir, Status, place
 from harness.schema import Logger, Recipe
 from harness.validate import num_processes
 
+# What may differ where a run goes on: the number of processes and their devices, not what they compute.
+MOVABLE = (
+    "trainer.placement.", "trainer.micro_", "trainer.max_tokens_per_microbatch", "trainer.num_threads",
+    "trainer.logger",
+    "generator.num_inference_engines", "generator.inference_engine_tensor_parallel_size",
+    "generator.gpu_memory_utilization", "ray.address",
+)  # fmt: skip
+
 
 def main(argv: list[str]) -> int:
     """Parse, check, train, print the result; returns the exit status."""
     parser = Parser(prog="harness.run", description="Train one run of a recipe.")
     parser.add_argument("recipe", nargs="?", help="a recipe, e.g. recipes/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", help="key=value, e.g. trainer.policy.model.lora.rank=8")
-    parser.add_argument("--resume", metavar="DIR", help="go on with the run in this directory")
+    parser.add_argument(
+        "--resume", metavar="DIR", help="go on with the run in this directory; its placement may be overridden"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be trained, where, and the cost")
     options = parser.parse_intermixed_args(argv)
     if options.dry_run:
@@ -36,7 +45,7 @@ def main(argv: list[str]) -> int:
 def _started(options: argparse.Namespace) -> tuple[Recipe, RunDir]:
     source, overrides = options.recipe, options.overrides
     recipe = _composed(options)
-    _advise(recipe, overrides)
+    _print_notes(recipe, overrides)
     cores = (os.cpu_count() or 1) // num_processes(recipe)
     recipe.trainer.num_threads = recipe.trainer.num_threads or max(1, cores)
     _check(recipe)
@@ -65,23 +74,32 @@ def _dry_run(options: argparse.Namespace) -> int:
         raise UserError("--dry-run shows a run before it starts", got="--resume", fix="leave out one of the two")
     recipe = _composed(options)
     print(describe_run(recipe, options.recipe))
-    _advise(recipe, options.overrides)
+    _print_notes(recipe, options.overrides)
     return 0
 
 
-def _advise(recipe: Recipe, overrides: list[str]) -> None:
-    for note in [*recipes.notes(overrides), *advise(recipe)]:
-        print(f"note: {note}")
+def _print_notes(recipe: Recipe, overrides: list[str]) -> None:
+    from sweeps.dry_run import notes
+
+    for note in notes(recipe, overrides):
+        print(note)
 
 
 def _resumed(options: argparse.Namespace) -> tuple[Recipe, RunDir]:
     run_dir = RunDir(options.resume)
-    if options.recipe is not None:
-        raise UserError("--resume takes its recipe from the run directory", got=options.recipe,
-                        fix=f"python -m harness.run --resume {run_dir.path}")  # fmt: skip
+    words = [word for word in (options.recipe, *options.overrides) if word is not None]
+    refused = [word for word in words if not word.startswith(MOVABLE) or "=" not in word]
+    if refused:
+        raise UserError(
+            "--resume takes its recipe from the run directory; only where and how it computes may change",
+            got=" ".join(refused),
+            allowed=", ".join(f"{key}*" if key.endswith((".", "_")) else key for key in MOVABLE),
+            fix=f"python -m harness.run --resume {run_dir.path}",
+        )
     run_dir.read_manifest()
     recipe = recipes.read(run_dir.recipe)
     _check_same(recipe, run_dir)
+    recipe = recipes.with_overrides(recipe, words)
     _check(recipe)
     return recipe, run_dir
 

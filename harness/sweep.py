@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import recipe as recipes
-from harness.advice import advise
 from harness.cli import Parser, run_command
 from harness.errors import UserError
 from harness.paths import shown
@@ -75,8 +74,8 @@ def _dry_run(options: argparse.Namespace) -> int:
     source = _recipe(options)
     recipe = recipes.load(source, options.overrides)
     print(dry_run.describe(plan.build(recipe), source))
-    for note in [*recipes.notes(options.overrides), *advise(recipe)]:
-        print(f"note: {note}")
+    for note in dry_run.notes(recipe, options.overrides):
+        print(note)
     return 0
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from harness import recipe as recipes
+from harness.advice import advise
 from harness.metrics import duration
 from harness.paths import locate
 from harness.schema import LoRA, Recipe, Sampler
 from harness.validate import num_processes, target_modules
-from sweeps.estimate import Cost, Pace, costs, pace, run_cost
+from sweeps.estimate import Cost, Pace, costs, count_rows, pace, run_cost
 from sweeps.plan import Plan, preview
 from sweeps.space import short_names, show
 
@@ -25,6 +27,12 @@ def describe_run(recipe: Recipe, source: str) -> str:
     """What one run would do: what is trained how and where, and its cost."""
     parts = [_run_settings(recipe, source), _run_cost(recipe), _missing(recipe)]
     return "\n\n".join(part for part in parts if part)
+
+
+def notes(recipe: Recipe, overrides: Sequence[str]) -> list[str]:
+    """What a user should know before a start: overrides without effect, and advice."""
+    advice = advise(recipe, num_problems=count_rows(recipe.data.train_data))
+    return [f"note: {note}" for note in [*recipes.notes(overrides), *advice]]
 
 
 def _run_settings(recipe: Recipe, source: str) -> str:

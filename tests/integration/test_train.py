@@ -329,15 +329,14 @@ def test_gradients_are_clipped_to_the_recipes_norm(
 ) -> None:
     recipe = small_recipe("trainer.policy.optimizer_config.max_grad_norm=0.5")
     member = open_pack(recipe).join(recipe, new_run(recipe, "run"))
+    parameters = member.policy.parameters.values()
     seen: list[float] = []
 
     def step() -> None:
-        seen.append(
-            math.sqrt(sum(float(p.grad.square().sum()) for p in member.policy.parameters.values() if p.grad is not None))
-        )
+        seen.append(math.sqrt(sum(float(p.grad.square().sum()) for p in parameters if p.grad is not None)))
 
     monkeypatch.setattr(member.policy.optimizer, "step", step)
-    for p in member.policy.parameters.values():
+    for p in parameters:
         p.grad = torch.ones_like(p)
     before = math.sqrt(sum(p.numel() for p in member.policy.parameters.values()))
     assert member.policy.optimize(Ranks())["grad_norm"] == pytest.approx(before, rel=1e-5)
