@@ -20,6 +20,7 @@ from harness import export as command
 from harness import manifest
 from harness import recipe as recipes
 from harness.errors import UserError
+from harness.paths import locate
 from harness.rundir import RunDir, write_json
 from harness.schema import Recipe
 from rltrain import export
@@ -27,6 +28,9 @@ from rltrain.data import load_examples
 from rltrain.pack import Pack
 from rltrain.trainer import train
 from tests.integration.vllm_server import ask, serving
+
+Chat = list[dict[str, str]]
+MAX_TOKENS = 48
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,11 @@ class Trained:
     tokens: torch.Tensor
     logprobs: torch.Tensor
     base: torch.Tensor
+
+    @property
+    def base_dir(self) -> str:
+        """The base model's folder."""
+        return str(locate(self.recipe.trainer.policy.model.path))
 
 
 @torch.no_grad()
@@ -90,7 +99,7 @@ def test_the_adapter_in_plain_peft_is_the_trainers(trained: Trained, exported: C
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(named), folder).eval()
     assert (trained.logprobs - trained.base).abs().max() > 0.1
     torch.testing.assert_close(_logprobs(model, trained.tokens), trained.logprobs, atol=1e-6, rtol=0)
-    _assert_tokenizer_of(folder, trained.recipe.trainer.policy.model.path)
+    _assert_tokenizer_of(folder, trained.base_dir)
 
 
 def test_the_merged_model_is_a_plain_one_and_the_trainers(trained: Trained, exported: Callable[..., Path]) -> None:
@@ -99,7 +108,7 @@ def test_the_merged_model_is_a_plain_one_and_the_trainers(trained: Trained, expo
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     assert model.dtype is torch.float32
     torch.testing.assert_close(_logprobs(model, trained.tokens), trained.logprobs, atol=1e-5, rtol=1e-5)
-    base = trained.recipe.trainer.policy.model.path
+    base = trained.base_dir
     _assert_tokenizer_of(folder, base)
     ours, its = (GenerationConfig.from_pretrained(path).to_dict() for path in (folder, base))
     assert ours == its
@@ -146,7 +155,7 @@ def test_full_fine_tuning_gives_a_plain_model(
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert (full.logprobs - full.base).abs().max() > 0.01
     torch.testing.assert_close(_logprobs(model, full.tokens), full.logprobs, atol=1e-6, rtol=0)
-    _assert_tokenizer_of(folder, full.recipe.trainer.policy.model.path)
+    _assert_tokenizer_of(folder, full.base_dir)
     assert "LoRA" not in (folder / "README.md").read_text()
 
 
@@ -160,7 +169,7 @@ def test_a_ppo_runs_policy_goes_without_its_critic(
     for options in ([], ["--merged"]):
         folder = exported(*options, run=ppo.run, name=f"exported{len(options)}")
         assert not any("critic" in path.name for path in folder.iterdir())
-        model = AutoModelForCausalLM.from_pretrained(folder if options else ppo.recipe.trainer.policy.model.path)
+        model = AutoModelForCausalLM.from_pretrained(folder if options else ppo.base_dir)
         model = model if options else PeftModel.from_pretrained(model, folder)
         assert (ppo.logprobs - ppo.base).abs().max() > 0.01
         torch.testing.assert_close(_logprobs(model.eval(), ppo.tokens), ppo.logprobs, atol=1e-5, rtol=1e-5)
@@ -174,14 +183,14 @@ def test_an_adapter_on_a_tied_head_is_exported_but_not_merged(
     tied = _train(tmp_path / "tied", small_data, *targets, "trainer.policy.optimizer_config.lr=1e-2")
     with pytest.raises(UserError, match=r"cannot be merged\n.*lm_head\n.*leave out --merged"):
         exported("--merged", run=tied.run)
-    base = AutoModelForCausalLM.from_pretrained(tied.recipe.trainer.policy.model.path)
+    base = AutoModelForCausalLM.from_pretrained(tied.base_dir)
     model = PeftModel.from_pretrained(base, exported(run=tied.run)).eval()
     assert (tied.logprobs - tied.base).abs().max() > 0.01
     torch.testing.assert_close(_logprobs(model, tied.tokens), tied.logprobs, atol=1e-6, rtol=0)
 
 
 def test_merged_weights_have_the_bases_dtype(trained: Trained, tmp_path: Path, exported: Callable[..., Path]) -> None:
-    path = trained.recipe.trainer.policy.model.path
+    path = trained.base_dir
     small = tmp_path / "bfloat16"
     AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).save_pretrained(small)
     AutoTokenizer.from_pretrained(path).save_pretrained(small)
@@ -238,22 +247,30 @@ def test_vllm_serve_answers_as_the_policy(
     trained: Trained, exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     merged, adapter = exported("--merged", name="merged"), exported(name="adapter")
-    model = AutoModelForCausalLM.from_pretrained(merged).eval()
-    tokenizer = AutoTokenizer.from_pretrained(merged)
-    prompt = load_examples(trained.recipe.data.val_data)[1].prompt
-    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=False)
-    greedy = model.generate(ids, do_sample=False, max_new_tokens=48)[0, ids.shape[1] :].tolist()
-    base = trained.recipe.trainer.policy.model.path
+    chats = [example.prompt for example in load_examples(trained.recipe.data.val_data)]
+    prompt, ids, greedy = _told_apart(merged, trained.base_dir, chats)
     lora = ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"noregret={adapter}"]
     # Both start at once: a start is mostly three processes' imports, one after another.
     with (
         serving(merged, tmp_path_factory.mktemp("m")) as whole,
-        serving(Path(base), tmp_path_factory.mktemp("a"), *lora) as with_adapter,
+        serving(Path(trained.base_dir), tmp_path_factory.mktemp("a"), *lora) as with_adapter,
     ):
         for server, name in ((whole, str(merged)), (with_adapter, "noregret")):
             server.wait_until_up()
-            answer = ask(server, name, prompt, max_tokens=48)
-            assert answer["prompt_token_ids"] == ids[0].tolist()
+            answer = ask(server, name, prompt, max_tokens=MAX_TOKENS)
+            assert answer["prompt_token_ids"] == ids
             assert answer["choices"][0]["token_ids"] == greedy
     assert not whole.alive()
     assert not with_adapter.alive()
+
+
+def _told_apart(policy: Path, base: str, prompts: list[Chat]) -> tuple[Chat, list[int], list[int]]:
+    """A prompt that the policy and its base answer differently: chat, its tokens, the tokens of the greedy answer."""
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in (policy, base)]
+    for prompt in prompts:
+        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+        answers = [model.generate(ids, do_sample=False, max_new_tokens=MAX_TOKENS)[0].tolist() for model in models]
+        if answers[0] != answers[1]:
+            return prompt, ids[0].tolist(), answers[0][ids.shape[1] :]
+    raise AssertionError("training did not change any answer")
