@@ -11,6 +11,7 @@ from harness import recipe as recipes
 from rltrain.batch import Batch, collate
 from rltrain.credit import Credit
 
+NO_EQUAL, NO_CUT = "trainer.algorithm.zero_variance_filter=true", "generator.apply_overlong_filtering=true"
 KL_IN_REWARD = ["trainer.algorithm.use_kl_in_reward=true", "trainer.algorithm.advantage_estimator=rloo"]
 GAE = "trainer.algorithm.advantage_estimator=gae"
 

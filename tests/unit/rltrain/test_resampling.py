@@ -45,7 +45,7 @@ def _collector(kind: str, size: int, **settings: float) -> Collector:
 def _groups(rollout: Rollout) -> list[int]:
     """Which groups it holds; all its parts must be of the same ones."""
     indices = [problem.example.index for problem in rollout.problems]
-    assert [texts for texts in rollout.completions] == [[str(i)] * 2 for i in indices]
+    assert rollout.completions == [[str(i)] * 2 for i in indices]
     assert [group[0].token_ids[0] for group in rollout.samples] == [i + 1 for i in indices]
     return indices
 

@@ -1,0 +1,209 @@
+"""How a step is cut into engine calls, mini-batches and micro-batches: counted in real steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from harness.rundir import RunDir
+from harness.schema import Recipe
+from rltrain.batch import Batch
+from rltrain.critic import Critic
+from rltrain.engines.base import Request, Sample
+from rltrain.evaluate import evaluate
+from rltrain.learner import Learner, Row
+from rltrain.member import Member
+from rltrain.pack import Pack
+from rltrain.policy import Policy
+from rltrain.ranks import Ranks
+from rltrain.rollout import rollout
+from rltrain.step import train_step
+
+MakeRecipe = Callable[..., Recipe]
+MakeRun = Callable[[Recipe, str], RunDir]
+Open = Callable[..., tuple[Pack, Member]]
+PPO = "trainer.algorithm.advantage_estimator=gae"
+
+
+@pytest.fixture
+def opened(small_recipe: MakeRecipe, new_run: MakeRun) -> Iterator[Open]:
+    """A pack with one member, ready to roll out, of a small recipe with overrides."""
+    packs: list[Pack] = []
+
+    def make(*overrides: str) -> tuple[Pack, Member]:
+        recipe = small_recipe(*overrides)
+        packs.append(Pack.open(recipe))
+        member = packs[-1].join(recipe, new_run(recipe, f"run{len(packs)}"))
+        packs[-1].publish_member(member)
+        return packs[-1], member
+
+    yield make
+    for pack in packs:
+        pack.close()
+
+
+def _step(pack: Pack, member: Member) -> Row:
+    return train_step(pack)[member]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "updates"),
+    [
+        (["trainer.policy_mini_batch_size=4"], ["policy"]),
+        (["trainer.policy_mini_batch_size=1"], ["policy"] * 4),
+        (["trainer.update_epochs_per_batch=3"], ["policy"] * 6),
+        (["trainer.train_batch_size=8"], ["policy"] * 4),
+        ([PPO], ["critic"] * 2 + ["policy"] * 2),
+        ([PPO, "trainer.critic_mini_batch_size=1"], ["critic"] * 4 + ["policy"] * 2),
+        ([PPO, "trainer.critic_mini_batch_size=4", "trainer.update_epochs_per_batch=2"],
+         ["critic"] * 2 + ["policy"] * 4),
+    ],
+)  # fmt: skip
+def test_a_batch_makes_so_many_updates(
+    opened: Open, monkeypatch: pytest.MonkeyPatch, overrides: list[str], updates: list[str]
+) -> None:
+    pack, member = opened(*overrides)
+    seen: list[str] = []
+    optimize = Learner.optimize
+
+    def noting(self: Learner, ranks: Ranks) -> Row:
+        seen.append(self.name)
+        return optimize(self, ranks)
+
+    monkeypatch.setattr(Learner, "optimize", noting)
+    _step(pack, member)
+    assert seen == updates
+
+
+class Noted:
+    """The batches that a learner's methods were given, `{method: [batch, ...]}`; the methods do what they did."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.batches: dict[str, list[Batch]] = {}
+        for owner, name in ((Policy, "logprobs"), (Policy, "loss"), (Critic, "values"), (Critic, "loss")):
+            self._watch(monkeypatch, owner, name)
+
+    def _watch(self, monkeypatch: pytest.MonkeyPatch, owner: type[Learner], name: str) -> None:
+        method, seen = getattr(owner, name), self.batches.setdefault(f"{owner.name}.{name}", [])
+
+        def noting(learner: Learner, batch: Batch, *rest: Any) -> Any:
+            seen.append(batch)
+            return method(learner, batch, *rest)
+
+        monkeypatch.setattr(owner, name, noting)
+
+    def sizes(self, name: str) -> list[int]:
+        """Sequences in each of a method's batches."""
+        return [len(batch) for batch in self.batches[name]]
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, Row]:
+    """The metrics of the first step in as few parts as can be, once it has been computed."""
+    return {}
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "micro_train_batch_size_per_gpu=16",
+        "micro_train_batch_size_per_gpu=3",
+        "micro_forward_batch_size_per_gpu=5",
+        "max_tokens_per_microbatch=400",
+    ],
+)
+def test_micro_batches_have_their_size_and_change_no_result(
+    opened: Open, monkeypatch: pytest.MonkeyPatch, whole: dict[str, Row], setting: str
+) -> None:
+    pack, member = opened(PPO, "trainer.micro_train_batch_size_per_gpu=16", f"trainer.{setting}")
+    seen = Noted(monkeypatch)
+    row = _step(pack, member)
+    # 16 sequences to compute, and 8 in each of two mini-batches.
+    forward, train = [16], [8, 8]
+    if setting == "micro_train_batch_size_per_gpu=3":
+        train = [3, 3, 2] * 2
+    if setting == "micro_forward_batch_size_per_gpu=5":
+        forward = [5, 5, 5, 1]
+    if setting.startswith("max_tokens"):
+        assert sum(seen.sizes("policy.logprobs")) == 16
+        for name, batches in seen.batches.items():
+            # `values` is called by `loss` too.
+            assert len(batches) > (2 if name.endswith("loss") else 1)
+            padded = [len(b) * (b.prompt_ids.shape[1] + b.completion_ids.shape[1]) for b in batches]
+            assert max(padded) <= 400
+    else:
+        assert seen.sizes("policy.logprobs") == forward
+        assert seen.sizes("policy.loss") == seen.sizes("critic.loss") == train
+        assert seen.sizes("critic.values") == forward + train
+    expected = whole.setdefault("first", row)
+    for name in ("loss", "grad_norm", "entropy", "critic/vf_loss", "critic/grad_norm", "critic/mean_value"):
+        assert row[name] == pytest.approx(expected[name], rel=2e-4, abs=1e-6), name
+
+
+def _watch_engine(pack: Pack, monkeypatch: pytest.MonkeyPatch) -> list[list[Request]]:
+    """The requests of each call of the engine from now on."""
+    calls: list[list[Request]] = []
+    generate = pack.engine.generate
+
+    def noting(requests: list[Request]) -> list[list[Sample]]:
+        calls.append(list(requests))
+        return generate(requests)
+
+    monkeypatch.setattr(pack.engine, "generate", noting)
+    return calls
+
+
+@pytest.mark.parametrize(("batch", "samples"), [(4, 4), (6, 3)])
+def test_a_step_samples_so_many_prompts_so_often(
+    opened: Open, monkeypatch: pytest.MonkeyPatch, batch: int, samples: int
+) -> None:
+    pack, _ = opened(f"trainer.train_batch_size={batch}", f"generator.n_samples_per_prompt={samples}")
+    calls = _watch_engine(pack, monkeypatch)
+    ((scored, _),) = rollout(pack)
+    assert scored.rewards.shape == (batch, samples)
+    assert [[one.n for one in requests] for requests in calls] == [[samples] * batch]
+
+
+def test_batched_is_one_engine_call_or_one_for_each_prompt(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for batched in ("true", "false"):
+        pack, _ = opened(f"generator.batched={batched}")
+        calls = _watch_engine(pack, monkeypatch)
+        ((scored, _),) = rollout(pack)
+        assert [len(requests) for requests in calls] == ([4] if batched == "true" else [1] * 4)
+        found.append([[sample.token_ids for sample in group] for group in scored.samples])
+    assert found[0] == found[1]
+
+
+def test_evaluation_goes_to_the_engine_in_batches_of_samples(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = []
+    for size, samples, expected in ((1024, 2, [12]), (10, 2, [5, 5, 2]), (7, 1, [7, 5])):
+        pack, member = opened(f"trainer.eval_batch_size={size}", f"generator.eval_n_samples_per_prompt={samples}")
+        calls = _watch_engine(pack, monkeypatch)
+        row, scored = evaluate(pack, member)
+        assert [len(requests) for requests in calls] == expected
+        assert scored.rewards.shape == (12, samples)
+        rows.append(row)
+    assert rows[0]["eval/accuracy"] == rows[1]["eval/accuracy"]
+    assert rows[0]["eval/mean@2"] == rows[0]["eval/accuracy"] <= rows[0]["eval/pass@2"]
+    assert not any("@" in name for name in rows[2])
+
+
+def test_so_many_sequences_are_decoded_at_once(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for limit, most in ((256, 16), (5, 5)):
+        pack, member = opened(f"generator.max_num_seqs={limit}")
+        widths: list[int] = []
+
+        def look(_: Any, inputs: tuple[Any, ...], given: dict[str, torch.Tensor], seen: list[int] = widths) -> None:
+            seen.append(len(given["input_ids"]))
+
+        handle = member.policy.model.get_base_model().register_forward_pre_hook(look, with_kwargs=True)
+        ((scored, _),) = rollout(pack)
+        handle.remove()
+        assert max(widths) == most
+        found.append([[sample.token_ids for sample in group] for group in scored.samples])
+    assert found[0] == found[1]
