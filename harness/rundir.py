@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
@@ -49,6 +52,26 @@ def write_bytes(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
     os.chmod(temporary, 0o644)
     os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Write a folder whole or not at all, in place of what was there: yields a temporary one, renamed at the end."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        # Not the temporary folder itself, which only its owner may read.
+        new = temporary / "new"
+        new.mkdir()
+        yield new
+        for file in new.rglob("*"):
+            if file.is_file():
+                file.chmod(0o644)  # safetensors lets the owner alone read its files; a server may be another user
+        if folder.exists():
+            os.rename(folder, temporary / "old")
+        os.rename(new, folder)
+    finally:
+        shutil.rmtree(temporary)
 
 
 def write_json(path: Path, value: Any) -> None:

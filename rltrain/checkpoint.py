@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from harness.errors import UserError
-from harness.rundir import write_json
+from harness.rundir import whole_folder, write_json
 from rltrain.learner import Learner
 from rltrain.member import Member
 from rltrain.ranks import Ranks, full, like
@@ -43,16 +43,13 @@ def save(member: Member, ranks: Ranks) -> None:
 
 def _write(member: Member, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping[str, Any]) -> None:
     root = member.run_dir.checkpoints
-    final = root / f"step_{member.step:06d}"
-    temporary = root / f".tmp_{final.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name, values in tensors.items():
-        save_file({key: value.cpu().contiguous() for key, value in values.items()}, temporary / f"{name}.safetensors")
-    write_json(temporary / "state.json", state)
-    (temporary / COMPLETE).touch()
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
+    for left_by_a_kill in root.glob(".step_*"):
+        shutil.rmtree(left_by_a_kill)
+    with whole_folder(root / f"step_{member.step:06d}") as new:
+        for name, values in tensors.items():
+            save_file({key: value.cpu().contiguous() for key, value in values.items()}, new / f"{name}.safetensors")
+        write_json(new / "state.json", state)
+        (new / COMPLETE).touch()
     for _, old in _whole(root)[: -member.recipe.trainer.max_ckpts_to_keep]:
         shutil.rmtree(old)
 

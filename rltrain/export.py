@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from harness.errors import UserError
 from harness.manifest import digest_path
 from harness.metrics import MetricsFile
 from harness.paths import locate, shown
-from harness.rundir import RunDir, Status, write_json, write_text
+from harness.rundir import RunDir, Status, whole_folder, write_json, write_text
 from harness.schema import Recipe
 from harness.validate import VLLM_LORA_RANKS
 
@@ -75,26 +73,16 @@ def plan(directory: str | Path, output: str | Path, *, which: str = "final", mer
 def write(export: Export) -> None:
     """Write the export's folder, whole or not at all; raises UserError when it cannot be made."""
     try:
-        export.output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=export.output.parent, prefix=f".{export.output.name}."))
+        with whole_folder(export.output) as new:
+            if not export.is_adapter:
+                shutil.copytree(export.source, new, dirs_exist_ok=True)
+            elif export.merged:
+                _write_merged(export, new)
+            else:
+                _write_adapter(export, new)
+            write_text(new / "README.md", _card(export))
     except OSError as error:
-        raise UserError("cannot write the output folder", got=f"{export.output}: {error.strerror}") from None
-    try:
-        # Not the temporary folder itself, which only its owner may read.
-        new = temporary / "new"
-        new.mkdir()
-        if not export.is_adapter:
-            shutil.copytree(export.source, new, dirs_exist_ok=True)
-        elif export.merged:
-            _write_merged(export, new)
-        else:
-            _write_adapter(export, new)
-        write_text(new / "README.md", _card(export))
-        for file in new.iterdir():
-            file.chmod(0o644)  # safetensors lets the owner alone read its files; a server may be another user
-        os.rename(new, export.output)
-    finally:
-        shutil.rmtree(temporary)
+        raise UserError("cannot write the output folder", got=f"{export.output}: {error.strerror or error}") from None
 
 
 def _check_policy(export: Export) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from harness.errors import UserError
-from harness.rundir import RunDir, Status
+from harness.rundir import RunDir, Status, whole_folder
 from harness.schema import Recipe
 from rltrain import checkpoint
 from rltrain.evaluate import evaluate
@@ -175,8 +175,9 @@ def write_policy(pack: Pack, member: Member, folder: Path) -> None:
     whole = {name: tensor.to(dtype) for name, tensor in merged_weights(pack.model, member.name)}
 
     def write() -> None:
-        pack.model.save_pretrained(folder, state_dict=whole)
-        pack.tokenizer.save_pretrained(folder)
+        with whole_folder(folder) as new:
+            pack.model.save_pretrained(new, state_dict=whole)
+            pack.tokenizer.save_pretrained(new)
 
     pack.ranks.once(write)
 

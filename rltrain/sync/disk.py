@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from harness.rundir import whole_folder
 from rltrain.engines.base import Engine
 from rltrain.sync.adapter import adapter_config, adapter_tensors
 
@@ -62,19 +61,10 @@ def write_tensors(tensors: dict[str, torch.Tensor], config: dict[str, Any], fold
 
     The folder loads with plain `PeftModel.from_pretrained` and as a plain vLLM LoRARequest; r and alpha as trained.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        new = temporary / "new"
-        new.mkdir()
+    with whole_folder(folder) as new:
         save_file(
             {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
             new / "adapter_model.safetensors",
             metadata={"format": "pt"},
         )
         (new / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        if folder.exists():
-            os.rename(folder, temporary / "old")
-        os.rename(new, folder)
-    finally:
-        shutil.rmtree(temporary)
