@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rltrain.member import Member
+from rltrain.member import Member, truncates
 from rltrain.pack import Pack
 from rltrain.rollout import request, score
 from rltrain.scored import Rollout
@@ -16,20 +16,19 @@ def evaluate(pack: Pack, member: Member) -> tuple[dict[str, float], Rollout]:
     Sampling seeds depend on the run's seed and the problem alone, so that evaluations differ by the policy only.
     """
     generator = member.recipe.generator
-    n = generator.eval_n_samples_per_prompt
+    n, sampling = generator.eval_n_samples_per_prompt, generator.eval_sampling_params
     size = max(1, member.recipe.trainer.eval_batch_size // n)
     requests = [
-        request(pack, member, problem, generator.eval_sampling_params, n, "eval", place)
-        for place, problem in enumerate(member.held_out)
+        request(pack, member, problem, sampling, n, "eval", place) for place, problem in enumerate(member.held_out)
     ]
     samples = []
     with pack.timer.span("eval"):
         for start in range(0, len(requests), size):
             samples += pack.engine.generate(requests[start : start + size])
         scored = score(pack, member, member.held_out, samples)
-        # The last sync is followed by no training rollout: its proof is here.
-        if (temperature := generator.eval_sampling_params.temperature) > 0:
-            member.policy.prove(scored.batch(pack.stop_token_ids[0], pack.device), temperature)
+        # The last sync is followed by no training rollout: its proof is here, where the samples can be one.
+        if sampling.temperature > 0 and not truncates(sampling):
+            member.policy.prove(scored.batch(pack.stop_token_ids[0], pack.device), sampling.temperature)
     return _metrics(scored.rewards, n) | {
         "eval/mean_length": scored.mean_length,
         "eval/clipped_ratio": scored.clipped_ratio,

@@ -9,7 +9,7 @@ import torch
 
 from harness.metrics import MetricsFile
 from harness.rundir import RunDir
-from harness.schema import Recipe
+from harness.schema import Recipe, Sampling
 from rltrain import parallel
 from rltrain.credit import Credit
 from rltrain.critic import Critic
@@ -89,7 +89,11 @@ def sync_tolerance(recipe: Recipe) -> float:
 
     Top-p and top-k renormalise the engine's log-probabilities: with them no gap is the sync's fault, unless one is set.
     """
-    sampling = recipe.generator.sampling_params
-    if recipe.trainer.sync_tolerance is None and (sampling.top_p < 1 or sampling.top_k > 0):
+    if recipe.trainer.sync_tolerance is None and truncates(recipe.generator.sampling_params):
         return math.inf
     return recipe.trainer.sync_tolerance or DEFAULT_TOLERANCE[parallel.dtype_of(recipe)]
+
+
+def truncates(sampling: Sampling) -> bool:
+    """Whether top-p or top-k is on: the engine's log-probabilities are then not those of the whole distribution."""
+    return sampling.top_p < 1 or sampling.top_k > 0
