@@ -1,0 +1,119 @@
+"""Sampling settings of training and of evaluation, each by what the engine then samples."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from harness.rundir import RunDir
+from harness.schema import Recipe
+from rltrain.evaluate import evaluate
+from rltrain.learner import Row
+from rltrain.member import Member
+from rltrain.pack import Pack
+from rltrain.rollout import rollout
+from rltrain.scored import Rollout
+from rltrain.step import train_step
+
+MakeRecipe = Callable[..., Recipe]
+MakeRun = Callable[[Recipe, str], RunDir]
+Tokens = list[list[list[int]]]
+GREEDY = ("temperature=1e-6", "top_k=1", "top_p=1e-6")
+
+
+class Sampler:
+    """Samples of one pack under changing recipes, which agree in all that a pack's members must."""
+
+    def __init__(self, make: MakeRecipe, new_run: MakeRun) -> None:
+        self._make, self._new_run, self._count = make, new_run, 0
+        self.pack = Pack.open(make())
+
+    def train(self, *overrides: str) -> Rollout:
+        """What a step would train on."""
+        with self._member(*overrides):
+            ((scored, _),) = rollout(self.pack)
+        return scored
+
+    def evaluate(self, *overrides: str) -> tuple[Row, Rollout]:
+        """Two samples of each held-out problem, and their metrics."""
+        with self._member("generator.eval_n_samples_per_prompt=2", *overrides) as member:
+            return evaluate(self.pack, member)
+
+    def step(self, *overrides: str) -> Row:
+        """A training step's metrics."""
+        with self._member(*overrides) as member:
+            return train_step(self.pack)[member]
+
+    @contextlib.contextmanager
+    def _member(self, *overrides: str) -> Iterator[Member]:
+        recipe = self._make(*overrides)
+        self._count += 1
+        member = self.pack.join(recipe, self._new_run(recipe, f"run{self._count}"))
+        self.pack.publish_member(member)
+        try:
+            yield member
+        finally:
+            self.pack.leave(member)
+
+
+@pytest.fixture
+def sampler(small_recipe: MakeRecipe, new_run: MakeRun) -> Iterator[Sampler]:
+    one = Sampler(small_recipe, new_run)
+    yield one
+    one.pack.close()
+
+
+def _tokens(scored: Rollout) -> Tokens:
+    return [[sample.token_ids for sample in group] for group in scored.samples]
+
+
+def _longest(scored: Rollout) -> int:
+    return max(len(sample.token_ids) for sample in scored.flat_samples)
+
+
+def _alike(scored: Rollout) -> bool:
+    """Whether all samples of each prompt are the same."""
+    return all(sample == group[0] for group in _tokens(scored) for sample in group)
+
+
+def test_the_length_limits_are_training_s_and_evaluation_s_own(sampler: Sampler) -> None:
+    limits = "generator.sampling_params.max_generate_length=5", "generator.eval_sampling_params.max_generate_length=7"
+    scored = sampler.train(*limits)
+    assert _longest(scored) == 5
+    assert {len(sample.token_ids) for sample in scored.flat_samples if sample.finish_reason == "length"} == {5}
+    row, scored = sampler.evaluate(*limits)
+    assert _longest(scored) == 7
+    assert row["eval/clipped_ratio"] == scored.cut.float().mean() > 0
+    # The limit cuts a sample and changes nothing before.
+    longer = sampler.train("generator.sampling_params.max_generate_length=8")
+    shorter = sampler.train(*limits)
+    assert [[s[:5] for s in group] for group in _tokens(longer)] == _tokens(shorter)
+
+
+@pytest.mark.parametrize("setting", GREEDY)
+def test_the_distribution_is_training_s_and_evaluation_s_own(sampler: Sampler, setting: str) -> None:
+    plain, (_, plain_eval) = sampler.train(), sampler.evaluate()
+    assert not _alike(plain)
+    assert not _alike(plain_eval)
+    # With nothing but the likeliest token left all samples of a prompt are alike.
+    narrowed = sampler.train(f"generator.sampling_params.{setting}")
+    assert _alike(narrowed)
+    assert _tokens(sampler.evaluate(f"generator.sampling_params.{setting}")[1]) == _tokens(plain_eval)
+    _, evaluated = sampler.evaluate(f"generator.eval_sampling_params.{setting}")
+    assert _alike(evaluated)
+    assert _tokens(sampler.train(f"generator.eval_sampling_params.{setting}")) == _tokens(plain)
+
+
+def test_evaluation_at_temperature_0_is_greedy(sampler: Sampler) -> None:
+    greedy = [_tokens(sampler.evaluate(f"generator.eval_sampling_params.{s}")[1]) for s in ("temperature=0", "top_k=1")]
+    assert greedy[0] == greedy[1]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.5])
+def test_the_trainer_computes_at_the_temperature_that_was_sampled_at(sampler: Sampler, temperature: float) -> None:
+    row = sampler.step(f"generator.sampling_params.temperature={temperature}")
+    plain = sampler.step()
+    assert row["sampling/sampling_logp_difference/mean"] < 1e-4
+    assert (row["entropy"] < plain["entropy"]) is (temperature < 1)
