@@ -62,20 +62,15 @@ class Filter:
         return everything.groups([*good, *others][: self._size]), stats
 
 
-class Replace:
+class Replace(Keep):
     """Copies of good groups take the place of the others (POLARIS, An et al. 2025): each good one in its turn.
 
     With less than `min_replace_ratio` of good groups the batch stays as it is, for a few groups would count too much.
     """
 
     def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
         self._least = recipe.trainer.algorithm.dynamic_sampling.min_replace_ratio
-        self._batch: Rollout | None = None
-
-    def add(self, scored: Rollout) -> bool:
-        """Take the batch; one is enough."""
-        self._batch = scored
-        return False
 
     def result(self) -> tuple[Rollout, dict[str, float]]:
         """The batch with its groups replaced."""
