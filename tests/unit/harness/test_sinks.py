@@ -14,9 +14,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
-import pandas as pd
 import pytest
 
 from harness import recipe as recipes
@@ -25,8 +23,16 @@ from harness.errors import UserError
 from harness.logfiles import event_records, event_steps, wandb_records, wandb_steps
 from harness.metrics import MetricsFile
 from harness.paths import PROJECT
-from harness.rundir import RunDir, Status, write_bytes
-from harness.schema import Recipe
+from harness.rundir import RunDir, Status
+from tests.unit.harness.logged import (
+    TensorBoardRun,
+    WandBRun,
+    make_run,
+    recipe_of,
+    row_of,
+    sample,
+    train,
+)
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 ESCAPE = "\x1b"
@@ -38,117 +44,6 @@ def wandb_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-
-
-def recipe_of(*loggers: str) -> Recipe:
-    return recipes.load("quickstart", [f"trainer.logger=[{','.join(loggers)}]", "trainer.project_name=proving"])
-
-
-def make_run(path: Path, recipe: Recipe) -> RunDir:
-    run_dir = RunDir(path)
-    run_dir.create(recipes.to_yaml(recipe), {"result": None})
-    run_dir.move_to(Status.RUNNING)
-    return run_dir
-
-
-def row_of(step: int, evaluated: bool = False) -> dict[str, float]:
-    return {"step": step, "reward": step / 8, "kl": 0.5} | ({"eval/accuracy": step / 10} if evaluated else {})
-
-
-def sample(**values: Any) -> dict[str, Any]:
-    return {"step": 0, "phase": "eval", "index": 7, "question": "How many?", "ground_truth": "18",
-            "completion": "#### 18", "reward": 1.0, "num_tokens": 5, "finish_reason": "stop", **values}  # fmt: skip
-
-
-def write_samples(run_dir: RunDir, step: int, *rows: dict[str, Any]) -> Path:
-    path = run_dir.eval_samples(step)
-    write_bytes(path, pd.DataFrame(list(rows)).to_parquet())
-    return path
-
-
-def train(run_dir: RunDir, recipe: Recipe, steps: range, total: int, group: str | None = None) -> None:
-    """Report as the trainer does: row and samples on disk first, an evaluation every fourth step, at last a result."""
-    file = MetricsFile(run_dir.metrics)
-    file.truncate(steps.start - 1)
-    with contextlib.closing(sinks.Sinks(recipe, run_dir, group=group)) as log:
-        for step in steps:
-            row = row_of(step, evaluated=step % 4 == 0)
-            if step % 4 == 0:
-                write_samples(run_dir, step, sample(step=step), sample(completion=f"wrong at {step}", reward=0.0))
-            file.append(row)
-            if step == total:
-                run_dir.move_to(Status.COMPLETE, result={"step": total, "metrics": {"eval/accuracy": 0.8}})
-            log.report(total, row)
-
-
-class WandBRun:
-    """What the `.wandb` files of one run directory hold, in the order in which `wandb sync` would send them."""
-
-    def __init__(self, run_dir: RunDir) -> None:
-        import wandb
-        from wandb.proto.wandb_internal_pb2 import Record
-
-        # A run's end reaches its file some milliseconds after `finish` returns, at the latest as W&B's service ends.
-        wandb.teardown()
-        self.files = sorted((run_dir.path / "wandb").glob("*run-*/*.wandb"))
-        self.records = [Record.FromString(data) for file in self.files for data in wandb_records(file.read_bytes())]
-
-    def all(self, kind: str) -> list[Any]:
-        return [getattr(record, kind) for record in self.records if record.WhichOneof("record_type") == kind]
-
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        return [
-            {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in history.item}
-            for history in self.all("history")
-        ]
-
-    @property
-    def steps(self) -> list[int]:
-        return [row["_step"] for row in self.history]
-
-    @property
-    def config(self) -> dict[str, Any]:
-        updates = [update for run in self.all("run")[-1:] for update in run.config.update]
-        return {update.key: json.loads(update.value_json) for update in updates}
-
-    @property
-    def exit_codes(self) -> list[int]:
-        return [int(record.exit_code) for record in self.all("exit")]
-
-    def artifacts(self, kind: str) -> list[Any]:
-        return [artifact for artifact in self.all("artifact") if artifact.type == kind]
-
-    def tables(self) -> dict[int, dict[str, Any]]:
-        """The tables that the history refers to, by step."""
-        return {
-            row["_step"]: json.loads(next(self.files[0].parents[1].glob(f"*/files/{row['samples/path']}")).read_text())
-            for row in self.history
-            if "samples/path" in row
-        }
-
-
-class TensorBoardRun:
-    """What TensorBoard would show of a run directory: a file's purge hides what files before it hold of later steps."""
-
-    def __init__(self, run_dir: RunDir) -> None:
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-
-        self.seen: list[tuple[int, str, Any]] = []
-        for file in sorted((run_dir.path / "tensorboard").iterdir()):
-            for data in event_records(file.read_bytes()):
-                event = Event.FromString(data)
-                if event.session_log.status == SessionLog.START:
-                    self.seen = [entry for entry in self.seen if entry[0] < event.step]
-                self.seen += [(event.step, value.tag, value) for value in event.summary.value]
-
-    def scalars(self, name: str) -> list[tuple[int, float]]:
-        return [(step, value.simple_value) for step, tag, value in self.seen if tag == name]
-
-    def texts(self) -> dict[int, str]:
-        return {
-            step: value.tensor.string_val[0].decode() for step, tag, value in self.seen if tag.startswith("samples")
-        }
 
 
 def test_wandb_holds_config_group_history_table_and_adapter(tmp_path: Path) -> None:
@@ -237,7 +132,7 @@ sys.path.insert(0, {project!r})
 from pathlib import Path
 from harness import recipe as recipes, sinks
 from harness.rundir import RunDir
-from tests.unit.harness.test_sinks import MetricsFile, row_of, sample, write_samples
+from tests.unit.harness.logged import MetricsFile, row_of, sample, write_samples
 
 run_dir = RunDir(sys.argv[1])
 log = sinks.Sinks(recipes.read(run_dir.recipe), run_dir)
@@ -429,57 +324,6 @@ def test_every_sink_is_closed_when_one_fails(tmp_path: Path) -> None:
         log.close()
     run_dir.manifest.write_text(manifest)
     assert TensorBoardRun(run_dir).scalars("reward") == [(1, 0.125)]
-
-
-def test_console_shows_progress_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
-    console = sinks.Console()
-    console.step(10, {"step": 0, "eval/accuracy": 0.25})
-    console.step(10, {"step": 4, "reward": 0.5, "step_time": 2.0})
-    first, second = capsys.readouterr().out.splitlines()
-    assert first == "step  0/10  held-out 0.250"
-    assert "ETA 12 s" in second
-
-
-def test_console_shows_a_completion_and_one_rewarded_otherwise(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run_dir = RunDir(tmp_path)
-    path = write_samples(run_dir, 16, sample(completion="first\n\n#### 18"), sample(completion="as good"),
-                         sample(completion="so\nlong\n" * 40 + "#### 5", reward=0, finish_reason="length"))  # fmt: skip
-    sinks.Console().samples(16, path)
-    assert capsys.readouterr().out.splitlines() == [
-        "  sample at step 16: reward 1, wanted 18, 5 tokens, stopped",
-        "    question    How many?",
-        "    completion  first",
-        "                #### 18",
-        "  sample at step 16: reward 0, wanted 18, 5 tokens, cut at the limit",
-        "    question    How many?",
-        "    completion  so",
-        "                long",
-        "                so",
-        "                …",
-        "                #### 5",
-    ]
-
-
-def test_console_shows_control_characters_as_escapes_and_long_lines_in_parts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    hostile = f"{ESCAPE}[31mred\rover\x07 \u202eback\u2028 ten\xa0dollars {'word ' * 200}"
-    sinks.Console().samples(4, write_samples(RunDir(tmp_path), 4, sample(completion=hostile, question="")))
-    out = capsys.readouterr().out
-    assert r"\x1b[31mred\rover\x07 \u202eback\u2028 ten dollars" in out
-    assert not set(out) & set(f"{ESCAPE}\r\x07\u202e\u2028")
-    assert "(empty)" in out
-    assert max(map(len, out.splitlines())) <= 120
-    assert len(out.splitlines()) == 7
-
-
-def test_console_says_nothing_of_an_evaluation_that_kept_no_samples(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sinks.Console().samples(4, write_samples(RunDir(tmp_path), 4))
-    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.heavy
