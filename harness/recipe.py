@@ -130,7 +130,8 @@ def to_yaml(recipe: Recipe) -> str:
 def digest(recipe: Recipe) -> str:
     """SHA-256 of the resolved recipe, the run's name and place aside: equal digests mean the same experiment."""
     values = to_dict(recipe)
-    values.pop("ray")
+    for key in ("ray", "expect"):
+        values.pop(key)
     for key in ("run_name", "ckpt_path", "resume_mode"):
         values["trainer"].pop(key)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
@@ -203,7 +204,7 @@ def _keys_given(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 def _check_key(key: str, source: str) -> None:
     known = known_keys()
-    open_dicts = ("sweep.space.", "sweep.pruner.")
+    open_dicts = ("sweep.space.", "sweep.pruner.", "expect.")
     if key in known or key in _sections() or key.startswith(open_dicts):
         return
     if key in WITHOUT_EFFECT:

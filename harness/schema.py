@@ -275,6 +275,8 @@ class Sweep:
     first_trials: list[dict[str, Any]] = field(default_factory=list)
     space: dict[str, Any] = field(default_factory=dict)
     max_concurrent: int = num(1, ge=1)
+    max_failures: int = num(3, ge=1)
+    stall_seconds: float = num(3600.0, gt=0)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -285,4 +287,5 @@ class Recipe:
     generator: Generator = field(default_factory=Generator)
     environment: Environment = field(default_factory=Environment)
     ray: Ray = field(default_factory=Ray)
+    expect: dict[str, Any] = field(default_factory=dict)
     sweep: Sweep | None = None

@@ -111,9 +111,11 @@ def _finish(session: Session, study: Study, place: str) -> int:
     if trial is not None:
         print(f"again: {command(experiment, str(trial['run_dir']))}")
     counts = study.counts()
+    if study.stopped:
+        print(f"stopped: {study.stopped}; go on with: python -m harness.sweep --resume {place}")
     print(f"{counts['COMPLETE']} complete, {counts['PRUNED']} pruned, {counts['FAIL']} failed  {place}")
     print(f"report: {place}/report/index.html")
-    return 0 if counts["COMPLETE"] else 1
+    return 0 if counts["COMPLETE"] and not study.stopped else 1
 
 
 def _best(experiment: Experiment, trial: pd.Series | None) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from harness.sinks import Sinks
 from rltrain.parallel import needs_workers
 from rltrain.quiet import redirect_output
 from sweeps.locks import KernelLock
+from sweeps.watch import stop_watching, watch
 
 if TYPE_CHECKING:
     from rltrain.member import Member
@@ -33,7 +34,7 @@ class TrialActor(Trainable):
     """
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Take the first trial; `run_dir` and `metric` are given."""
+        """Take the first trial; `run_dir`, `metric` and `stall_seconds` are given."""
         self._pack: Pack | None = None
         self._member: Member | None = None
         self._reports: Iterator[Report] | None = None
@@ -51,11 +52,13 @@ class TrialActor(Trainable):
         """Train up to the next evaluation: step, total_steps, value of the metric if logged, done."""
         run_dir = RunDir(self._trial["run_dir"])
         try:
+            watch(self._trial["stall_seconds"])
             if self._reports is None:
                 self._own(run_dir)
                 self._sinks = Sinks(recipes.read(run_dir.recipe), run_dir, group=run_dir.path.parents[1].name)
                 self._reports = self.start(run_dir)
             for report in self._reports:
+                watch(self._trial["stall_seconds"])
                 assert self._sinks is not None
                 self._sinks.report(report.total_steps, report.metrics)
                 if EVALUATED in report.metrics or report.done:
@@ -65,6 +68,8 @@ class TrialActor(Trainable):
         except Exception as error:
             _record(run_dir, error)
             raise
+        finally:
+            stop_watching()
 
     def cleanup(self) -> None:
         """Give everything back."""

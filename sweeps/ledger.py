@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from optuna.trial import TrialState
+
 from harness.rundir import RunDir, Status
 from sweeps import trials
 from sweeps.progress import Progress
 from sweeps.study import Study
+from sweeps.watch import hung
 
 DIED = "the trial's process died: killed, out of memory, or crashed"
 
@@ -21,6 +24,7 @@ class Ledger:
         self.study = study
         self.progress = progress
         self._numbers: dict[str, int] = {}
+        self._failed_in_a_row = 0
         self._began = time.monotonic()
         self._before: float = sweep_dir.read_manifest().get("seconds", 0.0)
 
@@ -39,13 +43,14 @@ class Ledger:
 
     def begin(self, tune_id: str) -> dict[str, Any] | None:
         """The next trial's config for the actor, its directory made; None when there is none left."""
-        trial = self.study.ask()
+        trial = None if self.study.stopped else self.study.ask()
         if trial is None:
             return None
         run_dir = trials.create(self.study.plan, trial, self.sweep_dir)
         self._numbers[tune_id] = trial.number
         self.progress.began(trial, run_dir)
-        return {"run_dir": str(run_dir.path), "metric": self.study.plan.sweep.metric}
+        sweep = self.study.plan.sweep
+        return {"run_dir": str(run_dir.path), "metric": sweep.metric, "stall_seconds": sweep.stall_seconds}
 
     def report(self, tune_id: str, step: int, total_steps: int, value: float | None) -> bool:
         """Record an evaluation; whether the pruner stops the trial."""
@@ -68,7 +73,26 @@ class Ledger:
                 run_dir.update(reason=reason)
         elif run_dir.status is not Status.PRUNED:
             if run_dir.status is not Status.FAILED:
-                run_dir.move_to(Status.FAILED, reason=f"{DIED}; see {run_dir.log.name}" if died else "it stopped early")
+                run_dir.move_to(Status.FAILED, reason=self._why(run_dir) if died else "it stopped early")
             self.study.fail(number, run_dir.read_manifest()["reason"])
         self.progress.ended(number, value)
+        self._count_failures(number)
         self.stamp()
+
+    def _why(self, run_dir: RunDir) -> str:
+        """What ended a trial's process without a word from the trainer."""
+        if hung(run_dir.log):
+            seconds = self.study.plan.sweep.stall_seconds
+            return f"no report for {seconds:g} s (sweep.stall_seconds): it hung and was ended; see {run_dir.log.name}"
+        return f"{DIED}; see {run_dir.log.name}"
+
+    def _count_failures(self, number: int) -> None:
+        """A machine or recipe that fails every trial must not burn them all."""
+        record = self.study.trials()[number]
+        failed = record.state is TrialState.FAIL
+        self._failed_in_a_row = self._failed_in_a_row + 1 if failed else 0
+        if self._failed_in_a_row >= self.study.plan.sweep.max_failures:
+            reason = record.user_attrs.get("reason")
+            self.study.stopped = (
+                f"{self._failed_in_a_row} trials failed in a row (sweep.max_failures); the last: {reason}"
+            )

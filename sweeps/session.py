@@ -24,7 +24,8 @@ from sweeps.space import PLACES
 from sweeps.study import Study
 
 # What a resumed sweep may set anew; anything else would make its later trials another experiment than its first.
-FREE = frozenset({*PLACES, "trainer.logger", "sweep.num_trials", "sweep.max_concurrent", "sweep.sampler"})
+FREE = frozenset({*PLACES, "trainer.logger", "sweep.num_trials", "sweep.max_concurrent", "sweep.sampler",
+                  "sweep.max_failures", "sweep.stall_seconds"})  # fmt: skip
 # The pruner is free too; the others the study compares, and says better what changed.
 STUDIED = ("sweep.pruner", "sweep.space", "sweep.metric", "sweep.seeds")
 
@@ -95,11 +96,12 @@ def run(session: Session, actor: Callable[[], type] | None = None) -> Study:
 def conclude(session: Session, study: Study, best: dict[str, Any] | None) -> None:
     """Write the sweep's final status and result."""
     sweep_dir, counts = session.sweep_dir, study.counts()
-    status = Status.COMPLETE if counts["COMPLETE"] else Status.FAILED
+    reason = study.stopped or (None if counts["COMPLETE"] else "no trial completed")
+    status = Status.COMPLETE if reason is None else Status.FAILED
     result = {"counts": {name: counts[name] for name in ("COMPLETE", "PRUNED", "FAIL")}, "best": best,
               "seconds": sweep_dir.read_manifest().get("seconds", 0.0)}  # fmt: skip
     if sweep_dir.status is not status:
-        sweep_dir.move_to(status, reason=None if counts["COMPLETE"] else "no trial completed", result=result)
+        sweep_dir.move_to(status, reason=reason, result=result)
 
 
 def _session(recipe: Recipe, plan: Plan, sweep_dir: RunDir) -> Session:

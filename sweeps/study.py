@@ -42,6 +42,8 @@ class Study:
     def __init__(self, journal: Path, plan: Plan) -> None:
         """Open the study in a journal file, new or existing; raises UserError when it is another sweep's."""
         self.plan = plan
+        self.stopped: str | None = None
+        """Why no further trial is begun although some are left."""
         journal.parent.mkdir(parents=True, exist_ok=True)
         _mend(journal)
         backend = JournalFileBackend(str(journal), lock_obj=KernelLock(journal.with_name(f"{journal.name}.lock")))

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ SPACE: dict[str, Any] = {
 }
 STEPS, INTERVAL = 4, 1
 # Ranks that make a run fail in a chosen way.
-RAISES, DIES, IS_NAN = 13, 14, 15
+RAISES, DIES, IS_NAN, HANGS = 13, 14, 15, 16
 
 
 def recipe_of(space: dict[str, Any] | None = None, *, steps: int = STEPS, **sweep: Any) -> Recipe:
@@ -69,6 +70,8 @@ def follow(run_dir: RunDir) -> Iterator[Report]:
             raise ValueError("this rank is unlucky\nin two lines")
         if step == 2 and rank == DIES:
             os.kill(os.getpid(), signal.SIGKILL)
+        if step == 2 and rank == HANGS:
+            time.sleep(3600)
         row = {"step": step, "eval/accuracy": math.nan if rank == IS_NAN else curve(rank, step)}
         log.append(row)
         if step == total:

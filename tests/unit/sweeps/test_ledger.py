@@ -120,3 +120,37 @@ def test_it_ends_when_no_trial_is_left(ledger: Ledger) -> None:
         finish(ledger, name, 0.5)
     assert ledger.begin("e") is None
     assert ledger.study.num_left == 0
+
+
+def test_failures_in_a_row_stop_the_sweep(tmp_path: Path, said: io.StringIO) -> None:
+    plan, sweep_dir = begin(recipe_of(num_trials=9, max_failures=2, max_concurrent=2), tmp_path)
+    ledger = Ledger(sweep_dir, study := Study(sweep_dir.journal, plan), Progress(study, Console(file=said, width=200)))
+
+    def fail(name: str) -> None:
+        start(ledger, name).move_to(Status.FAILED, reason="MemoryError: no room")
+        ledger.end(name, died=True)
+
+    fail("a")
+    finish(ledger, "b", 0.5)
+    fail("c")
+    assert study.stopped is None
+    running = start(ledger, "d")
+    fail("e")
+    assert study.stopped == "2 trials failed in a row (sweep.max_failures); the last: MemoryError: no room"
+    assert ledger.begin("f") is None
+    # What runs already runs to its end.
+    log(running, 4, 0.75)
+    running.move_to(Status.COMPLETE, result={"step": 4})
+    ledger.end("d", died=False)
+    assert study.counts() == {"FAIL": 3, "COMPLETE": 2}
+    assert not study.finished
+
+
+def test_a_trial_that_hung_is_told_from_one_that_died(ledger: Ledger) -> None:
+    for name, last_words in (("a", "Timeout (0:00:01)!\nThread 0x1 (most recent call first):\n"), ("b", "Killed\n")):
+        run_dir = start(ledger, name)
+        run_dir.log.write_text(f"step 1\n{last_words}")
+        ledger.end(name, died=True)
+    hung, died = (ledger.sweep_dir.trial(number).read_manifest()["reason"] for number in (0, 1))
+    assert hung == "no report for 3600 s (sweep.stall_seconds): it hung and was ended; see log.txt"
+    assert "process died" in died

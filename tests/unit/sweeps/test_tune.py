@@ -14,26 +14,31 @@ from rltrain import cluster
 from sweeps import tune
 from sweeps.progress import Progress
 from sweeps.study import Study
-from tests.unit.sweeps.curves import DIES, IS_NAN, RAISES, RANK, begin, curve_actor, recipe_of
+from tests.unit.sweeps.curves import DIES, HANGS, IS_NAN, RAISES, RANK, begin, curve_actor, recipe_of
 
 
 @pytest.mark.heavy
 def test_every_way_a_trial_can_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in cluster.QUIET | cluster.LOOPBACK:
         monkeypatch.delenv(name, raising=False)
-    recipe = recipe_of({RANK: {"choices": [8, 1, RAISES, DIES, IS_NAN, 9]}}, sampler="grid", num_trials=6,
+    recipe = recipe_of({RANK: {"choices": [8, 1, RAISES, DIES, IS_NAN, 9, HANGS]}}, sampler="grid", num_trials=7,
+                       max_failures=4, stall_seconds=2,
                        pruner={"name": "median", "n_startup_trials": 1})  # fmt: skip
     plan, sweep_dir = begin(recipe, tmp_path / "a sweep's directory with a name that no socket's path could hold")
     study, said = Study(sweep_dir.journal, plan), io.StringIO()
     tune.run(sweep_dir, study, Progress(study, Console(file=said, width=200)), curve_actor)
     records = study.trials()
-    assert [record.state.name for record in records] == ["COMPLETE", "PRUNED", "FAIL", "FAIL", "FAIL", "COMPLETE"]
-    manifests = [sweep_dir.trial(number).read_manifest() for number in range(6)]
-    assert [m["status"] for m in manifests] == ["COMPLETE", "PRUNED", "FAILED", "FAILED", "COMPLETE", "COMPLETE"]
+    assert [record.state.name for record in records] == [
+        "COMPLETE", "PRUNED", "FAIL", "FAIL", "FAIL", "COMPLETE", "FAIL"]  # fmt: skip
+    manifests = [sweep_dir.trial(number).read_manifest() for number in range(7)]
+    assert [m["status"] for m in manifests] == [
+        "COMPLETE", "PRUNED", "FAILED", "FAILED", "COMPLETE", "COMPLETE", "FAILED"]  # fmt: skip
     assert manifests[1]["reason"] == "pruned at step 1: eval/accuracy 0.3125 by MedianPruner"
     assert manifests[2]["reason"] == "ValueError: this rank is unlucky in two lines"
     assert "process died" in manifests[3]["reason"]
     assert manifests[4]["reason"] == "eval/accuracy is nan at step 4"
+    assert manifests[6]["reason"].startswith("no report for 2 s (sweep.stall_seconds): it hung")
+    assert "time.sleep" in sweep_dir.trial(6).log.read_text() or "curves.py" in sweep_dir.trial(6).log.read_text()
     for number, manifest in enumerate(manifests):
         assert [entry["status"] for entry in manifest["status_history"]].count("RUNNING") == 1, number
     # Intermediate values at every evaluation but the base's, and the pruned trial's last one as its value.
