@@ -92,7 +92,5 @@ class Ledger:
         failed = record.state is TrialState.FAIL
         self._failed_in_a_row = self._failed_in_a_row + 1 if failed else 0
         if self._failed_in_a_row >= self.study.plan.sweep.max_failures:
-            reason = record.user_attrs.get("reason")
-            self.study.stopped = (
-                f"{self._failed_in_a_row} trials failed in a row (sweep.max_failures); the last: {reason}"
-            )
+            in_a_row = f"{self._failed_in_a_row} trials failed in a row (sweep.max_failures)"
+            self.study.stopped = f"{in_a_row}; the last: {record.user_attrs.get('reason')}"

@@ -1,4 +1,4 @@
-"""A watch over a trial's process from within: one that makes no progress ends itself, and its log says where it hung."""
+"""A watch over a trial's process from within: one that makes no progress ends, and its log says where it hung."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def test_every_way_a_trial_can_end(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "process died" in manifests[3]["reason"]
     assert manifests[4]["reason"] == "eval/accuracy is nan at step 4"
     assert manifests[6]["reason"].startswith("no report for 2 s (sweep.stall_seconds): it hung")
-    assert "time.sleep" in sweep_dir.trial(6).log.read_text() or "curves.py" in sweep_dir.trial(6).log.read_text()
+    assert "curves.py" in sweep_dir.trial(6).log.read_text()  # where it hung
     for number, manifest in enumerate(manifests):
         assert [entry["status"] for entry in manifest["status_history"]].count("RUNNING") == 1, number
     # Intermediate values at every evaluation but the base's, and the pruned trial's last one as its value.
