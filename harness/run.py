@@ -7,10 +7,11 @@ import contextlib
 import os
 import sys
 
-from harness import manifest, metrics, sinks
+from harness import manifest, metrics, rerun, sinks
 from harness import recipe as recipes
 from harness.cli import Parser, run_command
 from harness.errors import UserError
+from harness.expect import judge
 from harness.paths import shown
 from harness.rundir import RunDir, Status, place
 from harness.schema import Logger, Recipe
@@ -24,6 +25,8 @@ MOVABLE = (
     "generator.gpu_memory_utilization", "ray.address",
 )  # fmt: skip
 
+UNMET = 3
+
 
 def main(argv: list[str]) -> int:
     """Parse, check, train, print the result; returns the exit status."""
@@ -33,13 +36,30 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--resume", metavar="DIR", help="go on with the run in this directory; its placement may be overridden"
     )
+    parser.add_argument(
+        "--from", dest="taken", metavar="DIR", help="a new run with the recipe of the run in this directory"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be trained, where, and the cost")
+    parser.add_argument("--check", action="store_true", help="exit with 3 when the recipe's expectations are not met")
     options = parser.parse_intermixed_args(argv)
+    options.name = options.recipe
+    if options.taken:
+        _take(options)
     if options.dry_run:
         return _dry_run(options)
     recipe, run_dir = _resumed(options) if options.resume else _started(options)
     _train(recipe, run_dir)
-    return 0
+    return 0 if _as_expected(recipe, run_dir) or not options.check else UNMET
+
+
+def _take(options: argparse.Namespace) -> None:
+    """Put the recipe of another run, to be overridden, in the place of a recipe file."""
+    words = [word for word in (options.recipe, *options.overrides) if word is not None]
+    others = ["--resume"] if options.resume is not None else [word for word in words if "=" not in word]
+    if others:
+        raise UserError("--from takes its recipe from a run", got=" ".join(others), allowed="key=value overrides")
+    options.recipe, fresh, options.name = rerun.taken(options.taken)
+    options.overrides = [*fresh, *words]
 
 
 def _started(options: argparse.Namespace) -> tuple[Recipe, RunDir]:
@@ -49,7 +69,7 @@ def _started(options: argparse.Namespace) -> tuple[Recipe, RunDir]:
     cores = (os.cpu_count() or 1) // num_processes(recipe)
     recipe.trainer.num_threads = recipe.trainer.num_threads or max(1, cores)
     _check(recipe)
-    run_dir = place(recipe, source)
+    run_dir = place(recipe, options.name)
     if run_dir.manifest.exists():
         _check_same(recipe, run_dir)
     else:
@@ -153,6 +173,15 @@ def _follow(recipe: Recipe, run_dir: RunDir) -> None:
 
         for report in run(recipe, run_dir):
             told.report(report.total_steps, report.metrics)
+
+
+def _as_expected(recipe: Recipe, run_dir: RunDir) -> bool:
+    """Judge what the recipe expects by this one run, print it, and write it to the manifest."""
+    verdicts = judge(recipe.expect, [metrics.MetricsFile(run_dir.metrics).rows()])
+    run_dir.update(expect=[verdict.record() for verdict in verdicts])
+    for verdict in verdicts:
+        print(verdict)
+    return all(verdict.met for verdict in verdicts)
 
 
 def _summary(run_dir: RunDir, place: str) -> str:

@@ -8,6 +8,7 @@ import operator
 from typing import Any
 
 from harness.errors import UserError
+from harness.expect import check_expectations
 from harness.schema import Backend, LoRA, Optimizer, Recipe, Resampling, SyncMode
 
 _BOUNDS = {"ge": (operator.ge, ">="), "gt": (operator.gt, ">"), "le": (operator.le, "<="), "lt": (operator.lt, "<")}
@@ -32,6 +33,7 @@ def check(recipe: Recipe) -> None:
     _check_sampling(recipe)
     if recipe.sweep is not None:
         _check_sweep(recipe)
+    check_expectations(recipe.expect)
 
 
 def _check_bounds(node: Any, prefix: str) -> None:

@@ -1,0 +1,64 @@
+"""`python -m harness.check`, and `harness.run --check`: what they print, write and return."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from harness import check, run
+from harness.errors import UserError
+from harness.rundir import RunDir
+
+TINY = ["generator.backend=transformers", "trainer.max_steps=1", "trainer.train_batch_size=2",
+        "trainer.policy_mini_batch_size=2", "generator.n_samples_per_prompt=2", "trainer.eval_before_train=false",
+        "generator.eval_sampling_params.max_generate_length=2"]  # fmt: skip
+
+
+def recipe_file(folder: Path, expect: str) -> str:
+    file = folder / "mine.yaml"
+    file.write_text(f"defaults: [quickstart, _self_]\nexpect: {expect}\n")
+    return str(file)
+
+
+def test_every_seed_is_trained_and_the_mean_is_judged(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Two tokens are too few for an answer: the accuracy is 0 for every seed.
+    file = recipe_file(tmp_path, "{eval/accuracy: {min: 0, max: 0.1}, completions/mean_length: {min: 1000}}")
+    arguments = [file, *TINY, f"trainer.ckpt_path={tmp_path}", "trainer.run_name=checked", "--seeds", "3,4"]
+    assert check.main(arguments) == 3
+    said = capsys.readouterr().out
+    assert "met: eval/accuracy 0 (2 seeds, 95% 0 to 0), expected >= 0 and <= 0.1" in said
+    assert "NOT MET: completions/mean_length" in said
+    assert "2 of 3 expectations met over 2 seeds" in said
+    record = json.loads((tmp_path / "checked" / "check.json").read_text())
+    unmet = [[verdict["metric"] for verdict in record["verdicts"] if not verdict["met"]]]
+    manifests = [RunDir(tmp_path / "checked" / f"seed{seed}").read_manifest() for seed in (3, 4)]
+    assert [manifest["seed"] for manifest in manifests] == [3, 4]
+    unmet += [[verdict["metric"] for verdict in manifest["expect"] if not verdict["met"]] for manifest in manifests]
+    assert unmet == [["completions/mean_length"]] * 3
+
+
+@pytest.mark.parametrize(("flags", "status"), [([], 0), (["--check"], 3)])
+def test_a_run_says_what_it_did_not_show(tiny_model_dir: Path, tmp_path: Path, flags: list[str], status: int) -> None:
+    file = recipe_file(tmp_path, "{eval/accuracy: {min: 0.5}}")
+    arguments = [file, *TINY, f"trainer.ckpt_path={tmp_path}", "trainer.run_name=run", *flags]
+    assert run.main(arguments) == status
+    assert RunDir(tmp_path / "run").read_manifest()["expect"][0]["met"] is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["recipes/base.yaml", "trainer.policy.model.path=x"], "expects nothing"),
+        (["recipes/quickstart.yaml", "--seeds", "0,zero"], "different numbers"),
+        (["recipes/quickstart.yaml", "--seeds", "1,1"], "different numbers"),
+        ([], "recipe"),
+    ],
+)
+def test_bad_input_is_explained(arguments: list[str], told: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check.main(arguments)
+    assert told in str(caught.value)
