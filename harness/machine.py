@@ -1,0 +1,171 @@
+"""What a run computes with: code, packages, processor, GPUs and threads. Some 50 ms in all, and no secrets."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import subprocess
+import tomllib
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from harness.paths import PROJECT
+
+DISTRIBUTION = "noregret"
+# Those of development are no part of a run.
+EXTRAS = frozenset({"cpu", "gpu"})
+# The packages that compute a run; the others plan and read it.
+SOURCES = ("harness", "rltrain")
+# A longer diff is known by its digest alone: the manifest is written anew at each step.
+LONGEST_DIFF = 100_000
+# The environment is never recorded whole: it holds tokens and passwords.
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+# What sums and products in another order, or with other rounding, come from.
+_SIMD = re.compile(r"(avx|amx|fma|asimd|sve)\w*")
+_REQUIREMENT = re.compile(r"([\w.-]+)(?:\[([^]]*)])?")
+_EXTRA = re.compile(r"extra == ['\"]([^'\"]+)")
+
+
+@functools.cache
+def git_state() -> dict[str, Any] | None:
+    """Commit of the project, and what tracked files differ from it by; None outside a git checkout of its own.
+
+    `diff` is None for a clean tree, else digest, bytes and, up to `LONGEST_DIFF` of them, the text for `git apply`.
+    """
+    try:
+        commit, top = _git("rev-parse", "HEAD", "--show-toplevel").decode().splitlines()
+        # Installed as a package, the project may lie in somebody else's checkout.
+        if Path(top).resolve() != PROJECT:
+            return None
+        changes = _git("diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "HEAD")
+    except (OSError, ValueError, subprocess.CalledProcessError):
+        return None
+    return {"commit": commit, "dirty": bool(changes), "diff": _diff(changes) if changes else None}
+
+
+def _git(*args: str) -> bytes:
+    plain = ["-c", "diff.noprefix=false", "-c", "diff.mnemonicPrefix=false"]
+    return subprocess.run(["git", "-C", str(PROJECT), *plain, *args], capture_output=True, check=True).stdout
+
+
+def _diff(changes: bytes) -> dict[str, Any]:
+    try:
+        text = changes.decode() if len(changes) <= LONGEST_DIFF else None
+    except UnicodeDecodeError:
+        text = None
+    return {"digest": f"sha256:{hashlib.sha256(changes).hexdigest()}", "bytes": len(changes), "text": text}
+
+
+@functools.cache
+def code_digest() -> str:
+    """SHA-256 over the source that computes a run, untracked files too, in a checkout or installed."""
+    total = hashlib.sha256()
+    for file in sorted(file for folder in SOURCES for file in (PROJECT / folder).rglob("*.py")):
+        total.update(f"{file.relative_to(PROJECT)}\n".encode())
+        total.update(hashlib.sha256(file.read_bytes()).digest())
+    return f"sha256:{total.hexdigest()}"
+
+
+def module_digest(name: str) -> str | None:
+    """SHA-256 of a module's file, by its dotted name; None when it is not found."""
+    try:
+        found = importlib.util.find_spec(name)
+        content = Path(found.origin).read_bytes() if found and found.origin else None
+    except Exception:  # a user's package may fail in any way while it is imported
+        return None
+    return None if content is None else f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+@functools.cache
+def packages() -> tuple[dict[str, str], dict[str, str]]:
+    """Installed versions by name: of the packages that the project asks for, and of all that those need in turn."""
+    queue = _asked(_own_requirements(), EXTRAS)
+    direct = {name for name, _ in queue}
+    versions: dict[str, str] = {}
+    seen: set[tuple[str, frozenset[str]]] = set()
+    while queue:
+        name, extras = queue.pop()
+        if (name, extras) in seen:
+            continue
+        seen.add((name, extras))
+        header = _header(name)
+        if header is None:
+            continue
+        versions[name] = _fields(header, "Version")[0]
+        queue += _asked(_fields(header, "Requires-Dist"), extras)
+    known = sorted(versions.items())
+    return {n: v for n, v in known if n in direct}, {n: v for n, v in known if n not in direct}
+
+
+def _own_requirements() -> list[str]:
+    """What the project asks for: as its checkout says, else as it was installed."""
+    file = PROJECT / "pyproject.toml"
+    if not file.exists():
+        return _fields(_header(DISTRIBUTION) or [], "Requires-Dist")
+    project = tomllib.loads(file.read_text())["project"]
+    extras: dict[str, list[str]] = project["optional-dependencies"]
+    return [*project["dependencies"], *(line for extra in sorted(EXTRAS) for line in extras[extra])]
+
+
+def _asked(lines: Iterable[str], extras: frozenset[str]) -> list[tuple[str, frozenset[str]]]:
+    """Names and extras of the requirements that hold for a package with `extras`; markers of systems are ignored."""
+    asked = []
+    for line in lines:
+        found = _REQUIREMENT.match(line)
+        marker = _EXTRA.search(line)
+        if found and (marker is None or marker[1] in extras):
+            own = frozenset(extra.strip() for extra in (found[2] or "").split(",") if extra.strip())
+            asked.append((re.sub(r"[-_.]+", "-", found[1]).lower(), own))
+    return asked
+
+
+def _header(name: str) -> list[str] | None:
+    """The metadata's lines up to its text; importlib's own parsing of all of them takes five times as long."""
+    try:
+        text = metadata.distribution(name).read_text("METADATA")
+    except metadata.PackageNotFoundError:
+        return None
+    return None if text is None else text.split("\n\n", 1)[0].splitlines()
+
+
+def _fields(header: list[str], name: str) -> list[str]:
+    return [line.partition(":")[2].strip() for line in header if line.startswith(f"{name}:")]
+
+
+@functools.cache
+def hardware() -> dict[str, Any]:
+    """Processor with its vector instructions, cores, memory, GPUs by name, and the platform."""
+    memory = next(iter(_lines("/proc/meminfo", "MemTotal")), "0 kB")
+    flags = next(iter([*_lines("/proc/cpuinfo", "flags"), *_lines("/proc/cpuinfo", "Features")]), "").split()
+    return {
+        "cpu": next(iter(_lines("/proc/cpuinfo", "model name")), platform.processor()),
+        "simd": " ".join(sorted(flag for flag in flags if _SIMD.fullmatch(flag))),
+        "cores": os.cpu_count(),
+        "memory_gb": round(int(memory.split()[0]) / 2**20, 1),
+        "gpus": [name for file in _gpu_files() for name in _lines(str(file), "Model")],
+        "gpu_driver": next(iter(_lines("/proc/driver/nvidia/version", "NVRM version")), None),
+        "platform": platform.platform(),
+    }
+
+
+def thread_variables() -> dict[str, str]:
+    """What of the environment decides how many threads and which devices compute."""
+    return {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ}
+
+
+def _gpu_files() -> list[Path]:
+    return sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+
+
+def _lines(path: str, key: str) -> list[str]:
+    try:
+        with Path(path).open() as file:
+            return [line.partition(":")[2].strip() for line in file if line.startswith(key)]
+    except OSError:
+        return []

@@ -1,0 +1,43 @@
+"""A finished run's recipe as that of a new run, with a name and place of its own."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from harness import recipe as recipes
+from harness.errors import UserError
+from harness.paths import shown
+from harness.rundir import RunDir
+from harness.schema import Trainer
+
+# Not into the directory of the run that the recipe is from.
+OWN_PLACE = ("trainer.run_name=null", f"trainer.ckpt_path={Trainer().ckpt_path}")
+_TIME = re.compile(r"-\d{8}-\d{6}$")
+
+
+def taken(directory: str | Path) -> tuple[str, list[str], str]:
+    """The recipe file of a run or trial, the overrides that make it another run's, and a name to begin that one's with.
+
+    Raises UserError for what is no run directory, or has no readable recipe.
+    """
+    run_dir = RunDir(directory)
+    run_dir.read_manifest()
+    recipes.read(run_dir.recipe)
+    fresh = [*OWN_PLACE, f"trainer.resume_mode={Trainer().resume_mode}"]
+    return shown(run_dir.recipe), fresh, _TIME.sub("", name_of(run_dir))
+
+
+def name_of(run_dir: RunDir) -> str:
+    """A run's name outside its folder: a trial's begins with its sweep's."""
+    path = run_dir.path
+    return f"{path.parent.parent.name}-{path.name}" if path.parent.name == "trials" else path.name
+
+
+def refuse_sweep(run_dir: RunDir) -> None:
+    """Raise UserError, naming its trials, where a run is needed and this is a sweep."""
+    if run_dir.read_manifest().get("kind") != "sweep":
+        return
+    trials = sorted(shown(file.parent) for file in run_dir.trials.glob("*/manifest.json"))
+    raise UserError("this directory holds a sweep", got=shown(run_dir.path), allowed="a run, or one of its trials",
+                    fix=f"name a trial: {trials[0]}" if trials else "it has no trials yet")  # fmt: skip
