@@ -1,0 +1,114 @@
+"""`python -m harness.reproduce RUN_DIR`: train a run again and say whether it comes out the same, step by step."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import sys
+
+from harness.cli import Parser, run_command
+from harness.errors import UserError
+from harness.metrics import without_timings
+from harness.paths import shown
+from harness.sinks import Console
+from rltrain import reproduce
+from rltrain.reproduce import Reproduction
+
+DEPARTS = 1
+
+
+def main(argv: list[str]) -> int:
+    """Parse, compare what the run was made with, train it again, compare; 0 when equal, 1 when not."""
+    options = _parse(argv)
+    planned = reproduce.plan(options.run, options.output)
+    agrees = _tell_agreement(planned)
+    reproduce.check(planned)
+    if options.check_only:
+        return 0 if agrees else DEPARTS
+    try:
+        step = _train(planned, options)
+    except KeyboardInterrupt:
+        print(f"stopped, nothing is compared  {shown(planned.run_dir.path)}", file=sys.stderr)
+        raise
+    return _conclude(planned, step, options.tolerance)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(prog="harness.reproduce", description="Train a run again, and compare the two step by step.")
+    parser.add_argument("run", metavar="RUN_DIR", help="a run, or a trial of a sweep: runs/NAME/trials/0003")
+    parser.add_argument("--output", metavar="DIR", help="where it goes (default: runs/NAME-reproduced-TIME)")
+    only = "say what differs from when the run was made, and no more; exit with 1 when anything does"
+    parser.add_argument("--check-only", action="store_true", help=only)
+    most = "the largest difference of a number that counts as equal (default: 0)"
+    parser.add_argument("--tolerance", type=float, default=0.0, metavar="X", help=most)
+    parser.add_argument("--stop-at-departure", action="store_true", help="stop at the first step whose metrics differ")
+    options = parser.parse_args(argv)
+    if not (math.isfinite(options.tolerance) and options.tolerance >= 0):
+        raise UserError("--tolerance is a difference", got=options.tolerance, allowed="0 or more")
+    return options
+
+
+def _tell_agreement(planned: Reproduction) -> bool:
+    """Print what is as it was when the run was made and what is not; whether nothing differs."""
+    status = planned.was.get("status")
+    print(f"reproducing {shown(planned.original.path)}: {status}, up to step {planned.last}")
+    agreement = planned.agreement()
+    if agreement.equal:
+        print(f"  same: {', '.join(agreement.equal)}")
+    for difference in agreement.different:
+        print(f"  differs: {difference}")
+    if agreement.unrecorded:
+        print(f"  not recorded: {', '.join(agreement.unrecorded)}")
+    for entry in planned.was.get("resumed") or []:
+        for difference in entry.get("different") or []:
+            print(f"  differed when it was resumed at {entry.get('time')}: {difference}")
+    return not agreement.different
+
+
+def _train(planned: Reproduction, options: argparse.Namespace) -> int:
+    """Train again, with a line per step and one at the first that departs; the last step trained."""
+    from sweeps.locks import held
+
+    reproduce.begin(planned)
+    print(f"run {shown(planned.run_dir.path)}\nloading the model and starting the engine ...", flush=True)
+    with held(planned.run_dir.path / ".lock"):
+        from rltrain.quiet import quiet_libraries
+
+        quiet_libraries()
+        return _follow(planned, options)
+
+
+def _follow(planned: Reproduction, options: argparse.Namespace) -> int:
+    from rltrain.compare import compare_rows, rows_until
+
+    wanted, console, departed, step = rows_until(planned.original, planned.last), Console(), False, 0
+    with contextlib.closing(reproduce.rerun(planned)) as reports:
+        for report in reports:
+            step = report.step
+            console.step(min(report.total_steps, planned.last), report.metrics)
+            found = compare_rows(step, wanted.get(step, {}), without_timings(report.metrics))
+            beyond = next((departure for departure in found if departure.size > options.tolerance), None)
+            if beyond is not None and not departed:
+                departed = True
+                print(f"departs at {beyond}", flush=True)
+            if departed and options.stop_at_departure:
+                break
+    return step
+
+
+def _conclude(planned: Reproduction, step: int, tolerance: float) -> int:
+    """Compare all there is of both, print the verdict, and write it to the repetition's manifest."""
+    from rltrain.compare import compare
+
+    result = compare(planned.original, planned.run_dir, last=step, weights=planned.ended and step == planned.last)
+    verdict = result.verdict(tolerance)
+    reproduce.conclude(planned, verdict, step)
+    if not planned.ended:
+        print(f"the run is {planned.was.get('status')}: compared up to step {step}, the last it logged; no weights")
+    print(f"{verdict}  {shown(planned.run_dir.path)}")
+    return DEPARTS if result.first(tolerance) else 0
+
+
+if __name__ == "__main__":
+    run_command(main)

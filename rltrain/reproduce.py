@@ -1,0 +1,106 @@
+"""A run trained again in a directory of its own, and what of the first run there is to compare it with.
+
+Planning imports neither torch nor vllm nor ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from harness import manifest
+from harness import recipe as recipes
+from harness.errors import UserError
+from harness.metrics import MetricsFile
+from harness.paths import shown
+from harness.rerun import OWN_PLACE, name_of, refuse_sweep
+from harness.rundir import RunDir, Status
+from harness.schema import Recipe, Trainer
+
+if TYPE_CHECKING:
+    from rltrain.trainer import Report
+
+# A run that was killed may have kept weights of an evaluation that it never logged.
+_ENDED = (Status.COMPLETE.value, Status.PRUNED.value)
+
+
+@dataclass(frozen=True, slots=True)
+class Reproduction:
+    """A run (`original`, its manifest `was`, its last logged step `last`) and its repetition, not yet begun."""
+
+    original: RunDir
+    was: dict[str, Any]
+    last: int
+    recipe: Recipe
+    run_dir: RunDir
+    now: dict[str, Any]
+
+    @property
+    def ended(self) -> bool:
+        """Whether the original came to its end: its weights are then those of its last logged evaluations."""
+        return self.was.get("status") in _ENDED
+
+    def agreement(self) -> manifest.Agreement:
+        """What the original was made from and with, against what there is now."""
+        return manifest.compare(self.was, self.now)
+
+
+def plan(directory: str | Path, output: str | Path | None = None) -> Reproduction:
+    """How the run in a directory would be repeated, by default in runs/NAME-reproduced-TIME; nothing is written.
+
+    Raises UserError for a sweep, a run without a step, an output that exists, and what `recipes.read` raises.
+    """
+    original = RunDir(directory)
+    refuse_sweep(original)
+    was, rows = original.read_manifest(), MetricsFile(original.metrics).rows()
+    if not rows:
+        raise UserError("this run has logged no step: there is nothing to compare", got=shown(original.path))
+    default = Path(Trainer().ckpt_path) / f"{name_of(original)}-reproduced-{datetime.now():%Y%m%d-%H%M%S}"
+    run_dir = RunDir(output or default)
+    if run_dir.path.exists():
+        raise UserError("the output exists already", got=shown(run_dir.path), fix="name a folder that does not exist")
+    place = {"trainer.ckpt_path": str(run_dir.path.parent), "trainer.run_name": run_dir.path.name}
+    recipe = recipes.with_values(recipes.read(original.recipe), place)
+    now = manifest.build(recipe, kind="run", name=run_dir.path.name, source=shown(original.recipe),
+                         overrides=OWN_PLACE, command=manifest.this_command())  # fmt: skip
+    return Reproduction(original, was, int(rows[-1]["step"]), recipe, run_dir, now)
+
+
+def check(planned: Reproduction) -> None:
+    """Raise UserError for what would fail the repetition later: model, data, checkpoint, devices that are not there."""
+    from rltrain.preflight import check_run
+
+    check_run(planned.recipe)
+    start = planned.recipe.trainer.resume_mode
+    if start not in (None, "latest", "none") and not Path(str(start), "COMPLETE").is_file():
+        raise UserError("the checkpoint that this run went on from is gone", got=f"trainer.resume_mode={start}",
+                        fix="put the folder back, or reproduce the run that wrote it first")  # fmt: skip
+
+
+def begin(planned: Reproduction) -> None:
+    """Make the repetition's directory; raises UserError when it cannot be written."""
+    planned.run_dir.create(recipes.to_yaml(planned.recipe), planned.now)
+
+
+def rerun(planned: Reproduction) -> Generator[Report]:
+    """Train again up to the last step that the original logged; a report after every step."""
+    from rltrain.trainer import run
+
+    training = cast("Generator[Report]", run(planned.recipe, planned.run_dir))
+    with contextlib.closing(training) as reports:
+        for report in reports:
+            yield report
+            if report.step >= planned.last:
+                return
+
+
+def conclude(planned: Reproduction, verdict: str, step: int) -> None:
+    """Write the verdict to the repetition's manifest; one stopped before its recipe's end is PRUNED."""
+    run_dir, of = planned.run_dir, shown(planned.original.path)
+    if run_dir.status is Status.RUNNING:
+        run_dir.move_to(Status.PRUNED, reason=f"compared with {of} up to step {step}")
+    run_dir.update(reproduces={"run": of, "verdict": verdict})
