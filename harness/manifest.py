@@ -16,12 +16,15 @@ from typing import Any
 from harness import machine
 from harness import recipe as recipes
 from harness.paths import locate
+from harness.rundir import now
 from harness.schema import AdvantageEstimator, Recipe
 
 FORMAT = 2
 ABSENT = "absent"
 SHOWN_DIGITS = 12
 _DIGEST = re.compile(r"(sha256:)?([0-9a-f]{40,64})")
+# What a run need not have; anything else is recorded or unknown.
+_OPTIONAL = ("critic", "checkpoint")
 _TOKENIZER = ("*token*", "vocab.*", "merges.txt", "chat_template*", "*.model")
 
 
@@ -56,6 +59,13 @@ def build(
         **_inputs(recipe),
         "result": None,
     }
+
+
+def resumption(record: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """When and how a run is gone on with, and what differs now from its manifest."""
+    again = build(recipe, kind=record["kind"], name=record["name"], source=record["recipe"]["source"])
+    different = [str(difference) for difference in compare(record, again).different]
+    return {"time": now(), "command": this_command(), "different": different}
 
 
 def this_command() -> list[str]:
@@ -96,13 +106,13 @@ class Agreement:
     unrecorded: list[str]
 
 
-def compare(was: dict[str, Any], now: dict[str, Any]) -> Agreement:
+def compare(record: dict[str, Any], again: dict[str, Any]) -> Agreement:
     """What a run's manifest says it was made from and with, against that of the same run made now."""
-    old, new = _compared(was), _compared(now)
+    old, new = _compared(record), _compared(again)
     agreement = Agreement([], [], [])
     for kind, values in new.items():
         if not old[kind]:
-            if values:
+            if values or kind not in _OPTIONAL:
                 agreement.unrecorded.append(kind)
             continue
         names = dict.fromkeys([*old[kind], *values])
@@ -175,7 +185,9 @@ def _compared(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
     changes = part("git", "diff").get("digest")
     git = {"commit": part("git").get("commit"), "uncommitted changes": changes} if part("git") else {}
-    threads = {"trainer.num_threads": manifest["threads"]} if "threads" in manifest else {}
+    threads = {"trainer.num_threads": manifest.get("threads")} if "threads" in manifest else {}
+    # A number in the recipe wins over the environment's.
+    variables = part("thread_variables") if manifest.get("threads") is None else {}
     return {
         "recipe": {"recipe": part("recipe").get("digest")} if part("recipe") else {},
         "commit": git,
@@ -183,14 +195,15 @@ def _compared(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "python": {"python": manifest["python"]} if "python" in manifest else {},
         "packages": {**part("packages"), **part("dependencies")},
         "hardware": part("hardware"),
-        "threads": {**threads, **part("thread_variables")},
+        "threads": {**threads, **variables},
         **{kind: _labelled(kind, part(kind)) for kind in ("model", "tokenizer", "critic", "checkpoint")},
         "data": {f"data {path}": digest for path, digest in part("data").items()},
     }
 
 
 def _labelled(kind: str, part: dict[str, Any]) -> dict[str, Any]:
-    return {f"{kind} {part.get('path')}": part.get("digest") or part.get("revision")} if part else {}
+    known = part.get("digest") or part.get("revision")
+    return {f"{kind} {part.get('path')}": known} if known else {}
 
 
 def _difference(what: str, was: Any, now: Any) -> Difference | None:

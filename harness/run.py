@@ -153,6 +153,7 @@ def _train(recipe: Recipe, run_dir: RunDir) -> None:
         if not mine:
             raise UserError("another process is training this run", got=place,
                             fix="wait for it, or choose another trainer.run_name")  # fmt: skip
+        _note_resumption(recipe, run_dir)
         print(f"run {place}", flush=True)
         try:
             _follow(recipe, run_dir)
@@ -160,6 +161,13 @@ def _train(recipe: Recipe, run_dir: RunDir) -> None:
             print(f"stopped; go on with: python -m harness.run --resume {place}", file=sys.stderr)
             raise
     print(_summary(run_dir, place))
+
+
+def _note_resumption(recipe: Recipe, run_dir: RunDir) -> None:
+    """Keep how a run is gone on with, and what differs from when it was made."""
+    record = run_dir.read_manifest()
+    if record["status"] != Status.CREATED.value:
+        run_dir.update(resumed=[*record.get("resumed", []), manifest.resumption(record, recipe)])
 
 
 def _follow(recipe: Recipe, run_dir: RunDir) -> None:

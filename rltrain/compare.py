@@ -62,9 +62,8 @@ class Comparison:
             return f"identical: {self._compared()}"
         if first is None:
             where = f"step {largest.step}, {largest.what}"
-            return f"equal within {largest.size:.2g} (largest difference: {where}): {self._compared()}"
-        steps = len({departure.step for departure in self.departures})
-        text = f"departs at {first}; {len(self.departures)} differences in {steps} steps"
+            return f"equal within {_bound(largest.size)} (largest difference: {where}): {self._compared()}"
+        text = f"departs at {first}; differences in all: {len(self.departures)}"
         return text if largest is first or not math.isfinite(largest.size) else f"{text}, the largest at {largest}"
 
     def _compared(self) -> str:
@@ -144,6 +143,14 @@ def _cut(row: Mapping[Any, Any], name: Any) -> str:
 
 def _number(value: float | None) -> str:
     return ABSENT if value is None else f"{value:.9g}"
+
+
+def _bound(size: float) -> str:
+    """A difference in two digits, rounded up: everything is within it."""
+    if size == 0:
+        return "0"
+    unit = 10.0 ** (math.floor(math.log10(size)) - 1)
+    return f"{math.ceil(size / unit) * unit:.2g}"
 
 
 def _either(name: str, *runs: RunDir) -> bool:
