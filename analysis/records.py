@@ -87,9 +87,9 @@ def read_record(run: RunDir, name: str) -> Record:
     if problem:
         return Record(name, UNREADABLE, f"manifest: {problem}")
     try:
-        rows = [row for row in metrics.MetricsFile(run.metrics).rows() if "step" in row]
+        rows = metrics.MetricsFile(run.metrics).rows()
         reason = manifest.get("reason")
-    except (OSError, ValueError, AttributeError) as error:
+    except (UserError, OSError) as error:
         rows, reason = [], f"metrics.jsonl: {_brief(error)}"
     return Record(name, manifest["status"], reason, manifest, rows)
 

@@ -5,16 +5,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from harness.errors import UserError, nearest
-from harness.rundir import write_text
+from harness.rundir import named, write_bytes
 
 Direction = Literal["maximize", "minimize"]
 
@@ -158,28 +159,71 @@ class MetricsFile:
         for name in row:
             lookup(name)
         clean = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        with self.path.open("a") as file:
+        with named(self.path), self.path.open("a") as file:
             file.write(json.dumps(clean) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
     def rows(self) -> list[dict[str, float]]:
-        """Every whole row; null reads as NaN. A last line cut short by a kill is left out."""
-        return list(self._read()) if self.path.exists() else []
+        """Every whole row; null reads as NaN. A last line cut short by a kill is left out.
+
+        Raises UserError naming the line for one that is damaged.
+        """
+        found = []
+        for number, line in enumerate(self._lines(), 1):
+            row = _row(line)
+            if row is None:
+                raise UserError(f"line {number} of {self.path.name} is damaged", got=f"{self.path}: {line[:60]!r}")
+            found.append({name: math.nan if value is None else value for name, value in row.items()})
+        return found
 
     def truncate(self, step: int) -> None:
         """Keep the rows up to a step: what a resumed run had logged past its checkpoint is logged again."""
-        kept = [line for line, row in self._lines() if row["step"] <= step] if self.path.exists() else []
-        write_text(self.path, "".join(kept))
+        kept = b""
+        for line in self._lines():
+            row = _row(line)
+            if row is None or row["step"] > step:
+                break
+            kept += line
+        write_bytes(self.path, kept)
 
-    def _read(self) -> Iterator[dict[str, float]]:
-        for _, row in self._lines():
-            yield {name: math.nan if value is None else value for name, value in row.items()}
+    def mark(self) -> dict[str, Any]:
+        """How long the file is and its SHA-256, for a checkpoint to know later whether its rows are whole."""
+        content = self.path.read_bytes()
+        return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
-    def _lines(self) -> Iterator[tuple[str, dict[str, float]]]:
-        for line in self.path.read_text().splitlines(keepends=True):
-            if line.endswith("\n"):
-                yield line, json.loads(line)
+    def damage(self, mark: Mapping[str, Any] | None = None) -> str | None:
+        """What is wrong with the rows that were there at a mark, None if nothing; without a mark, with any row."""
+        name, content = self.path.name, self.path.read_bytes() if self.path.exists() else b""
+        marked = content if mark is None else content[: mark["bytes"]]
+        for number, line in enumerate(_whole_lines(marked), 1):
+            if _row(line) is None:
+                return f"line {number} of {name} is damaged"
+        if mark is None:
+            return None
+        if len(marked) < mark["bytes"]:
+            return f"{name} has lost rows: {len(content)} of {mark['bytes']} bytes are there"
+        same = hashlib.sha256(marked).hexdigest() == mark["sha256"]
+        return None if same else f"{name} was changed: its SHA-256 is not the one that was written"
+
+    def _lines(self) -> Iterator[bytes]:
+        yield from _whole_lines(self.path.read_bytes() if self.path.exists() else b"")
+
+
+def _whole_lines(content: bytes) -> Iterator[bytes]:
+    """The lines of a file; the last is left out when a kill cut it short."""
+    *lines, _ = content.split(b"\n")
+    for line in lines:
+        yield line + b"\n"
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A line's row; None when it is none."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int | float) else None
 
 
 def duration(seconds: float) -> str:

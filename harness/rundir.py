@@ -1,11 +1,14 @@
-"""Layout of a run directory, atomic writes, and the state machine of a run's status."""
+"""Layout of a run directory, atomic writes, checksums of folders, and the state machine of a run's status."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -37,41 +40,151 @@ _NEXT = {
 }
 
 
+SUMS = "SHA256SUMS"
+# What `write_bytes` and `whole_folder` call a file or folder that is not whole yet.
+_UNFINISHED = re.compile(r"\.(.+)\.[a-z0-9_]{8}")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write text whole or not at all."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: a temporary file beside it, synced, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    """Write a file whole or not at all: a temporary file beside it, synced, then renamed; OSError names the file."""
+    with named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        sync(path.parent)
 
 
 @contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """Write a folder whole or not at all, in place of what was there: yields a temporary one, renamed at the end."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+def named(path: Path) -> Iterator[None]:
+    """Give an OSError the name of what was to be written: a full disk is found by calls that know no name."""
     try:
-        # Not the temporary folder itself, which only its owner may read.
-        new = temporary / "new"
-        new.mkdir()
-        yield new
-        for file in new.rglob("*"):
-            if file.is_file():
-                file.chmod(0o644)  # safetensors lets the owner alone read its files; a server may be another user
-        if folder.exists():
-            os.rename(folder, temporary / "old")
-        os.rename(new, folder)
+        yield
+    except OSError as error:
+        known = error.filename is not None and not str(error.filename).startswith(f"{path.parent}/.{path.name}.")
+        if error.errno is None or known:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    except Exception as error:
+        # Safetensors' own error has the system's number in its text alone.
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or a folder's names, on disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
-        shutil.rmtree(temporary)
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path, *, sealed: bool = True) -> Iterator[Path]:
+    """Write a folder whole or not at all, in place of what was there: yields a temporary one, renamed at the end.
+
+    `sealed`: with the files' checksums in `SHA256SUMS`, and on disk; without, for what is of no use after a crash.
+    OSError names the folder.
+    """
+    with named(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        try:
+            # Not the temporary folder itself, which only its owner may read.
+            new = temporary / "new"
+            new.mkdir()
+            yield new
+            for file in new.rglob("*"):
+                if file.is_file():
+                    file.chmod(0o644)  # safetensors lets the owner alone read its files; a server may be another user
+            if sealed:
+                seal(new)
+            if folder.exists():
+                os.rename(folder, temporary / "old")
+            os.rename(new, folder)
+            if sealed:
+                sync(folder.parent)
+        finally:
+            shutil.rmtree(temporary)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder; a kill half way leaves nothing of it under its name."""
+    doomed = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    os.rename(folder, doomed / "new")
+    shutil.rmtree(doomed)
+
+
+def tidy(parent: Path) -> None:
+    """Clear what kills amid writing left in a folder; where one fell between two renames, the old folder comes back.
+
+    Only for who alone writes there.
+    """
+    for left in list(parent.iterdir()) if parent.is_dir() else ():
+        name = _UNFINISHED.fullmatch(left.name)
+        if name is None:
+            continue
+        if (left / "old").is_dir() and not (parent / name[1]).exists():
+            os.rename(left / "old", parent / name[1])
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
+
+
+def seal(folder: Path) -> None:
+    """Write the checksums of all files in a folder beside them, and have everything on disk."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / SUMS)
+    (folder / SUMS).write_text("".join(f"{_sha256(path)}  {path.relative_to(folder)}\n" for path in files))
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a folder that was sealed; None when every file is as it was written."""
+    try:
+        lines = (folder / SUMS).read_text().splitlines()
+    except FileNotFoundError:
+        return f"{SUMS} is missing" if folder.is_dir() else "it is missing"
+    except UnicodeDecodeError:
+        return f"{SUMS} is damaged"
+    for line in lines:
+        digest, _, name = line.partition("  ")
+        if not name or not (folder / name).resolve().is_relative_to(folder.resolve()):
+            return f"{SUMS} is damaged"
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if _sha256(folder / name) != digest:
+            return f"{name} is damaged: its SHA-256 is not the one that was written"
+    return None if lines else f"{SUMS} is empty"
+
+
+def verify_folder(folder: Path) -> None:
+    """Raise UserError, naming the file, unless a sealed folder (an adapter, a checkpoint) is as it was written."""
+    wrong = damage(folder)
+    if wrong is not None:
+        raise UserError(f"{folder.name} is damaged", got=f"{folder}: {wrong}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -102,6 +215,7 @@ class RunDir:
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
         self.log = self.path / "log.txt"
+        self.aside = self.path / "set_aside"
         # A sweep's own:
         self.journal = self.path / "study.journal"
         self.trials = self.path / "trials"
@@ -143,17 +257,63 @@ class RunDir:
             return record
         except FileNotFoundError:
             raise UserError("not a run directory: it has no manifest.json", got=self.path) from None
-        except json.JSONDecodeError as error:
-            raise UserError("the manifest is damaged", got=f"{self.manifest}: {error}") from None
+        except ValueError as error:
+            raise self._damaged(str(error)) from None
+
+    def sound_manifest(self) -> dict[str, Any]:
+        """The manifest of what is to be gone on with; raises UserError when a part that this needs is damaged."""
+        record = self.read_manifest()
+        needed = {"kind": str, "name": str, "status": str, "status_history": list, "recipe": dict}
+        given = record if isinstance(record, dict) else {}
+        wrong = [f"no sound {name}" for name, kind in needed.items() if not isinstance(given.get(name), kind)]
+        if not wrong and record["status"] not in {status.value for status in Status}:
+            wrong = [f"status is {record['status']!r}"]
+        if not wrong and not isinstance(record["recipe"].get("digest"), str):
+            wrong = ["no sound recipe.digest"]
+        if wrong:
+            raise self._damaged("; ".join(wrong))
+        return record
+
+    def _damaged(self, how: str) -> UserError:
+        return UserError(
+            "the manifest is damaged",
+            got=f"{self.manifest}: {how}",
+            fix="put a copy of it back, or choose another trainer.run_name; nothing here was changed",
+        )
 
     def update(self, **values: Any) -> None:
         """Set top-level fields of the manifest."""
         write_json(self.manifest, {**self.read_manifest(), **values})
 
     def fail(self, error: Exception) -> None:
-        """Move to FAILED, with the exception on one line as the reason."""
+        """Move to FAILED, with the exception on one line as the reason; on a full disk the status stays as it was."""
         text = " ".join(str(error).removeprefix("error: ").split())[:500] or "no message"
-        self.move_to(Status.FAILED, reason=text if isinstance(error, UserError) else f"{type(error).__name__}: {text}")
+        with contextlib.suppress(OSError):
+            self.move_to(
+                Status.FAILED, reason=text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+            )
+
+    def tidy(self) -> None:
+        """Clear what kills amid writing left; for the one process that writes here."""
+        for folder in (self.path, self.samples, self.checkpoints, self.adapter, self.report, self.report / "figures"):
+            tidy(folder)
+
+    def set_aside(self, path: Path, why: str, *, copy: bool = False) -> None:
+        """Keep what is damaged under `set_aside/`, out of the way, and say so; `copy` leaves it where it is too."""
+        self.aside.mkdir(exist_ok=True)
+        place = self.aside / path.name
+        for number in range(2, 10_000):
+            if not place.exists():
+                break
+            place = self.aside / f"{path.name}.{number}"
+        if copy:
+            shutil.copy(path, place)
+        else:
+            os.rename(path, place)
+        sync(self.aside)
+        entry = {"file": str(path.relative_to(self.path)), "why": why, "as": place.name, "time": now()}
+        self.update(set_aside=[*self.read_manifest().get("set_aside", []), entry])
+        print(f"{entry['file']} is set aside, in set_aside/{place.name}: {why}", file=sys.stderr, flush=True)
 
     @property
     def status(self) -> Status:

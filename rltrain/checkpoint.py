@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from harness.errors import UserError
-from harness.rundir import whole_folder, write_json
+from harness.rundir import RunDir, damage, remove_folder, whole_folder
 from rltrain.learner import Learner
 from rltrain.member import Member
 from rltrain.ranks import Ranks, full, like
 
 COMPLETE = "COMPLETE"
+STATE = "state.json"
 _STEP = re.compile(r"step_(\d{6,})")
 _FILES = {"policy": ("weights", "optimizer"), "critic": ("critic", "critic_optimizer")}
 
@@ -43,35 +45,87 @@ def save(member: Member, ranks: Ranks) -> None:
 
 def _write(member: Member, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping[str, Any]) -> None:
     root = member.run_dir.checkpoints
-    for left_by_a_kill in root.glob(".step_*"):
-        shutil.rmtree(left_by_a_kill)
     with whole_folder(root / f"step_{member.step:06d}") as new:
         for name, values in tensors.items():
             save_file({key: value.cpu().contiguous() for key, value in values.items()}, new / f"{name}.safetensors")
-        write_json(new / "state.json", state)
+        # A checkpoint is of use with the rows that were logged before it, and no others.
+        (new / STATE).write_text(json.dumps({**state, "metrics": member.metrics.mark()}, indent=2) + "\n")
         (new / COMPLETE).touch()
-    for _, old in _whole(root)[: -member.recipe.trainer.max_ckpts_to_keep]:
-        shutil.rmtree(old)
+    for old in _steps(root)[: -member.recipe.trainer.max_ckpts_to_keep]:
+        remove_folder(old)
 
 
 def find(member: Member) -> Path | None:
-    """The checkpoint that `trainer.resume_mode` names: the run's latest whole one, none, or the one at a path."""
-    mode = member.recipe.trainer.resume_mode
-    if mode is None or mode == "none":
-        return None
+    """The checkpoint to go on from: the run's own latest that is sound, else the one `trainer.resume_mode` names.
+
+    One of the run's own that is named is gone back to. What is damaged, and what comes after the step gone on from, is
+    said and set aside. Raises UserError for a named one that is not sound. For the one process that writes the run.
+    """
+    run_dir, mode = member.run_dir, member.recipe.trainer.resume_mode or "none"
+    run_dir.tidy()
     if mode == "latest":
-        whole = _whole(member.run_dir.checkpoints)
-        return whole[-1][1] if whole else None
-    path = Path(mode)
-    if not (path / COMPLETE).is_file():
-        raise UserError("trainer.resume_mode names no whole checkpoint", got=mode,
+        return _latest_sound(member)
+    own = _steps(run_dir.checkpoints)
+    named = None if mode == "none" else _asked_for(member, Path(mode).resolve())
+    if named is not None and named not in own:
+        return _latest_sound(member) or named
+    for later in own[own.index(named) + 1 if named else 0 :]:
+        run_dir.set_aside(later, f"trainer.resume_mode={mode}")
+    return named
+
+
+def _latest_sound(member: Member) -> Path | None:
+    """The run's latest checkpoint that is as it was written, like its rows and the best adapter it knows of."""
+    run_dir, found, faults = member.run_dir, None, []
+    lost_rows, lost_best = member.metrics.damage(), math.inf
+    for path in reversed(_steps(run_dir.checkpoints)):
+        why = damage(path)
+        if why is None:
+            state = json.loads((path / STATE).read_text())
+            rows = member.metrics.damage(state["metrics"])
+            lost_rows = lost_rows or rows
+            if lost_best == math.inf and state["best"] is not None and _best_is_lost(run_dir):
+                lost_best = state["best"]["step"]
+            # The best adapter of a later step is made again on the way to it.
+            why = rows or (f"it knows of adapter/best, of step {lost_best}" if state["step"] >= lost_best else None)
+        if why is None:
+            found = path
+            break
+        faults.append(path)
+        run_dir.set_aside(path, why)
+    if lost_rows is not None:
+        run_dir.set_aside(run_dir.metrics, lost_rows, copy=True)
+    if faults:
+        print(f"going on from {found.name if found else 'step 0'}", file=sys.stderr, flush=True)
+    return found
+
+
+def _best_is_lost(run_dir: RunDir) -> bool:
+    """Whether the best adapter is not as it was written; it is set aside then."""
+    best = run_dir.adapter / "best"
+    why = damage(best)
+    if why is not None and best.exists():
+        run_dir.set_aside(best, why)
+    return why is not None
+
+
+def _asked_for(member: Member, path: Path) -> Path:
+    """The checkpoint that `trainer.resume_mode` names, if it is sound."""
+    fix = "name another, or resume with trainer.resume_mode=latest; nothing was changed"
+    if not path.is_dir() or not (path / STATE).exists():
+        raise UserError("trainer.resume_mode names no whole checkpoint", got=path,
                         allowed="latest, none, or a folder checkpoints/step_NNNNNN")  # fmt: skip
+    why = damage(path)
+    if why is None and path.parent == member.run_dir.checkpoints:
+        why = member.metrics.damage(json.loads((path / STATE).read_text())["metrics"])
+    if why is not None:
+        raise UserError("trainer.resume_mode names a damaged checkpoint", got=f"{path}: {why}", fix=fix)
     return path
 
 
 def load(member: Member, path: Path) -> None:
     """Put a member where a checkpoint left it; raises UserError when the checkpoint is of another shape."""
-    state: dict[str, Any] = json.loads((path / "state.json").read_text())
+    state: dict[str, Any] = json.loads((path / STATE).read_text())
     read: list[tuple[Learner, dict[str, torch.Tensor]]] = []
     for learner in member.learners:
         file = path / f"{_FILES[learner.name][0]}.safetensors"
@@ -121,8 +175,7 @@ def _load_optimizer(learner: Learner, tensors: dict[str, torch.Tensor]) -> None:
             }
 
 
-def _whole(root: Path) -> list[tuple[int, Path]]:
-    if not root.is_dir():
-        return []
-    found = [(int(m[1]), p) for p in root.iterdir() if (m := _STEP.fullmatch(p.name)) and (p / COMPLETE).is_file()]
-    return sorted(found)
+def _steps(root: Path) -> list[Path]:
+    """The folders of checkpoints, earliest first."""
+    found = [(int(m[1]), p) for p in root.iterdir() if (m := _STEP.fullmatch(p.name))] if root.is_dir() else []
+    return [path for _, path in sorted(found)]

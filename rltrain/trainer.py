@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from harness.errors import UserError
-from harness.rundir import RunDir, Status, whole_folder
+from harness.rundir import RunDir, Status, damage, whole_folder
 from harness.schema import Recipe
 from rltrain import checkpoint
 from rltrain.evaluate import evaluate
@@ -88,7 +88,7 @@ def training(pack: Pack, member: Member) -> Generator[Report]:
 
 def resume(pack: Pack, member: Member) -> None:
     """Load the checkpoint the recipe names and bring log and engine to the same step."""
-    path = checkpoint.find(member)
+    path = pack.ranks.once(lambda: checkpoint.find(member))
     if path is not None:
         checkpoint.load(member, path)
     pack.ranks.once(lambda: member.metrics.truncate(member.step if path is not None else -1))
@@ -106,6 +106,7 @@ def steps(pack: Pack, member: Member) -> Iterator[Report]:
     """The base's evaluation, then every step with what is due after it; a run killed after its last has that one."""
     trainer = member.recipe.trainer
     if member.step >= member.total_steps:
+        restore_final(pack, member)
         yield Report(member.step, member.total_steps, member.metrics.rows()[-1])
     if member.step == 0 and trainer.eval_before_train:
         yield log(pack, member, evaluation(pack, member))
@@ -164,6 +165,17 @@ def keep_adapter(pack: Pack, member: Member, accuracy: float) -> None:
         folders.append("final")
     for folder in folders:
         write_policy(pack, member, member.run_dir.adapter / folder)
+
+
+def restore_final(pack: Pack, member: Member) -> None:
+    """Write `adapter/final` again where a run killed after its last checkpoint finds it damaged."""
+    run_dir, final = member.run_dir, member.run_dir.adapter / "final"
+    why = pack.ranks.once(lambda: damage(final))
+    if why is None:
+        return
+    if pack.ranks.first and final.exists():
+        run_dir.set_aside(final, why)
+    write_policy(pack, member, final)
 
 
 def write_policy(pack: Pack, member: Member, folder: Path) -> None:

@@ -40,7 +40,8 @@ class DiskSync:
             return
         folder = self._root / member / f"v{version:06d}"
         tensors, config = adapter_tensors(model, member), adapter_config(model, member)
-        self._once(lambda: write_tensors(tensors, config, folder))
+        # The engine reads it at once and the next step replaces it: after a crash nothing does.
+        self._once(lambda: write_tensors(tensors, config, folder, sealed=False))
         engine.load_adapter(member, version, folder)
         self._once(lambda: _remove_others(folder))
 
@@ -56,12 +57,15 @@ def write_adapter(model: Any, member: str, folder: Path) -> None:
     write_tensors(adapter_tensors(model, member), adapter_config(model, member), folder)
 
 
-def write_tensors(tensors: dict[str, torch.Tensor], config: dict[str, Any], folder: Path) -> None:
+def write_tensors(
+    tensors: dict[str, torch.Tensor], config: dict[str, Any], folder: Path, *, sealed: bool = True
+) -> None:
     """Write an adapter (`adapter_tensors`, `adapter_config`), whole or not at all, in place of what was in `folder`.
 
+    `sealed` as for `whole_folder`: with checksums, and on disk.
     The folder loads with plain `PeftModel.from_pretrained` and as a plain vLLM LoRARequest; r and alpha as trained.
     """
-    with whole_folder(folder) as new:
+    with whole_folder(folder, sealed=sealed) as new:
         save_file(
             {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
             new / "adapter_model.safetensors",

@@ -319,7 +319,8 @@ def test_what_was_there_before_is_replaced_whole(base_dir: Path, tmp_path: Path)
     write_adapter(model, "attention", folder)
     (folder / "left_over.txt").write_text("old")
     write_adapter(model, "all_linear", folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    names = ["SHA256SUMS", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == names
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 4
     assert len(load_file(folder / "adapter_model.safetensors")) == 2 * 7 * 2
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
