@@ -49,7 +49,9 @@ def main(argv: list[str]) -> int:
         return _dry_run(options)
     recipe, run_dir = _resumed(options) if options.resume else _started(options)
     _train(recipe, run_dir)
-    return 0 if _as_expected(recipe, run_dir) or not options.check else UNMET
+    met = _as_expected(recipe, run_dir)
+    print(_summary(run_dir, shown(run_dir.path)))
+    return 0 if met or not options.check else UNMET
 
 
 def _take(options: argparse.Namespace) -> None:
@@ -160,7 +162,6 @@ def _train(recipe: Recipe, run_dir: RunDir) -> None:
         except KeyboardInterrupt:
             print(f"stopped; go on with: python -m harness.run --resume {place}", file=sys.stderr)
             raise
-    print(_summary(run_dir, place))
 
 
 def _note_resumption(recipe: Recipe, run_dir: RunDir) -> None:

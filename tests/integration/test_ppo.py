@@ -16,9 +16,12 @@ pytestmark = [pytest.mark.heavy, pytest.mark.timeout(600)]
 def test_ppo_learns_the_embedded_task(tmp_path: Path) -> None:
     from harness.run import main
 
-    assert main(["recipes/quickstart_ppo.yaml", f"trainer.ckpt_path={tmp_path}", "trainer.run_name=ppo"]) == 0
+    arguments = ["recipes/quickstart_ppo.yaml", f"trainer.ckpt_path={tmp_path}", "trainer.run_name=ppo"]
+    assert main([*arguments, "--check"]) == 0
     run_dir = RunDir(tmp_path / "ppo")
-    result = run_dir.read_manifest()["result"]
+    manifest = run_dir.read_manifest()
+    assert [verdict["met"] for verdict in manifest["expect"]] == [True] * 3
+    result = manifest["result"]
     assert result["metrics"]["eval/accuracy"] >= result["base"]["eval/accuracy"] + 0.25
     rows = [row for row in MetricsFile(run_dir.metrics).rows() if "critic/explained_variance" in row]
     assert len(rows) == 32

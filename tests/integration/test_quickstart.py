@@ -50,6 +50,8 @@ def test_it_learns(quickstart: tuple[RunDir, str]) -> None:
     assert f"held-out accuracy {result['metrics']['eval/accuracy']:.3f}" in last
     assert last.endswith(str(run.path))
     assert "ETA" in output
+    assert [verdict["met"] for verdict in run.read_manifest()["expect"]] == [True, True]
+    assert "met: eval/accuracy" in output
 
 
 def test_engine_and_trainer_agree_throughout(quickstart: tuple[RunDir, str]) -> None:

@@ -1,0 +1,79 @@
+"""A sweep in which trials fail, hang and compute nonsense: the others go on, and nothing is left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import psutil  # type: ignore[import-untyped]
+import pytest
+
+from analysis.load import load_trials
+from harness import sweep
+from harness.rundir import RunDir, Status
+
+MOOD, LR = "environment.env_class", "trainer.policy.optimizer_config.lr"
+MOODS = ["good", "raises", "good", "hangs", "good", "raises", "good", "nan", "good", "good"]
+RATES = [1e-4 * (place + 1) for place in range(len(MOODS))]
+
+
+def processes() -> set[tuple[int, float]]:
+    """Processes below this one and those of Ray, by pid and start."""
+    mine = psutil.Process().children(recursive=True)
+    rays = [p for p in psutil.process_iter(["cmdline"]) if any("ray" in word for word in (p.info["cmdline"] or [])[:2])]
+    return {(p.pid, p.create_time()) for p in [*mine, *rays] if p.is_running()}
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(900)
+def test_trials_that_fail_stay_alone(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, rows in (("train", 8), ("validation", 8)):
+        data = pd.read_parquet(tiny_model_dir / "data" / f"{name}.parquet").head(rows)
+        data.drop(columns="env_class").to_parquet(tmp_path / f"{name}.parquet")
+    recipe = tmp_path / "moods.yaml"
+    first = [f"{{{MOOD}: tests.faults.moods.{mood}, {LR}: {rate}}}" for mood, rate in zip(MOODS, RATES, strict=True)]
+    kinds = ", ".join(f"tests.faults.moods.{mood}" for mood in dict.fromkeys(MOODS))
+    recipe.write_text(
+        f"""
+defaults: [quickstart, _self_]
+data: {{train_data: [{tmp_path}/train.parquet], val_data: [{tmp_path}/validation.parquet]}}
+trainer:
+  {{train_batch_size: 2, policy_mini_batch_size: 2, max_steps: 2, eval_interval: 1,
+    ckpt_path: {tmp_path}, run_name: moods}}
+generator: {{backend: transformers, n_samples_per_prompt: 2}}
+sweep:
+  num_trials: {len(MOODS)}
+  seeds: [0]
+  sampler: random
+  pruner: null
+  max_concurrent: 1
+  stall_seconds: 60
+  first_trials: [{", ".join(first)}]
+  space:
+    trainer.policy.model.lora.rank: null
+    trainer.policy.model.lora.alpha: null
+    trainer.target_modules: null
+    {MOOD}: {{choices: [{kinds}]}}
+    {LR}: {{low: 1.0e-5, high: 1.0e-2, log: true}}
+"""
+    )
+    before = processes()
+    assert sweep.main([str(recipe)]) == 0
+    assert processes() - before == set()
+
+    table = load_trials(tmp_path / "moods").set_index("number")
+    assert [table.status[number] == "COMPLETE" for number in range(10)] == [mood == "good" for mood in MOODS]
+    reasons = {number: str(table.reason[number]) for number in range(10) if table.status[number] != "COMPLETE"}
+    assert list(reasons) == [1, 3, 5, 7]
+    assert reasons[1].startswith("LookupError: no score for")
+    assert reasons[3] == "no report for 60 s (sweep.stall_seconds): it hung and was ended; see log.txt"
+    assert reasons[7].startswith("FloatingPointError:")
+    sweep_dir = RunDir(tmp_path / "moods")
+    assert "hangs.py" in sweep_dir.trial(3).log.read_text()  # where
+    assert sweep_dir.status is Status.COMPLETE
+    page = (sweep_dir.report / "index.html").read_text()
+    said = capsys.readouterr().out
+    for reason in reasons.values():
+        assert reason[:40] in page
+        assert reason[:40] in said
+    assert "6 complete, 0 pruned, 4 failed" in said
