@@ -7,13 +7,16 @@ import hashlib
 import logging
 import math
 import os
+import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
+from harness.errors import UserError
 from harness.paths import PROJECT
 
 # Ray and Tune read these when they are imported: nothing of Ray is imported before `cluster` has set them.
@@ -29,13 +32,16 @@ QUIET = {
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_RESULT_BUFFER_LENGTH": "1",
 }
-# Ray's way to say "no cluster of several machines": it then listens on the loopback device alone, and needs no token.
+# Ray's way to say "no cluster of several machines": it then listens on the loopback device alone.
 LOOPBACK = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_AUTH_MODE": "disabled",
     # Workers are to be as quick as a run of their own: Ray would make them yield to everything else.
     "RAY_worker_niceness": "0",
 }
+# Every user of the machine reaches its loopback device, and who reaches Ray runs code as its owner: hence a token, one
+# for this process and its children.
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)}
+LOOPBACK_ADDRESS = "127.0.0.1"
 STARTS = 3
 OBJECT_STORE_BYTES = 100 * 2**20
 # For what engines in processes of their own are sent: whole models in parts of some 500 MiB.
@@ -60,10 +66,13 @@ def cluster(
     `owner` is the directory of the run or sweep that it is for, `threads` those of each process, `address` that of a
     running cluster, None for this machine alone, `store` the bytes for objects. The caller holds the owner's lock.
     """
-    os.environ.update(QUIET if address else QUIET | LOOPBACK)
+    os.environ.update(QUIET if address else QUIET | this_machine())
+    if not address:
+        keep_to_loopback()
     root = _scratch(owner)
     _clear(root)
-    (root / scratch).mkdir(parents=True)
+    _make_private(root)
+    (root / scratch).mkdir()
     import ray
 
     logging.getLogger("ray").setLevel(logging.CRITICAL)
@@ -80,6 +89,27 @@ def cluster(
         shutil.rmtree(root, ignore_errors=True)
 
 
+def this_machine() -> dict[str, str]:
+    """Ray's settings for a cluster of this machine alone, which only this process's children can use."""
+    if "ray" in sys.modules and os.environ.get("RAY_AUTH_MODE") != TOKEN["RAY_AUTH_MODE"]:
+        # Imported already (vLLM does), Ray would go without a token here and ask for one there.
+        return LOOPBACK | {"RAY_AUTH_MODE": "disabled"}
+    return LOOPBACK | TOKEN
+
+
+def keep_to_loopback() -> None:
+    """Have gloo, NCCL and vLLM listen on the loopback device alone, where the environment does not name another.
+
+    By themselves they listen on the device that the machine's name or its route to the network leads to.
+    """
+    devices = psutil.net_if_addrs().items()
+    device = next((name for name, own in devices if any(one.address == LOOPBACK_ADDRESS for one in own)), "lo")
+    for name, value in {
+        "GLOO_SOCKET_IFNAME": device, "NCCL_SOCKET_IFNAME": device, "VLLM_HOST_IP": LOOPBACK_ADDRESS,
+    }.items():  # fmt: skip
+        os.environ.setdefault(name, value)
+
+
 def _clear(root: Path) -> None:
     """End and remove what a killed process left of this owner; its lock is held, so nothing else uses it.
 
@@ -91,6 +121,15 @@ def _clear(root: Path) -> None:
             process.kill()
     psutil.wait_procs(old, timeout=10)
     shutil.rmtree(root, ignore_errors=True)
+
+
+def _make_private(root: Path) -> None:
+    """Make a folder that no other user can enter; raises UserError where one has put something in its place."""
+    try:
+        root.mkdir(mode=0o700)
+    except OSError as error:
+        raise UserError("cannot make Ray's folder", got=f"{root}: {error.strerror}",
+                        fix="remove what is there, or set TMPDIR") from None  # fmt: skip
 
 
 def _writes_under(process: psutil.Process, root: Path) -> bool:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import datetime
 import os
+import socket
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -32,15 +34,24 @@ class Ranks:
         self._mesh: DeviceMesh | None = None
 
     @classmethod
-    def form(cls, rank: int, size: int, address: tuple[str, int], device: torch.device) -> Ranks:
-        """Join torch's process group of `size` ranks, which meets at `address`: NCCL on GPUs, gloo on CPUs."""
+    def form(
+        cls, rank: int, size: int, address: tuple[str, int], device: torch.device, meeting: socket.socket | None
+    ) -> Ranks:
+        """Join torch's process group of `size` ranks, which meets at `address`: NCCL on GPUs, gloo on CPUs.
+
+        The first rank gives the socket that listens there: torch's own would listen on every device.
+        """
         # vLLM inside this process reads them as well.
         os.environ |= {
             "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": "0",
             "MASTER_ADDR": address[0], "MASTER_PORT": str(address[1]),
         }  # fmt: skip
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=rank, world_size=size, timeout=TIMEOUT)
+        store = TCPStore(
+            *address, size, is_master=rank == 0, timeout=TIMEOUT,
+            master_listen_fd=None if meeting is None else meeting.detach(),
+        )  # fmt: skip
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
         return cls(rank, size, device)
 
     @property

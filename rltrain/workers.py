@@ -114,14 +114,15 @@ class Rank:
         self._rank = rank
         self._pack: Pack | None = None
         self._reports: Iterator[Report] = iter(())
+        self._meeting: socket.socket | None = None
 
     def address(self) -> tuple[str, int]:
-        """Where the ranks can meet: this node's address and a port that is free now."""
+        """Where the ranks can meet, for the first of them to say: this node's address, and a port it listens on."""
         import ray
 
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+        host: str = ray.util.get_node_ip_address()
+        self._meeting = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        return host, self._meeting.getsockname()[1]
 
     def start(self, address: tuple[str, int], recipe: Recipe, run_dir: RunDir) -> None:
         """Join the process group, load the base, start the engine, and have the run join the pack."""
@@ -131,7 +132,7 @@ class Rank:
         from rltrain.ranks import Ranks
         from rltrain.trainer import training
 
-        ranks = Ranks.form(self._rank, num_processes(recipe), address, device_of(recipe))
+        ranks = Ranks.form(self._rank, num_processes(recipe), address, device_of(recipe), self._meeting)
         self._pack = Pack.open(recipe, ranks=ranks)
         self._reports = training(self._pack, self._pack.join(recipe, run_dir))
 

@@ -27,6 +27,7 @@ from harness.errors import UserError
 from harness.schema import Recipe, Sampling
 from harness.validate import VLLM_LORA_RANKS
 from rltrain import parallel
+from rltrain.cluster import keep_to_loopback
 from rltrain.engines.base import EngineOptions, Request, Sample, check_prompts, in_parts, sample_seed, unknown_member
 from rltrain.sync.proof import SyncError
 
@@ -51,6 +52,8 @@ class VLLMEngine:
     def __init__(self, recipe: Recipe, options: EngineOptions, on_cpu: bool) -> None:
         generator = recipe.generator
         _set_environment(generator.cpu_kv_cache_gb if on_cpu else None)
+        if parallel.address_of(recipe) is None:
+            keep_to_loopback()
         self._max_input_length = generator.max_input_length
         self._stop_token_ids = list(options.stop_token_ids)
         self._max_loras = options.max_loras

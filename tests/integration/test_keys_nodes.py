@@ -14,7 +14,7 @@ from harness.errors import UserError
 from harness.metrics import MetricsFile
 from harness.rundir import RunDir, Status
 from harness.schema import Recipe
-from rltrain.cluster import LOOPBACK, QUIET
+from rltrain.cluster import QUIET, this_machine
 from rltrain.trainer import run
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(600)]
@@ -27,7 +27,7 @@ ONE_CPU = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80 * 2**20}
 @pytest.fixture
 def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A running cluster of one node."""
-    for name, value in (QUIET | LOOPBACK).items():
+    for name, value in (QUIET | this_machine()).items():
         monkeypatch.setenv(name, value)
     from ray.cluster_utils import Cluster
 
