@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +12,10 @@ from typing import Any
 import optuna
 from optuna.samplers import RandomSampler
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from harness.errors import UserError
-from sweeps.locks import KernelLock
+from sweeps.journal import Journal
 from sweeps.plan import Observation, Plan, propose
 from sweeps.pruner import build_pruner
 from sweeps.space import Params
@@ -40,15 +38,12 @@ class Study:
     """A sweep's trials. Every change is one line of the journal, written before anything acts on it."""
 
     def __init__(self, journal: Path, plan: Plan) -> None:
-        """Open the study in a journal file, new or existing; raises UserError when it is another sweep's."""
+        """Open the study in a journal file, new or existing; UserError when it is damaged or another sweep's."""
         self.plan = plan
         self.stopped: str | None = None
         """Why no further trial is begun although some are left."""
-        journal.parent.mkdir(parents=True, exist_ok=True)
-        _mend(journal)
-        backend = JournalFileBackend(str(journal), lock_obj=KernelLock(journal.with_name(f"{journal.name}.lock")))
         self._study = optuna.create_study(
-            storage=JournalStorage(backend),
+            storage=JournalStorage(Journal(journal)),
             study_name=STUDY_NAME,
             direction=plan.direction,
             sampler=RandomSampler(),
@@ -219,13 +214,3 @@ def _observation(plan: Plan, trials: Sequence[FrozenTrial]) -> Observation:
         return Observation(params, TrialState.COMPLETE, sum(values) / len(values))
     running = by_state[TrialState.RUNNING] or len(trials) < len(plan.sweep.seeds)
     return Observation(params, TrialState.RUNNING if running else TrialState.FAIL)
-
-
-def _mend(journal: Path) -> None:
-    """Cut off a last line that a kill left unfinished: the next would be appended to it, and neither be readable."""
-    if not journal.exists():
-        return
-    content = journal.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(journal, whole)

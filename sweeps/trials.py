@@ -10,6 +10,7 @@ from optuna.trial import TrialState
 
 from harness import manifest
 from harness import recipe as recipes
+from harness.errors import UserError
 from harness.metrics import MetricsFile
 from harness.rundir import RunDir, Status
 from harness.schema import Recipe
@@ -20,6 +21,7 @@ from sweeps.space import PLACES
 from sweeps.study import Study, Trial
 
 RANK = "trainer.policy.model.lora.rank"
+_ENDED = (Status.COMPLETE, Status.PRUNED, Status.FAILED)
 _FINAL = {TrialState.PRUNED: Status.PRUNED, TrialState.FAIL: Status.FAILED}
 
 
@@ -70,9 +72,14 @@ def trial_recipe(plan: Plan, trial: Trial, sweep_dir: RunDir) -> Recipe:
 
 
 def create(plan: Plan, trial: Trial, sweep_dir: RunDir) -> RunDir:
-    """A trial's directory with recipe and manifest; one that an earlier process left is gone on with."""
+    """A trial's directory with recipe and manifest; one that an earlier process left is gone on with.
+
+    Raises UserError when that one is another trial's.
+    """
     run_dir = sweep_dir.trial(trial.number)
-    if not run_dir.manifest.exists():
+    if run_dir.manifest.exists():
+        check_same(trial, run_dir)
+    else:
         own, sweep = trial_recipe(plan, trial, sweep_dir), sweep_dir.read_manifest()
         record = manifest.build(
             own,
@@ -104,7 +111,12 @@ def final_value(run_dir: RunDir, metric: str) -> tuple[float | None, int]:
 
 
 def reconcile(study: Study, sweep_dir: RunDir) -> None:
-    """Bring study and manifests to agree after a kill: what a run ended is told, what the study ended is recorded."""
+    """Bring study and manifests to agree after a kill: what a run ended is told, what the study ended is recorded.
+
+    Raises UserError when the directories show that the journal has lost trials.
+    """
+    sweep_dir.tidy()
+    _check_none_lost(len(study.trials()), sweep_dir)
     for record in study.trials():
         run_dir = sweep_dir.trial(record.number)
         if not run_dir.manifest.exists():
@@ -116,3 +128,25 @@ def reconcile(study: Study, sweep_dir: RunDir) -> None:
             study.fail(record.number, run_dir.read_manifest()["reason"])
         elif record.state in _FINAL and status in (Status.CREATED, Status.RUNNING):
             run_dir.move_to(_FINAL[record.state], reason=record.user_attrs.get("reason"))
+
+
+def check_same(trial: Trial, run_dir: RunDir) -> None:
+    """Raise UserError unless a directory is that of a trial: a journal that lost lines may ask for another."""
+    there, wanted = run_dir.sound_manifest()["trial"], {"seed": trial.seed, "params": trial.params}
+    differ = [key for key, value in wanted.items() if not isinstance(there, dict) or there.get(key) != value]
+    if differ:
+        raise _lost(run_dir, f"its {' and '.join(differ)} differ from what the study asks")
+
+
+def _check_none_lost(known: int, sweep_dir: RunDir) -> None:
+    """A trial is in the journal before its directory is made; at most the last line can have been cut off."""
+    folders = sweep_dir.trials.iterdir() if sweep_dir.trials.is_dir() else ()
+    for number in sorted(int(folder.name) for folder in folders if folder.name.isdigit()):
+        run_dir = sweep_dir.trial(number)
+        if number > known or (number == known and run_dir.manifest.exists() and run_dir.status in _ENDED):
+            raise _lost(run_dir, "the study has no such trial")
+
+
+def _lost(run_dir: RunDir, how: str) -> UserError:
+    return UserError("the study's journal has lost lines", got=f"{run_dir.path}: {how}",
+                     fix="put a copy of study.journal back; nothing was changed")  # fmt: skip
