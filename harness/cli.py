@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 from harness.errors import UserError
+
+# A full disk, a quota, a file-size limit, a read-only or somebody else's directory, a broken disk.
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
 class Parser(argparse.ArgumentParser):
@@ -19,7 +23,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(main: Callable[[list[str]], int]) -> NoReturn:
-    """Run a command's `main(argv)` to its exit status: bad input exits 2, Ctrl-C 130, neither with a traceback."""
+    """Run a command's `main(argv)` to its exit status, and show errors without a traceback.
+
+    Bad input exits 2, as do files that cannot be written; Ctrl-C exits 130.
+    """
     try:
         status = main(sys.argv[1:])
     except UserError as error:
@@ -32,4 +39,15 @@ def run_command(main: Callable[[list[str]], int]) -> NoReturn:
         # The reader of our output has gone (| head): not an error, and nothing more can be said on stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        print(
+            UserError(
+                "a file cannot be written", got=f"{error.filename}: {error.strerror}",
+                fix="make room or allow it, then go on with --resume: what was saved is as it was",
+            ),
+            file=sys.stderr,
+        )  # fmt: skip
+        status = 2
     sys.exit(status)

@@ -47,6 +47,10 @@ WITHOUT_EFFECT = {
 }
 
 
+# What stands before a stored recipe's own checksum, in its last line.
+_SUM = "# sha256 "
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file with command-line overrides applied, validated; raises UserError on anything wrong."""
     file = find(path)
@@ -68,11 +72,19 @@ def notes(overrides: Sequence[str]) -> list[str]:
 
 
 def read(path: Path) -> Recipe:
-    """The resolved recipe that a run directory keeps; raises UserError when it is missing or damaged."""
+    """The resolved recipe that a run directory keeps; raises UserError when it is missing, damaged or was edited."""
     try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        text = path.read_text()
+        values = yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError("cannot read a run's recipe", got=f"{path}: {_first_line(error)}") from None
+    body, mark, digest = text.rpartition(_SUM)
+    if not mark or digest.strip() != _sha256(body):
+        raise UserError(
+            "a run's recipe is damaged, or was edited",
+            got=f"{path}: its SHA-256 is not the one in its last line",
+            fix="put a copy of it back; nothing was changed",
+        )
     if not isinstance(values, dict):
         raise UserError("a run's recipe is damaged", got=path)
     return from_dict(values, source=str(path))
@@ -123,8 +135,13 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, every key written out."""
-    return yaml.safe_dump(to_dict(recipe), sort_keys=False)
+    """The resolved recipe as YAML, every key written out, and at the end its SHA-256 as a comment."""
+    body = yaml.safe_dump(to_dict(recipe), sort_keys=False)
+    return f"{body}{_SUM}{_sha256(body)}\n"
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def digest(recipe: Recipe) -> str:

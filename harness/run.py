@@ -118,7 +118,7 @@ def _resumed(options: argparse.Namespace) -> tuple[Recipe, RunDir]:
             allowed=", ".join(f"{key}*" if key.endswith((".", "_")) else key for key in MOVABLE),
             fix=f"python -m harness.run --resume {run_dir.path}",
         )
-    run_dir.read_manifest()
+    run_dir.sound_manifest()
     recipe = recipes.read(run_dir.recipe)
     _check_same(recipe, run_dir)
     recipe = recipes.with_overrides(recipe, words)
@@ -136,7 +136,7 @@ def _check(recipe: Recipe) -> None:
 
 def _check_same(recipe: Recipe, run_dir: RunDir) -> None:
     """An existing directory is gone on with, never overwritten: it must be unfinished and of the same recipe."""
-    record = run_dir.read_manifest()
+    record = run_dir.sound_manifest()
     if record["kind"] == "sweep":
         raise UserError("this directory holds a sweep", got=run_dir.path, fix="choose another trainer.run_name")
     if record["status"] in (Status.COMPLETE.value, Status.PRUNED.value):

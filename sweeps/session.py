@@ -59,7 +59,7 @@ def resume(directory: str | None, source: str | None, overrides: Sequence[str]) 
     """A sweep begun earlier, by its directory or by recipe and `trainer.run_name`; UserError if it is another now."""
     recipe = None if source is None else recipes.load(source, overrides)
     sweep_dir = RunDir(directory) if directory else _by_name(recipe, source)
-    record = sweep_dir.read_manifest()
+    record = sweep_dir.sound_manifest()
     if record["kind"] != "sweep":
         raise UserError(f"this is the directory of a {record['kind']}", got=shown(sweep_dir.path),
                         fix="python -m harness.run --resume goes on with a run")  # fmt: skip
