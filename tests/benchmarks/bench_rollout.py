@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import manifest
+from harness import machine
 from harness import recipe as recipes
 from harness.paths import PROJECT
 from harness.rundir import RunDir, write_json
@@ -39,7 +39,7 @@ def main() -> None:
     for row in rows:
         row["tokens_per_second"] = round(row["tokens"] / statistics.median(row["seconds"]))
         print(f"{row['engine']:>12}  {row['samples']:>4} samples  {row['tokens_per_second']:>7} tokens/s")
-    record = {"what": __doc__, "repeats": REPEATS, "threads": 1, "hardware": manifest.hardware(),
+    record = {"what": __doc__, "repeats": REPEATS, "threads": 1, "hardware": machine.hardware(),
               "load_average": os.getloadavg(), "rows": rows}  # fmt: skip
     path = PROJECT / "docs" / "benchmarks" / "rollout.json"
     write_json(path, record)

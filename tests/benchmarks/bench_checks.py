@@ -1,0 +1,81 @@
+"""What trust costs: the quickstart's steps with and without checksums, manifest, fsync and sync proof, in turn."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from harness import machine, manifest
+from harness import recipe as recipes
+from harness.paths import PROJECT
+from harness.rundir import RunDir, write_json
+
+REPEATS = 7
+STEPS = 8  # a checkpoint's worth
+
+
+def main() -> None:
+    """Measure, print, and write `docs/benchmarks/checks.json`."""
+    from rltrain.quiet import quiet_libraries
+
+    quiet_libraries()
+    from rltrain.pack import Pack
+    from rltrain.trainer import training
+
+    seconds: dict[str, list[float]] = {"with": [], "without": []}
+    with tempfile.TemporaryDirectory() as scratch:
+        total = 2 * (REPEATS + 1) * STEPS
+        recipe = recipes.load("quickstart", [f"trainer.max_steps={total}", "trainer.eval_before_train=false",
+                                             "trainer.eval_interval=0"])  # fmt: skip
+        recipe.sweep = None
+        run_dir = RunDir(Path(scratch) / "run")
+        run_dir.create(recipes.to_yaml(recipe), manifest.build(recipe, kind="run", name="run", source="benchmark"))
+        pack = Pack.open(recipe)
+        reports = training(pack, pack.join(recipe, run_dir))
+        # One warm-up each, then in turn, so that a slow minute of the machine meets both.
+        for turn in range(2 * (REPEATS + 1)):
+            name = ("with", "without")[turn % 2]
+            start = time.perf_counter()
+            with unchecked() if name == "without" else contextlib.nullcontext():
+                for _ in range(STEPS):
+                    next(reports)
+            if turn > 1:
+                seconds[name].append((time.perf_counter() - start) / STEPS)
+            print(f"{name:>8}  {(time.perf_counter() - start) / STEPS:.3f} s a step", flush=True)
+        pack.close()
+    # Neighbours are compared with each other: the policy's completions grow and shrink as it learns.
+    ratio = statistics.median(a / b for a, b in zip(seconds["with"], seconds["without"], strict=True))
+    print(f"with checks a step takes {100 * (ratio - 1):+.1f}% (median of {REPEATS} pairs)")
+    record = {"what": __doc__, "repeats": REPEATS, "steps": STEPS, "threads": 1, "hardware": machine.hardware(),
+              "load_average": os.getloadavg(), "seconds_per_step": seconds, "ratio": ratio}  # fmt: skip
+    path = PROJECT / "docs" / "benchmarks" / "checks.json"
+    write_json(path, record)
+    print(f"written: {path.relative_to(PROJECT)}")
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """No sync proof, no manifest, no checksum, no waiting for the disk."""
+    from harness import rundir
+    from rltrain.policy import Policy
+
+    def nothing(*_: Any, **__: Any) -> None:
+        return None
+
+    with contextlib.ExitStack() as stack:
+        for owner, name in (
+            (Policy, "prove"), (Policy, "check"), (RunDir, "update"), (rundir, "seal"), (rundir, "sync"), (os, "fsync"),
+        ):  # fmt: skip
+            stack.enter_context(mock.patch.object(owner, name, nothing))
+        yield
+
+
+if __name__ == "__main__":
+    main()
