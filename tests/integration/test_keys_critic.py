@@ -73,6 +73,21 @@ def test_a_stopped_ppo_run_goes_on_as_if_never_stopped(ppo: MakeRecipe, new_run:
     assert all({"critic/vf_loss", "critic/grad_norm", "critic/explained_variance"} <= row.keys() for row in rows)
 
 
+def test_full_fine_tuning_of_both_goes_on_as_if_never_stopped(ppo: MakeRecipe, new_run: MakeRun) -> None:
+    full = [f"trainer.{role}.model.lora.rank=0" for role in ("policy", "critic")]
+    recipe = ppo(*full, "trainer.policy.model.lora.sync=merge", "trainer.policy.optimizer_config.lr=1e-4",
+                 "trainer.max_steps=2", "trainer.ckpt_interval=1", "trainer.eval_before_train=false")  # fmt: skip
+    whole, broken = new_run(recipe, "whole"), new_run(recipe, "broken")
+    expected = _run(recipe, whole)
+    _run(recipe, broken, stop_after=1)
+    assert broken.status is Status.RUNNING
+    found = _run(recipe, broken)
+    assert _rows(whole) == _rows(broken)
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    models = [load_file(run.adapter / "final" / "model.safetensors") for run in (whole, broken)]
+    assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
+
+
 def test_a_checkpoint_without_a_critic_starts_none(small_recipe: MakeRecipe, ppo: MakeRecipe, new_run: MakeRun) -> None:
     first = new_run(small_recipe(), "grpo")
     recipe = small_recipe("trainer.max_steps=1", "trainer.eval_before_train=false")
