@@ -87,7 +87,7 @@ def _follow(planned: Reproduction, options: argparse.Namespace) -> int:
         for report in reports:
             step = report.step
             console.step(min(report.total_steps, planned.last), report.metrics)
-            found = compare_rows(step, wanted.get(step, {}), without_timings(report.metrics))
+            found = compare_rows(step, wanted.get(step), without_timings(report.metrics))
             beyond = next((departure for departure in found if departure.size > options.tolerance), None)
             if beyond is not None and not departed:
                 departed = True

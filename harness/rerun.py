@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from harness import recipe as recipes
 from harness.errors import UserError
@@ -22,7 +23,7 @@ def taken(directory: str | Path) -> tuple[str, list[str], str]:
     Raises UserError for what is no run directory, or has no readable recipe.
     """
     run_dir = RunDir(directory)
-    run_dir.read_manifest()
+    run_dir.sound_manifest()
     recipes.read(run_dir.recipe)
     fresh = [*OWN_PLACE, f"trainer.resume_mode={Trainer().resume_mode}"]
     return shown(run_dir.recipe), fresh, _TIME.sub("", name_of(run_dir))
@@ -34,10 +35,11 @@ def name_of(run_dir: RunDir) -> str:
     return f"{path.parent.parent.name}-{path.name}" if path.parent.name == "trials" else path.name
 
 
-def refuse_sweep(run_dir: RunDir) -> None:
-    """Raise UserError, naming its trials, where a run is needed and this is a sweep."""
-    if run_dir.read_manifest().get("kind") != "sweep":
-        return
+def record_of_run(run_dir: RunDir) -> dict[str, Any]:
+    """The manifest of a run or trial; raises UserError for a damaged one, and for a sweep, naming its trials."""
+    record = run_dir.sound_manifest()
+    if record["kind"] != "sweep":
+        return record
     trials = sorted(shown(file.parent) for file in run_dir.trials.glob("*/manifest.json"))
     raise UserError("this directory holds a sweep", got=shown(run_dir.path), allowed="a run, or one of its trials",
                     fix=f"name a trial: {trials[0]}" if trials else "it has no trials yet")  # fmt: skip

@@ -17,8 +17,10 @@ from harness.rundir import RunDir
 if TYPE_CHECKING:
     import torch
 
+Row = Mapping[str, float]
 ACCURACY = "eval/accuracy"
 ABSENT = "absent"
+UNREADABLE = "unreadable"
 SHOWN_CHARACTERS = 60
 
 
@@ -74,7 +76,7 @@ class Comparison:
 def compare(one: RunDir, other: RunDir, *, last: int, weights: bool) -> Comparison:
     """Compare two runs up to the step `last`; `weights` too where the first run ended in good order."""
     rows, others = rows_until(one, last), rows_until(other, last)
-    departures = list(_rows(rows, others))
+    departures = [d for step in sorted({*rows, *others}) for d in compare_rows(step, rows.get(step), others.get(step))]
     completions = 0
     for step in sorted({*_sampled(one, last), *_sampled(other, last)}):
         count, found = _samples(step, one.eval_samples(step), other.eval_samples(step))
@@ -86,13 +88,15 @@ def compare(one: RunDir, other: RunDir, *, last: int, weights: bool) -> Comparis
     return Comparison(sorted(departures, key=lambda departure: departure.step), len(rows), completions, policies)
 
 
-def rows_until(run: RunDir, last: int) -> dict[int, dict[str, float]]:
+def rows_until(run: RunDir, last: int) -> dict[int, Row]:
     """Rows of a run's `metrics.jsonl` by step, without timings."""
     return {int(r["step"]): without_timings(r) for r in MetricsFile(run.metrics).rows() if r["step"] <= last}
 
 
-def compare_rows(step: int, one: Mapping[str, float], other: Mapping[str, float]) -> list[Departure]:
-    """What differs between two rows of metrics of the same step, in the order of the first row."""
+def compare_rows(step: int, one: Row | None, other: Row | None) -> list[Departure]:
+    """What differs between two rows of metrics of a step, in the order of the first row; None for no row."""
+    if one is None or other is None:
+        return [Departure(step, "metrics", *(("a row", "no row") if other is None else ("no row", "a row")))]
     departures = []
     for name in dict.fromkeys([*one, *other]):
         was, now = one.get(name), other.get(name)
@@ -104,15 +108,6 @@ def compare_rows(step: int, one: Mapping[str, float], other: Mapping[str, float]
     return departures
 
 
-def _rows(rows: Mapping[int, dict[str, float]], others: Mapping[int, dict[str, float]]) -> Iterator[Departure]:
-    for step in sorted({*rows, *others}):
-        if step in rows and step in others:
-            yield from compare_rows(step, rows[step], others[step])
-        else:
-            was, now = ("a row", "no row") if step in rows else ("no row", "a row")
-            yield Departure(step, "metrics", was, now)
-
-
 def _sampled(run: RunDir, last: int) -> list[int]:
     steps = [int(file.stem.removeprefix("step_")) for file in run.samples.glob("step_*.parquet")]
     return [step for step in steps if step <= last]
@@ -120,16 +115,26 @@ def _sampled(run: RunDir, last: int) -> list[int]:
 
 def _samples(step: int, one: Path, other: Path) -> tuple[int, list[Departure]]:
     """How many completions two files of samples hold at most, and the first thing in which each pair differs."""
-    if not (one.is_file() and other.is_file()):
-        was, now = (f"{len(pd.read_parquet(file))} rows" if file.is_file() else ABSENT for file in (one, other))
+    firsts, seconds = _frame(one), _frame(other)
+    if isinstance(firsts, str) or isinstance(seconds, str):
+        was, now = (found if isinstance(found, str) else f"{len(found)} rows" for found in (firsts, seconds))
         return 0, [Departure(step, "samples", was, now)]
-    frames = [pd.read_parquet(file).to_dict("records") for file in (one, other)]
-    departures = []
-    for number, (first, second) in enumerate(itertools.zip_longest(*frames, fillvalue={})):
+    departures, nothing = [], dict[Any, Any]()
+    for number, (first, second) in enumerate(itertools.zip_longest(firsts, seconds, fillvalue=nothing)):
         name = next((n for n in [*first, *second] if _text(first, n) != _text(second, n)), None)
         if name is not None:
             departures.append(Departure(step, f"sample {number}'s {name}", _cut(first, name), _cut(second, name)))
-    return max(map(len, frames)), departures
+    return max(len(firsts), len(seconds)), departures
+
+
+def _frame(file: Path) -> list[dict[Any, Any]] | str:
+    """The rows of a file of samples, or why there are none."""
+    if not file.is_file():
+        return ABSENT
+    try:
+        return pd.read_parquet(file).to_dict("records")
+    except (OSError, ValueError):
+        return UNREADABLE
 
 
 def _text(row: Mapping[Any, Any], name: Any) -> str:
@@ -157,7 +162,7 @@ def _either(name: str, *runs: RunDir) -> bool:
     return any((run.adapter / name).is_dir() for run in runs)
 
 
-def _step_of(name: str, rows: Mapping[int, Mapping[str, float]]) -> int:
+def _step_of(name: str, rows: Mapping[int, Row]) -> int:
     """The step of `adapter/best`, the first of the best evaluations after a step, or of `adapter/final`."""
     evaluated = [step for step, row in rows.items() if ACCURACY in row and step > 0]
     if name == "best" and evaluated:
@@ -168,19 +173,29 @@ def _step_of(name: str, rows: Mapping[int, Mapping[str, float]]) -> int:
 def _weights(step: int, policy: str, one: Path, other: Path) -> Iterator[Departure]:
     """The tensors of two folders in which they differ."""
     first, second = _tensors(one), _tensors(other)
+    if isinstance(first, str) or isinstance(second, str):
+        was, now = (given if isinstance(given, str) else f"{len(given)} tensors" for given in (first, second))
+        yield Departure(step, f"weights {policy}", was, now)
+        return
     for name in sorted({*first, *second}):
-        was, now = first.get(name), second.get(name)
+        before, after = first.get(name), second.get(name)
         what = f"weights {policy}: {name}"
-        if was is None or now is None or was.shape != now.shape or was.dtype != now.dtype:
-            yield Departure(step, what, _kind(was), _kind(now))
-        elif (found := _farthest(was, now)) is not None:
+        if before is None or after is None or before.shape != after.shape or before.dtype != after.dtype:
+            yield Departure(step, what, _kind(before), _kind(after))
+        elif (found := _farthest(before, after)) is not None:
             yield Departure(step, what, *found)
 
 
-def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+def _tensors(folder: Path) -> dict[str, torch.Tensor] | str:
+    """All tensors in a folder, or why there are none."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    try:
+        found = {n: tensor for file in sorted(folder.glob("*.safetensors")) for n, tensor in load_file(file).items()}
+    except (OSError, SafetensorError):
+        return UNREADABLE
+    return found or ABSENT
 
 
 def _kind(tensor: torch.Tensor | None) -> str:

@@ -17,8 +17,8 @@ from harness import recipe as recipes
 from harness.errors import UserError
 from harness.metrics import MetricsFile
 from harness.paths import shown
-from harness.rerun import OWN_PLACE, name_of, refuse_sweep
-from harness.rundir import RunDir, Status
+from harness.rerun import OWN_PLACE, name_of, record_of_run
+from harness.rundir import RunDir, Status, damage
 from harness.schema import Recipe, Trainer
 
 if TYPE_CHECKING:
@@ -55,8 +55,7 @@ def plan(directory: str | Path, output: str | Path | None = None) -> Reproductio
     Raises UserError for a sweep, a run without a step, an output that exists, and what `recipes.read` raises.
     """
     original = RunDir(directory)
-    refuse_sweep(original)
-    was, rows = original.read_manifest(), MetricsFile(original.metrics).rows()
+    was, rows = record_of_run(original), MetricsFile(original.metrics).rows()
     if not rows:
         raise UserError("this run has logged no step: there is nothing to compare", got=shown(original.path))
     default = Path(Trainer().ckpt_path) / f"{name_of(original)}-reproduced-{datetime.now():%Y%m%d-%H%M%S}"
@@ -76,8 +75,10 @@ def check(planned: Reproduction) -> None:
 
     check_run(planned.recipe)
     start = planned.recipe.trainer.resume_mode
-    if start not in (None, "latest", "none") and not Path(str(start), "COMPLETE").is_file():
-        raise UserError("the checkpoint that this run went on from is gone", got=f"trainer.resume_mode={start}",
+    why = None if start in (None, "latest", "none") else damage(Path(str(start)))
+    if why is not None:
+        raise UserError("the checkpoint that this run went on from cannot be used",
+                        got=f"trainer.resume_mode={start}: {why}",
                         fix="put the folder back, or reproduce the run that wrote it first")  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from harness import recipe as recipes
 from harness.errors import UserError
 from harness.metrics import MetricsFile
 from harness.paths import PROJECT
-from harness.rundir import RunDir, Status, write_json
+from harness.rundir import RunDir, Status, seal, write_json
 
 HEAVY = {"torch", "vllm", "ray", "transformers", "peft"}
 MakeRun = Callable[..., RunDir]
@@ -99,11 +99,15 @@ def test_a_model_or_checkpoint_that_is_gone(made: MakeRun, tmp_path: Path, tiny_
     model, start = tmp_path / "model", tmp_path / "other" / "step_000001"
     shutil.copytree(tiny_model_dir, model, ignore=shutil.ignore_patterns("data"))
     start.mkdir(parents=True)
-    (start / "COMPLETE").touch()
+    (start / "state.json").write_text("{}")
+    seal(start)
     source = made(f"trainer.policy.model.path={model}", f"trainer.resume_mode={start}")
     assert reproduce.main([str(source.path), "--check-only"]) in (0, 1)
+    (start / "state.json").write_text("")
+    with pytest.raises(UserError, match="cannot be used\n.*state.json is damaged"):
+        reproduce.main([str(source.path), "--check-only"])
     shutil.rmtree(start)
-    with pytest.raises(UserError, match="the checkpoint that this run went on from is gone"):
+    with pytest.raises(UserError, match="cannot be used\n.*it is missing"):
         reproduce.main([str(source.path), "--check-only"])
     shutil.rmtree(model)
     with pytest.raises(UserError, match=r"trainer\.policy\.model\.path names no folder"):
@@ -136,11 +140,20 @@ def test_check_only_says_what_differs_and_trains_nothing(
     assert "differed when it was resumed at 2026-01-01T00:00:00Z: python: 3.10 -> 3.11" in said
 
 
-def test_an_edited_recipe_is_named(made: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_recipe_than_the_manifests_is_named(made: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
     source = made()
-    source.recipe.write_text(source.recipe.read_text().replace("seed: 0", "seed: 1", 1))
+    source.recipe.write_text(recipes.to_yaml(recipes.with_values(recipes.read(source.recipe), {"seed": 1})))
     assert reproduce.main([str(source.path), "--check-only"]) == 1
     assert "differs: recipe: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "null", '{"kind": 3, "recipe": []}'])
+def test_a_manifest_of_nonsense_is_refused(made: MakeRun, text: str) -> None:
+    source = made()
+    source.manifest.write_text(text)
+    for command, arguments in ((reproduce.main, []), (run.main, ["--from"])):
+        with pytest.raises(UserError, match="the manifest is damaged"):
+            command([*arguments, str(source.path)])
 
 
 def test_a_new_run_takes_name_and_place_of_its_own(made: MakeRun) -> None:
