@@ -56,7 +56,7 @@ def test_a_metric_that_was_not_logged_is_not_met() -> None:
         ({ACCURACY: {}}, "must give bounds"),
         ({ACCURACY: {"least": 0.5}}, "must give bounds"),
         ({ACCURACY: {"min": "high"}}, "must be a number"),
-        ({ACCURACY: {"min": float("nan")}}, "must be a number"),
+        ({ACCURACY: {"min": float("nan")}}, "finite numbers"),
         ({ACCURACY: {"min": 0.9, "max": 0.5}}, "swap min and max"),
     ],
 )
