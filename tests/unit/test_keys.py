@@ -110,13 +110,6 @@ def test_a_second_name_is_the_same_setting(second: str, own: str) -> None:
     assert recipes.to_dict(one) == recipes.to_dict(other) != recipes.to_dict(recipes.load("quickstart"))
 
 
-def test_what_is_expected_of_a_run_is_no_part_of_it() -> None:
-    recipe = recipes.load("quickstart")
-    other = recipes.with_values(recipe, {"expect": {"eval/accuracy": {"min": 0.123}}})
-    assert other.expect != recipe.expect
-    assert recipes.digest(other) == recipes.digest(recipe)
-
-
 PLACEMENT = "trainer.placement"
 APART = f"{PLACEMENT}.colocate_all=false"
 
