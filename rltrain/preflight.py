@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+import os
+from pathlib import Path
 
 from harness.errors import UserError
 from harness.paths import locate
@@ -20,6 +23,8 @@ def check_run(recipe: Recipe) -> None:
     _check_sync(recipe)
     if recipe.trainer.algorithm.advantage_estimator is AdvantageEstimator["gae"]:
         _check_critic(recipe)
+    _check_places(recipe)
+    _check_resumption(recipe)
     get_env(recipe.environment.env_class)
     sizes = {}
     for key in ("train_data", "val_data"):
@@ -54,6 +59,27 @@ def _check_model(recipe: Recipe, key: str, path: str) -> None:
         raise UserError("the model's config.json is damaged", got=f"{found}: {error}") from None
     if "max_position_embeddings" in config:
         check_context(recipe, config["max_position_embeddings"])
+
+
+def _check_places(recipe: Recipe) -> None:
+    """A checkpoint that is named must be there; the adapters' folder must be one that can be made."""
+    mode, synced = recipe.trainer.resume_mode, recipe.trainer.policy.model.lora.lora_sync_path
+    if mode not in (None, "none", "latest") and not os.path.isfile(Path(mode) / "state.json"):
+        raise UserError("trainer.resume_mode names no whole checkpoint", got=mode,
+                        allowed="latest, none, or a folder checkpoints/step_NNNNNN")  # fmt: skip
+    if synced is not None:
+        there = next(folder for folder in (Path(synced).absolute(), *Path(synced).absolute().parents)
+                     if os.path.exists(folder))  # fmt: skip
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise UserError("trainer.policy.model.lora.lora_sync_path cannot be written", got=synced,
+                            fix="name another folder, or null for the run's own")  # fmt: skip
+
+
+def _check_resumption(recipe: Recipe) -> None:
+    mode = recipe.trainer.resume_mode
+    if mode not in (None, "none", "latest") and not Path(mode).is_dir():
+        raise UserError("trainer.resume_mode names no whole checkpoint", got=mode,
+                        allowed="latest, none, or a folder checkpoints/step_NNNNNN")  # fmt: skip
 
 
 def _check_critic(recipe: Recipe) -> None:

@@ -198,6 +198,7 @@ def performance(pack: Pack, member: Member, row: dict[str, float]) -> dict[str, 
     """Tokens a second over the step, model-FLOPs utilisation and peak memory."""
     recipe = member.recipe
     samples = recipe.trainer.train_batch_size * recipe.generator.n_samples_per_prompt
+    samples *= int(row.get("num_sampled_batches", 1))
     forwards = 1 + member.needs_old_logprobs + (member.policy.reference is not None) + (member.critic is not None)
     full = recipe.trainer.policy.model.lora.rank == 0
     flops = step_flops(pack.num_parameters, member.step_tokens, forwards=forwards, full=full)

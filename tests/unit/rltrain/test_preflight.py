@@ -27,6 +27,7 @@ def test_the_quickstart_passes(tiny_model_dir: Path) -> None:
         (["data.train_data=[]"], "at least one file"),
         (["data.val_data=[nowhere.parquet]"], "nowhere.parquet"),
         (["environment.env_class=gsm9k"], "gsm8k"),
+        (["trainer.resume_mode=from_path"], "names no whole checkpoint"),
         (["trainer.train_batch_size=100000", "trainer.policy_mini_batch_size=100000"], "fewer problems than one batch"),
         (["trainer.target_modules=[q_proj,lm_head]"], "vLLM serves no adapter"),
         (["trainer.placement.policy_num_nodes=2", "generator.num_inference_engines=2"], "2 asked, 1 there"),
