@@ -17,8 +17,9 @@ def shown(path: Path) -> str:
 
 def locate(path: str) -> Path | None:
     """The file or folder a recipe's path names: as given, else relative to the project; None when there is none."""
-    given = Path(path).expanduser()
-    for candidate in (given, PROJECT / given):
-        if candidate.exists():
+    # os.path's functions, unlike Path's, say no to a name that no file or user can have.
+    given = os.path.expanduser(path)
+    for candidate in (Path(given), PROJECT / given):
+        if os.path.exists(candidate):
             return candidate.resolve()
     return None

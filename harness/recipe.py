@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import typing
 from collections.abc import Iterator, Sequence
 from enum import Enum
@@ -22,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from harness.errors import UserError, nearest
 from harness.paths import RECIPES
 from harness.schema import Recipe
-from harness.validate import check
+from harness.validate import check, check_plain
 
 # SkyRL's later names for keys that this project spells as the guide does.
 RENAMED = {
@@ -58,9 +59,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _check_override(override)
     try:
+        _check_file(file)
         with initialize_config_dir(str(file.parent), version_base="1.3"):
             composed = compose(file.stem, [f"hydra.searchpath=[file://{RECIPES}]", *(f"++{o}" for o in overrides)])
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError, OSError) as error:
         raise UserError(f"cannot compose the recipe {path}", got=_first_line(error), fix="correct the YAML") from None
     return from_dict(OmegaConf.to_container(composed), source=str(path))  # type: ignore[arg-type]
 
@@ -92,6 +94,7 @@ def read(path: Path) -> Recipe:
 
 def from_dict(values: dict[str, Any], *, source: str = "the recipe") -> Recipe:
     """A validated recipe from plain nested values; raises UserError naming the key at fault."""
+    check_plain(values, source)
     for key in _keys_given(values):
         _check_key(key, source)
     values = _one_as_list(values)
@@ -171,7 +174,7 @@ def override_for(key: str, value: Any) -> str:
 def find(path: str | Path) -> Path:
     """The recipe file a path names; raises UserError listing the recipes there are."""
     for candidate in (Path(path), RECIPES / path, RECIPES / f"{path}.yaml"):
-        if candidate.is_file():
+        if os.path.isfile(candidate):  # unlike Path's, it says no to a name that no file can have
             if candidate.suffix not in (".yaml", ".yml"):
                 raise UserError("a recipe is a YAML file", got=candidate, allowed="*.yaml")
             return candidate.resolve()
@@ -180,6 +183,16 @@ def find(path: str | Path) -> Path:
     guess = by_name.get(nearest(str(path), by_name) or "")
     hint = f"did you mean {guess}?" if guess else "name one of the recipes, or your own file"
     raise UserError("no such recipe", got=path, allowed=", ".join(known), fix=hint)
+
+
+def _check_file(file: Path) -> None:
+    """What a recipe file may not say, before Hydra acts on it; raises UserError, or YAMLError where it is no YAML."""
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if values is None:
+        return
+    check_plain(values, str(file))
+    if "hydra" in values:
+        raise UserError(f"unknown key in {file}", got="hydra", fix="recipes/base.yaml lists every key")
 
 
 @functools.cache
@@ -290,6 +303,8 @@ def _reads_back(key: str, value: str) -> bool:
 
 
 def _first_line(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+        return f"{error.problem}, line {error.problem_mark.line + 1}"
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 

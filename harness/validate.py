@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import re
+import typing
 from typing import Any
 
 from harness.errors import UserError
@@ -18,10 +20,67 @@ BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga", "or
 INITS = ("kaiming", "gaussian")
 VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
+# Far above what a recipe holds, far below what takes long to read: YAML's aliases make any size out of a few lines.
+MOST_VALUES = 20_000
+DEEPEST = 40
+LARGEST = 2**63 - 1
+LONGEST_NAME = 200
+# What YAML and Hydra would read as the value of an environment variable, among others.
+_RESOLVER = re.compile(r"\$\{[^{}]*:")
+
+
+def check_plain(values: Any, source: str) -> None:
+    """Check that nested values are text, finite numbers, true, false or null: what any recipe can hold.
+
+    Nothing is read from outside the recipe: not the environment, where keys and tokens are, by an interpolation.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: a recipe is a mapping of keys to values", got=type(values).__name__)
+    left: list[tuple[str, Any]] = [("", values)]
+    for _ in range(MOST_VALUES):
+        if not left:
+            return
+        key, value = left.pop()
+        if isinstance(value, dict):
+            for name in value:
+                if not isinstance(name, str):
+                    raise UserError(f"{source}: a key is not text", got=f"{name!r} under {key or 'the top'}")
+                _check_text(f"a key under {key or 'the top'}", name, source)
+            left += [(f"{key}.{name}" if key else name, inner) for name, inner in value.items()]
+        elif isinstance(value, list):
+            left += [(f"{key}[{place}]", inner) for place, inner in enumerate(value)]
+        else:
+            _check_scalar(key, value, source)
+        if len(key) > LONGEST_NAME * DEEPEST or key.count(".") + key.count("[") > DEEPEST:
+            raise UserError(f"{source}: values are nested too deep", got=f"{key[:80]}...", allowed=f"<= {DEEPEST}")
+    raise UserError(f"{source} holds too many values", allowed=f"<= {MOST_VALUES}, aliases written out")
+
+
+def _check_scalar(key: str, value: Any, source: str) -> None:
+    if isinstance(value, str):
+        _check_text(key, value, source)
+        if _RESOLVER.search(value):
+            raise UserError(f"{source}: {key} asks for something outside the recipe", got=value,
+                            fix="write the value itself: a recipe is the same everywhere")  # fmt: skip
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{source}: {key} is out of range", got=value, allowed="finite numbers")
+    elif isinstance(value, int) and abs(value) > LARGEST:
+        raise UserError(f"{source}: {key} is out of range", got=value, allowed="whole numbers of 64 bits")
+    elif value is not None and not isinstance(value, float | int):
+        raise UserError(f"{source}: {key} cannot take this value", got=f"{value} ({type(value).__name__})",
+                        allowed="text, a number, true, false, null, a list", fix="put text in quotes")  # fmt: skip
+
+
+def _check_text(key: str, text: str, source: str) -> None:
+    """No file name has a NUL, and no file half of a surrogate pair."""
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"{source}: {key} holds a character that no file can", got=ascii(text)[:80])
+
 
 def check(recipe: Recipe) -> None:
     """Check every bound and every rule between keys; settings given under a second name go to their own."""
     _check_bounds(recipe, "")
+    _check_run_name(recipe)
     _merge_names(recipe)
     _check_batches(recipe)
     _check_algorithm(recipe)
@@ -36,9 +95,26 @@ def check(recipe: Recipe) -> None:
     check_expectations(recipe.expect)
 
 
+def _check_run_name(recipe: Recipe) -> None:
+    """A run's directory is `trainer.ckpt_path`/`trainer.run_name`, never another place that the name leads to."""
+    name = recipe.trainer.run_name
+    if name is None:
+        return
+    plain = name and not name.startswith(".") and not {"/", "\\"} & set(name) and name.isprintable()
+    if not plain or len(name.encode()) > LONGEST_NAME:
+        raise UserError(
+            "trainer.run_name is the name of one directory, and no path",
+            got=ascii(name)[:LONGEST_NAME],
+            allowed=f"printable text without / and \\ that does not begin with a point, at most {LONGEST_NAME} bytes",
+            fix="name the place with trainer.ckpt_path",
+        )
+
+
 def _check_bounds(node: Any, prefix: str) -> None:
+    hints = typing.get_type_hints(type(node))
     for item in dataclasses.fields(node):
         value, key = getattr(node, item.name), f"{prefix}{item.name}"
+        _check_elements(key, value, hints[item.name])
         if dataclasses.is_dataclass(value):
             _check_bounds(value, f"{key}.")
         elif value is not None and item.metadata:
@@ -46,6 +122,20 @@ def _check_bounds(node: Any, prefix: str) -> None:
             held = all(_BOUNDS[name][0](value, limit) for name, limit in item.metadata.items())
             if not held or not math.isfinite(value):
                 raise UserError(f"{key} is out of range", got=value, allowed=" and ".join(wanted))
+
+
+def _check_elements(key: str, value: Any, hint: Any) -> None:
+    """A list's elements, and that a mapping is one: OmegaConf lets other things by in a list or an interpolation."""
+    kind, optional = typing.get_origin(hint), type(None) in typing.get_args(hint)
+    if optional:
+        hint = typing.get_args(hint)[0]
+        kind = typing.get_origin(hint)
+    if kind not in (list, dict) or (optional and value is None):
+        return
+    inner = typing.get_args(hint)[0]
+    wanted: Any = (int, float) if inner is float else typing.get_origin(inner) or inner
+    if not isinstance(value, kind) or any(isinstance(item, bool) or not isinstance(item, wanted) for item in value):
+        raise UserError(f"{key} cannot take this value", got=value, allowed=str(hint))
 
 
 def _merge_names(recipe: Recipe) -> None:
