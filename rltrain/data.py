@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
+from harness.paths import locate
 
 Row = dict[str, Any]
 
@@ -32,7 +33,8 @@ class Example:
 def load_examples(paths: Sequence[str | Path]) -> list[Example]:
     """The examples of parquet or JSONL files, in order; raises UserError naming the file and what is wrong with it."""
     examples: list[Example] = []
-    for path in map(Path, paths):
+    for name in paths:
+        path = locate(str(name)) or Path(name)
         rows = read_rows(path)
         require_columns(rows, ("prompt", "reward_spec"), path)
         for number, row in enumerate(rows, start=1):
@@ -42,7 +44,7 @@ def load_examples(paths: Sequence[str | Path]) -> list[Example]:
 
 def read_rows(path: Path) -> list[Row]:
     """All rows of a .parquet or .jsonl file; raises UserError when it is missing, unreadable or empty."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(
             "data file not found", got=path, fix="check the path; python -m harness.prepare writes data files"
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
+import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,36 +84,42 @@ def cost(recipe: Recipe, num_train: int, num_val: int) -> Cost:
 
 
 def count_rows(paths: Sequence[str]) -> int | None:
-    """Rows of data files together, without reading them whole; None when one is missing."""
-    found = [locate(path) for path in paths]
-    if not found or None in found:
-        return None
-    return sum(_rows(path) for path in found if path is not None)
+    """Rows of data files together, without reading them whole; None when one is missing or cannot be read."""
+    counts = [_rows(path) for path in paths]
+    return sum(count for count in counts if count is not None) if counts and None not in counts else None
 
 
 def pace(plan: Plan, source: str) -> Pace | None:
     """How fast earlier runs and trials of the same recipe file were; None when there are none."""
     root = Path(plan.recipe.trainer.ckpt_path)
     paces = []
+    if not os.path.isdir(root):
+        return None
     for file in [*root.glob("*/manifest.json"), *root.glob("*/trials/*/manifest.json")]:
-        try:
+        # Any folder may lie there, and any file: what is no finished run of this recipe is passed over.
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError):
             record = json.loads(file.read_text())
-        except (OSError, ValueError):
-            continue
-        result = record.get("result") or {}
-        same = Path(record.get("recipe", {}).get("source") or "").stem == Path(source).stem
-        if same and record.get("status") == "COMPLETE" and result.get("seconds") and result.get("step"):
-            paces.append(result["seconds"] / result["step"])
+            same = Path(record["recipe"]["source"]).stem == Path(source).stem
+            if same and record["status"] == "COMPLETE":
+                paces.append(float(record["result"]["seconds"] / record["result"]["step"]))
     return Pace(statistics.median(paces), len(paces)) if paces else None
 
 
-def _rows(path: Path) -> int:
-    if path.suffix != ".parquet":
-        with path.open("rb") as file:
-            return sum(1 for line in file if line.strip())
+def _rows(name: str) -> int | None:
+    path = locate(name)
+    # Not a device or a pipe, which may have no end.
+    if path is None or not path.is_file():
+        return None
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    return int(pq.ParquetFile(path).metadata.num_rows)
+    try:
+        if path.suffix == ".parquet":
+            return int(pq.ParquetFile(path).metadata.num_rows)
+        with path.open("rb") as file:
+            return sum(1 for line in file if line.strip())
+    except (OSError, pa.ArrowException):
+        return None
 
 
 def _flops(recipe: Recipe, trained: int, evaluated: int) -> float | None:
@@ -123,7 +131,10 @@ def _flops(recipe: Recipe, trained: int, evaluated: int) -> float | None:
     config = locate(f"{recipe.trainer.policy.model.path}/config.json")
     if config is None or recipe.trainer.placement.device is Device.cpu:
         return None
-    parameters = count_parameters(json.loads(config.read_text()))
+    try:
+        parameters = count_parameters(json.loads(config.read_text()))
+    except (OSError, ValueError):
+        return None
     if parameters is None:
         return None
     backward = 4 if recipe.trainer.policy.model.lora.rank == 0 else 2
@@ -140,5 +151,5 @@ def count_parameters(config: dict[str, Any]) -> int | None:
         attention = 2 * hidden * heads * head + 2 * hidden * kv * head
         embeddings = config["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings") else 2)
         return int(embeddings + layers * (attention + 3 * hidden * config["intermediate_size"]))
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
         return None
