@@ -22,7 +22,7 @@ def check_run(recipe: Recipe) -> None:
     _check_sync(recipe)
     if recipe.trainer.algorithm.advantage_estimator is AdvantageEstimator["gae"]:
         _check_critic(recipe)
-    _check_places(recipe)
+    _check_sync_path(recipe)
     _check_resumption(recipe)
     get_env(recipe.environment.env_class)
     sizes = {}
@@ -56,27 +56,26 @@ def _check_model(recipe: Recipe, key: str, path: str) -> None:
         raise UserError(f"{key} holds no config.json", got=found) from None
     except ValueError as error:
         raise UserError("the model's config.json is damaged", got=f"{found}: {error}") from None
-    if "max_position_embeddings" in config:
-        check_context(recipe, config["max_position_embeddings"])
+    if not isinstance(config, dict):
+        raise UserError("the model's config.json is damaged", got=f"{found}: no mapping, but {type(config).__name__}")
+    if isinstance(limit := config.get("max_position_embeddings"), int):
+        check_context(recipe, limit)
 
 
-def _check_places(recipe: Recipe) -> None:
-    """A checkpoint that is named must be there; the adapters' folder must be one that can be made."""
-    mode, synced = recipe.trainer.resume_mode, recipe.trainer.policy.model.lora.lora_sync_path
-    if mode not in (None, "none", "latest") and not os.path.isfile(Path(mode) / "state.json"):
-        raise UserError("trainer.resume_mode names no whole checkpoint", got=mode,
-                        allowed="latest, none, or a folder checkpoints/step_NNNNNN")  # fmt: skip
-    if synced is not None:
-        there = next(folder for folder in (Path(synced).absolute(), *Path(synced).absolute().parents)
-                     if os.path.exists(folder))  # fmt: skip
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise UserError("trainer.policy.model.lora.lora_sync_path cannot be written", got=synced,
-                            fix="name another folder, or null for the run's own")  # fmt: skip
+def _check_sync_path(recipe: Recipe) -> None:
+    wanted = recipe.trainer.policy.model.lora.lora_sync_path
+    if wanted is None:
+        return
+    folder = Path(wanted).absolute()
+    there = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError("trainer.policy.model.lora.lora_sync_path cannot be written", got=wanted,
+                        fix="name another folder, or null for the run's own")  # fmt: skip
 
 
 def _check_resumption(recipe: Recipe) -> None:
     mode = recipe.trainer.resume_mode
-    if mode not in (None, "none", "latest") and not Path(mode).is_dir():
+    if mode not in (None, "none", "latest") and not os.path.isdir(mode):
         raise UserError("trainer.resume_mode names no whole checkpoint", got=mode,
                         allowed="latest, none, or a folder checkpoints/step_NNNNNN")  # fmt: skip
 
