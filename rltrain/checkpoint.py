@@ -87,13 +87,13 @@ def _latest_sound(member: Member) -> Path | None:
             if lost_best == math.inf and state["best"] is not None and _best_is_lost(run_dir):
                 lost_best = state["best"]["step"]
             # The best adapter of a later step is made again on the way to it.
-            why = rows or (f"it knows of adapter/best, of step {lost_best}" if state["step"] >= lost_best else None)
+            why = rows or (f"it needs adapter/best, of step {lost_best}" if state["step"] >= lost_best else None)
         if why is None:
             found = path
             break
         faults.append(path)
         run_dir.set_aside(path, why)
-    if lost_rows is not None:
+    if lost_rows is not None and run_dir.metrics.exists():
         run_dir.set_aside(run_dir.metrics, lost_rows, copy=True)
     if faults:
         print(f"going on from {found.name if found else 'step 0'}", file=sys.stderr, flush=True)

@@ -1,0 +1,141 @@
+"""The faults that are tried, by name: what docs/reliability.md lists, and the tests go through."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tests.faults.hooks import Fault
+
+SAME = "goes on; the same to the bit as never killed"
+OLDER = "named and set aside; goes on from the checkpoint before it; the same to the bit"
+ANEW = "named and set aside; starts again from step 0; the same to the bit"
+REFUSED = "named, refused with exit status 2; no file changed"
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """A SIGKILL: the phase it falls in, as the table names it, and the moment."""
+
+    phase: str
+    fault: Fault
+
+
+def _file(phase: str, target: str, count: int) -> Kill:
+    return Kill(phase, Fault("file", target, count))
+
+
+def _call(phase: str, target: str, count: int, *, after: bool = False) -> Kill:
+    return Kill(phase, Fault("call", target, count, after))
+
+
+CREATION = "the run directory's creation"
+ROLLOUT, SCORING, UPDATE, SYNC, EVALUATION = "rollout", "scoring", "update", "sync", "evaluation"
+WRITE, REMOVAL, APPEND = "checkpoint write", "an old checkpoint's removal", "metrics append"
+MANIFEST, ADAPTER, SAMPLES, END = "manifest write", "adapter write", "samples write", "the run's end"
+ANYTIME = "any time, by the clock"
+
+_FORWARD = "transformers.models.qwen2.modeling_qwen2:Qwen2ForCausalLM.forward"
+_STEP, _TRAINER, _CHECKPOINT = "rltrain.step:", "rltrain.trainer:", "rltrain.checkpoint:"
+_NEW, _OLD = r"checkpoints/\.step_\d+\.\w+/new/|rename checkpoints/step", r"(remove|rmdir) checkpoints/\.step_\d+\.\w+"
+
+# One directory each: killed, resumed, killed again, resumed, ... and at last left to end. Counts are of each process.
+CHAINS: tuple[tuple[Kill, ...], ...] = (
+    (_file(CREATION, r"rename recipe\.yaml", 1), _call(EVALUATION, f"{_TRAINER}evaluate", 1),
+     _call(ROLLOUT, f"{_STEP}rollout", 2), _file(WRITE, _NEW, 4), _call(UPDATE, "torch:Tensor.backward", 3)),
+    (_file(CREATION, r"open \.manifest\.json", 1), _call(ROLLOUT, _FORWARD, 47),
+     Kill(APPEND, Fault("torn", r"/metrics\.jsonl$", 2, cut=12)), _file(WRITE, _NEW, 12),
+     _file(ADAPTER, "adapter/", 5)),
+    (_call(SYNC, "rltrain.pack:Pack.publish_member", 1), _file(SAMPLES, r"rename samples/", 1),
+     _call(UPDATE, "torch.optim:AdamW.step", 3, after=True), _file(MANIFEST, r"rename manifest", 4),
+     _file(REMOVAL, _OLD, 3)),
+    (_call(EVALUATION, f"{_TRAINER}evaluate", 1, after=True), _call(UPDATE, "torch.optim:AdamW.step", 1),
+     _file(WRITE, _NEW, 1), Kill(APPEND, Fault("torn", r"/metrics\.jsonl$", 3, cut=600)), _file(REMOVAL, _OLD, 9)),
+    (_call(SYNC, "rltrain.pack:Pack.publish_member", 2, after=True), _file(APPEND, r"open metrics\.jsonl", 3),
+     _file(MANIFEST, r"open \.manifest", 3), _file(ADAPTER, r"rename adapter/", 1), _call(END, f"{_TRAINER}finish", 1)),
+    (_call(SCORING, f"{_STEP}prepare", 1), _call(WRITE, f"{_CHECKPOINT}save_file", 3, after=True),
+     _file(SAMPLES, "samples/", 3), _file(REMOVAL, r"rename checkpoints/\.step", 2),
+     _call(SCORING, f"{_STEP}prepare", 1, after=True)),
+    (Kill(ANYTIME, Fault("time", seconds=0.25)), Kill(ANYTIME, Fault("time", seconds=0.35)),
+     Kill(ANYTIME, Fault("time", seconds=0.3))),
+    (Kill(ANYTIME, Fault("time", seconds=0.6)), Kill(ANYTIME, Fault("time", seconds=0.4))),
+)  # fmt: skip
+"""Times are shares of what the whole run takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Corruption:
+    """Damage to a stopped run's files: what it is called, which file, how (see test_corruption.py), what comes of it.
+
+    The run was stopped in its fifth step, with the checkpoints of steps 3 and 4 and a best adapter of step 4.
+    `said` is what the command prints, `from_step` the checkpoint it goes on from, `aside` what it keeps in set_aside/.
+    """
+
+    name: str
+    file: str
+    how: str
+    said: str
+    from_step: int = 3
+    aside: tuple[str, ...] = ("step_000004",)
+
+    @property
+    def happened(self) -> str:
+        """The outcome, for the table."""
+        return {0: ANEW, 3: OLDER, 4: SAME}[self.from_step]
+
+
+_LAST = "checkpoints/step_000004"
+CORRUPTIONS = (
+    Corruption("weights truncated", f"{_LAST}/weights.safetensors", "halve", "weights.safetensors is damaged"),
+    Corruption("weights: one bit flipped", f"{_LAST}/weights.safetensors", "flip", "weights.safetensors is damaged"),
+    Corruption("weights missing", f"{_LAST}/weights.safetensors", "remove", "weights.safetensors is missing"),
+    Corruption("optimizer: one bit flipped", f"{_LAST}/optimizer.safetensors", "flip",
+               "optimizer.safetensors is damaged"),
+    Corruption("state.json missing", f"{_LAST}/state.json", "remove", "state.json is missing"),
+    Corruption("state.json empty", f"{_LAST}/state.json", "empty", "state.json is damaged"),
+    Corruption("COMPLETE missing", f"{_LAST}/COMPLETE", "remove", "COMPLETE is missing"),
+    Corruption("SHA256SUMS of a checkpoint missing", f"{_LAST}/SHA256SUMS", "remove", "SHA256SUMS is missing"),
+    Corruption("half a checkpoint, under its temporary name", _LAST, "unfinished", "", from_step=3, aside=()),
+    Corruption("every checkpoint damaged", "checkpoints/*/weights.safetensors", "flip", "going on from step 0",
+               from_step=0, aside=("step_000003", "step_000004")),
+    Corruption("metrics.jsonl: a line in the middle garbled", "metrics.jsonl", "garble",
+               "line 3 of metrics.jsonl is damaged", from_step=0,
+               aside=("metrics.jsonl", "step_000003", "step_000004")),
+    Corruption("metrics.jsonl: a number changed", "metrics.jsonl", "renumber", "metrics.jsonl was changed",
+               aside=("metrics.jsonl", "step_000004")),
+    Corruption("metrics.jsonl: last line cut", "metrics.jsonl", "cut", "metrics.jsonl has lost rows",
+               aside=("metrics.jsonl", "step_000004")),
+    Corruption("metrics.jsonl: rows missing", "metrics.jsonl", "halve", "metrics.jsonl has lost rows",
+               from_step=0, aside=("metrics.jsonl", "step_000003", "step_000004")),
+    Corruption("metrics.jsonl missing", "metrics.jsonl", "remove", "metrics.jsonl has lost rows",
+               from_step=0, aside=("step_000003", "step_000004")),
+    Corruption("adapter/best: one bit flipped", "adapter/best/adapter_model.safetensors", "flip",
+               "adapter/best is set aside", aside=("best", "step_000004")),
+    Corruption("adapter/best missing", "adapter/best", "remove", "it needs adapter/best, of step 4"),
+)  # fmt: skip
+# What is refused on --resume: name, file, how, what is said.
+REFUSALS = (
+    ("manifest.json truncated", "manifest.json", "halve", "the manifest is damaged"),
+    ("manifest.json: status garbled", "manifest.json", "garble", "status is"),
+    ("recipe.yaml: one bit flipped", "recipe.yaml", "flip", "recipe.yaml: its SHA-256 is not"),
+    ("recipe.yaml truncated", "recipe.yaml", "halve", "recipe.yaml: its SHA-256 is not"),
+)
+OTHERS = {
+    "adapter/final damaged after the last checkpoint": "named and set aside; written again from the checkpoint; "
+    "the same to the bit",
+    "trainer.resume_mode names a damaged checkpoint": REFUSED,
+    "a checkpoint of another rank": REFUSED,
+    "read-only run directory": REFUSED,
+    "a file-size limit in mid-run": "named, exit status 2; with more room goes on; the same to the bit",
+    "disk full in mid-run": "named, exit status 2; with more room goes on; the same to the bit",
+    "study.journal: one bit flipped in the middle": REFUSED,
+    "study.journal: a line missing": REFUSED,
+}
+
+
+def expected() -> dict[str, int]:
+    """Every fault with how often the tests try it."""
+    tried: dict[str, int] = {}
+    for kill in (kill for chain in CHAINS for kill in chain):
+        tried[f"SIGKILL: {kill.phase}"] = tried.get(f"SIGKILL: {kill.phase}", 0) + 1
+    names = [each.name for each in CORRUPTIONS] + [name for name, *_ in REFUSALS] + list(OTHERS)
+    return tried | dict.fromkeys(names, 1)

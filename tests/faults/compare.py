@@ -1,0 +1,75 @@
+"""Whether a run, or a sweep, is the same to the bit as one that no fault befell: timings, times and names aside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from harness.metrics import MetricsFile, without_timings
+from harness.rundir import SUMS, RunDir, damage
+
+# Written with times or places in them, and compared by what they say.
+_READ = ("manifest.json", "recipe.yaml", "metrics.jsonl", "state.json", SUMS)
+
+
+def rows(run: RunDir) -> list[dict[str, float]]:
+    """The log without what differs between two equal runs."""
+    return [without_timings(row) for row in MetricsFile(run.metrics).rows()]
+
+
+def lost_steps(wanted: RunDir, found: RunDir) -> int:
+    """Steps whose row is missing, or not the same."""
+    there = {row["step"]: row for row in rows(found)}
+    return sum(there.get(row["step"]) != row for row in rows(wanted))
+
+
+def differences(wanted: RunDir, found: RunDir) -> list[str]:
+    """What differs between two runs; files set aside are no difference, those left by a kill are."""
+    differ = [f"{name}: only in one" for name in sorted(_files(wanted).keys() ^ _files(found).keys())]
+    for name in sorted(_files(wanted).keys() & _files(found).keys()):
+        one, two = _files(wanted)[name], _files(found)[name]
+        if one.name not in _READ and one.read_bytes() != two.read_bytes():
+            differ.append(f"{name}: other content")
+        if one.name == SUMS and damage(two.parent) is not None:
+            differ.append(f"{name}: {damage(two.parent)}")
+        if one.name == "state.json" and _without_mark(one) != _without_mark(two):
+            differ.append(f"{name}: {_without_mark(two)}")
+    if rows(wanted) != rows(found):
+        differ.append("metrics.jsonl: other rows")
+    said = [_said(run.read_manifest()) for run in (wanted, found)]
+    return differ if said[0] == said[1] else [*differ, f"manifest.json: {said[1]}"]
+
+
+def study(sweep: RunDir) -> list[dict[str, Any]]:
+    """What a sweep's study says of each trial, times aside, read with Optuna's own backend."""
+    storage = JournalStorage(JournalFileBackend(str(sweep.journal)))
+    return [
+        {"state": trial.state.name, "values": trial.values, "params": trial.params, "attributes": trial.user_attrs,
+         "evaluations": trial.intermediate_values}
+        for trial in optuna.load_study(study_name=None, storage=storage).trials
+    ]  # fmt: skip
+
+
+def digests(directory: Path) -> dict[str, bytes | None]:
+    """Every file below a directory with its content, folders with none: two are equal if nothing was changed."""
+    return {str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
+            for path in directory.rglob("*")}  # fmt: skip
+
+
+def _files(run: RunDir) -> dict[str, Path]:
+    files = [path for path in run.path.rglob("*") if path.is_file() and run.aside not in path.parents]
+    return {str(path.relative_to(run.path)): path for path in files}
+
+
+def _without_mark(state: Path) -> dict[str, Any]:
+    return {key: value for key, value in json.loads(state.read_text()).items() if key != "metrics"}
+
+
+def _said(manifest: dict[str, Any]) -> dict[str, Any]:
+    result = {key: value for key, value in (manifest["result"] or {}).items() if key != "seconds"}
+    return {"status": manifest["status"], "digest": manifest["recipe"]["digest"], "result": result}

@@ -1,0 +1,116 @@
+"""A warm process for all tests of faults, an undisturbed run to compare with, and the page that the tests write."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from harness.metrics import MetricsFile
+from harness.rundir import RunDir
+from tests.faults import cases, table
+from tests.faults.forks import Outcome, Warm
+from tests.faults.hooks import Fault
+
+Record = Callable[[str, str, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Starts and resumes runs of one small recipe in the warm process."""
+
+    warm: Warm
+    root: Path
+    overrides: list[str]
+
+    def start(self, name: str, *overrides: str, fault: Fault | None = None) -> Outcome:
+        """A new run of this name."""
+        place = [f"trainer.ckpt_path={self.root}", f"trainer.run_name={name}"]
+        return self.warm.run("harness.run", "recipes/quickstart.yaml", *self.overrides, *place, *overrides,
+                             directory=self.root / name, fault=fault)  # fmt: skip
+
+    def resume(self, run: RunDir, fault: Fault | None = None) -> Outcome:
+        """Go on with a run."""
+        return self.warm.run("harness.run", "--resume", str(run.path), directory=run.path, fault=fault)
+
+    def get(self, name: str) -> RunDir:
+        """The directory of a run."""
+        return RunDir(self.root / name)
+
+
+@pytest.fixture(scope="session")
+def results() -> Iterator[list[tuple[str, str, int]]]:
+    """What every trial of a fault found; written as a page at the end, when asked for and all were tried."""
+    found: list[tuple[str, str, int]] = []
+    yield found
+    if os.environ.get("NOREGRET_WRITE_DOCS") == "1":
+        rows = table.gather(found)
+        missing = cases.expected().items() - {(row.fault, row.tried) for row in rows}
+        assert not missing, f"docs/reliability.md is not written: not all was tried: {sorted(missing)}"
+        order = list(cases.expected())
+        table.PAGE.write_text(table.page(sorted(rows, key=lambda row: order.index(row.fault))))
+
+
+@pytest.fixture
+def record(results: list[tuple[str, str, int]]) -> Record:
+    """Record a fault's name, what happened, and how many steps it lost."""
+    return lambda fault, happened, lost: results.append((fault, happened, lost))
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """The process that commands are forked from."""
+    process = Warm(tmp_path_factory.mktemp("said"))
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="session")
+def small(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides that make quickstart a run of seconds, with a checkpoint at every step."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, count in (("train", 12), ("validation", 8)):
+        pd.read_parquet(tiny_model_dir / "data" / f"{name}.parquet").head(count).to_parquet(folder / f"{name}.parquet")
+    return [
+        f"data.train_data=[{folder}/train.parquet]",
+        f"data.val_data=[{folder}/validation.parquet]",
+        "trainer.train_batch_size=2",
+        "trainer.policy_mini_batch_size=1",
+        "trainer.max_steps=6",
+        "trainer.ckpt_interval=1",
+        "trainer.max_ckpts_to_keep=2",
+        "trainer.eval_interval=2",
+        # With this rate the evaluations at steps 2 and 4 are the best so far, and the one at step 6 is not.
+        "trainer.policy.optimizer_config.lr=3e-3",
+        "generator.n_samples_per_prompt=4",
+        "generator.backend=transformers",
+    ]
+
+
+@pytest.fixture(scope="session")
+def runs(warm: Warm, small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Starts and resumes small runs."""
+    return Runs(warm, tmp_path_factory.mktemp("runs"), small)
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A run that no fault befell, and how long it computed."""
+
+    run: RunDir
+    seconds: float
+
+
+@pytest.fixture(scope="session")
+def whole(runs: Runs) -> Whole:
+    """The undisturbed run."""
+    outcome = runs.start("whole")
+    assert outcome.status == 0, outcome.said
+    run = runs.get("whole")
+    scores = [row["eval/accuracy"] for row in MetricsFile(run.metrics).rows() if "eval/accuracy" in row]
+    assert scores[1] < scores[2] >= scores[3], "the best adapter is to change on the way, and not at the end"
+    return Whole(run, outcome.seconds)

@@ -1,0 +1,50 @@
+"""docs/reliability.md: words that stay, and a table of the faults as the tests found them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from harness.paths import PROJECT
+
+PAGE = PROJECT / "docs" / "reliability.md"
+HEAD = "| fault | times tried | what happened | lost steps |"
+_ROW = re.compile(r"\| (.+) \| (\d+) \| (.+) \| (\d+) \|")
+
+WORDS = PROJECT / "tests" / "faults" / "words.md"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table: a fault, how often it was tried, what happened each time, and steps lost in all."""
+
+    fault: str
+    tried: int
+    happened: str
+    lost: int
+
+
+def gather(results: Iterable[tuple[str, str, int]]) -> list[Row]:
+    """Rows from single trials (fault, what happened, lost steps), in the order in which faults first came."""
+    rows: dict[str, Row] = {}
+    for fault, happened, lost in results:
+        old = rows.get(fault, Row(fault, 0, happened, 0))
+        assert old.happened == happened, f"{fault}: {old.happened}, and {happened}"
+        rows[fault] = Row(fault, old.tried + 1, happened, old.lost + lost)
+    return list(rows.values())
+
+
+def page(rows: Iterable[Row]) -> str:
+    """The page with its table."""
+    rows = list(rows)
+    lines = [f"| {row.fault} | {row.tried} | {row.happened} | {row.lost} |" for row in rows]
+    total = (
+        f"\n{sum(row.tried for row in rows)} in all. Made by `NOREGRET_WRITE_DOCS=1 python -m pytest tests/faults`.\n"
+    )
+    return f"{WORDS.read_text()}\n" + "\n".join([HEAD, "| --- | ---: | --- | ---: |", *lines]) + "\n" + total
+
+
+def read(text: str) -> list[Row]:
+    """The rows of a page."""
+    return [Row(m[1], int(m[2]), m[3], int(m[4])) for line in text.splitlines() if (m := _ROW.fullmatch(line))]

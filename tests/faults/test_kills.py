@@ -1,0 +1,36 @@
+"""Runs killed by SIGKILL at many moments and resumed end as if never killed, to the bit."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from harness.rundir import RunDir
+from tests.faults.cases import CHAINS, SAME, Kill
+from tests.faults.compare import differences, lost_steps
+from tests.faults.conftest import Record, Runs, Whole
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("chain", range(len(CHAINS)))
+def test_a_killed_run_ends_as_if_never_killed(chain: int, runs: Runs, whole: Whole, record: Record) -> None:
+    run = runs.get(f"killed{chain}")
+    for kill in CHAINS[chain]:
+        _strike(kill, run, runs, whole.seconds)
+    last = runs.resume(run)
+    assert last.status == 0, last.said
+    assert differences(whole.run, run) == []
+    assert not run.aside.exists()
+    for kill in CHAINS[chain]:
+        record(f"SIGKILL: {kill.phase}", SAME, lost_steps(whole.run, run))
+
+
+def _strike(kill: Kill, run: RunDir, runs: Runs, seconds: float) -> None:
+    """Start the run, or go on with it, up to a kill."""
+    fault = dataclasses.replace(kill.fault, seconds=kill.fault.seconds * seconds)
+    begun = run.manifest.exists()
+    outcome = runs.resume(run, fault) if begun else runs.start(run.path.name, fault=fault)
+    assert outcome.killed, f"{kill} did not strike: {outcome.said}"
+    assert outcome.moment
+    assert "Traceback" not in outcome.said
