@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from harness import manifest
 from harness import recipe as recipes
@@ -119,15 +119,39 @@ def reconcile(study: Study, sweep_dir: RunDir) -> None:
     _check_none_lost(len(study.trials()), sweep_dir)
     for record in study.trials():
         run_dir = sweep_dir.trial(record.number)
-        if not run_dir.manifest.exists():
-            continue
-        status = run_dir.status
-        if record.state is TrialState.RUNNING and status is Status.COMPLETE:
-            study.complete(record.number, *final_value(run_dir, study.plan.sweep.metric))
-        elif record.state is TrialState.RUNNING and status is Status.FAILED:
-            study.fail(record.number, run_dir.read_manifest()["reason"])
-        elif record.state in _FINAL and status in (Status.CREATED, Status.RUNNING):
-            run_dir.move_to(_FINAL[record.state], reason=record.user_attrs.get("reason"))
+        if run_dir.manifest.exists():
+            _reconcile_one(study, record, run_dir)
+
+
+def _reconcile_one(study: Study, record: FrozenTrial, run_dir: RunDir) -> None:
+    status, running = run_dir.status, record.state is TrialState.RUNNING
+    if running and status is Status.COMPLETE:
+        reason = study.complete(record.number, *final_value(run_dir, study.plan.sweep.metric))
+        if reason is not None:
+            run_dir.update(reason=reason)
+    elif running and status is Status.FAILED:
+        study.fail(record.number, run_dir.read_manifest()["reason"])
+    elif running and status is Status.RUNNING:
+        _report_logged(study, record, run_dir)
+    elif record.state in _FINAL and status in (Status.CREATED, Status.RUNNING):
+        run_dir.move_to(_FINAL[record.state], reason=record.user_attrs.get("reason"))
+    elif record.state is TrialState.FAIL and status is Status.COMPLETE:
+        run_dir.update(reason=record.user_attrs.get("reason"))
+
+
+def _report_logged(study: Study, record: FrozenTrial, run_dir: RunDir) -> None:
+    """Tell the study of evaluations that a killed trial had logged: those before its checkpoint do not come again.
+
+    A damaged log is for the trial to set right.
+    """
+    metric, log = study.plan.sweep.metric, MetricsFile(run_dir.metrics)
+    for row in log.rows() if log.damage() is None else ():
+        step = int(row["step"])
+        if metric in row and step > 0 and step not in record.intermediate_values:
+            reason = study.report(record.number, step, row[metric])
+            if reason is not None:
+                run_dir.move_to(Status.PRUNED, reason=reason)
+                return
 
 
 def check_same(trial: Trial, run_dir: RunDir) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from pathlib import Path
 
 import pytest
 from optuna.trial import TrialState
 
 from harness import recipe as recipes
+from harness.errors import UserError
 from harness.metrics import MetricsFile
 from harness.rundir import Status
 from harness.schema import Recipe
@@ -99,6 +102,69 @@ def test_study_and_directories_agree_again_after_a_kill(tmp_path: Path) -> None:
     assert [run_dir.status.value for run_dir in run_dirs] == ["COMPLETE", "FAILED", "PRUNED", "FAILED", "RUNNING"]
     assert run_dirs[2].read_manifest()["reason"] == "pruned at step 1"
     assert [trial and trial.number for trial in (again.ask(), again.ask(), again.ask())] == [4, 5, None]
+
+
+def test_an_evaluation_logged_before_a_kill_reaches_the_study_and_its_pruner(tmp_path: Path) -> None:
+    plan, sweep_dir = begin(recipe_of(num_trials=3, pruner={"name": "threshold", "lower": 0.25}), tmp_path)
+    study = Study(sweep_dir.journal, plan)
+    asked = [study.ask() for _ in range(3)]
+    run_dirs = [trials.create(plan, trial, sweep_dir) for trial in asked if trial is not None]
+    for run_dir, value in zip(run_dirs, (0.5, 0.125, 0.75), strict=True):
+        run_dir.move_to(Status.RUNNING)
+        for step in range(3):
+            MetricsFile(run_dir.metrics).append({"step": step, "eval/accuracy": value})
+    study.report(0, 1, 0.5)
+    with run_dirs[2].metrics.open("a") as file:
+        file.write("garbage\n")
+    again = Study(sweep_dir.journal, plan)
+    trials.reconcile(again, sweep_dir)
+    first, second, third = again.trials()
+    assert first.intermediate_values == {1: 0.5, 2: 0.5}
+    assert (second.state, second.intermediate_values) == (TrialState.PRUNED, {1: 0.125})
+    assert run_dirs[1].status is Status.PRUNED
+    assert (third.state, third.intermediate_values) == (TrialState.RUNNING, {})
+
+
+def test_a_value_that_is_no_number_is_said_in_the_directory_too(tmp_path: Path) -> None:
+    plan, sweep_dir = begin(recipe_of(num_trials=2), tmp_path)
+    study = Study(sweep_dir.journal, plan)
+    asked = [study.ask() for _ in range(2)]
+    run_dirs = [trials.create(plan, trial, sweep_dir) for trial in asked if trial is not None]
+    for run_dir in run_dirs:
+        run_dir.move_to(Status.RUNNING)
+        MetricsFile(run_dir.metrics).append({"step": 4, "eval/accuracy": math.nan})
+        run_dir.move_to(Status.COMPLETE)
+    study.complete(0, math.nan, 4)  # killed before the directory was told
+    trials.reconcile(Study(sweep_dir.journal, plan), sweep_dir)
+    assert [run_dir.read_manifest()["reason"] for run_dir in run_dirs] == ["eval/accuracy is nan at step 4"] * 2
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"), [(1, None), (2, "trials/0001: the study has no such trial"), (3, "trials/0001: the study has")]
+)
+def test_a_journal_that_lost_trials_is_refused(tmp_path: Path, lines: int, said: str | None) -> None:
+    plan, sweep_dir = begin(recipe_of(num_trials=4), tmp_path)
+    study = Study(sweep_dir.journal, plan)
+    asked = [study.ask() for _ in range(3)]
+    for trial in asked:
+        assert trial is not None
+        trials.create(plan, trial, sweep_dir).move_to(Status.RUNNING)
+    sweep_dir.trial(1).move_to(Status.FAILED, reason="no luck")
+    content = sweep_dir.journal.read_bytes().splitlines(keepends=True)
+    sweep_dir.journal.write_bytes(b"".join(content[:-lines]))
+    again = Study(sweep_dir.journal, plan)
+    if said is not None:
+        with pytest.raises(UserError, match=f"has lost lines\n.*{said}"):
+            trials.reconcile(again, sweep_dir)
+        return
+    # The last line alone may be cut off: its trial is asked for again, as it was.
+    trials.reconcile(again, sweep_dir)
+    issued = [again.ask() for _ in range(2)]
+    assert issued == [asked[0], asked[2]]
+    other = dataclasses.replace(asked[2], seed=7) if asked[2] else None
+    assert other is not None
+    with pytest.raises(UserError, match="trials/0002: its seed differ"):
+        trials.create(plan, other, sweep_dir)
 
 
 @pytest.mark.parametrize(("threads", "concurrent", "expected"), [(3, 1, 3), (None, 10_000, 1)])
