@@ -19,6 +19,8 @@ from harness.manifest import digest_path
 from harness.paths import locate
 from harness.rundir import RunDir, Status
 
+DATA_FILES = (".parquet", ".jsonl", ".json")
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -43,7 +45,7 @@ class Experiment:
         path = Path(directory)
         manifest, recipe = RunDir(path).read_manifest(), read_recipe(path)
         trials, metric = load_trials(path), metric_of(path)
-        seeds = (recipe.get("sweep") or {}).get("seeds") if manifest.get("kind") == "sweep" else None
+        seeds = _seeds(recipe) if manifest.get("kind") == "sweep" else None
         return cls(
             path=path,
             manifest=manifest,
@@ -126,6 +128,13 @@ class Experiment:
         return stats.basin(points, worst if self.base is None else self.base, self.direction)
 
 
+def _seeds(recipe: dict[str, Any]) -> list[int] | None:
+    """The seeds that a sweep's recipe names; None where it names none, or nonsense."""
+    sweep = recipe.get("sweep")
+    seeds = sweep.get("seeds") if isinstance(sweep, dict) else None
+    return seeds if isinstance(seeds, list) and all(isinstance(seed, int) for seed in seeds) else None
+
+
 def _binomial_problems(
     manifest: dict[str, Any], recipe: dict[str, Any], metric: str, trials: pd.DataFrame
 ) -> int | None:
@@ -143,11 +152,16 @@ def _binomial_problems(
 
 
 def _rows(name: str, manifest: dict[str, Any]) -> int | None:
-    """Rows of a data file that still is the one the manifest names; None when it is gone or has changed."""
-    found = locate(name)
-    if found is None or digest_path(name) != (manifest.get("data") or {}).get(name):
+    """Rows of a data file that still is the one the manifest names; None when it is gone or has changed.
+
+    The name is the run directory's: any other file, a device or a pipe is not opened for it.
+    """
+    found, recorded = locate(name) if isinstance(name, str) else None, (manifest.get("data") or {}).get(name)
+    if found is None or not recorded or not found.is_file() or found.suffix not in DATA_FILES:
+        return None
+    if digest_path(name) != recorded:
         return None
     if found.suffix == ".parquet":
         return int(pq.read_metadata(found).num_rows)
-    with found.open() as file:
+    with found.open("rb") as file:
         return sum(1 for line in file if line.strip())

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from harness import metrics
+from harness.errors import visible
 
 RANK = "trainer.policy.model.lora.rank"
 ALPHA = "trainer.policy.model.lora.alpha"
@@ -40,8 +41,8 @@ def value(name: str, given: Any) -> str:
     if isinstance(given, str) and given.startswith("["):
         given = json.loads(given)
     if isinstance(given, list):
-        return ", ".join(str(item) for item in given)
-    return f"{given:g}" if isinstance(given, int | float) else str(given)
+        return ", ".join(visible(str(item)) for item in given)
+    return f"{given:g}" if isinstance(given, int | float) else visible(str(given))
 
 
 def setting(name: str, given: Any) -> str:

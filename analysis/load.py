@@ -10,8 +10,9 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.records import Record, read_recipe, read_record, read_records
+from analysis.records import Record, check_own, read_recipe, read_record, read_records
 from harness import metrics
+from harness.errors import UserError
 from harness.rundir import RunDir, Status, write_bytes
 
 DEFAULT_METRIC = "eval/accuracy"
@@ -63,10 +64,12 @@ def load_samples(directory: str | Path, *, run_dir: str | None = None) -> pd.Dat
     for record in read_records(directory):
         if run_dir is not None and record.run_dir != run_dir:
             continue
-        for file in sorted(RunDir(Path(directory) / record.run_dir).samples.glob("*.parquet")):
+        run = RunDir(Path(directory) / record.run_dir)
+        for file in sorted(run.samples.glob("*.parquet")):
             try:
+                check_own(run, file)
                 frames.append(pd.read_parquet(file).assign(**record.identity(), run_dir=record.run_dir))
-            except (OSError, ValueError) as error:
+            except (UserError, OSError, ValueError) as error:
                 warnings.warn(f"{file} cannot be read and is left out: {error}", stacklevel=2)
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["step", "phase", "index"])
 

@@ -93,7 +93,7 @@ def provenance(experiment: Experiment) -> list[tuple[str, str]]:
     recipe, data = manifest.get("recipe") or {}, manifest.get("data") or {}
     machine = [hardware.get("cpu"), f"{hardware.get('cores')} cores", f"{hardware.get('memory_gb')} GiB"]
     rows = [
-        ("command", shlex.join(manifest.get("command") or [])),
+        ("command", shlex.join(map(str, manifest.get("command") or []))),
         ("status", f"{manifest.get('status')} since {history[-1].get('time')}; made {history[0].get('time')}"),
         ("seed" if not experiment.is_sweep else "seeds", ", ".join(str(seed) for seed in experiment.seeds)),
         ("recipe", f"{recipe.get('source')} (sha256:{recipe.get('digest')})"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -16,6 +17,8 @@ from harness.rundir import RunDir, Status
 
 # A directory whose status cannot be known: not a state a run is ever in.
 UNREADABLE = "UNREADABLE"
+# A swept key names a column and a figure's file.
+_KEY = re.compile(r"(?=.{3,200}$)[A-Za-z_]\w*(\.\w+)+", re.ASCII)
 # The parts of a manifest that the tables are made from, each of this type or absent.
 _STRUCTURE: dict[str, type] = {
     "trial": dict,
@@ -24,6 +27,14 @@ _STRUCTURE: dict[str, type] = {
     "trial.seed": int,
     "trial.params": dict,
     "status_history": list,
+    "command": list,
+    "recipe": dict,
+    "recipe.overrides": list,
+    "model": dict,
+    "data": dict,
+    "git": dict,
+    "hardware": dict,
+    "packages": dict,
     "result": dict,
     "result.metrics": dict,
     "result.base": dict,
@@ -68,18 +79,38 @@ class Record:
         return result.get("seconds", _elapsed(self.manifest))
 
 
+def check_own(run: RunDir, *paths: Path) -> None:
+    """Raise UserError for a path of a run directory that leads out of it, by a link: a report shows what it reads."""
+    for path in paths:
+        if not path.resolve().is_relative_to(run.path):
+            raise UserError("a link leads out of the run directory", got=path, fix="put a copy in its place")
+
+
 def read_records(directory: str | Path) -> list[Record]:
     """A record per trial of a sweep, or a run's own; raises UserError when `directory` is neither."""
     run = RunDir(directory)
-    if run.read_manifest().get("kind") != "sweep":
+    check_own(run, run.manifest, run.recipe, run.trials)
+    manifest = run.read_manifest()
+    if manifest.get("kind") != "sweep":
         return [read_record(run, ".")]
+    if problem := _problem(manifest):
+        raise UserError("the sweep's manifest is damaged", got=f"{run.manifest}: {problem}")
     folders = sorted(p for p in run.trials.iterdir() if p.is_dir()) if run.trials.is_dir() else []
-    return [read_record(RunDir(folder), str(folder.relative_to(run.path))) for folder in folders]
+    return [_trial_record(run, folder, str(folder.relative_to(run.path))) for folder in folders]
+
+
+def _trial_record(sweep: RunDir, folder: Path, name: str) -> Record:
+    try:
+        check_own(sweep, folder)
+    except UserError as error:
+        return Record(name, UNREADABLE, _brief(error))
+    return read_record(RunDir(folder), name)
 
 
 def read_record(run: RunDir, name: str) -> Record:
     """One run directory's record; what is damaged becomes its reason."""
     try:
+        check_own(run, run.manifest, run.metrics)
         manifest = run.read_manifest()
     except (UserError, OSError, ValueError) as error:
         return Record(name, UNREADABLE, _brief(error))
@@ -96,9 +127,11 @@ def read_record(run: RunDir, name: str) -> Record:
 
 def read_recipe(directory: str | Path) -> dict[str, Any]:
     """The resolved recipe as plain values, whatever version of the schema wrote it; empty when it cannot be read."""
+    run = RunDir(directory)
     try:
-        values = yaml.safe_load(RunDir(directory).recipe.read_text())
-    except (OSError, ValueError, yaml.YAMLError):
+        check_own(run, run.recipe)
+        values = yaml.safe_load(run.recipe.read_text())
+    except (UserError, OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return values if isinstance(values, dict) else {}
 
@@ -115,10 +148,8 @@ def _elapsed(manifest: dict[str, Any]) -> float | None:
         return None
 
 
-def _problem(manifest: Any) -> str | None:
+def _problem(manifest: dict[str, Any]) -> str | None:
     """What is wrong with a manifest's structure, or None when the tables can be made from it."""
-    if not isinstance(manifest, dict):
-        return f"expected an object, got {type(manifest).__name__}"
     known = [status.value for status in Status]
     if manifest.get("status") not in known:
         return f"status is {manifest.get('status')!r}, not one of {', '.join(known)}"
@@ -132,6 +163,9 @@ def _wrong_types(manifest: dict[str, Any]) -> Iterator[str]:
             value = value.get(part) if isinstance(value, dict) else None
         if value is not None and not isinstance(value, int | float if allowed is float else allowed):
             yield f"{path} is {type(value).__name__}, expected {allowed.__name__}"
+    for name in (manifest.get("trial") or {}).get("params") or {}:
+        if not _KEY.fullmatch(name):
+            yield f"trial.params names {name[:100]!r}, which is no recipe key"
     for entry in manifest.get("status_history") or []:
         if not (
             isinstance(entry, dict) and isinstance(entry.get("status"), str) and isinstance(entry.get("time"), str)

@@ -15,6 +15,7 @@ from analysis import labels, page, reading, rerun, stats, tables
 from analysis.experiment import Experiment
 from analysis.figures import Figure, Plot, all_figures
 from analysis.figures.theme import Look, render
+from analysis.records import check_own
 from harness.rundir import RunDir, write_bytes, write_text
 
 
@@ -32,7 +33,10 @@ def write_report(directory: str | Path, output: str | Path | None = None) -> Rep
     The page loads nothing from anywhere. Raises UserError when `directory` is neither a run nor a sweep.
     """
     experiment = Experiment.open(directory)
-    folder = Path(output) if output is not None else RunDir(directory).report
+    run = RunDir(directory)
+    folder = Path(output) if output is not None else run.report
+    if output is None:
+        check_own(run, folder, folder / "figures")
     answer = reading.answer(experiment)
     figures = [(figure, plot) for figure in all_figures() for plot in figure.data(experiment)]
     for figure, plot in figures:
@@ -90,6 +94,7 @@ def _environment() -> Environment:
     )
     environment.filters["cell"] = _markdown_cell
     environment.filters["fenced"] = _fenced
+    environment.filters["code"] = _code
     return environment
 
 
@@ -99,8 +104,13 @@ def _markdown_cell(text: object) -> str:
     return " ".join(escaped.split())
 
 
-def _fenced(text: str) -> str:
+def _fenced(text: str, language: str = "text") -> str:
     """Text in a code fence longer than any run of backticks within it."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{text}\n{fence}"
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _code(text: str) -> str:
+    """Text on one line between backticks, which it cannot end."""
+    return f"`{' '.join(text.split()).replace('`', chr(39))}`"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from analysis.experiment import Experiment
@@ -24,7 +26,9 @@ def command(experiment: Experiment, run_dir: str) -> str:
     path = experiment.path / run_dir
     written = read_record(RunDir(path), run_dir).manifest.get("recipe") or {}
     source, overrides = str(written.get("source")), [str(override) for override in written.get("overrides") or []]
-    if not _gives(source, overrides, read_recipe(path)):
+    # A recipe file inside the directory is none that a person keeps: it came with what is reported.
+    own = Path(os.path.abspath(source)).is_relative_to(experiment.path.resolve())
+    if own or not _gives(source, overrides, read_recipe(path)):
         saved = (path / "recipe.yaml").resolve()
         source = shown(saved)
         # Not into the directory of the run that is to be repeated.

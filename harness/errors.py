@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from unicodedata import category
 
 
 class UserError(Exception):
@@ -28,7 +29,12 @@ class UserError(Exception):
             lines.append(f"  allowed: {self.allowed}")
         if self.fix is not None:
             lines.append(f"  fix:     {self.fix}")
-        return "\n".join(lines)
+        return visible("\n".join(lines))
+
+
+def visible(text: str) -> str:
+    """Text with what cannot be printed written as escapes, line breaks aside: it moves no cursor and hides nothing."""
+    return "".join(c if c.isprintable() or c == "\n" or category(c) == "Zs" else ascii(c)[1:-1] for c in text)
 
 
 def _rebuild(what: str, got: object, allowed: object, fix: str | None) -> UserError:

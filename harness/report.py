@@ -7,7 +7,7 @@ from pathlib import Path
 from analysis.load import write_results
 from analysis.report import write_report
 from harness.cli import Parser, run_command
-from harness.errors import UserError, nearest
+from harness.errors import UserError, nearest, visible
 from harness.rundir import RunDir
 
 
@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     if manifest.get("kind") == "sweep":
         write_results(arguments.directory)
     report = write_report(arguments.directory, arguments.output)
-    print(report.answer)
+    print(visible(report.answer))
     print(f"report: {report.path}")
     return 0
 

@@ -114,8 +114,10 @@ def _reading(experiment: Experiment, lines: pd.DataFrame) -> str:
         return "No configuration has all its seeds complete." if experiment.is_sweep else "The run has not completed."
     metric = experiment.metric
     line = lines[lines["run_dir"] == best["run_dir"]].sort_values("step")
-    final = float(line["score"].iloc[-1])
     who = f"Trial {best['number']}" if experiment.is_sweep else "The run"
+    if line.empty:
+        return f"{who} is the best, but its steps cannot be read."
+    final = float(line["score"].iloc[-1])
     if experiment.base is None or not experiment.better(final, experiment.base):
         return f"{who} ends at {labels.score(metric, final)} and does not rise above the base."
     half = experiment.base + (final - experiment.base) / 2

@@ -118,6 +118,7 @@ def _settings(look: Look) -> Iterator[None]:
         "grid.color": colours["rule"],
         "grid.linewidth": 0.6,
         "text.color": colours["ink"],
+        "text.parse_math": False,  # a setting may hold any text, and half a formula is an error
         "xtick.color": colours["soft"],
         "ytick.color": colours["soft"],
         "legend.frameon": False,
