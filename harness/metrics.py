@@ -148,6 +148,10 @@ def without_timings(row: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in row.items() if not lookup(name).timing}
 
 
+# More than any run has, and still a whole number wherever it is read.
+MOST_STEPS = 2**53
+
+
 class MetricsFile:
     """`metrics.jsonl`: one object per step, flushed to disk as it is written. Non-finite values are written as null."""
 
@@ -223,7 +227,9 @@ def _row(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int | float) else None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int) or abs(row["step"]) > MOST_STEPS:
+        return None
+    return row if all(value is None or isinstance(value, int | float) for value in row.values()) else None
 
 
 def duration(seconds: float) -> str:

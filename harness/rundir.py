@@ -254,11 +254,15 @@ class RunDir:
         """The manifest; raises UserError when there is none or it is damaged."""
         try:
             record: dict[str, Any] = json.loads(self.manifest.read_text())
-            return record
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise UserError("not a run directory: it has no manifest.json", got=self.path) from None
-        except ValueError as error:
+        except OSError as error:
+            raise UserError("the manifest cannot be read", got=f"{self.manifest}: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
             raise self._damaged(str(error)) from None
+        if not isinstance(record, dict):
+            raise self._damaged("it is no object")
+        return record
 
     def sound_manifest(self) -> dict[str, Any]:
         """The manifest of what is to be gone on with; raises UserError when a part that this needs is damaged."""
