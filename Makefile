@@ -2,6 +2,8 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# Test files at a time; 0: one after the other, in this process.
+WORKERS ?= 2
 BENCHMARKS := $(wildcard tests/benchmarks/bench_*.py)
 
 .DEFAULT_GOAL := help
@@ -16,8 +18,8 @@ install: $(INSTALLED)  ## create .venv from requirements/cpu.txt (about 2 minute
 quickstart: $(INSTALLED)  ## a real sweep over rank, alpha, learning rate and target modules, and its report (some minutes)
 	$(BIN)/python -m harness.sweep recipes/quickstart.yaml
 
-test: $(INSTALLED)  ## all tests; PYTEST_ARGS="-m 'not heavy'" leaves out those that start vLLM or Ray
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(INSTALLED)  ## all tests, two files at a time; PYTEST_ARGS="-m 'not heavy'" leaves out those that start vLLM or Ray
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(INSTALLED)  ## style, formatting, types and import contracts
 	$(BIN)/ruff check .
