@@ -139,11 +139,12 @@ def _write_merged(export: Export, folder: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
+    from rltrain.model import NO_CODE
     from rltrain.sync.merge import merged_weights
 
     tokenizer = _load_tokenizer(export)
     try:
-        base = AutoModelForCausalLM.from_pretrained(export.base, dtype="auto")
+        base = AutoModelForCausalLM.from_pretrained(export.base, dtype="auto", **NO_CODE)
     except (OSError, ValueError) as error:
         raise _cannot_load(export, error) from None
     model = PeftModel.from_pretrained(base, str(export.source), torch_device="cpu")
@@ -158,8 +159,10 @@ def _write_merged(export: Export, folder: Path) -> None:
 def _load_tokenizer(export: Export) -> Any:
     from transformers import AutoTokenizer
 
+    from rltrain.model import NO_CODE
+
     try:
-        return AutoTokenizer.from_pretrained(export.base)
+        return AutoTokenizer.from_pretrained(export.base, **NO_CODE)
     except (OSError, ValueError) as error:
         raise _cannot_load(export, error) from None
 

@@ -22,6 +22,8 @@ from rltrain.parallel import device_of, dtype_of
 if TYPE_CHECKING:
     from rltrain.batch import Batch
 
+# A model's folder or repository may hold Python code of its own: it is never run, nor is anybody asked.
+NO_CODE = {"trust_remote_code": False}
 # Named sets for architectures of the Llama family (Qwen2, Qwen3, Llama, Mistral).
 MODULE_SETS = {
     "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
@@ -41,7 +43,7 @@ def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     full = recipe.trainer.policy.model.lora.rank == 0
     model = load_model(path, recipe, key="trainer.policy.model.path", full=full)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_folder(path))
+        tokenizer = AutoTokenizer.from_pretrained(model_folder(path), **NO_CODE)
     except (OSError, ValueError) as error:
         raise _cannot_load("trainer.policy.model.path", path, error) from None
     if tokenizer.chat_template is None:
@@ -58,7 +60,9 @@ def load_model(path: str, recipe: Recipe, *, key: str, full: bool) -> PreTrained
     """
     dtype = torch.float32 if full else dtype_of(recipe)
     try:
-        model = AutoModelForCausalLM.from_pretrained(model_folder(path), dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_pretrained(
+            model_folder(path), dtype=dtype, attn_implementation="sdpa", **NO_CODE
+        )
     except (OSError, ValueError) as error:
         raise _cannot_load(key, path, error) from None
     model.computes_in = dtype_of(recipe)
