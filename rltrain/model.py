@@ -44,12 +44,21 @@ def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     model = load_model(path, recipe, key="trainer.policy.model.path", full=full)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_folder(path), **NO_CODE)
-    except (OSError, ValueError) as error:
-        raise _cannot_load("trainer.policy.model.path", path, error) from None
-    if tokenizer.chat_template is None:
-        raise UserError("the tokenizer has no chat template", got=path, fix="use an instruction-tuned model")
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise _cannot_load("trainer.policy.model.path", path, error) from error
+    _check_tokenizer(tokenizer, model, path)
     check_context(recipe, getattr(model.config, "max_position_embeddings", sys.maxsize))
     return model, tokenizer
+
+
+def _check_tokenizer(tokenizer: Any, model: PreTrainedModel, path: str) -> None:
+    """A tokenizer with a chat template, whose tokens are the model's."""
+    if tokenizer.chat_template is None:
+        raise UserError("the tokenizer has no chat template", got=path, fix="use an instruction-tuned model")
+    last, rows = max(tokenizer.get_vocab().values(), default=-1), model.get_input_embeddings().weight.shape[0]
+    if not tokenizer("one and two")["input_ids"] or last >= rows:
+        raise UserError("the tokenizer is not the model's", got=f"{path}: {last + 1} tokens, {rows} embeddings",
+                        fix="put the model's own tokenizer files into its folder")  # fmt: skip
 
 
 def load_model(path: str, recipe: Recipe, *, key: str, full: bool) -> PreTrainedModel:
@@ -60,11 +69,15 @@ def load_model(path: str, recipe: Recipe, *, key: str, full: bool) -> PreTrained
     """
     dtype = torch.float32 if full else dtype_of(recipe)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            model_folder(path), dtype=dtype, attn_implementation="sdpa", **NO_CODE
+        model, found = AutoModelForCausalLM.from_pretrained(
+            model_folder(path), dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **NO_CODE
         )
-    except (OSError, ValueError) as error:
-        raise _cannot_load(key, path, error) from None
+    except Exception as error:  # what a damaged or foreign file leads to is of every kind
+        raise _cannot_load(key, path, error) from error
+    if found["missing_keys"]:
+        raise UserError(f"{key} lacks weights of its architecture: they would be random",
+                        got=f"{path}: {len(found['missing_keys'])} missing, {sorted(found['missing_keys'])[0]} first",
+                        fix="check config.json against the weights")  # fmt: skip
     model.computes_in = dtype_of(recipe)
     model.requires_grad_(False)
     model.to(device_of(recipe)).eval()
@@ -79,8 +92,10 @@ def precision(model: Any) -> torch.autocast:
 
 
 def _cannot_load(key: str, path: str, error: Exception) -> UserError:
-    first = str(error).strip().splitlines()[0]
-    return UserError(f"cannot load {key}", got=f"{path}: {first}", allowed="a local folder or a hub name")
+    first = next(iter(str(error).strip().splitlines()), "")
+    return UserError(
+        f"cannot load {key}", got=f"{path}: {type(error).__name__}: {first}", allowed="a local folder or a hub name"
+    )
 
 
 def lora_config(recipe: Recipe, lora: LoRA) -> LoraConfig:
