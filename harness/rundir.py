@@ -278,6 +278,12 @@ class RunDir:
             raise self._damaged("; ".join(wrong))
         return record
 
+    def _status_in(self, record: dict[str, Any]) -> Status:
+        try:
+            return Status(record.get("status"))
+        except ValueError as error:
+            raise self._damaged(str(error)) from None
+
     def _damaged(self, how: str) -> UserError:
         return UserError(
             "the manifest is damaged",
@@ -321,13 +327,13 @@ class RunDir:
 
     @property
     def status(self) -> Status:
-        """The status the manifest records."""
-        return Status(self.read_manifest()["status"])
+        """The status the manifest records; raises UserError when it records none."""
+        return self._status_in(self.read_manifest())
 
     def move_to(self, status: Status, *, reason: str | None = None, **values: Any) -> None:
         """Change the status, with why; raises ValueError for a change the state machine does not know."""
         manifest = self.read_manifest()
-        old = Status(manifest["status"])
+        old = self._status_in(manifest)
         if status not in _NEXT[old]:
             raise ValueError(f"a run does not go from {old.value} to {status.value}")
         entry = {"status": status.value, "time": now()} | ({"reason": reason} if reason else {})

@@ -8,6 +8,7 @@ from tests.faults.hooks import Fault
 
 SAME = "goes on; the same to the bit as never killed"
 OLDER = "named and set aside; goes on from the checkpoint before it; the same to the bit"
+CLEARED = "cleared away; goes on from the checkpoint before it; the same to the bit"
 ANEW = "named and set aside; starts again from step 0; the same to the bit"
 REFUSED = "named, refused with exit status 2; no file changed"
 
@@ -62,6 +63,27 @@ CHAINS: tuple[tuple[Kill, ...], ...] = (
 """Times are shares of what the whole run takes."""
 
 
+# A run whose engine does not share the trainer's weights: adapters reach vLLM through files.
+VLLM_KILLS = (
+    _file("sync to vLLM", r"rename sync/\w+/v000002", 1),
+    _file("sync to vLLM", r"remove sync/\w+/v000001/", 2),
+)
+# One sweep, killed and resumed again and again: before Ray is up, while trials run, and when all have ended.
+_JOURNAL, _TRIAL, _SUMMARY = "sweep, journal write", "sweep, a trial's directory", "sweep, results and report"
+SWEEP_KILLS = (
+    Kill(_JOURNAL, Fault("torn", r"/study\.journal$", 3)),
+    _file("sweep, manifest and recipe", r"rename recipe\.yaml", 1),
+    Kill(_JOURNAL, Fault("torn", r"/study\.journal$", 2, cut=40)),
+    _file(_TRIAL, r"rename trials/0000/recipe\.yaml", 1),
+    _call("sweep, while a trial trains", "sweeps.ledger:Ledger.report", 2),
+    _call(_JOURNAL, "sweeps.study:Study.complete", 1),
+    _call("sweep, between the last trial and its result", "sweeps.session:conclude", 1),
+    _file(_SUMMARY, r"rename results\.parquet", 1),
+    _file(_SUMMARY, r"open report/figures/", 5),
+    _file(_SUMMARY, r"rename report/index\.html", 1),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Corruption:
     """Damage to a stopped run's files: what it is called, which file, how (see test_corruption.py), what comes of it.
@@ -80,7 +102,9 @@ class Corruption:
     @property
     def happened(self) -> str:
         """The outcome, for the table."""
-        return {0: ANEW, 3: OLDER, 4: SAME}[self.from_step]
+        if not self.aside:
+            return CLEARED
+        return {0: ANEW, 3: OLDER}[self.from_step]
 
 
 _LAST = "checkpoints/step_000004"
@@ -119,10 +143,11 @@ REFUSALS = (
     ("recipe.yaml: one bit flipped", "recipe.yaml", "flip", "recipe.yaml: its SHA-256 is not"),
     ("recipe.yaml truncated", "recipe.yaml", "halve", "recipe.yaml: its SHA-256 is not"),
 )
+NAMED = "trainer.resume_mode names a damaged checkpoint"
 OTHERS = {
     "adapter/final damaged after the last checkpoint": "named and set aside; written again from the checkpoint; "
     "the same to the bit",
-    "trainer.resume_mode names a damaged checkpoint": REFUSED,
+    NAMED: REFUSED,
     "a checkpoint of another rank": REFUSED,
     "read-only run directory": REFUSED,
     "a file-size limit in mid-run": "named, exit status 2; with more room goes on; the same to the bit",
@@ -135,7 +160,8 @@ OTHERS = {
 def expected() -> dict[str, int]:
     """Every fault with how often the tests try it."""
     tried: dict[str, int] = {}
-    for kill in (kill for chain in CHAINS for kill in chain):
+    for kill in [*(kill for chain in CHAINS for kill in chain), *VLLM_KILLS, *SWEEP_KILLS]:
         tried[f"SIGKILL: {kill.phase}"] = tried.get(f"SIGKILL: {kill.phase}", 0) + 1
     names = [each.name for each in CORRUPTIONS] + [name for name, *_ in REFUSALS] + list(OTHERS)
-    return tried | dict.fromkeys(names, 1)
+    # A damaged checkpoint is named twice: one of the run's own, and one of another run's.
+    return tried | dict.fromkeys(names, 1) | {NAMED: 2}

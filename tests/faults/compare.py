@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import pandas as pd
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from harness.metrics import MetricsFile, without_timings
 from harness.rundir import SUMS, RunDir, damage
 
-# Written with times or places in them, and compared by what they say.
-_READ = ("manifest.json", "recipe.yaml", "metrics.jsonl", "state.json", SUMS)
+# With times, places or what one process said in them; compared, where it matters, by what they say.
+_READ = ("log.txt", "manifest.json", "recipe.yaml", "metrics.jsonl", "state.json", SUMS)
 
 
 def rows(run: RunDir) -> list[dict[str, float]]:
@@ -45,6 +46,19 @@ def differences(wanted: RunDir, found: RunDir) -> list[str]:
     return differ if said[0] == said[1] else [*differ, f"manifest.json: {said[1]}"]
 
 
+def sweep_differences(wanted: RunDir, found: RunDir) -> list[str]:
+    """What differs between two sweeps: studies, trials, tables, results, and the names of their files."""
+    differ = [f"{name}: only in one" for name in sorted(_files(wanted).keys() ^ _files(found).keys())]
+    if study(wanted) != study(found):
+        differ.append(f"study.journal: {study(found)}")
+    for number in range(len(study(wanted))):
+        differ += [f"trial {number}: {one}" for one in differences(wanted.trial(number), found.trial(number))]
+    if _table(wanted) != _table(found):
+        differ.append("results.csv: other rows")
+    said = [_said(sweep.read_manifest()) for sweep in (wanted, found)]
+    return differ if said[0] == said[1] else [*differ, f"manifest.json: {said[1]}"]
+
+
 def study(sweep: RunDir) -> list[dict[str, Any]]:
     """What a sweep's study says of each trial, times aside, read with Optuna's own backend."""
     storage = JournalStorage(JournalFileBackend(str(sweep.journal)))
@@ -64,6 +78,11 @@ def digests(directory: Path) -> dict[str, bytes | None]:
 def _files(run: RunDir) -> dict[str, Path]:
     files = [path for path in run.path.rglob("*") if path.is_file() and run.aside not in path.parents]
     return {str(path.relative_to(run.path)): path for path in files}
+
+
+def _table(sweep: RunDir) -> str:
+    table = pd.read_csv(sweep.results.with_suffix(".csv"))
+    return str(table.drop(columns=[name for name in table.columns if "seconds" in name]).to_csv())
 
 
 def _without_mark(state: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import importlib
@@ -15,15 +16,20 @@ import subprocess
 import sys
 import threading
 import traceback
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil  # type: ignore[import-untyped]
 
 from harness.paths import PROJECT
 from tests.faults import hooks
 from tests.faults.hooks import Fault
 
 LONGEST = 240.0
+# In the environment of all that the warm process starts.
+MARK = "NOREGRET_FAULTS_MARK"
 # What a run imports before its first step; Ray reads its settings when it is imported, so each fork does that itself.
 MODULES = (
     "rltrain.trainer", "rltrain.pack", "rltrain.preflight", "rltrain.engines.transformers", "sweeps.locks", "peft",
@@ -53,7 +59,8 @@ class Warm:
     def __init__(self, scratch: Path) -> None:
         self._scratch = scratch
         self._count = 0
-        threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        self._mark = uuid.uuid4().hex
+        threads = {MARK: self._mark, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__], cwd=PROJECT, env={**os.environ, **threads}, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -87,6 +94,15 @@ class Warm:
     def seen(self, place: Path) -> Path:
         """A folder as the commands see it."""
         return Path(f"/proc/{self._process.pid}/root{place}")
+
+    def left_over(self) -> list[str]:
+        """Processes that commands started and that still live, by their command lines."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.pid != self._process.pid and process.environ().get(MARK) == self._mark:
+                    found.append(" ".join(process.cmdline()))
+        return found
 
     def close(self) -> None:
         """End the warm process."""

@@ -12,7 +12,7 @@ import pytest
 
 from harness.errors import UserError
 from harness.rundir import RunDir, damage, verify_folder
-from tests.faults.cases import CORRUPTIONS, OTHERS, REFUSALS, REFUSED, Corruption
+from tests.faults.cases import CORRUPTIONS, NAMED, OTHERS, REFUSALS, REFUSED, Corruption
 from tests.faults.compare import differences, digests, lost_steps
 from tests.faults.conftest import Record, Runs, Whole
 from tests.faults.hooks import Fault
@@ -168,7 +168,7 @@ def test_a_damaged_checkpoint_that_is_named_is_refused(
     assert outcome.status == 2, outcome.said
     assert f"{copy.checkpoints}/step_000003: optimizer.safetensors is damaged" in outcome.said
     assert digests(copy.checkpoints) == before
-    record("trainer.resume_mode names a damaged checkpoint", REFUSED, 0)
+    record(NAMED, REFUSED, 0)
 
 
 def test_a_named_checkpoint_is_gone_back_to(copy: RunDir, runs: Runs, whole: Whole, tmp_path: Path) -> None:

@@ -7,11 +7,12 @@ import dataclasses
 import pytest
 
 from harness.rundir import RunDir
-from tests.faults.cases import CHAINS, SAME, Kill
+from tests.faults.cases import CHAINS, SAME, VLLM_KILLS, Kill
 from tests.faults.compare import differences, lost_steps
 from tests.faults.conftest import Record, Runs, Whole
 
 
+@pytest.mark.heavy
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("chain", range(len(CHAINS)))
 def test_a_killed_run_ends_as_if_never_killed(chain: int, runs: Runs, whole: Whole, record: Record) -> None:
@@ -24,6 +25,20 @@ def test_a_killed_run_ends_as_if_never_killed(chain: int, runs: Runs, whole: Who
     assert not run.aside.exists()
     for kill in CHAINS[chain]:
         record(f"SIGKILL: {kill.phase}", SAME, lost_steps(whole.run, run))
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(600)
+def test_a_run_killed_amid_a_sync_to_vllm_ends_as_if_never_killed(runs: Runs, record: Record) -> None:
+    vllm = dataclasses.replace(runs, overrides=[*runs.overrides, "generator.backend=vllm", "trainer.max_steps=2"])
+    killed, whole = vllm.get("vllm_killed"), vllm.get("vllm_whole")
+    for kill in VLLM_KILLS:
+        _strike(kill, killed, vllm, 0.0)
+    for outcome in (vllm.resume(killed), vllm.start("vllm_whole")):
+        assert outcome.status == 0, outcome.said
+    assert differences(whole, killed) == []
+    for kill in VLLM_KILLS:
+        record(f"SIGKILL: {kill.phase}", SAME, lost_steps(whole, killed))
 
 
 def _strike(kill: Kill, run: RunDir, runs: Runs, seconds: float) -> None:

@@ -193,6 +193,9 @@ def test_a_manifest_to_go_on_with_is_sound(run_dir: RunDir, change: dict[str, ob
     write_json(run_dir.manifest, {**record, **change})
     with pytest.raises(UserError, match="manifest is damaged\n.*" + said):
         run_dir.sound_manifest()
+    if "status" in change:
+        with pytest.raises(UserError, match="manifest is damaged\n.*'DONE' is not a valid Status"):
+            run_dir.move_to(rundir.Status.RUNNING)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe\x00"])

@@ -1,0 +1,102 @@
+"""A sweep killed by SIGKILL again and again ends as if never killed; a damaged journal is refused."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from harness.rundir import RunDir
+from tests.faults.cases import REFUSED, SAME, SWEEP_KILLS
+from tests.faults.compare import digests, lost_steps, sweep_differences
+from tests.faults.conftest import Record
+from tests.faults.forks import Outcome, Warm
+from tests.faults.hooks import Fault
+
+
+@dataclass(frozen=True, slots=True)
+class Sweeps:
+    """Starts and resumes sweeps of one small recipe in the warm process."""
+
+    warm: Warm
+    root: Path
+    overrides: list[str]
+
+    def run(self, name: str, fault: Fault | None = None) -> Outcome:
+        """A new sweep of this name, or the one there is gone on with."""
+        directory = self.root / name
+        place = [f"trainer.ckpt_path={self.root}", f"trainer.run_name={name}"]
+        new = ["recipes/quickstart.yaml", *self.overrides, *place]
+        begun = (directory / "manifest.json").exists()
+        return self.warm.run("harness.sweep", *(["--resume", str(directory)] if begun else new),
+                             directory=directory, fault=fault)  # fmt: skip
+
+    def get(self, name: str) -> RunDir:
+        """The directory of a sweep."""
+        return RunDir(self.root / name)
+
+
+@pytest.fixture(scope="module")
+def sweeps(warm: Warm, small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Sweeps:
+    """Starts and resumes sweeps of two trials, one after the other."""
+    few = ["trainer.max_steps=4", "sweep.num_trials=2", "sweep.seeds=[0]", "sweep.max_concurrent=1",
+           "sweep.first_trials=[]", "sweep.pruner=null"]  # fmt: skip
+    return Sweeps(warm, tmp_path_factory.mktemp("sweeps"), [*small, *few])
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(900)
+def test_a_killed_sweep_ends_as_if_never_killed(sweeps: Sweeps, record: Record) -> None:
+    for kill in SWEEP_KILLS:
+        outcome = sweeps.run("killed", kill.fault)
+        assert outcome.killed, f"{kill} did not strike: {outcome.said}"
+        assert "Traceback" not in outcome.said
+    for name in ("killed", "whole"):
+        outcome = sweeps.run(name)
+        assert outcome.status == 0, outcome.said
+    killed, whole = sweeps.get("killed"), sweeps.get("whole")
+    assert sweep_differences(whole, killed) == []
+    assert sweeps.warm.left_over() == []
+    lost = sum(lost_steps(whole.trial(number), killed.trial(number)) for number in range(2))
+    for kill in SWEEP_KILLS:
+        record(f"SIGKILL: {kill.phase}", SAME, lost)
+
+
+@pytest.fixture(scope="module")
+def begun(sweeps: Sweeps) -> RunDir:
+    """A sweep killed before its first trial: its journal says what it is about."""
+    assert sweeps.run("begun", Fault("file", r"rename recipe\.yaml", 2)).killed
+    return sweeps.get("begun")
+
+
+def _flip(content: bytes) -> bytes:
+    """One bit of a name: what stands there is JSON as before."""
+    return content.replace(b"eval/accuracy", b"eval/accuracx")
+
+
+def _lose(content: bytes) -> bytes:
+    lines = content.splitlines(keepends=True)
+    return b"".join(lines[:2] + lines[3:])
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "line"),
+    [("study.journal: one bit flipped in the middle", _flip, 4), ("study.journal: a line missing", _lose, 3)],
+)
+def test_a_damaged_journal_is_refused(
+    name: str, change: Callable[[bytes], bytes], line: int, begun: RunDir, sweeps: Sweeps, tmp_path: Path,
+    record: Record,
+) -> None:  # fmt: skip
+    copy = RunDir(tmp_path / "sweep")
+    shutil.copytree(begun.path, copy.path)
+    copy.journal.write_bytes(change(begun.journal.read_bytes()))
+    before = digests(copy.path)
+    outcome = sweeps.warm.run("harness.sweep", "--resume", str(copy.path), directory=copy.path)
+    assert outcome.status == 2, outcome.said
+    assert f"line {line} of study.journal is damaged" in outcome.said
+    assert "Traceback" not in outcome.said
+    assert digests(copy.path) == before
+    record(name, REFUSED, 0)
