@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from analysis.load import write_results
+from analysis.records import check_own
 from analysis.report import write_report
 from harness.cli import Parser, run_command
 from harness.errors import UserError, nearest, visible
@@ -28,8 +29,10 @@ def main(argv: list[str]) -> int:
 
 def _manifest(directory: Path) -> dict[str, object]:
     """The manifest of a run or sweep; raises UserError naming those that lie under runs/ or under `directory`."""
-    if RunDir(directory).manifest.is_file():
-        return RunDir(directory).read_manifest()
+    run = RunDir(directory)
+    if run.manifest.is_file():
+        check_own(run, run.manifest)
+        return run.read_manifest()
     here = directory if directory.is_dir() else Path("runs")
     known = sorted(str(found.parent) for found in here.glob("*/manifest.json"))
     guess = nearest(str(directory), known)

@@ -1,0 +1,269 @@
+"""A report of a directory that somebody else made: it reads nothing outside it, and shows text as text."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+
+from harness import report
+from harness.errors import UserError
+from tests.integration import test_report_browser as browser
+from tests.unit.analysis.synthetic import Sweep, Trial, params, write_run, write_sweep
+
+pytestmark = pytest.mark.timeout(120)
+
+MARK = "OutsideSecret"
+proxy = browser.proxy
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small sweep of two configurations on two seeds."""
+    trials = [Trial(c, s, params(8, lr), 0.5 + c / 5 + s / 100) for c, lr in enumerate((1e-4, 1e-3)) for s in (0, 1)]
+    return write_sweep(tmp_path_factory.mktemp("template"), Sweep(trials))
+
+
+@pytest.fixture
+def sweep(template: Path, tmp_path: Path) -> Path:
+    """A copy to damage, apart from the recipe and the data it was made with."""
+    return Path(shutil.copytree(template, tmp_path / "given" / "sweep"))
+
+
+@pytest.fixture(scope="module")
+def outside(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Somebody's own files, every text in them marked."""
+    folder = tmp_path_factory.mktemp("home")
+    run = write_run(folder, Trial(0, 0, params(8, 1e-3, targets=MARK), 0.99, completion=MARK), name="own")
+    (run / "secret.jsonl").write_text(json.dumps({"step": 0, "token": MARK}) + "\n")
+    (run / "token").write_text(MARK)
+    return run
+
+
+_opened: list[str] | None = None
+
+
+def _note(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and _opened is not None and isinstance(arguments[0], str | os.PathLike):
+        _opened.append(os.path.realpath(os.fspath(arguments[0])))
+
+
+@pytest.fixture
+def opened() -> Iterator[list[str]]:
+    """The files that Python opens while the test runs."""
+    global _opened
+    if _opened is None:
+        sys.addaudithook(_note)
+    _opened = []
+    yield _opened
+    _opened = []
+
+
+def assert_nothing_leaked(given: Path, outside: Path, opened: list[str], said: str) -> None:
+    """Nothing of the outside was opened, shown, or written."""
+    assert not [path for path in opened if Path(path).is_relative_to(outside.resolve())]
+    assert MARK not in said
+    for file in given.rglob("*"):
+        if file.is_file() and not file.is_symlink() and file.resolve().is_relative_to(given.resolve()):
+            assert MARK.encode() not in file.read_bytes(), file
+
+
+def tell(directory: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the report command says, refused or not."""
+    try:
+        report.main([str(directory)])
+    except UserError as error:
+        return capsys.readouterr().out + str(error)
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "manifest.json", "recipe.yaml", "trials", "report", "report/figures", "trials/0000", "trials/0003",
+        "trials/0003/manifest.json", "trials/0003/metrics.jsonl", "trials/0003/recipe.yaml", "trials/0003/samples",
+        "trials/0003/samples/step_000050.parquet",
+    ],
+)  # fmt: skip
+def test_a_link_that_leads_outside_is_not_followed(
+    sweep: Path, outside: Path, name: str, opened: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = {"trials": outside.parent, "trials/0000": outside, "trials/0003": outside}.get(name)
+    target = target or (outside / name.removeprefix("trials/0003/"))
+    if name.startswith("report"):
+        target = outside.parent / "elsewhere"
+        target.mkdir(exist_ok=True)
+    place = sweep / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if place.is_dir():
+        shutil.rmtree(place)
+    place.unlink(missing_ok=True)
+    place.symlink_to(target)
+    assert target.exists()
+    before = sorted(outside.parent.rglob("*"))
+    opened.clear()
+    said = tell(sweep, capsys)
+    assert_nothing_leaked(sweep, outside, opened, said)
+    assert sorted(outside.parent.rglob("*")) == before
+    # What only adds to the page is left out; anything else is refused by name.
+    refused = "leads out of the run directory"
+    left_out = "samples" in name or name == "trials/0003/recipe.yaml"
+    assert left_out or refused in said or refused in (sweep / "report" / "index.html").read_text()
+
+
+def test_links_within_the_directory_are_followed(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (sweep / "elsewhere").mkdir()
+    shutil.move(sweep / "trials" / "0003", sweep / "elsewhere" / "0003")
+    (sweep / "trials" / "0003").symlink_to("../elsewhere/0003")
+    assert "Of 2 configurations" in tell(sweep, capsys)
+
+
+def edit(file: Path, **values: Any) -> None:
+    """Set fields of a JSON or YAML file; a dotted name is a path."""
+    load, dump = (json.loads, json.dumps) if file.suffix == ".json" else (yaml.safe_load, yaml.safe_dump)
+    content = load(file.read_text())
+    for name, value in values.items():
+        *parts, last = name.split("__")
+        node = content
+        for part in parts:
+            node = node[part]
+        node[last] = value
+    file.write_text(dump(content))
+
+
+def test_names_in_the_files_lead_nowhere(
+    sweep: Path, outside: Path, opened: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    secret, away = str(outside / "secret.jsonl"), os.path.relpath(outside, sweep)
+    for folder in (sweep, sweep / "trials" / "0003"):
+        source = {"source": str(outside / "token"), "overrides": [], "digest": "x"}
+        edit(folder / "manifest.json", name=f"../../{outside.name}", run_dir=away, recipe=source, directory=secret,
+             data={secret: None, away: None})  # fmt: skip
+        edit(folder / "recipe.yaml", data__val_data=[secret, f"{away}/secret.jsonl", "/etc/passwd"])
+    edit(sweep / "trials" / "0003" / "manifest.json", trial__run_dir=away, trial__number=3)
+    opened.clear()
+    said = tell(sweep, capsys)
+    assert "Of 2 configurations" in said
+    assert_nothing_leaked(sweep, outside, opened, said)
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "/dev/stdin", "pipe.parquet", "pipe.jsonl", "/proc/kcore", "/"])
+def test_no_device_or_pipe_is_read(sweep: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if name.startswith("pipe"):
+        os.mkfifo(sweep.parent / name)
+        name = str(sweep.parent / name)
+    edit(sweep / "recipe.yaml", data__val_data=[name])
+    edit(sweep / "manifest.json", data={name: "sha256:0"}, recipe={"source": name, "overrides": [], "digest": "x"})
+    assert "Of 2 configurations" in tell(sweep, capsys)
+
+
+def test_a_recipe_that_came_with_the_directory_is_not_composed(
+    sweep: Path, opened: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = sweep / "mine.yaml"
+    theirs.write_text("defaults: [base, _self_]\n")
+    for folder in (sweep, *(sweep / "trials").iterdir()):
+        edit(folder / "manifest.json", recipe={"source": str(theirs), "overrides": [], "digest": "x"})
+    opened.clear()
+    assert "Of 2 configurations" in tell(sweep, capsys)
+    assert str(theirs) not in opened
+
+
+@pytest.mark.parametrize("key", ["../../../x.y", "a/b.c", "x", "", "a.b\n", "trainer.\x1b[2J", "a." + "b" * 300])
+def test_a_swept_key_names_no_file(sweep: Path, key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, folder in enumerate(sorted((sweep / "trials").iterdir())):
+        edit(folder / "manifest.json", trial__params={key: number})
+    before = {path for path in sweep.parent.parent.rglob("*") if not path.is_relative_to(sweep)}
+    tell(sweep, capsys)
+    assert {path for path in sweep.parent.parent.rglob("*") if not path.is_relative_to(sweep)} == before
+    assert "which is no recipe key" in (sweep / "report" / "index.html").read_text()
+
+
+def test_nothing_moves_the_terminals_cursor(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, folder in enumerate(sorted((sweep / "trials").iterdir())):
+        named = {"trainer.target_modules": f"\x1b]0;owned\x07\x1b[2J{number // 2}\u202e"}
+        edit(folder / "manifest.json", trial__params=named)
+    said = tell(sweep, capsys)
+    assert "\\x1b]0;owned" in said
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\u202e]", said)
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", str(UserError("bad", got="\x1b[2J\r")))
+
+
+HOSTILE = (
+    "<script>document.title='ran'</script><img src=x onerror=document.title='ran'>\" onmouseover=\"document.title='ran'"
+    "' autofocus onfocus='document.title=1' javascript:document.title='ran' "
+    "<a href=\"javascript:document.title='ran'\"></title></style></pre></td><svg/onload=document.title='ran'>"
+    "<meta http-equiv=refresh content='0;url=http://report.test/r'>"
+    " {{ 7 * 7 }} {% raise %} <!-- ]]> &lt;b&gt; `code` ```\n# heading\n[x](javascript:document.title='ran')"
+)
+TEMPLATE_PARTS = ("status", "time", "kind", "metric")
+
+
+def poison(value: Any, name: str = "") -> Any:
+    """Every text of a manifest followed by the hostile one, what the report's logic hangs on aside."""
+    if isinstance(value, dict):
+        return {key: poison(inner, key) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [poison(inner, name) for inner in value]
+    return f"{value}{HOSTILE}" if isinstance(value, str) and name not in TEMPLATE_PARTS else value
+
+
+@pytest.fixture(scope="module")
+def poisoned(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a sweep whose every name, setting, reason, question and completion is hostile."""
+    given = Path(shutil.copytree(template, tmp_path_factory.mktemp("poisoned") / "sweep"))
+    for file in given.rglob("manifest.json"):
+        record = poison(json.loads(file.read_text()))
+        record["data"] = {f"javascript:{HOSTILE}": HOSTILE}
+        file.write_text(json.dumps(record))
+    for file in given.rglob("*.parquet"):
+        rows = pd.read_parquet(file)
+        for column in ("question", "ground_truth", "completion", "finish_reason"):
+            rows[column] = rows[column] + HOSTILE
+        rows.to_parquet(file)
+    failed = given / "trials" / "0000"
+    edit(failed / "manifest.json", status="FAILED", reason=HOSTILE)
+    report.main([str(given)])
+    return given / "report"
+
+
+def test_nothing_on_the_page_is_more_than_text(poisoned: Path) -> None:
+    page = (poisoned / "index.html").read_text()
+    body = re.sub(r"data:image/svg\+xml;base64,[A-Za-z0-9+/=]+", "", page)
+    tags = set(re.findall(r"<\s*/?\s*([a-zA-Z!?][a-zA-Z0-9]*)", body))
+    assert not tags & {"script", "svg", "iframe", "object", "embed", "form", "a", "base"}
+    for tag in re.findall(r"<[a-zA-Z][^>]*>", body):
+        assert not re.search(r"\son\w+\s*=|javascript:|=[\"']?http", tag), tag
+    assert len(re.findall(r"<meta http-equiv", body)) == 1
+    assert "<script>document.title='ran'</script>" in html.unescape(body)
+    markdown = (poisoned / "report.md").read_text()
+    outside_fences = re.sub(r"(?ms)^(`{3,})\w*\n.*?^\1$", "", markdown)
+    assert not re.search(r"(?m)^# heading", outside_fences)
+    assert not re.search(r"(?<!\\)\[x\]\(javascript", re.sub(r"`[^`\n]*`", "", outside_fences))
+    assert not re.search(r"(?<!\\)<(script|img|svg)", re.sub(r"`[^`\n]*`", "", outside_fences))
+
+
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="chromium is not on PATH: apt-get install chromium")
+def test_a_browser_shows_it_and_runs_none_of_it(poisoned: Path, proxy: browser.Proxy, tmp_path: Path) -> None:
+    dom = browser.browse(poisoned / "index.html", *browser.through(proxy), profile=tmp_path / "profile")
+    assert browser.title(dom).startswith("lora_sweep<script>document.title='ran'</script>")
+    assert html.escape("<script>document.title='ran'</script>", quote=False) in dom
+    assert proxy.from_pages == []
+
+
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="chromium is not on PATH: apt-get install chromium")
+def test_the_browser_would_have_run_it(proxy: browser.Proxy, tmp_path: Path) -> None:
+    page = tmp_path / "control.html"
+    page.write_text(f"<!doctype html><title>quiet</title><p>{HOSTILE}</p>")
+    dom = browser.browse(page, *browser.through(proxy), profile=tmp_path / "profile")
+    assert browser.title(dom) != "quiet" or proxy.from_pages
