@@ -13,7 +13,7 @@ import pytest
 from harness.errors import UserError
 from harness.rundir import RunDir, damage, verify_folder
 from tests.faults.cases import CORRUPTIONS, NAMED, OTHERS, REFUSALS, REFUSED, Corruption
-from tests.faults.compare import differences, digests, lost_steps
+from tests.faults.compare import differences, digests, lost_steps, rows
 from tests.faults.conftest import Record, Runs, Whole
 from tests.faults.hooks import Fault
 
@@ -177,6 +177,27 @@ def test_a_named_checkpoint_is_gone_back_to(copy: RunDir, runs: Runs, whole: Who
     assert outcome.status == 0, outcome.said
     assert "checkpoints/step_000004 is set aside" in outcome.said
     assert differences(whole.run, copy) == []
+
+
+def test_a_run_from_anothers_checkpoint_goes_on_from_its_own(stopped: RunDir, runs: Runs, whole: Whole) -> None:
+    named = f"trainer.resume_mode={stopped.checkpoints}/step_000003"
+    assert runs.start("heir", named, fault=Fault("call", "rltrain.step:rollout", 3)).killed
+    heir = runs.get("heir")
+    outcome = runs.resume(heir)
+    assert outcome.status == 0, outcome.said
+    assert "step 6/6" in outcome.said
+    assert "step 5/6" not in outcome.said
+    assert rows(heir) == rows(whole.run)[4:]
+    assert not heir.aside.exists()
+
+
+def test_a_run_that_always_starts_anew_keeps_what_it_had(runs: Runs, whole: Whole) -> None:
+    assert runs.start("anew", "trainer.resume_mode=none", fault=Fault("call", "rltrain.step:rollout", 3)).killed
+    run = runs.get("anew")
+    outcome = runs.resume(run)
+    assert outcome.status == 0, outcome.said
+    assert differences(whole.run, run) == []
+    assert {path.name for path in run.aside.iterdir()} == {"step_000001", "step_000002"}
 
 
 def test_a_checkpoint_of_another_shape_is_refused(copy: RunDir, runs: Runs, record: Record) -> None:
