@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,10 @@ from harness.schema import Recipe
 from rltrain.cluster import QUIET, this_machine
 from rltrain.trainer import run
 
-pytestmark = [pytest.mark.heavy, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.timeout(120),
+]
 
 MakeRecipe = Callable[..., Recipe]
 MakeRun = Callable[[Recipe, str], RunDir]
@@ -27,6 +31,9 @@ ONE_CPU = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80 * 2**20}
 @pytest.fixture
 def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A running cluster of one node."""
+    # Ray reads its settings when it is imported: what other tests have set would be this cluster's.
+    if "ray" in sys.modules:
+        pytest.skip("needs a process of its own: pytest tests/integration/test_keys_nodes.py")
     for name, value in (QUIET | this_machine()).items():
         monkeypatch.setenv(name, value)
     from ray.cluster_utils import Cluster
