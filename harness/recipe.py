@@ -77,8 +77,7 @@ def read(path: Path) -> Recipe:
     """The resolved recipe that a run directory keeps; raises UserError when it is missing, damaged or was edited."""
     try:
         text = path.read_text()
-        values = yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise UserError("cannot read a run's recipe", got=f"{path}: {_first_line(error)}") from None
     body, mark, digest = text.rpartition(_SUM)
     if not mark or digest.strip() != _sha256(body):
@@ -87,6 +86,10 @@ def read(path: Path) -> Recipe:
             got=f"{path}: its SHA-256 is not the one in its last line",
             fix="put a copy of it back; nothing was changed",
         )
+    try:
+        values = yaml.safe_load(body)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError("cannot read a run's recipe", got=f"{path}: {_first_line(error)}") from None
     if not isinstance(values, dict):
         raise UserError("a run's recipe is damaged", got=path)
     return from_dict(values, source=str(path))
