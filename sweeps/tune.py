@@ -49,9 +49,12 @@ def trial_actor() -> type:
 
 def _fit(ledger: Ledger, actor: Callable[[], type], scratch: Path) -> None:
     from ray import tune
+    from ray.tune.execution import class_cache
 
     from sweeps.searcher import PrunerScheduler, StudySearcher
 
+    # Tune hands the cloud's keys to its workers on their command line, where every user of the machine can read them.
+    class_cache.ENV_VARS_TO_PROPAGATE = {n for n in class_cache.ENV_VARS_TO_PROPAGATE if not n.startswith("AWS_")}
     recipe = ledger.study.plan.recipe
     resources = tune.PlacementGroupFactory(trials.trial_bundles(recipe))
     tuner = tune.Tuner(
