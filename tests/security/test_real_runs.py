@@ -1,0 +1,200 @@
+"""A real sweep on several processes and a run, watched: where they listen, what they leave on disk, what they tell."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+import pyarrow.parquet as pq
+import pytest
+
+from harness.paths import PROJECT
+from harness.rundir import RunDir, Status
+from tests.integration.conftest import small_data as small_data
+
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(600)]
+
+SECRETS = {
+    "WANDB_API_KEY": "5ec4e7a0" * 5,
+    "HF_TOKEN": "hf_CanaryOfTheHub",
+    "AWS_SECRET_ACCESS_KEY": "CanaryOfTheCloud/+secret",
+    "GITHUB_TOKEN": "ghp_CanaryOfTheForge",
+    "OPENAI_API_KEY": "sk-CanaryOfTheModel",
+    "MY_PASSWORD": "CanaryOfTheUser",
+}
+KINDS = {".yaml", ".json", ".jsonl", ".parquet", ".safetensors", ".txt", ".log", ".journal", ".lock", ".html", ".md",
+         ".png", ".csv", ".wandb"}  # fmt: skip
+NAMES = {"SHA256SUMS", "COMPLETE", ".lock", "run_id"}
+PICKLES, ARCHIVES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), (b"PK\x03\x04", b"\x1f\x8b")
+
+
+@dataclass
+class Watched:
+    """What a command said, the addresses that its processes listened on, and their command lines."""
+
+    folder: Path
+    said: str = ""
+    addresses: set[str] = field(default_factory=set)
+    commands: set[str] = field(default_factory=set)
+
+
+def elsewhere(folder: Path) -> list[str]:
+    """How to start a command for which this machine's name leads to a real network device; [] where that cannot be.
+
+    Many machines' names lead to the loopback device, and hide who listens where the name leads.
+    """
+    devices = [(one.address, name) for name, own in psutil.net_if_addrs().items() for one in own if one.family == 2]
+    address = next((address for address, name in devices if not ipaddress.ip_address(address).is_loopback), None)
+    hosts = folder / "hosts"
+    hosts.write_text(f"127.0.0.1 localhost\n{address} {os.uname().nodename}\n")
+    start = ["unshare", "--mount", "sh", "-c", f'mount --bind {shlex.quote(str(hosts))} /etc/hosts && exec "$@"', "-"]
+    if address is None or shutil.which("unshare") is None:
+        return []
+    return start if subprocess.run([*start, "true"], capture_output=True).returncode == 0 else []
+
+
+def watch(folder: Path, *arguments: str) -> Watched:
+    """Run a command of the harness with secrets in its environment and a home of its own."""
+    home = folder / "home"
+    home.mkdir()
+    keys = ("WANDB_", "RAY_", "GLOO_", "NCCL_", "VLLM_HOST")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(keys)}
+    environment |= {**SECRETS, "HOME": str(home), "OMP_NUM_THREADS": "1"}
+    seen, log = Watched(folder), folder / "said"
+    with log.open("w") as out:
+        command = [*elsewhere(folder), sys.executable, "-m", *arguments, f"trainer.ckpt_path={folder}"]
+        process = psutil.Popen(command, cwd=PROJECT, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            for each in family(process):
+                try:
+                    seen.commands.add(" ".join(each.cmdline()))
+                    listening = [c for c in each.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+                except psutil.Error:
+                    continue
+                seen.addresses |= {connection.laddr.ip for connection in listening}
+            time.sleep(0.05)
+    seen.said = log.read_text()
+    assert process.returncode == 0, seen.said
+    return seen
+
+
+def family(process: psutil.Process) -> Iterator[psutil.Process]:
+    """A process and all below it."""
+    yield process
+    try:
+        yield from process.children(recursive=True)
+    except psutil.Error:
+        return
+
+
+@pytest.fixture(scope="module")
+def few(small_data: list[str]) -> list[str]:
+    """One step of a small run with a real engine, told to every logger."""
+    return [*small_data, "generator.backend=vllm", "trainer.max_steps=1", "trainer.num_threads=1",
+            "trainer.logger=[console,wandb,tensorboard]"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sweep(few: list[str], tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    """A sweep of one trial, on two ranks and an engine apart from them that is split in two."""
+    places = ["trainer.placement.policy_num_gpus_per_node=2", "trainer.placement.colocate_all=false",
+              "generator.inference_engine_tensor_parallel_size=2", "sweep.max_concurrent=1"]  # fmt: skip
+    ours = ["sweep.num_trials=1", "sweep.seeds=[0]", "trainer.run_name=sweep"]
+    return watch(tmp_path_factory.mktemp("sweep"), "harness.sweep", "quickstart", *few, *places, *ours)
+
+
+@pytest.fixture(scope="module")
+def run(few: list[str], tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    """A run in one process."""
+    return watch(tmp_path_factory.mktemp("run"), "harness.run", "quickstart", *few, "trainer.run_name=run")
+
+
+@pytest.fixture(params=["sweep", "run"])
+def watched(request: pytest.FixtureRequest) -> Watched:
+    """Each of the two."""
+    found: Watched = request.getfixturevalue(request.param)
+    return found
+
+
+def test_they_listen_on_the_loopback_device_alone(watched: Watched) -> None:
+    assert "127.0.0.1" in watched.addresses
+    for address in watched.addresses:
+        there = ipaddress.ip_address(address)
+        assert (getattr(there, "ipv4_mapped", None) or there).is_loopback, sorted(watched.addresses)
+
+
+def content(file: Path) -> bytes:
+    """A file's bytes, and those of its columns where they are compressed."""
+    own = file.read_bytes()
+    return own + str(pq.read_table(file).to_pylist()).encode() if file.suffix == ".parquet" else own
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
+
+
+def test_no_secret_of_the_environment_is_told(watched: Watched) -> None:
+    written = files(watched.folder)
+    assert {"manifest.json", "recipe.yaml", "metrics.jsonl"} <= {file.name for file in written}
+    assert any(file.suffix == ".wandb" for file in written)
+    assert any("tfevents" in file.name for file in written)
+    for name, secret in SECRETS.items():
+        assert secret not in watched.said, name
+        assert not [line for line in watched.commands if secret in line], name
+        assert not [file for file in written if secret.encode() in content(file)], name
+
+
+def test_a_secret_would_be_found(sweep: Watched) -> None:
+    sample = next(file for file in files(sweep.folder) if file.parent.name == "samples")
+    question = pq.read_table(sample).to_pylist()[0]["question"].encode()
+    assert {".parquet", ".html"} <= {file.suffix for file in files(sweep.folder) if question in content(file)}
+    assert any(b"trainer" in content(file) for file in files(sweep.folder) if file.suffix == ".wandb")
+    assert any("default_worker.py" in line for line in sweep.commands)
+
+
+def test_a_run_directory_holds_data_and_no_code(watched: Watched) -> None:
+    name = next(name for name in ("sweep", "run") if (watched.folder / name).is_dir())
+    for file in files(watched.folder / name):
+        # W&B keeps nameless copies of the adapter's files, for its sync to find.
+        known = file.suffix in KINDS or file.name in NAMES or "tfevents" in file.name or file.parent.name == "staging"
+        assert known, file
+        assert not file.read_bytes().startswith(PICKLES + ARCHIVES), file
+        assert not file.stat().st_mode & 0o133, file
+
+
+def test_ray_leaves_neither_its_folder_nor_its_token(watched: Watched) -> None:
+    from rltrain import cluster
+
+    owner = next(watched.folder / name for name in ("sweep", "run") if (watched.folder / name).is_dir())
+    assert not cluster._scratch(owner).exists()
+    assert not [line for line in watched.commands if "auth" in line.lower() and "token" in line.lower()]
+
+
+def test_the_sweep_and_the_run_are_whole(sweep: Watched, run: Watched) -> None:
+    assert RunDir(sweep.folder / "sweep").status is Status.COMPLETE
+    assert (sweep.folder / "sweep" / "report" / "index.html").is_file()
+    assert RunDir(run.folder / "run").status is Status.COMPLETE
+    assert len([line for line in sweep.commands if "default_worker.py" in line or "ray::" in line]) >= 4
+
+
+def test_rays_folder_is_for_its_owner_alone(tmp_path: Path) -> None:
+    from harness.errors import UserError
+    from rltrain import cluster
+
+    ours = tmp_path / "ours"
+    cluster._make_private(ours)
+    assert ours.stat().st_mode & 0o777 == 0o700
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "theirs")
+    for taken in ("theirs", "link"):
+        with pytest.raises(UserError, match="cannot make Ray's folder"):
+            cluster._make_private(tmp_path / taken)
