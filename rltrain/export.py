@@ -147,7 +147,11 @@ def _write_merged(export: Export, folder: Path) -> None:
         base = AutoModelForCausalLM.from_pretrained(export.base, dtype="auto", **NO_CODE)
     except (OSError, ValueError) as error:
         raise _cannot_load(export, error) from None
-    model = PeftModel.from_pretrained(base, str(export.source), torch_device="cpu")
+    try:
+        model = PeftModel.from_pretrained(base, str(export.source), torch_device="cpu")
+    except Exception as error:  # what a damaged or foreign adapter leads to is of every kind
+        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        raise UserError("cannot load the run's adapter", got=f"{shown(export.source)}: {reason}") from error
     try:
         weights = dict(merged_weights(model, "default"))
     except UserError as error:

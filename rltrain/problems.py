@@ -53,11 +53,12 @@ def _prompt_ids(example: Example, tokenizer: Any) -> list[int]:
         ids: list[int] = tokenizer.apply_chat_template(
             example.prompt, add_generation_prompt=True, return_dict=False, tokenizer_kwargs={"verbose": False}
         )
-    except TemplateError as error:
+    except Exception as error:  # a template may go wrong in any way
         roles = ", ".join(message["role"] for message in example.prompt)
+        why = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
         raise UserError(
             "the model's chat template refuses a prompt",
-            got=f"{error}: problem {example.index} of the data, with messages of {roles}",
+            got=f"{why}: problem {example.index} of the data, with messages of {roles}",
             fix="change the data's messages: many templates know no system role, or want user and assistant in turn",
         ) from None
     return ids
