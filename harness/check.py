@@ -30,7 +30,8 @@ def main(argv: list[str]) -> int:
     name = recipe.trainer.run_name or f"{Path(options.recipe).stem}-check-{datetime.now():%Y%m%d-%H%M%S}"
     root = Path(recipe.trainer.ckpt_path) / name
     for seed in seeds:
-        own = [f"seed={seed}", "trainer.seed=null", f"trainer.ckpt_path={root}", f"trainer.run_name=seed{seed}"]
+        own = [f"seed={seed}", "trainer.seed=null", recipes.override_for("trainer.ckpt_path", str(root)),
+               f"trainer.run_name=seed{seed}"]  # fmt: skip
         run.main([options.recipe, *options.overrides, *own])
     rows = [MetricsFile(RunDir(root / f"seed{seed}").metrics).rows() for seed in seeds]
     verdicts = judge(recipe.expect, rows)
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> int:
 
 def _seeds(text: str) -> list[int]:
     parts = text.split(",")
-    if not all(part.strip().isdigit() for part in parts) or len({int(part) for part in parts}) < len(parts):
+    if not all(part.strip().isdecimal() for part in parts) or len({int(part) for part in parts}) < len(parts):
         raise UserError("--seeds takes different numbers >= 0", got=text, allowed="0,1,2")
     return [int(part) for part in parts]
 

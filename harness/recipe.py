@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import typing
 from collections.abc import Iterator, Sequence
 from enum import Enum
@@ -167,11 +168,9 @@ def get(recipe: Recipe, key: str) -> Any:
 
 def override_for(key: str, value: Any) -> str:
     """One `key=value` command-line override in Hydra's grammar, such that `load` reads back the same value."""
-    if value is None:
-        return f"{key}=null"
-    if isinstance(value, str):
-        return f"{key}={value}" if _reads_back(key, value) else f'{key}="{value}"'
-    return f"{key}={json.dumps(value, separators=(',', ':'))}"
+    if isinstance(value, str) and _reads_back(key, value):
+        return f"{key}={value}"
+    return f"{key}={_written(value)}"
 
 
 def find(path: str | Path) -> Path:
@@ -296,6 +295,17 @@ def _type_of(key: str) -> str:
     if isinstance(cls, type) and issubclass(cls, Enum):
         return ", ".join(member.name for member in cls)
     return getattr(cls, "__name__", str(cls)) if typing.get_origin(cls) is None else str(cls)
+
+
+def _written(value: Any) -> str:
+    """A plain value in Hydra's grammar, which is JSON but for backslashes: only those before a quote are doubled."""
+    if isinstance(value, str):
+        return '"' + re.sub(r'(\\*)("|\Z)', lambda found: found[1] * 2 + found[2].replace('"', '\\"'), value) + '"'
+    if isinstance(value, list):
+        return f"[{','.join(map(_written, value))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{name}:{_written(inner)}" for name, inner in value.items()) + "}"
+    return json.dumps(value)
 
 
 def _reads_back(key: str, value: str) -> bool:
