@@ -248,7 +248,8 @@ def _model_config(path: str) -> dict[str, Any]:
         family = next((name for name in EXPONENTS if name in path.lower()), "")
         return {"model_type": family}
     try:
-        config: dict[str, Any] = json.loads((found / "config.json").read_text())
+        config = json.loads((found / "config.json").read_text())
     except (OSError, ValueError):
         return {}
-    return config
+    known = config.items() if isinstance(config, dict) else ()
+    return {name: value for name, value in known if name == "model_type" or (isinstance(value, int) and value > 0)}

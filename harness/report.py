@@ -21,7 +21,11 @@ def main(argv: list[str]) -> int:
     manifest = _manifest(arguments.directory)
     if manifest.get("kind") == "sweep":
         write_results(arguments.directory)
-    report = write_report(arguments.directory, arguments.output)
+    try:
+        report = write_report(arguments.directory, arguments.output)
+    except (NotADirectoryError, FileExistsError) as error:
+        raise UserError("cannot write the report", got=f"{error.filename}: {error.strerror}",
+                        fix="name another folder with --output") from None  # fmt: skip
     print(visible(report.answer))
     print(f"report: {report.path}")
     return 0

@@ -53,7 +53,8 @@ def check_plain(values: Any, source: str) -> None:
             _check_scalar(key, value, source)
         if len(key) > LONGEST_NAME * DEEPEST or key.count(".") + key.count("[") > DEEPEST:
             raise UserError(f"{source}: values are nested too deep", got=f"{key[:80]}...", allowed=f"<= {DEEPEST}")
-    raise UserError(f"{source} holds too many values", allowed=f"<= {MOST_VALUES}, aliases written out")
+    raise UserError(f"{source} holds too many values", allowed=f"<= {MOST_VALUES}, aliases written out",
+                    fix="write out what is meant, without aliases of aliases")  # fmt: skip
 
 
 def _check_scalar(key: str, value: Any, source: str) -> None:
@@ -281,7 +282,13 @@ def check_context(recipe: Recipe, limit: int) -> None:
 
 
 def _check_modules(key: str, value: Any) -> None:
-    if value is None or (isinstance(value, str) and value):
+    if value is None:
+        return
+    if isinstance(value, str) and value:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise UserError(f"{key} is no regex", got=f"{value}: {error}", fix="or give a list of names") from None
         return
     if isinstance(value, list) and value and all(isinstance(v, str) and v for v in value):
         return

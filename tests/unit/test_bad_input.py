@@ -1,0 +1,209 @@
+"""Bad input to every command: one message with what, got, allowed or fix; nothing heavy loaded, nothing written."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from harness.paths import PROJECT
+from rltrain.data import write_rows
+from tests.unit.analysis.synthetic import Trial, example, params, write_run, write_sweep
+
+LORA, ALGORITHM, PLACEMENT = "trainer.policy.model.lora", "trainer.algorithm", "trainer.placement"
+RUN, SWEEP = ["run", "quickstart"], ["sweep", "quickstart"]
+# HERE is a folder with the files that `write_files` makes.
+CASES: list[tuple[list[str], str]] = [
+    # Wrong type, unknown key or name, out of range.
+    ([*RUN, f"{LORA}.rank=eight"], f"{LORA}.rank cannot take this value"),
+    ([*RUN, f"{LORA}.rank=8.5"], f"{LORA}.rank cannot take this value"),
+    ([*RUN, f"{LORA}.rank=[8]"], f"{LORA}.rank cannot take this value"),
+    ([*RUN, f"{LORA}.rank={{a:1}}"], f"{LORA}.rank"),
+    ([*RUN, f"{LORA}.rank=null"], f"{LORA}.rank cannot take this value"),
+    ([*RUN, f"{LORA}.rank=513"], "<= 512"),
+    ([*RUN, f"{LORA}.rank=1e30"], f"{LORA}.rank"),
+    ([*RUN, "seed=99999999999999999999"], "64 bits"),
+    ([*RUN, "trainer.policy.optimizer_config.lr=inf"], "finite numbers"),
+    ([*RUN, "trainer.policy.optimizer_config.betas=[a,b]"], "betas"),
+    ([*RUN, "trainer.policy.optimizer_config.betas=[[0.9],0.9]"], "betas cannot take this value"),
+    ([*RUN, "data.train_data=3"], "data.train_data cannot take this value"),
+    ([*RUN, "data.train_data=[1]"], "data file not found"),
+    ([*RUN, "trainer.target_modules='(q_proj'"], "no regex"),
+    ([*RUN, "trainer.logger=printer"], "console, wandb, tensorboard"),
+    ([*RUN, "generator.backend=sglang"], "vllm, transformers"),
+    ([*RUN, f"{ALGORITHM}.advantage_estimator=ppo"], "grpo, rloo, reinforce++, gae"),
+    ([*RUN, "environment.env_class=gsm9k"], "did you mean gsm8k?"),
+    ([*RUN, "environment.env_class=os.path"], "has no prepare"),
+    ([*RUN, "environment.env_class=no.such.module"], "cannot import the environment module"),
+    ([*RUN, "sweep.sampler=cmaes"], "tpe, random, grid"),
+    ([*RUN, "trainer.run_name=../outside"], "no path"),
+    # Settings that contradict each other.
+    ([*RUN, "trainer.policy_mini_batch_size=32"], "must divide"),
+    ([*RUN, "trainer.critic_mini_batch_size=5"], "must divide"),
+    ([*RUN, f"{LORA}.rank=400", "generator.max_lora_rank=256"], "above generator.max_lora_rank"),
+    ([*RUN, f"{LORA}.rank=0"], f"{LORA}.sync=merge"),
+    ([*RUN, f"{ALGORITHM}.use_kl_loss=true", f"{ALGORITHM}.kl_loss_coef=0"], "computes a reference for nothing"),
+    ([*RUN, f"{ALGORITHM}.use_kl_loss=true", f"{ALGORITHM}.use_kl_in_reward=true"], "not into both"),
+    ([*RUN, f"{PLACEMENT}.policy_num_gpus_per_node=2"], "each training process holds one engine"),
+    ([*RUN, f"{PLACEMENT}.device=cuda", f"{PLACEMENT}.policy_num_gpus_per_node=999",
+      "generator.num_inference_engines=999"], "not enough GPUs"),
+    ([*RUN, f"{ALGORITHM}.advantage_estimator=rloo", "generator.n_samples_per_prompt=1"], "it needs several"),
+    ([*RUN, "trainer.max_prompt_length=250"], "<= 256 together"),
+    ([*RUN, "seed=1", "trainer.seed=2"], "given twice"),
+    # Data.
+    ([*RUN, "data.train_data=[]"], "at least one file"),
+    ([*RUN, "data.train_data=[HERE/empty.parquet]"], "no rows"),
+    ([*RUN, "data.train_data=[HERE/garbage.parquet]"], "cannot be read as parquet"),
+    ([*RUN, "data.train_data=[HERE/columns.parquet]"], "lacks the columns prompt, reward_spec"),
+    ([*RUN, "data.train_data=[HERE/texts.jsonl]"], "a prompt is not a chat"),
+    ([*RUN, "data.train_data=[HERE/half.jsonl]"], "not valid JSON"),
+    ([*RUN, "data.train_data=[HERE/table.csv]"], "unknown kind of data file"),
+    ([*RUN, "data.val_data=[HERE]"], "data file not found"),
+    ([*RUN, "trainer.train_batch_size=4096", "trainer.policy_mini_batch_size=4096"], "fewer problems than one batch"),
+    # Models, checkpoints and places.
+    ([*RUN, "trainer.policy.model.path=HERE"], "holds no config.json"),
+    ([*RUN, "trainer.policy.model.path=HERE/model"], "config.json is damaged"),
+    ([*RUN, "trainer.policy.model.path=/no/such/folder"], "names no folder"),
+    ([*RUN, "trainer.resume_mode=/no/such/checkpoint"], "no whole checkpoint"),
+    ([*RUN, "trainer.ckpt_path=HERE/table.csv/runs"], "cannot write the run directory"),
+    ([*RUN, "trainer.ckpt_path=/proc/runs"], "cannot write the run directory"),
+    ([*RUN, "trainer.ckpt_path=HERE", "trainer.run_name=one_run"], "COMPLETE already"),
+    ([*RUN, "trainer.ckpt_path=HERE", "trainer.run_name=lora_sweep"], "holds a sweep"),
+    ([*RUN, f"{LORA}.lora_sync_path=HERE/table.csv"], "cannot be written"),
+    (["run", "--resume", "HERE/lora_sweep"], "sweep"),
+    (["run", "--resume", "HERE/nowhere"], "no manifest.json"),
+    (["run", "--resume", "HERE/table.csv"], "no manifest.json"),
+    (["run", "--from", "HERE/nowhere"], "no manifest.json"),
+    (["run", "HERE/table.csv"], "a recipe is a YAML file"),
+    (["run", "HERE/list.yaml"], "a mapping of keys"),
+    (["run", "HERE/latin.yaml"], "cannot compose"),
+    (["run", "HERE/twice.yaml"], "duplicate key"),
+    (["run", "HERE/bomb.yaml"], "too many values"),
+    (["run", "HERE/deep.yaml"], "cannot compose"),
+    # Sweeps.
+    ([*SWEEP, "sweep.seeds=[0,0]"], "different numbers"),
+    ([*SWEEP, "sweep.seeds=[]"], "at least one"),
+    ([*SWEEP, "sweep.seeds=[-1]"], "different numbers >= 0"),
+    ([*SWEEP, "sweep.seeds=[a]"], "sweep.seeds"),
+    ([*SWEEP, "sweep.num_trials=0"], "out of range"),
+    ([*SWEEP, "sweep.sampler=grid"], "a grid needs a list of values"),
+    ([*SWEEP, "sweep.metric=accuracy"], "did you mean"),
+    ([*SWEEP, "sweep.metric=eval/pass@4"], "eval_n_samples_per_prompt=4"),
+    ([*SWEEP, "sweep.pruner={name:midian}"], "did you mean median?"),
+    ([*SWEEP, "sweep.pruner=null", "sweep.pruner={name:median,n_startup:1}"], "takes no such argument"),
+    ([*SWEEP, "sweep.first_trials=[{trainer.policy.model.lora.rank:64}]"], "outside its axis"),
+    ([*SWEEP, "sweep.first_trials=[{trainer.policy.model.lora.alpha:nan}]"], "finite numbers"),
+    ([*SWEEP, f"sweep.space.{LORA}.rank.choices=[1,inf]"], "finite numbers"),
+    ([*SWEEP, f"sweep.space.{LORA}.rank=8"], "is no axis"),
+    ([*SWEEP, "trainer.ckpt_path=HERE", "trainer.run_name=lora_sweep"], "this directory exists"),
+    ([*SWEEP, "trainer.ckpt_path=HERE/table.csv/runs"], "cannot write the run directory"),
+    (["sweep", "--resume", "HERE/one_run"], "this is the directory of a run"),
+    (["sweep", "--resume", "HERE/table.csv"], "no manifest.json"),
+    # The other commands.
+    (["report"], "required"),
+    (["report", "HERE/nowhere"], "no manifest.json"),
+    (["report", "HERE/table.csv"], "no manifest.json"),
+    (["report", "HERE/broken"], "damaged"),
+    (["report", "HERE/one_run", "--output", "HERE/table.csv/out"], "cannot write"),
+    (["prepare", "gsm8k", "--output-dir", "HERE/out", "--source", "HERE/texts.jsonl"], "cannot tell the split"),
+    (["prepare", "math", "--output-dir", "HERE/table.csv/out"], "cannot use the output folder"),
+    (["prepare", "tiny_gsm", "--output-dir", "HERE/out", "--seed", "one"], "invalid int value"),
+    (["export", "HERE/table.csv", "--output", "HERE/out"], "no manifest.json"),
+    (["export", "HERE/one_run", "--which", "last", "--output", "HERE/out"], "invalid choice"),
+    (["export", "HERE/one_run", "--output", "HERE/out"], "no final policy"),
+    (["reproduce", "HERE/nowhere"], "no manifest.json"),
+    (["reproduce", "HERE/lora_sweep"], "holds a sweep"),
+    (["reproduce", "HERE/one_run", "--tolerance", "nan"], "0 or more"),
+    (["reproduce", "HERE/one_run", "--tolerance", "much"], "invalid float value"),
+    (["check", "quickstart", "--seeds", "0,0"], "different numbers"),
+    (["check", "quickstart", "--seeds", "²"], "different numbers"),
+    (["check", "quickstart", "expect=null"], "expect"),
+    (["check", "quickstart", "expect={eval/accuracy:{min:high}}"], "must be a number"),
+    (["check", "nothing"], "no such recipe"),
+]  # fmt: skip
+DRIVER = """
+import importlib, json, sys
+from harness.errors import UserError
+for number, argv in enumerate(json.load(sys.stdin)):
+    main = importlib.import_module(f'harness.{argv[0]}').main
+    try:
+        told = {'status': main(argv[1:])}
+    except UserError as error:
+        told = {'what': error.what, 'got': error.got is not None, 'allowed': error.allowed is not None,
+                'fix': error.fix is not None, 'text': str(error)}
+    except BaseException as error:
+        told = {'raised': f'{type(error).__name__}: {error}'}
+    heavy = {'torch', 'vllm', 'ray', 'transformers', 'peft'} & set(sys.modules)
+    print('\\n@@', json.dumps({**told, 'heavy': sorted(heavy)}), flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the commands answered, case by case, and what was in the folder before and after."""
+
+    answers: list[dict[str, Any]]
+    before: list[Path]
+    after: list[Path]
+
+
+def write_files(here: Path) -> None:
+    """The files that the cases name."""
+    write_run(here, Trial(0, 0, params(8, 1e-3), 0.9))
+    broken = Path(shutil.copytree(write_sweep(here, example()), here / "broken"))
+    (broken / "manifest.json").write_text("[1, 2]")
+    pd.DataFrame({"prompt": [], "reward_spec": []}).to_parquet(here / "empty.parquet")
+    write_rows([{"question": "1 + 1?"}], here / "columns.parquet")
+    (here / "garbage.parquet").write_bytes(b"PAR1 but no more")
+    (here / "texts.jsonl").write_text('{"prompt": "1 + 1?", "reward_spec": {"ground_truth": "2"}}\n')
+    (here / "half.jsonl").write_text('{"prompt": [{"role": "us')
+    (here / "table.csv").write_text("prompt,answer\n")
+    (here / "model").mkdir()
+    (here / "model" / "config.json").write_text("[]")
+    (here / "list.yaml").write_text("- trainer\n")
+    (here / "latin.yaml").write_bytes(b"trainer: {project_name: caf\xe9}\n")
+    (here / "twice.yaml").write_text("defaults: [quickstart, _self_]\nseed: 1\nseed: 2\n")
+    names = "abcdefgh"
+    lines = ["a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"{one}: &{one} [{', '.join([f'*{last}'] * 9)}]" for last, one in itertools.pairwise(names)]
+    (here / "bomb.yaml").write_text("\n".join(lines))
+    (here / "deep.yaml").write_text("seed: " + "[" * 3000 + "]" * 3000)
+
+
+@pytest.fixture(scope="module")
+def told(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Told:
+    """All cases, one after the other in a process of their own."""
+    here = tmp_path_factory.mktemp("here")
+    write_files(here)
+    before = sorted(here.rglob("*"))
+    given = [[word.replace("HERE", str(here)) for word in words] for words, _ in CASES]
+    done = subprocess.run([sys.executable, "-c", DRIVER], input=json.dumps(given), cwd=PROJECT, capture_output=True,
+                          text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line[3:]) for line in done.stdout.splitlines() if line.startswith("@@ ")]
+    return Told(answers, before, sorted(here.rglob("*")))
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[" ".join(words)[:70] for words, _ in CASES])
+def test_it_is_one_message_before_anything_heavy(told: Told, number: int) -> None:
+    answer, wanted = told.answers[number], CASES[number][1]
+    assert "text" in answer, answer
+    assert wanted in answer["text"]
+    assert "Traceback" not in answer["text"]
+    assert answer["got"] or answer["fix"], "what was given, or what to give"
+    if CASES[number][0][0] != "export":  # its trainer module is light itself, but not alone
+        assert answer["heavy"] == []
+
+
+def test_nothing_was_written(told: Told) -> None:
+    new = [path for path in told.after if path not in told.before]
+    assert [path.name for path in new] == ["out"], "the folder that prepare was given, and nothing in it"
+    assert set(told.before) <= set(told.after)
