@@ -13,7 +13,7 @@ from harness.errors import UserError
 from harness.manifest import digest_path
 from harness.metrics import MetricsFile
 from harness.paths import locate, shown
-from harness.rundir import RunDir, Status, whole_folder, write_json, write_text
+from harness.rundir import RunDir, Status, verify_folder, whole_folder, write_json, write_text
 from harness.schema import Recipe
 from harness.validate import VLLM_LORA_RANKS
 
@@ -56,7 +56,7 @@ def plan(directory: str | Path, output: str | Path, *, which: str = "final", mer
     """Check an export of a run's `final` or `best` policy; imports nothing heavy.
 
     Raises UserError for a directory that is no run, a run without that policy, a base model that is gone or changed
-    since, and an output folder that exists.
+    since, a policy that is damaged, and an output folder that exists.
     """
     run_dir, output = RunDir(directory), Path(output).absolute()
     manifest = run_dir.read_manifest()
@@ -97,6 +97,7 @@ def _check_policy(export: Export) -> None:
         )
     if not _holds_policy(export.source):
         raise UserError(f"the run has no {which} policy", got=f"{shown(export.source)} is not there, or not whole")
+    verify_folder(export.source)
 
 
 def _instead_of_final(export: Export, status: str) -> str | None:

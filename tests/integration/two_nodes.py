@@ -1,0 +1,62 @@
+"""Ranks on two nodes of a running Ray cluster: two raylets on this machine, which Ray takes for two machines.
+
+`test_keys_nodes.py` runs this in a process of its own: Ray reads its settings when it is imported, and other tests'
+would be this cluster's.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.errors import UserError
+from harness.metrics import MetricsFile
+from harness.rundir import RunDir, Status
+from harness.schema import Recipe
+from rltrain.cluster import QUIET, this_machine
+from rltrain.trainer import run
+
+pytestmark = pytest.mark.heavy
+
+MakeRecipe = Callable[..., Recipe]
+MakeRun = Callable[[Recipe, str], RunDir]
+ONE_CPU = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80 * 2**20}
+
+
+@pytest.fixture
+def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A running cluster of one node."""
+    for name, value in (QUIET | this_machine()).items():
+        monkeypatch.setenv(name, value)
+    from ray.cluster_utils import Cluster
+
+    folder = Path(tempfile.mkdtemp(prefix="noregret-", dir="/tmp"))  # a socket's path must be short
+    head = {**ONE_CPU, "include_dashboard": False, "temp_dir": str(folder), "node_ip_address": "127.0.0.1"}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    yield cluster
+    cluster.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_two_nodes_train_as_one_process_does(ray_cluster: Any, small_recipe: MakeRecipe, new_run: MakeRun) -> None:
+    keys = ["generator.backend=vllm", "trainer.max_steps=1", "trainer.eval_before_train=false",
+            "trainer.policy_mini_batch_size=4"]  # fmt: skip
+    alone = small_recipe(*keys)
+    one = new_run(alone, "one")
+    assert list(run(alone, one))
+    two_nodes = ["trainer.placement.policy_num_nodes=2", "generator.num_inference_engines=2"]
+    recipe = small_recipe(*keys, *two_nodes, f"ray.address={ray_cluster.address}")
+    with pytest.raises(UserError, match=r"(?s)no room.*2 CPUs and 0 GPUs in 2 bundles.*on 1 nodes"):
+        list(run(recipe, new_run(recipe, "too many")))
+    ray_cluster.add_node(**ONE_CPU)
+    two = new_run(recipe, "two")
+    assert list(run(recipe, two))
+    assert two.status is Status.COMPLETE
+    (first,), (second,) = (MetricsFile(each.metrics).rows() for each in (one, two))
+    for name in ("reward", "loss", "entropy", "grad_norm", "eval/accuracy"):
+        assert second[name] == pytest.approx(first[name], rel=1e-4, abs=1e-5), name
