@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import hashlib
 import json
@@ -19,14 +20,14 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from harness.errors import UserError, nearest
 from harness.paths import RECIPES
 from harness.schema import Recipe
-from harness.validate import check, check_plain
+from harness.validate import check, check_plain, described, names_of
 
-# SkyRL's later names for keys that this project spells as the guide does.
+# Names in SkyRL, most of them later ones, of keys that this project spells as the guide does.
 RENAMED = {
     "generator.inference_engine.num_engines": "generator.num_inference_engines",
     "generator.inference_engine.tensor_parallel_size": "generator.inference_engine_tensor_parallel_size",
@@ -39,7 +40,11 @@ RENAMED = {
     "trainer.policy.optimizer_config.adam_betas": "trainer.policy.optimizer_config.betas",
     "trainer.critic.optimizer_config.adam_betas": "trainer.critic.optimizer_config.betas",
     "trainer.max_training_steps": "trainer.max_steps",
+    "trainer.bf16": "trainer.policy.model.dtype",
+    "generator.model_dtype": "trainer.policy.model.dtype",
 }
+# What others call a value that has another name here, and is too unlike it for a guess.
+RENAMED_VALUES = {"gpu": "cuda", "fp32": "float32", "ppo": "gae"}
 
 # Settings of SkyRL's guide that there is nothing to set for here: taken on the command line, and left out.
 WITHOUT_EFFECT = {
@@ -241,14 +246,27 @@ def _check_key(key: str, source: str) -> None:
         return
     if key in WITHOUT_EFFECT:
         raise UserError(f"{key} has no effect here", got=source, fix=f"leave it out: {WITHOUT_EFFECT[key]}")
-    guess = RENAMED.get(key) or nearest(key, [*known, *_sections()]) or _same_leaf(key)
+    guess = RENAMED.get(key) or _meant(key)
     hint = f"did you mean {guess}?" if guess else "recipes/base.yaml lists every key"
     raise UserError(f"unknown key in {source}", got=key, fix=hint)
 
 
-def _same_leaf(key: str) -> str | None:
-    leaf = nearest(key.rsplit(".", 1)[-1], {k.rsplit(".", 1)[-1] for k in known_keys()})
-    return next((k for k in known_keys() if leaf and k.rsplit(".", 1)[-1] == leaf), None)
+def _meant(key: str) -> str | None:
+    """The known key or group that an unknown one is near to: whole, and in its last name; never a group it is in."""
+    last = _last(key)
+    others = [other for other in (*known_keys(), *_sections()) if not key.startswith(f"{other}.")]
+    same = [other for other in others if _last(other) == last]
+    if same:
+        return max(same, key=lambda other: difflib.SequenceMatcher(None, key, other).ratio())
+    near = nearest(key, others)
+    if near is not None and nearest(last, [_last(near)]) is not None:
+        return near
+    name = nearest(last, map(_last, known_keys()))
+    return next((other for other in known_keys() if _last(other) == name), None)
+
+
+def _last(key: str) -> str:
+    return key.rsplit(".", 1)[-1]
 
 
 def _without_effect(override: str) -> bool:
@@ -280,21 +298,23 @@ def _check_override(override: str) -> None:
 
 
 def _value_error(error: OmegaConfBaseException, source: str) -> UserError:
-    key = error.full_key or error.key or "the recipe"
+    key = str(error.full_key or error.key or "the recipe")
     if "missing mandatory value" in str(error).lower():
         return UserError(f"{key} must be set", fix=f"give it in {source} or as {key}=...")
-    return UserError(f"{source}: {key} cannot take this value", got=_first_line(error), allowed=_type_of(str(key)))
+    hint = _hint_of(key)
+    value = error.value if isinstance(error, ValidationError) else _first_line(error)
+    names = dict.fromkeys(names_of(hint))
+    guess = RENAMED_VALUES.get(str(value)) or nearest(str(value).lower(), names)
+    return UserError(f"{source}: {key} cannot take this value", got="null" if str(value) == "None" else value,
+                     allowed=described(hint), fix=f"did you mean {guess}?" if guess in names else None)  # fmt: skip
 
 
-def _type_of(key: str) -> str:
-    cls: Any = Recipe
+def _hint_of(key: str) -> Any:
+    hint: Any = Recipe
     for part in key.split("[")[0].split("."):
-        hint = typing.get_type_hints(cls).get(part, Any) if dataclasses.is_dataclass(cls) else Any
-        inner = [t for t in typing.get_args(hint) if dataclasses.is_dataclass(t)]
-        cls = inner[0] if inner else hint
-    if isinstance(cls, type) and issubclass(cls, Enum):
-        return ", ".join(member.name for member in cls)
-    return getattr(cls, "__name__", str(cls)) if typing.get_origin(cls) is None else str(cls)
+        inner = [t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)]
+        hint = typing.get_type_hints(inner[0]).get(part, Any) if inner else Any
+    return hint
 
 
 def _written(value: Any) -> str:

@@ -7,6 +7,7 @@ import math
 import operator
 import re
 import typing
+from enum import Enum
 from typing import Any
 
 from harness.errors import UserError
@@ -136,7 +137,27 @@ def _check_elements(key: str, value: Any, hint: Any) -> None:
     inner = typing.get_args(hint)[0]
     wanted: Any = (int, float) if inner is float else typing.get_origin(inner) or inner
     if not isinstance(value, kind) or any(isinstance(item, bool) or not isinstance(item, wanted) for item in value):
-        raise UserError(f"{key} cannot take this value", got=value, allowed=str(hint))
+        raise UserError(f"{key} cannot take this value", got=value, allowed=described(hint))
+
+
+def names_of(hint: Any) -> list[str]:
+    """The names that a key of this type, or each element of it, may have; [] where it takes other values."""
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return [member.name for member in hint]
+    return [name for inner in typing.get_args(hint) for name in names_of(inner)]
+
+
+def described(hint: Any) -> str:
+    """A type in words: `a list of int`, `grpo, rloo`."""
+    inner = typing.get_args(hint)
+    if typing.get_origin(hint) is list:
+        return f"a list of {described(inner[0])}"
+    if typing.get_origin(hint) is dict:
+        return "a mapping"
+    if inner:
+        return " or ".join("null" if one is type(None) else described(one) for one in inner)
+    words = {Any: "any value", str: "text", int: "whole numbers", float: "numbers", bool: "true, false"}
+    return ", ".join(names_of(hint)) or words.get(hint) or "a group of keys"
 
 
 def _merge_names(recipe: Recipe) -> None:
