@@ -6,9 +6,9 @@ import contextlib
 import hashlib
 import itertools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,6 +31,9 @@ from rltrain.seeding import stream_seed
 from rltrain.sync.base import build_sync
 from rltrain.timer import Timer
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 
 class Pack:
     """Members on one frozen base model and one rollout engine. A single run is a pack of one.
@@ -50,6 +53,9 @@ class Pack:
         self._shape = _shape(recipe)
         self._names = (f"member{i}" for i in itertools.count())
         self._used_up = False
+        self.contains_failures = False
+        """Whether a member that fails leaves the others' step going on."""
+        self.failures: dict[Member, Exception] = {}
         self.stop_token_ids = stop_token_ids(base, tokenizer)
         self.num_parameters = base.num_parameters()
         self.peak_flops = measured_peak(self.device, parallel.dtype_of(recipe)) * ranks.size
@@ -128,10 +134,27 @@ class Pack:
         merged = lora.sync is SyncMode.merge and not self.engine.shares_weights
         return None if merged or lora.rank == 0 else member.name
 
-    def publish(self) -> None:
-        """Every member's adapter to the engine, version + 1."""
-        for member in self.members:
-            self.publish_member(member)
+    def attempt(
+        self, member: Member, work: Callable[Concatenate[Pack, P], T], *args: P.args, **kw: P.kwargs
+    ) -> T | None:
+        """`work(pack, ...)` for a member; None where that fails or has failed in this step, noted in `failures`.
+
+        Where `contains_failures` is not set the error is raised.
+        """
+        if member in self.failures:
+            return None
+        try:
+            return work(self, *args, **kw)
+        except Exception as error:
+            if not self.contains_failures:
+                raise
+            self.failures[member] = error
+            return None
+
+    def publish(self, members: Sequence[Member]) -> None:
+        """These members' adapters to the engine, version + 1."""
+        for member in members:
+            self.attempt(member, Pack.publish_member, member)
 
     def publish_member(self, member: Member) -> None:
         """One member's adapter to the engine, version + 1."""

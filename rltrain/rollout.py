@@ -16,20 +16,20 @@ from rltrain.scored import Rollout
 from rltrain.seeding import stream_seed
 
 
-def rollout(pack: Pack) -> list[tuple[Rollout, dict[str, float]]]:
-    """Every member's scored samples for the coming step, and their statistics; batches as dynamic sampling wants."""
-    kinds = [member.recipe.trainer.algorithm.dynamic_sampling.type for member in pack.members]
-    collectors = [RESAMPLING[kind](member.recipe) for kind, member in zip(kinds, pack.members, strict=True)]
-    waiting = list(zip(pack.members, collectors, strict=True))
+def rollout(pack: Pack, members: Sequence[Member]) -> list[tuple[Rollout, dict[str, float]]]:
+    """These members' scored samples for their coming steps, with statistics; batches as dynamic sampling wants."""
+    kinds = {member: member.recipe.trainer.algorithm.dynamic_sampling.type for member in members}
+    collectors = {member: RESAMPLING[kind](member.recipe) for member, kind in kinds.items()}
+    waiting = list(members)
     with pack.timer.span("rollout"):
         while waiting:
-            scored = sample(pack, [member for member, _ in waiting])
-            waiting = [one for one, batch in zip(waiting, scored, strict=True) if one[1].add(batch)]
-    return [collector.result() for collector in collectors]
+            scored = sample(pack, waiting)
+            waiting = [batch.member for batch in scored if collectors[batch.member].add(batch)]
+    return [collector.result() for member, collector in collectors.items() if member not in pack.failures]
 
 
 def sample(pack: Pack, members: Sequence[Member]) -> list[Rollout]:
-    """The next batch of each of these members, scored; one engine call for all of them."""
+    """The next batch of each of these members, scored, but for those that fail here; one engine call for all."""
     drawn = [(member, member.batches, member.draw_problems()) for member in members]
     requests = [
         request(pack, member, problem, member.recipe.generator.sampling_params,
@@ -40,7 +40,9 @@ def sample(pack: Pack, members: Sequence[Member]) -> list[Rollout]:
     batched = all(member.recipe.generator.batched for member in members)
     calls = [requests] if batched else [[one] for one in requests]
     groups = iter([group for call in calls for group in pack.engine.generate(call)])
-    return [score(pack, member, problems, [next(groups) for _ in problems]) for member, _, problems in drawn]
+    own = [(member, problems, [next(groups) for _ in problems]) for member, _, problems in drawn]
+    scored = [pack.attempt(member, score, member, problems, samples) for member, problems, samples in own]
+    return [batch for batch in scored if batch is not None]
 
 
 def request(pack: Pack, member: Member, problem: Problem, sampling: Sampling, n: int, *stream: str | int) -> Request:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -18,17 +19,24 @@ from rltrain.rollout import rollout
 from rltrain.scored import Rollout
 from rltrain.seeding import stream_seed
 
+T = TypeVar("T")
+
 MAXIMA = (GAP_MAX, RATIO_MAX)
 
 
-def train_step(pack: Pack) -> dict[Member, Row]:
-    """One step of every member: roll out, score, update, publish; each member's metrics."""
-    rollouts_M = rollout(pack)
+def train_step(pack: Pack, members: Sequence[Member]) -> dict[Member, Row]:
+    """One step of these members: roll out, score, update, publish; the metrics of each that did not fail."""
+    rollouts_M = rollout(pack, members)
     with pack.engine_asleep():
-        batches_M = [prepare(pack, scored, stats) for scored, stats in rollouts_M]
-        updates = [update(pack, minibatch) for minibatch in minibatches(batches_M)]
-    pack.publish()
+        batches_M = present(pack.attempt(scored.member, prepare, scored, stats) for scored, stats in rollouts_M)
+        updates = present(pack.attempt(mini.member, update, mini) for mini in minibatches(batches_M))
+    pack.publish(members)
     return collect_stats(pack, batches_M, updates)
+
+
+def present(results: Iterable[T | None]) -> list[T]:
+    """What there is of attempts, some of which may have failed."""
+    return [result for result in results if result is not None]
 
 
 @dataclass(slots=True)
@@ -138,7 +146,7 @@ def collect_stats(pack: Pack, batches_M: list[Prepared], updates: list[Update]) 
     """Each member's metrics of the step; what several updates saw is averaged, skipped updates are summed."""
     timings = pack.timer.take()
     rows = {}
-    for prepared in batches_M:
+    for prepared in (one for one in batches_M if one.member not in pack.failures):
         row = dict(prepared.stats)
         for learner in prepared.member.learners:
             own = [u.stats for u in updates if u.learner is learner and u.stats]

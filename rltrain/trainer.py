@@ -1,4 +1,4 @@
-"""The training loop of one member: resume, step, log, evaluate, checkpoint; a report after every step."""
+"""A run from resume to its last step: step, log, evaluate, checkpoint; a report after every step."""
 
 from __future__ import annotations
 
@@ -70,20 +70,68 @@ def train(pack: Pack, member: Member) -> Generator[Report]:
 
 
 def training(pack: Pack, member: Member) -> Generator[Report]:
-    """Train a member to its end, from its last checkpoint if it has one; yields a report after every step.
+    """Train a member to its end, from its last checkpoint if it has one; yields a report after every step."""
+    course = Course(pack, member)
+    yield from course.begin()
+    while not course.done:
+        start = time.perf_counter()
+        row = train_step(pack, [member])[member]
+        yield course.take(row, time.perf_counter() - start)
+
+
+class Course:
+    """A member's way through its run: everything but the training steps themselves, which a pack's members share.
 
     The run's status goes to RUNNING, and to COMPLETE at the end. The first rank alone writes.
     """
-    run_dir, start = member.run_dir, time.perf_counter()
-    pack.ranks.once(lambda: run_dir.move_to(Status.RUNNING))
-    before = run_dir.read_manifest().get("seconds", 0.0)
-    resume(pack, member)
-    for report in steps(pack, member):
-        if pack.ranks.first:
-            run_dir.update(seconds=before + time.perf_counter() - start)
+
+    def __init__(self, pack: Pack, member: Member) -> None:
+        self._pack = pack
+        self._member = member
+        self._start = time.perf_counter()
+        self._before = 0.0
+
+    @property
+    def done(self) -> bool:
+        """Whether no step is left."""
+        return self._member.step >= self._member.total_steps
+
+    def begin(self) -> Iterator[Report]:
+        """Resume; then the base's evaluation, or the last row of a run that was killed after its last step."""
+        pack, member = self._pack, self._member
+        pack.ranks.once(lambda: member.run_dir.move_to(Status.RUNNING))
+        self._before = member.run_dir.read_manifest().get("seconds", 0.0)
+        resume(pack, member)
+        if self.done:
+            restore_final(pack, member)
+            yield self._record(Report(member.step, member.total_steps, member.metrics.rows()[-1]))
+        if member.step == 0 and member.recipe.trainer.eval_before_train:
+            yield self._record(log(pack, member, evaluation(pack, member)))
+
+    def take(self, row: dict[str, float], seconds: float) -> Report:
+        """A training step was made: what is due after it, and the report."""
+        pack, member, trainer = self._pack, self._member, self._member.recipe.trainer
+        member.step += 1
+        for learner in member.learners:
+            learner.scheduler.step()
+        row |= {"step_time": seconds, "num_dropped_prompts": member.num_dropped}
+        row |= performance(pack, member, row)
+        if due(member, trainer.eval_interval):
+            row |= evaluation(pack, member)
+        report = log(pack, member, row)
+        # Logged before it is saved: a kill in between repeats the step, the other way round it would lose the row.
+        if due(member, trainer.ckpt_interval):
+            with pack.timer.span("checkpoint"):
+                checkpoint.save(member, pack.ranks)
+        return self._record(report)
+
+    def _record(self, report: Report) -> Report:
+        """How long the run has taken so far; its end where this was the last step."""
+        if self._pack.ranks.first:
+            self._member.run_dir.update(seconds=self._before + time.perf_counter() - self._start)
             if report.done:
-                finish(member)
-        yield report
+                finish(self._member)
+        return report
 
 
 def resume(pack: Pack, member: Member) -> None:
@@ -100,32 +148,6 @@ def resume(pack: Pack, member: Member) -> None:
         )
     pack.publish_member(member)
     pack.timer.take()
-
-
-def steps(pack: Pack, member: Member) -> Iterator[Report]:
-    """The base's evaluation, then every step with what is due after it; a run killed after its last has that one."""
-    trainer = member.recipe.trainer
-    if member.step >= member.total_steps:
-        restore_final(pack, member)
-        yield Report(member.step, member.total_steps, member.metrics.rows()[-1])
-    if member.step == 0 and trainer.eval_before_train:
-        yield log(pack, member, evaluation(pack, member))
-    while member.step < member.total_steps:
-        start = time.perf_counter()
-        row = train_step(pack)[member]
-        member.step += 1
-        for learner in member.learners:
-            learner.scheduler.step()
-        row |= {"step_time": time.perf_counter() - start, "num_dropped_prompts": member.num_dropped}
-        row |= performance(pack, member, row)
-        if due(member, trainer.eval_interval):
-            row |= evaluation(pack, member)
-        report = log(pack, member, row)
-        # Logged before it is saved: a kill in between repeats the step, the other way round it would lose the row.
-        if due(member, trainer.ckpt_interval):
-            with pack.timer.span("checkpoint"):
-                checkpoint.save(member, pack.ranks)
-        yield report
 
 
 def due(member: Member, interval: int) -> bool:

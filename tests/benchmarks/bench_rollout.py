@@ -61,7 +61,7 @@ def _open(engine: str, scratch: Path) -> tuple[Any, Any]:
         for name, parameter in member.policy.parameters.items():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=1e-3)
-    pack.publish()
+    pack.publish(pack.members)
     return pack, member
 
 

@@ -59,7 +59,7 @@ def _run(recipe: Recipe, run: RunDir, stop_after: int | None = None) -> list[Row
 
 
 def _rolled_out(pack: Pack) -> tuple[Rollout, Row]:
-    ((scored, stats),) = rollout(pack)
+    ((scored, stats),) = rollout(pack, pack.members)
     return scored, stats
 
 
@@ -117,7 +117,7 @@ def test_a_run_with_dynamic_sampling_goes_on_as_if_never_stopped(small_recipe: M
 )
 def test_what_is_filtered_is_the_share_that_was_found(opened: Open, override: str, share: str) -> None:
     pack, member = opened(override, "generator.sampling_params.max_generate_length=40")
-    row = train_step(pack)[member]
+    row = train_step(pack, pack.members)[member]
     assert 0 < row[share] < 1
     assert row["frac_masked_completions"] == pytest.approx(row[share])
     assert row["num_tokens"] > row["completions/mean_length"] * 16  # counted, prompts too: filtered is not unseen
@@ -146,7 +146,7 @@ def test_kl_in_the_reward_grows_as_the_policy_moves(small_recipe: MakeRecipe, ne
 @pytest.mark.parametrize("tis", ["none", "token", "sequence"])
 def test_importance_weights_are_near_one_where_engine_and_trainer_agree(opened: Open, tis: str) -> None:
     pack, member = opened(f"{ALGORITHM}.tis={tis}", "trainer.policy_mini_batch_size=4")
-    row = train_step(pack)[member]
+    row = train_step(pack, pack.members)[member]
     assert row.get("sampling/importance_sampling_ratio/mean") == (
         None if tis == "none" else pytest.approx(1.0, abs=1e-3)
     )
@@ -159,7 +159,7 @@ def test_other_settings_make_other_updates_of_the_same_samples(opened: Open, bac
     rows = []
     for overrides in ([], [backward]):
         pack, member = opened(*overrides)
-        rows.append(train_step(pack)[member])
+        rows.append(train_step(pack, pack.members)[member])
     assert rows[0]["reward"] == rows[1]["reward"]
     assert rows[0]["grad_norm"] != pytest.approx(rows[1]["grad_norm"], rel=1e-4)
 
@@ -167,7 +167,7 @@ def test_other_settings_make_other_updates_of_the_same_samples(opened: Open, bac
 def test_the_sync_must_be_as_close_as_sync_tolerance_says(opened: Open, small_recipe: MakeRecipe) -> None:
     pack, _ = opened("trainer.sync_tolerance=1e-12")
     with pytest.raises(SyncError, match="tolerance 1.00e-12"):
-        train_step(pack)
+        train_step(pack, pack.members)
     assert sync_tolerance(small_recipe("trainer.sync_tolerance=0.25")) == 0.25
     assert sync_tolerance(small_recipe()) == 1e-3
     assert sync_tolerance(small_recipe("trainer.policy.model.dtype=bfloat16")) == 5e-2

@@ -46,7 +46,7 @@ def opened(small_recipe: MakeRecipe, new_run: MakeRun) -> Iterator[Open]:
 
 
 def _step(pack: Pack, member: Member) -> Row:
-    return train_step(pack)[member]
+    return train_step(pack, pack.members)[member]
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_a_step_samples_so_many_prompts_so_often(
 ) -> None:
     pack, _ = opened(f"trainer.train_batch_size={batch}", f"generator.n_samples_per_prompt={samples}")
     calls = _watch_engine(pack, monkeypatch)
-    ((scored, _),) = rollout(pack)
+    ((scored, _),) = rollout(pack, pack.members)
     assert scored.rewards.shape == (batch, samples)
     assert [[one.n for one in requests] for requests in calls] == [[samples] * batch]
 
@@ -172,7 +172,7 @@ def test_batched_is_one_engine_call_or_one_for_each_prompt(opened: Open, monkeyp
     for batched in ("true", "false"):
         pack, _ = opened(f"generator.batched={batched}")
         calls = _watch_engine(pack, monkeypatch)
-        ((scored, _),) = rollout(pack)
+        ((scored, _),) = rollout(pack, pack.members)
         assert [len(requests) for requests in calls] == ([4] if batched == "true" else [1] * 4)
         found.append([[sample.token_ids for sample in group] for group in scored.samples])
     assert found[0] == found[1]
@@ -202,7 +202,7 @@ def test_so_many_sequences_are_decoded_at_once(opened: Open, monkeypatch: pytest
             seen.append(len(given["input_ids"]))
 
         handle = member.policy.model.get_base_model().register_forward_pre_hook(look, with_kwargs=True)
-        ((scored, _),) = rollout(pack)
+        ((scored, _),) = rollout(pack, pack.members)
         handle.remove()
         assert max(widths) == most
         found.append([[sample.token_ids for sample in group] for group in scored.samples])

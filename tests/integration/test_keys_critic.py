@@ -105,7 +105,7 @@ def _stepped(recipe: Recipe, run: RunDir) -> tuple[Pack, Member, Critic, dict[st
     member = pack.join(recipe, run)
     pack.publish_member(member)
     before = {one.name: {n: p.detach().clone() for n, p in one.parameters.items()} for one in member.learners}
-    row = train_step(pack)[member]
+    row = train_step(pack, pack.members)[member]
     assert member.critic is not None
     return pack, member, member.critic, before, row
 

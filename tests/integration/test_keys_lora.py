@@ -135,7 +135,7 @@ def _opened(small_recipe: MakeRecipe, new_run: MakeRun, *overrides: str) -> tupl
     recipe = small_recipe(PPO, *overrides)
     pack = Pack.open(recipe)
     member = pack.join(recipe, new_run(recipe, "own"))
-    pack.publish()
+    pack.publish(pack.members)
     return pack, member
 
 
@@ -170,7 +170,7 @@ def test_a_critic_of_another_path_has_that_base(
     pack, member = _opened(small_recipe, new_run, f"trainer.critic.model.path={folder}")
     own, shared = (learner.model.get_base_model().model.norm.weight for learner in (_critic_of(member), member.policy))
     assert torch.equal(own, 2 * shared)
-    row = train_step(pack)[member]
+    row = train_step(pack, pack.members)[member]
     assert row["critic/grad_norm"] > 0
     assert torch.equal(own, 2 * shared)  # its base stays as it is
     pack.close()

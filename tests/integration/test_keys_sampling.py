@@ -33,7 +33,7 @@ class Sampler:
     def train(self, *overrides: str) -> Rollout:
         """What a step would train on."""
         with self._member(*overrides):
-            ((scored, _),) = rollout(self.pack)
+            ((scored, _),) = rollout(self.pack, self.pack.members)
         return scored
 
     def evaluate(self, *overrides: str) -> tuple[Row, Rollout]:
@@ -44,7 +44,7 @@ class Sampler:
     def step(self, *overrides: str) -> Row:
         """A training step's metrics."""
         with self._member(*overrides) as member:
-            return train_step(self.pack)[member]
+            return train_step(self.pack, self.pack.members)[member]
 
     @contextlib.contextmanager
     def _member(self, *overrides: str) -> Iterator[Member]:

@@ -28,7 +28,7 @@ def running(small_recipe: MakeRecipe, new_run: MakeRun) -> Iterator[tuple[Pack, 
     recipe = small_recipe(*(f"generator.{key}" for key in KEYS))
     pack = Pack.open(recipe)
     member = pack.join(recipe, new_run(recipe, "run"))
-    pack.publish()
+    pack.publish(pack.members)
     yield pack, member
     pack.close()
 
@@ -56,7 +56,7 @@ def test_what_reaches_vllm(running: tuple[Pack, Member], monkeypatch: pytest.Mon
         return groups
 
     monkeypatch.setattr(engine, "generate", noting)
-    row = train_step(pack)[member]
+    row = train_step(pack, pack.members)[member]
     assert calls == [1] * 4
     # Sixteen samples through seven places at a time are still the policy's.
     assert row["sampling/sampling_logp_difference/mean"] < 1e-3

@@ -150,13 +150,13 @@ def test_a_member_of_a_pack_trains_as_if_alone(small_recipe: MakeRecipe, new_run
     pack = Pack.open(recipes[0])
     assert all(pack.can_hold(recipe) for recipe in recipes)
     members = [pack.join(recipe, new_run(recipe, f"m{i}")) for i, recipe in enumerate(recipes)]
-    pack.publish()
+    pack.publish(pack.members)
     rows = _two_steps(pack)
     together = [rows[member] for member in members]
     _leave_all(pack, members)
     for recipe, expected in zip(recipes, together, strict=True):
         member = pack.join(recipe, new_run(recipe, f"solo{recipe.seed}"))
-        pack.publish()
+        pack.publish(pack.members)
         alone = _two_steps(pack)[member]
         _leave_all(pack, [member])
         assert without_timings(alone) == without_timings(expected)
@@ -165,7 +165,7 @@ def test_a_member_of_a_pack_trains_as_if_alone(small_recipe: MakeRecipe, new_run
 
 def _two_steps(pack: Pack) -> dict[Member, dict[str, float]]:
     for _ in range(2):
-        rows = train_step(pack)
+        rows = train_step(pack, pack.members)
         for member in pack.members:
             member.step += 1
     return rows
