@@ -9,28 +9,33 @@ import sys
 
 from harness.cli import Parser, run_command
 from harness.errors import UserError
-from harness.metrics import without_timings
+from harness.metrics import MetricsFile, without_timings
 from harness.paths import shown
+from harness.rundir import one_line
 from harness.sinks import Console
 from rltrain import reproduce
 from rltrain.reproduce import Reproduction
 
 DEPARTS = 1
+FAILED = 4
 
 
 def main(argv: list[str]) -> int:
-    """Parse, compare what the run was made with, train it again, compare; 0 when equal, 1 when not."""
+    """Parse, compare what the run was made with, train it again, compare; 0: equal, 1: not, 4: it failed on the way."""
     options = _parse(argv)
     planned = reproduce.plan(options.run, options.output)
     agrees = _tell_agreement(planned)
     reproduce.check(planned)
     if options.check_only:
         return 0 if agrees else DEPARTS
+    reproduce.begin(planned)
     try:
         step = _train(planned, options)
     except KeyboardInterrupt:
         print(f"stopped, nothing is compared  {shown(planned.run_dir.path)}", file=sys.stderr)
         raise
+    except Exception as error:
+        return _tell_failure(planned, error)
     return _conclude(planned, step, options.tolerance)
 
 
@@ -70,7 +75,6 @@ def _train(planned: Reproduction, options: argparse.Namespace) -> int:
     """Train again, with a line per step and one at the first that departs; the last step trained."""
     from sweeps.locks import held
 
-    reproduce.begin(planned)
     print(f"run {shown(planned.run_dir.path)}\nloading the model and starting the engine ...", flush=True)
     with held(planned.run_dir.path / ".lock"):
         from rltrain.quiet import quiet_libraries
@@ -95,6 +99,19 @@ def _follow(planned: Reproduction, options: argparse.Namespace) -> int:
             if departed and options.stop_at_departure:
                 break
     return step
+
+
+def _tell_failure(planned: Reproduction, error: Exception) -> int:
+    """Say how far a repetition came that failed, and why; bad input that was found before the first step is raised."""
+    rows, run_dir = MetricsFile(planned.run_dir.metrics).rows(), planned.run_dir
+    if isinstance(error, BrokenPipeError) or (isinstance(error, UserError) and not rows):
+        raise error
+    where = f"after step {rows[-1]['step']} of {planned.last}" if rows else "before its first step"
+    verdict = f"failed {where}: {one_line(error)}"
+    reproduce.give_up(planned, verdict, error)
+    print(f"nothing is compared; where it failed stands in {shown(run_dir.log)}", file=sys.stderr)
+    print(f"{verdict}  {shown(run_dir.path)}")
+    return FAILED
 
 
 def _conclude(planned: Reproduction, step: int, tolerance: float) -> int:

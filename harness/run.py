@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
+from typing import Any
 
 from harness import manifest, metrics, rerun, sinks
 from harness import recipe as recipes
@@ -48,7 +49,10 @@ def main(argv: list[str]) -> int:
     if options.dry_run:
         return _dry_run(options)
     recipe, run_dir = _resumed(options) if options.resume else _started(options)
-    _train(recipe, run_dir)
+    if _only_lacks_verdict(run_dir.sound_manifest()):
+        _tell_end(recipe, run_dir)
+    else:
+        _train(recipe, run_dir)
     met = _as_expected(recipe, run_dir)
     print(_summary(run_dir, shown(run_dir.path)))
     return 0 if met or not options.check else UNMET
@@ -139,12 +143,26 @@ def _check_same(recipe: Recipe, run_dir: RunDir) -> None:
     record = run_dir.sound_manifest()
     if record["kind"] == "sweep":
         raise UserError("this directory holds a sweep", got=run_dir.path, fix="choose another trainer.run_name")
-    if record["status"] in (Status.COMPLETE.value, Status.PRUNED.value):
+    if record["status"] in (Status.COMPLETE.value, Status.PRUNED.value) and not _only_lacks_verdict(record):
         raise UserError(f"this run is {record['status']} already", got=run_dir.path,
                         fix="choose another trainer.run_name to run it again")  # fmt: skip
     if record["recipe"]["digest"] != recipes.digest(recipe):
         raise UserError("this directory holds an unfinished run of another recipe", got=run_dir.path,
                         fix="choose another trainer.run_name")  # fmt: skip
+
+
+def _only_lacks_verdict(record: dict[str, Any]) -> bool:
+    """Whether a run was killed after its last step, before its verdict; trials and repetitions never get one."""
+    ended = record["kind"] == "run" and record["status"] == Status.COMPLETE.value
+    return ended and not {"expect", "reproduces"} & record.keys()
+
+
+def _tell_end(recipe: Recipe, run_dir: RunDir) -> None:
+    """Tell the loggers of the last step and the result, which a kill may have kept from them."""
+    print(f"run {shown(run_dir.path)} is trained; its verdict was not written")
+    row = metrics.MetricsFile(run_dir.metrics).rows()[-1]
+    with contextlib.closing(sinks.Sinks(recipe, run_dir)) as told:
+        told.report(int(row["step"]), row)
 
 
 def _train(recipe: Recipe, run_dir: RunDir) -> None:

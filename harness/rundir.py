@@ -192,6 +192,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def one_line(error: Exception) -> str:
+    """What went wrong, in a line of at most 500 characters or so."""
+    text = " ".join(str(error).removeprefix("error: ").split())[:500] or "no message"
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+
+
 def now() -> str:
     """The time in UTC, ISO 8601, to the millisecond."""
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -297,11 +303,8 @@ class RunDir:
 
     def fail(self, error: Exception) -> None:
         """Move to FAILED, with the exception on one line as the reason; on a full disk the status stays as it was."""
-        text = " ".join(str(error).removeprefix("error: ").split())[:500] or "no message"
         with contextlib.suppress(OSError):
-            self.move_to(
-                Status.FAILED, reason=text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
-            )
+            self.move_to(Status.FAILED, reason=one_line(error))
 
     def tidy(self) -> None:
         """Clear what kills amid writing left; for the one process that writes here."""

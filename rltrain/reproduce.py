@@ -6,6 +6,7 @@ Planning imports neither torch nor vllm nor ray.
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Generator
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,7 +19,7 @@ from harness.errors import UserError
 from harness.metrics import MetricsFile
 from harness.paths import shown
 from harness.rerun import OWN_PLACE, name_of, record_of_run
-from harness.rundir import RunDir, Status, damage
+from harness.rundir import RunDir, Status, damage, write_text
 from harness.schema import Recipe, Trainer
 
 if TYPE_CHECKING:
@@ -101,7 +102,21 @@ def rerun(planned: Reproduction) -> Generator[Report]:
 
 def conclude(planned: Reproduction, verdict: str, step: int) -> None:
     """Write the verdict to the repetition's manifest; one stopped before its recipe's end is PRUNED."""
-    run_dir, of = planned.run_dir, shown(planned.original.path)
+    run_dir = planned.run_dir
     if run_dir.status is Status.RUNNING:
-        run_dir.move_to(Status.PRUNED, reason=f"compared with {of} up to step {step}")
-    run_dir.update(reproduces={"run": of, "verdict": verdict})
+        run_dir.move_to(Status.PRUNED, reason=f"compared with {shown(planned.original.path)} up to step {step}")
+    _record(planned, verdict)
+
+
+def give_up(planned: Reproduction, verdict: str, error: Exception) -> None:
+    """Record a repetition that failed: its verdict, and in its `log.txt` where; as far as the disk takes it."""
+    run_dir = planned.run_dir
+    if run_dir.status is not Status.FAILED:
+        run_dir.fail(error)
+    with contextlib.suppress(OSError):
+        _record(planned, verdict)
+        write_text(run_dir.log, "".join(traceback.format_exception(error)))
+
+
+def _record(planned: Reproduction, verdict: str) -> None:
+    planned.run_dir.update(reproduces={"run": shown(planned.original.path), "verdict": verdict})

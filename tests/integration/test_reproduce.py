@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -205,6 +206,50 @@ def test_other_data_and_packages_are_named_before_it_departs(
     assert f"  differs: torch: 0.0.1 -> {torch.__version__}\n" in said
     assert f"  differs: data {data}: sha256:" in said
     assert "departs at step 1: " in said
+
+
+@pytest.mark.parametrize(
+    ("calls", "error", "said"),
+    [
+        (4, LookupError("no such word"), "failed after step 3 of 4: LookupError: no such word"),
+        (0, OSError(28, "No space left on device"), "failed before its first step: OSError: [Errno 28] No space left"),
+        (4, UserError("the disk is gone"), "failed after step 3 of 4: the disk is gone"),
+    ],
+)
+def test_a_repetition_that_fails_says_where_and_why(
+    train: Callable[..., RunDir], capsys: Capture, monkeypatch: pytest.MonkeyPatch, calls: int, error: Exception,
+    said: str,
+) -> None:  # fmt: skip
+    run_dir, log, seen = train(), trainer.log, [0]
+
+    def failing(*arguments: Any) -> Any:
+        seen[0] += 1
+        if seen[0] > calls:
+            raise error
+        return log(*arguments)
+
+    monkeypatch.setattr(trainer, "log", failing)
+    assert reproduced(run_dir) == 4
+    told = capsys.readouterr()
+    assert told.out.splitlines()[-1].startswith(said)
+    assert "Traceback" not in told.out + told.err
+    assert f"in {again(run_dir).log}" in told.err
+    record = again(run_dir).read_manifest()
+    assert (record["status"], record["reproduces"]["verdict"]) == ("FAILED", told.out.splitlines()[-1].split("  ")[0])
+    assert "raise error" in again(run_dir).log.read_text()
+    assert len(rows(again(run_dir))) == calls
+
+
+def test_bad_input_that_is_found_while_it_loads_is_an_error(
+    train: Callable[..., RunDir], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    run_dir = train(f"trainer.policy.model.path={model}", "trainer.max_steps=1")
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-5])
+    with pytest.raises(UserError):
+        reproduced(run_dir)
+    assert again(run_dir).status is Status.FAILED
 
 
 def test_a_new_run_with_the_recipe_of_a_run(

@@ -9,7 +9,11 @@ import pytest
 
 from harness import check, run
 from harness.errors import UserError
+from harness.logfiles import event_steps
 from harness.rundir import RunDir
+from rltrain import trainer
+from rltrain.member import Member
+from rltrain.trainer import finish
 
 TINY = ["generator.backend=transformers", "trainer.max_steps=1", "trainer.train_batch_size=2",
         "trainer.policy_mini_batch_size=2", "generator.n_samples_per_prompt=2", "trainer.eval_before_train=false",
@@ -47,6 +51,45 @@ def test_a_run_says_what_it_did_not_show(tiny_model_dir: Path, tmp_path: Path, f
     arguments = [file, *TINY, f"trainer.ckpt_path={tmp_path}", "trainer.run_name=run", *flags]
     assert run.main(arguments) == status
     assert RunDir(tmp_path / "run").read_manifest()["expect"][0]["met"] is False
+
+
+@pytest.mark.parametrize("flags", [["--check"], []])
+def test_a_run_killed_before_its_verdict_gets_it_without_training_again(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    flags: list[str],
+) -> None:  # fmt: skip
+    file = recipe_file(tmp_path, "{eval/accuracy: {min: 0.5}}")
+    logger = "trainer.logger=[console,tensorboard]"
+    start = [file, *TINY, logger, f"trainer.ckpt_path={tmp_path}", "trainer.run_name=run"]
+
+    def killed(member: Member) -> None:
+        finish(member)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.main(start)
+    run_dir = RunDir(tmp_path / "run")
+    record = run_dir.read_manifest()
+    assert record["status"] == "COMPLETE"
+    assert "expect" not in record
+    assert event_steps(run_dir.path / "tensorboard") == set()
+    trained = {path: path.read_bytes() for path in run_dir.path.rglob("*") if path.suffix in (".jsonl", ".safetensors")}
+    capsys.readouterr()
+    go_on = ["--resume", str(run_dir.path), *flags] if flags else start
+    assert run.main(go_on) == (run.UNMET if flags else 0)
+    said = capsys.readouterr().out
+    assert "its verdict was not written" in said
+    assert "NOT MET: eval/accuracy 0 (one seed), expected >= 0.5" in said
+    assert "held-out accuracy 0.000 after 1 steps" in said
+    assert {path: path.read_bytes() for path in trained} == trained
+    now = run_dir.read_manifest()
+    assert now["expect"][0]["met"] is False
+    assert {**now, "expect": None} == {**record, "expect": None}
+    assert event_steps(run_dir.path / "tensorboard") == {1}
+    with pytest.raises(UserError, match="COMPLETE already"):
+        run.main(go_on)
 
 
 @pytest.mark.parametrize(
