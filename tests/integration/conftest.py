@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import pytest
@@ -13,6 +14,11 @@ from harness import manifest
 from harness import recipe as recipes
 from harness.rundir import RunDir
 from harness.schema import Recipe
+
+if TYPE_CHECKING:
+    from rltrain.member import Member
+    from rltrain.pack import Pack
+    from tests.integration.training import MakeRecipe, MakeRun, Open
 
 
 def heed_interrupts() -> None:
@@ -62,3 +68,22 @@ def new_run(tmp_path: Path) -> Callable[[Recipe, str], RunDir]:
         return run
 
     return make
+
+
+@pytest.fixture
+def opened(small_recipe: MakeRecipe, new_run: MakeRun) -> Iterator[Open]:
+    """A pack with one member, ready to roll out, of a small recipe with overrides."""
+    from rltrain.pack import Pack
+
+    packs: list[Pack] = []
+
+    def make(*overrides: str) -> tuple[Pack, Member]:
+        recipe = small_recipe(*overrides)
+        packs.append(Pack.open(recipe))
+        member = packs[-1].join(recipe, new_run(recipe, f"run{len(packs)}"))
+        packs[-1].publish_member(member)
+        return packs[-1], member
+
+    yield make
+    for pack in packs:
+        pack.close()

@@ -4,58 +4,30 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
-from itertools import islice
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from harness.metrics import MetricsFile, without_timings
 from harness.rundir import RunDir, Status
 from harness.schema import Recipe
 from rltrain.learner import Row
-from rltrain.member import Member, sync_tolerance
+from rltrain.member import sync_tolerance
 from rltrain.pack import Pack
 from rltrain.rollout import rollout
 from rltrain.scored import Rollout
 from rltrain.step import train_step
 from rltrain.sync.proof import SyncError
-from rltrain.trainer import train
+from tests.integration.training import MakeRecipe, MakeRun, Open, rows, train_run
 
-MakeRecipe = Callable[..., Recipe]
-MakeRun = Callable[[Recipe, str], RunDir]
-Open = Callable[..., tuple[Pack, Member]]
 ALGORITHM = "trainer.algorithm"
 FILTER = f"{ALGORITHM}.dynamic_sampling.type=filter"
 
 
-@pytest.fixture
-def opened(small_recipe: MakeRecipe, new_run: MakeRun) -> Iterator[Open]:
-    """A pack with one member, ready to roll out, of a small recipe with overrides."""
-    packs: list[Pack] = []
-
-    def make(*overrides: str) -> tuple[Pack, Member]:
-        recipe = small_recipe(*overrides)
-        packs.append(Pack.open(recipe))
-        member = packs[-1].join(recipe, new_run(recipe, f"run{len(packs)}"))
-        packs[-1].publish_member(member)
-        return packs[-1], member
-
-    yield make
-    for pack in packs:
-        pack.close()
-
-
 def _run(recipe: Recipe, run: RunDir, stop_after: int | None = None) -> list[Row]:
     """Train; the rows that the run has then."""
-    pack = Pack.open(recipe)
-    reports = train(pack, pack.join(recipe, run))
-    for _ in islice(reports, stop_after):
-        pass
-    reports.close()
-    pack.close()
-    return [without_timings(row) for row in MetricsFile(run.metrics).rows()]
+    train_run(recipe, run, stop_after=stop_after)
+    return rows(run)
 
 
 def _rolled_out(pack: Pack) -> tuple[Rollout, Row]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from harness.rundir import RunDir
-from harness.schema import Recipe
 from rltrain.batch import Batch
 from rltrain.critic import Critic
 from rltrain.engines.base import Request, Sample
@@ -21,28 +18,9 @@ from rltrain.policy import Policy
 from rltrain.ranks import Ranks
 from rltrain.rollout import rollout
 from rltrain.step import train_step
+from tests.integration.training import Open
 
-MakeRecipe = Callable[..., Recipe]
-MakeRun = Callable[[Recipe, str], RunDir]
-Open = Callable[..., tuple[Pack, Member]]
 PPO = "trainer.algorithm.advantage_estimator=gae"
-
-
-@pytest.fixture
-def opened(small_recipe: MakeRecipe, new_run: MakeRun) -> Iterator[Open]:
-    """A pack with one member, ready to roll out, of a small recipe with overrides."""
-    packs: list[Pack] = []
-
-    def make(*overrides: str) -> tuple[Pack, Member]:
-        recipe = small_recipe(*overrides)
-        packs.append(Pack.open(recipe))
-        member = packs[-1].join(recipe, new_run(recipe, f"run{len(packs)}"))
-        packs[-1].publish_member(member)
-        return packs[-1], member
-
-    yield make
-    for pack in packs:
-        pack.close()
 
 
 def _step(pack: Pack, member: Member) -> Row:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import islice
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 
 from harness.errors import UserError
-from harness.metrics import MetricsFile, without_timings
 from harness.rundir import RunDir, Status
 from harness.schema import Recipe
 from rltrain.critic import Critic
@@ -18,9 +16,8 @@ from rltrain.member import Member
 from rltrain.pack import Pack
 from rltrain.step import train_step
 from rltrain.trainer import train
+from tests.integration.training import MakeRecipe, MakeRun, rows
 
-MakeRecipe = Callable[..., Recipe]
-MakeRun = Callable[[Recipe, str], RunDir]
 Tensors = dict[str, torch.Tensor]
 PPO = "trainer.algorithm.advantage_estimator=gae"
 
@@ -37,10 +34,6 @@ def _run(recipe: Recipe, run: RunDir, stop_after: int | None = None) -> Tensors:
     values = {name: p.detach().clone() for name, p in member.critic.parameters.items()}
     pack.close()
     return values
-
-
-def _rows(run: RunDir) -> list[dict[str, float]]:
-    return [without_timings(row) for row in MetricsFile(run.metrics).rows()]
 
 
 @pytest.fixture
@@ -63,14 +56,14 @@ def test_a_stopped_ppo_run_goes_on_as_if_never_stopped(ppo: MakeRecipe, new_run:
     saved = load_file(broken.checkpoints / "step_000002" / "critic.safetensors")
     assert {"value_head.weight", "value_head.bias"} < saved.keys()
     found = _run(recipe, broken)
-    assert _rows(whole) == _rows(broken)
+    assert rows(whole) == rows(broken)
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
     assert not torch.equal(saved["value_head.weight"], expected["value_head.weight"])
     adapters = [load_file(run.adapter / "final" / "adapter_model.safetensors") for run in (whole, broken)]
     assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
-    rows = _rows(whole)[1:]
-    assert [row["critic/learning_rate"] for row in rows] == pytest.approx([1e-3 * f for f in (1, 0.75, 0.5, 0.25)])
-    assert all({"critic/vf_loss", "critic/grad_norm", "critic/explained_variance"} <= row.keys() for row in rows)
+    logged = rows(whole)[1:]
+    assert [row["critic/learning_rate"] for row in logged] == pytest.approx([1e-3 * f for f in (1, 0.75, 0.5, 0.25)])
+    assert all({"critic/vf_loss", "critic/grad_norm", "critic/explained_variance"} <= row.keys() for row in logged)
 
 
 def test_full_fine_tuning_of_both_goes_on_as_if_never_stopped(ppo: MakeRecipe, new_run: MakeRun) -> None:
@@ -82,7 +75,7 @@ def test_full_fine_tuning_of_both_goes_on_as_if_never_stopped(ppo: MakeRecipe, n
     _run(recipe, broken, stop_after=1)
     assert broken.status is Status.RUNNING
     found = _run(recipe, broken)
-    assert _rows(whole) == _rows(broken)
+    assert rows(whole) == rows(broken)
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
     models = [load_file(run.adapter / "final" / "model.safetensors") for run in (whole, broken)]
     assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())

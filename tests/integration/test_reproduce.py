@@ -21,14 +21,12 @@ from safetensors.torch import load_file, save_file
 from harness import manifest, reproduce, run
 from harness import recipe as recipes
 from harness.errors import UserError
-from harness.metrics import MetricsFile, without_timings
 from harness.paths import PROJECT
 from harness.rundir import RunDir, Status, write_json
 from harness.schema import Recipe
 from rltrain import trainer
+from tests.integration.training import MakeRecipe, MakeRun, rows
 
-MakeRecipe = Callable[..., Recipe]
-MakeRun = Callable[[Recipe, str], RunDir]
 Capture = pytest.CaptureFixture[str]
 
 LEARNS = "trainer.policy.optimizer_config.lr=3e-3"
@@ -63,10 +61,6 @@ def reproduced(run_dir: RunDir, *options: str) -> int:
 
 def again(run_dir: RunDir) -> RunDir:
     return RunDir(run_dir.path.with_name(f"{run_dir.path.name}-again"))
-
-
-def rows(run_dir: RunDir) -> list[dict[str, float]]:
-    return [without_timings(row) for row in MetricsFile(run_dir.metrics).rows()]
 
 
 def tree(folder: Path) -> dict[str, bytes]:

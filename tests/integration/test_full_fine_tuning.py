@@ -1,0 +1,46 @@
+"""Full fine-tuning: every weight is trained, and small updates are kept."""
+
+from __future__ import annotations
+
+import torch
+from safetensors.torch import load_file
+
+from rltrain.pack import Pack
+from rltrain.trainer import train
+from tests.integration.training import MakeRecipe, MakeRun, rows
+
+
+def test_full_fine_tuning_trains_every_weight(small_recipe: MakeRecipe, new_run: MakeRun) -> None:
+    recipe = small_recipe(
+        "trainer.policy.model.lora.rank=0", "trainer.policy.model.lora.sync=merge", "trainer.max_steps=2",
+        "trainer.algorithm.use_kl_loss=true", "trainer.policy.optimizer_config.lr=1e-4",
+    )  # fmt: skip
+    run = new_run(recipe, "full")
+    pack = Pack.open(recipe)
+    before = {name: p.clone() for name, p in pack.model.named_parameters()}
+    member = pack.join(recipe, run)
+    for _ in train(pack, member):
+        pass
+    assert all(not torch.equal(p, before[name]) for name, p in pack.model.named_parameters())
+    assert not pack.can_hold(recipe)
+    assert rows(run)[-1]["kl"] > 0
+    saved = load_file(run.adapter / "final" / "model.safetensors")
+    assert torch.equal(saved["model.norm.weight"], dict(pack.model.named_parameters())["model.norm.weight"])
+    pack.close()
+
+
+def test_full_fine_tuning_in_bfloat16_keeps_small_updates(small_recipe: MakeRecipe, new_run: MakeRun) -> None:
+    recipe = small_recipe(
+        "trainer.policy.model.lora.rank=0", "trainer.policy.model.lora.sync=merge", "trainer.max_steps=1",
+        "trainer.policy.model.dtype=bfloat16", "trainer.policy.optimizer_config.lr=1e-6",
+    )  # fmt: skip
+    run = new_run(recipe, "full")
+    pack = Pack.open(recipe)
+    before = {name: p.clone() for name, p in pack.model.named_parameters()}
+    assert list(train(pack, pack.join(recipe, run)))
+    matrices = {name: p for name, p in pack.model.named_parameters() if p.dim() == 2}
+    # A bfloat16 weight of 0.02 moves by 6e-5 or not at all.
+    assert all(0 < (p - before[name]).abs().max() < 1e-5 for name, p in matrices.items())
+    saved = load_file(run.adapter / "final" / "model.safetensors")
+    assert all(tensor.dtype == torch.bfloat16 for tensor in saved.values())
+    pack.close()

@@ -1,0 +1,188 @@
+"""Members of a pack on the real model: they train as if alone, adapt what their recipes say, and sync apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness.errors import UserError
+from harness.metrics import without_timings
+from harness.rundir import RunDir
+from harness.schema import Recipe
+from rltrain.member import Member
+from rltrain.model import adapter_layers
+from rltrain.pack import Pack
+from rltrain.ranks import Ranks
+from rltrain.step import train_step
+from rltrain.trainer import train
+from tests.integration.training import MakeRecipe, MakeRun, assert_equal
+
+
+def test_a_member_of_a_pack_trains_as_if_alone(small_recipe: MakeRecipe, new_run: MakeRun) -> None:
+    wanted = [
+        ("trainer.policy.model.lora.rank=4", "trainer.target_modules=attention", "seed=3"),
+        (
+            "trainer.policy.model.lora.rank=8",
+            "trainer.policy.optimizer_config.lr=3e-3",
+            "generator.n_samples_per_prompt=2",
+        ),
+    ]
+    room = "generator.max_lora_rank=8"
+    recipes = [small_recipe(room, *overrides) for overrides in wanted]
+    pack = Pack.open(recipes[0])
+    assert all(pack.can_hold(recipe) for recipe in recipes)
+    members = [pack.join(recipe, new_run(recipe, f"m{i}")) for i, recipe in enumerate(recipes)]
+    pack.publish(pack.members)
+    rows = _two_steps(pack)
+    together = [rows[member] for member in members]
+    _leave_all(pack, members)
+    for recipe, expected in zip(recipes, together, strict=True):
+        member = pack.join(recipe, new_run(recipe, f"solo{recipe.seed}"))
+        pack.publish(pack.members)
+        alone = _two_steps(pack)[member]
+        _leave_all(pack, [member])
+        assert without_timings(alone) == without_timings(expected)
+    pack.close()
+
+
+def _two_steps(pack: Pack) -> dict[Member, dict[str, float]]:
+    for _ in range(2):
+        rows = train_step(pack, pack.members)
+        for member in pack.members:
+            member.step += 1
+    return rows
+
+
+def _leave_all(pack: Pack, members: list[Member]) -> None:
+    for member in members:
+        pack.leave(member)
+
+
+def test_a_pack_is_as_new_when_a_member_has_left(small_recipe: MakeRecipe, new_run: MakeRun) -> None:
+    recipe = small_recipe("trainer.max_steps=2")
+    first, second = new_run(recipe, "first"), new_run(recipe, "second")
+    pack = Pack.open(recipe)
+    for run in (first, second):
+        member = pack.join(recipe, run)
+        for _ in train(pack, member):
+            pass
+        pack.leave(member)
+        assert not (run.path / "sync").exists()
+    pack.close()
+    assert_equal(first, second)
+
+
+@pytest.fixture(scope="module")
+def open_pack(small_data: list[str]) -> Iterator[Callable[[Recipe], Pack]]:
+    opened: list[Pack] = []
+
+    def make(recipe: Recipe) -> Pack:
+        opened.append(Pack.open(recipe))
+        return opened[-1]
+
+    yield make
+    for pack in opened:
+        pack.close()
+
+
+@pytest.mark.parametrize(
+    ("targets", "exclude", "leaves"),
+    [
+        ("all-linear", "null", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        ("attention", "null", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("mlp", "null", {"gate_proj", "up_proj", "down_proj"}),
+        ("[q_proj,up_proj]", "null", {"q_proj", "up_proj"}),
+        ("all-linear", "[q_proj]", {"k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        (r"'.*\.layers\.0\..*(q|k)_proj'", "null", {"q_proj", "k_proj"}),
+    ],
+)
+def test_target_modules_are_what_the_recipe_says(
+    small_recipe: MakeRecipe, new_run: MakeRun, open_pack: Callable[[Recipe], Pack],
+    targets: str, exclude: str, leaves: set[str],
+) -> None:  # fmt: skip
+    recipe = small_recipe(f"trainer.target_modules={targets}", f"trainer.exclude_modules={exclude}")
+    pack = open_pack(recipe)
+    member = pack.join(recipe, new_run(recipe, "run"))
+    found = adapter_layers(pack.model, member.name)
+    assert {name.rsplit(".", 1)[1] for name in found} == leaves
+    layers = 1 if "layers" in targets else pack.model.config.num_hidden_layers
+    assert len(found) == len(leaves) * layers
+    assert len(member.policy.parameters) == 2 * len(found)
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in member.policy.parameters.values())
+
+
+def test_a_target_that_matches_nothing_is_refused(
+    small_recipe: MakeRecipe, new_run: MakeRun, open_pack: Callable[[Recipe], Pack]
+) -> None:
+    recipe = small_recipe("trainer.target_modules=[q_proj,query]")
+    with pytest.raises(UserError, match=r"names no module.*\n.*query"):
+        open_pack(recipe).join(recipe, new_run(recipe, "run"))
+
+
+def test_non_finite_gradients_are_skipped_then_fail(
+    small_recipe: MakeRecipe, new_run: MakeRun, open_pack: Callable[[Recipe], Pack]
+) -> None:
+    recipe = small_recipe("trainer.max_bad_steps=2")
+    member = open_pack(recipe).join(recipe, new_run(recipe, "run"))
+    before = [p.clone() for p in member.policy.parameters.values()]
+
+    def step_with_nan() -> dict[str, float]:
+        for p in member.policy.parameters.values():
+            p.grad = torch.full_like(p, math.nan)
+        return member.policy.optimize(Ranks())
+
+    assert step_with_nan()["skipped_updates"] == 1
+    assert all(torch.equal(p, old) for p, old in zip(member.policy.parameters.values(), before, strict=True))
+    with pytest.raises(FloatingPointError, match="2 times in a row"):
+        step_with_nan()
+
+
+def test_gradients_are_clipped_to_the_recipes_norm(
+    small_recipe: MakeRecipe, new_run: MakeRun, open_pack: Callable[[Recipe], Pack], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small_recipe("trainer.policy.optimizer_config.max_grad_norm=0.5")
+    member = open_pack(recipe).join(recipe, new_run(recipe, "run"))
+    parameters = member.policy.parameters.values()
+    seen: list[float] = []
+
+    def step() -> None:
+        seen.append(math.sqrt(sum(float(p.grad.square().sum()) for p in parameters if p.grad is not None)))
+
+    monkeypatch.setattr(member.policy.optimizer, "step", step)
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    before = math.sqrt(sum(p.numel() for p in member.policy.parameters.values()))
+    assert member.policy.optimize(Ranks())["grad_norm"] == pytest.approx(before, rel=1e-5)
+    assert seen == [pytest.approx(0.5, rel=1e-3)]
+    assert all(p.grad is None for p in member.policy.parameters.values())
+
+
+def test_too_few_short_prompts_are_explained(
+    small_recipe: MakeRecipe, new_run: MakeRun, open_pack: Callable[[Recipe], Pack]
+) -> None:
+    pack = open_pack(small_recipe())
+    shortest = min(len(p.prompt_ids) for p in pack.join(small_recipe(), new_run(small_recipe(), "all")).problems)
+    recipe = small_recipe(f"generator.max_input_length={shortest}", "trainer.train_batch_size=24")
+    with pytest.raises(UserError, match="fill a batch"):
+        pack.join(recipe, new_run(recipe, "some"))
+
+
+@pytest.mark.heavy
+def test_runs_of_one_name_sync_apart(small_recipe: MakeRecipe, tmp_path: Path) -> None:
+    shared = tmp_path / "adapters"
+    recipe = small_recipe("generator.backend=vllm", f"trainer.policy.model.lora.lora_sync_path={shared}")
+    runs = [RunDir(tmp_path / sweep / "0000") for sweep in ("one", "two")]
+    pack = Pack.open(recipe, room=2)
+    for run in runs:
+        run.create("", {})
+        pack.publish_member(pack.join(recipe, run))
+        pack.publish_member(pack.members[-1])
+    folders = sorted(p.relative_to(shared).as_posix().split("/", 1)[1] for p in shared.glob("*/*/*"))
+    assert folders == ["member0/v000002", "member1/v000002"]
+    assert len(list(shared.iterdir())) == 2
+    pack.close()
+    assert list(shared.iterdir()) == []

@@ -1,0 +1,48 @@
+"""Small runs trained in this process, and what they leave to compare them by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+
+import torch
+from safetensors.torch import load_file
+
+from harness.metrics import MetricsFile, without_timings
+from harness.rundir import RunDir
+from harness.schema import Recipe
+from rltrain.member import Member
+from rltrain.pack import Pack
+from rltrain.trainer import train
+
+MakeRecipe = Callable[..., Recipe]
+MakeRun = Callable[[Recipe, str], RunDir]
+Open = Callable[..., tuple[Pack, Member]]
+
+
+def train_run(recipe: Recipe, run: RunDir, *, stop_after: int | None = None) -> None:
+    """Train to the end, or for so many reports as if killed then."""
+    pack = Pack.open(recipe)
+    reports = train(pack, pack.join(recipe, run))
+    for _ in islice(reports, stop_after):
+        pass
+    reports.close()
+    pack.close()
+
+
+def rows(run: RunDir) -> list[dict[str, float]]:
+    """A run's metrics, timings aside."""
+    return [without_timings(row) for row in MetricsFile(run.metrics).rows()]
+
+
+def adapter(run: RunDir) -> dict[str, torch.Tensor]:
+    """A run's final adapter."""
+    return load_file(run.adapter / "final" / "adapter_model.safetensors")
+
+
+def assert_equal(one: RunDir, two: RunDir) -> None:
+    """The same metrics and the same adapter, to the bit."""
+    assert rows(one) == rows(two)
+    first, second = adapter(one), adapter(two)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
