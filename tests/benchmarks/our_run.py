@@ -1,0 +1,71 @@
+"""One run of ours, as a contender of the benchmarks: `python -m harness.run`, with a clock on its reports."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from harness import run, sinks
+from harness.metrics import MetricsFile
+from harness.rundir import RunDir
+from tests.benchmarks.side_by_side import peak_memory_gb, worker_files
+
+
+def main() -> None:
+    """Train the quickstart's recipe with the spec's overrides; write what `trl_run` writes, and where time went."""
+    spec, result = worker_files()
+    stamps = stamp_reports()
+    output = Path(spec["output"])
+    given = [*spec["overrides"], f"trainer.ckpt_path={output}", "trainer.run_name=run",
+             f"trainer.num_threads={spec['threads']}"]  # fmt: skip
+    status = run.main(["recipes/quickstart.yaml", *given])
+    if status != 0:
+        raise SystemExit(status)
+    run_dir = RunDir(output / "run")
+    rows = [row for row in MetricsFile(run_dir.metrics).rows() if "step_time" in row]
+    began = stamps[0] - rows[0]["step_time"]  # the first report comes after the first step
+    content: dict[str, Any] = {
+        "startup_s": round(began - spec["launched"], 3),
+        "step_s": [round(end - begin, 4) for begin, end in itertools.pairwise([began, *stamps])],
+        "mean_length": [row["completions/mean_length"] for row in rows],
+        "reward": [row["reward"] for row in rows],
+        "timing_s": {name: [row.get(name, 0.0) for row in rows] for name in timings(rows)},
+        "mfu": [row["perf/mfu"] for row in rows],
+        "memory_gb": round(peak_memory_gb(), 3),
+        "kept": checkpoints(run_dir),
+    }
+    result.write_text(json.dumps(content))
+
+
+def stamp_reports() -> list[float]:
+    """A list that will hold when each step was reported, all that belongs to it done."""
+    stamps: list[float] = []
+    report = sinks.Sinks.report
+
+    def stamped(self: sinks.Sinks, *args: Any, **kwargs: Any) -> None:
+        stamps.append(time.time())
+        report(self, *args, **kwargs)
+
+    sinks.Sinks.report = stamped  # type: ignore[method-assign]
+    return stamps
+
+
+def timings(rows: list[dict[str, float]]) -> list[str]:
+    """The names of the parts of a step that were timed."""
+    return sorted({name for row in rows for name in row if name.startswith("timing_s/")})
+
+
+def checkpoints(run_dir: RunDir) -> list[dict[str, Any]]:
+    """Every checkpoint that was kept, as an adapter's weights and the folder with the configuration they go with."""
+    return [
+        {"step": int(folder.name.removeprefix("step_")), "weights": str(folder / "weights.safetensors"),
+         "folder": str(run_dir.adapter / "final")}
+        for folder in sorted(run_dir.checkpoints.glob("step_*"))
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

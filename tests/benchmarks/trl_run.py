@@ -1,0 +1,158 @@
+"""One run of TRL's GRPOTrainer with PEFT, as a contender of the benchmarks: spec in, timings and adapters out.
+
+The loss is that of our recipe: token mean (TRL's `dapo`), clip 0.2, no KL, one update a batch, constant learning rate.
+Logging, evaluation and saving are off while the clock runs, and so is gradient checkpointing, TRL's default.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from harness.paths import PROJECT
+from rltrain.envs import gsm8k
+from tests.benchmarks.side_by_side import peak_memory_gb, worker_files
+
+MODEL = PROJECT / "rltrain" / "assets" / "tiny_gsm"
+MAX_COMPLETION = 64
+SAMPLES = 8  # of each prompt
+PACKAGES = ("trl", "peft", "torch", "pandas", "pyarrow")  # what a user of TRL installs
+
+
+def main() -> None:
+    """Train as the spec says; write start-up, seconds and tokens a step, memory, and the last accuracy if wanted."""
+    spec, result = worker_files()
+    import torch
+
+    torch.set_num_threads(spec["threads"])
+    trainer, clock = build(spec)
+    imported = time.time()
+    trainer.train()
+    trained = time.time()
+    content: dict[str, Any] = {
+        "startup_s": round(clock.begun[0] - spec["launched"], 3),
+        "import_and_build_s": round(imported - spec["launched"], 3),
+        "step_s": [round(end - begin, 4) for begin, end in zip(clock.begun, clock.ended, strict=True)],
+        "mean_length": clock.lengths,
+        "reward": clock.rewards,
+        "rollout_s": clock.rollouts,
+        "kept": clock.kept,
+        "memory_gb": round(peak_memory_gb(), 3),
+    }
+    if spec.get("evaluate"):
+        content["accuracy"] = accuracy(trainer, spec["seed"])
+        content["eval_s"] = round(time.time() - trained, 3)
+        trainer.save_model(spec["evaluate"])
+    result.write_text(json.dumps(content))
+
+
+def build(spec: dict[str, Any]) -> tuple[Any, Any]:
+    """The trainer and the callback that holds the clock."""
+    from peft import LoraConfig
+
+    trl: Any = import_module("trl")
+    completions, per_device = spec["completions"], min(spec["per_device"], spec["completions"])
+    arguments = trl.GRPOConfig(
+        output_dir=spec["output"], max_steps=spec["steps"], seed=spec["seed"], use_cpu=True, bf16=False,
+        per_device_train_batch_size=per_device, gradient_accumulation_steps=completions // per_device,
+        num_generations=SAMPLES, max_completion_length=MAX_COMPLETION, temperature=1.0, top_p=1.0, beta=0.0,
+        num_iterations=1, loss_type="dapo", scale_rewards="group", epsilon=0.2,
+        learning_rate=spec["lr"], lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0,
+        gradient_checkpointing=False, logging_strategy="no", save_strategy="no", eval_strategy="no", report_to="none",
+        disable_tqdm=True, dataloader_pin_memory=False,
+        model_init_kwargs={"attn_implementation": spec.get("attention", "sdpa")},
+    )  # fmt: skip
+    clock = make_clock(spec)
+    trainer = trl.GRPOTrainer(
+        model=str(MODEL), reward_funcs=score, args=arguments, train_dataset=dataset("train"), callbacks=[clock],
+        peft_config=LoraConfig(
+            r=spec["rank"], lora_alpha=spec["alpha"], target_modules=spec["targets"], task_type="CAUSAL_LM"
+        ),
+    )  # fmt: skip
+    clock.watch(trainer)
+    return trainer, clock
+
+
+def dataset(split: str) -> Any:
+    """The problems of a split, as conversations with what they are scored against."""
+    import pandas as pd
+
+    datasets: Any = import_module("datasets")
+    rows = pd.read_parquet(MODEL / "data" / f"{split}.parquet")
+    pairs = zip(rows["prompt"], rows["reward_spec"], strict=True)
+    return datasets.Dataset.from_list(
+        [{"prompt": [dict(turn) for turn in prompt], "truth": r["ground_truth"]} for prompt, r in pairs]
+    )
+
+
+def score(completions: list[list[dict[str, str]]], truth: list[str], **_: Any) -> list[float]:
+    """Our environment's reward."""
+    return [gsm8k.reward(turns[0]["content"], answer) for turns, answer in zip(completions, truth, strict=True)]
+
+
+def make_clock(spec: dict[str, Any]) -> Any:
+    """A callback that notes when each step begins and ends, and keeps the adapter when the spec wants it."""
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):  # type: ignore[misc, unused-ignore]
+        def __init__(self) -> None:
+            self.trainer: Any = None
+            self.begun: list[float] = []
+            self.ended: list[float] = []
+            self.lengths: list[float] = []
+            self.rewards: list[float] = []
+            self.rollouts: list[float] = []
+            self.kept: list[dict[str, Any]] = []
+
+        def watch(self, trainer: Any) -> None:
+            """Time the trainer's rollouts, scoring included, as part of its steps."""
+            self.trainer, rollout = trainer, trainer._generate_and_score_completions
+
+            def timed(inputs: Any) -> Any:
+                start = time.perf_counter()
+                output = rollout(inputs)
+                self.rollouts.append(round(time.perf_counter() - start, 4))
+                return output
+
+            trainer._generate_and_score_completions = timed
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.begun.append(time.time())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.ended.append(time.time())
+            seen = self.trainer._metrics["train"]
+            self.lengths.append(round(seen["completions/mean_length"][-1], 3))
+            self.rewards.append(round(seen["reward"][-1], 4))
+            step = len(self.ended)
+            if spec.get("keep_every") and step % spec["keep_every"] == 0:
+                folder = Path(spec["keep"]) / f"{step:06d}"
+                self.trainer.model.save_pretrained(folder)
+                self.kept.append({"step": step, "folder": str(folder)})
+
+    return Clock()
+
+
+def accuracy(trainer: Any, seed: int) -> float:
+    """Mean reward on the held-out problems, sampled at temperature 1 with transformers' `generate`, in one batch."""
+    import torch
+
+    torch.manual_seed(seed)
+    problems, tokenizer, model = dataset("validation"), trainer.processing_class, trainer.model
+    inputs = tokenizer.apply_chat_template(
+        [problem["prompt"] for problem in problems], add_generation_prompt=True, padding=True, padding_side="left",
+        return_tensors="pt", return_dict=True,
+    )  # fmt: skip
+    model.eval()
+    with torch.no_grad():
+        ids = model.generate(**inputs, generation_config=trainer.generation_config)
+    texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    scores = [gsm8k.reward(text, truth) for text, truth in zip(texts, problems["truth"], strict=True)]
+    return sum(scores) / len(scores)
+
+
+if __name__ == "__main__":
+    main()
