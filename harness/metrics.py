@@ -100,6 +100,8 @@ METRICS: dict[str, Metric] = {
         Metric("perf/max_memory_gb", "peak memory of the process (GPU memory on a GPU)", "GB", "minimize",
                timing=True),
         Metric("eval/accuracy", "mean reward on held-out problems", "share", "maximize", logged=_EVALUATION),
+        Metric("eval/num_problems", "held-out problems evaluated: those whose prompts are within max_input_length",
+               "count", logged=_EVALUATION),
         Metric("eval/mean_length", "mean completion length at evaluation", "tokens", logged=_EVALUATION),
         Metric("eval/clipped_ratio", "share of evaluation completions cut at max_generate_length", "share", "minimize",
                logged=_EVALUATION),

@@ -107,6 +107,7 @@ class Console:
         parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
         shown = (
             ("eval/accuracy", "held-out {:.3f}"),
+            ("eval/num_problems", "of {:.0f} problems"),
             ("reward", "reward {:.3f}"),
             ("kl", "kl {:.4f}"),
             ("completions/mean_length", "length {:.0f}"),

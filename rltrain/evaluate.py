@@ -30,6 +30,7 @@ def evaluate(pack: Pack, member: Member) -> tuple[dict[str, float], Rollout]:
         if sampling.temperature > 0 and not truncates(sampling):
             member.policy.prove(scored.batch(pack.stop_token_ids[0], pack.device), sampling.temperature)
     return _metrics(scored.rewards, n) | {
+        "eval/num_problems": len(member.held_out),
         "eval/mean_length": scored.mean_length,
         "eval/clipped_ratio": scored.clipped_ratio,
         **pack.timer.take(),

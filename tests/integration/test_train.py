@@ -157,10 +157,16 @@ def test_long_prompts_are_dropped_and_counted(small_recipe: MakeRecipe, new_run:
     lengths = small_recipe("generator.max_input_length=128")
     pack = Pack.open(lengths)
     member = pack.join(lengths, new_run(lengths, "all"))
-    sizes = sorted(len(problem.prompt_ids) for problem in member.problems)
+    sizes, held_out = (
+        sorted(len(problem.prompt_ids) for problem in problems) for problems in (member.problems, member.held_out)
+    )
     pack.close()
     limit = sizes[len(sizes) // 2]
     recipe = small_recipe(f"generator.max_input_length={limit}", "trainer.max_steps=1")
     run = new_run(recipe, "some")
     train_run(recipe, run)
-    assert rows(run)[-1]["num_dropped_prompts"] == sum(size > limit for size in sizes)
+    last = rows(run)[-1]
+    assert last["num_dropped_prompts"] == sum(size > limit for size in sizes) > 0
+    # The score is of fewer problems than the file holds, and says so.
+    assert last["eval/num_problems"] == sum(size <= limit for size in held_out) < len(held_out)
+    assert run.read_manifest()["result"]["metrics"]["eval/num_problems"] == last["eval/num_problems"]

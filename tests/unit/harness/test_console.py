@@ -15,10 +15,10 @@ ESCAPE = "\x1b"
 
 def test_console_shows_progress_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
     console = sinks.Console()
-    console.step(10, {"step": 0, "eval/accuracy": 0.25})
+    console.step(10, {"step": 0, "eval/accuracy": 0.25, "eval/num_problems": 12})
     console.step(10, {"step": 4, "reward": 0.5, "step_time": 2.0})
     first, second = capsys.readouterr().out.splitlines()
-    assert first == "step  0/10  held-out 0.250"
+    assert first == "step  0/10  held-out 0.250  of 12 problems"
     assert "ETA 12 s" in second
 
 
