@@ -1,20 +1,21 @@
-"""Transformers' `generate` on the trainer's own modules: nothing to sync, quickest for tiny models on a CPU."""
+"""Sampling from the trainer's own modules: nothing to sync, quickest for tiny models on a CPU."""
 
 from __future__ import annotations
 
-import contextlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from harness.schema import Recipe, Sampling
-from rltrain.engines.base import EngineOptions, Request, Sample, check_prompts, sample_seed, unknown_member
+from harness.schema import Recipe
+from rltrain.engines.base import EngineOptions, Request, Sample, check_prompts, sample_seed
+from rltrain.engines.decoders import Decoder, decoder
+from rltrain.engines.drawing import Drawing, uniform_numbers
+
+COMPACTION = 0.8
+"""Finished sequences leave the batch when no more than this share of it is left: leaving copies the others' keys."""
 
 
 def build(recipe: Recipe, model: Any, options: EngineOptions) -> TransformersEngine:
@@ -24,7 +25,7 @@ def build(recipe: Recipe, model: Any, options: EngineOptions) -> TransformersEng
 
 
 class TransformersEngine:
-    """Samples from the trainer's modules, one batch per member and sampling parameters, prompts padded on the left.
+    """Samples from the trainer's modules, one batch per member and sampling parameters, each prompt computed once.
 
     Adapters and weights are those the trainer holds this moment: what loads and drops them has nothing to do, and
     neither have `sleep` and `wake`.
@@ -34,7 +35,7 @@ class TransformersEngine:
 
     def __init__(self, model: Any, stop_token_ids: Sequence[int], max_input_length: int, max_num_seqs: int) -> None:
         self._model = model
-        self._stop_token_ids = list(stop_token_ids)
+        self._stop_token_ids = torch.tensor(sorted(stop_token_ids), dtype=torch.long)
         self._max_input_length = max_input_length
         self._max_num_seqs = max_num_seqs
 
@@ -51,10 +52,10 @@ class TransformersEngine:
         for (member, _), places in wanted.items():
             # Neighbours of like length waste little padding; the sort is stable and changes no sample.
             places.sort(key=lambda place: len(requests[place[0]].prompt_token_ids))
-            with _serving(self._model, member):
+            with decoder(self._model, member) as serving:
                 for start in range(0, len(places), self._max_num_seqs):
                     batch = places[start : start + self._max_num_seqs]
-                    samples |= zip(batch, self._batch(requests, batch), strict=True)
+                    samples |= zip(batch, self._batch(requests, batch, serving), strict=True)
         return [[samples[p, g] for g in range(request.n)] for p, request in enumerate(requests)]
 
     def use_model(self, model: Any) -> None:
@@ -85,129 +86,42 @@ class TransformersEngine:
         """Let go of the trainer's model."""
         self._model = None
 
-    def _batch(self, requests: Sequence[Request], places: Sequence[tuple[int, int]]) -> list[Sample]:
-        """One padded batch `[B]`, all of one member and one Sampling."""
-        sampling = requests[places[0][0]].sampling
-        device = self._model.device
-        rows = {p: row for row, p in enumerate(dict.fromkeys(p for p, _ in places))}
-        prompts = [list(requests[p].prompt_token_ids) for p in rows]
-        width = max(map(len, prompts))
-        ids_P = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        mask_P = (torch.arange(width, device=device) >= (width - lengths)[:, None]).long()
-        row_of_B = torch.tensor([rows[p] for p, _ in places], device=device)
-        draw = _Draw([sample_seed(requests[p].seed, g) for p, g in places], sampling, device)
-        sequences = self._model.generate(
-            input_ids=ids_P[row_of_B],
-            attention_mask=mask_P[row_of_B],
-            past_key_values=self._prefill(ids_P[:, :-1], mask_P[:, :-1], row_of_B),
-            generation_config=self._generation_config(sampling),
-            logits_processor=_processors(sampling, draw),
-        )
-        logprobs = torch.stack(draw.logprobs, dim=1).tolist()
-        return [self._sample(row, logprobs[i]) for i, row in enumerate(sequences[:, width:].tolist())]
+    def _batch(
+        self, requests: Sequence[Request], places: Sequence[tuple[int, int]], decoder: Decoder
+    ) -> Iterator[Sample]:
+        """One batch, all of one member and one Sampling, in the order of the places; a prompt's are neighbours."""
+        sampling, device = requests[places[0][0]].sampling, self._model.device
+        index_of = {p: index for index, p in enumerate(dict.fromkeys(p for p, _ in places))}
+        prompt_of_N = torch.tensor([index_of[p] for p, _ in places], device=device)
+        seeds = [sample_seed(requests[p].seed, g) for p, g in places]
+        uniform_NT = uniform_numbers(seeds, sampling.max_generate_length, device)
+        logits_NV = decoder.prefill([requests[p].prompt_token_ids for p in index_of], prompt_of_N)
+        return self._decode(decoder, logits_NV, uniform_NT, Drawing(sampling))
 
-    def _prefill(self, ids_P: torch.Tensor, mask_P: torch.Tensor, row_of_B: torch.Tensor) -> Any:
-        """Keys and values of the prompts, computed once per prompt and repeated for each of its samples."""
-        if ids_P.shape[1] == 0:
-            return None
-        position_ids = (mask_P.cumsum(dim=-1) - 1).clamp(min=0)
-        output = self._model(
-            input_ids=ids_P, attention_mask=mask_P, position_ids=position_ids, use_cache=True, logits_to_keep=1
-        )
-        output.past_key_values.batch_select_indices(row_of_B)
-        return output.past_key_values
-
-    def _sample(self, token_ids: list[int], logprobs: list[float]) -> Sample:
-        """Cut the padding that `generate` leaves after a row's EOS."""
-        end = next((t for t, token in enumerate(token_ids) if token in self._stop_token_ids), None)
-        if end is None:
-            return Sample(token_ids, logprobs, "length")
-        return Sample(token_ids[: end + 1], logprobs[: end + 1], "stop")
-
-    def _generation_config(self, sampling: Sampling) -> GenerationConfig:
-        return GenerationConfig(
-            max_new_tokens=sampling.max_generate_length,
-            do_sample=False,  # the last logits processor draws
-            eos_token_id=self._stop_token_ids or None,
-            pad_token_id=self._stop_token_ids[0] if self._stop_token_ids else 0,
-        )
-
-
-class _Draw(LogitsProcessor):
-    """Draws each row's token with a generator of its own, and leaves scores whose argmax is that token.
-
-    By inversion: the first token whose cumulative probability exceeds a uniform number, one number per row and step,
-    all drawn beforehand, so that a row's draw depends on its seed and its step alone.
-    """
-
-    def __init__(self, seeds: Sequence[int], sampling: Sampling, device: torch.device) -> None:
-        self.logprobs: list[torch.Tensor] = []
-        self._greedy = sampling.temperature == 0
-        rows = [
-            torch.rand(sampling.max_generate_length, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-            for seed in seeds
-        ]
-        self._uniform_BT = torch.stack(rows).to(device)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        logprobs_BV = scores.float().log_softmax(dim=-1)
-        if self._greedy:
-            token_B1 = logprobs_BV.argmax(dim=-1, keepdim=True)
-        else:
-            cumulative_BV = logprobs_BV.double().exp_().cumsum(dim=-1)
-            target_B1 = self._uniform_BT[:, len(self.logprobs), None] * cumulative_BV[:, -1:]
-            token_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True)
-        self.logprobs.append(logprobs_BV.gather(-1, token_B1).squeeze(-1))
-        return torch.full_like(scores, -torch.inf).scatter_(-1, token_B1, 0.0)
-
-
-def _processors(sampling: Sampling, draw: _Draw) -> LogitsProcessorList:
-    """Transformers' own warpers in vLLM's order (temperature, top-k, top-p), then the draw."""
-    processors = LogitsProcessorList()
-    if sampling.temperature > 0:
-        if sampling.temperature != 1:
-            processors.append(TemperatureLogitsWarper(sampling.temperature))
-        if sampling.top_k > 0:
-            processors.append(TopKLogitsWarper(sampling.top_k))
-        if sampling.top_p < 1:
-            processors.append(TopPLogitsWarper(sampling.top_p))
-    processors.append(draw)
-    return processors
-
-
-@contextlib.contextmanager
-def _serving(model: Any, member: str | None) -> Iterator[None]:
-    """Eval mode with the member's adapter on (None: off); modes, flags and active adapters come back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.eval()
-    try:
-        with _adapter(model, member):
-            yield
-    finally:
-        for module in training:
-            module.training = True
-        for parameter, flag in requires_grad:
-            parameter.requires_grad_(flag)
-
-
-@contextlib.contextmanager
-def _adapter(model: Any, member: str | None) -> Iterator[None]:
-    if not isinstance(model, PeftModel):
-        if member is not None:
-            raise unknown_member(member, ())
-        yield
-    elif member is None:
-        with model.disable_adapter():
-            yield
-    elif member not in model.peft_config:
-        raise unknown_member(member, model.peft_config)
-    else:
-        active, before = model.active_adapter, list(model.base_model.active_adapters)
-        model.set_adapter(member)
-        try:
-            yield
-        finally:
-            model.active_adapter = active
-            model.base_model.set_adapter(before)
+    def _decode(
+        self, decoder: Decoder, logits_NV: torch.Tensor, uniform_NT: torch.Tensor, drawing: Drawing
+    ) -> Iterator[Sample]:
+        """Samples until each has ended; sequences that have are left out of the batch now and then."""
+        count, longest = uniform_NT.shape
+        rows = torch.arange(count, device=uniform_NT.device)
+        token_NT = torch.zeros(count, longest, dtype=torch.long, device=uniform_NT.device)
+        logprob_NT = torch.zeros(count, longest, device=uniform_NT.device)
+        length_N = torch.full((count,), longest, device=uniform_NT.device)
+        running = torch.ones(count, dtype=torch.bool, device=uniform_NT.device)
+        for t in range(longest):
+            token, logprob = drawing.draw(logits_NV, uniform_NT[rows, t])
+            token_NT[rows, t], logprob_NT[rows, t] = token, logprob
+            ended = torch.isin(token, self._stop_token_ids.to(token.device)) & running
+            length_N[rows[ended]] = t + 1
+            running = running & ~ended
+            left = int(running.sum())
+            if left == 0 or t + 1 == longest:
+                break
+            if left <= COMPACTION * len(rows):
+                decoder.keep(running.nonzero().squeeze(1))
+                rows, token, running = rows[running], token[running], running[running]
+            logits_NV = decoder.step(token)
+        stop = set(self._stop_token_ids.tolist())
+        for ids, logprobs, length in zip(token_NT.tolist(), logprob_NT.tolist(), length_N.tolist(), strict=True):
+            reason = "stop" if ids[length - 1] in stop else "length"
+            yield Sample(ids[:length], logprobs[:length], reason)

@@ -1,0 +1,119 @@
+"""Logits for the next token of many sequences at once: what the sampling loop asks of a model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from peft import PeftModel
+
+from rltrain.engines import llama
+from rltrain.engines.base import unknown_member
+
+
+class Decoder(Protocol):
+    """One batch of sequences while they are decoded; every prompt is computed once, whatever samples it has."""
+
+    def prefill(self, prompts: Sequence[Sequence[int]], prompt_of_N: torch.Tensor) -> torch.Tensor:
+        """Take the prompts, and for each of N sequences which of them it continues (ascending); logits `[N, V]`."""
+
+    def step(self, token_N: torch.Tensor) -> torch.Tensor:
+        """Continue every sequence by its token; logits `[N, V]`."""
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Go on with these sequences only, in this order (ascending)."""
+
+
+@contextlib.contextmanager
+def decoder(model: Any, member: str | None) -> Iterator[Decoder]:
+    """A decoder with the member's adapter on (None: off); the model is as it was afterwards.
+
+    Raises UserError for a member that has no adapter on the model.
+    """
+    if member is not None and member not in getattr(model, "peft_config", {}):
+        raise unknown_member(member, getattr(model, "peft_config", {}))
+    if llama.supports(model, member):
+        yield llama.LlamaDecoder(model, member)
+        return
+    with _serving(model, member):
+        yield ModelDecoder(model)
+
+
+class ModelDecoder:
+    """The model's own forward pass, for any architecture; prompts are padded on the left."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._mask = torch.empty(0)
+        self._cache: Any = None
+
+    def prefill(self, prompts: Sequence[Sequence[int]], prompt_of_N: torch.Tensor) -> torch.Tensor:
+        """Logits `[N, V]` after the prompts; keys and values are repeated for each sample of a prompt."""
+        self._cache = None
+        width = max(map(len, prompts))
+        device = self._model.device
+        ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        mask = (torch.arange(width, device=device) >= (width - lengths)[:, None]).long()
+        logits = self._forward(ids, mask, (mask.cumsum(dim=-1) - 1).clamp(min=0))
+        self._keep_cache(prompt_of_N)
+        self._mask = mask[prompt_of_N]
+        return logits[prompt_of_N]
+
+    def step(self, token_N: torch.Tensor) -> torch.Tensor:
+        """Logits `[N, V]` after one more token each."""
+        self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
+        return self._forward(token_N[:, None], self._mask, self._mask.sum(dim=1, keepdim=True) - 1)
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Go on with these sequences only."""
+        self._keep_cache(rows)
+        self._mask = self._mask[rows]
+
+    def _keep_cache(self, rows: torch.Tensor) -> None:
+        """Keys and values of these rows, in this order; a row may be taken more than once."""
+        self._cache.batch_select_indices(rows)
+
+    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        output = self._model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self._cache, use_cache=True,
+            logits_to_keep=1,
+        )  # fmt: skip
+        self._cache = output.past_key_values
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits
+
+
+@contextlib.contextmanager
+def _serving(model: Any, member: str | None) -> Iterator[None]:
+    """Eval mode with the member's adapter on (None: off); modes, flags and active adapters come back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.eval()
+    try:
+        with _adapter(model, member):
+            yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter, flag in requires_grad:
+            parameter.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def _adapter(model: Any, member: str | None) -> Iterator[None]:
+    if not isinstance(model, PeftModel):
+        yield
+    elif member is None:
+        with model.disable_adapter():
+            yield
+    else:
+        active, before = model.active_adapter, list(model.base_model.active_adapters)
+        model.set_adapter(member)
+        try:
+            yield
+        finally:
+            model.active_adapter = active
+            model.base_model.set_adapter(before)
