@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from harness.schema import Trainer
+from rltrain.packing import prompt_numbers
 
 
 @dataclass(slots=True)
@@ -71,24 +73,33 @@ class Batch:
 
 
 def micro_batches(batch: Batch, rows: Sequence[int], size: int, budget: int | None) -> list[list[int]]:
-    """Rows of a batch in groups of at most `size`; or, with a budget, of at most so many tokens, padding included.
+    """Rows of a batch in order, in groups of at most `size`; or, with a budget, of at most so many tokens.
 
-    With a budget sequences of like length go together; one that is longer than the budget goes alone.
+    A prompt that several sequences of a group have counts once, as it is computed once. A sequence that is longer than
+    the budget goes alone.
     """
     if budget is None:
         return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
-    prompt, completion = batch.prompt_mask.sum(dim=1).tolist(), batch.mask.sum(dim=1).long().tolist()
+    numbers = prompt_numbers(batch)
+    prompts, completions = batch.prompt_mask.sum(dim=1).tolist(), batch.mask.sum(dim=1).long().tolist()
     groups: list[list[int]] = []
-    width = (0, 0)
-    for row in sorted(rows, key=lambda r: (prompt[r] + completion[r], r)):
-        wider = max(width[0], prompt[row]), max(width[1], completion[row])
-        if groups and sum(wider) * (len(groups[-1]) + 1) <= budget:
-            groups[-1].append(row)
-            width = wider
-        else:
-            groups.append([row])
-            width = prompt[row], completion[row]
+    there: set[int] = set()
+    tokens = 0
+    for row in rows:
+        more = completions[row] + (0 if numbers[row] in there else prompts[row])
+        if not groups or tokens + more > budget:
+            groups.append([])
+            there, tokens, more = set(), 0, completions[row] + prompts[row]
+        groups[-1].append(row)
+        there.add(numbers[row])
+        tokens += more
     return groups
+
+
+def shares(rows: Sequence[int], ranks: int) -> list[list[int]]:
+    """Rows in as many runs of neighbours as there are ranks, like in number: samples of a prompt stay together."""
+    bounds = [-(-len(rows) * rank // ranks) for rank in range(ranks + 1)]
+    return [list(rows[start:end]) for start, end in itertools.pairwise(bounds)]
 
 
 def training_parts(batch: Batch, trainer: Trainer, rank: int, ranks: int) -> list[Batch]:
@@ -99,7 +110,7 @@ def training_parts(batch: Batch, trainer: Trainer, rank: int, ranks: int) -> lis
     """
     trained = [i for i, any_token in enumerate(batch.loss_mask.any(dim=1).tolist()) if any_token]
     size, budget = trainer.micro_train_batch_size_per_gpu, trainer.max_tokens_per_microbatch
-    plans = [micro_batches(batch, trained[r::ranks], size, budget) for r in range(ranks)]
+    plans = [micro_batches(batch, own, size, budget) for own in shares(trained, ranks)]
     parts = [batch.take(rows) for rows in plans[rank]]
     missing = max(map(len, plans)) - len(parts)
     return parts + [batch.take(trained[:1]).untrained()] * missing if trained else []

@@ -12,8 +12,8 @@ from peft import PeftModel
 from harness.schema import Recipe
 from rltrain.batch import Batch
 from rltrain.learner import Learner, Row
+from rltrain.logprobs import on_tokens, predictions
 from rltrain.losses import Totals, value_loss
-from rltrain.model import completion_logits
 from rltrain.seeding import stream_seed
 
 
@@ -59,7 +59,8 @@ class Critic(Learner):
     def values(self, batch: Batch) -> torch.Tensor:
         """V(s_t) before each of the completions' tokens, `[B, T]`, float32."""
         with self._in_place_of_the_head():
-            return completion_logits(self.model, batch).squeeze(-1).float()
+            values, rows = predictions(self.model, batch)
+        return on_tokens(values.squeeze(-1).float()[rows], batch)
 
     def totals(self, batch: Batch) -> Totals:
         """The divisors of a mini-batch's loss."""

@@ -1,4 +1,4 @@
-"""The base model, LoRA through PEFT, log-probabilities, and the reference policy."""
+"""The base model, LoRA through PEFT, and the reference policy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import re
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -17,10 +17,11 @@ from harness.errors import UserError
 from harness.paths import locate
 from harness.schema import LoRA, Recipe
 from harness.validate import check_context, exclude_modules, target_modules
+from rltrain import attention
+from rltrain.batch import Batch
+from rltrain.logprobs import token_logprobs
+from rltrain.lora import LoRALinear
 from rltrain.parallel import device_of, dtype_of
-
-if TYPE_CHECKING:
-    from rltrain.batch import Batch
 
 # A model's folder or repository may hold Python code of its own: it is never run, nor is anybody asked.
 NO_CODE = {"trust_remote_code": False}
@@ -70,7 +71,7 @@ def load_model(path: str, recipe: Recipe, *, key: str, full: bool) -> PreTrained
     dtype = torch.float32 if full else dtype_of(recipe)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
-            model_folder(path), dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **NO_CODE
+            model_folder(path), dtype=dtype, attn_implementation=attention.NAME, output_loading_info=True, **NO_CODE
         )
     except Exception as error:  # what a damaged or foreign file leads to is of every kind
         raise _cannot_load(key, path, error) from error
@@ -84,13 +85,6 @@ def load_model(path: str, recipe: Recipe, *, key: str, full: bool) -> PreTrained
     return model
 
 
-def precision(model: Any) -> torch.autocast:
-    """The precision a model computes in, where that is not its weights' own."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    wanted = getattr(base, "computes_in", base.dtype)
-    return torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=wanted != base.dtype)
-
-
 def _cannot_load(key: str, path: str, error: Exception) -> UserError:
     first = next(iter(str(error).strip().splitlines()), "")
     return UserError(
@@ -101,7 +95,7 @@ def _cannot_load(key: str, path: str, error: Exception) -> UserError:
 def lora_config(recipe: Recipe, lora: LoRA) -> LoraConfig:
     """PEFT's configuration of an adapter of the recipe's policy or critic."""
     targets = target_modules(recipe, lora)
-    return LoraConfig(
+    config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -110,6 +104,8 @@ def lora_config(recipe: Recipe, lora: LoRA) -> LoraConfig:
         exclude_modules=exclude_modules(recipe, lora),
         init_lora_weights=True if lora.init_method == "kaiming" else "gaussian",
     )
+    config._register_custom_module({torch.nn.Linear: LoRALinear})
+    return config
 
 
 def add_adapter(model: PreTrainedModel | PeftModel, name: str, config: LoraConfig, seed: int) -> PeftModel:
@@ -153,45 +149,6 @@ def adapter_off(model: Any) -> Iterator[None]:
     """The base policy: every adapter disabled (a plain model is its own base)."""
     with model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext():
         yield
-
-
-def token_logprobs(model: Any, batch: Batch, temperature: float) -> torch.Tensor:
-    """Log-probabilities of the completions' tokens, `[B, T]`, float32.
-
-    Logits are divided by the temperature, as the engine does before it samples.
-    """
-    return _chosen(_log_distribution(model, batch, temperature), batch)
-
-
-def token_logprobs_and_entropy(model: Any, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """`token_logprobs`, and the entropies (nats) of the distributions there, `[B, T]`, without gradient."""
-    logprobs = _log_distribution(model, batch, temperature)
-    with torch.no_grad():
-        entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return _chosen(logprobs, batch), entropy
-
-
-def _log_distribution(model: Any, batch: Batch, temperature: float) -> torch.Tensor:
-    """`[B, T, V]`: over the vocabulary, at each position that a completion's token was drawn from."""
-    return torch.log_softmax(completion_logits(model, batch).float() / temperature, dim=-1)
-
-
-def completion_logits(model: Any, batch: Batch) -> torch.Tensor:
-    """What the model's head gives at each position that a completion's token was drawn from, `[B, T, ...]`."""
-    with precision(model):
-        output = model(
-            input_ids=torch.cat([batch.prompt_ids, batch.completion_ids], dim=1),
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            logits_to_keep=batch.completion_ids.shape[1] + 1,
-        )
-    logits: torch.Tensor = output.logits[:, :-1]
-    return logits
-
-
-def _chosen(logprobs_BTV: torch.Tensor, batch: Batch) -> torch.Tensor:
-    return logprobs_BTV.gather(-1, batch.completion_ids.unsqueeze(-1)).squeeze(-1)
 
 
 class Reference(Protocol):

@@ -11,8 +11,9 @@ from peft import PeftModel
 from harness.schema import Recipe
 from rltrain.batch import Batch
 from rltrain.learner import Learner, Row
+from rltrain.logprobs import token_logprobs, token_logprobs_and_entropy
 from rltrain.losses import Totals
-from rltrain.model import Reference, token_logprobs, token_logprobs_and_entropy
+from rltrain.model import Reference
 from rltrain.objective import Objective
 from rltrain.probe import check_gap, prove_sync
 

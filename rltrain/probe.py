@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from rltrain.batch import Batch
-from rltrain.model import adapter_off, token_logprobs
+from rltrain.logprobs import token_logprobs
+from rltrain.model import adapter_off
 from rltrain.sync.proof import SyncError, SyncGap, check_sync
 
 # Sequences whose log-probabilities are computed again with the adapter off: enough to tell, too few to cost.

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from rltrain.batch import Batch, micro_batches, training_parts
+from rltrain.batch import Batch, micro_batches, shares, training_parts
 from rltrain.learner import Learner, Row
 from rltrain.member import Member
 from rltrain.objective import RATIO_MAX
@@ -92,7 +92,7 @@ def over_rows(pack: Pack, member: Member, batch: Batch, compute: Callable[[Batch
     """`compute` over a batch in micro-batches, `[B, T]`, zeros where there is no token; the ranks share the rows."""
     trainer, ranks = member.recipe.trainer, pack.ranks
     size, budget = trainer.micro_forward_batch_size_per_gpu, trainer.max_tokens_per_microbatch
-    plans = [micro_batches(batch, range(r, len(batch), ranks.size), size, budget) for r in range(ranks.size)]
+    plans = [micro_batches(batch, own, size, budget) for own in shares(range(len(batch)), ranks.size)]
     out = torch.zeros_like(batch.mask)
     for place in range(max(map(len, plans))):
         # A sharded model computes on all ranks at once: one that has no rows left computes some without keeping them.

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from rltrain import packing
 from rltrain.batch import Batch
 from rltrain.critic import Critic
 from rltrain.engines.base import Request, Sample
@@ -90,7 +91,7 @@ def whole() -> dict[str, Row]:
         "micro_train_batch_size_per_gpu=16",
         "micro_train_batch_size_per_gpu=3",
         "micro_forward_batch_size_per_gpu=5",
-        "max_tokens_per_microbatch=400",
+        "max_tokens_per_microbatch=200",
     ],
 )
 def test_micro_batches_have_their_size_and_change_no_result(
@@ -110,8 +111,7 @@ def test_micro_batches_have_their_size_and_change_no_result(
         for name, batches in seen.batches.items():
             # `values` is called by `loss` too.
             assert len(batches) > (2 if name.endswith("loss") else 1)
-            padded = [len(b) * (b.prompt_ids.shape[1] + b.completion_ids.shape[1]) for b in batches]
-            assert max(padded) <= 400
+            assert max(packing.pack(batch, share=True).input_ids.numel() for batch in batches) <= 200
     else:
         assert seen.sizes("policy.logprobs") == forward
         assert seen.sizes("policy.loss") == seen.sizes("critic.loss") == train

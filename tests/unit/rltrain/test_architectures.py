@@ -25,6 +25,7 @@ from harness import recipe as recipes
 from harness.schema import Recipe, Sampling
 from rltrain.batch import Batch, collate
 from rltrain.engines.base import Engine, EngineOptions, Request, Sample, build_engine, stop_token_ids
+from rltrain.logprobs import token_logprobs
 from rltrain.model import (
     adapter_layers,
     adapter_off,
@@ -32,7 +33,6 @@ from rltrain.model import (
     add_adapter,
     load_base,
     lora_config,
-    token_logprobs,
 )
 from rltrain.sync.base import build_sync
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.schema import Trainer
 from rltrain.batch import Batch, collate, micro_batches, training_parts
+from rltrain.packing import pack
 from rltrain.seeding import permutation, stream_seed
 
 CPU = torch.device("cpu")
@@ -49,18 +51,39 @@ def test_micro_batches_of_so_many_sequences_keep_the_order() -> None:
     assert micro_batches(_of_lengths([3, 1, 2]), [2, 0, 1], 2, None) == [[2, 0], [1]]
 
 
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 120))
-def test_a_token_budget_holds_with_padding_and_loses_no_sequence(lengths: list[int], budget: int) -> None:
-    batch = _of_lengths(lengths)
-    groups = micro_batches(batch, range(len(lengths)), 1, budget)
-    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
-    for group in groups:
-        padded = len(group) * (1 + max(lengths[row] for row in group))
-        assert padded <= budget or len(group) == 1
+def _of_groups(groups: list[list[int]]) -> Batch:
+    """A prompt of two tokens for each group, completions of these lengths."""
+    prompts = [[5, place] for place, lengths in enumerate(groups) for _ in lengths]
+    completions = [[1] * length for lengths in groups for length in lengths]
+    return collate(prompts, completions, [[-1.0] * len(c) for c in completions], pad_id=0, device=CPU)
 
 
-def test_a_token_budget_puts_like_lengths_together() -> None:
-    assert micro_batches(_of_lengths([9, 1, 9, 1]), range(4), 1, 20) == [[1, 3], [0, 2]]
+@given(st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=5), min_size=1, max_size=8), st.integers(1, 120))
+def test_a_token_budget_holds_and_loses_no_sequence(groups: list[list[int]], budget: int) -> None:
+    batch = _of_groups(groups)
+    parts = micro_batches(batch, range(len(batch)), 1, budget)
+    assert [row for part in parts for row in part] == list(range(len(batch)))
+    prompt_of = [place for place, lengths in enumerate(groups) for _ in lengths]
+    lengths = [length for group in groups for length in group]
+
+    def tokens(rows: list[int]) -> int:
+        return 2 * len({prompt_of[row] for row in rows}) + sum(lengths[row] for row in rows)
+
+    for part, following in zip(parts, [*parts[1:], []], strict=True):
+        assert tokens(part) <= budget or len(part) == 1
+        assert not following or tokens([*part, following[0]]) > budget
+
+
+@pytest.mark.parametrize(("share", "tokens"), [(True, 2 * 2 + 2 + 0 + 3), (False, 3 * 2 + 2 + 0 + 3)])
+def test_a_packed_row_has_no_padding_and_a_shared_prompt_once(share: bool, tokens: int) -> None:
+    # The last token of a completion predicts nothing.
+    packing = pack(_of_groups([[3, 1], [4]]), share=share)
+    assert packing.input_ids.shape == packing.position_ids.shape == (1, tokens)
+    assert packing.predictors == tokens - (2 if share else 3)
+    assert packing.rows.max() < packing.predictors
+    assert len(packing.rows) == 3 + 1 + 4
+    slots = torch.cat([block.queries.flatten() for block in packing.blocks])[packing.slots]
+    assert slots.tolist() == list(range(tokens))
 
 
 def test_ranks_train_on_every_sequence_once_and_as_often_as_each_other() -> None:

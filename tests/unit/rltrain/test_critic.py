@@ -13,7 +13,8 @@ from harness import recipe as recipes
 from harness.schema import Recipe
 from rltrain.batch import Batch, collate
 from rltrain.critic import Critic, ValueHead
-from rltrain.model import adapter_parameters, add_adapter, lora_config, token_logprobs
+from rltrain.logprobs import token_logprobs
+from rltrain.model import adapter_parameters, add_adapter, lora_config
 from rltrain.ranks import Ranks
 
 HIDDEN = 32

@@ -114,7 +114,9 @@ def policies(draw: st.DrawFn) -> PolicyInputs:
     mask = (torch.arange(width) < lengths.unsqueeze(1)).float()
 
     def numbers(low: float, high: float) -> torch.Tensor:
-        listed = st.lists(st.floats(low, high, width=32), min_size=rows * width, max_size=rows * width)
+        # A product with a subnormal number can round to zero.
+        normal = st.floats(low, high, width=32, allow_subnormal=False)
+        listed = st.lists(normal, min_size=rows * width, max_size=rows * width)
         return torch.tensor(draw(listed)).view(rows, width)
 
     old, advantages = numbers(-8, -0.125), numbers(-4, 4) * mask

@@ -8,7 +8,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rltrain.batch import Batch, collate
-from rltrain.model import AdapterOff, adapter_statistics, token_logprobs, token_logprobs_and_entropy
+from rltrain.logprobs import token_logprobs, token_logprobs_and_entropy
+from rltrain.model import AdapterOff, adapter_statistics
 
 
 @pytest.fixture

@@ -1,0 +1,137 @@
+"""Sequences as one row of tokens without padding, in which a prompt that several of them share stands once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from rltrain.batch import Batch
+
+# Rows of attention at least so long, as a share of their block's longest, are padded to it.
+FILLED = 0.75
+
+Places = np.ndarray[tuple[int], np.dtype[np.int64]]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Stretches of tokens whose attention is computed together, as places in the packed row.
+
+    `queries` `[R, Q]` and `keys` `[R, K]` are padded with places that do no harm; `mask` `[R, 1, Q, K]` says what each
+    query sees, None: a stretch sees itself up to each token, and its keys are its queries.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    mask: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """A packed row of N tokens, those that predict one of a completion's last.
+
+    `input_ids` and `position_ids` `[1, N]`; `slots` `[N]`: where each token stands among all blocks' queries;
+    `predictors`: how many of the row's last tokens predict; `rows` `[M]`: for each of the completions' M tokens, in the
+    order of the batch, the one of these that predicts it.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    blocks: list[Block]
+    slots: torch.Tensor
+    predictors: int
+    rows: torch.Tensor
+
+
+def prompt_numbers(batch: Batch) -> list[int]:
+    """A number for each sequence's prompt; equal prompts have equal ones."""
+    numbers: dict[bytes, int] = {}
+    both = np.stack([batch.prompt_ids.cpu().numpy(), batch.prompt_mask.cpu().numpy()], axis=1)
+    return [numbers.setdefault(row.tobytes(), len(numbers)) for row in both]
+
+
+def pack(batch: Batch, *, share: bool) -> Packing:
+    """A batch as one row; `share`: prompts that are equal are computed once, else each sequence has its own."""
+    device = batch.prompt_ids.device
+    numbers = prompt_numbers(batch) if share else list(range(len(batch)))
+    prompt_lengths, lengths = batch.prompt_mask.sum(dim=1).tolist(), batch.mask.sum(dim=1).long().tolist()
+    prompt_ids, completion_ids = batch.prompt_ids.cpu().numpy(), batch.completion_ids.cpu().numpy()
+    first = {number: row for row, number in reversed(list(enumerate(numbers)))}
+    # All of a prompt but its last token predicts nothing, and goes before everything that does.
+    quiet = sum(prompt_lengths[row] - 1 for row in first.values())
+    total = quiet + len(first) + sum(max(0, length - 1) for length in lengths)
+    ids, positions = np.zeros(total, dtype=np.int64), np.zeros(total, dtype=np.int64)
+    prompts: dict[int, Places] = {}
+    start = 0
+    for place, (number, row) in enumerate(sorted(first.items())):
+        length = prompt_lengths[row]
+        prompts[number] = np.append(np.arange(start, start + length - 1), quiet + place)
+        ids[prompts[number]] = prompt_ids[row, -length:]
+        positions[prompts[number]] = np.arange(length)
+        start += length - 1
+    shared = {number for number, count in Counter(numbers).items() if count > 1}
+    none = np.zeros(0, dtype=np.int64)
+    stretches = [(none, prompts[number]) for number in sorted(shared)]
+    predicting: list[Places] = []
+    start = quiet + len(first)
+    for row, (number, length) in enumerate(zip(numbers, lengths, strict=True)):
+        # A completion's last token predicts nothing: it is no input.
+        own = np.arange(start, start + max(0, length - 1))
+        start += len(own)
+        prompt = prompts[number]
+        ids[own] = completion_ids[row, : len(own)]
+        positions[own] = len(prompt) + np.arange(len(own))
+        predicting.append(np.append(prompt[-1], own)[:length] - quiet)
+        stretches.append((prompt, own) if number in shared else (none, np.append(prompt, own)))
+    blocks, slots = _blocks(stretches, total)
+    return Packing(
+        input_ids=_tensor(ids, device).unsqueeze(0), position_ids=_tensor(positions, device).unsqueeze(0),
+        blocks=[
+            Block(_tensor(queries, device), _tensor(keys, device), None if mask is None else _tensor(mask, device))
+            for queries, keys, mask in blocks
+        ],
+        slots=_tensor(slots, device), predictors=total - quiet, rows=_tensor(np.concatenate(predicting), device),
+    )  # fmt: skip
+
+
+def _blocks(stretches: Sequence[tuple[Places, Places]], total: int) -> tuple[list[tuple[Any, ...]], Places]:
+    """Stretches, each (what it sees before itself, itself), in blocks of like length; each token's slot in them."""
+    # By length, then as they came: equal batches make equal blocks.
+    order = sorted((s for s in stretches if len(s[1])), key=lambda s: (len(s[0]) > 0, -len(s[1])))
+    groups: list[list[tuple[Places, Places]]] = []
+    for seen, own in order:
+        head = groups[-1][0] if groups else None
+        if head and (len(head[0]) > 0) == (len(seen) > 0) and len(own) >= FILLED * len(head[1]):
+            groups[-1].append((seen, own))
+        else:
+            groups.append([(seen, own)])
+    slots = np.zeros(total, dtype=np.int64)
+    blocks: list[tuple[Any, ...]] = []
+    base = 0
+    for group in groups:
+        width, before = len(group[0][1]), max(len(seen) for seen, _ in group)
+        span = max(len(seen) + len(own) for seen, own in group)
+        queries = np.zeros((len(group), width), dtype=np.int64)
+        keys = np.zeros((len(group), span), dtype=np.int64)
+        for row, (seen, own) in enumerate(group):
+            queries[row, : len(own)] = own
+            keys[row, : len(seen)] = seen
+            keys[row, len(seen) : len(seen) + len(own)] = own
+            slots[own] = base + row * width + np.arange(len(own))
+        mask = None
+        if before:
+            reach = np.array([len(seen) for seen, _ in group])[:, None, None, None] + np.arange(width)[:, None]
+            mask = np.arange(span) <= reach
+        blocks.append((queries, keys, mask))
+        base += queries.size
+    return blocks, slots
+
+
+def _tensor(array: Any, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(array).to(device)
