@@ -343,3 +343,14 @@ def _check_sweep(recipe: Recipe) -> None:
     seeds = recipe.sweep.seeds
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise UserError("sweep.seeds must be different numbers >= 0, at least one", got=seeds)
+    _check_pruner("sweep.pruner", recipe.sweep.pruner)
+
+
+def _check_pruner(key: str, given: Any) -> None:
+    """A pruner's name is text, and so is that of one that it wraps; which there are, the sweep says."""
+    if not isinstance(given, dict):
+        return
+    if not isinstance(given.get("name", ""), str):
+        raise UserError(f"{key}.name cannot take this value", got=given["name"], allowed="text", fix="name: median")
+    for name, inner in given.items():
+        _check_pruner(f"{key}.{name}", inner)

@@ -198,3 +198,43 @@ def test_rays_folder_is_for_its_owner_alone(tmp_path: Path) -> None:
     for taken in ("theirs", "link"):
         with pytest.raises(UserError, match="cannot make Ray's folder"):
             cluster._make_private(tmp_path / taken)
+
+
+SERVE = """
+import sys
+from pathlib import Path
+from rltrain.cluster import cluster
+with cluster(Path(sys.argv[1]), cpus=1, gpus=0, threads=1, address=None):
+    import ray
+    print(ray.get_runtime_context().gcs_address, flush=True)
+    sys.stdin.read()
+"""
+JOIN = """
+import sys, ray
+ray.init(address=sys.argv[1], log_to_driver=False)
+print(ray.get(ray.remote(num_cpus=0)(lambda: "ran").remote(), timeout=60))
+"""
+
+
+def test_ray_lets_in_who_has_its_token_alone(tmp_path: Path) -> None:
+    from rltrain import cluster
+
+    token, other = ("0123456789abcdef" * 4, "fedcba9876543210" * 4)
+    bare = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    serve = subprocess.Popen(
+        [sys.executable, "-c", SERVE, str(tmp_path)], cwd=PROJECT, env=bare | {"RAY_AUTH_TOKEN": token}, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert serve.stdout is not None
+    address = serve.stdout.readline().strip()
+    try:
+        answers = {}
+        for given in (token, other):
+            join = subprocess.run(
+                [sys.executable, "-c", JOIN, address], cwd=PROJECT, capture_output=True, text=True, timeout=180,
+                env={**bare, **cluster.LOOPBACK, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": given},
+            )  # fmt: skip
+            answers[given] = join.stdout.strip() if join.returncode == 0 else "refused"
+    finally:
+        serve.communicate()
+    assert answers == {token: "ran", other: "refused"}

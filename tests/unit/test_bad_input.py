@@ -108,6 +108,8 @@ CASES: list[tuple[list[str], str]] = [
     ([*SWEEP, "sweep.metric=accuracy"], "did you mean"),
     ([*SWEEP, "sweep.metric=eval/pass@4"], "eval_n_samples_per_prompt=4"),
     ([*SWEEP, "sweep.pruner={name:midian}"], "did you mean median?"),
+    ([*SWEEP, "sweep.pruner={name:[median]}"], "sweep.pruner.name cannot take this value"),
+    ([*SWEEP, "sweep.pruner={wrapped_pruner:{name:{a:1}}}"], "sweep.pruner.wrapped_pruner.name cannot take this value"),
     ([*SWEEP, "sweep.pruner=null", "sweep.pruner={name:median,n_startup:1}"], "takes no such argument"),
     ([*SWEEP, "sweep.first_trials=[{trainer.policy.model.lora.rank:64}]"], "outside its axis"),
     ([*SWEEP, "sweep.first_trials=[{trainer.policy.model.lora.alpha:nan}]"], "finite numbers"),
