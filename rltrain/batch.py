@@ -11,6 +11,7 @@ import torch
 
 from harness.schema import Trainer
 from rltrain.packing import prompt_numbers
+from rltrain.ranks import Ranks
 
 
 @dataclass(slots=True)
@@ -102,18 +103,25 @@ def shares(rows: Sequence[int], ranks: int) -> list[list[int]]:
     return [list(rows[start:end]) for start, end in itertools.pairwise(bounds)]
 
 
-def training_parts(batch: Batch, trainer: Trainer, rank: int, ranks: int) -> list[Batch]:
-    """This rank's micro-batches of a mini-batch; sequences that are not trained on are left out.
+def training_parts(batch: Batch, trainer: Trainer, moves_B: torch.Tensor, ranks: Ranks) -> list[tuple[Batch, bool]]:
+    """This rank's micro-batches of a mini-batch, and whether each has a gradient.
 
-    Every rank gets as many, for a sharded model computes on all ranks at once: one that has fewer gets blank ones.
-    Nothing to train on anywhere gives none.
+    `moves_B`: which sequences can have one; those not trained on are left out. Every rank gets as many micro-batches,
+    for a sharded model computes on all ranks at once, and backwards too: one that has fewer gets blank ones. Nothing to
+    train on anywhere gives none.
     """
-    trained = [i for i, any_token in enumerate(batch.loss_mask.any(dim=1).tolist()) if any_token]
     size, budget = trainer.micro_train_batch_size_per_gpu, trainer.max_tokens_per_microbatch
-    plans = [micro_batches(batch, own, size, budget) for own in shares(trained, ranks)]
-    parts = [batch.take(rows) for rows in plans[rank]]
-    missing = max(map(len, plans)) - len(parts)
-    return parts + [batch.take(trained[:1]).untrained()] * missing if trained else []
+    trained = [i for i, any_token in enumerate(batch.loss_mask.any(dim=1).tolist()) if any_token]
+    moves = [True] * len(batch) if ranks.size > 1 else moves_B.tolist()
+    parts: list[tuple[Batch, bool]] = []
+    for kind in (True, False):
+        rows = [row for row in trained if moves[row] is kind]
+        plans = [micro_batches(batch, own, size, budget) for own in shares(rows, ranks.size)]
+        own = [batch.take(part) for part in plans[ranks.rank]]
+        missing = max(map(len, plans)) - len(own)
+        blank = [batch.take(rows[:1]).untrained()] * missing if missing else []
+        parts += [(part, kind) for part in own + blank]
+    return parts
 
 
 def collate(

@@ -77,7 +77,7 @@ class Critic(Learner):
             "clip_ratio": float((held * micro.loss_mask).sum()) / totals.tokens,
         }
 
-    def check(self, stats: Row) -> None:
+    def check(self, stats: Row, batch: Batch) -> None:
         """Nothing of a critic's is compared with the engine."""
 
     @contextlib.contextmanager

@@ -40,9 +40,14 @@ class Learner(ABC):
         self._max_norm = settings.max_grad_norm
         self._max_bad_steps = max_bad_steps
         kinds = [[p for p in parameters.values() if isinstance(p, DTensor) is sharded] for sharded in (True, False)]
-        # Sharded and plain tensors do not mix in one group.
+        # Sharded and plain tensors do not mix in one group. On a CPU one call does what is some 400 otherwise.
+        groups = [
+            {"params": kind, "fused": kind[0].device.type == "cpu" and not isinstance(kind[0], DTensor)}
+            for kind in kinds
+            if kind
+        ]
         self.optimizer = torch.optim.AdamW(
-            [{"params": kind} for kind in kinds if kind], lr=settings.lr, betas=(settings.betas[0], settings.betas[1]),
+            groups, lr=settings.lr, betas=(settings.betas[0], settings.betas[1]),
             weight_decay=settings.weight_decay,
         )  # fmt: skip
         schedule = "constant_with_warmup" if settings.scheduler.name == "constant" else settings.scheduler.name
@@ -61,8 +66,12 @@ class Learner(ABC):
         """A micro-batch's share of the mini-batch's loss, and of its statistics."""
 
     @abstractmethod
-    def check(self, stats: Row) -> None:
+    def check(self, stats: Row, batch: Batch) -> None:
         """Raise when a mini-batch's statistics show that something is wrong with what it was made of."""
+
+    def moves(self, batch: Batch) -> torch.Tensor:
+        """Whether each sequence can have a gradient, `[B]`: those that cannot are seen, but not gone back through."""
+        return torch.ones(len(batch), dtype=torch.bool)
 
     def optimize(self, ranks: Ranks) -> Row:
         """Clip, step and zero; FloatingPointError after `trainer.max_bad_steps` non-finite gradients in a row."""

@@ -15,7 +15,7 @@ from rltrain.logprobs import token_logprobs, token_logprobs_and_entropy
 from rltrain.losses import Totals
 from rltrain.model import Reference
 from rltrain.objective import Objective
-from rltrain.probe import check_gap, prove_sync
+from rltrain.probe import certain, check_gap, prove_sync
 
 GAP_MEAN = "sampling/sampling_logp_difference/mean"
 GAP_MAX = "sampling/sampling_logp_difference/max"
@@ -56,8 +56,13 @@ class Policy(Learner):
         return self.reference.logprobs(batch, self.temperature)
 
     def prove(self, batch: Batch, temperature: float) -> None:
-        """Raise SyncError unless the engine drew a batch's first samples from this very policy."""
+        """Raise SyncError unless the engine drew a batch's samples from this very policy."""
         self.activate()
+        real = batch.mask.bool()
+        if batch.old_logprobs is not None and certain(
+            batch.engine_logprobs[real], batch.old_logprobs[real], self._tolerance
+        ):
+            return
         adapter = isinstance(self.model, PeftModel)
         prove_sync(self.model, batch, temperature, tolerance=self._tolerance, adapter=adapter)
 
@@ -81,6 +86,13 @@ class Policy(Learner):
             GAP_MAX: float(gap.max()),
         }
 
-    def check(self, stats: Row) -> None:
+    def moves(self, batch: Batch) -> torch.Tensor:
+        """All sequences under a KL term; else those with an advantage, which is a factor of every policy loss."""
+        assert batch.advantages is not None
+        return (batch.advantages * batch.loss_mask).any(dim=1) | (self._objective.kl_coef is not None)
+
+    def check(self, stats: Row, batch: Batch) -> None:
         """Raise SyncError when the engine did not sample from this policy."""
+        if batch.old_logprobs is None and not stats[GAP_MEAN] < self._tolerance / 2:
+            self.prove(batch, self.temperature)
         check_gap(stats[GAP_MEAN], stats[GAP_MAX], self._tolerance)

@@ -74,9 +74,10 @@ def prepare(pack: Pack, scored: Rollout, stats: Row) -> Prepared:
     member = scored.member
     batch = scored.batch(pack.stop_token_ids[0], pack.device)
     with pack.timer.span("logprobs"):
-        member.policy.prove(batch, member.policy.temperature)
+        member.policy.activate()
         if member.needs_old_logprobs:
             batch.old_logprobs = over_rows(pack, member, batch, member.policy.logprobs)
+            member.policy.prove(batch, member.policy.temperature)
         if member.policy.reference is not None:
             batch.ref_logprobs = over_rows(pack, member, batch, member.policy.reference_logprobs)
         if member.critic is not None:
@@ -124,14 +125,16 @@ def update(pack: Pack, mini: MiniBatch) -> Update:
     stats: Row = defaultdict(float)
     with pack.timer.span("update" if learner is mini.member.policy else learner.name):
         learner.model.train()
-        for micro in training_parts(mini.batch, recipe.trainer, ranks.rank, ranks.size):
-            loss, seen = learner.loss(micro, totals)
-            loss.backward()
+        for micro, moves in training_parts(mini.batch, recipe.trainer, learner.moves(mini.batch), ranks):
+            with torch.set_grad_enabled(moves):
+                loss, seen = learner.loss(micro, totals)
+            if moves:
+                loss.backward()
             add_up(stats, seen)
         learner.model.eval()
         summed = ranks.add_up(stats, MAXIMA)
         if summed:
-            learner.check(summed)
+            learner.check(summed, mini.batch)
             summed |= learner.optimize(ranks)
     return Update(mini.member, learner, summed)
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from harness.schema import Trainer
 from rltrain.batch import Batch, collate, micro_batches, training_parts
 from rltrain.packing import pack
+from rltrain.ranks import Ranks
 from rltrain.seeding import permutation, stream_seed
 
 CPU = torch.device("cpu")
@@ -86,16 +87,21 @@ def test_a_packed_row_has_no_padding_and_a_shared_prompt_once(share: bool, token
     assert slots.tolist() == list(range(tokens))
 
 
+def _parts(batch: Batch, trainer: Trainer, moves: torch.Tensor, rank: int, ranks: int) -> list[Batch]:
+    return [part for part, _ in training_parts(batch, trainer, moves, Ranks(rank, ranks, CPU))]
+
+
 def test_ranks_train_on_every_sequence_once_and_as_often_as_each_other() -> None:
     trainer = Trainer(micro_train_batch_size_per_gpu=2)
     batch = _of_lengths([1, 2, 3, 4, 5, 6, 7])
     batch.loss_mask[2] = 0
-    parts = [training_parts(batch, trainer, rank, 3) for rank in range(3)]
+    all_move = torch.ones(7, dtype=torch.bool)
+    parts = [_parts(batch, trainer, all_move, rank, 3) for rank in range(3)]
     assert {len(own) for own in parts} == {1}
     assert sorted(int(n) for own in parts for part in own for n in part.loss_mask.sum(dim=1)) == [1, 2, 4, 5, 6, 7]
     # One sequence left for two ranks: the other computes it too, without training on it.
     batch.loss_mask[1:] = 0
-    first, second = (training_parts(batch, trainer, rank, 2) for rank in range(2))
+    first, second = (_parts(batch, trainer, all_move, rank, 2) for rank in range(2))
     assert (first[0].tokens, second[0].tokens) == (1, 0)
     assert len(second[0]) == 1
 
@@ -103,7 +109,16 @@ def test_ranks_train_on_every_sequence_once_and_as_often_as_each_other() -> None
 def test_nothing_to_train_on_is_no_micro_batch() -> None:
     batch = _of_lengths([1, 2])
     batch.loss_mask.zero_()
-    assert training_parts(batch, Trainer(), 0, 1) == []
+    assert training_parts(batch, Trainer(), torch.ones(2, dtype=torch.bool), Ranks()) == []
+
+
+def test_what_has_no_gradient_is_apart_on_one_rank_and_not_on_several() -> None:
+    batch, moves = _of_lengths([1, 2, 3, 4, 5]), torch.tensor([True, False, True, False, True])
+    found = training_parts(batch, Trainer(micro_train_batch_size_per_gpu=2), moves, Ranks())
+    assert [(part.mask.sum(dim=1).tolist(), kind) for part, kind in found] == [
+        ([1, 3], True), ([5], True), ([2, 4], False),
+    ]  # fmt: skip
+    assert all(kind for _, kind in training_parts(batch, Trainer(), moves, Ranks(0, 2, CPU)))
 
 
 def test_streams_depend_on_seed_and_name_only() -> None:

@@ -198,3 +198,23 @@ def test_each_reduction_weighs_tokens_its_way(reduction: str, expected: float) -
     # One sequence of three tokens with an advantage of 1, one of a token with 2.
     found = _loss([f"loss_reduction={reduction}"], [[1.0] * 3, [1.0, 0.0, 0.0]], [[1.0] * 3, [2.0] * 3])
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["regular", "dual_clip", "gspo", "cispo", "dr_grpo"])
+@pytest.mark.parametrize("kl", [False, True])
+def test_only_what_cannot_have_a_gradient_is_said_not_to_move(model: Any, loss: str, kl: bool) -> None:
+    recipe = recipes.load("quickstart", [
+        f"trainer.algorithm.policy_loss_type={loss}", f"trainer.algorithm.use_kl_loss={kl}",
+        "trainer.algorithm.tis=token",
+    ])  # fmt: skip
+    policy = Policy("policy", model, {"weight": torch.nn.Parameter(torch.ones(1))}, recipe, None, 1, math.inf)
+    # An advantage of zero; one that stands on padding alone; one on a token.
+    logprobs, batch = _batch([[1.1, 0.5], [1.1, 0.0], [1.1, 0.5]], [[0.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    batch.ref_logprobs = logprobs - 0.3
+    leaf = logprobs.requires_grad_()
+    objective = Objective(recipe)
+    objective(leaf, batch, objective.totals(batch))[0].backward()
+    assert leaf.grad is not None
+    moves = leaf.grad.ne(0).any(dim=1)
+    assert moves.tolist() == ([True] * 3 if kl else [False, False, True])
+    assert policy.moves(batch).tolist() == moves.tolist()

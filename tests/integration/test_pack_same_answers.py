@@ -1,0 +1,120 @@
+"""A member's losses, gradients and weights, given the same samples, are those of the run alone, to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from harness import metrics
+from harness.rundir import RunDir
+from harness.schema import Recipe
+from rltrain.engines.base import Request, Sample
+from rltrain.member import Member
+from rltrain.pack import Pack
+from rltrain.step import train_step
+
+MakeRecipe = Callable[..., Recipe]
+MakeRun = Callable[[Recipe, str], RunDir]
+
+STEPS = 3
+LORA, ALGORITHM = "trainer.policy.model.lora", "trainer.algorithm"
+LR = "trainer.policy.optimizer_config.lr"
+MEMBERS: list[list[str]] = [
+    [f"{LORA}.rank=8", f"{LORA}.alpha=32", f"{LR}=1e-2"],
+    [f"{LORA}.rank=8", f"{LORA}.alpha=32", f"{LR}=1e-2", "trainer.max_tokens_per_microbatch=150"],
+    [f"{LORA}.rank=1", f"{LORA}.alpha=8", f"{LR}=3e-2", "trainer.target_modules=attention", "seed=3"],
+    [f"{LORA}.rank=4", "trainer.target_modules=mlp", f"{ALGORITHM}.policy_loss_type=gspo", f"{ALGORITHM}.tis=token",
+     "trainer.policy_mini_batch_size=4", "trainer.policy.optimizer_config.scheduler=linear", "trainer.max_steps=9"],
+    [f"{LORA}.rank=16", f"{ALGORITHM}.use_kl_loss=true", f"{ALGORITHM}.kl_loss_coef=0.1", "trainer.train_batch_size=6",
+     "trainer.exclude_modules=.*down_proj", "generator.n_samples_per_prompt=3", "trainer.update_epochs_per_batch=2"],
+    [f"{LORA}.rank=2", f"{ALGORITHM}.advantage_estimator=gae", "trainer.critic.optimizer_config.lr=1e-2"],
+]  # fmt: skip
+
+Key = tuple[int, int, tuple[int, ...]]
+
+
+class Tape:
+    """The samples of each member's requests: those of the first time are given again at every other."""
+
+    def __init__(self) -> None:
+        self.samples: dict[Key, list[Sample]] = {}
+        self.replayed = 0
+
+    def watch(self, pack: Pack, labels: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+        """Stand between a pack and its engine; `labels`: which of MEMBERS each of its members is."""
+        generate = pack.engine.generate
+
+        def replaying(requests: Sequence[Request]) -> list[list[Sample]]:
+            keys = [(labels[str(one.member)], one.seed, tuple(one.prompt_token_ids)) for one in requests]
+            new = [one for one, key in zip(requests, keys, strict=True) if key not in self.samples]
+            made = iter(generate(new) if new else [])
+            self.replayed += len(requests) - len(new)
+            for key in keys:
+                if key not in self.samples:
+                    self.samples[key] = next(made)
+            return [self.samples[key] for key in keys]
+
+        monkeypatch.setattr(pack.engine, "generate", replaying)
+
+
+def _train(pack: Pack, members: Sequence[Member]) -> list[list[dict[str, float]]]:
+    """Rows of each member's steps, timings left out; weights and the optimizer's moments go with the last."""
+    for member in members:
+        pack.publish_member(member)
+    rows: list[list[dict[str, float]]] = [[] for _ in members]
+    for _ in range(STEPS):
+        found = train_step(pack, list(members))
+        for own, member in zip(rows, members, strict=True):
+            own.append(metrics.without_timings(found[member]))
+            member.step += 1
+            for learner in member.learners:
+                learner.scheduler.step()
+    return rows
+
+
+def _state(member: Member) -> Iterable[tuple[str, torch.Tensor]]:
+    """What a member has learned, and the mean of its gradients and of their squares."""
+    for learner in member.learners:
+        for name, parameter in learner.parameters.items():
+            yield name.replace(f".{learner.adapter}.", "."), parameter.detach()
+            for kind, value in learner.optimizer.state[parameter].items():
+                yield f"{name.replace(f'.{learner.adapter}.', '.')}/{kind}", value
+
+
+def test_members_of_a_pack_learn_what_each_would_alone(
+    small_recipe: MakeRecipe, new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora_room = "generator.max_lora_rank=16"
+    chosen = [small_recipe(lora_room, *overrides) for overrides in MEMBERS]
+    tape, alone, rows = Tape(), [], []
+    for label, recipe in enumerate(chosen):
+        pack = Pack.open(recipe)
+        member = pack.join(recipe, new_run(recipe, f"alone{label}"))
+        tape.watch(pack, {member.name: label}, monkeypatch)
+        rows += _train(pack, [member])
+        alone.append(dict(_state(member)))
+        pack.close()
+    assert tape.replayed == 0
+    pack = Pack.open(chosen[0], room=len(chosen))
+    assert all(pack.can_hold(recipe) for recipe in chosen)
+    # Joined in another order, so that names and places differ.
+    order = [4, 0, 5, 2, 1, 3]
+    members = [pack.join(chosen[label], new_run(chosen[label], f"packed{label}")) for label in order]
+    tape.watch(pack, {member.name: label for member, label in zip(members, order, strict=True)}, monkeypatch)
+    made = len(tape.samples)
+    together = _train(pack, members)
+    assert len(tape.samples) == made == tape.replayed
+    ignored = {"perf/members"}
+    for member, own, label in zip(members, together, order, strict=True):
+        for step in range(STEPS):
+            expected: dict[str, Any] = {k: v for k, v in rows[label][step].items() if k not in ignored}
+            assert {k: v for k, v in own[step].items() if k not in ignored} == expected, (label, step)
+        state = dict(_state(member))
+        assert state.keys() == alone[label].keys()
+        for name, tensor in state.items():
+            assert torch.equal(tensor, alone[label][name]), (label, name)
+        assert any(tensor.any() for name, tensor in state.items() if "lora_B" in name and "/" not in name)
+    pack.close()
