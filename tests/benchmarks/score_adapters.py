@@ -21,7 +21,7 @@ def main() -> None:
     from rltrain.pack import Pack
 
     with tempfile.TemporaryDirectory() as scratch:
-        largest = max((config(one)["r"] for one in spec["adapters"]), default=8)
+        largest = max(8, *(config(one)["r"] for one in spec["adapters"]))  # 8: the quickstart's own
         shared = ["generator.backend=transformers", "generator.max_num_seqs=512",
                   f"generator.eval_n_samples_per_prompt={spec['samples']}", f"generator.max_lora_rank={largest}",
                   f"trainer.num_threads={spec['threads']}"]  # fmt: skip

@@ -1,0 +1,129 @@
+"""Makespan of N mixed members in one pack, against the bound on what sharing can gain; memory, and shares of the peak.
+
+One trial takes F seconds to start, G to roll out, T for all else of its steps. N trials one after the other take
+N (F + G + T); in one pack at least F + N (G/g + T/c), where g and c are what one engine call and one update for all
+gain. So the speedup S is at most (F + G + T) / (F/N + G/g + T/c). F, G and T are those of a pack of one; g and c are
+measured in a pack of N that is warm, steps of all members in turn with the same members' steps one at a time, as
+seconds a token. S itself comes from fresh processes, start-up included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from harness.paths import PROJECT
+from tests.benchmarks.side_by_side import middle, result, write_record
+
+THREADS = 2
+ROUNDS = 3
+SIZES = (1, 2, 4, 8, 16, 32)
+STEPS = 8
+COMPLETIONS = 64
+ALTERNATE = 3
+ENGINES = ("transformers", "vllm")
+
+MEMBERS = 5
+SHORT = "generator.sampling_params.max_generate_length=16"  # a random base never ends a completion
+LARGER = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 10, "num_attention_heads": 8,
+          "num_key_value_heads": 8, "layer_types": ["full_attention"] * 10}  # fmt: skip
+MAKE_BASE = """
+import sys
+from transformers import AutoConfig, AutoModelForCausalLM
+AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(sys.argv[1])).save_pretrained(sys.argv[1])
+"""
+
+
+def main() -> None:
+    """Measure, print, and write `docs/benchmarks/pack.json`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--sizes", type=int, nargs="*", default=list(SIZES))
+    parser.add_argument("--engines", nargs="*", default=list(ENGINES))
+    parser.add_argument("--threads", type=int, default=THREADS)
+    options = parser.parse_args()
+    runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for turn in range(options.rounds):
+        for engine in options.engines:
+            for members in options.sizes:
+                spec = {"members": members, "steps": STEPS, "completions": COMPLETIONS, "engine": engine,
+                        "alternate": ALTERNATE if turn == 0 and members > 1 else 0}  # fmt: skip
+                run = result("pack_run", spec, threads=options.threads)
+                runs.setdefault((engine, members), []).append(run)
+                print(f"{engine:>12} {members:>3} members  {run['makespan_s']:.1f} s  "
+                      f"{run['memory_peak_gb']:.2f} GiB  {run.get('gains', '')}", flush=True)  # fmt: skip
+    engines = {engine: table({n: rows for (name, n), rows in runs.items() if name == engine})
+               for engine in options.engines}  # fmt: skip
+    memory = members_on_a_larger_base(options.threads)
+    write_record("pack", __doc__, rounds=options.rounds, threads=options.threads, steps=STEPS, completions=COMPLETIONS,
+                 engines=engines, memory=memory)  # fmt: skip
+
+
+def members_on_a_larger_base(threads: int) -> dict[str, Any]:
+    """Peak memory of 1 and of several members where a second base would show: 35 M parameters, random."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(PROJECT / "rltrain" / "assets" / "tiny_gsm", folder, dirs_exist_ok=True)
+        (Path(folder) / "model.safetensors").unlink()
+        config = json.loads((Path(folder) / "config.json").read_text())
+        (Path(folder) / "config.json").write_text(json.dumps({**config, **LARGER}))
+        subprocess.run([sys.executable, "-c", MAKE_BASE, folder], check=True)
+        runs = {}
+        for members in (1, MEMBERS):
+            spec = {"members": members, "steps": 2, "completions": 16, "engine": "transformers",
+                    "overrides": [f"trainer.policy.model.path={folder}", SHORT]}  # fmt: skip
+            runs[members] = result("pack_run", spec, threads=threads)
+    one, several = runs[1], runs[MEMBERS]
+    further = (several["memory_peak_gb"] - one["memory_peak_gb"]) / (MEMBERS - 1)
+    state = (several["adapter_state_gb"] - one["adapter_state_gb"]) / (MEMBERS - 1)
+    print(f"a further member: {1024 * further:.0f} MiB, of it {1024 * state:.0f} MiB adapter and optimizer; "
+          f"the base: {1024 * one['base_gb']:.0f} MiB", flush=True)  # fmt: skip
+    return {"base_gb": one["base_gb"], "further_member_gb": round(further, 4), "adapter_state_gb": round(state, 4),
+            "members": MEMBERS, "peak_gb": {str(n): run["memory_peak_gb"] for n, run in runs.items()}}  # fmt: skip
+
+
+def table(runs: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
+    """A row for each number of members, and memory a further member."""
+    solo = min(runs)
+    parts = {"F": middle(run["startup_s"] for run in runs[solo]), "G": total(runs[solo], "rollout"),
+             "T": total(runs[solo], "rest")}  # fmt: skip
+    rows = [
+        row(members, found, parts, middle(run["makespan_s"] for run in runs[solo])) for members, found in runs.items()
+    ]
+    first, last = rows[0], rows[-1]
+    further = max(1, last["members"] - first["members"])
+    growth = {key: round((last[key] - first[key]) / further, 5) for key in ("memory_peak_gb", "adapter_state_gb")}
+    return {"solo_s": parts, "rows": rows, "per_further_member": growth, "base_gb": runs[solo][0]["base_gb"]}
+
+
+def row(members: int, runs: list[dict[str, Any]], solo: dict[str, Any], alone: float | None) -> dict[str, Any]:
+    """Medians over rounds, the speedup over as many solo runs one after the other, and its bound."""
+    gains = next((run["gains"] for run in runs if "gains" in run), {"g": 1.0, "c": 1.0})
+    makespan = middle(run["makespan_s"] for run in runs)
+    assert makespan is not None
+    assert alone is not None
+    whole = solo["F"] + solo["G"] + solo["T"]
+    bound = whole / (solo["F"] / members + solo["G"] / gains["g"] + solo["T"] / gains["c"])
+    return {
+        "members": members, "makespan_s": makespan, "speedup": round(members * alone / makespan, 3),
+        "bound": round(bound, 3), **gains,
+        **{key: middle(run[key] for run in runs) for key in ("startup_s", "memory_open_gb", "memory_joined_gb",
+                                                            "memory_peak_gb", "adapter_state_gb")},
+        **{key: middle(step[key] for run in runs for step in run["steps"][1:])
+           for key in ("rollout_share_of_peak", "update_share_of_peak")},
+        "rollout_s": total(runs, "rollout"), "rest_s": total(runs, "rest"),
+    }  # fmt: skip
+
+
+def total(runs: list[dict[str, Any]], part: str) -> float | None:
+    """Seconds of a part over all steps, median over rounds."""
+    return middle(sum(step[part] for step in run["steps"]) for run in runs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""A sweep of 8 and of 16 trials of mixed rank, alpha, learning rate and targets: seconds from command to last result.
+
+TRL trains one process a trial, ours one `python -m harness.sweep`: each trial alone in its process, or packed on one
+base and engine, or packed with a pruner. Each contender's ways are tried in the first round; the fastest goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from harness import recipe as recipes
+from harness.metrics import MetricsFile
+from harness.paths import PROJECT, RECIPES
+from harness.rundir import RunDir, Status
+from tests.benchmarks.side_by_side import middle, own_environment, result, write_record
+from tests.benchmarks.trl_run import PACKAGES
+
+CORES = 2
+ROUNDS = 3
+SIZES = (8, 16)
+STEPS, EVERY = 24, 6  # with a pruner, an evaluation every so many steps
+COMPLETIONS = 128
+SCORED_SAMPLES = 4  # of each held-out problem, for the best of each contender
+PRUNER = {"name": "successive_halving", "min_resource": EVERY, "reduction_factor": 3}
+ENGINE = "transformers"
+PARTS = ("rollout", "logprobs", "update", "sync", "checkpoint", "eval")
+
+RANK, ALPHA = "trainer.policy.model.lora.rank", "trainer.policy.model.lora.alpha"
+RATE, TARGETS = "trainer.policy.optimizer_config.lr", "trainer.target_modules"
+CONFIGURATIONS = [
+    (8, 32, 1e-3, "all-linear"), (1, 32, 1e-3, "all-linear"), (16, 16, 3e-4, "attention"), (4, 32, 2e-3, "mlp"),
+    (32, 32, 5e-4, "all-linear"), (8, 16, 1e-4, "mlp"), (2, 16, 3e-3, "attention"), (16, 32, 1e-3, "mlp"),
+    (4, 16, 1e-3, "all-linear"), (32, 16, 2e-3, "mlp"), (1, 16, 5e-4, "attention"), (8, 32, 3e-3, "all-linear"),
+    (2, 32, 1e-3, "mlp"), (16, 32, 3e-4, "all-linear"), (4, 32, 5e-4, "attention"), (32, 32, 1e-3, "mlp"),
+]  # fmt: skip
+MODULES = {"attention": ["q_proj", "k_proj", "v_proj", "o_proj"], "mlp": ["gate_proj", "up_proj", "down_proj"]}
+
+Ways = dict[str, Callable[[int, Path], dict[str, Any]]]
+
+
+def main() -> None:
+    """Measure, print, and write `docs/benchmarks/sweep.json`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--sizes", type=int, nargs="*", default=list(SIZES))
+    parser.add_argument("--contenders", nargs="*", choices=list(contenders(Path())), default=list(contenders(Path())))
+    parser.add_argument("--steps", type=int, default=STEPS)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        trl = own_environment(place / "trl", PACKAGES)
+        chosen = {name: ways for name, ways in contenders(trl, options.steps).items() if name in options.contenders}
+        sizes = {str(size): measure(size, chosen, options.rounds, place) for size in options.sizes}
+        handover = handovers(min(options.sizes), options.steps, place)
+    write_record(
+        "sweep", __doc__, rounds=options.rounds, steps=options.steps, completions=COMPLETIONS, pruner=PRUNER,
+        engine=ENGINE, configurations=CONFIGURATIONS, sizes=sizes, handover=handover,
+    )  # fmt: skip
+
+
+def contenders(trl: Path, steps: int = STEPS) -> dict[str, Ways]:
+    """Each contender's ways to run a sweep: what they do with so many trials in a folder."""
+    two, half = f"sweep.max_concurrent={CORES}", "trainer.num_threads=1"
+    one, whole = "sweep.max_concurrent=1", f"trainer.num_threads={CORES}"
+    pruned = [f"trainer.eval_interval={EVERY}", recipes.override_for("sweep.pruner", PRUNER)]
+
+    def theirs(together: int) -> Callable[[int, Path], dict[str, Any]]:
+        return lambda size, place: their_sweep(size, place, together, trl, steps)
+
+    def ours(*overrides: str, share: int = 0) -> Callable[[int, Path], dict[str, Any]]:
+        """With `share` so many packs divide the trials among them; without, no trial shares anything."""
+        return lambda size, place: our_sweep(
+            size, place, [*overrides, f"sweep.pack_size={-(-size // share) if share else 1}"], steps
+        )
+
+    return {
+        "TRL": {"one at a time, 2 threads": theirs(1), "two at a time, 1 thread": theirs(2)},
+        "ours, unpacked": {"two at a time, 1 thread": ours(two, half), "one at a time, 2 threads": ours(one, whole)},
+        "ours, packed": {
+            "one pack, 2 threads": ours(one, whole, share=1), "two packs, 1 thread": ours(two, half, share=2)
+        },
+        "ours, packed and pruned": {
+            "one pack, 2 threads": ours(one, whole, *pruned, share=1),
+            "two packs, 1 thread": ours(two, half, *pruned, share=2),
+        },
+    }  # fmt: skip
+
+
+def measure(size: int, chosen: dict[str, Ways], rounds: int, place: Path) -> dict[str, Any]:
+    """Rounds of every contender with so many trials, in turn; the best score of each, judged by one evaluation."""
+    measured: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
+    best_way: dict[str, str] = {}
+    for turn in range(rounds):
+        for name, ways in chosen.items():
+            rows = []
+            for way in [best_way[name]] if turn else ways:
+                folder = place / f"{size}_{turn}_{name}_{way}".replace(" ", "_").replace(",", "")
+                folder.mkdir()
+                rows.append({"way": way, **ways[way](size, folder)})
+                print(
+                    f"{size:>3} trials  {name}, {way}: {rows[-1]['makespan_s']:.1f} s, best {rows[-1]['best']}",
+                    flush=True,
+                )
+            fastest = min(rows, key=lambda row: float(row["makespan_s"]))
+            best_way[name] = fastest["way"]
+            measured[name].append({**fastest, "tried_s": {row["way"]: row["makespan_s"] for row in rows}})
+    adapters = [{"folder": rows[0]["best_adapter"]} for rows in measured.values()]
+    scored = result("score_adapters", {"adapters": adapters, "samples": SCORED_SAMPLES}, threads=CORES)["accuracy"]
+    for rows in measured.values():
+        for row in rows:
+            del row["best_adapter"]
+    return {
+        name: {"way": best_way[name], "makespan_s": middle((row["makespan_s"] for row in rows), 2), "rounds": rows,
+               "best_accuracy": accuracy,
+               "parts_s": {part: middle((row["parts_s"][part] for row in rows), 2) for part in rows[0]["parts_s"]}}
+        for (name, rows), accuracy in zip(measured.items(), scored, strict=True)
+    }  # fmt: skip
+
+
+def handovers(size: int, steps: int, place: Path) -> dict[str, Any]:
+    """Seconds from a trial's end to the beginning of the one that takes its slot: half as many slots as trials."""
+    found = {}
+    for name, slots in {"packed": ["sweep.max_concurrent=1", f"sweep.pack_size={size // 2}"],
+                        "unpacked": [f"sweep.max_concurrent={CORES}", "sweep.pack_size=1"]}.items():  # fmt: skip
+        folder = place / f"handover_{name}"
+        folder.mkdir()
+        threads = "trainer.num_threads=1"
+        found[name] = our_sweep(size, folder, [*slots, threads], steps)["next_trial_after_s"]
+        print(f"{name}: the next trial after {middle(found[name])} s", flush=True)
+    return found
+
+
+def their_sweep(size: int, place: Path, together: int, trl: Path, steps: int) -> dict[str, Any]:
+    """TRL, a fresh process for each trial, so many at a time; each evaluates once, at its end."""
+
+    def trial(number: int) -> dict[str, Any]:
+        rank, alpha, lr, targets = CONFIGURATIONS[number]
+        spec = {
+            "completions": COMPLETIONS, "per_device": COMPLETIONS, "steps": steps, "seed": 0, "lr": lr, "rank": rank,
+            "alpha": alpha, "targets": MODULES.get(targets, targets), "output": str(place / f"{number}"),
+            "evaluate": str(place / f"adapter{number}"),
+        }  # fmt: skip
+        return result("trl_run", spec, threads=CORES // together, python=trl)
+
+    start = time.time()
+    with ThreadPoolExecutor(together) as pool:
+        trials = list(pool.map(trial, range(size)))
+    makespan = time.time() - start
+    best = max(range(size), key=lambda number: float(trials[number]["accuracy"]))
+    parts = {
+        "rollout": sum(sum(run["rollout_s"]) for run in trials) / together,
+        "update": sum(sum(run["step_s"]) - sum(run["rollout_s"]) for run in trials) / together,
+        "eval": sum(run["eval_s"] for run in trials) / together,
+    }
+    return {"makespan_s": round(makespan, 2), "best": trials[best]["accuracy"], "parts_s": with_rest(parts, makespan),
+            "best_adapter": str(place / f"adapter{best}"), "counts": {Status.COMPLETE.value: size}}  # fmt: skip
+
+
+def our_sweep(size: int, place: Path, overrides: Sequence[str], steps: int) -> dict[str, Any]:
+    """`python -m harness.sweep` of a recipe with these trials; its report is part of the time."""
+    (place / "sweep.yaml").write_text(yaml.safe_dump(our_recipe(size, steps), sort_keys=False))
+    given = [f"trainer.ckpt_path={place}", "trainer.run_name=sweep", *overrides]
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    start = time.time()
+    with (place / "log.txt").open("wb") as log:
+        status = subprocess.run(
+            [sys.executable, "-m", "harness.sweep", str(place / "sweep.yaml"), *given],
+            cwd=PROJECT, env=environment, stdout=log, stderr=subprocess.STDOUT,
+        ).returncode  # fmt: skip
+    makespan = time.time() - start
+    if status != 0:
+        raise RuntimeError(f"harness.sweep exited with {status}:\n{(place / 'log.txt').read_text()[-3000:]}")
+    return {"makespan_s": round(makespan, 2), **read_sweep(RunDir(place / "sweep"), start, makespan)}
+
+
+def our_recipe(size: int, steps: int) -> dict[str, Any]:
+    """The quickstart's recipe with these trials for its sweep, one evaluation and one checkpoint each, at the end."""
+    content: dict[str, Any] = yaml.safe_load((RECIPES / "quickstart.yaml").read_text())
+    content["trainer"] |= {
+        "train_batch_size": COMPLETIONS // 8, "policy_mini_batch_size": COMPLETIONS // 8, "max_steps": steps,
+        "eval_before_train": False, "eval_interval": 0, "ckpt_interval": 0,
+    }  # fmt: skip
+    content["generator"] |= {"backend": ENGINE, "max_num_seqs": 512}
+    content["expect"] = {}
+    trials = [dict(zip((RANK, ALPHA, RATE, TARGETS), one, strict=True)) for one in CONFIGURATIONS[:size]]
+    content["sweep"] = {
+        "metric": "eval/accuracy", "num_trials": size, "seeds": [0], "sampler": "random", "first_trials": trials,
+        "space": {
+            **{key: {"choices": sorted({trial[key] for trial in trials})} for key in (RANK, ALPHA, TARGETS)},
+            RATE: {"low": 1e-4, "high": 3e-3, "log": True},
+        },
+    }  # fmt: skip
+    return content
+
+
+def read_sweep(sweep: RunDir, start: float, makespan: float) -> dict[str, Any]:
+    """What the directories of a finished sweep show: its best trial, where its time went, and its gaps."""
+    trials = [RunDir(folder) for folder in sorted(sweep.trials.iterdir())]
+    manifests = [trial.read_manifest() for trial in trials]
+    statuses = [manifest["status"] for manifest in manifests]
+    complete = [number for number, status in enumerate(statuses) if status == Status.COMPLETE.value]
+    scores = {number: manifests[number]["result"]["metrics"]["eval/accuracy"] for number in complete}
+    best = max(scores, key=lambda number: float(scores[number]))
+    together = yaml.safe_load(sweep.recipe.read_text())["sweep"]["max_concurrent"]
+    parts = {name: seconds / together for name, seconds in time_of_parts(trials).items()}
+    began, ended = [when(m, 1) for m in manifests], [when(m, -1) for m in manifests]
+    parts["report"] = start + makespan - max(ended)
+    return {
+        "best": scores[best], "best_adapter": str(trials[best].adapter / "final"),
+        "counts": {status: statuses.count(status) for status in sorted(set(statuses))},
+        "steps_trained": sum(len(steps_of(trial)) for trial in trials),
+        "first_trial_after_s": round(min(began) - start, 2), "last_trial_ended_s": round(max(ended) - start, 2),
+        "next_trial_after_s": gaps(began, ended),
+        "parts_s": with_rest(parts, makespan),
+    }  # fmt: skip
+
+
+def steps_of(trial: RunDir) -> list[dict[str, float]]:
+    """A trial's rows of training steps."""
+    return [row for row in MetricsFile(trial.metrics).rows() if "step_time" in row]
+
+
+def time_of_parts(trials: Sequence[RunDir]) -> dict[str, float]:
+    """Seconds in each part of the trials' steps. Members of a pack log the same time of a step they shared: once."""
+    shared: dict[tuple[float, ...], dict[str, float]] = {}
+    alone = dict.fromkeys(PARTS, 0.0)
+    for trial in trials:
+        for row in steps_of(trial):
+            step = {part: row.get(f"timing_s/{part}", 0.0) for part in ("rollout", "logprobs", "update", "sync")}
+            shared[tuple(step.values())] = step
+            for part in ("checkpoint", "eval"):
+                alone[part] += row.get(f"timing_s/{part}", 0.0)
+    return alone | {
+        part: sum(step[part] for step in shared.values()) for part in ("rollout", "logprobs", "update", "sync")
+    }
+
+
+def when(manifest: dict[str, Any], change: int) -> float:
+    """Seconds since the epoch of a change of status: 1 is when training began, -1 when it ended."""
+    return datetime.fromisoformat(manifest["status_history"][change]["time"]).timestamp()
+
+
+def gaps(began: Sequence[float], ended: Sequence[float]) -> list[float]:
+    """Seconds from a trial's end to the next one's beginning, for each that began after one had ended."""
+    waits, free = [], sorted(ended)
+    for start in sorted(began):
+        if free and free[0] <= start:
+            waits.append(round(start - free.pop(0), 3))
+    return waits
+
+
+def with_rest(parts: dict[str, float], makespan: float) -> dict[str, float]:
+    """The parts and what they leave of the makespan: starting up, waiting, and handing over."""
+    parts = {part: round(seconds, 2) for part, seconds in parts.items()}
+    return {"start-up and waiting": round(makespan - sum(parts.values()), 2), **parts}
+
+
+if __name__ == "__main__":
+    main()

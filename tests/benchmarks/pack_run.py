@@ -1,0 +1,140 @@
+"""N members in one pack in one process, for `bench_pack`: start-up, steps, memory, and what sharing gains by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from harness import manifest
+from harness import recipe as recipes
+from harness.rundir import RunDir
+from tests.benchmarks.bench_sweep import ALPHA, CONFIGURATIONS, RANK, RATE, TARGETS
+from tests.benchmarks.side_by_side import memory_gb, middle, peak_memory_gb, worker_files
+
+SAMPLES = 8  # of each prompt
+MAKESPAN_PARTS = ("rollout", "rest")
+
+
+def main() -> None:
+    """Train so many members for so many steps; write the seconds of each part, memory and shares of the peak."""
+    spec, result = worker_files()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from rltrain.quiet import quiet_libraries
+
+    quiet_libraries()
+    with tempfile.TemporaryDirectory() as scratch:
+        result.write_text(json.dumps(Measurement(spec, Path(scratch)).result()))
+
+
+class Measurement:
+    """A pack of mixed members under a clock."""
+
+    def __init__(self, spec: dict[str, Any], scratch: Path) -> None:
+        from rltrain.pack import Pack
+        from rltrain.trainer import Course
+
+        self._spec = spec
+        chosen = [self._recipe(number) for number in range(spec["members"])]
+        self._pack = Pack.open(chosen[0], room=spec["members"])
+        self._memory = [memory_gb()]
+        self._courses = []
+        for number, recipe in enumerate(chosen):
+            run_dir = RunDir(scratch / str(number))
+            run_dir.create(recipes.to_yaml(recipe), manifest.build(recipe, kind="run", name="run", source="benchmark"))
+            course = Course(self._pack, self._pack.join(recipe, run_dir))
+            for _ in course.begin():
+                pass
+            self._courses.append(course)
+        self._memory.append(memory_gb())
+
+    def result(self) -> dict[str, Any]:
+        """What is written, with the gains of sharing if the spec asks for them."""
+        from rltrain.model import adapter_parameters
+
+        began = time.time()
+        steps = [self._step(list(range(len(self._courses)))) for _ in range(self._spec["steps"])]
+        ended = time.time()
+        adapters = [p for m in self._pack.members for p in adapter_parameters(self._pack.model, m.name).values()]
+        content: dict[str, Any] = {
+            "startup_s": round(began - self._spec["launched"], 3),
+            "makespan_s": round(ended - self._spec["launched"], 3),
+            "steps": steps, "memory_open_gb": self._memory[0], "memory_joined_gb": self._memory[1],
+            "memory_peak_gb": peak_memory_gb(), "peak_flops": self._pack.peak_flops,
+            # Weights, their gradients, and two moments of Adam.
+            "adapter_state_gb": sum(4 * p.numel() * p.element_size() for p in adapters) / 2**30,
+            "base_gb": self._pack.num_parameters * 4 / 2**30,
+        }  # fmt: skip
+        if self._spec.get("alternate"):
+            content["gains"] = self._gains(self._spec["alternate"])
+        self._pack.close()
+        return content
+
+    def _gains(self, repeats: int) -> dict[str, float | None]:
+        """g and c: seconds a token of steps made one member at a time, over those of steps that all make together."""
+        everyone = range(len(self._courses))
+        ratios: dict[str, list[float]] = {part: [] for part in MAKESPAN_PARTS}
+        for _ in range(repeats):
+            together = self._step(list(everyone))
+            apart = [self._step([number]) for number in everyone]
+            tokens = sum(step["tokens"] for step in apart)
+            for part in MAKESPAN_PARTS:
+                alone = sum(step[part] for step in apart) / tokens
+                ratios[part].append(alone / (together[part] / together["tokens"]))
+        return {"g": middle(ratios["rollout"]), "c": middle(ratios["rest"])}
+
+    def _step(self, places: list[int]) -> dict[str, float]:
+        """One step of some members: seconds of rollout and of the rest, tokens, and shares of the peak."""
+        from rltrain.step import train_step
+
+        members = [self._pack.members[place] for place in places]
+        start = time.perf_counter()
+        rows = train_step(self._pack, members)
+        seconds = time.perf_counter() - start
+        for place, member in zip(places, members, strict=True):
+            self._courses[place].take(rows[member], seconds)
+        whole = time.perf_counter() - start
+        row = rows[members[0]]
+        rollout, update = row["timing_s/rollout"], row["timing_s/update"]
+        flops = 2 * self._pack.num_parameters * sum(computed_tokens(member, rows[member]) for member in members)
+        return {
+            "seconds": round(whole, 5), "rollout": round(rollout, 5), "rest": round(whole - rollout, 5),
+            "update": round(update, 5),
+            "tokens": sum(member_completions(m) * rows[m]["completions/mean_length"] for m in members),
+            # One pass forward; in the update one more back, LoRA's own products left out.
+            "rollout_share_of_peak": round(flops / rollout / self._pack.peak_flops, 4),
+            "update_share_of_peak": round(2 * flops / update / self._pack.peak_flops, 4),
+        }  # fmt: skip
+
+    def _recipe(self, number: int) -> Any:
+        """One of the mixed configurations, with a seed of its own."""
+        values = dict(zip((RANK, ALPHA, RATE, TARGETS), CONFIGURATIONS[number % len(CONFIGURATIONS)], strict=True))
+        prompts = self._spec["completions"] // SAMPLES
+        recipe = recipes.load("quickstart", [
+            *(recipes.override_for(key, value) for key, value in values.items()), f"seed={number}",
+            f"generator.backend={self._spec['engine']}", "generator.max_num_seqs=512",
+            f"generator.max_lora_rank={max(one[0] for one in CONFIGURATIONS)}", "expect={}",
+            f"trainer.train_batch_size={prompts}", f"trainer.policy_mini_batch_size={prompts}",
+            "trainer.max_steps=10000", "trainer.eval_before_train=false", "trainer.eval_interval=0",
+            "trainer.ckpt_interval=0", *self._spec.get("overrides", []), f"trainer.num_threads={self._spec['threads']}",
+        ])  # fmt: skip
+        recipe.sweep = None
+        return recipe
+
+
+def member_completions(member: Any) -> int:
+    """Completions of one of its steps."""
+    return int(member.recipe.trainer.train_batch_size) * SAMPLES
+
+
+def computed_tokens(member: Any, row: dict[str, float]) -> float:
+    """Tokens that a step has to compute: completions, and each prompt once, however many samples share it."""
+    completions = member_completions(member) * row["completions/mean_length"]
+    return completions + (member.step_tokens - completions) / SAMPLES
+
+
+if __name__ == "__main__":
+    main()
