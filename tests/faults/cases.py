@@ -11,6 +11,8 @@ OLDER = "named and set aside; goes on from the checkpoint before it; the same to
 CLEARED = "cleared away; goes on from the checkpoint before it; the same to the bit"
 ANEW = "named and set aside; starts again from step 0; the same to the bit"
 REFUSED = "named, refused with exit status 2; no file changed"
+TOLD = "a sound recipe or a dry run comes of it, or one message; never a traceback, never a start on nonsense"
+ALONE = "FAILED, with its reason on the console, in study and report; the others complete; no process left"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ CREATION = "the run directory's creation"
 ROLLOUT, SCORING, UPDATE, SYNC, EVALUATION = "rollout", "scoring", "update", "sync", "evaluation"
 WRITE, REMOVAL, APPEND = "checkpoint write", "an old checkpoint's removal", "metrics append"
 MANIFEST, ADAPTER, SAMPLES, END = "manifest write", "adapter write", "samples write", "the run's end"
-ANYTIME = "any time, by the clock"
+VERDICT, ANYTIME = "between the run's end and its verdict", "any time, by the clock"
 
 _FORWARD = "transformers.models.qwen2.modeling_qwen2:Qwen2ForCausalLM.forward"
 _STEP, _TRAINER, _CHECKPOINT = "rltrain.step:", "rltrain.trainer:", "rltrain.checkpoint:"
@@ -42,7 +44,8 @@ _NEW, _OLD = r"checkpoints/\.step_\d+\.\w+/new/|rename checkpoints/step", r"(rem
 # One directory each: killed, resumed, killed again, resumed, ... and at last left to end. Counts are of each process.
 CHAINS: tuple[tuple[Kill, ...], ...] = (
     (_file(CREATION, r"rename recipe\.yaml", 1), _call(EVALUATION, f"{_TRAINER}evaluate", 1),
-     _call(ROLLOUT, f"{_STEP}rollout", 2), _file(WRITE, _NEW, 4), _call(UPDATE, "torch:Tensor.backward", 3)),
+     _call(ROLLOUT, f"{_STEP}rollout", 2), _file(WRITE, _NEW, 4), _call(UPDATE, "torch:Tensor.backward", 3),
+     _call(VERDICT, "harness.run:judge", 1)),
     (_file(CREATION, r"open \.manifest\.json", 1), _call(ROLLOUT, _FORWARD, 47),
      Kill(APPEND, Fault("torn", r"/metrics\.jsonl$", 2, cut=12)), _file(WRITE, _NEW, 12),
      _file(ADAPTER, "adapter/", 5)),
@@ -155,6 +158,15 @@ OTHERS = {
     "study.journal: one bit flipped in the middle": REFUSED,
     "study.journal: a line missing": REFUSED,
 }
+# Input that is mutated at random, the same each time, and how often (test_mutations.py).
+RECIPE_VALUES = "mutated recipe: values replaced, removed, renamed, moved"
+RECIPE_FILES = "mutated recipe file: cut, lines doubled or swapped, text put in"
+RUN_LINES = "mutated command line of run and sweep"
+OTHER_LINES = "mutated command line of report, export, reproduce and prepare"
+MUTATIONS = {RECIPE_VALUES: 220, RECIPE_FILES: 60, RUN_LINES: 160, OTHER_LINES: 60}
+# Trials of one sweep of ten (test_sweep_failures.py): the environments in moods/, and what befalls a trial there.
+FAILURES = {"raises": "a trial's reward raises", "hangs": "a trial hangs", "nan": "a trial's reward is no number"}
+MOODS = ("good", "raises", "good", "hangs", "good", "raises", "good", "nan", "good", "good")
 
 
 def expected() -> dict[str, int]:
@@ -164,4 +176,5 @@ def expected() -> dict[str, int]:
         tried[f"SIGKILL: {kill.phase}"] = tried.get(f"SIGKILL: {kill.phase}", 0) + 1
     names = [each.name for each in CORRUPTIONS] + [name for name, *_ in REFUSALS] + list(OTHERS)
     # A damaged checkpoint is named twice: one of the run's own, and one of another run's.
-    return tried | dict.fromkeys(names, 1) | {NAMED: 2}
+    failing = {fault: MOODS.count(mood) for mood, fault in FAILURES.items()}
+    return tried | dict.fromkeys(names, 1) | {NAMED: 2} | failing | MUTATIONS

@@ -91,4 +91,5 @@ def _without_mark(state: Path) -> dict[str, Any]:
 
 def _said(manifest: dict[str, Any]) -> dict[str, Any]:
     result = {key: value for key, value in (manifest["result"] or {}).items() if key != "seconds"}
-    return {"status": manifest["status"], "digest": manifest["recipe"]["digest"], "result": result}
+    return {"status": manifest["status"], "digest": manifest["recipe"]["digest"], "result": result,
+            "expect": manifest.get("expect")}  # fmt: skip

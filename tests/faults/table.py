@@ -10,6 +10,8 @@ from harness.paths import PROJECT
 
 PAGE = PROJECT / "docs" / "reliability.md"
 HEAD = "| fault | times tried | what happened | lost steps |"
+# How the names of three kinds of faults begin; all others are damage to files, or no room for them.
+KINDS = ("SIGKILL: ", "mutated ", "a trial")
 _ROW = re.compile(r"\| (.+) \| (\d+) \| (.+) \| (\d+) \|")
 
 WORDS = PROJECT / "tests" / "faults" / "words.md"
@@ -39,8 +41,11 @@ def page(rows: Iterable[Row]) -> str:
     """The page with its table."""
     rows = list(rows)
     lines = [f"| {row.fault} | {row.tried} | {row.happened} | {row.lost} |" for row in rows]
+    kills, mutated, trials = (sum(row.tried for row in rows if row.fault.startswith(kind)) for kind in KINDS)
+    other = sum(not row.fault.startswith(KINDS) for row in rows)
     total = (
-        f"\n{sum(row.tried for row in rows)} in all. Made by `NOREGRET_WRITE_DOCS=1 python -m pytest tests/faults`.\n"
+        f"\n{kills} kills, {other} kinds of damage or no room, {trials} failing trials, {mutated} mutated inputs.\n"
+        "Made by `NOREGRET_WRITE_DOCS=1 python -m pytest tests/faults`.\n"
     )
     return f"{WORDS.read_text()}\n" + "\n".join([HEAD, "| --- | ---: | --- | ---: |", *lines]) + "\n" + total
 

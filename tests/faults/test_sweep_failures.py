@@ -12,9 +12,11 @@ from analysis.load import load_trials
 from harness import sweep
 from harness.rundir import RunDir, Status
 from rltrain import cluster
+from tests.faults.cases import ALONE, FAILURES, MOODS
+from tests.faults.compare import rows, study
+from tests.faults.conftest import Record
 
 MOOD, LR = "environment.env_class", "trainer.policy.optimizer_config.lr"
-MOODS = ["good", "raises", "good", "hangs", "good", "raises", "good", "nan", "good", "good"]
 RATES = [1e-4 * (place + 1) for place in range(len(MOODS))]
 
 
@@ -27,9 +29,11 @@ def processes(sweep_dir: Path) -> set[int]:
 
 @pytest.mark.heavy
 @pytest.mark.timeout(900)
-def test_trials_that_fail_stay_alone(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, rows in (("train", 8), ("validation", 8)):
-        data = pd.read_parquet(tiny_model_dir / "data" / f"{name}.parquet").head(rows)
+def test_trials_that_fail_stay_alone(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], record: Record
+) -> None:
+    for name in ("train", "validation"):
+        data = pd.read_parquet(tiny_model_dir / "data" / f"{name}.parquet").head(8)
         data.drop(columns="env_class").to_parquet(tmp_path / f"{name}.parquet")
     recipe = tmp_path / "moods.yaml"
     first = [f"{{{MOOD}: tests.faults.moods.{mood}, {LR}: {rate}}}" for mood, rate in zip(MOODS, RATES, strict=True)]
@@ -72,9 +76,15 @@ sweep:
     sweep_dir = RunDir(tmp_path / "moods")
     assert "hangs.py" in sweep_dir.trial(3).log.read_text()  # where
     assert sweep_dir.status is Status.COMPLETE
+    assert [trial["state"] for trial in study(sweep_dir)] == ["COMPLETE" if m == "good" else "FAIL" for m in MOODS]
     page = (sweep_dir.report / "index.html").read_text()
     said = capsys.readouterr().out
     for reason in reasons.values():
         assert reason[:40] in page
         assert reason[:40] in said
     assert "6 complete, 0 pruned, 4 failed" in said
+    for number, mood in enumerate(MOODS):
+        if mood == "good":
+            assert [row["step"] for row in rows(sweep_dir.trial(number))] == [0, 1, 2]
+        else:
+            record(FAILURES[mood], ALONE, 0)

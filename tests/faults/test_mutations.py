@@ -23,6 +23,7 @@ from harness.schema import Recipe
 from harness.validate import _BOUNDS
 from rltrain.preflight import check_run
 from sweeps import plan as plans
+from tests.faults.cases import MUTATIONS, OTHER_LINES, RECIPE_FILES, RECIPE_VALUES, RUN_LINES, TOLD
 
 QUICK = settings(
     deadline=None,
@@ -31,6 +32,7 @@ QUICK = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 Place = tuple[str | int, ...]
+Results = list[tuple[str, str, int]]
 
 TEXTS = st.text(max_size=8) | st.sampled_from(
     [
@@ -177,9 +179,9 @@ def check_message(error: UserError) -> None:
     str(error).encode()
 
 
-@settings(QUICK, max_examples=220)
+@settings(QUICK, max_examples=MUTATIONS[RECIPE_VALUES])
 @given(data=st.data())
-def test_mutated_values(plain: dict[str, Any], data: st.DataObject) -> None:
+def test_mutated_values(plain: dict[str, Any], results: Results, data: st.DataObject) -> None:
     values = data.draw(mutated(plain))
     with told_or_fine():
         recipe = recipes.from_dict(values)
@@ -190,11 +192,12 @@ def test_mutated_values(plain: dict[str, Any], data: st.DataObject) -> None:
             for params in plans.preview(plan, 2):
                 assert_sound(recipes.with_values(recipe, {"sweep": None, **params}))
         check_run(recipe)
+    results.append((RECIPE_VALUES, TOLD, 0))
 
 
-@settings(QUICK, max_examples=60)
+@settings(QUICK, max_examples=MUTATIONS[RECIPE_FILES])
 @given(data=st.data())
-def test_mutated_files(plain: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_mutated_files(tmp_path_factory: pytest.TempPathFactory, results: Results, data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(["cut", "line", "swap", "insert"]))
     text = data.draw(
         st.sampled_from(["quickstart.yaml", "gsm8k_ppo_lora.yaml"]).map(lambda n: (RECIPES / n).read_text())
@@ -214,6 +217,7 @@ def test_mutated_files(plain: dict[str, Any], tmp_path_factory: pytest.TempPathF
     file.write_bytes(text.encode(errors="surrogatepass"))
     with told_or_fine():
         assert_sound(recipes.load(file))
+    results.append((RECIPE_FILES, TOLD, 0))
 
 
 KEYS = st.sampled_from(recipes.known_keys())
@@ -282,15 +286,16 @@ FLAGS = st.sampled_from(
 WORDS = OVERRIDES | OVERRIDES | OVERRIDES | FLAGS | WRITTEN
 
 
-@settings(QUICK, max_examples=160)
+@settings(QUICK, max_examples=MUTATIONS[RUN_LINES])
 @given(command=st.sampled_from([run, sweep]), words=st.lists(WORDS, min_size=1, max_size=3), data=st.data())
-def test_mutated_command_lines(command: Any, words: list[str], data: st.DataObject) -> None:
+def test_mutated_command_lines(command: Any, words: list[str], results: Results, data: st.DataObject) -> None:
     argv = data.draw(st.permutations([data.draw(st.sampled_from(["quickstart"] * 9 + ["nope"])), "--dry-run", *words]))
     with told_or_fine(), contextlib.redirect_stdout(io.StringIO()):
         assert command.main(list(argv)) == 0
+    results.append((RUN_LINES, TOLD, 0))
 
 
-@settings(QUICK, max_examples=60)
+@settings(QUICK, max_examples=MUTATIONS[OTHER_LINES])
 @given(
     command=st.sampled_from([report, export, reproduce, prepare]),
     words=st.lists(
@@ -301,12 +306,13 @@ def test_mutated_command_lines(command: Any, words: list[str], data: st.DataObje
     ),
 )
 def test_mutated_words_to_the_other_commands(
-    command: Any, words: list[str], tmp_path_factory: pytest.TempPathFactory
+    command: Any, words: list[str], tmp_path_factory: pytest.TempPathFactory, results: Results
 ) -> None:
     place = tmp_path_factory.mktemp("words")
     with contextlib.chdir(place), contextlib.redirect_stdout(io.StringIO()), pytest.raises(UserError):
         command.main(words)
     assert not [path for path in place.rglob("*") if path.is_file()]
+    results.append((OTHER_LINES, TOLD, 0))
 
 
 @settings(QUICK, max_examples=80)
