@@ -1,4 +1,4 @@
-"""vLLM in this process, on a CPU or GPUs. The only file that imports vllm."""
+"""vLLM in this process, on a CPU or GPUs. Only this file and grouped_lora.py import vllm."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read once, when vLLM is 
 import vllm
 from vllm.config import set_current_vllm_config
 from vllm.lora.peft_helper import PEFTHelper
-from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
@@ -28,6 +27,7 @@ from harness.schema import Recipe, Sampling
 from harness.validate import VLLM_LORA_RANKS
 from rltrain import parallel
 from rltrain.cluster import keep_to_loopback
+from rltrain.engines import grouped_lora
 from rltrain.engines.base import EngineOptions, Request, Sample, check_prompts, in_parts, sample_seed, unknown_member
 from rltrain.sync.proof import SyncError
 
@@ -229,6 +229,7 @@ class VLLMEngine:
             seed=seed,
             logprobs=0,
             detokenize=False,
+            skip_clone=True,  # nobody else has it: vLLM's deep copy takes 80 µs a sample
         )
 
 
@@ -289,57 +290,11 @@ class WorkerExtension:
             head.quant_method.process_weights_after_loading(head)
 
 
-class GroupedLoRA(PunicaWrapperCPU):
-    """vLLM's LoRA on a CPU with one pair of matrix products per adapter in the batch.
-
-    vLLM's own gathers a copy of A and B for every token, and gives rows of the base (index -1) the last slot's adapter.
-    """
-
-    def update_metadata(self, *args: Any, **kwargs: Any) -> None:
-        """Note which rows of the batch belong to which adapter slot."""
-        super().update_metadata(*args, **kwargs)
-        self._groups = _rows_by_slot(self.token_lora_indices)
-
-    def add_lora_linear(
-        self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        lora_a_stacked: tuple[torch.Tensor, ...],
-        lora_b_stacked: tuple[torch.Tensor, ...],
-        scale: float,
-        output_slices: tuple[int, ...],
-        **kwargs: Any,
-    ) -> None:
-        """y += scale * x A^T B^T in place: y `[N, out]`, x `[N, in]`, A `[slots, 1, r, in]`, B `[slots, 1, out, r]`.
-
-        q, k and v (gate and up) come packed: one A and one B each, every B for its slice of `out`.
-        """
-        offset = 0
-        for lora_a, lora_b, size in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-            part = y[:, offset : offset + size]
-            offset += size
-            for slot, rows in self._groups:
-                a, b = lora_a[slot, 0].T, lora_b[slot, 0].T
-                if rows is None:
-                    part.addmm_(x @ a, b, alpha=scale)
-                else:
-                    part.index_add_(0, rows, x[rows] @ a @ b, alpha=scale)
-
-
+# By importing this module, for that is all that the worker processes of tensor parallelism do with it.
+grouped_lora.install()
 if current_platform.is_cpu():
-    # Set by importing this module, for that is all that the worker processes of tensor parallelism do with it.
-    _platform = type(current_platform)
-    _platform.get_punica_wrapper = classmethod(lambda _: f"{__name__}.{GroupedLoRA.__name__}")
     # The sampler counts ranks with a compiled function: inductor would want a C++ compiler, and seconds.
-    _platform.simple_compile_backend = "eager"
-
-
-def _rows_by_slot(slot_N: torch.Tensor) -> list[tuple[int, torch.Tensor | None]]:
-    """(slot, its rows) for each adapter in the batch; None stands for all rows."""
-    slots = slot_N.unique().tolist()
-    if len(slots) == 1:
-        return [(slots[0], None)] if slots[0] >= 0 else []
-    return [(slot, (slot_N == slot).nonzero().squeeze(1)) for slot in slots if slot >= 0]
+    type(current_platform).simple_compile_backend = "eager"
 
 
 def _sample(output: Any) -> Sample:

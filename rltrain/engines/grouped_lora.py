@@ -1,0 +1,75 @@
+"""vLLM's LoRA on a CPU, with one pair of matrix products per adapter in the batch. Beside vllm.py, it imports vllm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import vllm
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+from vllm.platforms import current_platform
+
+VERSIONS = ("0.32.0",)
+"""Those it was checked against; another version keeps its own operations."""
+
+FEWEST_ROWS = 8
+"""Rows a thread in a matrix product: fewer than 4, and MKL takes another kernel, which rounds otherwise."""
+
+
+def install() -> bool:
+    """Have vLLM use `GroupedLoRA` in this process, on a CPU and for versions it is known to fit; whether it does."""
+    fits = current_platform.is_cpu() and vllm.__version__.split("+")[0] in VERSIONS
+    if fits:
+        platform = type(current_platform)
+        platform.get_punica_wrapper = classmethod(lambda _: f"{__name__}.{GroupedLoRA.__name__}")
+    return fits
+
+
+class GroupedLoRA(PunicaWrapperCPU):
+    """The operations of `PunicaWrapperCPU` on linear layers, adapter by adapter.
+
+    vLLM's own gather a copy of A and B for every token, and give rows of the base (index -1) the last slot's adapter.
+    A row's result is the same to the bit whatever other rows and adapters are in the batch.
+    """
+
+    def update_metadata(self, *args: Any, **kwargs: Any) -> None:
+        """Note which rows of the batch belong to which adapter slot."""
+        super().update_metadata(*args, **kwargs)
+        self._groups = rows_by_slot(self.token_lora_indices)
+
+    def add_lora_linear(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: tuple[torch.Tensor, ...],
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        **kwargs: Any,
+    ) -> None:
+        """y += scale * x A^T B^T in place: y `[N, out]`, x `[N, in]`, A `[slots, 1, r, in]`, B `[slots, 1, out, r]`.
+
+        q, k and v (gate and up) come packed: one A and one B each, every B for its slice of `out`.
+        """
+        for slot, rows in self._groups:
+            mine, theirs = (y, x) if rows is None else (y.index_select(0, rows), x.index_select(0, rows))
+            parts = mine.split(output_slices, dim=1)
+            for part, lora_a, lora_b in zip(parts, lora_a_stacked, lora_b_stacked, strict=True):
+                part.addmm_(theirs @ lora_a[slot, 0].T, lora_b[slot, 0].T, alpha=scale)
+            if rows is not None:
+                y.index_copy_(0, rows, mine)
+
+
+def rows_by_slot(slot_N: torch.Tensor) -> list[tuple[int, torch.Tensor | None]]:
+    """(slot, its rows) for each adapter in the batch; None stands for all rows; few rows are repeated to be enough."""
+    fewest = FEWEST_ROWS * torch.get_num_threads()
+    slots = slot_N.unique().tolist()
+    if len(slots) == 1 and len(slot_N) >= fewest:
+        return [(slots[0], None)] if slots[0] >= 0 else []
+    groups: list[tuple[int, torch.Tensor | None]] = []
+    for slot in slots:
+        if slot >= 0:
+            rows = (slot_N == slot).nonzero().squeeze(1)
+            missing = fewest - len(rows)
+            groups.append((slot, torch.cat([rows, rows[:1].expand(missing)]) if missing > 0 else rows))
+    return groups

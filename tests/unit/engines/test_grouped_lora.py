@@ -1,0 +1,86 @@
+"""LoRA products grouped by adapter, against vLLM's own operations."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.heavy  # imports vLLM
+
+SLOTS, RANK, WIDTH = 4, 8, 128
+OUT = (128, 64, 64)
+
+
+def _applied(wrapper: type, slot_of_row: list[int], *, prefill: bool, seed: int = 0) -> torch.Tensor:
+    """y of a packed layer after the adapters were added; ids 1, 2, ... stand in slots 0, 1, ...; 0 is the base."""
+    from vllm.lora.layers import LoRAMapping
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator)
+
+    a = tuple(normal(SLOTS, 1, RANK, WIDTH) for _ in OUT)
+    b = tuple(normal(SLOTS, 1, size, RANK) for size in OUT)
+    x, y = (rows[: len(slot_of_row)].clone() for rows in (normal(512, WIDTH), normal(512, sum(OUT))))
+    ids = tuple(slot + 1 for slot in slot_of_row)
+    punica: Any = wrapper(1024, 512, "cpu")
+    punica.update_metadata(LoRAMapping(ids, ids, is_prefill=prefill), list(range(1, SLOTS + 1)), SLOTS, 100)
+    punica.add_lora_linear(y, x, a, b, 0.5, OUT)
+    return y
+
+
+@pytest.mark.parametrize("prefill", [True, False])
+@pytest.mark.parametrize("rows", [[0] * 512, [0, 1, 2, 3] * 40, [3] * 5 + [1], [2]])
+def test_the_same_as_vllms_own_operations(rows: list[int], prefill: bool) -> None:
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    from rltrain.engines.grouped_lora import GroupedLoRA
+
+    found, expected = (_applied(one, rows, prefill=prefill) for one in (GroupedLoRA, PunicaWrapperCPU))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_rows_of_the_base_are_left_alone() -> None:
+    from rltrain.engines.grouped_lora import GroupedLoRA
+
+    mixed = _applied(GroupedLoRA, [-1, 0, -1, 1], prefill=False)
+    base = _applied(GroupedLoRA, [-1, -1, -1, -1], prefill=False)
+    changed = (mixed != base).any(dim=1)
+    assert changed.tolist() == [False, True, False, True]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_row_is_the_same_to_the_bit_in_any_company(threads: int) -> None:
+    from rltrain.engines.grouped_lora import GroupedLoRA
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        alone = _applied(GroupedLoRA, [0] * 300, prefill=False)
+        for count in (1, 2, 3, 4, 5, 7, 9, 11, 64, 299):
+            assert torch.equal(_applied(GroupedLoRA, [0] * count, prefill=False), alone[:count])
+            company = [0] * count + [random.Random(count).randrange(-1, SLOTS) for _ in range(200)]
+            assert torch.equal(_applied(GroupedLoRA, company, prefill=False)[:count], alone[:count])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_only_versions_that_were_checked_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm
+    from vllm.platforms import current_platform
+
+    from rltrain.engines import grouped_lora
+
+    stock = "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU"
+    platform = type(current_platform)
+    monkeypatch.setattr(platform, "get_punica_wrapper", classmethod(lambda _: stock))
+    monkeypatch.setattr(vllm, "__version__", "9.9.9")
+    assert not grouped_lora.install()
+    assert platform.get_punica_wrapper() == stock
+    monkeypatch.setattr(vllm, "__version__", f"{grouped_lora.VERSIONS[0]}+cpu")
+    assert grouped_lora.install()
+    assert platform.get_punica_wrapper() == "rltrain.engines.grouped_lora.GroupedLoRA"
