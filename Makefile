@@ -27,9 +27,10 @@ lint: $(INSTALLED)  ## style, formatting, types and import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-bench: $(INSTALLED)  ## every benchmark in tests/benchmarks, one after the other
+bench: $(INSTALLED)  ## every benchmark in tests/benchmarks, one after the other, and their page docs/benchmarks/README.md
 	@test -n "$(BENCHMARKS)" || { echo "error: there is no tests/benchmarks/bench_*.py" >&2; exit 1; }
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python -m tests.benchmarks.$$(basename $$script .py); done
+	$(BIN)/python -m tests.benchmarks.summarize
 
 clean:  ## remove .venv, build output and caches; runs/ stays
 	rm -rf .venv build dist ./*.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

@@ -1,10 +1,11 @@
-"""Makespan of N mixed members in one pack, against the bound on what sharing can gain; memory, and shares of the peak.
+"""Makespan of N members in one pack, against the bound on what sharing can gain; memory, and shares of the peak.
 
 One trial takes F seconds to start, G to roll out, T for all else of its steps. N trials one after the other take
 N (F + G + T); in one pack at least F + N (G/g + T/c), where g and c are what one engine call and one update for all
-gain. So the speedup S is at most (F + G + T) / (F/N + G/g + T/c). F, G and T are those of a pack of one; g and c are
-measured in a pack of N that is warm, steps of all members in turn with the same members' steps one at a time, as
-seconds a token. S itself comes from fresh processes, start-up included.
+gain. So the speedup S is at most (F + G + T) / (F/N + G/g + T/c). G and T are steady steps of a pack of one, F what is
+left of its makespan. g and c are measured in a pack of N that is warm: steps of all members in turn with the same
+members' steps one at a time, as seconds a token. S itself comes from fresh processes, start-up included. The members
+differ in their seeds alone, for a pack of one to stand for each of them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from harness.paths import PROJECT
@@ -26,8 +28,9 @@ ROUNDS = 3
 SIZES = (1, 2, 4, 8, 16, 32)
 STEPS = 8
 COMPLETIONS = 64
-ALTERNATE = 3
+ALTERNATE = 2
 ENGINES = ("transformers", "vllm")
+MEMORY = ("memory_open_gb", "memory_joined_gb", "memory_peak_gb", "adapter_state_gb")
 
 MEMBERS = 5
 SHORT = "generator.sampling_params.max_generate_length=16"  # a random base never ends a completion
@@ -49,11 +52,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=THREADS)
     options = parser.parse_args()
     runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for turn in range(options.rounds):
+    for _ in range(options.rounds):
         for engine in options.engines:
             for members in options.sizes:
                 spec = {"members": members, "steps": STEPS, "completions": COMPLETIONS, "engine": engine,
-                        "alternate": ALTERNATE if turn == 0 and members > 1 else 0}  # fmt: skip
+                        "alternate": ALTERNATE if members > 1 else 0}  # fmt: skip
                 run = result("pack_run", spec, threads=options.threads)
                 runs.setdefault((engine, members), []).append(run)
                 print(f"{engine:>12} {members:>3} members  {run['makespan_s']:.1f} s  "
@@ -88,41 +91,37 @@ def members_on_a_larger_base(threads: int) -> dict[str, Any]:
 
 
 def table(runs: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
-    """A row for each number of members, and memory a further member."""
-    solo = min(runs)
-    parts = {"F": middle(run["startup_s"] for run in runs[solo]), "G": total(runs[solo], "rollout"),
-             "T": total(runs[solo], "rest")}  # fmt: skip
-    rows = [
-        row(members, found, parts, middle(run["makespan_s"] for run in runs[solo])) for members, found in runs.items()
-    ]
-    first, last = rows[0], rows[-1]
-    further = max(1, last["members"] - first["members"])
-    growth = {key: round((last[key] - first[key]) / further, 5) for key in ("memory_peak_gb", "adapter_state_gb")}
-    return {"solo_s": parts, "rows": rows, "per_further_member": growth, "base_gb": runs[solo][0]["base_gb"]}
+    """A row for each number of members; what one trial alone takes; memory a further member."""
+    one = runs[min(runs)]
+    alone = median(run["makespan_s"] for run in one)
+    rollout, rest = steady(one, "rollout"), steady(one, "rest")
+    solo = {"F": round(alone - rollout - rest, 4), "G": rollout, "T": rest}
+    rows = [row(members, found, solo, alone) for members, found in runs.items()]
+    further = max(1, rows[-1]["members"] - rows[0]["members"])
+    growth = {key: round((rows[-1][key] - rows[0][key]) / further, 5) for key in MEMORY}
+    return {"solo_s": solo, "rows": rows, "per_further_member": growth, "base_gb": one[0]["base_gb"]}
 
 
-def row(members: int, runs: list[dict[str, Any]], solo: dict[str, Any], alone: float | None) -> dict[str, Any]:
+def row(members: int, runs: list[dict[str, Any]], solo: dict[str, float], alone: float) -> dict[str, Any]:
     """Medians over rounds, the speedup over as many solo runs one after the other, and its bound."""
-    gains = next((run["gains"] for run in runs if "gains" in run), {"g": 1.0, "c": 1.0})
-    makespan = middle(run["makespan_s"] for run in runs)
-    assert makespan is not None
-    assert alone is not None
-    whole = solo["F"] + solo["G"] + solo["T"]
-    bound = whole / (solo["F"] / members + solo["G"] / gains["g"] + solo["T"] / gains["c"])
+    gains = [run.get("gains", {"g": 1.0, "c": 1.0}) for run in runs]
+    g, c = (median(one[name] for one in gains) for name in ("g", "c"))
+    makespan = median(run["makespan_s"] for run in runs)
+    least = solo["F"] / members + solo["G"] / g + solo["T"] / c
     return {
-        "members": members, "makespan_s": makespan, "speedup": round(members * alone / makespan, 3),
-        "bound": round(bound, 3), **gains,
-        **{key: middle(run[key] for run in runs) for key in ("startup_s", "memory_open_gb", "memory_joined_gb",
-                                                            "memory_peak_gb", "adapter_state_gb")},
-        **{key: middle(step[key] for run in runs for step in run["steps"][1:])
-           for key in ("rollout_share_of_peak", "update_share_of_peak")},
-        "rollout_s": total(runs, "rollout"), "rest_s": total(runs, "rest"),
+        "members": members, "makespan_s": round(makespan, 3), "speedup": round(members * alone / makespan, 3),
+        "bound": round(alone / least, 3), "g": round(g, 3), "c": round(c, 3),
+        "startup_s": middle(run["startup_s"] for run in runs),
+        "rollout_s": steady(runs, "rollout"), "rest_s": steady(runs, "rest"),
+        **{key: middle(run[key] for run in runs) for key in MEMORY},
+        **{f"{phase}_share_of_peak": middle(step[f"{phase}_share_of_peak"] for run in runs for step in run["steps"][1:])
+           for phase in ("rollout", "update")},
     }  # fmt: skip
 
 
-def total(runs: list[dict[str, Any]], part: str) -> float | None:
-    """Seconds of a part over all steps, median over rounds."""
-    return middle(sum(step[part] for step in run["steps"]) for run in runs)
+def steady(runs: list[dict[str, Any]], part: str) -> float:
+    """Seconds of a part in all steps, each taken as the median one; the first, which warms up, is not looked at."""
+    return round(STEPS * median(step[part] for run in runs for step in run["steps"][1:]), 4)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from typing import Any
 from harness import manifest
 from harness import recipe as recipes
 from harness.rundir import RunDir
-from tests.benchmarks.bench_sweep import ALPHA, CONFIGURATIONS, RANK, RATE, TARGETS
 from tests.benchmarks.side_by_side import memory_gb, middle, peak_memory_gb, worker_files
 
 SAMPLES = 8  # of each prompt
@@ -110,16 +109,14 @@ class Measurement:
         }  # fmt: skip
 
     def _recipe(self, number: int) -> Any:
-        """One of the mixed configurations, with a seed of its own."""
-        values = dict(zip((RANK, ALPHA, RATE, TARGETS), CONFIGURATIONS[number % len(CONFIGURATIONS)], strict=True))
+        """The quickstart's own rank, alpha, targets and learning rate, with a seed of its own."""
         prompts = self._spec["completions"] // SAMPLES
         recipe = recipes.load("quickstart", [
-            *(recipes.override_for(key, value) for key, value in values.items()), f"seed={number}",
-            f"generator.backend={self._spec['engine']}", "generator.max_num_seqs=512",
-            f"generator.max_lora_rank={max(one[0] for one in CONFIGURATIONS)}", "expect={}",
-            f"trainer.train_batch_size={prompts}", f"trainer.policy_mini_batch_size={prompts}",
+            f"seed={number}", f"generator.backend={self._spec['engine']}", "generator.max_num_seqs=512",
+            f"trainer.train_batch_size={prompts}", f"trainer.policy_mini_batch_size={prompts}", "expect={}",
             "trainer.max_steps=10000", "trainer.eval_before_train=false", "trainer.eval_interval=0",
-            "trainer.ckpt_interval=0", *self._spec.get("overrides", []), f"trainer.num_threads={self._spec['threads']}",
+            "trainer.ckpt_interval=0", f"trainer.num_threads={self._spec['threads']}",
+            *self._spec.get("overrides", []),
         ])  # fmt: skip
         recipe.sweep = None
         return recipe

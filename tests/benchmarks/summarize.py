@@ -1,0 +1,206 @@
+"""`docs/benchmarks/*.json` held against the targets: `summary.json`, and a page with figures, `README.md`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from harness.rundir import write_json, write_text
+from tests.benchmarks import figures
+from tests.benchmarks.side_by_side import RESULTS, middle
+
+Record = dict[str, Any]
+SAME_SCORE = 0.02  # about one standard error of 512 problems
+
+
+def main() -> None:
+    """Read what has been measured; write summary, figures and page."""
+    records = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    records.pop("summary", None)
+    judged = [one for name, judge in JUDGES.items() if name in records for one in judge(records[name])]
+    found = [one for one in judged if one["value"] is not None]
+    write_json(RESULTS / "summary.json", found)
+    drawn = {name: draw(records[name]) for name, draw in figures.FIGURES.items() if name in records}
+    write_text(RESULTS / "README.md", page(records, found, drawn))
+    met = sum(bool(one["met"]) for one in found)
+    print(f"{met} of {sum(one['met'] is not None for one in found)} targets met: docs/benchmarks/README.md")
+
+
+def finding(name: str, value: float | None, target: str | None, how: str) -> Record:
+    """One line of the summary; `target` is `>= x` or `<= x`, None where a number is only reported."""
+    met = None
+    if target is not None and value is not None:
+        sign, bound = target.split()
+        met = value >= float(bound) if sign == ">=" else value <= float(bound)
+    return {"name": name, "value": None if value is None else round(value, 4), "target": target, "met": met, "how": how}
+
+
+def ratio(a: float | None, b: float | None) -> float | None:
+    """a / b, None where there is not both."""
+    return a / b if a is not None and b else None
+
+
+def single_run(record: Record) -> Iterator[Record]:
+    """Tokens a second, seconds to the same accuracy, start-up and memory of one run."""
+    how = (
+        f"medians of {record['rounds']} rounds by turns, fresh processes, {record['threads']} threads; single_run.json"
+    )
+    for completions, target in (("512", ">= 2"), ("64", ">= 1.3")):
+        rows = record["speed"].get(completions, {})
+        if not {"TRL"} < rows.keys():
+            continue
+        ours = {name: row["tokens_per_second"] for name, row in rows.items() if name != "TRL"}
+        for name, rate in ours.items():
+            best = target if rate == max(ours.values()) else None
+            yield finding(f"tokens a second at {completions} completions, {name} / TRL",
+                          ratio(rate, rows["TRL"]["tokens_per_second"]), best, how)  # fmt: skip
+        for name, row in rows.items():
+            yield finding(f"seconds to the first step, {name}, {completions} completions", row["startup_s"], None, how)
+            yield finding(f"peak memory in GiB, {name}, {completions} completions", row["memory_gb"], None, how)
+    accuracy = record.get("accuracy") or {"contenders": {}}
+    reached = {name: one["reached"] for name, one in accuracy["contenders"].items()}
+    for wanted in reached.get("TRL", {}):
+        seeds = len(accuracy["seeds"])
+        both = {name: table[wanted] for name, table in reached.items() if table[wanted]["seeds"] == seeds}
+        if "TRL" not in both or len(both) < 2:
+            continue
+        how = f"median of {seeds} seeds, {accuracy['completions']} completions, without evaluation; single_run.json"
+        name = min((one for one in both if one != "TRL"), key=lambda one: float(both[one]["seconds"]))
+        yield finding(f"seconds from launch to {wanted} held-out accuracy, TRL / {name}",
+                      ratio(both["TRL"]["seconds"], both[name]["seconds"]), ">= 1", how)  # fmt: skip
+
+
+def sweep(record: Record) -> Iterator[Record]:
+    """Makespans of whole sweeps, scores, and how soon a slot is used again."""
+    how = f"medians of {record['rounds']} rounds by turns, start-up and our report included; sweep.json"
+    for size, rows in record["sizes"].items():
+        spans = {name: row["makespan_s"] for name, row in rows.items()}
+        scores = {name: row["best_accuracy"] for name, row in rows.items()}
+        theirs, packed = spans.get("TRL"), spans.get("ours, packed")
+        yield finding(f"makespan of {size} trials, packed / TRL", ratio(packed, theirs),
+                      "<= 0.3333" if size == "8" else "<= 0.25", how)  # fmt: skip
+        yield finding(f"makespan of {size} trials, packed / unpacked", ratio(packed, spans.get("ours, unpacked")),
+                      "<= 0.5" if size == "8" else None, how)  # fmt: skip
+        pruned = "ours, packed and pruned"
+        if pruned in spans:
+            yield finding(f"makespan of {size} trials, packed and pruned / TRL", ratio(spans[pruned], theirs),
+                          "<= 0.125" if size == "8" else None, how)  # fmt: skip
+        if {pruned, "TRL"} <= scores.keys():
+            yield finding(f"best score of {size} trials, pruned less TRL's", scores[pruned] - scores["TRL"],
+                          f">= {-SAME_SCORE}", "their best adapters, scored by one evaluation; sweep.json")  # fmt: skip
+    for name, waits in record.get("handover", {}).items():
+        target = "<= 1" if name == "packed" else None
+        yield finding(f"seconds from a free slot to the next trial's beginning, {name}", middle(waits), target,
+                      "status history of the trials; sweep.json")  # fmt: skip
+
+
+def pack(record: Record) -> Iterator[Record]:
+    """Speedup against its bound, memory, and shares of the peak."""
+    for engine, table in record["engines"].items():
+        last = table["rows"][-1]
+        yield finding(f"speedup of {last['members']} members in one pack over its bound, {engine}",
+                      ratio(last["speedup"], last["bound"]), None, "start-up included; pack.json")  # fmt: skip
+        for phase in ("rollout", "update"):
+            shares = {row["members"]: row[f"{phase}_share_of_peak"] for row in table["rows"]}
+            yield finding(f"share of the matmul peak, {phase}, 1 member, {engine}", shares.get(1), None, "pack.json")
+    memory = record["memory"]
+    share = ratio(memory["further_member_gb"], memory["base_gb"])
+    how = (
+        f"peak of {memory['members']} members less that of 1, on a base of 35 M parameters; a second base: 1; pack.json"
+    )
+    yield finding("memory of a further member / the base's", share, "<= 0.5", how)
+
+
+def quickstart(record: Record) -> Iterator[Record]:
+    """The quickstart before packs and now."""
+    yield finding("quickstart's 8 trials, now / before", ratio(record["medians"]["now"], record["medians"]["before"]),
+                  "<= 0.5", f"medians of {record['rounds']} rounds by turns; quickstart.json")  # fmt: skip
+
+
+def checks(record: Record) -> Iterator[Record]:
+    """What checksums, manifests, fsync and sync proof cost."""
+    yield finding("a step with all checks / without", record["ratio"], None, "median of pairs; checks.json")
+
+
+JUDGES: dict[str, Callable[[Record], Iterator[Record]]] = {
+    "single_run": single_run, "sweep": sweep, "pack": pack, "quickstart": quickstart, "checks": checks,
+}  # fmt: skip
+
+
+def page(records: dict[str, Record], found: list[Record], drawn: dict[str, str]) -> str:
+    """The Markdown page: targets, then a section for each benchmark with its figure and a table."""
+    lines = [
+        "# Benchmarks", "",
+        "`make bench` measures all of this again and writes this page; each script runs alone, as",
+        "`python -m tests.benchmarks.bench_NAME`. Ratios are of medians taken by turns on one machine in one run.", "",
+        "## Targets", "", "| what | value | target | met |", "| --- | ---: | ---: | --- |",
+    ]  # fmt: skip
+    lines += [f"| {one['name']} | {shown(one['value'])} | {one['target'] or ''} | {MET[one['met']]} |" for one in found]
+    for name, record in records.items():
+        what = (record.get("what") or name).strip().split("\n\n")
+        lines += ["", f"## {name.replace('_', ' ').capitalize()}", "", " ".join("\n".join(what).split()), ""]
+        if name in drawn:
+            lines += [f"![{name.replace('_', ' ')}]({drawn[name]})", ""]
+        lines += table(rows_of(name, record))
+        if name == "sweep":
+            lines += ["", "Where the seconds that are saved come from:", "", *table(savings(record))]
+        load, machine = record.get("load_average", [0.0]), record["hardware"]
+        where = f"{machine['cpu']}, {machine['cores']} cores, load average at the end {load[0]:.1f}"
+        lines += ["", f"{where}: [{name}.json]({name}.json)."]
+    return "\n".join(lines) + "\n"
+
+
+MET = {True: "yes", False: "**no**", None: ""}
+
+
+def rows_of(name: str, record: Record) -> list[Record]:
+    """A benchmark's numbers as rows of scalars."""
+    if name == "single_run":
+        return [{"completions": size, "contender": who, **row} for size, found in record["speed"].items()
+                for who, row in found.items()]  # fmt: skip
+    if name == "sweep":
+        return [{"trials": size, "contender": who, **row, **{f"{part}, s": s for part, s in row["parts_s"].items()}}
+                for size, found in record["sizes"].items() for who, row in found.items()]  # fmt: skip
+    if name == "pack":
+        return [{"engine": engine, **row} for engine, found in record["engines"].items() for row in found["rows"]]
+    if name == "quickstart":
+        return [{"code": code, "seconds": seconds} for code, seconds in record["medians"].items()]
+    rows: list[Record] = record.get("rows", [])
+    return rows
+
+
+def savings(record: Record) -> list[Record]:
+    """Seconds saved in each part of a sweep by going from one contender to the next."""
+    steps = [("TRL", "ours, unpacked"), ("ours, unpacked", "ours, packed"), ("TRL", "ours, packed"),
+             ("ours, packed", "ours, packed and pruned")]  # fmt: skip
+    rows = []
+    for size, found in record["sizes"].items():
+        for before, after in (pair for pair in steps if found.keys() >= set(pair)):
+            old, new = found[before], found[after]
+            parts = dict.fromkeys([*old["parts_s"], *new["parts_s"]])
+            saved = {p: (old["parts_s"].get(p) or 0.0) - (new["parts_s"].get(p) or 0.0) for p in parts}
+            whole = old["makespan_s"] - new["makespan_s"]
+            rows.append({"trials": size, "from": before, "to": after, "saved, s": whole, **saved})
+    return rows
+
+
+def table(rows: list[Record]) -> list[str]:
+    """A Markdown table of what is one number or word a row; columns in the order they come up."""
+    columns = list(
+        dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, (list, dict)))
+    )
+    if not rows:
+        return []
+    head = [" | ".join(column.replace("_", " ") for column in columns), " | ".join("---" for _ in columns)]
+    body = [" | ".join(shown(row.get(column)) for column in columns) for row in rows]
+    return [f"| {line} |" for line in (*head, *body)]
+
+
+def shown(value: Any) -> str:
+    """A value for a reader: four digits, nothing for None."""
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    main()
