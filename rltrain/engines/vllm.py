@@ -58,6 +58,7 @@ class VLLMEngine:
         self._stop_token_ids = list(options.stop_token_ids)
         self._max_loras = options.max_loras
         self._adapters: dict[str, Any] = {}
+        self._forms: dict[str, object] = {}
         self._next_id = 1
         self._reloading = False
         self._tensor_parallel_size = generator.inference_engine_tensor_parallel_size
@@ -132,17 +133,23 @@ class VLLMEngine:
     def load_adapter_tensors(
         self, member: str, version: int, tensors: dict[str, torch.Tensor], config: dict[str, Any]
     ) -> None:
-        """As `load_adapter`, with nothing read from files."""
-
+        """As `load_adapter`, with nothing read from files; a version like the one before takes over its memory."""
         if self._tensor_parallel_size > 1:
             # On their way to the worker processes; a GPU's memory would be rebuilt on that one GPU in all of them.
             tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+        form = config, {name: tensor.shape for name, tensor in tensors.items()}
+        if self._forms.get(member) == form:
+            self._llm.collective_rpc("update_adapter", args=(self._adapters[member].lora_int_id, tensors))
+            return
+        updatable: list[bool] = []
 
         def add(adapter: Any) -> None:
-            self._llm.collective_rpc("add_adapter", args=(adapter.lora_int_id, tensors, config))
+            updatable.extend(self._llm.collective_rpc("add_adapter", args=(adapter.lora_int_id, tensors, config)))
 
         # vLLM wants a path, and would go there only for an adapter that it does not hold.
         self._serve(member, version, "/nowhere", tensors, add)
+        if all(updatable):
+            self._forms[member] = form
 
     def _serve(self, member: str, version: int, path: str, names: Iterable[str], add: Callable[[Any], object]) -> None:
         """Bookkeeping of a new version whose tensors have those names and which `add` gives to the workers."""
@@ -163,6 +170,7 @@ class VLLMEngine:
 
     def drop_adapter(self, member: str) -> None:
         """Forget the member's adapter; a member that has none is no error."""
+        self._forms.pop(member, None)
         old = self._adapters.pop(member, None)
         if old is not None:
             self._llm.llm_engine.remove_lora(old.lora_int_id)
@@ -239,18 +247,19 @@ class WorkerExtension:
     model_runner: Any
     vllm_config: Any
 
-    def add_adapter(self, adapter_id: int, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
-        """What the worker does with an adapter's folder, from the tensors that would be in it."""
+    def add_adapter(self, adapter_id: int, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> bool:
+        """What the worker does with an adapter's folder, from the tensors that would be in it; can it be updated?"""
         manager = self.model_runner.lora_manager
         helper = PEFTHelper.from_dict({**config, "vllm_max_position_embeddings": manager.max_position_embeddings})
         helper.validate_legal(manager.lora_config)
         dtype = manager.lora_config.lora_dtype
         model = manager._adapter_manager.model
         mapper = getattr(model, "hf_to_vllm_mapper", None)
+        # Copies, for vLLM multiplies B by the scale in place.
+        own = {name: tensor.to(manager.device, dtype, copy=True) for name, tensor in tensors.items()}
         adapter = manager._lora_model_cls.from_lora_tensors(
             adapter_id,
-            # Copies, for vLLM multiplies B by the scale in place.
-            {name: tensor.to(manager.device, dtype, copy=True) for name, tensor in tensors.items()},
+            own,
             helper,
             device=str(manager.device),
             dtype=dtype,
@@ -260,6 +269,20 @@ class WorkerExtension:
         )
         manager._adapter_manager.add_adapter(adapter)
         manager._adapter_manager.activate_adapter(adapter_id)
+        adapter.own_tensors, adapter.own_scale = own, helper.vllm_lora_scaling_factor
+        served = {tensor.data_ptr() for lora in adapter.loras.values() for tensor in _parts(lora)}
+        return all(tensor.data_ptr() in served for tensor in own.values())
+
+    def update_adapter(self, adapter_id: int, tensors: dict[str, torch.Tensor]) -> None:
+        """New values for the tensors that `add_adapter` was given."""
+        manager = self.model_runner.lora_manager._adapter_manager
+        adapter = manager.get_adapter(adapter_id)
+        for name, tensor in tensors.items():
+            own = adapter.own_tensors[name].copy_(tensor)
+            if "lora_B" in name:
+                own.mul_(adapter.own_scale)
+        manager.deactivate_adapter(adapter_id)
+        manager.activate_adapter(adapter_id)
 
     def modules_served(self, adapter_id: int) -> int:
         """How many of an adapter's modules vLLM applies: it packs q, k, v and gate, up, ignores others in silence."""
@@ -295,6 +318,12 @@ grouped_lora.install()
 if current_platform.is_cpu():
     # The sampler counts ranks with a compiled function: inductor would want a C++ compiler, and seconds.
     type(current_platform).simple_compile_backend = "eager"
+
+
+def _parts(lora: Any) -> Iterator[torch.Tensor]:
+    """A's and B's of one of vLLM's layers, which may pack several."""
+    for tensors in (lora.lora_a, lora.lora_b):
+        yield from (one for one in (tensors if isinstance(tensors, list) else [tensors]) if one is not None)
 
 
 def _sample(output: Any) -> Sample:

@@ -1,0 +1,80 @@
+"""Seconds from the trainer's adapter to an engine that serves it: every sync mode, both engines, several ranks."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from harness import machine
+from harness import recipe as recipes
+from harness.paths import PROJECT
+from harness.rundir import write_json
+from harness.schema import Backend, SyncMode
+
+REPEATS = 9
+RANKS = (1, 8, 64, 256)
+
+
+def main() -> None:
+    """Measure, print, and write `docs/benchmarks/sync.json`."""
+    from rltrain.quiet import quiet_libraries
+
+    quiet_libraries()
+    rows = [row for rank in RANKS for backend in Backend for row in _rows(backend, rank)]
+    for row in rows:
+        print(f"rank {row['rank']:>3}  {row['engine']:>12}  {row['sync']:>6}  {1e3 * row['seconds']:8.2f} ms")
+    record = {"what": __doc__, "repeats": REPEATS, "threads": 1, "hardware": machine.hardware(),
+              "load_average": os.getloadavg(), "rows": rows}  # fmt: skip
+    path = PROJECT / "docs" / "benchmarks" / "sync.json"
+    write_json(path, record)
+    print(f"written: {path.relative_to(PROJECT)}")
+
+
+def _rows(backend: Backend, rank: int) -> list[dict[str, Any]]:
+    """Disk and memory in turn, a member each on one engine; merge on an engine without adapters."""
+    timed: dict[SyncMode, list[float]] = {}
+    for modes in ([SyncMode.disk, SyncMode.memory], [SyncMode.merge]):
+        timed |= _timed(backend, rank, modes)
+    return [
+        {"rank": rank, "engine": backend.name, "sync": mode.name, "seconds": round(statistics.median(seconds), 6),
+         "fastest": round(min(seconds), 6)}
+        for mode, seconds in timed.items()
+    ]  # fmt: skip
+
+
+def _timed(backend: Backend, rank: int, modes: list[SyncMode]) -> dict[SyncMode, list[float]]:
+    """Wall seconds of each publication after the first, a new version each, as a training step has it."""
+    import torch
+
+    from rltrain import model as models
+    from rltrain.engines.base import EngineOptions, build_engine, stop_token_ids
+    from rltrain.sync.base import build_sync
+
+    torch.set_num_threads(1)
+    recipe = recipes.load("quickstart", [f"generator.backend={backend.name}", f"trainer.policy.model.lora.rank={rank}"])
+    model: Any
+    model, tokenizer = models.load_base(recipe)
+    for mode in modes:
+        model = models.add_adapter(model, mode.name, models.lora_config(recipe, recipe.trainer.policy.model.lora), 0)
+    path = models.model_folder(recipe.trainer.policy.model.path)
+    room = 0 if modes == [SyncMode.merge] else rank
+    options = EngineOptions(path, torch.float32, stop_token_ids(model, tokenizer), room, len(modes))
+    engine = build_engine(recipe, model, options)
+    seconds: dict[SyncMode, list[float]] = {mode: [] for mode in modes}
+    with tempfile.TemporaryDirectory() as scratch:
+        syncs = {mode: build_sync(mode, Path(scratch) / mode.name) for mode in modes}
+        for version in range(REPEATS + 1):
+            for mode, sync in syncs.items():
+                start = time.perf_counter()
+                sync.publish(engine, model, mode.name, version + 1)
+                seconds[mode].append(time.perf_counter() - start)
+    engine.close()
+    return {mode: values[1:] for mode, values in seconds.items()}
+
+
+if __name__ == "__main__":
+    main()
