@@ -37,7 +37,7 @@ WRITE, REMOVAL, APPEND = "checkpoint write", "an old checkpoint's removal", "met
 MANIFEST, ADAPTER, SAMPLES, END = "manifest write", "adapter write", "samples write", "the run's end"
 VERDICT, ANYTIME = "between the run's end and its verdict", "any time, by the clock"
 
-_FORWARD = "transformers.models.qwen2.modeling_qwen2:Qwen2ForCausalLM.forward"
+_DECODE = "rltrain.engines.llama:LlamaDecoder.step"
 _STEP, _TRAINER, _CHECKPOINT = "rltrain.step:", "rltrain.trainer:", "rltrain.checkpoint:"
 _NEW, _OLD = r"checkpoints/\.step_\d+\.\w+/new/|rename checkpoints/step", r"(remove|rmdir) checkpoints/\.step_\d+\.\w+"
 
@@ -46,7 +46,7 @@ CHAINS: tuple[tuple[Kill, ...], ...] = (
     (_file(CREATION, r"rename recipe\.yaml", 1), _call(EVALUATION, f"{_TRAINER}evaluate", 1),
      _call(ROLLOUT, f"{_STEP}rollout", 2), _file(WRITE, _NEW, 4), _call(UPDATE, "torch:Tensor.backward", 3),
      _call(VERDICT, "harness.run:judge", 1)),
-    (_file(CREATION, r"open \.manifest\.json", 1), _call(ROLLOUT, _FORWARD, 47),
+    (_file(CREATION, r"open \.manifest\.json", 1), _call(ROLLOUT, _DECODE, 47),
      Kill(APPEND, Fault("torn", r"/metrics\.jsonl$", 2, cut=12)), _file(WRITE, _NEW, 12),
      _file(ADAPTER, "adapter/", 5)),
     (_call(SYNC, "rltrain.pack:Pack.publish_member", 1), _file(SAMPLES, r"rename samples/", 1),
