@@ -1,0 +1,154 @@
+"""The update of the quickstart's model, rank 8: seconds a step with each way to compute it, in turn in one process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from harness import machine
+from harness import recipe as recipes
+from harness.paths import PROJECT
+from harness.rundir import RunDir, write_json
+
+REPEATS = 5
+PROMPTS = {64: 8, 512: 64}
+COMPANIONS = (1, 4, 8, 16)
+# name -> (packed, shared prompts, W + s B A, zero advantages skipped; trainer keys)
+ROWS, BUDGET = "micro_train_batch_size_per_gpu", "max_tokens_per_microbatch"
+WAYS: dict[str, tuple[tuple[bool, bool, bool, bool], dict[str, int | None]]] = {
+    "padded rows, 16 sequences": ((False, False, False, False), {ROWS: 16}),
+    "padded rows, 64 sequences": ((False, False, False, False), {ROWS: 64}),
+    "packed, 16 sequences": ((True, False, False, False), {ROWS: 16}),
+    "and a group's prompt once": ((True, True, False, False), {ROWS: 16}),
+    "and one LoRA product": ((True, True, True, False), {ROWS: 16}),
+    "and zero advantages skipped": ((True, True, True, True), {ROWS: 16}),
+    "all, 64 sequences": ((True, True, True, True), {ROWS: 64}),
+    "all, 1024 tokens": ((True, True, True, True), {BUDGET: 1024}),
+    "all, 2048 tokens": ((True, True, True, True), {BUDGET: 2048}),
+    "all, 4096 tokens": ((True, True, True, True), {BUDGET: 4096}),
+}
+
+
+def main() -> None:
+    """Measure, print, and write `docs/benchmarks/update.json`."""
+    from rltrain.quiet import quiet_libraries
+
+    quiet_libraries()
+    with tempfile.TemporaryDirectory() as scratch:
+        pack, member = _open(Path(scratch))
+        rows = [row for count, prompts in PROMPTS.items() for row in _measure(pack, member, count, prompts)]
+        switching = _switching(pack, member.recipe, Path(scratch))
+    record = {"what": __doc__, "repeats": REPEATS, "threads": 1, "hardware": machine.hardware(),
+              "load_average": os.getloadavg(), "rows": rows, "adapter_switch": switching}  # fmt: skip
+    path = PROJECT / "docs" / "benchmarks" / "update.json"
+    write_json(path, record)
+    print(f"written: {path.relative_to(PROJECT)}")
+
+
+def _open(scratch: Path) -> tuple[Any, Any]:
+    """A pack with one member, whose learning rate is too small to change what is measured."""
+    from rltrain.pack import Pack
+
+    recipe = recipes.load("quickstart", [
+        "generator.backend=transformers", "generator.max_num_seqs=512", "trainer.sync_tolerance=1e9",
+        f"trainer.train_batch_size={max(PROMPTS.values())}", f"trainer.policy_mini_batch_size={max(PROMPTS.values())}",
+        "trainer.policy.optimizer_config.lr=1e-12",
+    ])  # fmt: skip
+    pack = Pack.open(recipe, room=max(COMPANIONS))
+    member = pack.join(recipe, _run_dir(scratch, "run"))
+    pack.publish_member(member)
+    return pack, member
+
+
+def _run_dir(scratch: Path, name: str) -> RunDir:
+    run_dir = RunDir(scratch / name)
+    run_dir.create("", {})
+    return run_dir
+
+
+def _measure(pack: Any, member: Any, count: int, prompts: int) -> list[dict[str, Any]]:
+    """A row for each way: seconds, CPU seconds and tokens a second of one update of so many completions."""
+    from rltrain.rollout import rollout
+    from rltrain.step import MiniBatch, prepare, update
+
+    ((scored, stats),) = rollout(pack, [member])
+    scored = scored.groups(range(prompts))
+    batch = prepare(pack, scored, stats).batch
+    mini = MiniBatch(member, member.policy, 0, batch)
+    rows: list[dict[str, Any]] = [
+        {"completions": count, "way": way, "seconds": [], "cpu_seconds": []} for way in WAYS
+    ]  # fmt: skip
+    # One warm-up round, then the ways in turn, so that a slow minute of the machine meets all.
+    for repeat in range(REPEATS + 1):
+        for row in rows:
+            kind, keys = WAYS[row["way"]]
+            trainer = member.recipe.trainer
+            for key, value in ({ROWS: 16, BUDGET: None} | keys).items():
+                setattr(trainer, key, value)
+            with _way(pack, *kind):
+                start, cpu = time.perf_counter(), time.process_time()
+                update(pack, mini)
+                spent = time.perf_counter() - start, time.process_time() - cpu
+            if repeat:
+                row["seconds"].append(round(spent[0], 4))
+                row["cpu_seconds"].append(round(spent[1], 4))
+    assert batch.advantages is not None
+    tokens = int(batch.mask.sum())
+    first = statistics.median(rows[0]["cpu_seconds"])
+    for row in rows:
+        cpu = statistics.median(row["cpu_seconds"])
+        row |= {"tokens": tokens, "tokens_per_cpu_second": round(tokens / cpu), "speedup": round(first / cpu, 2)}
+        row["zero_advantages"] = float((batch.advantages.abs().sum(dim=1) == 0).float().mean())
+        print(f"{count:>4} completions  {row['way']:>28}  {cpu:.3f} CPU-s  x{row['speedup']}")
+    return rows
+
+
+@contextlib.contextmanager
+def _way(pack: Any, packed: bool, shared: bool, one_product: bool, skipping: bool) -> Iterator[None]:
+    """Switch parts of the update off, for comparison."""
+    from peft.tuners import lora
+
+    from rltrain import attention, logprobs
+    from rltrain.learner import Learner
+    from rltrain.lora import LoRALinear
+    from rltrain.policy import Policy
+
+    with contextlib.ExitStack() as stack:
+        if not packed:
+            stack.enter_context(mock.patch.object(logprobs, "can_pack", return_value=False))
+        if not shared:
+            stack.enter_context(mock.patch.object(logprobs, "_drops", return_value=True))
+        if not one_product:
+            stack.enter_context(mock.patch.object(LoRALinear, "forward", lora.Linear.forward))
+        if not skipping:
+            stack.enter_context(mock.patch.object(Policy, "moves", Learner.moves))
+        assert pack.model.config._attn_implementation == attention.NAME
+        yield
+
+
+def _switching(pack: Any, recipe: Any, scratch: Path) -> list[dict[str, Any]]:
+    """Milliseconds to make another adapter the one that trains, by the number of members."""
+    rows = []
+    for count in COMPANIONS:
+        while len(pack.members) < count:
+            pack.join(recipe, _run_dir(scratch, f"companion{len(pack.members)}"))
+        times = []
+        for _ in range(REPEATS):
+            start = time.process_time()
+            for member in pack.members:
+                member.policy.activate()
+            times.append((time.process_time() - start) / count)
+        rows.append({"members": count, "milliseconds": round(1000 * statistics.median(times), 3)})
+        print(f"{count:>4} members  {rows[-1]['milliseconds']:.2f} ms a switch")
+    return rows
+
+
+if __name__ == "__main__":
+    main()
