@@ -112,7 +112,10 @@ def training_parts(batch: Batch, trainer: Trainer, moves_B: torch.Tensor, ranks:
     """
     size, budget = trainer.micro_train_batch_size_per_gpu, trainer.max_tokens_per_microbatch
     trained = [i for i, any_token in enumerate(batch.loss_mask.any(dim=1).tolist()) if any_token]
-    moves = [True] * len(batch) if ranks.size > 1 else moves_B.tolist()
+    moves = moves_B.tolist()
+    if ranks.size > 1 or not any(moves[row] for row in trained):
+        # A gradient of zero is one still: the optimizer's momentum goes on.
+        moves = [True] * len(batch)
     parts: list[tuple[Batch, bool]] = []
     for kind in (True, False):
         rows = [row for row in trained if moves[row] is kind]

@@ -12,8 +12,10 @@ from harness import metrics
 from harness.rundir import RunDir
 from harness.schema import Recipe
 from rltrain.engines.base import Request, Sample
+from rltrain.learner import Learner
 from rltrain.member import Member
 from rltrain.pack import Pack
+from rltrain.policy import Policy
 from rltrain.step import train_step
 
 MakeRecipe = Callable[..., Recipe]
@@ -118,3 +120,26 @@ def test_members_of_a_pack_learn_what_each_would_alone(
             assert torch.equal(tensor, alone[label][name]), (label, name)
         assert any(tensor.any() for name, tensor in state.items() if "lora_B" in name and "/" not in name)
     pack.close()
+
+
+def test_what_is_not_gone_back_through_changes_no_result(
+    small_recipe: MakeRecipe, new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tape, found = Tape(), []
+    for index in range(2):
+        recipe = small_recipe("trainer.policy_mini_batch_size=4")
+        pack = Pack.open(recipe)
+        member = pack.join(recipe, new_run(recipe, f"run{index}"))
+        tape.watch(pack, {member.name: 0}, monkeypatch)
+        found.append((_train(pack, [member]), dict(_state(member))))
+        pack.close()
+        monkeypatch.setattr(Policy, "moves", Learner.moves)
+    ((one,), ours), ((other,), theirs) = found
+    # Some groups were all right or all wrong, and some were not.
+    assert any(0 < row["frac_reward_zero_std"] < 1 for row in one)
+    for row, same in zip(one, other, strict=True):
+        for name in ("loss", "entropy", "clip_ratio/region_mean", "sampling/sampling_logp_difference/mean"):
+            assert row[name] == pytest.approx(same[name], rel=1e-3, abs=1e-6), name
+    for name, tensor in theirs.items():
+        if name.endswith("/exp_avg"):
+            assert (ours[name] - tensor).norm() <= 1e-2 * tensor.norm(), name

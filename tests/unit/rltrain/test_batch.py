@@ -119,6 +119,8 @@ def test_what_has_no_gradient_is_apart_on_one_rank_and_not_on_several() -> None:
         ([1, 3], True), ([5], True), ([2, 4], False),
     ]  # fmt: skip
     assert all(kind for _, kind in training_parts(batch, Trainer(), moves, Ranks(0, 2, CPU)))
+    # Nor where nothing has one: the optimizer steps with a gradient of zero, as it would on several.
+    assert [kind for _, kind in training_parts(batch, Trainer(), moves & ~moves, Ranks())] == [True]
 
 
 def test_streams_depend_on_seed_and_name_only() -> None:
