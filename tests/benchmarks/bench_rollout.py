@@ -1,4 +1,8 @@
-"""Rollouts of the quickstart's model with a rank-8 adapter: completion tokens a second, both engines in one run."""
+"""Rollouts of the quickstart's model with rank-8 adapters: completion tokens a second, all ways side by side.
+
+vllm, vllm with its own LoRA operations ("vllm stock"), our decode loop on the trainer's modules ("transformers"), and
+transformers' `generate` on them ("generate"), which is what TRL's trainers call.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +20,9 @@ from harness.paths import PROJECT
 from harness.rundir import RunDir, write_json
 
 REPEATS = 3
-PROMPTS = {64: 8, 128: 16, 512: 64}
-ENGINES = ("vllm", "transformers")
+SAMPLES_PER_PROMPT = 8
+ADAPTERS = 8
+WAYS = ("vllm", "vllm stock", "transformers", "generate")
 
 
 def main() -> None:
@@ -25,20 +31,27 @@ def main() -> None:
 
     quiet_libraries()
     with tempfile.TemporaryDirectory() as scratch:
-        packs = {name: _open(name, Path(scratch)) for name in ENGINES}
+        packs = {backend: _open(backend, Path(scratch)) for backend in ("vllm", "transformers")}
+        ways = _ways(packs)
         rows: list[dict[str, Any]] = [
-            {"samples": samples, "engine": name, "seconds": []} for samples in PROMPTS for name in ENGINES
+            {"samples": samples, "adapters": adapters, "engine": way, "seconds": [], "cpu_seconds": [], "tokens": []}
+            for samples in (64, 128, 512) for adapters in (1, ADAPTERS) for way in WAYS
+            if adapters == 1 or (samples == 512 and way != "generate")
         ]  # fmt: skip
-        # One warm-up round, then the engines in turn, so that a slow minute of the machine meets both.
+        # One warm-up round, then the ways in turn, so that a slow minute of the machine meets all of them.
         for repeat in range(REPEATS + 1):
             for row in rows:
-                seconds, tokens = _rollout(*packs[row["engine"]], PROMPTS[row["samples"]])
-                row["tokens"] = tokens
+                start, cpu = time.perf_counter(), time.process_time()
+                tokens = ways[row["engine"]](row["samples"], row["adapters"])
                 if repeat:
-                    row["seconds"].append(round(seconds, 4))
+                    row["seconds"].append(round(time.perf_counter() - start, 4))
+                    row["cpu_seconds"].append(round(time.process_time() - cpu, 4))
+                    row["tokens"].append(tokens)
     for row in rows:
-        row["tokens_per_second"] = round(row["tokens"] / statistics.median(row["seconds"]))
-        print(f"{row['engine']:>12}  {row['samples']:>4} samples  {row['tokens_per_second']:>7} tokens/s")
+        for what, seconds in (("tokens_per_second", "seconds"), ("tokens_per_cpu_second", "cpu_seconds")):
+            row[what] = round(statistics.median(n / s for n, s in zip(row["tokens"], row[seconds], strict=True)))
+        print(f"{row['engine']:>12}  {row['samples']:>4} samples  {row['adapters']} adapters  "
+              f"{row['tokens_per_second']:>7} tokens/s  {row['tokens_per_cpu_second']:>7} a CPU-second")  # fmt: skip
     record = {"what": __doc__, "repeats": REPEATS, "threads": 1, "hardware": machine.hardware(),
               "load_average": os.getloadavg(), "rows": rows}  # fmt: skip
     path = PROJECT / "docs" / "benchmarks" / "rollout.json"
@@ -46,37 +59,93 @@ def main() -> None:
     print(f"written: {path.relative_to(PROJECT)}")
 
 
-def _open(engine: str, scratch: Path) -> tuple[Any, Any]:
-    """A pack with one rank-8 member whose B is not zero."""
+def _open(backend: str, scratch: Path) -> tuple[Any, list[Any]]:
+    """A pack and its members, their B not zero."""
     import torch
 
     from rltrain.pack import Pack
 
-    recipe = recipes.load("quickstart", [f"generator.backend={engine}", "generator.max_num_seqs=512"])
-    run_dir = RunDir(scratch / engine)
-    run_dir.create("", {})
-    pack = Pack.open(recipe)
-    member = pack.join(recipe, run_dir)
+    recipe = recipes.load("quickstart", [f"generator.backend={backend}", "generator.max_num_seqs=512"])
+    pack = Pack.open(recipe, room=ADAPTERS)
+    members = []
+    for place in range(ADAPTERS):
+        run_dir = RunDir(scratch / backend / str(place))
+        run_dir.create("", {})
+        members.append(pack.join(recipe, run_dir))
+    torch.manual_seed(0)
     with torch.no_grad():
-        for name, parameter in member.policy.parameters.items():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=1e-3)
-    pack.publish(pack.members)
-    return pack, member
+        for member in members:
+            for name, parameter in member.policy.parameters.items():
+                if "lora_B" in name:
+                    torch.nn.init.normal_(parameter, std=1e-3)
+    pack.publish(members)
+    return pack, members
 
 
-def _rollout(pack: Any, member: Any, prompts: int) -> tuple[float, int]:
-    """Seconds and completion tokens of one call for `prompts` problems, eight samples each."""
+def _ways(packs: dict[str, tuple[Any, list[Any]]]) -> dict[str, Callable[[int, int], int]]:
+    """Each way as a function of (samples, adapters) that gives the number of completion tokens."""
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    def ours(backend: str) -> Callable[[int, int], int]:
+        pack, members = packs[backend]
+        return lambda samples, adapters: _rollout(pack, members[:adapters], samples)
+
+    llm: Any = packs["vllm"][0].engine._llm
+    wrappers = llm.collective_rpc(
+        lambda worker: list(worker.model_runner.lora_manager._adapter_manager.punica_wrapper_mapping.values())
+    )[0]
+
+    def stock(samples: int, adapters: int) -> int:
+        kinds = [type(wrapper) for wrapper in wrappers]
+        for wrapper in wrappers:
+            wrapper.__class__ = PunicaWrapperCPU
+        try:
+            return ours("vllm")(samples, adapters)
+        finally:
+            for wrapper, kind in zip(wrappers, kinds, strict=True):
+                wrapper.__class__ = kind
+
+    pack, members = packs["transformers"]
+    return {"vllm": ours("vllm"), "vllm stock": stock, "transformers": ours("transformers"),
+            "generate": lambda samples, _: _generate(pack, members[0], samples)}  # fmt: skip
+
+
+def _requests(pack: Any, members: Sequence[Any], samples: int) -> list[Any]:
+    """As many prompts for each member, with some samples each."""
     from rltrain.rollout import request
 
-    sampling = member.recipe.generator.sampling_params
-    requests = [
-        request(pack, member, problem, sampling, 8, "bench", place)
-        for place, problem in enumerate(member.problems[:prompts])
-    ]
-    start = time.perf_counter()
-    groups = pack.engine.generate(requests)
-    return time.perf_counter() - start, sum(len(sample.token_ids) for group in groups for sample in group)
+    prompts = samples // len(members) // SAMPLES_PER_PROMPT
+    return [
+        request(pack, member, problem, member.recipe.generator.sampling_params, SAMPLES_PER_PROMPT, "bench", place)
+        for member in members for place, problem in enumerate(member.problems[:prompts])
+    ]  # fmt: skip
+
+
+def _rollout(pack: Any, members: Sequence[Any], samples: int) -> int:
+    groups = pack.engine.generate(_requests(pack, members, samples))
+    return sum(len(sample.token_ids) for group in groups for sample in group)
+
+
+def _generate(pack: Any, member: Any, samples: int) -> int:
+    """`generate` of the PEFT model, adapter on, prompts padded on the left."""
+    import torch
+
+    requests = _requests(pack, [member], samples)
+    prompts = [list(request.prompt_token_ids) for request in requests for _ in range(request.n)]
+    width, eos = max(map(len, prompts)), pack.stop_token_ids[0]
+    ids = torch.tensor([[eos] * (width - len(prompt)) + prompt for prompt in prompts])
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    mask = (torch.arange(width) >= (width - lengths)[:, None]).long()
+    sampling = requests[0].sampling
+    member.policy.activate()
+    with torch.no_grad():
+        found = pack.model.generate(
+            input_ids=ids, attention_mask=mask, do_sample=True, temperature=sampling.temperature, top_k=0,
+            max_new_tokens=sampling.max_generate_length, eos_token_id=list(pack.stop_token_ids), pad_token_id=eos,
+        )[:, width:]  # fmt: skip
+    ended = torch.isin(found, torch.tensor(pack.stop_token_ids)).cumsum(1)
+    before_the_end = ended - torch.isin(found, torch.tensor(pack.stop_token_ids)).long() == 0
+    return int(before_the_end.sum())
 
 
 if __name__ == "__main__":

@@ -10,21 +10,22 @@ import torch
 
 pytestmark = pytest.mark.heavy  # imports vLLM
 
-SLOTS, RANK, WIDTH = 4, 8, 128
+SLOTS, WIDTH = 4, 128
+RANKS = [8, 64]  # slots together, and each apart
 OUT = (128, 64, 64)
 
 
-def _applied(wrapper: type, slot_of_row: list[int], *, prefill: bool, seed: int = 0) -> torch.Tensor:
+def _applied(wrapper: type, slot_of_row: list[int], *, rank: int = 8, prefill: bool = False) -> torch.Tensor:
     """y of a packed layer after the adapters were added; ids 1, 2, ... stand in slots 0, 1, ...; 0 is the base."""
     from vllm.lora.layers import LoRAMapping
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=generator)
 
-    a = tuple(normal(SLOTS, 1, RANK, WIDTH) for _ in OUT)
-    b = tuple(normal(SLOTS, 1, size, RANK) for size in OUT)
+    a = tuple(normal(SLOTS, 1, rank, WIDTH) for _ in OUT)
+    b = tuple(normal(SLOTS, 1, size, rank) for size in OUT)
     x, y = (rows[: len(slot_of_row)].clone() for rows in (normal(512, WIDTH), normal(512, sum(OUT))))
     ids = tuple(slot + 1 for slot in slot_of_row)
     punica: Any = wrapper(1024, 512, "cpu")
@@ -33,38 +34,41 @@ def _applied(wrapper: type, slot_of_row: list[int], *, prefill: bool, seed: int 
     return y
 
 
+@pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("prefill", [True, False])
 @pytest.mark.parametrize("rows", [[0] * 512, [0, 1, 2, 3] * 40, [3] * 5 + [1], [2]])
-def test_the_same_as_vllms_own_operations(rows: list[int], prefill: bool) -> None:
+def test_the_same_as_vllms_own_operations(rows: list[int], prefill: bool, rank: int) -> None:
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
     from rltrain.engines.grouped_lora import GroupedLoRA
 
-    found, expected = (_applied(one, rows, prefill=prefill) for one in (GroupedLoRA, PunicaWrapperCPU))
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+    found, expected = (_applied(one, rows, rank=rank, prefill=prefill) for one in (GroupedLoRA, PunicaWrapperCPU))
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-5)
 
 
-def test_rows_of_the_base_are_left_alone() -> None:
+@pytest.mark.parametrize("rank", RANKS)
+def test_rows_of_the_base_are_left_alone(rank: int) -> None:
     from rltrain.engines.grouped_lora import GroupedLoRA
 
-    mixed = _applied(GroupedLoRA, [-1, 0, -1, 1], prefill=False)
-    base = _applied(GroupedLoRA, [-1, -1, -1, -1], prefill=False)
-    changed = (mixed != base).any(dim=1)
-    assert changed.tolist() == [False, True, False, True]
+    for times in (1, 20):
+        mixed = _applied(GroupedLoRA, [-1, 0, -1, 1] * times, rank=rank)
+        base = _applied(GroupedLoRA, [-1, -1, -1, -1] * times, rank=rank)
+        assert (mixed != base).any(dim=1).tolist() == [False, True, False, True] * times
 
 
+@pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_row_is_the_same_to_the_bit_in_any_company(threads: int) -> None:
+def test_a_row_is_the_same_to_the_bit_in_any_company(threads: int, rank: int) -> None:
     from rltrain.engines.grouped_lora import GroupedLoRA
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        alone = _applied(GroupedLoRA, [0] * 300, prefill=False)
+        alone = _applied(GroupedLoRA, [0] * 300, rank=rank)
         for count in (1, 2, 3, 4, 5, 7, 9, 11, 64, 299):
-            assert torch.equal(_applied(GroupedLoRA, [0] * count, prefill=False), alone[:count])
+            assert torch.equal(_applied(GroupedLoRA, [0] * count, rank=rank), alone[:count])
             company = [0] * count + [random.Random(count).randrange(-1, SLOTS) for _ in range(200)]
-            assert torch.equal(_applied(GroupedLoRA, company, prefill=False)[:count], alone[:count])
+            assert torch.equal(_applied(GroupedLoRA, company, rank=rank)[:count], alone[:count])
     finally:
         torch.set_num_threads(before)
 
