@@ -46,6 +46,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "128 a device": {"per_device": 128},
         "512 a device": {"per_device": 512},
         "128 a device, eager attention": {"per_device": 128, "attention": "eager"},
+        "128 a device, static cache": {"per_device": 128, "cache": "static"},
         "128 a device, 1 thread": {"per_device": 128, "threads": 1},
     },
     "ours, transformers": our_variants("transformers"),
