@@ -5,18 +5,132 @@ from __future__ import annotations
 import io
 import json
 import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from analysis.facts import facts
 from analysis.records import Record, check_own, read_recipe, read_record, read_records
 from harness import metrics
 from harness.errors import UserError
+from harness.paths import shown
 from harness.rundir import RunDir, Status, write_bytes
 
 DEFAULT_METRIC = "eval/accuracy"
 _IDENTITY = ("number", "configuration", "seed", "status")
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """Any number of runs and sweeps as three tidy tables; a run is (`directory`, `run_dir`) in each.
+
+    `runs`: a row per run, whatever became of it. `steps`: a row per run and logged step. `samples`: a row per kept
+    completion (step, phase, index, reward, …).
+    """
+
+    runs: pd.DataFrame
+    steps: pd.DataFrame
+    samples: pd.DataFrame
+
+    def write(self, folder: str | Path) -> None:
+        """Write the tables as parquet files, each whole or not at all: with these alone a report can be redrawn."""
+        for part in fields(self):
+            buffer = io.BytesIO()
+            getattr(self, part.name).to_parquet(buffer, index=False)
+            write_bytes(Path(folder) / f"{part.name}.parquet", buffer.getvalue())
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Tables:
+        """Read what `write` wrote; raises UserError when a table is missing or damaged."""
+        found = {}
+        for part in fields(cls):
+            file = Path(folder) / f"{part.name}.parquet"
+            try:
+                found[part.name] = pd.read_parquet(file)
+            except (OSError, ValueError) as error:
+                raise UserError("a table cannot be read", got=f"{file}: {error}") from None
+        return cls(**found)
+
+
+def load(directories: Iterable[str | Path]) -> Tables:
+    """The tables of any number of run and sweep directories; raises UserError for one that is neither.
+
+    Columns of `runs`: `directory`, those of `load_trials` for what every run has, `metric`, `maximize`, `score` (NaN
+    unless COMPLETE), `last`, `best`, `base`, `tokens`, `flops`, `episodes`, `update_seconds`, and `facts.facts`'.
+    """
+    places = list(dict.fromkeys(Path(directory).resolve() for directory in directories))
+    steps = pd.concat([load_steps(place).assign(directory=shown(place)) for place in places], ignore_index=True)
+    runs = pd.concat([_runs(place) for place in places], ignore_index=True)
+    steps = _with_costs(steps, runs)
+    samples = pd.concat([load_samples(place).assign(directory=shown(place)) for place in places], ignore_index=True)
+    for name in ("number", "configuration", "seed"):
+        samples[name] = samples[name].astype("Int64") if name in samples.columns else pd.Series(dtype="Int64")
+    return Tables(_with_totals(runs, steps), steps, samples)
+
+
+_KEY = ["directory", "run_dir"]
+_WHOLE = ("number", "configuration", "seed", "step", "rank", "batch_size", "parameters", "model_parameters", "episodes")
+_REAL = ("score", "base", "best", "last", "seconds", "alpha", "lr", "rule_lr", "tokens", "flops", "update_seconds")
+_WORDS = ("status", "reason", "targets", "budget", "model", "model_type", "context", "metric", "source")
+
+
+def _runs(directory: Path) -> pd.DataFrame:
+    metric = metric_of(directory)
+    maximize = metrics.direction(metric) == "maximize"
+    rows = []
+    for record in read_records(directory):
+        row = _trial_row(record, metric)
+        rows.append(
+            {
+                "directory": shown(directory),
+                **{name: row[name] for name in (*_IDENTITY, "reason", "run_dir", "step", "seconds")},
+                "metric": metric,
+                "maximize": maximize,
+                "score": row.get(metric),
+                **{part: row[f"{part}/{metric}"] for part in ("base", "best", "last")},
+                **facts(directory, record, metric, maximize),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _with_costs(steps: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """Steps with the episodes, model FLOPs and seconds that the run had used by then."""
+    if runs.empty:
+        return steps
+    known = runs[[*_KEY, "episodes_per_step", "flops_per_token"]]
+    table = steps.merge(known, on=_KEY, how="left")
+    absent = pd.Series(float("nan"), index=table.index)
+    table["episodes"] = table["step"] * table["episodes_per_step"].astype("Int64")
+    table["flops"] = table.get("num_tokens", absent).astype(float) * table["flops_per_token"].astype(float)
+    spent = table.get("step_time", absent).fillna(0.0) + table.get("timing_s/eval", absent).fillna(0.0)
+    table["seconds"] = spent.groupby([table[name] for name in _KEY]).cumsum()
+    return table.drop(columns=["episodes_per_step", "flops_per_token"])
+
+
+def _with_totals(runs: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
+    """Runs with what they used in all, each column of one type."""
+    if runs.empty:
+        names = [*_KEY, *_WHOLE, *_REAL, *_WORDS, "maximize", "hidden_size", "full", "confirm", "diverged"]
+        return pd.DataFrame(columns=names)
+    groups = steps.groupby(_KEY)
+    totals = pd.DataFrame({"episodes": groups["episodes"].max(), "flops": groups["flops"].max()})
+    for name, column, how in (("tokens", "num_tokens", "max"), ("update_seconds", "timing_s/update", "sum")):
+        totals[name] = groups[column].agg(how) if column in steps.columns else float("nan")
+    table = runs.merge(totals, left_on=_KEY, right_index=True, how="left")
+    table = table.drop(columns=["episodes_per_step", "flops_per_token"])
+    for name in (*_WHOLE, "hidden_size"):
+        table[name] = table[name].astype("Int64")
+    for name in _REAL:
+        table[name] = table[name].astype(float)
+    for name in _WORDS:
+        table[name] = table[name].astype("string")
+    for name in ("full", "confirm", "diverged"):
+        table[name] = table[name].astype("boolean")
+    return table
 
 
 def load_trials(directory: str | Path) -> pd.DataFrame:

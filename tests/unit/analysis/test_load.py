@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis.load import load_samples, load_steps, load_trials, param_columns, write_results
+from analysis.load import Tables, load, load_samples, load_steps, load_trials, param_columns, write_results
 from analysis.records import UNREADABLE
 from harness.errors import UserError
 from harness.rundir import Status
@@ -192,3 +192,77 @@ def test_results_of_mixed_parameter_types_are_written(tmp_path: Path) -> None:
     path = write_sweep(tmp_path, Sweep([Trial(i, 0, axis, 0.5) for i, axis in enumerate(axes)], seeds=[0]))
     write_results(path)
     assert pd.read_parquet(path / "results.parquet")[TARGETS].tolist() == ["mlp", '["q_proj"]']
+
+
+def test_tables_of_several_directories_keep_every_run(sweep_dir: Path, tmp_path: Path) -> None:
+    run = write_run(tmp_path, Trial(0, 3, params(4, 3e-4), 0.9))
+    tables = load([sweep_dir, run, sweep_dir])
+    assert len(tables.runs) == 13
+    assert tables.runs["status"].value_counts().to_dict() == {"COMPLETE": 10, "RUNNING": 1, "FAILED": 1, "PRUNED": 1}
+    assert tables.runs["score"].notna().sum() == 10
+    keys = set(zip(tables.runs["directory"], tables.runs["run_dir"], strict=True))
+    assert set(zip(tables.steps["directory"], tables.steps["run_dir"], strict=True)) <= keys
+    assert set(zip(tables.samples["directory"], tables.samples["run_dir"], strict=True)) <= keys
+    assert tables.runs["context"].nunique() == 1
+
+
+def test_a_runs_facts_are_its_recipes(sweep_dir: Path) -> None:
+    runs = load([sweep_dir]).runs.set_index("number")
+    row = runs.loc[6]
+    assert (row["rank"], row["lr"], row["alpha"], row["seed"]) == (1, 1e-3, 32.0, 0)
+    assert row["targets"] == "q_proj, v_proj"
+    assert runs.loc[0, "targets"] == "all-linear"
+    assert (row["batch_size"], row["budget"], row["episodes"]) == (16 * 8, "50 steps", 50 * 128)
+    assert not row["full"]
+    assert runs.loc[10, "diverged"]  # it failed on non-finite gradient norms
+    assert runs.loc[11, "diverged"]  # pruned at a third of the base's score
+    assert not runs.loc[0, "diverged"]
+    assert runs["source"].str.endswith("tiny.yaml").all()
+
+
+def test_parameters_are_those_the_adapter_holds(damaged: Path) -> None:
+    adapter = damaged / "trials" / "0001" / "adapter" / "final"
+    adapter.mkdir(parents=True)
+    header = {"a": {"dtype": "F32", "shape": [8, 16]}, "b": {"dtype": "F32", "shape": [3]}, "__metadata__": {}}
+    text = json.dumps(header).encode()
+    (adapter / "adapter_model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    runs = load([damaged]).runs.set_index("number")
+    assert runs.loc[1, "parameters"] == 131
+    assert runs["parameters"].isna().tolist() == [True, False, True]  # neither an adapter nor the model is here
+
+
+def test_runs_differ_in_context_where_more_than_the_claims_axes_differ(tmp_path: Path) -> None:
+    one = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9), "one")
+    two = write_run(tmp_path, Trial(0, 1, params(1, 1e-2, alpha=2, targets="mlp"), 0.9), "two")
+    recipe = two / "recipe.yaml"
+    assert load([one, two]).runs["context"].nunique() == 1
+    recipe.write_text(recipe.read_text().replace("eps_clip_high: 0.2", "eps_clip_high: 0.3"))
+    assert load([one, two]).runs["context"].nunique() == 2
+
+
+def test_tables_read_back_equal_and_name_what_is_missing(sweep_dir: Path, tmp_path: Path) -> None:
+    tables = load([sweep_dir])
+    tables.write(tmp_path / "tables")
+    again = Tables.read(tmp_path / "tables")
+    for name in ("runs", "steps", "samples"):
+        pd.testing.assert_frame_equal(getattr(again, name), getattr(tables, name), check_dtype=False)
+    (tmp_path / "tables" / "steps.parquet").unlink()
+    with pytest.raises(UserError, match=r"steps\.parquet"):
+        Tables.read(tmp_path / "tables")
+
+
+def test_a_sweep_without_trials_gives_empty_tables(tmp_path: Path) -> None:
+    tables = load([write_sweep(tmp_path, Sweep([], status=Status.RUNNING))])
+    assert tables.runs.empty
+    assert {"rank", "score", "context"} <= set(tables.runs.columns)
+    tables.write(tmp_path / "tables")
+
+
+def test_damaged_directories_stay_rows_of_the_tables(damaged: Path) -> None:
+    (damaged / "trials" / "0001" / "manifest.json").write_text("{ not json")
+    (damaged / "trials" / "0002" / "recipe.yaml").write_text(": : :")
+    runs = load([damaged]).runs
+    assert len(runs) == 3
+    assert (runs["status"] == UNREADABLE).sum() == 1
+    # A recipe can be read whatever the manifest is.
+    assert runs["context"].notna().sum() == 2

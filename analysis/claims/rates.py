@@ -1,0 +1,214 @@
+"""Claims about the best learning rate: how it goes with rank, with alpha, against full fine-tuning's and a rule's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from analysis.claims.arm import Arm, centre, pooled_centre_noise
+from analysis.claims.claim import Block, Finding, not_learned
+from analysis.claims.evidence import Evidence, Mask
+from analysis.labels import lr as rate_text
+from analysis.stats_tests import Estimate, better, beyond, combined, difference, equivalent
+
+# Two rates within this factor of each other are about the same.
+FACTOR = 2.0
+# Best LoRA rate over best full fine-tuning rate.
+LORA_OVER_FULL = 10.0
+# Half way between no dependence on rank (exponent 0) and muA's r^-1/2 for a fixed multiplier (2602.06204).
+HALF_WAY = 0.25
+# From this rank on the best rate is said not to depend on rank.
+FROM_RANK = 4
+# A slope over fewer octaves of rank tells nothing.
+MIN_OCTAVES = 3.0
+# A rate less than this lower, as a factor, is no lower.
+LOWER = 1.25
+RULE_ALPHA = 32.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """The best rate's log10 per rank, the arms they come from, and the variance of one seed's over them."""
+
+    best: dict[int, Estimate]
+    arms: dict[int, Arm]
+    noise: float
+
+    def together(self, ranks: Sequence[int]) -> Estimate:
+        """The best rate's log10 over several ranks."""
+        return centre([basin for rank in ranks if (basin := self.arms[rank].basin) is not None], self.noise)
+
+    @property
+    def runs(self) -> int:
+        """How many runs stand behind them."""
+        return sum(arm.runs for arm in self.arms.values())
+
+    @property
+    def seeds(self) -> int:
+        """The fewest seeds of an arm."""
+        return min(arm.seeds for arm in self.arms.values())
+
+    def at(self, rank: int) -> str:
+        """A rank's best rate in words."""
+        return rate_text(10 ** self.best[rank].value)
+
+
+def hardly_depends_on_rank(e: Evidence) -> Finding | Block:
+    """2a: equivalence to 0 of the exponent of rank in the best rate, with alpha fixed, from rank 4 on."""
+    found = _over_ranks(e, "alpha")
+    if isinstance(found, Block):
+        return found
+    slope, octaves = _slope(found)
+    bound = min(HALF_WAY, math.log2(FACTOR) / octaves)
+    low, high = min(found.best), max(found.best)
+    reading = (
+        f"The best rate goes from {found.at(low)} at rank {low} to {found.at(high)} at rank {high}: as rank to the "
+        f"power {slope.value:+.2f}."
+    )
+    margin = f"±{bound:.2f} (less than {2 ** (bound * octaves):.1f}x over these ranks)"
+    return Finding(slope, "exponent of rank", equivalent(slope, -bound, bound), margin,
+                   math.copysign(bound, slope.value), found.runs, found.seeds, reading)  # fmt: skip
+
+
+def lower_at_rank_one(e: Evidence) -> Finding | Block:
+    """2b: whether rank 1's best rate is below that of ranks from 4 on."""
+    for stratum in e.strata(e.lora, "batch", "budget", "targets", "alpha"):
+        ranks = [rank for rank in e.ranks(stratum) if rank == 1 or rank >= FROM_RANK]
+        if ranks[:1] == [1] and len(ranks) > 1:
+            found = _located(e, stratum, ranks)
+            if isinstance(found, Block):
+                return found
+            others = found.together([rank for rank in found.best if rank != 1])
+            effect = difference(others, found.best[1])
+            reading = (
+                f"Rank 1's best rate is {found.at(1)}, higher ranks' {rate_text(10**others.value)}: "
+                f"{10**effect.value:.2f} times."
+            )
+            return Finding(effect, "decades below higher ranks'", better(effect, math.log10(LOWER)),
+                           f"a factor of {LOWER}", 0.0, found.runs, found.seeds, reading)  # fmt: skip
+    return Block(f"no runs of rank 1 beside ranks from {FROM_RANK} on", "")
+
+
+def alpha_with_rank_is_not_invariant(e: Evidence) -> Finding | Block:
+    """2c: whether with alpha = 2r (or another fixed alpha/r) the best rate falls with rank, as muA says."""
+    found = _over_ranks(e, "scale")
+    if isinstance(found, Block):
+        return found
+    slope, _ = _slope(found)
+    low, high = min(found.best), max(found.best)
+    reading = (
+        f"With alpha in proportion to rank the best rate goes from {found.at(low)} at rank {low} to {found.at(high)} "
+        f"at rank {high}: as rank to the power {slope.value:+.2f}, against −0.5 by muA and 0 for invariance."
+    )
+    return Finding(slope, "exponent of rank", beyond(slope, -HALF_WAY), f"−{HALF_WAY} (half way from 0 to −1/2)",
+                   -HALF_WAY, found.runs, found.seeds, reading)  # fmt: skip
+
+
+def ten_times_full(e: Evidence) -> Finding | Block:
+    """3: equivalence of LoRA's best rate over full fine-tuning's to 10."""
+    for stratum in e.strata(e.lora, "batch", "budget", "targets", "alpha"):
+        full = e.arm(e.full_like(stratum))
+        if full is None:
+            continue
+        found = _located(e, stratum, _usual_ranks(e, stratum))
+        if isinstance(found, Block):
+            return found
+        block = not_learned(full, "full fine-tuning") or _not_located(full, "full fine-tuning")
+        if block is not None:
+            return block
+        assert full.basin is not None
+        lora = found.together(list(found.best))
+        best_full = centre([full.basin], pooled_centre_noise([full.basin]))
+        effect = difference(lora, best_full)
+        wanted, factor = math.log10(LORA_OVER_FULL), math.log10(FACTOR)
+        reading = (
+            f"The best rate is {rate_text(10**lora.value)} for LoRA and {rate_text(10**best_full.value)} for full "
+            f"fine-tuning: {10**effect.value:.1f} times."
+        )
+        return Finding(
+            effect, "decades above full fine-tuning's", equivalent(effect, wanted - factor, wanted + factor),
+            f"{LORA_OVER_FULL / FACTOR:g}x to {LORA_OVER_FULL * FACTOR:g}x",
+            wanted + math.copysign(factor, effect.value - wanted), found.runs + full.runs,
+            min(found.seeds, full.seeds), reading,
+        )  # fmt: skip
+    return Block("no runs of both LoRA and full fine-tuning at the same batch size and length", "")
+
+
+def rule_is_right(e: Evidence) -> Finding | Block:
+    """9: equivalence of LoRA's best rate, at alpha 32, to the rule's for this model."""
+    if not math.isfinite(e.rule_lr):
+        return Block("the rule is for Llama and Qwen models whose config.json can be read", "")
+    usual = e.lora & (e.alpha == RULE_ALPHA)
+    for stratum in e.strata(usual, "batch", "budget", "targets"):
+        found = _located(e, stratum, _usual_ranks(e, stratum))
+        if isinstance(found, Block):
+            return found
+        lora = found.together(list(found.best))
+        effect = lora.shifted(-math.log10(e.rule_lr))
+        factor = math.log10(FACTOR)
+        reading = (
+            f"The rule says {rate_text(e.rule_lr)}, the best rate is {rate_text(10**lora.value)}: "
+            f"{10**effect.value:.2f} times."
+        )
+        outcome = equivalent(effect, -factor, factor)
+        return Finding(effect, "decades above the rule's", outcome, f"a factor of {FACTOR:g}",
+                       math.copysign(factor, effect.value), found.runs, found.seeds, reading)  # fmt: skip
+    return Block(f"no LoRA runs at alpha {RULE_ALPHA:g}, for which the rule is", "")
+
+
+def _usual_ranks(e: Evidence, stratum: Mask) -> list[int]:
+    ranks = e.ranks(stratum)
+    return [rank for rank in ranks if rank >= FROM_RANK] or ranks
+
+
+def _over_ranks(e: Evidence, fixed: Literal["alpha", "scale"]) -> Rates | Block:
+    """The best rates over ranks from 4 on, with alpha or alpha/r fixed, where they span enough."""
+    for stratum in e.strata(e.lora, "batch", "budget", "targets", fixed):
+        ranks = [rank for rank in e.ranks(stratum) if rank >= FROM_RANK]
+        if ranks and math.log2(ranks[-1] / ranks[0]) >= MIN_OCTAVES:
+            return _located(e, stratum, ranks)
+    what = "alpha" if fixed == "alpha" else "alpha/rank"
+    return Block(
+        f"no runs at ranks from {FROM_RANK} on that span a factor of {2**MIN_OCTAVES:g}, with the same {what}", ""
+    )
+
+
+def _located(e: Evidence, stratum: Mask, ranks: list[int]) -> Rates | Block:
+    """The best rate of each rank; a Block naming the first rank whose basin cannot be located."""
+    arms = e.arms(stratum, ranks)
+    for rank in ranks:
+        who = f"rank {rank}"
+        block = not_learned(arms.get(rank), who) or _not_located(arms[rank], who)
+        if block is not None:
+            return block
+    basins = {rank: arm.basin for rank, arm in arms.items()}
+    known = {rank: basin for rank, basin in basins.items() if basin is not None}
+    noise = pooled_centre_noise(list(known.values()))
+    return Rates({rank: centre([basin], noise) for rank, basin in known.items()}, arms, noise)
+
+
+def _not_located(arm: Arm, who: str) -> Block | None:
+    if arm.basin is not None:
+        return None
+    if arm.seeds < 2:
+        return Block(f"{who} has one seed", "")
+    left, right, _, _ = arm.ends
+    open_sides = [name for name, end in (("below", left), ("above", right)) if not np.isfinite(end).all()]
+    ends = {"below": rate_text(10 ** arm.log_lr[0]), "above": rate_text(10 ** arm.log_lr[-1])}
+    sides = " and ".join(f"{side} {ends[side]}" for side in open_sides)
+    return Block(f"{who} is still good at the end of the tested rates, so its best may lie further",
+                 f"add learning rates {sides} for {who} to the sweep's space")  # fmt: skip
+
+
+def _slope(found: Rates) -> tuple[Estimate, float]:
+    """The exponent of rank in the best rate (least squares over ranks), and the octaves of rank it is over."""
+    ranks = sorted(found.best)
+    x = np.log2(ranks)
+    weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
+    to_octaves = math.log2(10)
+    slope = combined([(float(w) * to_octaves, found.best[rank]) for w, rank in zip(weights, ranks, strict=True)])
+    return slope, float(x[-1] - x[0])

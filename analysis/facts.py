@@ -1,0 +1,212 @@
+"""What one run was, from its resolved recipe, its manifest and the weights it wrote; never from names."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Iterable
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from analysis.records import Record, check_own, read_recipe
+from harness import advice
+from harness.errors import UserError
+from harness.paths import locate
+from harness.rundir import RunDir, Status
+
+# What the claims vary, and what has no part in a run's outcome: two runs that differ in these alone are comparable.
+_VARIED = (
+    "seed", "sweep", "expect", "ray", "trainer.seed", "trainer.policy.model.lora.rank",
+    "trainer.policy.model.lora.alpha", "trainer.policy.optimizer_config.lr", "trainer.target_modules",
+    "trainer.policy.model.lora.target_modules", "trainer.train_batch_size", "trainer.policy_mini_batch_size",
+    "trainer.critic_mini_batch_size", "trainer.max_steps", "trainer.epochs",
+    "trainer.policy.model.lora.sync", "trainer.policy.model.lora.lora_sync_path", "trainer.strategy",
+    "trainer.placement", "trainer.num_threads", "trainer.micro_forward_batch_size_per_gpu",
+    "trainer.micro_train_batch_size_per_gpu", "trainer.max_tokens_per_microbatch", "trainer.ckpt_interval",
+    "trainer.ckpt_path", "trainer.resume_mode", "trainer.max_ckpts_to_keep", "trainer.eval_interval",
+    "trainer.eval_batch_size", "trainer.samples_per_dump", "trainer.logger", "trainer.project_name",
+    "trainer.run_name", "trainer.sync_tolerance", "trainer.max_bad_steps", "generator.max_lora_rank",
+    "generator.num_inference_engines", "generator.inference_engine_tensor_parallel_size",
+    "generator.gpu_memory_utilization", "generator.cpu_kv_cache_gb", "generator.enforce_eager",
+    "generator.max_num_seqs", "generator.batched",
+)  # fmt: skip
+_NON_FINITE = re.compile(r"non-finite|\bnan\b|\binf\b", re.IGNORECASE)
+_HEADER_LIMIT = 100_000_000
+_MODULE_SETS = {name: frozenset(advice.adapted_modules(name, None)) for name in ("all-linear", "attention", "mlp")}
+
+
+def facts(directory: Path, record: Record, metric: str, maximize: bool) -> dict[str, Any]:
+    """A run's settings, sizes and context as one row's columns; what is not known is None.
+
+    `parameters` are those trained, `model_parameters` the base's; `batch_size` sequences an optimizer step;
+    `context` a digest that equal experiments share which differ only in what the claims vary.
+    """
+    run = RunDir(directory / record.run_dir)
+    recipe = read_recipe(run.path)
+    rank, lora = _int(get(recipe, "trainer.policy.model.lora.rank")), "trainer.policy.model.lora"
+    config = _model_config(get(recipe, "trainer.policy.model.path"))
+    modules = _modules(recipe)
+    model_parameters = _stored_parameters(_model_files(get(recipe, "trainer.policy.model.path")))
+    group = _int(get(recipe, "generator.n_samples_per_prompt"))
+    steps = _int(get(recipe, "trainer.max_steps"))
+    budget = f"{steps} steps" if steps else f"{get(recipe, 'trainer.epochs')} epochs"
+    return {
+        "confirm": bool(record.trial.get("confirm")),
+        "rank": rank,
+        "full": None if rank is None else rank == 0,
+        "alpha": get(recipe, f"{lora}.alpha") if rank else None,
+        "lr": get(recipe, "trainer.policy.optimizer_config.lr"),
+        "targets": _named(modules) if rank else None,
+        "batch_size": _product(_int(get(recipe, "trainer.policy_mini_batch_size")), group),
+        "episodes_per_step": _product(_int(get(recipe, "trainer.train_batch_size")), group),
+        "budget": budget if recipe else None,
+        "parameters": _trained(run, rank, config, modules, model_parameters),
+        "model_parameters": model_parameters,
+        "model": get(recipe, "trainer.policy.model.path"),
+        "model_type": config.get("model_type"),
+        "hidden_size": config.get("hidden_size"),
+        "rule_lr": advice.rule_learning_rate(config),
+        "diverged": _diverged(record, metric, maximize),
+        "context": _context(recipe, record.manifest, metric) if recipe else None,
+        "source": (record.manifest.get("recipe") or {}).get("source"),
+        "flops_per_token": _flops_per_token(recipe, rank, model_parameters),
+    }
+
+
+def get(recipe: dict[str, Any], key: str) -> Any:
+    """A dotted key's value in a resolved recipe; None where it is absent."""
+    value: Any = recipe
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _context(recipe: dict[str, Any], manifest: dict[str, Any], metric: str) -> str:
+    kept = {key: value for key, value in _leaves(recipe) if not any(_within(key, varied) for varied in _VARIED)}
+    # By content where that is known: the same files may lie elsewhere.
+    digest, data = (manifest.get("model") or {}).get("digest"), manifest.get("data") or {}
+    inputs: dict[str, Any] = {"model": digest, "data": sorted(map(str, data.values()))}
+    known = (["trainer.policy.model.path"] if digest else []) + (["data"] if data and all(data.values()) else [])
+    kept = {key: value for key, value in kept.items() if not any(_within(key, name) for name in known)}
+    text = json.dumps([metric, kept, inputs], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _within(key: str, section: str) -> bool:
+    return key == section or key.startswith(f"{section}.")
+
+
+def _diverged(record: Record, metric: str, maximize: bool) -> bool:
+    """Whether the run failed on non-finite numbers, or ended with less than half (a loss: twice) the base's score."""
+    if record.status == Status.FAILED.value and _NON_FINITE.search(record.reason or ""):
+        return True
+    logged = [(row["step"], row[metric]) for row in record.rows if metric in row and row[metric] == row[metric]]
+    if len(logged) < 2 or logged[0][0] != 0:
+        return False
+    base, last = logged[0][1], logged[-1][1]
+    return base > 0 and (last < base / 2 if maximize else last > base * 2)
+
+
+def _modules(recipe: dict[str, Any]) -> frozenset[str]:
+    lora = "trainer.policy.model.lora"
+    own, excluded = get(recipe, f"{lora}.target_modules"), get(recipe, f"{lora}.exclude_modules")
+    targets = get(recipe, "trainer.target_modules") if own is None else own
+    left_out = get(recipe, "trainer.exclude_modules") if excluded is None else excluded
+    try:
+        return frozenset(advice.adapted_modules(targets, left_out))
+    except TypeError:
+        return frozenset()
+
+
+def _named(modules: frozenset[str]) -> str | None:
+    """A set of adapted modules by its usual name, else by its members."""
+    name = next((name for name, members in _MODULE_SETS.items() if members == modules), None)
+    return name or ", ".join(sorted(modules)) or None
+
+
+def _trained(
+    run: RunDir, rank: int | None, config: dict[str, Any], modules: frozenset[str], model: int | None
+) -> int | None:
+    """Trained parameters: of the adapter as written, else by the model's shape; a full run trains all."""
+    if rank is None:
+        return None
+    if rank == 0:
+        return model
+    files = [run.adapter / name / "adapter_model.safetensors" for name in ("final", "best")]
+    written = next((file for file in files if file.is_file()), None)
+    try:
+        if written is not None:
+            check_own(run, written)
+            return _stored_parameters((written,))
+    except UserError:
+        pass
+    return advice.adapter_parameters(config, rank, sorted(modules))
+
+
+def _model_files(path: Any) -> tuple[Path, ...]:
+    found = locate(path) if isinstance(path, str) else None
+    return tuple(sorted(found.glob("*.safetensors"))) if found is not None and found.is_dir() else ()
+
+
+@cache
+def _stored_parameters(files: tuple[Path, ...]) -> int | None:
+    """Numbers stored in safetensors files, from their headers alone; None without a file or with a damaged one."""
+    total = 0
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                (size,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(min(size, _HEADER_LIMIT)))
+            total += sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
+            return None
+    return total or None
+
+
+def _model_config(path: Any) -> dict[str, Any]:
+    """A local model's type and sizes; empty for a hub's name or a damaged file."""
+    found = locate(f"{path}/config.json") if isinstance(path, str) else None
+    try:
+        config = json.loads(found.read_text()) if found is not None and found.is_file() else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    known = config.items() if isinstance(config, dict) else ()
+    return {name: value for name, value in known if name == "model_type" or (_int(value) or 0) > 0}
+
+
+def _flops_per_token(recipe: dict[str, Any], rank: int | None, parameters: int | None) -> float | None:
+    """Model FLOPs a trained token costs: sampling, other forward passes, and forward and backward of each epoch.
+
+    2 a parameter forward, 2 backward for activations and, in full fine-tuning, 2 for weights (Kaplan et al. 2020,
+    section 2.1); attention and the adapter's own are left out, as in `perf/mfu`.
+    """
+    if rank is None or not parameters:
+        return None
+    epochs = _int(get(recipe, "trainer.update_epochs_per_batch")) or 1
+    batch, mini = (_int(get(recipe, f"trainer.{name}")) for name in ("train_batch_size", "policy_mini_batch_size"))
+    algorithm = "trainer.algorithm"
+    penalised = [bool(get(recipe, f"{algorithm}.{name}")) for name in ("use_kl_loss", "use_kl_in_reward")]
+    several = epochs > 1 or (batch or 1) > (mini or 1) or penalised[1]
+    forwards = int(several) + int(any(penalised)) + int(get(recipe, f"{algorithm}.advantage_estimator") == "gae")
+    return float(parameters) * (2 + 2 * forwards + epochs * (6 if rank == 0 else 4))
+
+
+def _int(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _product(*values: int | None) -> int | None:
+    known = [value for value in values if value is not None]
+    return prod(known) if len(known) == len(values) else None
