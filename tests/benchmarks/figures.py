@@ -90,4 +90,19 @@ def pack(record: Record) -> str:
     return "figures/pack.png"
 
 
-FIGURES: dict[str, Callable[[Record], str]] = {"single_run": single_run, "sweep": sweep, "pack": pack}
+def sync(record: Record) -> str:
+    """Latency of each sync mode against the rank."""
+    with figure("sync", 1) as (axes,):
+        rows = [row for row in record["rows"] if row["engine"] == "vllm"]
+        for i, mode in enumerate(dict.fromkeys(row["sync"] for row in rows)):
+            points = [(row["rank"], 1000 * row["seconds"]) for row in rows if row["sync"] == mode]
+            axes.plot(*zip(*points, strict=True), MARKERS[i] + "-", color=COLOURS[i], label=mode)
+        ranks = sorted({row["rank"] for row in rows})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ranks, [str(rank) for rank in ranks])
+        axes.set(xlabel="rank", ylabel="milliseconds, vllm", yscale="log")
+        axes.legend(frameon=False, fontsize=8)
+    return "figures/sync.png"
+
+
+FIGURES: dict[str, Callable[[Record], str]] = {"single_run": single_run, "sweep": sweep, "pack": pack, "sync": sync}

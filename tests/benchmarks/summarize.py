@@ -11,13 +11,14 @@ from tests.benchmarks import figures
 from tests.benchmarks.side_by_side import RESULTS, middle
 
 Record = dict[str, Any]
+SECTIONS = ("single_run", "sweep", "pack", "quickstart", "rollout", "update", "sync", "checks")
 SAME_SCORE = 0.02  # about one standard error of 512 problems
 
 
 def main() -> None:
     """Read what has been measured; write summary, figures and page."""
-    records = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
-    records.pop("summary", None)
+    files = {name: RESULTS / f"{name}.json" for name in SECTIONS}
+    records = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
     judged = [one for name, judge in JUDGES.items() if name in records for one in judge(records[name])]
     found = [one for one in judged if one["value"] is not None]
     write_json(RESULTS / "summary.json", found)
@@ -118,13 +119,33 @@ def quickstart(record: Record) -> Iterator[Record]:
                   "<= 0.5", f"medians of {record['rounds']} rounds by turns; quickstart.json")  # fmt: skip
 
 
+def rollout(record: Record) -> Iterator[Record]:
+    """Grouped LoRA operations against vLLM's own."""
+    rates = {(row["samples"], row.get("adapters"), row["engine"]): row["tokens_per_second"] for row in record["rows"]}
+    for adapters in (1, 8):
+        ours, stock = (rates.get((512, adapters, way)) for way in ("vllm", "vllm stock"))
+        name = f"tokens a second in vLLM, 512 sequences, adapters: {adapters}, our LoRA operations / its own"
+        yield finding(name, ratio(ours, stock), ">= 2", "medians by turns in one process; rollout.json")
+
+
+def sync(record: Record) -> Iterator[Record]:
+    """Latency of the sync modes where an engine holds weights of its own."""
+    seconds = {(row["rank"], row["sync"]): row["seconds"] for row in record["rows"] if row["engine"] == "vllm"}
+    for rank in sorted({rank for rank, _ in seconds}):
+        memory, disk = seconds.get((rank, "memory")), seconds.get((rank, "disk"))
+        yield finding(
+            f"latency of memory sync / disk sync, vllm, rank {rank}", ratio(memory, disk), "<= 0.2", "sync.json"
+        )
+
+
 def checks(record: Record) -> Iterator[Record]:
     """What checksums, manifests, fsync and sync proof cost."""
     yield finding("a step with all checks / without", record["ratio"], None, "median of pairs; checks.json")
 
 
 JUDGES: dict[str, Callable[[Record], Iterator[Record]]] = {
-    "single_run": single_run, "sweep": sweep, "pack": pack, "quickstart": quickstart, "checks": checks,
+    "single_run": single_run, "sweep": sweep, "pack": pack, "quickstart": quickstart, "rollout": rollout, "sync": sync,
+    "checks": checks,
 }  # fmt: skip
 
 
