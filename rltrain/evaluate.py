@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
 import torch
 
+from rltrain.engines.base import Engine, Request, Sample
 from rltrain.member import Member, truncates
 from rltrain.pack import Pack
 from rltrain.rollout import request, score
 from rltrain.scored import Rollout
+
+_OF_THE_BASE: WeakKeyDictionary[Engine, dict[str, list[list[Sample]]]] = WeakKeyDictionary()
+"""Samples of untrained members, by what was asked; an engine's base never changes while such a member is on it."""
 
 
 def evaluate(pack: Pack, member: Member) -> tuple[dict[str, float], Rollout]:
@@ -21,10 +28,8 @@ def evaluate(pack: Pack, member: Member) -> tuple[dict[str, float], Rollout]:
     requests = [
         request(pack, member, problem, sampling, n, "eval", place) for place, problem in enumerate(member.held_out)
     ]
-    samples = []
     with pack.timer.span("eval"):
-        for start in range(0, len(requests), size):
-            samples += pack.engine.generate(requests[start : start + size])
+        samples = _samples(pack, member, requests, size)
         scored = score(pack, member, member.held_out, samples)
         # The last sync is followed by no training rollout: its proof is here, where the samples can be one.
         if sampling.temperature > 0 and not truncates(sampling):
@@ -35,6 +40,26 @@ def evaluate(pack: Pack, member: Member) -> tuple[dict[str, float], Rollout]:
         "eval/clipped_ratio": scored.clipped_ratio,
         **pack.timer.take(),
     }, scored
+
+
+def _samples(pack: Pack, member: Member, requests: Sequence[Request], size: int) -> list[list[Sample]]:
+    """What the member answers, `size` requests a call; an untrained member answers what the one before it did.
+
+    With B = 0 an adapter of any rank adds exact zeros: every trial of a sweep would sample the base anew, bit for bit.
+    """
+    untrained = all(not parameter.any() for name, parameter in member.policy.parameters.items() if "lora_B" in name)
+    if not untrained or member.recipe.trainer.policy.model.lora.rank == 0:
+        return _generated(pack, requests, size)
+    key = repr((size, [(list(one.prompt_token_ids), one.n, one.seed, one.sampling) for one in requests]))
+    known = _OF_THE_BASE.setdefault(pack.engine, {})
+    if key not in known:
+        known[key] = _generated(pack, requests, size)
+    return known[key]
+
+
+def _generated(pack: Pack, requests: Sequence[Request], size: int) -> list[list[Sample]]:
+    calls = [requests[start : start + size] for start in range(0, len(requests), size)]
+    return [group for call in calls for group in pack.engine.generate(call)]
 
 
 def _metrics(rewards_PG: torch.Tensor, n: int) -> dict[str, float]:

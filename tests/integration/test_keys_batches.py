@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from rltrain import packing
 from rltrain.batch import Batch
 from rltrain.critic import Critic
 from rltrain.engines.base import Request, Sample
+from rltrain.engines.llama import LlamaDecoder
 from rltrain.evaluate import evaluate
 from rltrain.learner import Learner, Row
 from rltrain.member import Member
@@ -170,18 +172,25 @@ def test_evaluation_goes_to_the_engine_in_batches_of_samples(opened: Open, monke
     assert not any("@" in name for name in rows[2])
 
 
+def _watch_widths(patch: pytest.MonkeyPatch, widths: list[int]) -> None:
+    """Note how many sequences each batch of the engine decodes."""
+    prefill = LlamaDecoder.prefill
+
+    def watched(self: LlamaDecoder, prompts: Sequence[Sequence[int]], prompt_of_N: torch.Tensor) -> torch.Tensor:
+        widths.append(len(prompt_of_N))
+        return prefill(self, prompts, prompt_of_N)
+
+    patch.setattr(LlamaDecoder, "prefill", watched)
+
+
 def test_so_many_sequences_are_decoded_at_once(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for limit, most in ((256, 16), (5, 5)):
-        pack, member = opened(f"generator.max_num_seqs={limit}")
+        pack, _ = opened(f"generator.max_num_seqs={limit}")
         widths: list[int] = []
-
-        def look(_: Any, inputs: tuple[Any, ...], given: dict[str, torch.Tensor], seen: list[int] = widths) -> None:
-            seen.append(len(given["input_ids"]))
-
-        handle = member.policy.model.get_base_model().register_forward_pre_hook(look, with_kwargs=True)
-        ((scored, _),) = rollout(pack, pack.members)
-        handle.remove()
+        with monkeypatch.context() as patch:
+            _watch_widths(patch, widths)
+            ((scored, _),) = rollout(pack, pack.members)
         assert max(widths) == most
         found.append([[sample.token_ids for sample in group] for group in scored.samples])
     assert found[0] == found[1]

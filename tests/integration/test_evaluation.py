@@ -1,0 +1,60 @@
+"""Evaluations of untrained members: sampled once for all that would sample the same, and no others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from harness.metrics import without_timings
+from rltrain.engines.base import Request, Sample
+from rltrain.evaluate import evaluate
+from rltrain.pack import Pack
+from tests.integration.training import MakeRecipe, MakeRun
+
+
+def test_untrained_members_share_their_first_evaluation(
+    small_recipe: MakeRecipe, new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = Pack.open(small_recipe(), room=4)
+    others = [
+        (),
+        ("trainer.policy.model.lora.rank=4", "trainer.policy.model.lora.alpha=8", "trainer.target_modules=mlp"),
+        ("seed=5",),
+        ("generator.eval_sampling_params.temperature=0.5",),
+    ]
+    members = [pack.join(small_recipe(*more), new_run(small_recipe(*more), f"run{i}")) for i, more in enumerate(others)]
+    pack.publish(members)
+    generate, asked = pack.engine.generate, []
+
+    def watch(requests: Sequence[Request]) -> list[list[Sample]]:
+        asked.append(requests[0].member)
+        return generate(requests)
+
+    monkeypatch.setattr(pack.engine, "generate", watch)
+    rows, scored = zip(*(evaluate(pack, member) for member in members), strict=True)
+    assert list(dict.fromkeys(asked)) == [members[i].name for i in (0, 2, 3)]
+    assert without_timings(rows[1]) == without_timings(rows[0])
+    # What was not sampled for the second member is what it would have sampled, to the bit.
+    requests = [
+        Request(problem.prompt_ids, 1, seed, members[1].recipe.generator.eval_sampling_params, members[1].name)
+        for problem, seed in zip(members[1].held_out, _seeds(members[1].recipe.seed, len(members[1].held_out)),
+                                 strict=True)
+    ]  # fmt: skip
+    assert generate(requests) == scored[1].samples
+    asked.clear()
+    with torch.no_grad():
+        next(p for name, p in members[0].policy.parameters.items() if "lora_B" in name).fill_(0.01)
+    pack.publish(members[:1])
+    _, trained = evaluate(pack, members[0])
+    assert asked
+    assert set(asked) == {members[0].name}
+    assert trained.samples != scored[0].samples
+    pack.close()
+
+
+def _seeds(seed: int, count: int) -> list[int]:
+    from rltrain.seeding import stream_seed
+
+    return [stream_seed(seed, "eval", place) for place in range(count)]
