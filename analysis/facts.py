@@ -55,7 +55,6 @@ def facts(directory: Path, record: Record, metric: str, maximize: bool) -> dict[
     steps = _int(get(recipe, "trainer.max_steps"))
     budget = f"{steps} steps" if steps else f"{get(recipe, 'trainer.epochs')} epochs"
     return {
-        "confirm": bool(record.trial.get("confirm")),
         "rank": rank,
         "full": None if rank is None else rank == 0,
         "alpha": get(recipe, f"{lora}.alpha") if rank else None,

@@ -20,7 +20,7 @@ from harness.paths import shown
 from harness.rundir import RunDir, Status, write_bytes
 
 DEFAULT_METRIC = "eval/accuracy"
-_IDENTITY = ("number", "configuration", "seed", "status")
+_IDENTITY = ("number", "configuration", "seed", "status", "confirm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +136,10 @@ def _with_totals(runs: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
 def load_trials(directory: str | Path) -> pd.DataFrame:
     """One row per trial of a sweep, or a run's one row; failed, pruned, running and damaged ones kept.
 
-    Columns: number, configuration, seed, status, reason, a column per swept recipe key, the last evaluation's metrics
-    (NaN unless COMPLETE, so that no unfinished run is taken for a finished one), `base/M`, `best/M`, `best/step` and
-    `last/M` of the sweep's metric M whatever the status, step, seconds, run_dir (relative to `directory`).
+    Columns: number, configuration, seed, status, confirm (a re-run on a fresh seed), reason, a column per swept recipe
+    key, the last evaluation's metrics (NaN unless COMPLETE, so that no unfinished run is taken for a finished one),
+    `base/M`, `best/M`, `best/step` and `last/M` of the sweep's metric M whatever the status, step, seconds, run_dir
+    (relative to `directory`).
     Raises UserError when `directory` is neither a run nor a sweep.
     """
     metric = metric_of(directory)

@@ -26,6 +26,7 @@ _STRUCTURE: dict[str, type] = {
     "trial.configuration": int,
     "trial.seed": int,
     "trial.params": dict,
+    "trial.confirm": bool,
     "status_history": list,
     "command": list,
     "recipe": dict,
@@ -54,7 +55,7 @@ class Record:
 
     @property
     def trial(self) -> dict[str, Any]:
-        """Number, configuration, seed and params of a sweep's trial; empty for a single run."""
+        """Number, configuration, seed and params of a sweep's trial, and `confirm` where it re-runs a leading one."""
         return self.manifest.get("trial") or {}
 
     def identity(self) -> dict[str, Any]:
@@ -65,6 +66,7 @@ class Record:
             "configuration": self.trial.get("configuration"),
             "seed": seed,
             "status": self.status,
+            "confirm": bool(self.trial.get("confirm")),
         }
 
     @property

@@ -98,8 +98,13 @@ def counts_right_answers(shares: Sequence[float], samples: int) -> bool:
 
 
 def complete(trials: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The trials that ran to their end and have a score: the only ones that count; the last of a repeated seed."""
+    """The trials that ran to their end and have a score: the only ones that count; the last of a repeated seed.
+
+    Those that confirm a leading configuration on fresh seeds are no part of the ranking that chose it.
+    """
     done = trials[(trials["status"] == Status.COMPLETE.value) & trials[metric].notna()]
+    if "confirm" in done.columns:
+        done = done[~done["confirm"].astype(bool)]
     return done.sort_values("number").drop_duplicates(["configuration", "seed"], keep="last")
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
@@ -14,8 +15,8 @@ from analysis.stats import Interval
 from analysis.stats_tests import Estimate
 
 Array = NDArray[np.float64]
-# Cells whose means are within this many standard errors of the best compete with it: two of their difference.
-RIVAL = 2.8
+# Cells whose means are within this many standard errors of the best compete with it.
+RIVAL = 4.0
 
 
 def iqm(scores: Sequence[float] | Array) -> float:
@@ -72,7 +73,7 @@ def held_out(scores: Array, eligible: NDArray[np.bool_], variance: float, df: fl
 
     `scores` `[cells, seeds]`, higher is better, NaN where there is none; `variance` of one score between seeds, with
     `df` degrees of freedom. None with fewer than two seeds. Unbiased for the score of what one seed fewer chooses.
-    The folds share seeds, so cells that compete widen the error (`_coupling`).
+    The folds share seeds, so cells that compete widen the error (`_coupling`); two at least are taken to compete.
     """
     present = np.isfinite(scores) & eligible[:, None]
     means = _of_others(np.where(present, scores, 0.0), present)
@@ -85,7 +86,7 @@ def held_out(scores: Array, eligible: NDArray[np.bool_], variance: float, df: fl
     error = float(np.sqrt(variance / len(kept)))
     level = np.where(present.any(1), np.where(present, scores, 0.0).sum(1) / np.maximum(present.sum(1), 1), -np.inf)
     rivals = int((level >= level.max() - RIVAL * error).sum())
-    estimate = Estimate(float(values.mean()), error * _coupling(len(kept), min(rivals, 32)), df)
+    estimate = Estimate(float(values.mean()), error * _coupling(len(kept), min(max(rivals, 2), 32)), df)
     return Held(estimate, tuple(cell for cell, _ in kept), f"{len(kept)} held-out seeds")
 
 
@@ -128,3 +129,38 @@ def shrunken(means: Sequence[float], variance_of_mean: float) -> list[float]:
         return [float(value) for value in values]
     kept = max(0.0, 1 - (len(values) - 3) * variance_of_mean / spread)
     return [float(values.mean() + kept * (value - values.mean())) for value in values]
+
+
+@dataclass(frozen=True, slots=True)
+class Winner:
+    """The best configuration: its `mean`, which flatters it, and `held`, its score as it would be seen again."""
+
+    configuration: int
+    mean: float
+    held: Held | None
+
+
+def winner(runs: pd.DataFrame, *, maximize: bool = True) -> Winner | None:
+    """The configuration of a sweep with the best mean over its seeds; None where none has all of them.
+
+    `runs` has columns configuration, seed, score (NaN unless COMPLETE) and confirm, the last two as `load` gives them.
+    Fresh seeds (`confirm`) score it where it has two or more, else held-out seeds do; in the metric's own direction.
+    """
+    sign = 1.0 if maximize else -1.0
+    swept = runs[~runs["confirm"].astype(bool)]
+    table = swept.pivot_table(index="configuration", columns="seed", values="score", aggfunc="last", dropna=False)
+    scores = sign * table.to_numpy(float)
+    whole: NDArray[np.bool_] = np.asarray(np.isfinite(scores).all(axis=1))
+    if not whole.any():
+        return None
+    best = int(np.where(whole, scores.mean(axis=1), -np.inf).argmax())
+    number = int(str(table.index[best]))
+    kept = scores[whole]
+    df = float(len(kept) * (scores.shape[1] - 1))
+    variance = float(kept.var(axis=1, ddof=1).mean()) if df else float("nan")
+    again = runs[runs["confirm"].astype(bool) & (runs["configuration"] == number)]["score"].dropna()
+    held = confirmed((sign * again).tolist(), best, variance, df) if df else None
+    held = held or (held_out(scores, whole, variance, df) if df else None)
+    if held is not None and sign < 0:
+        held = replace(held, estimate=held.estimate.scaled(-1.0))
+    return Winner(number, float(sign * scores[best].mean()), held)

@@ -81,20 +81,28 @@ class Outcome:
     test: str
 
 
-def no_worse(effect: Estimate, margin: float) -> Outcome:
-    """Whether an effect is above -margin (non-inferiority), or below it."""
-    return Outcome(effect.above(-margin), effect.below(-margin), "one-sided t test against −margin (non-inferiority)")
+def no_worse(slack: Estimate) -> Outcome:
+    """Whether an effect is above −margin (non-inferiority), or below it: `slack` is the effect and the margin."""
+    return Outcome(slack.above(0.0), slack.below(0.0), "one-sided t test against −margin (non-inferiority)")
 
 
-def better(effect: Estimate, least: float) -> Outcome:
-    """Whether an effect is above 0, or else smaller than the least that would matter."""
-    return Outcome(effect.above(0.0), effect.below(least), "one-sided t test against 0; against the margin for “not”")
+def better(effect: Estimate, lack: Estimate) -> Outcome:
+    """Whether an effect is above 0, or else smaller than would matter: `lack` is the margin less the effect."""
+    return Outcome(effect.above(0.0), lack.above(0.0), "one-sided t test against 0; against the margin for “not”")
 
 
-def equivalent(effect: Estimate, low: float, high: float) -> Outcome:
-    """Whether an effect is between two margins: two one-sided tests (TOST, Schuirmann 1987); or outside one of them."""
-    outside = 2 * min(effect.below(low), effect.above(high))
-    return Outcome(max(effect.above(low), effect.below(high)), min(1.0, outside), "TOST (two one-sided t tests)")
+def equivalent(over: Estimate, under: Estimate) -> Outcome:
+    """Whether an effect is between two margins: two one-sided tests (TOST, Schuirmann 1987); or outside one of them.
+
+    `over` is the effect less the lower margin, `under` the effect less the upper one.
+    """
+    outside = 2 * min(over.below(0.0), under.above(0.0))
+    return Outcome(max(over.above(0.0), under.below(0.0)), min(1.0, outside), "TOST (two one-sided t tests)")
+
+
+def within(effect: Estimate, low: float, high: float) -> Outcome:
+    """Whether an effect is between two fixed margins (see `equivalent`)."""
+    return equivalent(effect.shifted(-low), effect.shifted(-high))
 
 
 def beyond(effect: Estimate, bound: float) -> Outcome:

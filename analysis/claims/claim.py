@@ -10,7 +10,7 @@ from typing import Literal
 from analysis.claims.arm import Arm
 from analysis.claims.evidence import Evidence
 from analysis.labels import lr as rate_text
-from analysis.stats_tests import ALPHA, Estimate, Outcome, difference, seeds_needed
+from analysis.stats_tests import ALPHA, Estimate, Outcome, combined, difference, seeds_needed
 
 HOLDS: Literal["holds"] = "holds"
 FAILS: Literal["does not hold"] = "does not hold"
@@ -130,6 +130,22 @@ def gap(first: Arm, second: Arm) -> Estimate | None:
     if first.peak is None or second.peak is None:
         return None
     return difference(first.peak, second.peak)
+
+
+def kept(first: Arm, reference: Arm, share: float) -> Estimate:
+    """The first arm's gain less a share of the reference's: above 0 where it keeps that share.
+
+    One contrast, so that chance in the margin, a share of the reference's gain, counts too.
+    """
+    assert first.peak is not None
+    assert reference.peak is not None
+    return combined([(1.0, first.peak), (-share, reference.peak)]).shifted((share - 1.0) * reference.floor)
+
+
+def gained(arm: Arm) -> float:
+    """What an arm gained over the base at its best rate, free of the choice."""
+    assert arm.peak is not None
+    return arm.peak.value - arm.floor
 
 
 def untuned(arm: Arm, who: str, *, coarse: bool = True) -> Block | None:

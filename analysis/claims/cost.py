@@ -8,7 +8,7 @@ import numpy as np
 
 from analysis.claims.claim import Block, Finding
 from analysis.claims.evidence import Evidence
-from analysis.stats_tests import Estimate, Outcome, equivalent, every
+from analysis.stats_tests import Estimate, Outcome, every, within
 
 CLAIMED = 2 / 3
 # As a share of the claimed ratio.
@@ -29,10 +29,10 @@ def two_thirds_of_the_flops(e: Evidence) -> Finding | Block:
     furthest = max(ratios, key=lambda size: abs(ratios[size] - CLAIMED))
     effects = [Estimate(ratio, 0.0, math.inf) for ratio in ratios.values()]
     low, high = CLAIMED * (1 - TOLERANCE), CLAIMED * (1 + TOLERANCE)
-    judged = every([equivalent(effect, low, high) for effect in effects])
+    judged = every([within(effect, low, high) for effect in effects])
     outcome = Outcome(judged.holds, judged.fails, "arithmetic on the counted parameters")
-    within = sorted(rank for (rank, _), ratio in ratios.items() if ratio <= high)
-    span = f"up to rank {within[-1]} it is within the margin" if within else "no rank is within the margin"
+    near = sorted(rank for (rank, _), ratio in ratios.items() if ratio <= high)
+    span = f"up to rank {near[-1]} it is within the margin" if near else "no rank is within the margin"
     reading = (
         f"A pass takes {min(ratios.values()):.2f} to {max(ratios.values()):.2f} of full fine-tuning's FLOPs; {span}, "
         f"and rank {furthest[0]} adds {furthest[1] / e.model_parameters:.0%} of the model's parameters.{_measured(e)}"

@@ -11,7 +11,7 @@ from analysis.claims.arm import BASIN_SHARE, LEARNED, Floats
 from analysis.claims.claim import Block, Finding
 from analysis.claims.evidence import Evidence, Mask
 from analysis.labels import listed
-from analysis.stats_tests import Estimate, equivalent, every
+from analysis.stats_tests import Estimate, every, within
 
 # Early is until the average curve has made this share of its rise.
 EARLY_SHARE = 0.5
@@ -62,7 +62,7 @@ def _judge(early: Early) -> Finding | Block:
         f"against the other ranks' is {each}, of an early rise of {early.rise:.3f}."
     )
     return Finding(
-        furthest, "training reward", every([equivalent(effect, -margin, margin) for effect in effects]),
+        furthest, "training reward", every([within(effect, -margin, margin) for effect in effects]),
         f"±{margin:.3f} ({CURVE_SHARE:.0%} of the early rise)", math.copysign(margin, furthest.value),
         early.runs, early.seeds, reading,
     )  # fmt: skip

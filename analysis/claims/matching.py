@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from analysis.claims.arm import BASIN_SHARE, Arm, width
-from analysis.claims.claim import GAIN_SHARE, Block, Finding, gap, not_learned, points, untuned
+from analysis.claims.claim import GAIN_SHARE, Block, Finding, gained, gap, kept, not_learned, points, untuned
 from analysis.claims.evidence import ALL, ATTENTION, MLP, Evidence, Mask
 from analysis.labels import listed
 from analysis.stats_tests import Estimate, average, better, difference, equivalent, every, no_worse
@@ -28,15 +28,15 @@ def rank_one_reaches(e: Evidence) -> Finding | Block:
     one, full = pair
     effect = gap(one, full)
     assert effect is not None  # both arms have a peak
-    margin = GAIN_SHARE * full.gain
+    margin = GAIN_SHARE * gained(full)
     low = effect.interval()[0]
     reading = (
-        f"At their best learning rates rank 1 is {points(effect.value)} from full fine-tuning, which gained "
-        f"{full.gain:.3f}; it falls short by no more than {max(0.0, -low):.3f}."
+        f"At their best learning rates rank 1 is at {points(effect.value)} against full fine-tuning, which gained "
+        f"{gained(full):.3f}; it falls short by no more than {max(0.0, -low):.3f}."
     )
     return Finding(
-        effect, e.metric, no_worse(effect, margin), _margin(margin, "full fine-tuning's gain"), -margin,
-        one.runs + full.runs, min(one.seeds, full.seeds), reading,
+        effect, e.metric, no_worse(kept(one, full, 1 - GAIN_SHARE)), _margin(margin, "full fine-tuning's gain"),
+        -margin, one.runs + full.runs, min(one.seeds, full.seeds), reading,
         untuned(full, "full fine-tuning"),
         untuned(one, "rank 1"),
     )  # fmt: skip
@@ -62,7 +62,8 @@ def rank_one_is_wider(e: Evidence) -> Finding | Block:
     )
     block = Block("rank 1's basin goes on beyond the tested rates", "add learning rates beyond rank 1's good ones")
     return Finding(
-        effect, "decades of learning rate", better(effect, WIDER), f"{WIDER} decades", 0.0, one.runs + full.runs,
+        effect, "decades of learning rate", better(effect, effect.scaled(-1.0).shifted(WIDER)), f"{WIDER} decades",
+        0.0, one.runs + full.runs,
         min(one.seeds, full.seeds), reading, None, block if cut else None,
     )  # fmt: skip
 
@@ -168,16 +169,19 @@ def _placements(e: Evidence, pairs: list[tuple[Arm, Arm]], first: str, second: s
         return Block(f"{second} has fewer than two seeds at its good learning rates", "")
     effect = average(known)
     mlp = [other if tost else one for one, other in pairs]
-    reference = float(np.mean([arm.gain for arm in mlp]))
+    reference = float(np.mean([gained(arm) for arm in mlp]))
     margin = GAIN_SHARE * reference
     over = f" over {len(pairs)} pairs of ranks" if len(pairs) > 1 else ""
     reading = (
-        f"At their best learning rates {first} is {points(effect.value)} from {second}{over}; MLP-only gained "
+        f"At their best learning rates {first} is at {points(effect.value)} against {second}{over}; MLP-only gained "
         f"{reference:.3f}."
     )
     first_edge = next((b for one, _ in pairs if (b := untuned(one, first))), None)
     second_edge = next((b for _, two in pairs if (b := untuned(two, second))), None)
-    outcome = equivalent(effect, -margin, margin) if tost else better(effect, margin)
+    least = average([kept(one, other, 1 - GAIN_SHARE) for one, other in pairs])
+    most = average([kept(one, other, 1 + GAIN_SHARE) for one, other in pairs])
+    lag = average([kept(other, one, 1 - GAIN_SHARE) for one, other in pairs])
+    outcome = equivalent(least, most) if tost else better(effect, lag)
     either = first_edge or second_edge
     return Finding(
         effect, e.metric, outcome, _margin(margin, "MLP-only's gain"),
@@ -216,10 +220,10 @@ def _batch_costs(
     known = {rank: cost for rank, cost in costs.items() if cost is not None}
     if len(known) < len(costs):
         return Block("an arm has fewer than two seeds at its good learning rates", "")
-    margin = GAIN_SHARE * small[0].gain
+    margin = GAIN_SHARE * gained(small[0])
     effects = {rank: difference(cost, known[0]) for rank, cost in known.items() if rank}
     least = min(effects.values(), key=lambda found: found.value)
-    outcome = every([better(effect, margin) for effect in effects.values()])
+    outcome = every([better(effect, effect.scaled(-1.0).shifted(margin)) for effect in effects.values()])
     each = listed([f"{_named(rank)} {points(effect.value)}" for rank, effect in effects.items()])
     reading = (
         f"Going from {sizes[0]:g} to {sizes[1]:g} sequences an update cost full fine-tuning {known[0].value:.3f}, and "
@@ -241,19 +245,19 @@ def _capacity(
     largest = arms[ordered[-1]]
     if block := not_learned(largest, f"rank {ordered[-1]}"):
         return block
-    margin = GAIN_SHARE * largest.gain
+    margin = GAIN_SHARE * gained(largest)
     effects = {rank: gap(arms[rank], largest) for rank in spare if rank != ordered[-1]}
     known = {rank: effect for rank, effect in effects.items() if effect is not None}
     if len(known) < len(effects):
         return Block("a rank has fewer than two seeds at its good learning rates", "")
     least = min(known, key=lambda rank: known[rank].value)
     reading = (
-        f"{taught:.0f} episodes teach at most as many bits; every rank from {spare[0]} on holds them, and the furthest "
-        f"behind rank {ordered[-1]} is rank {least} at {points(known[least].value)}."
+        f"{taught:.0f} episodes teach at most as many bits; every rank from {spare[0]} on holds them, and the lowest "
+        f"against rank {ordered[-1]} is rank {least} at {points(known[least].value)}."
     )
     fails = next((b for rank in known if (b := untuned(arms[rank], f"rank {rank}"))), None)
     return Finding(
-        known[least], e.metric, every([no_worse(effect, margin) for effect in known.values()]),
+        known[least], e.metric, every([no_worse(kept(arms[rank], largest, 1 - GAIN_SHARE)) for rank in known]),
         _margin(margin, f"rank {ordered[-1]}'s gain"), -margin, sum(arms[rank].runs for rank in {*spare, ordered[-1]}),
         min(arm.seeds for arm in arms.values()), reading,
         untuned(largest, f"rank {ordered[-1]}"), fails,

@@ -13,7 +13,7 @@ from analysis.claims.arm import Arm, centre, pooled_centre_noise
 from analysis.claims.claim import Block, Finding, not_learned
 from analysis.claims.evidence import Evidence, Mask
 from analysis.labels import lr as rate_text
-from analysis.stats_tests import Estimate, better, beyond, combined, difference, equivalent
+from analysis.stats_tests import Estimate, better, beyond, combined, difference, within
 
 # Two rates within this factor of each other are about the same.
 FACTOR = 2.0
@@ -70,7 +70,7 @@ def hardly_depends_on_rank(e: Evidence) -> Finding | Block:
         f"power {slope.value:+.2f}."
     )
     margin = f"±{bound:.2f} (less than {2 ** (bound * octaves):.1f}x over these ranks)"
-    return Finding(slope, "exponent of rank", equivalent(slope, -bound, bound), margin,
+    return Finding(slope, "exponent of rank", within(slope, -bound, bound), margin,
                    math.copysign(bound, slope.value), found.runs, found.seeds, reading)  # fmt: skip
 
 
@@ -88,7 +88,8 @@ def lower_at_rank_one(e: Evidence) -> Finding | Block:
                 f"Rank 1's best rate is {found.at(1)}, higher ranks' {rate_text(10**others.value)}: "
                 f"{10**effect.value:.2f} times."
             )
-            return Finding(effect, "decades below higher ranks'", better(effect, math.log10(LOWER)),
+            outcome = better(effect, effect.scaled(-1.0).shifted(math.log10(LOWER)))
+            return Finding(effect, "decades below higher ranks'", outcome,
                            f"a factor of {LOWER}", 0.0, found.runs, found.seeds, reading)  # fmt: skip
     return Block(f"no runs of rank 1 beside ranks from {FROM_RANK} on", "")
 
@@ -130,7 +131,7 @@ def ten_times_full(e: Evidence) -> Finding | Block:
             f"fine-tuning: {10**effect.value:.1f} times."
         )
         return Finding(
-            effect, "decades above full fine-tuning's", equivalent(effect, wanted - factor, wanted + factor),
+            effect, "decades above full fine-tuning's", within(effect, wanted - factor, wanted + factor),
             f"{LORA_OVER_FULL / FACTOR:g}x to {LORA_OVER_FULL * FACTOR:g}x",
             wanted + math.copysign(factor, effect.value - wanted), found.runs + full.runs,
             min(found.seeds, full.seeds), reading,
@@ -154,7 +155,7 @@ def rule_is_right(e: Evidence) -> Finding | Block:
             f"The rule says {rate_text(e.rule_lr)}, the best rate is {rate_text(10**lora.value)}: "
             f"{10**effect.value:.2f} times."
         )
-        outcome = equivalent(effect, -factor, factor)
+        outcome = within(effect, -factor, factor)
         return Finding(effect, "decades above the rule's", outcome, f"a factor of {FACTOR:g}",
                        math.copysign(factor, effect.value), found.runs, found.seeds, reading)  # fmt: skip
     return Block(f"no LoRA runs at alpha {RULE_ALPHA:g}, for which the rule is", "")

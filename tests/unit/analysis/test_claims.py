@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields, replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from analysis.claims.claim import FAILS, HOLDS, UNKNOWN
 from analysis.claims.evidence import ALL, Evidence
 from analysis.load import Tables, load
 from harness.rundir import Status
+from tests.benchmarks import bench_claims
 from tests.unit.analysis.simulation import BASE, CASES, GAIN, Case, batched, by_rank, by_scale, placed
 from tests.unit.analysis.synthetic import Sweep, Trial, params, write_sweep
 
@@ -219,3 +221,13 @@ def test_where_lower_is_better_scores_are_turned_about(tables: Tables) -> None:
     assert down is not None
     np.testing.assert_array_equal(up.score, down.score)
     assert [verdict.verdict for verdict in judge(up)] == [verdict.verdict for verdict in judge(down)]
+
+
+def test_the_page_of_claims_is_made_from_its_measurements() -> None:
+    record = json.loads(bench_claims.RECORD.read_text())
+    assert bench_claims.PAGE.read_text() == bench_claims.page(record), "make it again: bench_claims"
+    measured = {(row["claim"], row["case"]): row for row in record["cases"]}
+    assert set(measured) == {(case.claim, case.name) for case in CASES}
+    for row in measured.values():
+        assert row["shares"][HOLDS] >= 0.8 if row["true"] else row["shares"][HOLDS] <= 0.05, row
+        assert row["true"] or max(row["holds_elsewhere"].values()) <= 0.07, row

@@ -118,6 +118,14 @@ def test_ties_are_named_and_share_a_rank() -> None:
     assert ranked["rank"].tolist() == [1, 1, 3]
 
 
+def test_trials_that_confirm_a_leader_have_no_part_in_the_ranking() -> None:
+    trials = table([(0, 0, "COMPLETE", 0.5), (1, 0, "COMPLETE", 0.6), (1, 100, "COMPLETE", 0.1)])
+    trials["confirm"] = [False, False, True]
+    best = stats.best_configuration(trials, METRIC, "maximize", [0])
+    assert best is not None
+    assert (best.configuration, best.mean) == (1, 0.6)
+
+
 def test_a_seed_run_again_counts_once_the_later_run() -> None:
     trials = table([(0, 0, "COMPLETE", 0.2), (0, 0, "COMPLETE", 0.6)])
     ranked = stats.by_configuration(trials, METRIC, "maximize", [0])
