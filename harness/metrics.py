@@ -99,6 +99,8 @@ METRICS: dict[str, Metric] = {
                "maximize", timing=True),
         Metric("perf/max_memory_gb", "peak memory of the process (GPU memory on a GPU)", "GB", "minimize",
                timing=True),
+        Metric("perf/members", "members of the pack that took the step together, and share its times", "count",
+               timing=True),
         Metric("eval/accuracy", "mean reward on held-out problems", "share", "maximize", logged=_EVALUATION),
         Metric("eval/num_problems", "held-out problems evaluated: those whose prompts are within max_input_length",
                "count", logged=_EVALUATION),

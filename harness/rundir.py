@@ -225,6 +225,7 @@ class RunDir:
         # A sweep's own:
         self.journal = self.path / "study.journal"
         self.trials = self.path / "trials"
+        self.packs = self.path / "packs"
         self.results = self.path / "results.parquet"
         self.report = self.path / "report"
 

@@ -275,6 +275,7 @@ class Sweep:
     first_trials: list[dict[str, Any]] = field(default_factory=list)
     space: dict[str, Any] = field(default_factory=dict)
     max_concurrent: int = num(1, ge=1)
+    pack_size: int = num(8, ge=1)
     max_failures: int = num(3, ge=1)
     stall_seconds: float = num(3600.0, gt=0)
 

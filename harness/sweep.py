@@ -81,9 +81,10 @@ def _dry_run(options: argparse.Namespace) -> int:
 
 def _run(session: Session) -> int:
     from sweeps import session as sessions
+    from sweeps.trials import at_a_time
 
     place = shown(session.sweep_dir.path)
-    print(f"sweep {place}: {session.plan.num_runs} runs, {session.plan.sweep.max_concurrent} at a time", flush=True)
+    print(f"sweep {place}: {session.plan.num_runs} runs, {at_a_time(session.plan.recipe)}", flush=True)
     try:
         study = sessions.run(session)
     except KeyboardInterrupt:

@@ -50,7 +50,7 @@ class Pack:
         self.device = parallel.device_of(recipe)
         self.members: list[Member] = []
         self.timer = Timer()
-        self._shape = _shape(recipe)
+        self._key = parallel.pack_key(recipe)
         self._names = (f"member{i}" for i in itertools.count())
         self._used_up = False
         self.contains_failures = False
@@ -78,7 +78,7 @@ class Pack:
 
     def can_hold(self, recipe: Recipe) -> bool:
         """Whether a run of this recipe can join: same base, engine and threads, and the base is still untrained."""
-        return not self._used_up and self._shape == _shape(recipe)
+        return not self._used_up and self._key == parallel.pack_key(recipe)
 
     def join(self, recipe: Recipe, run_dir: RunDir) -> Member:
         """A new member with a fresh adapter (rank 0: the base's own weights become trainable) and critic, if any."""
@@ -149,6 +149,7 @@ class Pack:
             if not self.contains_failures:
                 raise
             self.failures[member] = error
+            self.model.eval()  # the others' passes are not to be in the mode that this one left
             return None
 
     def publish(self, members: Sequence[Member]) -> None:
@@ -225,15 +226,3 @@ def _sync_root(recipe: Recipe, run_dir: RunDir) -> Path:
     # Trials of different sweeps have the same names: the whole path tells them apart.
     own = hashlib.sha256(str(run_dir.path).encode()).hexdigest()[:8]
     return Path(wanted) / f"{run_dir.path.name}-{own}"
-
-
-def _shape(recipe: Recipe) -> tuple[object, ...]:
-    """What two runs must have in common to share a base and an engine."""
-    model, generator = recipe.trainer.policy.model, recipe.generator
-    lengths = [generator.max_input_length, generator.sampling_params.max_generate_length,
-               generator.eval_sampling_params.max_generate_length]  # fmt: skip
-    engine = [generator.backend, generator.gpu_memory_utilization, generator.cpu_kv_cache_gb, generator.max_num_seqs,
-              generator.enforce_eager]  # fmt: skip
-    rank = 0 if model.lora.rank == 0 else engine_lora_rank(recipe)
-    return (model.path, parallel.dtype_of(recipe), parallel.device_of(recipe), recipe.trainer.num_threads,
-            *lengths, *engine, model.lora.sync, rank)  # fmt: skip

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.errors import UserError
-from harness.schema import Device, DType, Recipe
-from harness.validate import num_processes
+from harness.schema import Device, DType, Recipe, SyncMode
+from harness.validate import engine_lora_rank, num_processes
 
 if TYPE_CHECKING:
     import torch
@@ -109,3 +109,25 @@ def set_threads(recipe: Recipe) -> None:
 
     if recipe.trainer.num_threads is not None:
         torch.set_num_threads(recipe.trainer.num_threads)
+
+
+def shares_base(recipe: Recipe) -> bool:
+    """Whether a run can be a member of a pack of several: it leaves the base and the engine's weights as they are.
+
+    Dropout needs modules in training mode, passes that several members share need them out of it.
+    """
+    lora = recipe.trainer.policy.model.lora
+    alone = lora.rank == 0 or lora.dropout > 0 or lora.sync is SyncMode.merge
+    return not (alone or needs_workers(recipe))
+
+
+def pack_key(recipe: Recipe) -> tuple[object, ...]:
+    """What two runs must have in common to share a base and an engine."""
+    model, generator = recipe.trainer.policy.model, recipe.generator
+    lengths = [generator.max_input_length, generator.sampling_params.max_generate_length,
+               generator.eval_sampling_params.max_generate_length]  # fmt: skip
+    engine = [generator.backend, generator.gpu_memory_utilization, generator.cpu_kv_cache_gb, generator.max_num_seqs,
+              generator.enforce_eager]  # fmt: skip
+    rank = 0 if model.lora.rank == 0 else engine_lora_rank(recipe)
+    return (model.path, dtype_of(recipe), device_of(recipe), recipe.trainer.num_threads,
+            *lengths, *engine, model.lora.sync, rank)  # fmt: skip

@@ -23,7 +23,7 @@ from harness.rundir import RunDir, Status, damage, write_text
 from harness.schema import Recipe, Trainer
 
 if TYPE_CHECKING:
-    from rltrain.trainer import Report
+    from rltrain.report import Report
 
 # A run that was killed may have kept weights of an evaluation that it never logged.
 _ENDED = (Status.COMPLETE.value, Status.PRUNED.value)

@@ -147,7 +147,7 @@ def add_up(stats: Row, seen: Row) -> None:
 
 def collect_stats(pack: Pack, batches_M: list[Prepared], updates: list[Update]) -> dict[Member, Row]:
     """Each member's metrics of the step; what several updates saw is averaged, skipped updates are summed."""
-    timings = pack.timer.take()
+    shared = pack.timer.take() | {"perf/members": float(len(batches_M))}
     rows = {}
     for prepared in (one for one in batches_M if one.member not in pack.failures):
         row = dict(prepared.stats)
@@ -161,5 +161,5 @@ def collect_stats(pack: Pack, batches_M: list[Prepared], updates: list[Update]) 
                     row[name] = row.get(name, 0.0) + sum(values)
                 else:
                     row[learner.prefix + name] = sum(values) / len(values)
-        rows[prepared.member] = {**row, **timings}
+        rows[prepared.member] = {**row, **shared}
     return rows

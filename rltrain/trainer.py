@@ -7,7 +7,6 @@ import math
 import resource
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,25 +21,12 @@ from rltrain.member import Member
 from rltrain.model import adapter_statistics
 from rltrain.pack import Pack
 from rltrain.parallel import dtype_of, needs_workers
+from rltrain.report import Report
 from rltrain.step import train_step
 from rltrain.sync.disk import write_adapter
 from rltrain.sync.merge import merged_weights
 
 ACCURACY = "eval/accuracy"
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """Where a run stands after a step: its row of `metrics.jsonl`."""
-
-    step: int
-    total_steps: int
-    metrics: dict[str, float]
-
-    @property
-    def done(self) -> bool:
-        """Whether this was the last step."""
-        return self.step >= self.total_steps
 
 
 def run(recipe: Recipe, run_dir: RunDir) -> Iterator[Report]:

@@ -15,7 +15,8 @@ from harness.validate import num_processes
 from rltrain.cluster import LARGE_STORE_BYTES, OBJECT_STORE_BYTES, cluster, worker_environment
 from rltrain.parallel import address_of, bundles, device_of, uses_gpus
 from rltrain.quiet import quiet_libraries, redirect_output
-from rltrain.trainer import Report, recorded_failure
+from rltrain.report import Report
+from rltrain.trainer import recorded_failure
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup

@@ -1,49 +1,35 @@
-"""The process that runs trials, one after another on the same base model and engine: a Ray Tune class Trainable."""
+"""What Ray Tune runs, a class Trainable: a trial that trains in its own process, or one that a hub trains."""
 
 from __future__ import annotations
 
-import gc
-import traceback
 from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
+import ray
 from ray.tune import Trainable
 
 from harness import recipe as recipes
-from harness.rundir import RunDir, Status
+from harness.rundir import RunDir
 from harness.sinks import Sinks
-from rltrain.parallel import needs_workers
 from rltrain.quiet import redirect_output
-from sweeps.locks import KernelLock
+from sweeps.hub import EVALUATED, own, record
 from sweeps.watch import stop_watching, watch
 
 if TYPE_CHECKING:
-    from rltrain.member import Member
-    from rltrain.pack import Pack
-    from rltrain.trainer import Report
-
-# A killed sweep's worker may live on for some seconds: how long its successor waits for it to let go of the directory.
-TAKEOVER_SECONDS = 60.0
-EVALUATED = "eval/accuracy"
+    from rltrain.report import Report
 
 
 class TrialActor(Trainable):
-    """Trains the run directory in its config; one `step()` goes to the next evaluation.
-
-    Nothing heavy happens before the first `step()`: an error there is one of the trial, with a reason.
-    """
+    """Follows the run directory in its config; one `step()` goes to the next evaluation."""
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Take the first trial; `run_dir`, `metric` and `stall_seconds` are given."""
-        self._pack: Pack | None = None
-        self._member: Member | None = None
+        """Take the first trial; `run_dir`, `metric`, `stall_seconds` and `hub`, the process to train in, are given."""
         self._reports: Iterator[Report] | None = None
-        self._lock: KernelLock | None = None
         self._sinks: Sinks | None = None
         self._trial = config
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take the next trial; base model and engine stay loaded."""
+        """Take the next trial."""
         self._leave()
         self._trial = new_config
         return True
@@ -52,78 +38,63 @@ class TrialActor(Trainable):
         """Train up to the next evaluation: step, total_steps, value of the metric if logged, done."""
         run_dir = RunDir(self._trial["run_dir"])
         try:
-            watch(self._trial["stall_seconds"])
             if self._reports is None:
-                self._own(run_dir)
+                redirect_output(run_dir.log)
                 self._sinks = Sinks(recipes.read(run_dir.recipe), run_dir, group=run_dir.path.parents[1].name)
-                self._reports = self.start(run_dir)
+                hub = self._trial["hub"]
+                self._reports = self._from_hub(ray.get_actor(hub), str(run_dir.path)) if hub else self._watched(run_dir)
             for report in self._reports:
-                watch(self._trial["stall_seconds"])
                 assert self._sinks is not None
                 self._sinks.report(report.total_steps, report.metrics)
                 if EVALUATED in report.metrics or report.done:
                     return {"step": report.step, "total_steps": report.total_steps, "done": report.done,
                             "value": report.metrics.get(self._trial["metric"])}  # fmt: skip
-            raise RuntimeError("training ended before its last step")
+            return {"step": 0, "total_steps": 0, "done": True, "value": None}
+        except ray.exceptions.RayActorError:
+            raise  # the hub's process died, which may have been another's doing
         except Exception as error:
-            _record(run_dir, error)
+            record(run_dir, error)
             raise
-        finally:
-            stop_watching()
 
     def cleanup(self) -> None:
         """Give everything back."""
         self._leave()
-        if self._pack is not None:
-            self._pack.close()
-            self._pack = None
 
-    def start(self, run_dir: RunDir) -> Iterator[Report]:
-        """Join a run to the pack, which is opened anew when it cannot hold the run; the training's reports."""
+    def train_here(self, run_dir: RunDir) -> Iterator[Report]:
+        """The reports of a run that is trained in this process, or in workers of its own."""
         from rltrain.quiet import quiet_libraries
 
         quiet_libraries()
-        from rltrain.pack import Pack
-        from rltrain.trainer import run, train
+        from rltrain.trainer import run
 
-        recipe = recipes.read(run_dir.recipe)
-        if needs_workers(recipe):
-            return run(recipe, run_dir)
-        if self._pack is not None and not self._pack.can_hold(recipe):
-            self._pack.close()
-            self._pack = None
-            gc.collect()
-        self._pack = self._pack or Pack.open(recipe)
-        self._member = self._pack.join(recipe, run_dir)
-        return train(self._pack, self._member)
+        return run(recipes.read(run_dir.recipe), run_dir)
 
-    def _own(self, run_dir: RunDir) -> None:
-        """Be the only process that writes a run directory, and write this process's output there."""
-        self._lock = KernelLock(run_dir.path / ".lock")
-        if not self._lock.acquire(TAKEOVER_SECONDS):
-            self._lock = None
-            raise RuntimeError(f"another process still writes {run_dir.path}")
-        redirect_output(run_dir.log)
+    def _from_hub(self, hub: Any, path: str) -> Iterator[Report]:
+        """The reports of a run that a hub trains; they end early when it fails."""
+        done = False
+        while not done:
+            reports = ray.get(hub.advance.remote(path))
+            yield from reports
+            done = not reports or reports[-1].done
+
+    def _watched(self, run_dir: RunDir) -> Iterator[Report]:
+        """The reports of `train_here`, under a watch except while the trial waits for the sweep."""
+        seconds, lock = self._trial["stall_seconds"], own(run_dir)
+        try:
+            watch(seconds)
+            for report in self.train_here(run_dir):
+                stop_watching()
+                yield report
+                watch(seconds)
+        finally:
+            stop_watching()
+            lock.release()
 
     def _leave(self) -> None:
-        """Let go of the trial: a training stopped early leaves its pack."""
+        """Let go of the trial."""
         if isinstance(self._reports, Generator):
             self._reports.close()
         self._reports = None
         if self._sinks is not None:
             self._sinks.close()
             self._sinks = None
-        if self._pack is not None and self._member is not None:
-            self._pack.leave(self._member)
-            self._member = None
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
-
-
-def _record(run_dir: RunDir, error: Exception) -> None:
-    """Write an error's traceback to the log, and its reason to the manifest unless the trainer did."""
-    with run_dir.log.open("a") as log:
-        log.write("".join(traceback.format_exception(error)))
-    if run_dir.status not in (Status.FAILED, Status.COMPLETE):
-        run_dir.fail(error)

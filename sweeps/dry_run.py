@@ -13,6 +13,7 @@ from harness.validate import num_processes, target_modules
 from sweeps.estimate import Cost, Pace, costs, count_rows, pace, run_cost
 from sweeps.plan import Plan, preview
 from sweeps.space import short_names, show
+from sweeps.trials import at_a_time, trials_at_once
 
 SHOWN = 8
 
@@ -84,7 +85,7 @@ def _settings(plan: Plan, source: str) -> str:
     runs = f"{plan.num_configurations} configurations x {seeds} seed{'s' * (seeds > 1)} = {plan.num_runs} runs"
     pruner = "none" if sweep.pruner is None else " ".join(f"{k}={show(v)}" for k, v in sweep.pruner.items())
     rows = [
-        ["runs", f"{runs}, {sweep.max_concurrent} at a time"],
+        ["runs", f"{runs}, {at_a_time(plan.recipe)}"],
         ["metric", f"{sweep.metric}, {plan.direction}"],
         ["sampler", f"{sweep.sampler.name}, seed {plan.recipe.seed}"],
         ["pruner", pruner],
@@ -140,7 +141,7 @@ def _time(plan: Plan, found: Sequence[Cost], speed: Pace | None) -> list[str]:
     if speed is None:
         return ["time", "unknown until a first run", ""]
     a_run = [cost.steps * speed.seconds_per_step for cost in found]
-    together = min(plan.sweep.max_concurrent, plan.num_runs)
+    together = min(trials_at_once(plan.recipe), plan.num_runs)
     source = f"(median of {speed.num_runs} earlier run{'s' * (speed.num_runs > 1)})"
     total = _span([duration(seconds * plan.num_runs / together) for seconds in a_run])
     return ["time", f"about {_span([duration(seconds) for seconds in a_run])}", f"about {total} {source}"]

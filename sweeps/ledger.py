@@ -3,27 +3,46 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from optuna.trial import TrialState
 
+from harness import recipe as recipes
 from harness.rundir import RunDir, Status
 from sweeps import trials
+from sweeps.places import Hubs, Places
 from sweeps.progress import Progress
-from sweeps.study import Study
+from sweeps.study import Study, Trial
 from sweeps.watch import hung
 
 DIED = "the trial's process died: killed, out of memory, or crashed"
 
 
+# Trials that were asked for and wait for a place.
+MOST_WAITING = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A trial that waits for a place; `alone`: one in which no other trains."""
+
+    trial: Trial
+    run_dir: RunDir
+    alone: bool = False
+
+
 class Ledger:
     """What searcher and scheduler share: which Tune trial runs which of the study's, and where results are written."""
 
-    def __init__(self, sweep_dir: RunDir, study: Study, progress: Progress) -> None:
+    def __init__(self, sweep_dir: RunDir, study: Study, progress: Progress, hubs: Hubs | None = None) -> None:
+        """`hubs` are the processes that train packs; without them each trial trains in its own."""
         self.sweep_dir = sweep_dir
         self.study = study
         self.progress = progress
+        self._places = Places(study.plan.recipe, hubs)
         self._numbers: dict[str, int] = {}
+        self._waiting: list[_Waiting] = []
         self._failed_in_a_row = 0
         self._began = time.monotonic()
         self._before: float = sweep_dir.read_manifest().get("seconds", 0.0)
@@ -37,20 +56,40 @@ class Ledger:
         self.sweep_dir.update(seconds=self._before + time.monotonic() - self._began)
 
     @property
-    def full(self) -> bool:
-        """Whether as many trials run as may."""
-        return len(self._numbers) >= self.study.plan.sweep.max_concurrent
+    def over(self) -> bool:
+        """Whether no trial runs, and none is to come."""
+        return not self._numbers and (self.study.stopped is not None or not self._waiting)
 
     def begin(self, tune_id: str) -> dict[str, Any] | None:
-        """The next trial's config for the actor, its directory made; None when there is none left."""
-        trial = None if self.study.stopped else self.study.ask()
-        if trial is None:
+        """The next trial's config for the actor, its directory made; None when there is none left, or no place."""
+        found = None if self.study.stopped else self._next()
+        if found is None:
             return None
-        run_dir = trials.create(self.study.plan, trial, self.sweep_dir)
+        trial, run_dir, hub = found
         self._numbers[tune_id] = trial.number
         self.progress.began(trial, run_dir)
         sweep = self.study.plan.sweep
-        return {"run_dir": str(run_dir.path), "metric": sweep.metric, "stall_seconds": sweep.stall_seconds}
+        return {"run_dir": str(run_dir.path), "metric": sweep.metric, "stall_seconds": sweep.stall_seconds, "hub": hub}
+
+    def _next(self) -> tuple[Trial, RunDir, str | None] | None:
+        """A trial and where it trains: one that waits for a place, else a new one of the study's."""
+        for waiting in self._waiting:
+            if (place := self._admit(waiting)) is not None:
+                self._waiting.remove(waiting)
+                return place
+        # A few may wait, so that those that must be alone do not stop the packs; not so many that the packs run dry.
+        while self._places.open and len(self._waiting) < MOST_WAITING and (trial := self.study.ask()) is not None:
+            waiting = _Waiting(trial, trials.create(self.study.plan, trial, self.sweep_dir))
+            if (place := self._admit(waiting)) is not None:
+                return place
+            self._waiting.append(waiting)
+        return None
+
+    def _admit(self, waiting: _Waiting) -> tuple[Trial, RunDir, str | None] | None:
+        recipe = recipes.read(waiting.run_dir.recipe)
+        if not self._places.admit(waiting.trial.number, recipe, waiting.run_dir, alone=waiting.alone):
+            return None
+        return waiting.trial, waiting.run_dir, self._places.hub_of(waiting.trial.number)
 
     def report(self, tune_id: str, step: int, total_steps: int, value: float | None) -> bool:
         """Record an evaluation; whether the pruner stops the trial."""
@@ -66,6 +105,12 @@ class Ledger:
         """Record how a trial ended, from what its directory says."""
         number = self._numbers.pop(tune_id)
         run_dir = self.sweep_dir.trial(number)
+        in_a_pack = self._places.leave(number, run_dir)
+        if died and in_a_pack and run_dir.status in (Status.CREATED, Status.RUNNING):
+            # A companion may have brought its process down: alone it shows whether it was its own doing.
+            self._waiting.append(_Waiting(self.study.describe(number), run_dir, alone=True))
+            self.progress.displaced(number)
+            return
         value, step = trials.final_value(run_dir, self.study.plan.sweep.metric)
         if run_dir.status is Status.COMPLETE:
             reason = self.study.complete(number, value, step)

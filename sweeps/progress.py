@@ -15,6 +15,7 @@ from harness.metrics import MetricsFile, duration
 from harness.rundir import RunDir
 from sweeps.space import Params, short_names, show
 from sweeps.study import Study, Trial
+from sweeps.trials import trials_at_once
 
 # A pruned trial's reason says so itself.
 STATES = {"COMPLETE": "complete: ", "PRUNED": "", "FAIL": "failed: "}
@@ -68,6 +69,11 @@ class Progress:
         running.step, running.total_steps = step, total_steps
         running.value = value if value is not None else running.value
 
+    def displaced(self, number: int) -> None:
+        """A trial's process died in a pack; it goes on alone."""
+        self._running.pop(number)
+        self._say(f"trial {number}: its pack's process died; it goes on from its checkpoint, alone")
+
     def ended(self, number: int, value: float | None) -> None:
         """A trial is complete, pruned or failed."""
         running = self._running.pop(number)
@@ -103,8 +109,8 @@ class Progress:
         mean = sum(self._spent) / len(self._spent)
         now = time.monotonic()
         done = sum(min(mean, now - running.began) for running in list(self._running.values()))
-        sweep = self.study.plan.sweep
-        return max(0.0, self._left * mean - done) / min(sweep.max_concurrent, max(1, self._left))
+        at_once = trials_at_once(self.study.plan.recipe)
+        return max(0.0, self._left * mean - done) / min(at_once, max(1, self._left))
 
     def _refresh(self, running: Running) -> None:
         """The step that the trial's own metrics file has come to."""

@@ -18,10 +18,9 @@ class StudySearcher(Searcher):
         self._ledger = ledger
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next trial's config; None while as many run as may, FINISHED when none is left."""
-        if self._ledger.full:
-            return None
-        return self._ledger.begin(trial_id) or Searcher.FINISHED
+        """The next trial's config; None while there is no place for one, FINISHED when none is left or running."""
+        config = self._ledger.begin(trial_id)
+        return Searcher.FINISHED if config is None and self._ledger.over else config
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Record the end of a trial."""

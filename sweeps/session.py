@@ -24,8 +24,8 @@ from sweeps.space import PLACES
 from sweeps.study import Study
 
 # What a resumed sweep may set anew; anything else would make its later trials another experiment than its first.
-FREE = frozenset({*PLACES, "trainer.logger", "sweep.num_trials", "sweep.max_concurrent", "sweep.sampler",
-                  "sweep.max_failures", "sweep.stall_seconds"})  # fmt: skip
+FREE = frozenset({*PLACES, "trainer.logger", "sweep.num_trials", "sweep.max_concurrent", "sweep.pack_size",
+                  "sweep.sampler", "sweep.max_failures", "sweep.stall_seconds"})  # fmt: skip
 # The pruner is free too; the others the study compares, and says better what changed.
 STUDIED = ("sweep.pruner", "sweep.space", "sweep.metric", "sweep.seeds")
 
@@ -112,9 +112,9 @@ def _session(recipe: Recipe, plan: Plan, sweep_dir: RunDir) -> Session:
 
 
 def _check_places(recipe: Recipe) -> None:
-    """Trials that run at once must each have their GPUs; a cluster's are for Ray to count."""
+    """Places must each have their GPUs; a cluster's are for Ray to count."""
     assert recipe.sweep is not None
-    wanted, there = trials.gpus_per_trial(recipe) * recipe.sweep.max_concurrent, visible_gpus()
+    wanted, there = trials.gpus_per_place(recipe) * recipe.sweep.max_concurrent, visible_gpus()
     if recipe.sweep.max_concurrent > 1 and wanted > there and address_of(recipe) is None:
         raise UserError("not enough GPUs for sweep.max_concurrent", got=f"{wanted} asked, {there} there",
                         fix="sweep.max_concurrent=1")  # fmt: skip

@@ -21,6 +21,8 @@ from sweeps.space import PLACES
 from sweeps.study import Study, Trial
 
 RANK = "trainer.policy.model.lora.rank"
+# What Ray is asked for a trial's own process when a hub trains it: next to nothing.
+ASKS = [{"CPU": 0.001}]
 _ENDED = (Status.COMPLETE, Status.PRUNED, Status.FAILED)
 _FINAL = {TrialState.PRUNED: Status.PRUNED, TrialState.FAIL: Status.FAILED}
 
@@ -45,16 +47,36 @@ def cpus_per_trial(recipe: Recipe) -> int:
     return recipe.trainer.num_threads or max(1, (os.cpu_count() or 1) // together)
 
 
-def trial_bundles(recipe: Recipe) -> list[dict[str, float]]:
-    """What one trial holds: its process, and the bundles of its ranks and engines where it has any apart."""
+def place_bundles(recipe: Recipe) -> list[dict[str, float]]:
+    """What one place holds: a process with a pack; or that of a trial, and the bundles of its ranks and engines."""
     if needs_workers(recipe):
         return [{"CPU": 1.0}, *bundles(recipe)]
     return [{"CPU": float(cpus_per_trial(recipe)), "GPU": float(uses_gpus(recipe))}]
 
 
-def gpus_per_trial(recipe: Recipe) -> int:
-    """GPUs that one trial holds; 0 when it trains on the CPU."""
-    return int(sum(bundle.get("GPU", 0.0) for bundle in trial_bundles(recipe)))
+def trials_per_place(recipe: Recipe) -> int:
+    """How many trials train together at a place; with ranks or engines apart, each has the place to itself."""
+    assert recipe.sweep is not None
+    return 1 if needs_workers(recipe) else recipe.sweep.pack_size
+
+
+def trials_at_once(recipe: Recipe) -> int:
+    """How many trials of a sweep train at a time, at most."""
+    assert recipe.sweep is not None
+    return recipe.sweep.max_concurrent * trials_per_place(recipe)
+
+
+def at_a_time(recipe: Recipe) -> str:
+    """How many trials run at a time, in words."""
+    assert recipe.sweep is not None
+    places, together = recipe.sweep.max_concurrent, trials_per_place(recipe)
+    packs = f" in {places} pack{'s' * (places > 1)} of {together} on one base" if together > 1 else ""
+    return f"{trials_at_once(recipe)} at a time{packs}"
+
+
+def gpus_per_place(recipe: Recipe) -> int:
+    """GPUs that one place holds; 0 when it trains on the CPU."""
+    return int(sum(bundle.get("GPU", 0.0) for bundle in place_bundles(recipe)))
 
 
 def trial_values(plan: Plan, trial: Trial) -> dict[str, Any]:

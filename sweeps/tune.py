@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from harness.rundir import RunDir
 from harness.schema import Recipe
 from rltrain.cluster import cluster
-from rltrain.parallel import address_of
+from rltrain.parallel import address_of, needs_workers
 from sweeps import trials
 from sweeps.ledger import Ledger
 from sweeps.progress import Progress
@@ -23,10 +24,12 @@ def run(sweep_dir: RunDir, study: Study, progress: Progress, actor: Callable[[],
 
     A failed trial is recorded and not tried again. KeyboardInterrupt leaves the running ones RUNNING, to be resumed.
     """
-    ledger = Ledger(sweep_dir, study, progress)
+    recipe = study.plan.recipe
+    packed = actor is None and not needs_workers(recipe)
+    ledger = Ledger(sweep_dir, study, progress, RayHubs(recipe, sweep_dir) if packed else None)
     try:
-        with _cluster(study.plan.recipe, sweep_dir.path) as scratch, terminable(), progress:
-            _fit(ledger, actor or trial_actor, scratch)
+        with _cluster(recipe, sweep_dir.path) as scratch, terminable(), progress:
+            _fit(ledger, actor or trial_actor, trials.ASKS if packed else trials.place_bundles(recipe), scratch)
     finally:
         ledger.stamp()
 
@@ -34,10 +37,13 @@ def run(sweep_dir: RunDir, study: Study, progress: Progress, actor: Callable[[],
 def _cluster(recipe: Recipe, owner: Path) -> contextlib.AbstractContextManager[Path]:
     """Ray with room for all trials that run at once; yields the folder for Tune's own files."""
     assert recipe.sweep is not None
-    places, needs = recipe.sweep.max_concurrent, trials.trial_bundles(recipe)
+    places, needs = recipe.sweep.max_concurrent, trials.place_bundles(recipe)
     cpus, gpus = (places * sum(bundle.get(kind, 0.0) for bundle in needs) for kind in ("CPU", "GPU"))
-    return cluster(owner, cpus=cpus, gpus=gpus, threads=trials.cpus_per_trial(recipe), address=address_of(recipe),
-                   scratch="tune")  # fmt: skip
+    asking = trials.trials_at_once(recipe) * trials.ASKS[0]["CPU"]
+    # Tune would start its trials' processes one after another.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(trials.trials_at_once(recipe))
+    return cluster(owner, cpus=cpus + asking, gpus=gpus, threads=trials.cpus_per_trial(recipe),
+                   address=address_of(recipe), scratch="tune")  # fmt: skip
 
 
 def trial_actor() -> type:
@@ -47,7 +53,50 @@ def trial_actor() -> type:
     return TrialActor
 
 
-def _fit(ledger: Ledger, actor: Callable[[], type], scratch: Path) -> None:
+class RayHubs:
+    """Hubs as Ray actors, each with what a place holds."""
+
+    def __init__(self, recipe: Recipe, sweep_dir: RunDir) -> None:
+        self._recipe = recipe
+        self._sweep_dir = sweep_dir
+        self._hubs: dict[str, Any] = {}
+
+    def open(self, name: str, run_dir: RunDir, room: int) -> None:
+        """Start a process for trials like this one, with room for so many at a time."""
+        import ray
+
+        from sweeps.hub import Hub
+
+        (needs,) = trials.place_bundles(self._recipe)
+        assert self._recipe.sweep is not None
+        log = self._sweep_dir.packs / f"{name}.txt" if room > 1 else run_dir.log
+        log.parent.mkdir(exist_ok=True)
+        # A thread for each trial that waits, one that leaves and one that comes.
+        options = {"name": name, "num_cpus": needs["CPU"], "num_gpus": needs["GPU"], "max_concurrency": 2 * room + 2}
+        hub = ray.remote(Hub).options(**options)
+        self._hubs[name] = hub.remote(str(run_dir.path), room, str(log), self._recipe.sweep.stall_seconds)
+
+    def lives(self, name: str) -> bool:
+        """Whether a process is there to train in."""
+        import ray
+
+        try:
+            return bool(ray.get(self._hubs[name].works.remote()))
+        except ray.exceptions.RayActorError:
+            return False
+
+    def leave(self, name: str, run_dir: RunDir) -> None:
+        """Take a trial out of its pack, if it is still in it."""
+        self._hubs[name].leave.remote(str(run_dir.path))
+
+    def close(self, name: str) -> None:
+        """End a process, if it is still there."""
+        import ray
+
+        ray.kill(self._hubs.pop(name))
+
+
+def _fit(ledger: Ledger, actor: Callable[[], type], needs: list[dict[str, float]], scratch: Path) -> None:
     from ray import tune
     from ray.tune.execution import class_cache
 
@@ -55,16 +104,15 @@ def _fit(ledger: Ledger, actor: Callable[[], type], scratch: Path) -> None:
 
     # Tune hands the cloud's keys to its workers on their command line, where every user of the machine can read them.
     class_cache.ENV_VARS_TO_PROPAGATE = {n for n in class_cache.ENV_VARS_TO_PROPAGATE if not n.startswith("AWS_")}
-    recipe = ledger.study.plan.recipe
-    resources = tune.PlacementGroupFactory(trials.trial_bundles(recipe))
+    resources = tune.PlacementGroupFactory(needs)
     tuner = tune.Tuner(
         tune.with_resources(actor(), resources),
         tune_config=tune.TuneConfig(
             search_alg=StudySearcher(ledger),
             scheduler=PrunerScheduler(ledger),
-            num_samples=ledger.study.num_left,
-            # vLLM does not give all GPU memory back: there, a process per trial.
-            reuse_actors=trials.gpus_per_trial(recipe) == 0,
+            num_samples=-1,  # until the searcher says that none is left
+            # vLLM does not give all GPU memory back: what trains itself trains one trial.
+            reuse_actors=not any(bundle.get("GPU") for bundle in needs),
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(

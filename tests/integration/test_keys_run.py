@@ -16,7 +16,8 @@ from harness.rundir import RunDir
 from harness.schema import Recipe
 from rltrain.member import Member
 from rltrain.pack import Pack
-from rltrain.trainer import Report, train
+from rltrain.report import Report
+from rltrain.trainer import train
 
 MakeRecipe = Callable[..., Recipe]
 MakeRun = Callable[[Recipe, str], RunDir]

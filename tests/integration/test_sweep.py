@@ -146,8 +146,9 @@ def test_kill_and_interrupt_and_resume(sweeps: Sweeps) -> None:
     sweep = RunDir(sweeps.root / "stopped")
     # Long enough that a signal sent at step 3 comes before the end, on a quick machine too.
     first = sweeps.new(
-        "stopped", "sweep.num_trials=3", "sweep.first_trials=[]", "trainer.max_steps=24", "trainer.eval_interval=12"
-    )
+        "stopped", "sweep.num_trials=3", "sweep.first_trials=[]", "sweep.pack_size=1", "trainer.max_steps=24",
+        "trainer.eval_interval=12",
+    )  # fmt: skip
     wait_until(lambda: steps_of(sweep.trial(1))[-1:] >= [3], first)
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()

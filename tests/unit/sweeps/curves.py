@@ -16,7 +16,7 @@ from harness import recipe as recipes
 from harness.metrics import MetricsFile
 from harness.rundir import RunDir, Status
 from harness.schema import Recipe
-from rltrain.trainer import Report
+from rltrain.report import Report
 from sweeps import plan as plans
 from sweeps.plan import Plan
 from sweeps.trials import settle
@@ -40,7 +40,7 @@ def recipe_of(space: dict[str, Any] | None = None, *, steps: int = STEPS, **swee
     overrides = ["trainer.policy.model.path=rltrain", "trainer.placement.device=cpu", "trainer.num_threads=1",
                  f"trainer.max_steps={steps}", f"trainer.eval_interval={INTERVAL}"]  # fmt: skip
     base = recipes.load("base", overrides)
-    defaults = {"metric": "eval/accuracy", "num_trials": 4, "sampler": "random"}
+    defaults = {"metric": "eval/accuracy", "num_trials": 4, "sampler": "random", "pack_size": 1}
     return recipes.with_values(base, {"sweep": defaults | {"space": SPACE if space is None else space} | sweep})
 
 
@@ -86,7 +86,7 @@ def curve_actor() -> type:
     from sweeps.actor import TrialActor
 
     class CurveActor(TrialActor):
-        def start(self, run_dir: RunDir) -> Iterator[Report]:
+        def train_here(self, run_dir: RunDir) -> Iterator[Report]:
             return follow(run_dir)
 
     # Ray's workers do not know where the tests are.

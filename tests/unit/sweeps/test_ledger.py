@@ -67,9 +67,9 @@ def test_time_adds_up_over_processes(ledger: Ledger) -> None:
 
 def test_no_more_trials_at_once_than_asked_for(ledger: Ledger) -> None:
     start(ledger, "a")
-    assert not ledger.full
     start(ledger, "b")
-    assert ledger.full
+    assert ledger.begin("c") is None
+    assert not ledger.over
 
 
 def test_a_pruned_trial(ledger: Ledger, said: io.StringIO) -> None:
@@ -91,7 +91,8 @@ def test_a_trial_that_raised(ledger: Ledger, said: io.StringIO) -> None:
     record = ledger.study.trials()[0]
     assert (record.state.name, record.user_attrs["reason"]) == ("FAIL", "step 2: ValueError: no luck")
     assert "trial 0 failed: step 2: ValueError: no luck" in said.getvalue()
-    assert not ledger.full
+    start(ledger, "b")
+    start(ledger, "c")
 
 
 def test_a_trial_whose_process_died(ledger: Ledger) -> None:

@@ -175,19 +175,19 @@ def test_cores_are_shared_out(threads: int | None, concurrent: int, expected: in
 
 
 def test_a_sweep_on_the_cpu_asks_for_no_gpu() -> None:
-    assert trials.gpus_per_trial(recipe_of()) == 0
-    assert trials.gpus_per_trial(_on_gpus(recipe_of(), ranks=1)) == 1
+    assert trials.gpus_per_place(recipe_of()) == 0
+    assert trials.gpus_per_place(_on_gpus(recipe_of(), ranks=1)) == 1
 
 
 def test_a_trial_of_several_processes_holds_a_place_for_each() -> None:
     recipe = _on_gpus(recipe_of(), ranks=4)
-    assert trials.gpus_per_trial(recipe) == 4
+    assert trials.gpus_per_place(recipe) == 4
     threads = float(recipe.trainer.num_threads or 1)
-    assert trials.trial_bundles(recipe) == [{"CPU": 1.0}, {"CPU": 4 * threads, "GPU": 4.0}]
+    assert trials.place_bundles(recipe) == [{"CPU": 1.0}, {"CPU": 4 * threads, "GPU": 4.0}]
     apart = recipes.with_values(recipe, {"trainer.placement.colocate_all": False,
                                          "generator.inference_engine_tensor_parallel_size": 2})  # fmt: skip
-    assert trials.gpus_per_trial(apart) == 4 + 4 * 2
-    assert len(trials.trial_bundles(apart)) == 2 + 4
+    assert trials.gpus_per_place(apart) == 4 + 4 * 2
+    assert len(trials.place_bundles(apart)) == 2 + 4
 
 
 def _on_gpus(recipe: Recipe, *, ranks: int) -> Recipe:
