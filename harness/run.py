@@ -143,10 +143,11 @@ def _check_same(recipe: Recipe, run_dir: RunDir) -> None:
     record = run_dir.sound_manifest()
     if record["kind"] == "sweep":
         raise UserError("this directory holds a sweep", got=run_dir.path, fix="choose another trainer.run_name")
-    if record["status"] in (Status.COMPLETE.value, Status.PRUNED.value) and not _only_lacks_verdict(record):
+    same = record["recipe"]["digest"] == recipes.digest(recipe)
+    if record["status"] in (Status.COMPLETE.value, Status.PRUNED.value) and not (same and _only_lacks_verdict(record)):
         raise UserError(f"this run is {record['status']} already", got=run_dir.path,
                         fix="choose another trainer.run_name to run it again")  # fmt: skip
-    if record["recipe"]["digest"] != recipes.digest(recipe):
+    if not same:
         raise UserError("this directory holds an unfinished run of another recipe", got=run_dir.path,
                         fix="choose another trainer.run_name")  # fmt: skip
 

@@ -96,7 +96,7 @@ def test_what_is_filtered_is_the_share_that_was_found(opened: Open, override: st
 
 
 def test_a_batch_of_nothing_but_cut_completions_trains_nothing(small_recipe: MakeRecipe, new_run: MakeRun) -> None:
-    short = "generator.apply_overlong_filtering=true", "generator.sampling_params.max_generate_length=2"
+    short = "generator.apply_overlong_filtering=true", "generator.sampling_params.max_generate_length=1"
     recipe = small_recipe(*short, "trainer.max_steps=1")
     run = new_run(recipe, "cut")
     row = _run(recipe, run)[-1]

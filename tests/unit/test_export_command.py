@@ -14,7 +14,7 @@ import pytest
 from harness.errors import UserError
 from harness.export import main
 from harness.paths import PROJECT
-from harness.rundir import RunDir, Status
+from harness.rundir import RunDir, Status, seal
 from tests.unit.analysis.synthetic import RANK, Sweep, Trial, example, params, write_run, write_sweep
 
 HEAVY = {"torch", "vllm", "ray", "transformers", "peft"}
@@ -27,6 +27,7 @@ def _run(root: Path, status: Status = Status.COMPLETE, *, best: bool = False) ->
         folder = RunDir(path).adapter / which
         folder.mkdir(parents=True)
         (folder / "adapter_config.json").write_text(json.dumps({"target_modules": ["q_proj"]}))
+        seal(folder)
     return path
 
 
