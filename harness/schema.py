@@ -143,7 +143,7 @@ class LoRA:
 
 @dataclass(kw_only=True, slots=True)
 class PolicyLoRA(LoRA):
-    sync: SyncMode = SyncMode.disk
+    sync: SyncMode | None = None
     lora_sync_path: str | None = None
 
 

@@ -245,13 +245,25 @@ def _check_processes(recipe: Recipe) -> None:
         )
 
 
+def sync_mode(lora: LoRA) -> SyncMode:
+    """How the engine gets a policy: as `sync` says; left open, the fastest way that serves it.
+
+    That is memory; merge where there is no adapter; disk where a folder for adapter files is named.
+    """
+    if lora.sync is not None:
+        return lora.sync
+    if lora.rank == 0:
+        return SyncMode.merge
+    return SyncMode.disk if lora.lora_sync_path is not None else SyncMode.memory
+
+
 def _check_sync(recipe: Recipe) -> None:
     lora, limit = recipe.trainer.policy.model.lora, recipe.generator.max_lora_rank
     key = "trainer.policy.model.lora"
-    if lora.rank == 0 and lora.sync is not SyncMode.merge and recipe.generator.backend is Backend.vllm:
+    if lora.rank == 0 and sync_mode(lora) is not SyncMode.merge and recipe.generator.backend is Backend.vllm:
         raise UserError(
             f"{key}.rank=0 is full fine-tuning: there is no adapter to send",
-            got=f"sync={lora.sync.name}",
+            got=f"sync={sync_mode(lora).name}",
             fix=f"{key}.sync=merge",
         )
     if limit is not None and lora.rank > limit:

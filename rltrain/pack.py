@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from harness.errors import UserError
 from harness.rundir import RunDir
 from harness.schema import AdvantageEstimator, LoRA, Recipe, SyncMode
-from harness.validate import engine_lora_rank
+from harness.validate import engine_lora_rank, sync_mode
 from rltrain import model as models
 from rltrain import parallel
 from rltrain.critic import Critic
@@ -59,7 +59,7 @@ class Pack:
         self.stop_token_ids = stop_token_ids(base, tokenizer)
         self.num_parameters = base.num_parameters()
         self.peak_flops = measured_peak(self.device, parallel.dtype_of(recipe)) * ranks.size
-        merged = recipe.trainer.policy.model.lora.sync is SyncMode.merge
+        merged = sync_mode(recipe.trainer.policy.model.lora) is SyncMode.merge
         options = EngineOptions(
             model_path=models.model_folder(recipe.trainer.policy.model.path),
             dtype=parallel.dtype_of(recipe),
@@ -99,7 +99,7 @@ class Pack:
         member = Member(
             name=name, recipe=recipe, run_dir=run_dir, problems=problems, held_out=held_out, num_dropped=dropped,
             policy=policy, critic=self._critic(f"{name}_critic", recipe, steps) if gae else None,
-            sync=build_sync(recipe.trainer.policy.model.lora.sync, root, self.ranks.once),
+            sync=build_sync(sync_mode(recipe.trainer.policy.model.lora), root, self.ranks.once),
         )  # fmt: skip
         self.members.append(member)
         return member
@@ -131,7 +131,7 @@ class Pack:
     def served_as(self, member: Member) -> str | None:
         """The name the engine knows a member's adapter by; None where its weights are the engine's own."""
         lora = member.recipe.trainer.policy.model.lora
-        merged = lora.sync is SyncMode.merge and not self.engine.shares_weights
+        merged = sync_mode(lora) is SyncMode.merge and not self.engine.shares_weights
         return None if merged or lora.rank == 0 else member.name
 
     def attempt(

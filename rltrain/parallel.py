@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from harness.errors import UserError
 from harness.schema import Device, DType, Recipe, SyncMode
-from harness.validate import engine_lora_rank, num_processes
+from harness.validate import engine_lora_rank, num_processes, sync_mode
 
 if TYPE_CHECKING:
     import torch
@@ -117,7 +117,7 @@ def shares_base(recipe: Recipe) -> bool:
     Dropout needs modules in training mode, passes that several members share need them out of it.
     """
     lora = recipe.trainer.policy.model.lora
-    alone = lora.rank == 0 or lora.dropout > 0 or lora.sync is SyncMode.merge
+    alone = lora.rank == 0 or lora.dropout > 0 or sync_mode(lora) is SyncMode.merge
     return not (alone or needs_workers(recipe))
 
 
@@ -130,4 +130,4 @@ def pack_key(recipe: Recipe) -> tuple[object, ...]:
               generator.enforce_eager]  # fmt: skip
     rank = 0 if model.lora.rank == 0 else engine_lora_rank(recipe)
     return (model.path, dtype_of(recipe), device_of(recipe), recipe.trainer.num_threads,
-            *lengths, *engine, model.lora.sync, rank)  # fmt: skip
+            *lengths, *engine, sync_mode(model.lora), rank)  # fmt: skip

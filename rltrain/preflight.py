@@ -9,7 +9,7 @@ from pathlib import Path
 from harness.errors import UserError
 from harness.paths import locate
 from harness.schema import AdvantageEstimator, Backend, Recipe, SyncMode
-from harness.validate import check_context, target_modules
+from harness.validate import check_context, sync_mode, target_modules
 from rltrain.data import load_examples
 from rltrain.envs import get_env
 from rltrain.parallel import check_placement
@@ -97,7 +97,11 @@ def _check_sync(recipe: Recipe) -> None:
     """vLLM serves no adapter on the embedding or the head; those need another engine or sync."""
     lora = recipe.trainer.policy.model.lora
     targets = target_modules(recipe, lora)
-    if recipe.generator.backend is not Backend.vllm or lora.sync is SyncMode.merge or not isinstance(targets, list):
+    if (
+        recipe.generator.backend is not Backend.vllm
+        or sync_mode(lora) is SyncMode.merge
+        or not isinstance(targets, list)
+    ):
         return
     refused = sorted({"lm_head", "embed_tokens"} & set(targets))
     if refused:

@@ -9,7 +9,7 @@ from harness.advice import advise
 from harness.metrics import duration
 from harness.paths import locate
 from harness.schema import LoRA, Recipe, Sampler
-from harness.validate import num_processes, target_modules
+from harness.validate import num_processes, sync_mode, target_modules
 from sweeps.estimate import Cost, Pace, costs, count_rows, pace, run_cost
 from sweeps.plan import Plan, preview
 from sweeps.space import short_names, show
@@ -56,7 +56,7 @@ def _run_settings(recipe: Recipe, source: str) -> str:
         *([["critic", f"{_learner(recipe, critic.model.lora, critic.optimizer_config.lr)}, on {critic_path}"]] * ppo),
         ["algorithm", losses + (f", {algorithm.kl_estimator.name} KL in the {kl}" if kl else "")],
         ["batch", f"{batch}, {trainer.policy_mini_batch_size} prompts an update"],
-        ["processes", f"{place}, sync {policy.model.lora.sync.name}"],
+        ["processes", f"{place}, sync {sync_mode(policy.model.lora).name}"],
         ["log", ", ".join(logger.name for logger in trainer.logger)],
     ]
     return f"run of {source}\n{_table(rows)}"

@@ -27,10 +27,13 @@ def test_a_killed_run_ends_as_if_never_killed(chain: int, runs: Runs, whole: Who
         record(f"SIGKILL: {kill.phase}", SAME, lost_steps(whole.run, run))
 
 
+VLLM = ["generator.backend=vllm", "trainer.policy.model.lora.sync=disk", "trainer.max_steps=2"]
+
+
 @pytest.mark.heavy
 @pytest.mark.timeout(600)
 def test_a_run_killed_amid_a_sync_to_vllm_ends_as_if_never_killed(runs: Runs, record: Record) -> None:
-    vllm = dataclasses.replace(runs, overrides=[*runs.overrides, "generator.backend=vllm", "trainer.max_steps=2"])
+    vllm = dataclasses.replace(runs, overrides=[*runs.overrides, *VLLM])
     killed, whole = vllm.get("vllm_killed"), vllm.get("vllm_whole")
     for kill in VLLM_KILLS:
         _strike(kill, killed, vllm, 0.0)

@@ -59,7 +59,7 @@ CASES: list[tuple[list[str], str]] = [
     ([*RUN, "trainer.policy_mini_batch_size=32"], "must divide"),
     ([*RUN, "trainer.critic_mini_batch_size=5"], "must divide"),
     ([*RUN, f"{LORA}.rank=400", "generator.max_lora_rank=256"], "above generator.max_lora_rank"),
-    ([*RUN, f"{LORA}.rank=0"], f"{LORA}.sync=merge"),
+    ([*RUN, f"{LORA}.rank=0", f"{LORA}.sync=disk"], f"{LORA}.sync=merge"),
     ([*RUN, f"{ALGORITHM}.use_kl_loss=true", f"{ALGORITHM}.kl_loss_coef=0"], "computes a reference for nothing"),
     ([*RUN, f"{ALGORITHM}.use_kl_loss=true", f"{ALGORITHM}.use_kl_in_reward=true"], "not into both"),
     ([*RUN, f"{PLACEMENT}.policy_num_gpus_per_node=2"], "each training process holds one engine"),

@@ -13,7 +13,7 @@ from harness import recipe as recipes
 from harness.errors import UserError
 from harness.paths import PROJECT, RECIPES
 from harness.schema import Recipe
-from harness.validate import engine_lora_rank
+from harness.validate import engine_lora_rank, sync_mode
 
 MODEL = "trainer.policy.model.path=somewhere"
 
@@ -70,7 +70,6 @@ def test_users_recipe_outside_the_project_inherits_base(tmp_path: Path) -> None:
         ("trainer=4", "trainer is a group of keys"),
         ("trainer.policy_mini_batch_size=100", "must divide"),
         ("trainer.policy.model.lora.init_method=pissa", "changes the base weights"),
-        ("trainer.policy.model.lora.rank=0", "trainer.policy.model.lora.sync=merge"),
         ("trainer.target_modules=[]", "all-linear"),
         ("generator.sampling_params.temperature=0", "nothing to learn from"),
         ("generator.sampling_params.top_k=0", "-1 (off)"),
@@ -162,3 +161,19 @@ def test_composing_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("settings", "mode"),
+    [({}, "memory"), ({"rank": 0}, "merge"), ({"lora_sync_path": "/tmp/adapters"}, "disk"),
+     ({"sync": "disk"}, "disk"), ({"sync": "merge"}, "merge")],
+)  # fmt: skip
+def test_a_sync_left_open_is_the_fastest_that_serves_the_policy(settings: dict[str, object], mode: str) -> None:
+    overrides = [recipes.override_for(f"trainer.policy.model.lora.{key}", value) for key, value in settings.items()]
+    assert sync_mode(recipes.load("quickstart", overrides).trainer.policy.model.lora).name == mode
+
+
+def test_an_adapter_to_send_and_none_there_is_said() -> None:
+    none = ["trainer.policy.model.lora.rank=0", "trainer.policy.model.lora.sync=disk"]
+    with pytest.raises(UserError, match=r"(?s)no adapter to send.*sync=merge"):
+        recipes.load("quickstart", none)

@@ -23,6 +23,7 @@ from transformers import (
 
 from harness import recipe as recipes
 from harness.schema import Recipe, Sampling
+from harness.validate import sync_mode
 from rltrain.batch import Batch, collate
 from rltrain.engines.base import Engine, EngineOptions, Request, Sample, build_engine, stop_token_ids
 from rltrain.logprobs import token_logprobs
@@ -207,7 +208,7 @@ def test_a_random_models_completions_decode(case: Case) -> None:
 def test_vllm_serves_the_base_and_its_adapters(case: Case, tmp_path: Path) -> None:
     engine = case.engine("vllm")
     try:
-        sync = build_sync(case.recipe.trainer.policy.model.lora.sync, tmp_path)
+        sync = build_sync(sync_mode(case.recipe.trainer.policy.model.lora), tmp_path)
         for member in MEMBERS.values():
             sync.publish(engine, case.model, member, 1)
         assert_served(case, engine)
