@@ -12,7 +12,7 @@ from typing import Any
 
 from harness.errors import UserError
 from harness.expect import check_expectations
-from harness.schema import Backend, LoRA, Optimizer, Recipe, Resampling, SyncMode
+from harness.schema import Backend, LoRA, Optimizer, PolicyLoRA, Recipe, Resampling, SyncMode
 
 _BOUNDS = {"ge": (operator.ge, ">="), "gt": (operator.gt, ">"), "le": (operator.le, "<="), "lt": (operator.lt, "<")}
 
@@ -245,7 +245,7 @@ def _check_processes(recipe: Recipe) -> None:
         )
 
 
-def sync_mode(lora: LoRA) -> SyncMode:
+def sync_mode(lora: PolicyLoRA) -> SyncMode:
     """How the engine gets a policy: as `sync` says; left open, the fastest way that serves it.
 
     That is memory; merge where there is no adapter; disk where a folder for adapter files is named.
