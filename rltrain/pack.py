@@ -25,7 +25,7 @@ from rltrain.engines.placed import place_engine
 from rltrain.flops import measured_peak
 from rltrain.member import Member, sync_tolerance, total_steps
 from rltrain.policy import Policy
-from rltrain.problems import load_problems
+from rltrain.problems import Problem, load_problems
 from rltrain.ranks import Ranks
 from rltrain.seeding import stream_seed
 from rltrain.sync.base import build_sync
@@ -56,6 +56,7 @@ class Pack:
         self.contains_failures = False
         """Whether a member that fails leaves the others' step going on."""
         self.failures: dict[Member, Exception] = {}
+        self._problems: dict[tuple[str, ...], tuple[list[Problem], int]] = {}
         self.stop_token_ids = stop_token_ids(base, tokenizer)
         self.num_parameters = base.num_parameters()
         self.peak_flops = measured_peak(self.device, parallel.dtype_of(recipe)) * ranks.size
@@ -83,8 +84,8 @@ class Pack:
     def join(self, recipe: Recipe, run_dir: RunDir) -> Member:
         """A new member with a fresh adapter (rank 0: the base's own weights become trainable) and critic, if any."""
         name = next(self._names)
-        problems, dropped = load_problems(recipe, recipe.data.train_data, self.tokenizer)
-        held_out, _ = load_problems(recipe, recipe.data.val_data, self.tokenizer)
+        problems, dropped = self._load_problems(recipe, recipe.data.train_data)
+        held_out, _ = self._load_problems(recipe, recipe.data.val_data)
         if len(problems) < recipe.trainer.train_batch_size:
             raise UserError(
                 "too few prompts are short enough to fill a batch",
@@ -168,6 +169,13 @@ class Pack:
         for member in list(self.members):
             self.leave(member)
         self.engine.close()
+
+    def _load_problems(self, recipe: Recipe, paths: Sequence[str]) -> tuple[list[Problem], int]:
+        """`load_problems`, read and tokenised once for all members: how long a prompt may be, they have in common."""
+        key = (*paths, recipe.environment.env_class)
+        if key not in self._problems:
+            self._problems[key] = load_problems(recipe, paths, self.tokenizer)
+        return self._problems[key]
 
     def _policy(self, name: str, recipe: Recipe, steps: int) -> Policy:
         algorithm, lora = recipe.trainer.algorithm, recipe.trainer.policy.model.lora
