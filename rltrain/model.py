@@ -114,6 +114,8 @@ def add_adapter(model: PreTrainedModel | PeftModel, name: str, config: LoraConfi
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if isinstance(model, PeftModel):
+            # PEFT names the base in the first adapter's configuration alone.
+            config.base_model_name_or_path = model.get_base_model().name_or_path
             model.add_adapter(name, config)
         else:
             model = get_peft_model(model, config, adapter_name=name)
