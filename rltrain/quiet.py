@@ -1,4 +1,4 @@
-"""Keep the libraries' start-up chatter off the console; what goes wrong still shows."""
+"""Keep the libraries' start-up chatter off the console, and what nobody needs out of memory."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ from pathlib import Path
 
 
 def quiet_libraries() -> None:
-    """Silence progress bars and known harmless warnings; call before torch is imported for all of it to work."""
+    """Silence progress bars and known harmless warnings; call before torch is imported for all of it to work.
+
+    What goes wrong still shows.
+    """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
+    from transformers import utils as transformers_utils
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    # The report has scikit-learn; transformers would import it, for a second, to help assistant models guess.
+    setattr(transformers_utils, "is_sklearn_available", lambda: False)  # noqa: B010
 
 
 def redirect_output(log: Path) -> None:

@@ -15,6 +15,7 @@ from sweeps.ledger import Ledger
 from sweeps.progress import Progress
 from sweeps.study import Study
 from tests.unit.sweeps.curves import begin, recipe_of
+from tests.unit.sweeps.test_places import Processes
 
 
 @pytest.fixture
@@ -155,3 +156,33 @@ def test_a_trial_that_hung_is_told_from_one_that_died(ledger: Ledger) -> None:
     hung, died = (ledger.sweep_dir.trial(number).read_manifest()["reason"] for number in (0, 1))
     assert hung == "no report for 3600 s (sweep.stall_seconds): it hung and was ended; see log.txt"
     assert "process died" in died
+
+
+def test_trials_whose_pack_died_go_on_alone_and_are_judged_by_that(tmp_path: Path, said: io.StringIO) -> None:
+    plan, sweep_dir = begin(recipe_of(num_trials=3, max_concurrent=1, pack_size=2), tmp_path)
+    study, hubs = Study(sweep_dir.journal, plan), Processes()
+    ledger = Ledger(sweep_dir, study, Progress(study, Console(file=said, width=200)), hubs)
+    runs = [start(ledger, name) for name in "ab"]
+    assert hubs.rooms == {"hub0": 2}
+    hubs.close("hub0")
+    for name in "ab":
+        ledger.end(name, died=True)
+    assert study.counts() == {"RUNNING": 2}
+    assert "trial 0: its pack's process died; it goes on from its checkpoint, alone" in said.getvalue()
+    assert not ledger.over
+
+    assert start(ledger, "c").path == runs[0].path
+    assert hubs.rooms == {"hub0": 2, "hub1": 1}
+    assert ledger.begin("d") is None  # alone is alone
+    hubs.close("hub1")
+    ledger.end("c", died=True)
+    assert "the trial's process died" in runs[0].read_manifest()["reason"]
+    assert start(ledger, "d").path == runs[1].path
+    log(runs[1], 4, 0.5)
+    runs[1].move_to(Status.COMPLETE, result={"step": 4})
+    ledger.end("d", died=False)
+    finish(ledger, "e", 0.75)
+    assert hubs.rooms == {"hub0": 2, "hub1": 1, "hub2": 1, "hub3": 2}
+    assert study.counts() == {"FAIL": 1, "COMPLETE": 2}
+    assert ledger.begin("f") is None
+    assert ledger.over
