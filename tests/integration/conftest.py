@@ -38,6 +38,7 @@ def small_data(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
         "trainer.train_batch_size=4",
         "trainer.policy_mini_batch_size=2",
         "trainer.micro_train_batch_size_per_gpu=4",
+        "trainer.max_tokens_per_microbatch=null",
         "generator.n_samples_per_prompt=4",
         "generator.backend=transformers",
         "trainer.max_steps=4",

@@ -13,7 +13,7 @@ from rltrain import checkpoint, trainer
 from rltrain.engines.base import Engine
 from rltrain.member import Member
 from rltrain.pack import Pack
-from rltrain.sync.disk import DiskSync
+from rltrain.sync.memory import MemorySync
 from rltrain.sync.proof import SyncError
 from rltrain.trainer import train
 from tests.integration.training import MakeRecipe, MakeRun, adapter, assert_equal, rows, train_run
@@ -139,13 +139,13 @@ def test_a_sync_that_does_not_arrive_fails_the_run(
     run = new_run(recipe, "run")
     pack = Pack.open(recipe)
     member = pack.join(recipe, run)
-    publish = DiskSync.publish
+    publish = MemorySync.publish
 
-    def first_only(self: DiskSync, engine: Engine, model: Any, name: str, version: int) -> None:
+    def first_only(self: MemorySync, engine: Engine, model: Any, name: str, version: int) -> None:
         if version == 1:
             publish(self, engine, model, name, version)
 
-    monkeypatch.setattr(DiskSync, "publish", first_only)
+    monkeypatch.setattr(MemorySync, "publish", first_only)
     with pytest.raises(SyncError):
         list(train(pack, member))
     assert run.status is Status.FAILED
