@@ -56,7 +56,7 @@ class Pack:
         self.contains_failures = False
         """Whether a member that fails leaves the others' step going on."""
         self.failures: dict[Member, Exception] = {}
-        self._problems: dict[tuple[str, ...], tuple[list[Problem], int]] = {}
+        self._problems: dict[tuple[str | int, ...], tuple[list[Problem], int]] = {}
         self.stop_token_ids = stop_token_ids(base, tokenizer)
         self.num_parameters = base.num_parameters()
         self.peak_flops = measured_peak(self.device, parallel.dtype_of(recipe)) * ranks.size
@@ -171,8 +171,8 @@ class Pack:
         self.engine.close()
 
     def _load_problems(self, recipe: Recipe, paths: Sequence[str]) -> tuple[list[Problem], int]:
-        """`load_problems`, read and tokenised once for all members: how long a prompt may be, they have in common."""
-        key = (*paths, recipe.environment.env_class)
+        """`load_problems`, read and tokenised once for all members that ask for the same."""
+        key: tuple[str | int, ...] = (*paths, recipe.environment.env_class, recipe.generator.max_input_length)
         if key not in self._problems:
             self._problems[key] = load_problems(recipe, paths, self.tokenizer)
         return self._problems[key]

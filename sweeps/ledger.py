@@ -43,7 +43,7 @@ class Ledger:
         self._places = Places(study.plan.recipe, hubs)
         self._numbers: dict[str, int] = {}
         self._waiting: list[_Waiting] = []
-        self._failed_in_a_row = 0
+        self._failed: set[int] = set()
         self._began = time.monotonic()
         self._before: float = sweep_dir.read_manifest().get("seconds", 0.0)
 
@@ -132,10 +132,19 @@ class Ledger:
         return f"{DIED}; see {run_dir.log.name}"
 
     def _count_failures(self, number: int) -> None:
-        """A machine or recipe that fails every trial must not burn them all."""
+        """A machine or recipe that fails every trial must not burn them all.
+
+        In a row is in the order they began: of trials that train together those that fail end first.
+        """
         record = self.study.trials()[number]
-        failed = record.state is TrialState.FAIL
-        self._failed_in_a_row = self._failed_in_a_row + 1 if failed else 0
-        if self._failed_in_a_row >= self.study.plan.sweep.max_failures:
-            in_a_row = f"{self._failed_in_a_row} trials failed in a row (sweep.max_failures)"
+        if record.state is not TrialState.FAIL:
+            return
+        self._failed.add(number)
+        first = last = number
+        while first - 1 in self._failed:
+            first -= 1
+        while last + 1 in self._failed:
+            last += 1
+        if last - first + 1 >= self.study.plan.sweep.max_failures:
+            in_a_row = f"{last - first + 1} trials failed in a row (sweep.max_failures)"
             self.study.stopped = f"{in_a_row}; the last: {record.user_attrs.get('reason')}"
