@@ -10,6 +10,7 @@ from optuna.trial import TrialState
 
 from harness import recipe as recipes
 from harness.rundir import RunDir, Status
+from harness.schema import Recipe
 from sweeps import trials
 from sweeps.places import Hubs, Places
 from sweeps.progress import Progress
@@ -29,6 +30,7 @@ class _Waiting:
 
     trial: Trial
     run_dir: RunDir
+    recipe: Recipe
     alone: bool = False
 
 
@@ -79,17 +81,21 @@ class Ledger:
                 return place
         # A few may wait, so that those that must be alone do not stop the packs; not so many that the packs run dry.
         while self._places.open and len(self._waiting) < MOST_WAITING and (trial := self.study.ask()) is not None:
-            waiting = _Waiting(trial, trials.create(self.study.plan, trial, self.sweep_dir))
+            waiting = self._wait(trial, trials.create(self.study.plan, trial, self.sweep_dir))
             if (place := self._admit(waiting)) is not None:
                 return place
             self._waiting.append(waiting)
         return None
 
     def _admit(self, waiting: _Waiting) -> tuple[Trial, RunDir, str | None] | None:
-        recipe = recipes.read(waiting.run_dir.recipe)
-        if not self._places.admit(waiting.trial.number, recipe, waiting.run_dir, alone=waiting.alone):
+        number = waiting.trial.number
+        if not self._places.admit(number, waiting.recipe, waiting.run_dir, alone=waiting.alone):
             return None
-        return waiting.trial, waiting.run_dir, self._places.hub_of(waiting.trial.number)
+        return waiting.trial, waiting.run_dir, self._places.hub_of(number)
+
+    def _wait(self, trial: Trial, run_dir: RunDir, *, alone: bool = False) -> _Waiting:
+        """A trial with its recipe, read once: Tune asks for places many times a second."""
+        return _Waiting(trial, run_dir, recipes.read(run_dir.recipe), alone)
 
     def report(self, tune_id: str, step: int, total_steps: int, value: float | None) -> bool:
         """Record an evaluation; whether the pruner stops the trial."""
@@ -108,7 +114,7 @@ class Ledger:
         in_a_pack = self._places.leave(number, run_dir)
         if died and in_a_pack and run_dir.status in (Status.CREATED, Status.RUNNING):
             # A companion may have brought its process down: alone it shows whether it was its own doing.
-            self._waiting.append(_Waiting(self.study.describe(number), run_dir, alone=True))
+            self._waiting.append(self._wait(self.study.describe(number), run_dir, alone=True))
             self.progress.displaced(number)
             return
         value, step = trials.final_value(run_dir, self.study.plan.sweep.metric)
