@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from analysis.records import Record, check_own, read_recipe
+from analysis.records import Record, check_own, lookup, read_recipe
 from harness import advice
 from harness.errors import UserError
 from harness.paths import locate
@@ -47,25 +47,25 @@ def facts(directory: Path, record: Record, metric: str, maximize: bool) -> dict[
     """
     run = RunDir(directory / record.run_dir)
     recipe = read_recipe(run.path)
-    rank, lora = _int(get(recipe, "trainer.policy.model.lora.rank")), "trainer.policy.model.lora"
-    config = _model_config(get(recipe, "trainer.policy.model.path"))
+    rank, lora = _int(lookup(recipe, "trainer.policy.model.lora.rank")), "trainer.policy.model.lora"
+    config = _model_config(lookup(recipe, "trainer.policy.model.path"))
     modules = _modules(recipe)
-    model_parameters = _stored_parameters(_model_files(get(recipe, "trainer.policy.model.path")))
-    group = _int(get(recipe, "generator.n_samples_per_prompt"))
-    steps = _int(get(recipe, "trainer.max_steps"))
-    budget = f"{steps} steps" if steps else f"{get(recipe, 'trainer.epochs')} epochs"
+    model_parameters = _stored_parameters(_model_files(lookup(recipe, "trainer.policy.model.path")))
+    group = _int(lookup(recipe, "generator.n_samples_per_prompt"))
+    steps = _int(lookup(recipe, "trainer.max_steps"))
+    budget = f"{steps} steps" if steps else f"{lookup(recipe, 'trainer.epochs')} epochs"
     return {
         "rank": rank,
         "full": None if rank is None else rank == 0,
-        "alpha": get(recipe, f"{lora}.alpha") if rank else None,
-        "lr": get(recipe, "trainer.policy.optimizer_config.lr"),
+        "alpha": lookup(recipe, f"{lora}.alpha") if rank else None,
+        "lr": lookup(recipe, "trainer.policy.optimizer_config.lr"),
         "targets": _named(modules) if rank else None,
-        "batch_size": _product(_int(get(recipe, "trainer.policy_mini_batch_size")), group),
-        "episodes_per_step": _product(_int(get(recipe, "trainer.train_batch_size")), group),
+        "batch_size": _product(_int(lookup(recipe, "trainer.policy_mini_batch_size")), group),
+        "episodes_per_step": _product(_int(lookup(recipe, "trainer.train_batch_size")), group),
         "budget": budget if recipe else None,
         "parameters": _trained(run, rank, config, modules, model_parameters),
         "model_parameters": model_parameters,
-        "model": get(recipe, "trainer.policy.model.path"),
+        "model": lookup(recipe, "trainer.policy.model.path"),
         "model_type": config.get("model_type"),
         "hidden_size": config.get("hidden_size"),
         "rule_lr": advice.rule_learning_rate(config),
@@ -74,14 +74,6 @@ def facts(directory: Path, record: Record, metric: str, maximize: bool) -> dict[
         "source": (record.manifest.get("recipe") or {}).get("source"),
         "flops_per_token": _flops_per_token(recipe, rank, model_parameters),
     }
-
-
-def get(recipe: dict[str, Any], key: str) -> Any:
-    """A dotted key's value in a resolved recipe; None where it is absent."""
-    value: Any = recipe
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
 
 
 def _context(recipe: dict[str, Any], manifest: dict[str, Any], metric: str) -> str:
@@ -120,9 +112,9 @@ def _diverged(record: Record, metric: str, maximize: bool) -> bool:
 
 def _modules(recipe: dict[str, Any]) -> frozenset[str]:
     lora = "trainer.policy.model.lora"
-    own, excluded = get(recipe, f"{lora}.target_modules"), get(recipe, f"{lora}.exclude_modules")
-    targets = get(recipe, "trainer.target_modules") if own is None else own
-    left_out = get(recipe, "trainer.exclude_modules") if excluded is None else excluded
+    own, excluded = lookup(recipe, f"{lora}.target_modules"), lookup(recipe, f"{lora}.exclude_modules")
+    targets = lookup(recipe, "trainer.target_modules") if own is None else own
+    left_out = lookup(recipe, "trainer.exclude_modules") if excluded is None else excluded
     try:
         return frozenset(advice.adapted_modules(targets, left_out))
     except TypeError:
@@ -193,12 +185,12 @@ def _flops_per_token(recipe: dict[str, Any], rank: int | None, parameters: int |
     """
     if rank is None or not parameters:
         return None
-    epochs = _int(get(recipe, "trainer.update_epochs_per_batch")) or 1
-    batch, mini = (_int(get(recipe, f"trainer.{name}")) for name in ("train_batch_size", "policy_mini_batch_size"))
+    epochs = _int(lookup(recipe, "trainer.update_epochs_per_batch")) or 1
+    batch, mini = (_int(lookup(recipe, f"trainer.{name}")) for name in ("train_batch_size", "policy_mini_batch_size"))
     algorithm = "trainer.algorithm"
-    penalised = [bool(get(recipe, f"{algorithm}.{name}")) for name in ("use_kl_loss", "use_kl_in_reward")]
+    penalised = [bool(lookup(recipe, f"{algorithm}.{name}")) for name in ("use_kl_loss", "use_kl_in_reward")]
     several = epochs > 1 or (batch or 1) > (mini or 1) or penalised[1]
-    forwards = int(several) + int(any(penalised)) + int(get(recipe, f"{algorithm}.advantage_estimator") == "gae")
+    forwards = int(several) + int(any(penalised)) + int(lookup(recipe, f"{algorithm}.advantage_estimator") == "gae")
     return float(parameters) * (2 + 2 * forwards + epochs * (6 if rank == 0 else 4))
 
 

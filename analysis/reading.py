@@ -10,7 +10,7 @@ import pandas as pd
 from analysis import labels, stats
 from analysis.experiment import Experiment
 from analysis.labels import LR, MAIN_KEYS, RANK, TARGETS
-from analysis.records import read_recipe
+from analysis.records import lookup, read_recipe
 from harness import metrics
 from harness.rundir import Status
 
@@ -52,8 +52,8 @@ def settings_of(experiment: Experiment, trial: pd.Series) -> dict[str, Any]:
     recipe = read_recipe(experiment.path / str(trial["run_dir"]))
     values: dict[str, Any] = {}
     for key in (*MAIN_KEYS, *experiment.axes):
-        values[key] = trial[key] if key in trial.index else _recipe_value(recipe, key)
-    own = _recipe_value(recipe, "trainer.policy.model.lora.target_modules")
+        values[key] = trial[key] if key in trial.index else lookup(recipe, key)
+    own = lookup(recipe, "trainer.policy.model.lora.target_modules")
     if own is not None and TARGETS not in trial.index:
         values[TARGETS] = own
     return {key: value for key, value in values.items() if value is not None}
@@ -252,13 +252,6 @@ def _range(experiment: Experiment, found: stats.Interval) -> str:
 
 def _span(rates: tuple[float, ...]) -> str:
     return labels.lr(rates[0]) if len(rates) == 1 else f"{labels.lr(rates[0])} to {labels.lr(rates[-1])}"
-
-
-def _recipe_value(recipe: dict[str, Any], key: str) -> Any:
-    value: Any = recipe
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
 
 
 def _status_order(status: str) -> int:

@@ -138,6 +138,14 @@ def read_recipe(directory: str | Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
+def lookup(values: dict[str, Any], key: str) -> Any:
+    """A dotted key's value in nested dictionaries; None where it is absent."""
+    value: Any = values
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
 def _elapsed(manifest: dict[str, Any]) -> float | None:
     """Seconds from the first RUNNING to the final status; None for a run that has not ended."""
     history = manifest.get("status_history") or []
@@ -160,9 +168,7 @@ def _problem(manifest: dict[str, Any]) -> str | None:
 
 def _wrong_types(manifest: dict[str, Any]) -> Iterator[str]:
     for path, allowed in _STRUCTURE.items():
-        value: Any = manifest
-        for part in path.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
+        value = lookup(manifest, path)
         if value is not None and not isinstance(value, int | float if allowed is float else allowed):
             yield f"{path} is {type(value).__name__}, expected {allowed.__name__}"
     for name in (manifest.get("trial") or {}).get("params") or {}:
