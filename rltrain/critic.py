@@ -13,6 +13,7 @@ from harness.schema import Recipe
 from rltrain.batch import Batch
 from rltrain.learner import Learner, Row
 from rltrain.logprobs import on_tokens, predictions
+from rltrain.lora import base_model
 from rltrain.losses import Totals, value_loss
 from rltrain.seeding import stream_seed
 
@@ -41,7 +42,7 @@ class Critic(Learner):
         self, adapter: str, model: Any, parameters: Mapping[str, torch.nn.Parameter], recipe: Recipe, total_steps: int
     ) -> None:
         trainer = recipe.trainer
-        causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
+        causal_lm = base_model(model)
         self.head = ValueHead(causal_lm.config.hidden_size, stream_seed(recipe.seed, "value_head")).to(model.device)
         heads = {f"value_head.{name}": p for name, p in self.head.named_parameters()}
         super().__init__({**parameters, **heads}, trainer.critic.optimizer_config, total_steps, trainer.max_bad_steps)

@@ -9,6 +9,7 @@ from peft import PeftModel
 
 from rltrain.attention import can_pack
 from rltrain.batch import Batch
+from rltrain.lora import base_model
 from rltrain.packing import pack
 
 
@@ -67,7 +68,7 @@ def on_tokens(values: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 def precision(model: Any) -> torch.autocast:
     """The precision a model computes in, where that is not its weights' own."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_model(model)
     wanted = getattr(base, "computes_in", base.dtype)
     return torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=wanted != base.dtype)
 

@@ -1,12 +1,18 @@
-"""PEFT's LoRA layer, with one product in place of three where there are many tokens."""
+"""PEFT's models and LoRA layer: the base under an adapter; one product in place of three for many tokens."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners import lora
 from torch.nn.functional import linear
+
+
+def base_model(model: Any) -> Any:
+    """The transformers model that adapters are on; a plain model is its own base."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 class LoRALinear(lora.Linear):

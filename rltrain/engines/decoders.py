@@ -11,6 +11,7 @@ from peft import PeftModel
 
 from rltrain.engines import llama
 from rltrain.engines.base import unknown_member
+from rltrain.model import adapter_off
 
 
 class Decoder(Protocol):
@@ -104,10 +105,8 @@ def _serving(model: Any, member: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _adapter(model: Any, member: str | None) -> Iterator[None]:
-    if not isinstance(model, PeftModel):
-        yield
-    elif member is None:
-        with model.disable_adapter():
+    if member is None or not isinstance(model, PeftModel):
+        with adapter_off(model):
             yield
     else:
         active, before = model.active_adapter, list(model.base_model.active_adapters)

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 
 from rltrain.engines.attention import SharedPrompts, padded
+from rltrain.lora import base_model
 
 ARCHITECTURES = {"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 ROPES = {"default", "linear", "llama3", "yarn"}
@@ -28,7 +28,7 @@ FEWEST_ROWS = 8
 
 def supports(model: Any, member: str | None) -> bool:
     """Whether LlamaDecoder computes what the model computes with the member's adapter on (None: off)."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_model(model)
     config = base.config
     if type(base).__name__ not in ARCHITECTURES or config.hidden_act != "silu":
         return False
@@ -150,7 +150,7 @@ class LlamaDecoder:
     """Decodes sequences of one member; weights are those the model held when it was made."""
 
     def __init__(self, model: Any, member: str | None) -> None:
-        self._weights = _Weights(model.get_base_model() if isinstance(model, PeftModel) else model, member)
+        self._weights = _Weights(base_model(model), member)
         self._rotations = self._weights.rotations(0)
         self._positions = torch.empty(0, dtype=torch.long)
         self._attention: SharedPrompts | None = None

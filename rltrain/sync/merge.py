@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from harness.errors import UserError
 from rltrain.engines.base import Engine
+from rltrain.lora import base_model
 from rltrain.ranks import full
 
 
@@ -31,7 +31,7 @@ def merged_weights(model: Any, member: str) -> Iterator[tuple[str, torch.Tensor]
     For a PEFT model each weight the adapter `member` targets is W + scale * B A (LoRA, arXiv 2106.09685, eq. 3).
     Raises UserError for an adapter on one of two tied weights: merged, it would change both.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_model(model)
     tied = dict(getattr(base, "_tied_weights_keys", None) or {}) if base.config.tie_word_embeddings else {}
     adapted = {
         name: layer
