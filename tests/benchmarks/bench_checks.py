@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from harness import machine, manifest
+from harness import manifest
 from harness import recipe as recipes
-from harness.paths import PROJECT
-from harness.rundir import RunDir, write_json
+from harness.rundir import RunDir
+from tests.benchmarks.side_by_side import write_record
 
 REPEATS = 7
 STEPS = 8  # a checkpoint's worth
@@ -53,11 +53,7 @@ def main() -> None:
     # Neighbours are compared with each other: the policy's completions grow and shrink as it learns.
     ratio = statistics.median(a / b for a, b in zip(seconds["with"], seconds["without"], strict=True))
     print(f"with checks a step takes {100 * (ratio - 1):+.1f}% (median of {REPEATS} pairs)")
-    record = {"what": __doc__, "repeats": REPEATS, "steps": STEPS, "threads": 1, "hardware": machine.hardware(),
-              "load_average": os.getloadavg(), "seconds_per_step": seconds, "ratio": ratio}  # fmt: skip
-    path = PROJECT / "docs" / "benchmarks" / "checks.json"
-    write_json(path, record)
-    print(f"written: {path.relative_to(PROJECT)}")
+    write_record("checks", __doc__, repeats=REPEATS, steps=STEPS, threads=1, seconds_per_step=seconds, ratio=ratio)
 
 
 @contextlib.contextmanager

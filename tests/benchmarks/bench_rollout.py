@@ -6,7 +6,6 @@ transformers' `generate` on them ("generate"), which is what TRL's trainers call
 
 from __future__ import annotations
 
-import os
 import statistics
 import tempfile
 import time
@@ -14,10 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import machine
 from harness import recipe as recipes
-from harness.paths import PROJECT
-from harness.rundir import RunDir, write_json
+from harness.rundir import RunDir
+from tests.benchmarks.side_by_side import write_record
 
 REPEATS = 3
 SAMPLES_PER_PROMPT = 8
@@ -52,11 +50,7 @@ def main() -> None:
             row[what] = round(statistics.median(n / s for n, s in zip(row["tokens"], row[seconds], strict=True)))
         print(f"{row['engine']:>12}  {row['samples']:>4} samples  {row['adapters']} adapters  "
               f"{row['tokens_per_second']:>7} tokens/s  {row['tokens_per_cpu_second']:>7} a CPU-second")  # fmt: skip
-    record = {"what": __doc__, "repeats": REPEATS, "threads": 1, "hardware": machine.hardware(),
-              "load_average": os.getloadavg(), "rows": rows}  # fmt: skip
-    path = PROJECT / "docs" / "benchmarks" / "rollout.json"
-    write_json(path, record)
-    print(f"written: {path.relative_to(PROJECT)}")
+    write_record("rollout", __doc__, repeats=REPEATS, threads=1, rows=rows)
 
 
 def _open(backend: str, scratch: Path) -> tuple[Any, list[Any]]:

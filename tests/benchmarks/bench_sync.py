@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from harness import machine
 from harness import recipe as recipes
-from harness.paths import PROJECT
-from harness.rundir import write_json
 from harness.schema import Backend, SyncMode
+from tests.benchmarks.side_by_side import write_record
 
 REPEATS = 9
 RANKS = (1, 8, 64, 256)
@@ -27,11 +24,7 @@ def main() -> None:
     rows = [row for rank in RANKS for backend in Backend for row in _rows(backend, rank)]
     for row in rows:
         print(f"rank {row['rank']:>3}  {row['engine']:>12}  {row['sync']:>6}  {1e3 * row['seconds']:8.2f} ms")
-    record = {"what": __doc__, "repeats": REPEATS, "threads": 1, "hardware": machine.hardware(),
-              "load_average": os.getloadavg(), "rows": rows}  # fmt: skip
-    path = PROJECT / "docs" / "benchmarks" / "sync.json"
-    write_json(path, record)
-    print(f"written: {path.relative_to(PROJECT)}")
+    write_record("sync", __doc__, repeats=REPEATS, threads=1, rows=rows)
 
 
 def _rows(backend: Backend, rank: int) -> list[dict[str, Any]]:

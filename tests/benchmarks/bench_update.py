@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import statistics
 import tempfile
 import time
@@ -12,10 +11,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from harness import machine
 from harness import recipe as recipes
-from harness.paths import PROJECT
-from harness.rundir import RunDir, write_json
+from harness.rundir import RunDir
+from tests.benchmarks.side_by_side import write_record
 
 REPEATS = 5
 PROMPTS = {64: 8, 512: 64}
@@ -45,11 +43,7 @@ def main() -> None:
         pack, member = _open(Path(scratch))
         rows = [row for count, prompts in PROMPTS.items() for row in _measure(pack, member, count, prompts)]
         switching = _switching(pack, member.recipe, Path(scratch))
-    record = {"what": __doc__, "repeats": REPEATS, "threads": 1, "hardware": machine.hardware(),
-              "load_average": os.getloadavg(), "rows": rows, "adapter_switch": switching}  # fmt: skip
-    path = PROJECT / "docs" / "benchmarks" / "update.json"
-    write_json(path, record)
-    print(f"written: {path.relative_to(PROJECT)}")
+    write_record("update", __doc__, repeats=REPEATS, threads=1, rows=rows, adapter_switch=switching)
 
 
 def _open(scratch: Path) -> tuple[Any, Any]:
