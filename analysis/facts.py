@@ -48,9 +48,10 @@ def facts(directory: Path, record: Record, metric: str, maximize: bool) -> dict[
     run = RunDir(directory / record.run_dir)
     recipe = read_recipe(run.path)
     rank, lora = _int(lookup(recipe, "trainer.policy.model.lora.rank")), "trainer.policy.model.lora"
-    config = _model_config(lookup(recipe, "trainer.policy.model.path"))
+    path = lookup(recipe, "trainer.policy.model.path")
+    config = advice.stored_config(path) if isinstance(path, str) else {}
     modules = _modules(recipe)
-    model_parameters = _stored_parameters(_model_files(lookup(recipe, "trainer.policy.model.path")))
+    model_parameters = _stored_parameters(_model_files(path))
     group = _int(lookup(recipe, "generator.n_samples_per_prompt"))
     steps = _int(lookup(recipe, "trainer.max_steps"))
     budget = f"{steps} steps" if steps else f"{lookup(recipe, 'trainer.epochs')} epochs"
@@ -65,7 +66,7 @@ def facts(directory: Path, record: Record, metric: str, maximize: bool) -> dict[
         "budget": budget if recipe else None,
         "parameters": _trained(run, rank, config, modules, model_parameters),
         "model_parameters": model_parameters,
-        "model": lookup(recipe, "trainer.policy.model.path"),
+        "model": path,
         "model_type": config.get("model_type"),
         "hidden_size": config.get("hidden_size"),
         "rule_lr": advice.rule_learning_rate(config),
@@ -164,17 +165,6 @@ def _stored_parameters(files: tuple[Path, ...]) -> int | None:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
             return None
     return total or None
-
-
-def _model_config(path: Any) -> dict[str, Any]:
-    """A local model's type and sizes; empty for a hub's name or a damaged file."""
-    found = locate(f"{path}/config.json") if isinstance(path, str) else None
-    try:
-        config = json.loads(found.read_text()) if found is not None and found.is_file() else {}
-    except (OSError, ValueError, RecursionError):
-        return {}
-    known = config.items() if isinstance(config, dict) else ()
-    return {name: value for name, value in known if name == "model_type" or (_int(value) or 0) > 0}
 
 
 def _flops_per_token(recipe: dict[str, Any], rank: int | None, parameters: int | None) -> float | None:

@@ -242,14 +242,22 @@ def _chosen(wanted: Any, path: str) -> bool:
 
 
 def _model_config(path: str) -> dict[str, Any]:
-    """A local model's config.json; for a hub's name what the name gives away. Damage is for others to report."""
-    found = locate(path)
-    if found is None:
-        family = next((name for name in EXPONENTS if name in path.lower()), "")
-        return {"model_type": family}
+    """A local model's type and sizes; for a hub's name what the name gives away."""
+    if locate(path) is None:
+        return {"model_type": next((name for name in EXPONENTS if name in path.lower()), "")}
+    return stored_config(path)
+
+
+def stored_config(path: str) -> dict[str, Any]:
+    """A local model's type and sizes by its config.json; empty where there is none. Damage is for others to report."""
+    found = locate(f"{path}/config.json")
     try:
-        config = json.loads((found / "config.json").read_text())
-    except (OSError, ValueError):
+        config = json.loads(found.read_text()) if found is not None and found.is_file() else {}
+    except (OSError, ValueError, RecursionError):
         return {}
     known = config.items() if isinstance(config, dict) else ()
-    return {name: value for name, value in known if name == "model_type" or (isinstance(value, int) and value > 0)}
+    return {name: value for name, value in known if name == "model_type" or _is_size(value)}
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
