@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from weakref import WeakKeyDictionary
 
 import torch
 
-from rltrain.engines.base import Engine, Request, Sample
+from rltrain.engines.base import Request, Sample
 from rltrain.member import Member, truncates
 from rltrain.pack import Pack
 from rltrain.rollout import request, score
 from rltrain.scored import Rollout
-
-_OF_THE_BASE: WeakKeyDictionary[Engine, dict[str, list[list[Sample]]]] = WeakKeyDictionary()
-"""Samples of untrained members, by what was asked; an engine's base never changes while such a member is on it."""
 
 
 def evaluate(pack: Pack, member: Member) -> tuple[dict[str, float], Rollout]:
@@ -51,10 +47,9 @@ def _samples(pack: Pack, member: Member, requests: Sequence[Request], size: int)
     if not untrained or member.recipe.trainer.policy.model.lora.rank == 0:
         return _generated(pack, requests, size)
     key = repr((size, [(list(one.prompt_token_ids), one.n, one.seed, one.sampling) for one in requests]))
-    known = _OF_THE_BASE.setdefault(pack.engine, {})
-    if key not in known:
-        known[key] = _generated(pack, requests, size)
-    return known[key]
+    if key not in pack.base_samples:
+        pack.base_samples[key] = _generated(pack, requests, size)
+    return pack.base_samples[key]
 
 
 def _generated(pack: Pack, requests: Sequence[Request], size: int) -> list[list[Sample]]:

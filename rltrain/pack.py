@@ -20,7 +20,7 @@ from harness.validate import engine_lora_rank, sync_mode
 from rltrain import model as models
 from rltrain import parallel
 from rltrain.critic import Critic
-from rltrain.engines.base import Engine, EngineOptions, stop_token_ids
+from rltrain.engines.base import Engine, EngineOptions, Sample, stop_token_ids
 from rltrain.engines.placed import place_engine
 from rltrain.flops import measured_peak
 from rltrain.member import Member, sync_tolerance, total_steps
@@ -50,12 +50,12 @@ class Pack:
         self.device = parallel.device_of(recipe)
         self.members: list[Member] = []
         self.timer = Timer()
-        self._key = parallel.pack_key(recipe)
         self._names = (f"member{i}" for i in itertools.count())
-        self._used_up = False
         self.contains_failures = False
         """Whether a member that fails leaves the others' step going on."""
         self.failures: dict[Member, Exception] = {}
+        self.base_samples: dict[str, list[list[Sample]]] = {}
+        """What untrained members answered, by what they were asked."""
         self._problems: dict[tuple[str | int, ...], tuple[list[Problem], int]] = {}
         self.stop_token_ids = stop_token_ids(base, tokenizer)
         self.num_parameters = base.num_parameters()
@@ -76,10 +76,6 @@ class Pack:
         """Load the base model and start the engine that a recipe asks for, with room for so many members at a time."""
         parallel.set_threads(recipe)
         return cls(recipe, *models.load_base(recipe), room, ranks or Ranks())
-
-    def can_hold(self, recipe: Recipe) -> bool:
-        """Whether a run of this recipe can join: same base, engine and threads, and the base is still untrained."""
-        return not self._used_up and self._key == parallel.pack_key(recipe)
 
     def join(self, recipe: Recipe, run_dir: RunDir) -> Member:
         """A new member with a fresh adapter (rank 0: the base's own weights become trainable) and critic, if any."""
@@ -187,7 +183,6 @@ class Pack:
             reference = models.AdapterOff(self.model) if wants_reference else None
         else:
             # Full fine-tuning changes the base under everyone's feet: it is alone, and the pack ends with it.
-            self._used_up = True
             if wants_reference:
                 path = recipe.trainer.policy.model.path
                 reference = models.FrozenModel(self._another_base(path, recipe, key="trainer.policy.model.path"))

@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from rltrain.pack import Pack
+from rltrain.parallel import shares_base
 from rltrain.trainer import train
 from tests.integration.training import MakeRecipe, MakeRun, rows
 
@@ -22,7 +23,7 @@ def test_full_fine_tuning_trains_every_weight(small_recipe: MakeRecipe, new_run:
     for _ in train(pack, member):
         pass
     assert all(not torch.equal(p, before[name]) for name, p in pack.model.named_parameters())
-    assert not pack.can_hold(recipe)
+    assert not shares_base(recipe)
     assert rows(run)[-1]["kl"] > 0
     saved = load_file(run.adapter / "final" / "model.safetensors")
     assert torch.equal(saved["model.norm.weight"], dict(pack.model.named_parameters())["model.norm.weight"])

@@ -16,6 +16,7 @@ from harness.schema import Recipe
 from rltrain.member import Member
 from rltrain.model import adapter_layers
 from rltrain.pack import Pack
+from rltrain.parallel import pack_key, shares_base
 from rltrain.ranks import Ranks
 from rltrain.step import train_step
 from rltrain.trainer import train
@@ -34,7 +35,7 @@ def test_a_member_of_a_pack_trains_as_if_alone(small_recipe: MakeRecipe, new_run
     room = "generator.max_lora_rank=8"
     recipes = [small_recipe(room, *overrides) for overrides in wanted]
     pack = Pack.open(recipes[0])
-    assert all(pack.can_hold(recipe) for recipe in recipes)
+    assert all(shares_base(recipe) and pack_key(recipe) == pack_key(recipes[0]) for recipe in recipes)
     members = [pack.join(recipe, new_run(recipe, f"m{i}")) for i, recipe in enumerate(recipes)]
     pack.publish(pack.members)
     rows = _two_steps(pack)

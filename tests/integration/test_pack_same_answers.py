@@ -15,6 +15,7 @@ from rltrain.engines.base import Request, Sample
 from rltrain.learner import Learner
 from rltrain.member import Member
 from rltrain.pack import Pack
+from rltrain.parallel import pack_key, shares_base
 from rltrain.policy import Policy
 from rltrain.step import train_step
 
@@ -101,7 +102,7 @@ def test_members_of_a_pack_learn_what_each_would_alone(
         pack.close()
     assert tape.replayed == 0
     pack = Pack.open(chosen[0], room=len(chosen))
-    assert all(pack.can_hold(recipe) for recipe in chosen)
+    assert all(shares_base(recipe) and pack_key(recipe) == pack_key(chosen[0]) for recipe in chosen)
     # Joined in another order, so that names and places differ.
     order = [4, 0, 5, 2, 1, 3]
     members = [pack.join(chosen[label], new_run(chosen[label], f"packed{label}")) for label in order]
