@@ -17,6 +17,9 @@ VERSIONS = ("0.32.0",)
 FEWEST_ROWS = 8
 """Rows a thread in a matrix product: fewer than 4, and MKL takes another kernel, which rounds otherwise."""
 
+FEWEST_COLUMNS = 16
+"""Columns of a product: fewer than 12, and MKL rounds otherwise, so that slots times rank would show in the results."""
+
 TOGETHER = 128
 """Slots times rank up to which one product for all slots costs less than one for each."""
 
@@ -36,7 +39,8 @@ class GroupedLoRA(PunicaWrapperCPU):
     """The operations of `PunicaWrapperCPU` on linear layers: one product for all adapters, or one each if that is less.
 
     vLLM's own gather a copy of A and B for every token, and give rows of the base (index -1) the last slot's adapter.
-    A row's result is the same to the bit whatever other rows and adapters are in the batch.
+    A row's result is the same to the bit whatever other rows and adapters are in the batch, and however many slots
+    the engine has.
     """
 
     def update_metadata(self, *args: Any, **kwargs: Any) -> None:
@@ -77,8 +81,8 @@ class GroupedLoRA(PunicaWrapperCPU):
             enough = y
         parts = enough.split([size for _, _, size in adapters], dim=1)
         for part, (lora_a, lora_b, _) in zip(parts, adapters, strict=True):
-            inner = (x @ lora_a.flatten(0, 2).T).mul_(mask)
-            part.addmm_(inner, lora_b[:, 0].transpose(1, 2).flatten(0, 1), alpha=scale)
+            inner = (x @ _enough_rows(lora_a.flatten(0, 2)).T).mul_(mask)
+            part.addmm_(inner, _enough_rows(lora_b[:, 0].transpose(1, 2).flatten(0, 1)), alpha=scale)
         if missing > 0:
             y.copy_(enough[: len(y)])
 
@@ -90,16 +94,24 @@ class GroupedLoRA(PunicaWrapperCPU):
             mine, theirs = (y, x) if rows is None else (y.index_select(0, rows), x.index_select(0, rows))
             parts = mine.split([size for _, _, size in adapters], dim=1)
             for part, (lora_a, lora_b, _) in zip(parts, adapters, strict=True):
-                part.addmm_(theirs @ lora_a[slot, 0].T, lora_b[slot, 0].T, alpha=scale)
+                inner = theirs @ _enough_rows(lora_a[slot, 0]).T
+                part.addmm_(inner, _enough_rows(lora_b[slot, 0].T), alpha=scale)
             if rows is not None:
                 y.index_copy_(0, rows, mine)
 
     def _mask(self, slots: int, rank: int) -> torch.Tensor:
-        """`[N, slots * r]`: ones where a row's own adapter stands; none for rows of the base."""
+        """`[N, slots * r or more]`: ones where a row's own adapter stands; none for rows of the base."""
         if (slots, rank) not in self._masks:
             own = self.token_lora_indices[:, None] == torch.arange(slots)
-            self._masks[slots, rank] = own.repeat_interleave(rank, dim=1).float()
+            missing = max(0, FEWEST_COLUMNS - slots * rank)
+            self._masks[slots, rank] = F.pad(own.repeat_interleave(rank, dim=1).float(), (0, missing))
         return self._masks[slots, rank]
+
+
+def _enough_rows(matrix: torch.Tensor) -> torch.Tensor:
+    """A or B^T with rows of zeros up to `FEWEST_COLUMNS`."""
+    missing = FEWEST_COLUMNS - len(matrix)
+    return F.pad(matrix, (0, 0, 0, missing)) if missing > 0 else matrix
 
 
 def fewest_rows() -> int:

@@ -10,12 +10,14 @@ import torch
 
 pytestmark = pytest.mark.heavy  # imports vLLM
 
-SLOTS, WIDTH = 4, 128
+SLOTS, MOST_SLOTS, WIDTH = 4, 24, 128
 RANKS = [8, 64]  # slots together, and each apart
 OUT = (128, 64, 64)
 
 
-def _applied(wrapper: type, slot_of_row: list[int], *, rank: int = 8, prefill: bool = False) -> torch.Tensor:
+def _applied(
+    wrapper: type, slot_of_row: list[int], *, rank: int = 8, prefill: bool = False, slots: int = SLOTS
+) -> torch.Tensor:
     """y of a packed layer after the adapters were added; ids 1, 2, ... stand in slots 0, 1, ...; 0 is the base."""
     from vllm.lora.layers import LoRAMapping
 
@@ -24,12 +26,12 @@ def _applied(wrapper: type, slot_of_row: list[int], *, rank: int = 8, prefill: b
     def normal(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=generator)
 
-    a = tuple(normal(SLOTS, 1, rank, WIDTH) for _ in OUT)
-    b = tuple(normal(SLOTS, 1, size, rank) for size in OUT)
+    a = tuple(normal(MOST_SLOTS, 1, rank, WIDTH)[:slots] for _ in OUT)
+    b = tuple(normal(MOST_SLOTS, 1, size, rank)[:slots] for size in OUT)
     x, y = (rows[: len(slot_of_row)].clone() for rows in (normal(512, WIDTH), normal(512, sum(OUT))))
     ids = tuple(slot + 1 for slot in slot_of_row)
     punica: Any = wrapper(1024, 512, "cpu")
-    punica.update_metadata(LoRAMapping(ids, ids, is_prefill=prefill), list(range(1, SLOTS + 1)), SLOTS, 100)
+    punica.update_metadata(LoRAMapping(ids, ids, is_prefill=prefill), list(range(1, slots + 1)), slots, 100)
     punica.add_lora_linear(y, x, a, b, 0.5, OUT)
     return y
 
@@ -69,6 +71,23 @@ def test_a_row_is_the_same_to_the_bit_in_any_company(threads: int, rank: int) ->
             assert torch.equal(_applied(GroupedLoRA, [0] * count, rank=rank), alone[:count])
             company = [0] * count + [random.Random(count).randrange(-1, SLOTS) for _ in range(200)]
             assert torch.equal(_applied(GroupedLoRA, company, rank=rank)[:count], alone[:count])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("rank", [1, 8, 16, 32])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_row_is_the_same_to_the_bit_however_many_slots_the_engine_has(threads: int, rank: int) -> None:
+    from rltrain.engines.grouped_lora import GroupedLoRA
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for count in (1, 7, 64, 300):
+            alone = _applied(GroupedLoRA, [0] * count, rank=rank, slots=1)
+            for slots in (2, 3, 4, 8, MOST_SLOTS):
+                company = [0] * count + [random.Random(count).randrange(-1, slots) for _ in range(200)]
+                assert torch.equal(_applied(GroupedLoRA, company, rank=rank, slots=slots)[:count], alone), slots
     finally:
         torch.set_num_threads(before)
 
