@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from analysis import stats
 from analysis.labels import LR, RANK
-from analysis.load import load_steps, load_trials, metric_of, param_columns
+from analysis.load import Tables, load, load_steps, load_trials, metric_of, param_columns
 from analysis.records import read_recipe
 from harness import metrics
 from harness.manifest import digest_path
@@ -57,6 +57,11 @@ class Experiment:
             trials=trials,
             steps=load_steps(path),
         )
+
+    @cached_property
+    def tables(self) -> Tables:
+        """The tidy tables that figures, claims and statistics are made from."""
+        return load([self.path])
 
     @property
     def is_sweep(self) -> bool:

@@ -59,7 +59,8 @@ def load(directories: Iterable[str | Path]) -> Tables:
     """The tables of any number of run and sweep directories; raises UserError for one that is neither.
 
     Columns of `runs`: `directory`, those of `load_trials` for what every run has, `metric`, `maximize`, `score` (NaN
-    unless COMPLETE), `last`, `best`, `base`, `tokens`, `flops`, `episodes`, `update_seconds`, and `facts.facts`'.
+    unless COMPLETE), `last`, `best`, `base`, `tokens`, `flops`, `episodes`, `update_seconds`, `facts.facts`', and one
+    per swept recipe key of any sweep.
     """
     places = list(dict.fromkeys(Path(directory).resolve() for directory in directories))
     steps = pd.concat([load_steps(place).assign(directory=shown(place)) for place in places], ignore_index=True)
@@ -92,6 +93,7 @@ def _runs(directory: Path) -> pd.DataFrame:
                 "score": row.get(metric),
                 **{part: row[f"{part}/{metric}"] for part in ("base", "best", "last")},
                 **facts(directory, record, metric, maximize),
+                **{key: _cell(value) for key, value in record.params.items()},
             }
         )
     return pd.DataFrame(rows)
@@ -128,6 +130,8 @@ def _with_totals(runs: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
         table[name] = table[name].astype(float)
     for name in _WORDS:
         table[name] = table[name].astype("string")
+    for name in param_columns(table):
+        table[name] = _one_type(table[name])
     for name in ("full", "confirm", "diverged"):
         table[name] = table[name].astype("boolean")
     return table
