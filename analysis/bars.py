@@ -26,14 +26,14 @@ def bars(experiment: Experiment) -> list[Bar | None]:
     """A bar per row of `experiment.configurations`; None for one without a score, or where all are equal."""
     table, base = experiment.configurations, experiment.base
     ends = pd.concat([table[["low", "mean", "high"]].stack(), pd.Series([] if base is None else [base], dtype=float)])
-    first, last = ends.min(), ends.max()
+    first, last = float(ends.min()), float(ends.max())
     if not first < last:
         return [None] * len(table)
     room = MARGIN * (last - first)
     first, last = first - room, last + room
 
     def place(value: float | None) -> float | None:
-        return None if value is None or pd.isna(value) else round(100 * float((value - first) / (last - first)), 1)
+        return None if value is None or pd.isna(value) else round(100 * (float(value) - first) / (last - first), 1)
 
     at = place(base)
     found = [(place(row["low"]), place(row["mean"]), place(row["high"])) for _, row in table.iterrows()]

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from analysis import watch
 from analysis.watch import watch_report
 from harness.errors import UserError
 from harness.metrics import MetricsFile
@@ -23,7 +22,7 @@ def sweep(tmp_path: Path) -> RunDir:
 def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds slept, at once."""
     seconds: list[float] = []
-    monkeypatch.setattr(watch.time, "sleep", seconds.append)
+    monkeypatch.setattr("analysis.watch.time.sleep", seconds.append)
     return seconds
 
 
@@ -50,7 +49,7 @@ def test_nothing_new_is_not_written_again(sweep: RunDir, slept: list[float], mon
         if len(slept) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(watch.time, "sleep", sleep)
+    monkeypatch.setattr("analysis.watch.time.sleep", sleep)
     calls: list[int | None] = []
     watch_report(calls.append, [sweep.path])
     assert calls == [5, None], "the second at Ctrl-C: a page that no longer reloads itself"
