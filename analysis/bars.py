@@ -25,8 +25,9 @@ class Bar:
 def bars(experiment: Experiment) -> list[Bar | None]:
     """A bar per row of `experiment.configurations`; None for one without a score, or where all are equal."""
     table, base = experiment.configurations, experiment.base
-    ends = pd.concat([table[["low", "mean", "high"]].stack(), pd.Series([] if base is None else [base], dtype=float)])
-    first, last = float(ends.min()), float(ends.max())
+    ends = [float(end) for end in table[["low", "mean", "high"]].to_numpy(float).ravel() if end == end]
+    ends += [] if base is None else [base]
+    first, last = min(ends, default=0.0), max(ends, default=0.0)
     if not first < last:
         return [None] * len(table)
     room = MARGIN * (last - first)
