@@ -2,76 +2,123 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyarrow.parquet as pq
 
 from analysis import stats
 from analysis.labels import LR, RANK
-from analysis.load import Tables, load, load_steps, load_trials, metric_of, param_columns
-from analysis.records import read_recipe
+from analysis.load import Tables, load
+from analysis.records import parsed_recipe
+from analysis.rows import as_trials, param_columns
+from analysis.sources import DEFAULT_METRIC
 from harness import metrics
-from harness.manifest import digest_path
-from harness.paths import locate
-from harness.rundir import RunDir, Status
-
-DATA_FILES = (".parquet", ".jsonl", ".json")
+from harness.errors import UserError
+from harness.rundir import Status
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A run's or sweep's tables with its metric, the metric's better end, its seeds and its held-out problems.
+    """A run or sweep as its tables say it was: its own rows alone, whatever has become of its directory."""
 
-    `problems` is None where they cannot be counted, or where the score is not a share of right answers.
-    """
-
-    path: Path
-    manifest: dict[str, Any]
-    recipe: dict[str, Any]
-    metric: str
-    direction: metrics.Direction
-    seeds: list[int]
-    problems: int | None
-    trials: pd.DataFrame
-    steps: pd.DataFrame
+    tables: Tables
 
     @classmethod
     def open(cls, directory: str | Path) -> Experiment:
         """Read a run or sweep directory; raises UserError when it is neither."""
-        path = Path(directory)
-        manifest, recipe = RunDir(path).read_manifest(), read_recipe(path)
-        trials, metric = load_trials(path), metric_of(path)
-        seeds = _seeds(recipe) if manifest.get("kind") == "sweep" else None
-        return cls(
-            path=path,
-            manifest=manifest,
-            recipe=recipe,
-            metric=metric,
-            direction=metrics.direction(metric),
-            seeds=seeds or sorted({int(seed) for seed in trials["seed"].dropna()}),
-            problems=_binomial_problems(manifest, recipe, metric, trials),
-            trials=trials,
-            steps=load_steps(path),
-        )
+        return cls.of(load([directory]))
+
+    @classmethod
+    def of(cls, tables: Tables, directory: str | None = None) -> Experiment:
+        """One directory of some tables, by the name recorded there; None: the only one. Raises UserError if absent."""
+        known = tables.sources["directory"].tolist()
+        if directory not in known if directory is not None else len(known) != 1:
+            raise UserError("the tables hold no such directory", got=directory or "no name", allowed=", ".join(known))
+        return cls(tables.of([directory or known[0]]))
 
     @cached_property
-    def tables(self) -> Tables:
-        """The tidy tables that figures, claims and statistics are made from."""
-        return load([self.path])
+    def source(self) -> pd.Series:
+        """What is known of the directory as a whole (see `sources.source_row`)."""
+        return self.tables.sources.iloc[0]
+
+    @property
+    def directory(self) -> str:
+        """Where the run or sweep was when it was read."""
+        return str(self.source["directory"])
+
+    @property
+    def path(self) -> Path:
+        """The same as a path, which need not exist any more."""
+        return Path(self.directory)
+
+    @property
+    def name(self) -> str:
+        """The name its manifest gives it."""
+        return str(self.source["name"])
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """Provenance as recorded."""
+        found: dict[str, Any] = json.loads(self.source["manifest"])
+        return found
+
+    @cached_property
+    def recipe(self) -> dict[str, Any]:
+        """The resolved recipe as plain values; empty where it could not be read."""
+        return parsed_recipe(str(self.source["recipe"]))
+
+    @property
+    def metric(self) -> str:
+        """The metric that was optimised, or that a single run is judged by."""
+        return str(self.source["metric"])
+
+    @property
+    def direction(self) -> metrics.Direction:
+        """The metric's better end."""
+        return "maximize" if self.source["maximize"] else "minimize"
+
+    @cached_property
+    def seeds(self) -> list[int]:
+        """The seeds that each configuration is to run on."""
+        return [int(seed) for seed in json.loads(self.source["seeds"])]
+
+    @cached_property
+    def problems(self) -> int | None:
+        """Held-out problems behind each score; None where unknown, or where no score is a share of right answers."""
+        problems, shares = (
+            self.source["problems"],
+            self.metric == DEFAULT_METRIC or self.metric.startswith("eval/pass@"),
+        )
+        if not shares or pd.isna(problems):
+            return None
+        samples = (self.recipe.get("generator") or {}).get("eval_n_samples_per_prompt") or 1
+        total = int(problems) if self.metric != DEFAULT_METRIC else int(problems) * samples
+        found = [float(share) for name in (self.metric, f"base/{self.metric}") for share in self.trials[name].dropna()]
+        return int(problems) if stats.counts_right_answers(found, total) else None
+
+    @cached_property
+    def trials(self) -> pd.DataFrame:
+        """A row per trial (see `rows.as_trials`)."""
+        return as_trials(self.tables.runs, self.metric)
+
+    @property
+    def steps(self) -> pd.DataFrame:
+        """A row per run and logged step."""
+        return self.tables.steps
 
     @property
     def is_sweep(self) -> bool:
         """Whether this is a sweep rather than a single run."""
-        return self.manifest.get("kind") == "sweep"
+        return bool(self.source["kind"] == "sweep")
 
     @property
     def finished(self) -> bool:
         """Whether the whole run or sweep has ended."""
-        return self.manifest.get("status") not in (Status.CREATED.value, Status.RUNNING.value)
+        return self.source["status"] not in (Status.CREATED.value, Status.RUNNING.value)
 
     @cached_property
     def complete(self) -> pd.DataFrame:
@@ -131,42 +178,3 @@ class Experiment:
         points = pd.DataFrame({"lr": table[LR], "score": table["mean"], "finished": table["whole"]})
         worst = points["score"].min() if self.direction == "maximize" else points["score"].max()
         return stats.basin(points, worst if self.base is None else self.base, self.direction)
-
-
-def _seeds(recipe: dict[str, Any]) -> list[int] | None:
-    """The seeds that a sweep's recipe names; None where it names none, or nonsense."""
-    sweep = recipe.get("sweep")
-    seeds = sweep.get("seeds") if isinstance(sweep, dict) else None
-    return seeds if isinstance(seeds, list) and all(isinstance(seed, int) for seed in seeds) else None
-
-
-def _binomial_problems(
-    manifest: dict[str, Any], recipe: dict[str, Any], metric: str, trials: pd.DataFrame
-) -> int | None:
-    """Held-out problems behind each score, counted in the very files the run used, if scores are shares of them."""
-    if metric != "eval/accuracy" and not metric.startswith("eval/pass@"):
-        return None
-    counts = [_rows(name, manifest) for name in (recipe.get("data") or {}).get("val_data") or []]
-    if not counts or None in counts:
-        return None
-    problems = sum(count for count in counts if count is not None)
-    samples = (recipe.get("generator") or {}).get("eval_n_samples_per_prompt") or 1
-    shares = [float(share) for name in (metric, f"base/{metric}") for share in trials[name].dropna()]
-    total = problems if metric.startswith("eval/pass@") else problems * samples
-    return problems if problems and stats.counts_right_answers(shares, total) else None
-
-
-def _rows(name: str, manifest: dict[str, Any]) -> int | None:
-    """Rows of a data file that still is the one the manifest names; None when it is gone or has changed.
-
-    The name is the run directory's: any other file, a device or a pipe is not opened for it.
-    """
-    found, recorded = locate(name) if isinstance(name, str) else None, (manifest.get("data") or {}).get(name)
-    if found is None or not recorded or not found.is_file() or found.suffix not in DATA_FILES:
-        return None
-    if digest_path(name) != recorded:
-        return None
-    if found.suffix == ".parquet":
-        return int(pq.read_metadata(found).num_rows)
-    with found.open("rb") as file:
-        return sum(1 for line in file if line.strip())

@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from analysis.records import Record, check_own, lookup, read_recipe
+from analysis.records import Record, check_own, lookup
 from harness import advice
 from harness.errors import UserError
 from harness.paths import locate
@@ -46,7 +46,7 @@ def facts(directory: Path, record: Record, metric: str, maximize: bool) -> dict[
     `context` a digest that equal experiments share which differ only in what the claims vary.
     """
     run = RunDir(directory / record.run_dir)
-    recipe = read_recipe(run.path)
+    recipe = record.recipe
     rank, lora = _int(lookup(recipe, "trainer.policy.model.lora.rank")), "trainer.policy.model.lora"
     path = lookup(recipe, "trainer.policy.model.path")
     config = advice.stored_config(path) if isinstance(path, str) else {}

@@ -10,7 +10,6 @@ import pandas as pd
 
 from analysis import labels, stats
 from analysis.experiment import Experiment
-from analysis.load import load_samples
 from harness import metrics
 
 SHOWN_PROBLEMS = 4
@@ -38,8 +37,9 @@ class Problem:
 
 def problems(experiment: Experiment, run_dir: str) -> list[Problem]:
     """The first held-out problems that both step 0 and the last evaluation of a run kept completions of."""
-    samples = load_samples(experiment.path, run_dir=run_dir)
-    samples = samples[samples["phase"] == "eval"].drop_duplicates(["step", "index"])
+    samples = experiment.tables.samples
+    kept = (samples["run_dir"] == run_dir) & (samples["phase"] == "eval")
+    samples = samples[kept].drop_duplicates(["step", "index"])
     if samples.empty or samples["step"].max() == 0:
         return []
     last = int(samples["step"].max())

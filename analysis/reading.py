@@ -10,7 +10,7 @@ import pandas as pd
 from analysis import labels, stats
 from analysis.experiment import Experiment
 from analysis.labels import LR, MAIN_KEYS, RANK, TARGETS
-from analysis.records import lookup, read_recipe
+from analysis.records import lookup
 from harness import metrics
 from harness.rundir import Status
 
@@ -49,7 +49,7 @@ def answer(experiment: Experiment) -> Answer:
 
 def settings_of(experiment: Experiment, trial: pd.Series) -> dict[str, Any]:
     """Rank, alpha, learning rate and target modules of a trial, swept or not, then its other swept keys."""
-    recipe = read_recipe(experiment.path / str(trial["run_dir"]))
+    recipe = experiment.recipe
     values: dict[str, Any] = {}
     for key in (*MAIN_KEYS, *experiment.axes):
         values[key] = trial[key] if key in trial.index else lookup(recipe, key)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,12 @@ from harness.rundir import RunDir, Status
 UNREADABLE = "UNREADABLE"
 # A swept key names a column and a figure's file.
 _KEY = re.compile(r"(?=.{3,200}$)[A-Za-z_]\w*(\.\w+)+", re.ASCII)
+# PyYAML's parser in C takes a tenth of the time, but what is nested deep enough overflows its stack: only short texts.
+_FastLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_SHORT = 20_000
 # The parts of a manifest that the tables are made from, each of this type or absent.
 _STRUCTURE: dict[str, type] = {
+    "seed": int,
     "trial": dict,
     "trial.number": int,
     "trial.configuration": int,
@@ -52,6 +56,7 @@ class Record:
     reason: str | None = None
     manifest: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, float]] = field(default_factory=list)
+    recipe: dict[str, Any] = field(default_factory=dict)
 
     @property
     def trial(self) -> dict[str, Any]:
@@ -60,14 +65,19 @@ class Record:
 
     def identity(self) -> dict[str, Any]:
         """The columns that say which run a row of any table belongs to."""
-        seed = self.trial.get("seed", self.manifest.get("seed"))
         return {
             "number": self.trial.get("number"),
             "configuration": self.trial.get("configuration"),
-            "seed": seed,
+            "seed": self.seed,
             "status": self.status,
             "confirm": bool(self.trial.get("confirm")),
         }
+
+    @property
+    def seed(self) -> int | None:
+        """The seed of a trial, else of the run."""
+        seed: int | None = self.trial.get("seed", self.manifest.get("seed"))
+        return seed
 
     @property
     def params(self) -> dict[str, Any]:
@@ -78,7 +88,9 @@ class Record:
     def seconds(self) -> float | None:
         """Seconds the run took; None for one that has not ended."""
         result = self.manifest.get("result") or {}
-        return result.get("seconds", _elapsed(self.manifest))
+        times = times_of(self.manifest)
+        began, ended = times["started"], times["ended"]
+        return result.get("seconds", None if began is None or ended is None else ended - began)
 
 
 def check_own(run: RunDir, *paths: Path) -> None:
@@ -111,29 +123,42 @@ def _trial_record(sweep: RunDir, folder: Path, name: str) -> Record:
 
 def read_record(run: RunDir, name: str) -> Record:
     """One run directory's record; what is damaged becomes its reason."""
+    recipe = read_recipe(run.path)
     try:
         check_own(run, run.manifest, run.metrics)
         manifest = run.read_manifest()
     except (UserError, OSError, ValueError) as error:
-        return Record(name, UNREADABLE, _brief(error))
+        return Record(name, UNREADABLE, _brief(error), recipe=recipe)
     problem = _problem(manifest)
     if problem:
-        return Record(name, UNREADABLE, f"manifest: {problem}")
+        return Record(name, UNREADABLE, f"manifest: {problem}", recipe=recipe)
     try:
         rows = metrics.MetricsFile(run.metrics).rows()
         reason = manifest.get("reason")
     except (UserError, OSError) as error:
         rows, reason = [], f"metrics.jsonl: {_brief(error)}"
-    return Record(name, manifest["status"], reason, manifest, rows)
+    return Record(name, manifest["status"], reason, manifest, rows, recipe)
 
 
 def read_recipe(directory: str | Path) -> dict[str, Any]:
     """The resolved recipe as plain values, whatever version of the schema wrote it; empty when it cannot be read."""
-    run = RunDir(directory)
+    return parsed_recipe(recipe_text(RunDir(directory)))
+
+
+def recipe_text(run: RunDir) -> str:
+    """The resolved recipe as it stands in the directory; empty when it cannot be read."""
     try:
         check_own(run, run.recipe)
-        values = yaml.safe_load(run.recipe.read_text())
-    except (UserError, OSError, ValueError, RecursionError, yaml.YAMLError):
+        return run.recipe.read_text()
+    except (UserError, OSError, ValueError):
+        return ""
+
+
+def parsed_recipe(text: str) -> dict[str, Any]:
+    """A resolved recipe's plain values; empty for damaged YAML."""
+    try:
+        values = yaml.load(text, _FastLoader if len(text) <= _SHORT else yaml.SafeLoader)
+    except (ValueError, RecursionError, yaml.YAMLError):
         return {}
     return values if isinstance(values, dict) else {}
 
@@ -146,15 +171,23 @@ def lookup(values: dict[str, Any], key: str) -> Any:
     return value
 
 
-def _elapsed(manifest: dict[str, Any]) -> float | None:
-    """Seconds from the first RUNNING to the final status; None for a run that has not ended."""
+def times_of(manifest: dict[str, Any]) -> dict[str, float | None]:
+    """When a run was made, `started` (first RUNNING) and `ended` (in a final status), in seconds since 1970, UTC."""
     history = manifest.get("status_history") or []
-    started = [entry["time"] for entry in history if entry["status"] == Status.RUNNING.value]
-    if not started or manifest["status"] in (Status.CREATED.value, Status.RUNNING.value):
-        return None
+    running = next((entry for entry in history if entry["status"] == Status.RUNNING.value), None)
+    ended = history and manifest.get("status") not in (Status.CREATED.value, Status.RUNNING.value)
+    return {
+        "created": _epoch(history[0]) if history else None,
+        "started": _epoch(running) if running else None,
+        "ended": _epoch(history[-1]) if ended else None,
+    }
+
+
+def _epoch(entry: dict[str, Any]) -> float | None:
     try:
-        return (datetime.fromisoformat(history[-1]["time"]) - datetime.fromisoformat(started[0])).total_seconds()
-    except ValueError:
+        stamp = datetime.fromisoformat(entry["time"])
+        return (stamp if stamp.tzinfo else stamp.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
         return None
 
 

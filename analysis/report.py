@@ -56,7 +56,7 @@ def _content(experiment: Experiment) -> dict[str, Any]:
     if not experiment.is_sweep:
         run_dir = "."
     return {
-        "name": experiment.manifest.get("name") or experiment.path.resolve().name,
+        "name": experiment.name,
         "sweep": experiment.is_sweep,
         "metric": labels.metric(experiment.metric),
         "better": "higher" if experiment.direction == "maximize" else "lower",

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from analysis.load import param_columns
+from analysis.rows import param_columns
 from harness.metrics import Direction
 from harness.rundir import Status
 

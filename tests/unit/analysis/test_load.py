@@ -6,14 +6,16 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis.load import Tables, load, load_samples, load_steps, load_trials, param_columns, write_results
+from analysis.load import Tables, load, load_trials, write_results
 from analysis.records import UNREADABLE
+from analysis.rows import param_columns
 from harness.errors import UserError
 from harness.rundir import Status
 from tests.unit.analysis.synthetic import (
     ALPHA,
     BASE,
     LR,
+    PROBLEMS,
     RANK,
     TARGETS,
     Sweep,
@@ -49,7 +51,7 @@ def test_a_row_per_trial_with_its_facts(sweep_dir: Path) -> None:
 
 
 def test_best_and_last_come_from_the_logged_rows(sweep_dir: Path) -> None:
-    steps, trials = load_steps(sweep_dir), load_trials(sweep_dir).set_index("run_dir")
+    steps, trials = load([sweep_dir]).steps, load_trials(sweep_dir).set_index("run_dir")
     for run_dir, rows in steps[steps["step"] > 0].dropna(subset=METRIC).groupby("run_dir"):
         row = trials.loc[str(run_dir)]
         assert row[f"best/{METRIC}"] == rows[METRIC].max()
@@ -95,7 +97,7 @@ def test_a_damaged_manifest_is_a_row_with_a_reason(damaged: Path, text: str, why
     assert row["status"] == UNREADABLE
     assert why in row["reason"]
     assert pd.isna(row["number"])
-    assert set(load_steps(damaged)["run_dir"]) == {"trials/0000", "trials/0002"}
+    assert set(load([damaged]).steps["run_dir"]) == {"trials/0000", "trials/0002"}
 
 
 def test_an_empty_trial_directory_is_a_row_with_a_reason(damaged: Path) -> None:
@@ -117,14 +119,14 @@ def test_damaged_metrics_are_said_and_the_recorded_result_stands(damaged: Path) 
 def test_a_line_cut_short_by_a_kill_is_left_out(damaged: Path) -> None:
     path = damaged / "trials" / "0000" / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 51, "rew')
-    steps = load_steps(damaged)
+    steps = load([damaged]).steps
     assert steps[steps["run_dir"] == "trials/0000"]["step"].max() == 50
 
 
 def test_a_step_logged_twice_counts_once_as_logged_last(damaged: Path) -> None:
     path = damaged / "trials" / "0000" / "metrics.jsonl"
     path.write_text(path.read_text() + json.dumps({"step": 50, METRIC: 0.25}) + "\n")
-    steps = load_steps(damaged)
+    steps = load([damaged]).steps
     again = steps[(steps["run_dir"] == "trials/0000") & (steps["step"] == 50)]
     assert again[METRIC].tolist() == [0.25]
 
@@ -141,7 +143,7 @@ def test_a_single_run_is_one_row(tmp_path: Path) -> None:
     assert len(trials) == 1
     assert (trials.iloc[0]["seed"], trials.iloc[0]["run_dir"]) == (3, ".")
     assert param_columns(trials) == []
-    assert load_steps(path)["step"].tolist() == list(range(0, 51, 5))
+    assert load([path]).steps["step"].tolist() == list(range(0, 51, 5))
 
 
 def test_a_run_that_never_evaluated_is_read_by_its_reward(tmp_path: Path) -> None:
@@ -154,8 +156,8 @@ def test_a_run_that_never_evaluated_is_read_by_its_reward(tmp_path: Path) -> Non
 def test_an_unfinished_sweep_without_trials_has_no_rows(tmp_path: Path) -> None:
     path = write_sweep(tmp_path, Sweep([], status=Status.RUNNING))
     assert load_trials(path).empty
-    assert load_steps(path).empty
-    assert load_samples(path).empty
+    assert load([path]).steps.empty
+    assert load([path]).samples.empty
 
 
 def test_neither_run_nor_sweep(tmp_path: Path) -> None:
@@ -164,7 +166,8 @@ def test_neither_run_nor_sweep(tmp_path: Path) -> None:
 
 
 def test_samples_of_one_run_or_of_all(sweep_dir: Path) -> None:
-    every, one = load_samples(sweep_dir), load_samples(sweep_dir, run_dir="trials/0004")
+    every = load([sweep_dir]).samples
+    one = every[every["run_dir"] == "trials/0004"]
     assert len(every) == 12 * len(one)
     assert set(one["step"]) == {0, 50}
     assert set(one["configuration"]) == {2}
@@ -173,8 +176,8 @@ def test_samples_of_one_run_or_of_all(sweep_dir: Path) -> None:
 def test_damaged_samples_are_left_out_with_a_warning(damaged: Path) -> None:
     (damaged / "trials" / "0000" / "samples" / "step_000050.parquet").write_bytes(b"not parquet")
     with pytest.warns(UserWarning, match="step_000050"):
-        samples = load_samples(damaged, run_dir="trials/0000")
-    assert set(samples["step"]) == {0}
+        samples = load([damaged]).samples
+    assert set(samples.loc[samples["run_dir"] == "trials/0000", "step"]) == {0}
 
 
 def test_results_read_back_equal(tmp_path: Path) -> None:
@@ -244,7 +247,7 @@ def test_tables_read_back_equal_and_name_what_is_missing(sweep_dir: Path, tmp_pa
     tables = load([sweep_dir])
     tables.write(tmp_path / "tables")
     again = Tables.read(tmp_path / "tables")
-    for name in ("runs", "steps", "samples"):
+    for name in ("runs", "steps", "samples", "sources"):
         pd.testing.assert_frame_equal(getattr(again, name), getattr(tables, name), check_dtype=False)
     (tmp_path / "tables" / "steps.parquet").unlink()
     with pytest.raises(UserError, match=r"steps\.parquet"):
@@ -266,3 +269,65 @@ def test_damaged_directories_stay_rows_of_the_tables(damaged: Path) -> None:
     assert (runs["status"] == UNREADABLE).sum() == 1
     # A recipe can be read whatever the manifest is.
     assert runs["context"].notna().sum() == 2
+
+
+def test_runs_that_keep_no_samples_have_none(damaged: Path) -> None:
+    for file in damaged.glob("trials/*/samples/*.parquet"):
+        pd.read_parquet(file).iloc[:0].to_parquet(file)
+    assert load([damaged]).samples.empty
+
+
+def test_sources_have_what_a_page_needs_of_a_directory(sweep_dir: Path, damaged: Path) -> None:
+    sources = load([sweep_dir, damaged]).sources
+    assert sources["kind"].tolist() == ["sweep", "sweep"]
+    assert sources["seeds"].tolist() == ["[0, 1]", "[0]"]
+    assert sources["problems"].tolist() == [PROBLEMS, PROBLEMS]
+    assert json.loads(sources["manifest"].iloc[0])["name"] == "lora_sweep"
+    assert sources["recipe"].iloc[1] == (damaged / "recipe.yaml").read_text()
+    assert (sources["ended"] >= sources["started"]).all()
+
+
+def test_a_run_knows_when_it_ran_and_the_running_one_has_not_ended(sweep_dir: Path) -> None:
+    runs = load([sweep_dir]).runs.set_index("number")
+    history = json.loads((sweep_dir / "trials" / "0004" / "manifest.json").read_text())["status_history"]
+    assert runs.loc[4, "started"] == pd.Timestamp(history[1]["time"]).timestamp()
+    assert runs.loc[4, "ended"] == pd.Timestamp(history[-1]["time"]).timestamp()
+    assert pd.isna(runs.loc[9, "ended"])
+    assert runs["command"].str.startswith("python -m harness.run ").all()
+
+
+def test_a_packs_update_time_is_shared_by_its_members(damaged: Path) -> None:
+    path = damaged / "trials" / "0001" / "metrics.jsonl"
+    path.write_text("".join(f'{{"step": {i}, "timing_s/update": 2.0, "perf/members": 4}}\n' for i in (1, 2)))
+    runs = load([damaged]).runs.set_index("number")
+    assert runs.loc[1, "update_seconds"] == 1.0
+    assert pd.isna(runs.loc[0, "update_seconds"])
+
+
+def test_a_part_of_joint_tables_is_as_if_loaded_alone(sweep_dir: Path, damaged: Path) -> None:
+    joint, alone = load([sweep_dir, damaged]), load([damaged])
+    part = joint.of([alone.sources["directory"].iloc[0]])
+    for name in ("runs", "steps", "samples", "sources"):
+        pd.testing.assert_frame_equal(getattr(part, name), getattr(alone, name), check_dtype=False, check_like=True)
+    again = Tables.joined([joint, alone])
+    pd.testing.assert_frame_equal(again.runs, joint.runs)
+
+
+def test_problems_are_those_logged_where_they_are(damaged: Path) -> None:
+    for file in damaged.glob("trials/*/metrics.jsonl"):
+        file.write_text(file.read_text().replace('"eval/mean_length"', '"eval/num_problems": 500, "eval/mean_length"'))
+    tables = load([damaged])
+    assert tables.sources["problems"].tolist() == [500]
+    assert tables.runs["problems"].tolist() == [500] * 3
+    one = damaged / "trials" / "0001" / "metrics.jsonl"
+    one.write_text(one.read_text().replace("500", "400"))
+    assert load([damaged]).sources["problems"].isna().all(), (
+        "runs that were asked different problems have no one number"
+    )
+
+
+def test_other_peoples_parquet_files_are_no_tables(sweep_dir: Path, tmp_path: Path) -> None:
+    load([sweep_dir]).write(tmp_path)
+    pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "runs.parquet")
+    with pytest.raises(UserError, match=r"lacks columns(.|\n)*runs\.parquet: no directory"):
+        Tables.read(tmp_path)

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.load import load_samples
+from analysis.load import load
 from analysis.stats_questions import outcomes, paired_difference
 
 RNG = np.random.default_rng(7)
@@ -61,7 +61,7 @@ def test_only_what_both_answered_counts() -> None:
 
 
 def test_outcomes_are_the_last_evaluations(sweep_dir: Path) -> None:
-    samples = load_samples(sweep_dir).assign(directory="x")
+    samples = load([sweep_dir]).samples
     last, base = outcomes(samples), outcomes(samples, last=False)
     assert len(last) == 12 * 8
     assert set(base["reward"]) == {0.0}
