@@ -22,7 +22,10 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("recipe", sorted(path.name for path in RECIPES.glob("*.yaml") if path.name != "base.yaml"))
+SHIPPED = sorted(str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.yaml") if path.stem != "base")
+
+
+@pytest.mark.parametrize("recipe", SHIPPED)
 def test_dry_run_loads_nothing_heavy(recipe: str) -> None:
     code = (
         "import sys; from harness.sweep import main\n"
