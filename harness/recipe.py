@@ -13,12 +13,9 @@ import typing
 from collections.abc import Iterator, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
@@ -26,6 +23,9 @@ from harness.errors import UserError, nearest
 from harness.paths import RECIPES
 from harness.schema import Recipe
 from harness.validate import check, check_plain, described, names_of
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
 
 # Names in SkyRL, most of them later ones, of keys that this project spells as the guide does.
 RENAMED = {
@@ -60,6 +60,10 @@ _SUM = "# sha256 "
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file with command-line overrides applied, validated; raises UserError on anything wrong."""
+    # Here, not above: a sweep's many processes only read recipes that were composed before.
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+
     file = find(path)
     overrides = [override for override in overrides if not _without_effect(override)]
     for override in overrides:
@@ -134,9 +138,7 @@ def with_values(recipe: Recipe, values: dict[str, Any]) -> Recipe:
 
 def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     """A copy of a recipe with command-line overrides applied, validated again."""
-    for override in overrides:
-        _check_override(override)
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    parsed = [_check_override(override) for override in overrides]
     return with_values(recipe, {str(one.key_or_group): one.value() for one in parsed})
 
 
@@ -285,9 +287,18 @@ def _one_as_list(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _check_override(override: str) -> None:
+def _parse(override: str) -> Override:
+    """An override by Hydra's grammar; raises HydraException."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return OverridesParser.create().parse_override(override)
+
+
+def _check_override(override: str) -> Override:
+    from hydra.errors import HydraException
+
     try:
-        parsed = OverridesParser.create().parse_override(override)
+        parsed = _parse(override)
     except HydraException as error:
         raise UserError("cannot read an override", got=override, allowed="key=value", fix=_first_line(error)) from None
     if override.startswith(("+", "~")):
@@ -295,6 +306,7 @@ def _check_override(override: str) -> None:
     if parsed.is_sweep_override():
         raise UserError("an override has one value", got=override, fix="name several values under sweep.space")
     _check_key(str(parsed.key_or_group), "the command line")
+    return parsed
 
 
 def _value_error(error: OmegaConfBaseException, source: str) -> UserError:
@@ -329,8 +341,10 @@ def _written(value: Any) -> str:
 
 
 def _reads_back(key: str, value: str) -> bool:
+    from hydra.errors import HydraException
+
     try:
-        return OverridesParser.create().parse_override(f"{key}={value}").value() == value
+        return bool(_parse(f"{key}={value}").value() == value)
     except HydraException:
         return False
 

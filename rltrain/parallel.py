@@ -122,12 +122,12 @@ def shares_base(recipe: Recipe) -> bool:
 
 
 def pack_key(recipe: Recipe) -> tuple[object, ...]:
-    """What two runs must have in common to share a base and an engine."""
+    """What two runs must have in common to share a base and an engine, without importing torch."""
     model, generator = recipe.trainer.policy.model, recipe.generator
     lengths = [generator.max_input_length, generator.sampling_params.max_generate_length,
                generator.eval_sampling_params.max_generate_length]  # fmt: skip
     engine = [generator.backend, generator.gpu_memory_utilization, generator.cpu_kv_cache_gb, generator.max_num_seqs,
               generator.enforce_eager]  # fmt: skip
     rank = 0 if model.lora.rank == 0 else engine_lora_rank(recipe)
-    return (model.path, dtype_of(recipe), device_of(recipe), recipe.trainer.num_threads,
+    return (model.path, model.dtype, recipe.trainer.placement.device, recipe.trainer.num_threads,
             *lengths, *engine, sync_mode(model.lora), rank)  # fmt: skip

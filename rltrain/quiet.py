@@ -22,8 +22,10 @@ def quiet_libraries() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    # The report has scikit-learn; transformers would import it, for a second, to help assistant models guess.
-    setattr(transformers_utils, "is_sklearn_available", lambda: False)  # noqa: B010
+    # The report has both; transformers would import them, for a second or two, to help assistant models guess and to
+    # match boxes in pictures.
+    for name in ("is_sklearn_available", "is_scipy_available"):
+        setattr(transformers_utils, name, lambda: False)
 
 
 def redirect_output(log: Path) -> None:

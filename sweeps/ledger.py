@@ -57,6 +57,10 @@ class Ledger:
         """Write how long the sweep has run, over all its processes."""
         self.sweep_dir.update(seconds=self._before + time.monotonic() - self._began)
 
+    def prepare(self) -> None:
+        """Start what the sweep's trials will share."""
+        self._places.prepare(self.sweep_dir, self.study.num_left)
+
     @property
     def over(self) -> bool:
         """Whether no trial runs, and none is to come."""

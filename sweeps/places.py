@@ -30,9 +30,13 @@ class Hubs(Protocol):
 
 @dataclass
 class Place:
-    """Room for one process: which one is there, what its trials share (None: it is one trial's), and who they are."""
+    """Room for one process: which one is there, what its trials share (None: it is one trial's), and who they are.
+
+    A process that is `new` has had no trial yet, and need not have come up.
+    """
 
     hub: str | None = None
+    new: bool = True
     key: object = None
     room: int = 1
     trials: set[int] = field(default_factory=set)
@@ -44,12 +48,23 @@ class Places:
     def __init__(self, recipe: Recipe, hubs: Hubs | None) -> None:
         """`recipe` is the sweep's; without hubs each trial has a place to itself, and trains in its own process."""
         assert recipe.sweep is not None
+        self._recipe = recipe
         self._places = [Place() for _ in range(recipe.sweep.max_concurrent)]
         self._hubs = hubs
         self._room = trials_per_place(recipe)
         # vLLM does not give all GPU memory back: there, a process for each trial that has no companions.
         self._shares = self._room > 1 or not uses_gpus(recipe)
         self._names = (f"hub{n}" for n in count())
+
+    def prepare(self, run_dir: RunDir, count: int) -> None:
+        """Start processes for the packs of so many trials before any is asked for: base and engine take a while.
+
+        `run_dir` is the sweep's, whose own recipe says what most of its trials share.
+        """
+        recipe = self._recipe
+        if self._hubs is not None and self._room > 1 and shares_base(recipe):
+            for place in self._places[:count]:
+                self._prepare(place, self._hubs, run_dir, pack_key(recipe))
 
     def admit(self, number: int, recipe: Recipe, run_dir: RunDir, *, alone: bool) -> bool:
         """Give a trial a place; False while there is none."""
@@ -73,6 +88,7 @@ class Places:
         """A trial has ended; whether it had, or might have had, companions."""
         place = self._of(number)
         place.trials.remove(number)
+        place.new = False
         in_a_pack = place.room > 1
         if self._hubs is not None and place.hub is not None:
             if self._hubs.lives(place.hub):
@@ -95,9 +111,9 @@ class Places:
     def _prepare(self, place: Place, hubs: Hubs, run_dir: RunDir, key: object) -> None:
         """Have a process in an empty place that this trial can train in: the one that is there, or a new one."""
         if place.hub is not None:
-            if key is not None and place.key == key and hubs.lives(place.hub):
+            if key is not None and place.key == key and (place.new or hubs.lives(place.hub)):
                 return
             hubs.close(place.hub)
-        place.hub, place.key = next(self._names), key
+        place.hub, place.key, place.new = next(self._names), key, True
         place.room = 1 if key is None else self._room
         hubs.open(place.hub, run_dir, place.room)

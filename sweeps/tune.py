@@ -29,6 +29,7 @@ def run(sweep_dir: RunDir, study: Study, progress: Progress, actor: Callable[[],
     ledger = Ledger(sweep_dir, study, progress, RayHubs(recipe, sweep_dir) if packed else None)
     try:
         with _cluster(recipe, sweep_dir.path) as scratch, terminable(), progress:
+            ledger.prepare()
             _fit(ledger, actor or trial_actor, trials.ASKS if packed else trials.place_bundles(recipe), scratch)
     finally:
         ledger.stamp()

@@ -67,6 +67,24 @@ def test_packs_fill_evenly(processes: Processes) -> None:
     assert admit(places, 5, trial(**{LR: 1e-2})) == "hub1"
 
 
+def test_packs_are_started_before_their_trials_are_asked_for(processes: Processes) -> None:
+    places = Places(sweep(max_concurrent=2, pack_size=2), processes)
+    places.prepare(RUN, 1)
+    assert processes.rooms == {"hub0": 2}  # one trial is left: one pack
+    processes.alive.clear()  # it has not come up yet
+    assert [admit(places, number, trial()) for number in range(3)] == ["hub0", "hub1", "hub0"]
+    assert processes.rooms == {"hub0": 2, "hub1": 2}
+
+
+@pytest.mark.parametrize(("size", "values"), [(1, {}), (4, {RANK: 0, SYNC: "merge"})])
+def test_nothing_is_started_for_trials_that_share_nothing(
+    size: int, values: dict[str, Any], processes: Processes
+) -> None:
+    recipe = recipes.with_values(sweep(max_concurrent=1, pack_size=size), values)
+    Places(recipe, processes).prepare(RUN, 8)
+    assert processes.rooms == {}
+
+
 @pytest.mark.parametrize("values", [{RANK: 0, SYNC: "merge"}, {DROPOUT: 0.1}, {SYNC: "merge"}])
 def test_what_cannot_share_gets_a_process_of_its_own(values: dict[str, Any], processes: Processes) -> None:
     places = Places(sweep(max_concurrent=1, pack_size=4), processes)
