@@ -1,0 +1,75 @@
+"""The same configurations as members of packs and each alone: do they end within seed noise, with the same winner?
+
+With one thread the two are the same to the bit. With two, sums are split otherwise, and runs drift apart as they do
+with another seed: what is left between packed and alone is held against what a seed changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from scipy import stats
+
+from harness.rundir import RunDir
+from tests.benchmarks.bench_sweep import CORES, our_sweep
+from tests.benchmarks.side_by_side import write_record
+
+SIZE = 12
+STEPS = 16
+ENGINES = ("transformers", "vllm")
+SEEDS = (0, 1)
+# Two trials at a time, or two packs, so that both ways keep two cores busy with one thread each.
+ONE_THREAD = ["trainer.num_threads=1", f"sweep.max_concurrent={CORES}"]
+TWO_THREADS = [f"trainer.num_threads={CORES}", "sweep.max_concurrent=1"]
+
+
+def main() -> None:
+    """Measure, print, and write `docs/benchmarks/same_answers.json`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", type=int, default=SIZE, help="configurations")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--engines", nargs="*", default=list(ENGINES))
+    options = parser.parse_args()
+    rows = []
+    for engine in options.engines:
+        for threads, given in ((1, ONE_THREAD), (CORES, TWO_THREADS)):
+            rows.append(compare(engine, threads, given, options.size, options.steps))
+            print({key: value for key, value in rows[-1].items() if key != "scores"}, flush=True)
+    write_record("same_answers", __doc__, steps=options.steps, configurations=options.size, seeds=SEEDS, rows=rows)
+
+
+def compare(engine: str, threads: int, given: Sequence[str], size: int, steps: int) -> dict[str, Any]:
+    """Held-out accuracies packed, alone, and packed with another seed; their paired differences."""
+    first, second = (f"sweep.seeds=[{seed}]" for seed in SEEDS)
+    packed = scores(engine, size, steps, [*given, first, f"sweep.pack_size={size}"])
+    alone = scores(engine, size, steps, [*given, first, "sweep.pack_size=1"])
+    reseeded = scores(engine, size, steps, [*given, second, f"sweep.pack_size={size}"])
+    differences = [a - b for a, b in zip(packed, alone, strict=True)]
+    by_seed = [a - b for a, b in zip(packed, reseeded, strict=True)]
+    same = not any(differences)
+    return {
+        "engine": engine, "threads": threads, "configurations": size,
+        "mean_difference": round(mean(differences), 5), "largest_difference": round(max(map(abs, differences)), 5),
+        "sd_of_differences": round(stdev(differences), 5), "sd_between_seeds": round(stdev(by_seed), 5),
+        # Wilcoxon's test has nothing to rank where nothing differs.
+        "p_wilcoxon": 1.0 if same else round(float(stats.wilcoxon(differences, zero_method="zsplit").pvalue), 4),
+        "same_winner": packed.index(max(packed)) == alone.index(max(alone)),
+        "scores": {"packed": packed, "alone": alone, "packed, other seed": reseeded},
+    }  # fmt: skip
+
+
+def scores(engine: str, size: int, steps: int, overrides: Sequence[str]) -> list[float]:
+    """The final held-out accuracy of each configuration."""
+    with tempfile.TemporaryDirectory() as folder:
+        our_sweep(size, Path(folder), [*overrides, f"generator.backend={engine}"], steps)
+        sweep = RunDir(Path(folder) / "sweep")
+        return [sweep.trial(n).read_manifest()["result"]["metrics"]["eval/accuracy"] for n in range(size)]
+
+
+if __name__ == "__main__":
+    main()
