@@ -11,7 +11,7 @@ from tests.benchmarks import figures
 from tests.benchmarks.side_by_side import RESULTS, middle
 
 Record = dict[str, Any]
-SECTIONS = ("single_run", "sweep", "pack", "quickstart", "rollout", "update", "sync", "checks")
+SECTIONS = ("single_run", "sweep", "same_answers", "pack", "quickstart", "rollout", "update", "sync", "checks")
 SAME_SCORE = 0.02  # about one standard error of 512 problems
 
 
@@ -96,6 +96,16 @@ def sweep(record: Record) -> Iterator[Record]:
                       "status history of the trials; sweep.json")  # fmt: skip
 
 
+def same_answers(record: Record) -> Iterator[Record]:
+    """Packed against alone: what is left between them, against what a seed changes; and the winner."""
+    for row in record["rows"]:
+        which = f"{row['configurations']} configurations, {row['engine']}, threads: {row['threads']}"
+        how = f"paired by configuration, Wilcoxon p = {row['p_wilcoxon']:g}; same_answers.json"
+        yield finding(f"spread of packed less alone / of one seed less another, {which}",
+                      ratio(row["sd_of_differences"], row["sd_between_seeds"]), "<= 1", how)  # fmt: skip
+        yield finding(f"packed and alone pick the same winner, {which}", float(row["same_winner"]), ">= 1", how)
+
+
 def pack(record: Record) -> Iterator[Record]:
     """Speedup against its bound, memory, and shares of the peak."""
     for engine, table in record["engines"].items():
@@ -144,8 +154,8 @@ def checks(record: Record) -> Iterator[Record]:
 
 
 JUDGES: dict[str, Callable[[Record], Iterator[Record]]] = {
-    "single_run": single_run, "sweep": sweep, "pack": pack, "quickstart": quickstart, "rollout": rollout, "sync": sync,
-    "checks": checks,
+    "single_run": single_run, "sweep": sweep, "same_answers": same_answers, "pack": pack, "quickstart": quickstart,
+    "rollout": rollout, "sync": sync, "checks": checks,
 }  # fmt: skip
 
 
