@@ -188,6 +188,9 @@ class Hub:
                 seat.add(seat.course.take(rows[seat.member], seconds))
             except Exception as error:
                 fail(seat, error)
+            # Now, not after the others' evaluations: meanwhile the next trial gets ready for the slot.
+            with self._changed:
+                self._changed.notify_all()
 
     def _let_go(self, pack: Pack, seat: Seat) -> None:
         self._aboard.remove(seat)
