@@ -75,6 +75,11 @@ def score(name: str, given: float | None) -> str:
     return f"{given:.3f}" if metrics.lookup(name).unit == "share" else f"{given:.4g}"
 
 
+def signed(name: str, given: float) -> str:
+    """A difference of a metric's values with its sign: `+0.012`."""
+    return f"{given:+.3f}" if metrics.lookup(name).unit == "share" else f"{given:+.4g}"
+
+
 def listed(parts: list[str], last: str = "and") -> str:
     """Words in a row: `a, b and c`."""
     return f" {last} ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)

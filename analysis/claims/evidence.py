@@ -17,10 +17,19 @@ from harness.rundir import Status
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 ALL, ATTENTION, MLP = 0.0, 1.0, 2.0
-_TARGETS = {"all-linear": ALL, "attention": ATTENTION, "mlp": MLP}
+_TARGETS = ("all-linear", "attention", "mlp")  # in the order of their codes
 Column = Literal["rank", "alpha", "scale", "lr", "targets", "batch", "budget", "seed"]
 # Full fine-tuning has neither alpha nor target modules: it belongs to every setting of these.
 _SETTING: tuple[Column, ...] = ("batch", "budget")
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A score with its 95% interval, NaN where chance between seeds is not known."""
+
+    value: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +37,8 @@ class Evidence:
     """Runs that differ only in what claims vary, a column each `[N]`; scores are oriented so that higher is better.
 
     `score` is NaN unless COMPLETE. `bad` runs tell against their learning rate: diverged, or pruned, at `fallback`.
-    `targets` is ALL, ATTENTION, MLP or another code; `scale` is alpha / rank. `curves` `[N, T]` is the training reward.
+    `targets` is ALL, ATTENTION, MLP or another code, a place in `target_names`; `scale` is alpha / rank.
+    `curves` `[N, T]` is the training reward.
     """
 
     rank: Floats
@@ -52,6 +62,7 @@ class Evidence:
     rule_lr: float = math.nan
     sources: tuple[str, ...] = ()
     update_seconds: Floats = field(default_factory=lambda: np.empty(0))
+    target_names: tuple[str, ...] = _TARGETS
 
     @property
     def scale(self) -> Floats:
@@ -107,6 +118,14 @@ class Evidence:
             self.confirm[where], base=self.base,
         )  # fmt: skip
 
+    def level(self, arm: Arm) -> Level:
+        """An arm's best score as the metric counts it, free of the choice; with one seed its best mean as it is."""
+        if arm.peak is None:
+            best = float(arm.means[arm.top]) if arm.eligible.any() else math.nan
+            return Level(self.sign * best, math.nan, math.nan)
+        ends = sorted(self.sign * end for end in arm.peak.interval(0.025))
+        return Level(self.sign * arm.peak.value, *ends)
+
     def arms(self, where: Mask, ranks: Sequence[int]) -> dict[int, Arm]:
         """An arm per rank, for the ranks with a score among some runs."""
         found = {rank: self.arm(where & (self.rank == rank)) for rank in ranks}
@@ -126,8 +145,8 @@ def evidence(runs: pd.DataFrame, steps: pd.DataFrame, context: str | None = None
     rows = runs[runs["context"] == (context or known[0])].sort_values(["directory", "number"])
     sign = 1.0 if bool(rows["maximize"].iloc[0]) else -1.0
     bad = _flag(rows["diverged"]) | (rows["status"] == Status.PRUNED.value).to_numpy(bool, na_value=False)
-    names = [name for name in rows["targets"].dropna().unique() if name not in _TARGETS]
-    codes = {**_TARGETS, **{name: 3.0 + place for place, name in enumerate(sorted(names))}}
+    others = sorted(set(rows["targets"].dropna()) - set(_TARGETS))
+    codes = {name: float(place) for place, name in enumerate((*_TARGETS, *others))}
     score = sign * _real(rows["score"])
     return Evidence(
         rank=_real(rows["rank"]),
@@ -151,6 +170,7 @@ def evidence(runs: pd.DataFrame, steps: pd.DataFrame, context: str | None = None
         rule_lr=float(_real(rows["rule_lr"])[0]),
         sources=tuple(sorted({str(name) for name in rows["source"].dropna()})),
         update_seconds=_real(rows["update_seconds"]) / _real(rows["tokens"]),
+        target_names=tuple(codes),
     )
 
 

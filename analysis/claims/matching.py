@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,6 +19,23 @@ WIDER = 0.1
 SAME_PARAMETERS = 1.25
 # What an adapter's parameter holds and an episode teaches, in bits (LoRA Without Regret).
 BITS_PER_PARAMETER = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """An arm on some target modules: its rank, and its trained parameters (0 where unknown)."""
+
+    arm: Arm
+    rank: int
+    parameters: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two arms that differ in their target modules, and in nothing else that matters to the comparison."""
+
+    first: Placed
+    second: Placed
 
 
 def rank_one_reaches(e: Evidence) -> Finding | Block:
@@ -71,7 +89,7 @@ def rank_one_is_wider(e: Evidence) -> Finding | Block:
 def attention_is_worse(e: Evidence) -> Finding | Block:
     """4a: MLP-only less attention-only at equal trained parameters, over all such pairs of ranks."""
     for stratum in e.strata(e.lora, "batch", "budget", "alpha"):
-        pairs = _equal_parameters(e, stratum)
+        pairs = equal_parameters(e, stratum, MLP, ATTENTION)
         if pairs:
             return _placements(e, pairs, "MLP-only", "attention-only", tost=False)
     return Block(
@@ -83,12 +101,7 @@ def attention_is_worse(e: Evidence) -> Finding | Block:
 def all_is_like_mlp(e: Evidence) -> Finding | Block:
     """4b: equivalence of all layers and MLP-only at equal rank."""
     for stratum in e.strata(e.lora, "batch", "budget", "alpha"):
-        pairs = []
-        for rank in e.ranks(stratum):
-            here = stratum & (e.rank == rank)
-            everywhere, mlp = e.arm(here & (e.targets == ALL)), e.arm(here & (e.targets == MLP))
-            if everywhere is not None and mlp is not None:
-                pairs.append((everywhere, mlp))
+        pairs = equal_rank(e, stratum, ALL, MLP)
         if pairs:
             return _placements(e, pairs, "all layers", "MLP-only", tost=True)
     return Block("no all-linear and MLP-only runs at the same rank", "")
@@ -97,7 +110,7 @@ def all_is_like_mlp(e: Evidence) -> Finding | Block:
 def large_batches_hurt(e: Evidence) -> Finding | Block:
     """5: what the larger batch costs each rank, less what it costs full fine-tuning."""
     for stratum in e.strata(e.lora, "targets", "alpha"):
-        sides = _batches(e, stratum)
+        sides = _smallest_and_largest(by_batch(e, stratum))
         if sides is not None:
             return _batch_costs(e, *sides)
     return Block("no two batch sizes with runs of LoRA and of full fine-tuning", "")
@@ -138,27 +151,39 @@ def _width_at_least(arm: Arm) -> tuple[Estimate, bool]:
     return Estimate(float(seen.mean()), float(seen.std(ddof=1)) / math.sqrt(len(seen)), len(seen) - 1.0), True
 
 
-def _equal_parameters(e: Evidence, stratum: Mask) -> list[tuple[Arm, Arm]]:
-    """MLP-only and attention-only arms with about as many parameters, each used once, the nearest first."""
-    sides = {}
-    for code in (MLP, ATTENTION):
-        here = stratum & (e.targets == code)
-        found = {rank: e.arm(here & (e.rank == rank)) for rank in e.ranks(here)}
-        size = {rank: np.nanmax(e.parameters[here & (e.rank == rank)], initial=0) for rank in found}
-        sides[code] = [(math.log(size[rank]), arm) for rank, arm in found.items() if arm is not None and size[rank] > 0]
+def equal_rank(e: Evidence, stratum: Mask, first: float, second: float) -> list[Pair]:
+    """Arms of two sets of target modules at each rank that both ran."""
+    ones, others = _by_rank(e, stratum, first), _by_rank(e, stratum, second)
+    return [Pair(ones[rank], others[rank]) for rank in sorted(set(ones) & set(others))]
+
+
+def equal_parameters(e: Evidence, stratum: Mask, first: float, second: float) -> list[Pair]:
+    """Arms of two sets of target modules with about as many parameters, each used once, the nearest first."""
+    sides = [[arm for arm in _by_rank(e, stratum, code).values() if arm.parameters > 0] for code in (first, second)]
     near = sorted(
-        ((abs(a - b), i, j) for i, (a, _) in enumerate(sides[MLP]) for j, (b, _) in enumerate(sides[ATTENTION])),
+        (abs(math.log(one.parameters / other.parameters)), i, j)
+        for i, one in enumerate(sides[0])
+        for j, other in enumerate(sides[1])
     )
-    pairs: list[tuple[Arm, Arm]] = []
-    used: set[tuple[float, int]] = set()
+    pairs: list[Pair] = []
+    used: set[tuple[int, int]] = set()
     for distance, i, j in near:
-        if distance <= math.log(SAME_PARAMETERS) and not used & {(MLP, i), (ATTENTION, j)}:
-            used |= {(MLP, i), (ATTENTION, j)}
-            pairs.append((sides[MLP][i][1], sides[ATTENTION][j][1]))
+        if distance <= math.log(SAME_PARAMETERS) and not used & {(0, i), (1, j)}:
+            used |= {(0, i), (1, j)}
+            pairs.append(Pair(sides[0][i], sides[1][j]))
     return pairs
 
 
-def _placements(e: Evidence, pairs: list[tuple[Arm, Arm]], first: str, second: str, *, tost: bool) -> Finding | Block:
+def _by_rank(e: Evidence, stratum: Mask, code: float) -> dict[int, Placed]:
+    """The arm of one set of target modules at each rank, with its trained parameters (0 where unknown)."""
+    here = stratum & (e.targets == code)
+    arms = e.arms(here, e.ranks(here))
+    sizes = {rank: np.nanmax(e.parameters[here & (e.rank == rank)], initial=0) for rank in arms}
+    return {rank: Placed(arm, rank, float(sizes[rank])) for rank, arm in arms.items()}
+
+
+def _placements(e: Evidence, placed: list[Pair], first: str, second: str, *, tost: bool) -> Finding | Block:
+    pairs = [(pair.first.arm, pair.second.arm) for pair in placed]
     for one, other in pairs:
         block = not_learned(one, first) or (not_learned(other, second) if tost else None)
         if block is not None:
@@ -191,23 +216,30 @@ def _placements(e: Evidence, pairs: list[tuple[Arm, Arm]], first: str, second: s
     )  # fmt: skip
 
 
-def _batches(e: Evidence, stratum: Mask) -> tuple[dict[int, Arm], dict[int, Arm], tuple[float, float]] | None:
-    """Arms by rank (0 full) at the smallest and the largest batch that LoRA and full fine-tuning both ran at."""
-    sides = {}
+def by_batch(e: Evidence, stratum: Mask) -> dict[float, dict[int, Arm]]:
+    """Arms by batch size and rank (0 full fine-tuning), each size at one length: full fine-tuning's, where it ran."""
+    found = {}
     for size in np.unique(e.batch[stratum]):
-        settings = [part for part in e.strata(stratum & (e.batch == size), "budget") if e.full_like(part).any()]
-        if settings:
-            full = e.arm(e.full_like(settings[0]))
-            arms = e.arms(settings[0], e.ranks(settings[0]))
-            if full is not None and arms:
-                sides[float(size)] = {0: full, **arms}
-    if len(sides) < 2:
+        parts = list(e.strata(stratum & (e.batch == size), "budget"))
+        if parts:
+            part = next((part for part in parts if e.full_like(part).any()), parts[0])
+            full = e.arm(e.full_like(part))
+            found[float(size)] = ({0: full} if full is not None else {}) | e.arms(part, e.ranks(part))
+    return found
+
+
+def _smallest_and_largest(
+    sizes: dict[float, dict[int, Arm]],
+) -> tuple[dict[int, Arm], dict[int, Arm], tuple[float, float]] | None:
+    """Arms by rank at the smallest and the largest batch that LoRA and full fine-tuning both ran at."""
+    both = {size: arms for size, arms in sizes.items() if 0 in arms and len(arms) > 1}
+    if len(both) < 2:
         return None
-    small, large = min(sides), max(sides)
-    shared = [rank for rank in sides[small] if rank in sides[large]]
+    small, large = min(both), max(both)
+    shared = [rank for rank in both[small] if rank in both[large]]
     if len(shared) < 2:
         return None
-    return {r: sides[small][r] for r in shared}, {r: sides[large][r] for r in shared}, (small, large)
+    return {r: both[small][r] for r in shared}, {r: both[large][r] for r in shared}, (small, large)
 
 
 def _batch_costs(

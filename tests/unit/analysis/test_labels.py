@@ -40,6 +40,11 @@ def test_scores_by_unit() -> None:
     assert labels.score("eval/accuracy", float("nan")) == "–"
 
 
+def test_differences_have_their_sign() -> None:
+    assert [labels.signed("eval/accuracy", given) for given in (0.0123, -0.5)] == ["+0.012", "-0.500"]
+    assert labels.signed("loss", 0.123456) == "+0.1235"
+
+
 def test_words_in_a_row() -> None:
     assert labels.listed(["a"]) == "a"
     assert labels.listed(["a", "b", "c"]) == "a, b and c"
