@@ -29,20 +29,23 @@ def main(argv: list[str]) -> int:
     from sweeps import session as sessions
 
     if options.resume is None:
-        session = sessions.start(_recipe(options), options.overrides)
+        session = sessions.start(_recipe(options), options.overrides, options.confirm)
     else:
-        session = sessions.resume(options.resume or None, options.recipe, options.overrides)
+        session = sessions.resume(options.resume or None, options.recipe, options.overrides, options.confirm)
     return _run(session)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Recipe, overrides, `resume` (None, a directory, or "" for the recipe's own) and `dry_run`, in any order."""
+    """Recipe, overrides, `resume` (None, a directory, or "" for the recipe's), `confirm`, `dry_run`, in any order."""
     parser = Parser(prog="harness.sweep", description="Run the sweep of a recipe: sweep.space, over sweep.seeds.")
     parser.add_argument("arguments", nargs="*", metavar="RECIPE key=value",
                         help="e.g. recipes/quickstart.yaml sweep.num_trials=24")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the space, the first trials and the cost")
     parser.add_argument("--resume", nargs="?", const="", metavar="DIR", help="go on with the sweep in this directory")
+    parser.add_argument("--confirm", type=int, metavar="K", help="at the end run the K best again, on fresh seeds")
     options = parser.parse_intermixed_args(argv)
+    if options.confirm is not None and options.confirm < 1:
+        raise UserError("--confirm is how many of the best to run again", got=options.confirm, allowed=">= 1")
     words = list(options.arguments)
     # `--resume` takes the next word, whichever of the three it is.
     if options.resume and not Path(options.resume).is_dir() and ("=" in options.resume or _is_recipe(options.resume)):
@@ -73,7 +76,7 @@ def _dry_run(options: argparse.Namespace) -> int:
         raise UserError("--dry-run shows a sweep before it starts", got="--resume", fix="leave out one of the two")
     source = _recipe(options)
     recipe = recipes.load(source, options.overrides)
-    print(dry_run.describe(plan.build(recipe), source))
+    print(dry_run.describe(plan.build(recipe), source, confirm=options.confirm or 0))
     for note in dry_run.notes(recipe, options.overrides):
         print(note)
     return 0
@@ -84,14 +87,15 @@ def _run(session: Session) -> int:
     from sweeps.trials import at_a_time
 
     place = shown(session.sweep_dir.path)
-    print(f"sweep {place}: {session.plan.num_runs} runs, {at_a_time(session.plan.recipe)}", flush=True)
+    again = f", then the best {session.confirm} again on fresh seeds" if session.confirm else ""
+    print(f"sweep {place}: {session.plan.num_runs} runs{again}, {at_a_time(session.plan.recipe)}", flush=True)
     try:
         study = sessions.run(session)
     except KeyboardInterrupt:
         print(f"stopped; go on with: python -m harness.sweep --resume {place}", file=sys.stderr)
         raise
     if study.exhausted:
-        print(f"the space is exhausted after {len(study.trials())} runs: sweep.num_trials asks for more")
+        print(f"the space is exhausted after {len(study.swept())} runs: sweep.num_trials asks for more")
     return _finish(session, study, place)
 
 

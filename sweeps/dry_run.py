@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from harness import recipe as recipes
@@ -18,9 +19,15 @@ from sweeps.trials import at_a_time, trials_at_once
 SHOWN = 8
 
 
-def describe(plan: Plan, source: str) -> str:
-    """The whole text."""
-    parts = [_settings(plan, source), _space(plan), _first_trials(plan), _costs(plan, source)]
+def describe(plan: Plan, source: str, *, confirm: int = 0) -> str:
+    """The whole text; `confirm` is how many of the best configurations are to run again on fresh seeds."""
+    again = min(confirm, plan.num_configurations) * len(plan.fresh_seeds)
+    parts = [
+        _settings(plan, source, again),
+        _space(plan),
+        _first_trials(plan),
+        _costs(plan, source, plan.num_runs + again),
+    ]
     return "\n\n".join(part for part in [*parts, _missing(plan.recipe)] if part)
 
 
@@ -79,7 +86,7 @@ def _run_cost(recipe: Recipe) -> str:
     )
 
 
-def _settings(plan: Plan, source: str) -> str:
+def _settings(plan: Plan, source: str, again: int) -> str:
     sweep, size = plan.sweep, plan.space.size
     seeds = len(sweep.seeds)
     runs = f"{plan.num_configurations} configurations x {seeds} seed{'s' * (seeds > 1)} = {plan.num_runs} runs"
@@ -91,6 +98,9 @@ def _settings(plan: Plan, source: str) -> str:
         ["pruner", pruner],
         ["seeds", ", ".join(map(str, sweep.seeds))],
     ]
+    if again:
+        best, fresh = again // len(plan.fresh_seeds), ", ".join(map(str, plan.fresh_seeds))
+        rows.append(["confirm", f"the best {best} again, on seeds {fresh}: {again} runs more"])
     if size is not None and size < sweep.num_trials:
         rows.append(["note", f"the space has no more than {size} configurations: sweep.num_trials={sweep.num_trials}"])
     return f"sweep of {source}\n{_table(rows)}"
@@ -113,15 +123,14 @@ def _first_trials(plan: Plan) -> str:
     return f"first trials{'' if fixed else ' (later ones depend on results)'}\n{_table(rows)}"
 
 
-def _costs(plan: Plan, source: str) -> str:
+def _costs(plan: Plan, source: str, runs: int) -> str:
     found = costs(plan)
     if not found:
         return "cost: unknown until the data is there"
-    runs, speed = plan.num_runs, pace(plan, source)
     rows = [["", "a run", f"all {runs}"]]
     for name, take, text in _cost_lines(found):
         rows.append([name, _span([text(take(c)) for c in found]), _span([text(take(c) * runs) for c in found])])
-    return "cost" + "\n" + _table([*rows, _time(plan, found, speed)])
+    return "cost" + "\n" + _table([*rows, _time(plan, found, pace(plan, source), runs)])
 
 
 def _cost_lines(found: Sequence[Cost]) -> list[tuple[str, Callable[[Cost], float], Callable[[float], str]]]:
@@ -129,7 +138,7 @@ def _cost_lines(found: Sequence[Cost]) -> list[tuple[str, Callable[[Cost], float
     lines: list[tuple[str, Callable[[Cost], float], Callable[[float], str]]] = [
         ("steps", lambda c: c.steps, _count),
         ("training samples", lambda c: c.training_samples, _count),
-        ("evaluation samples", lambda c: c.evaluation_samples, _count),
+        ("evaluation samples", lambda c: math.nan if c.evaluation_samples is None else c.evaluation_samples, _count),
         ("tokens, at most", lambda c: c.tokens, _count),
     ]
     if found[-1].flops is not None:
@@ -137,13 +146,13 @@ def _cost_lines(found: Sequence[Cost]) -> list[tuple[str, Callable[[Cost], float
     return lines
 
 
-def _time(plan: Plan, found: Sequence[Cost], speed: Pace | None) -> list[str]:
+def _time(plan: Plan, found: Sequence[Cost], speed: Pace | None, runs: int) -> list[str]:
     if speed is None:
         return ["time", "unknown until a first run", ""]
     a_run = [cost.steps * speed.seconds_per_step for cost in found]
-    together = min(trials_at_once(plan.recipe), plan.num_runs)
+    together = min(trials_at_once(plan.recipe), runs)
     source = f"(median of {speed.num_runs} earlier run{'s' * (speed.num_runs > 1)})"
-    total = _span([duration(seconds * plan.num_runs / together) for seconds in a_run])
+    total = _span([duration(seconds * runs / together) for seconds in a_run])
     return ["time", f"about {_span([duration(seconds) for seconds in a_run])}", f"about {total} {source}"]
 
 
@@ -155,6 +164,8 @@ def _missing(recipe: Recipe) -> str:
 
 
 def _count(value: float) -> str:
+    if math.isnan(value):
+        return "not counted: no data yet"
     return f"{int(value):,}" if value < 1e7 else f"{value / 1e6:,.0f} M"
 
 

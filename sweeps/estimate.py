@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,15 +28,20 @@ COST_KEYS = frozenset({
     "generator.max_input_length", "generator.sampling_params.max_generate_length",
     "generator.eval_sampling_params.max_generate_length",
 })  # fmt: skip
+# Billions of parameters in a model's name.
+_IN_NAME = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?)[bB](?![a-zA-Z])")
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """One run's cost. Token counts are upper bounds: every prompt and completion as long as it may be."""
+    """One run's cost. Token counts are upper bounds: every prompt and completion as long as it may be.
+
+    `evaluation_samples` is None, and evaluations are not counted, while the held-out data is not there.
+    """
 
     steps: int
     training_samples: int
-    evaluation_samples: int
+    evaluation_samples: int | None
     tokens: int
     flops: float | None
 
@@ -49,7 +55,7 @@ class Pace:
 
 
 def costs(plan: Plan) -> list[Cost]:
-    """The cheapest and the dearest run of a sweep, one cost when these are equal; empty when data files are missing."""
+    """The cheapest and the dearest run of a sweep, one cost when these are equal; empty where `run_cost` has none."""
     if run_cost(plan.recipe) is None:
         return []
     base = recipes.with_values(plan.recipe, {"sweep": None})
@@ -66,21 +72,22 @@ def costs(plan: Plan) -> list[Cost]:
 
 
 def run_cost(recipe: Recipe) -> Cost | None:
-    """One run's cost; None when data files are missing."""
+    """One run's cost; None where training data is missing whose size decides on the number of steps."""
     num_train, num_val = (count_rows(paths) for paths in (recipe.data.train_data, recipe.data.val_data))
-    return None if num_train is None or num_val is None else cost(recipe, num_train, num_val)
+    return None if num_train is None and recipe.trainer.max_steps is None else cost(recipe, num_train, num_val)
 
 
-def cost(recipe: Recipe, num_train: int, num_val: int) -> Cost:
-    """One run's cost, from the numbers of its training and evaluation problems."""
+def cost(recipe: Recipe, num_train: int | None, num_val: int | None) -> Cost:
+    """One run's cost, from the numbers of its training and evaluation problems; None: not known."""
     trainer, generator = recipe.trainer, recipe.generator
-    steps = trainer.max_steps or trainer.epochs * (num_train // trainer.train_batch_size)
+    steps = trainer.max_steps or trainer.epochs * ((num_train or 0) // trainer.train_batch_size)
     training = steps * trainer.train_batch_size * generator.n_samples_per_prompt
     times = math.ceil(steps / trainer.eval_interval) if trainer.eval_interval else 1
-    evaluation = (times + trainer.eval_before_train) * num_val * generator.eval_n_samples_per_prompt
+    evaluation = (times + trainer.eval_before_train) * (num_val or 0) * generator.eval_n_samples_per_prompt
     trained = training * (generator.max_input_length + generator.sampling_params.max_generate_length)
     evaluated = evaluation * (generator.max_input_length + generator.eval_sampling_params.max_generate_length)
-    return Cost(steps, training, evaluation, trained + evaluated, _flops(recipe, trained, evaluated))
+    counted = None if num_val is None else evaluation
+    return Cost(steps, training, counted, trained + evaluated, _flops(recipe, trained, evaluated))
 
 
 def count_rows(paths: Sequence[str]) -> int | None:
@@ -128,18 +135,24 @@ def _flops(recipe: Recipe, trained: int, evaluated: int) -> float | None:
     Sampled tokens go through sampling, old log-probabilities, forward and backward; LoRA's backward skips the weights'
     gradients.
     """
-    config = locate(f"{recipe.trainer.policy.model.path}/config.json")
-    if config is None or recipe.trainer.placement.device is Device.cpu:
-        return None
-    try:
-        parameters = count_parameters(json.loads(config.read_text()))
-    except (OSError, ValueError):
-        return None
-    if parameters is None:
+    parameters = _parameters(recipe.trainer.policy.model.path)
+    if parameters is None or recipe.trainer.placement.device is Device.cpu:
         return None
     backward = 4 if recipe.trainer.policy.model.lora.rank == 0 else 2
     passes = 2 + 2 + 2 + backward + (2 if recipe.trainer.algorithm.use_kl_loss else 0)
     return float(parameters) * (passes * trained + 2 * evaluated)
+
+
+def _parameters(path: str) -> float | None:
+    """Of a local model by its config.json; of a hub's by its name, which says so (Qwen2.5-0.5B)."""
+    config = locate(f"{path}/config.json")
+    if config is None:
+        named = _IN_NAME.search(path)
+        return float(named[1]) * 1e9 if named else None
+    try:
+        return count_parameters(json.loads(config.read_text()))
+    except (OSError, ValueError):
+        return None
 
 
 def count_parameters(config: dict[str, Any]) -> int | None:

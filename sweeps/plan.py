@@ -70,6 +70,12 @@ class Plan:
         return self.num_configurations * len(self.sweep.seeds)
 
     @property
+    def fresh_seeds(self) -> range:
+        """Seeds that no trial of the sweep has, for those that confirm: as many, and at least two for an interval."""
+        first = max(self.sweep.seeds) + 1
+        return range(first, first + max(2, len(self.sweep.seeds)))
+
+    @property
     def num_random(self) -> int:
         """Configurations that TPE draws at random: Optuna's 10 would leave a small sweep none to learn from."""
         return min(10, max(2, self.num_configurations // 3))

@@ -61,7 +61,8 @@ class Progress:
         """A trial was given to a worker."""
         self._running[trial.number] = Running(trial, run_dir, time.monotonic())
         self._count()
-        self._say(f"trial {trial.number} begins: {self._label(trial)}")
+        confirms = f", confirms configuration {trial.configuration}" if trial.confirm else ""
+        self._say(f"trial {trial.number} begins: {self._label(trial)}{confirms}")
 
     def evaluated(self, number: int, step: int, total_steps: int, value: float | None) -> None:
         """A trial came by an evaluation."""
@@ -125,7 +126,7 @@ class Progress:
         """Take the counts and the best from the study: once an event, not once a frame."""
         counts, self._left = self.study.counts(), self.study.num_left
         self._summary = (f"{counts['COMPLETE']} complete, {counts['PRUNED']} pruned, {counts['FAIL']} failed, "
-                         f"{self._left} left of {self.study.plan.num_runs}")  # fmt: skip
+                         f"{self._left} left of {self.study.num_runs}")  # fmt: skip
         self._best = ""
         best = self.study.best
         if best is not None:

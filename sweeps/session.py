@@ -36,9 +36,11 @@ class Session:
 
     plan: Plan
     sweep_dir: RunDir
+    confirm: int | None = None
+    """How many of the best configurations are to run again on fresh seeds; None: as many as asked for before."""
 
 
-def start(source: str, overrides: Sequence[str]) -> Session:
+def start(source: str, overrides: Sequence[str], confirm: int | None = None) -> Session:
     """A new sweep's directory; raises UserError for anything wrong, and for a directory that exists."""
     recipe = recipes.load(source, overrides)
     plan = plans.build(recipe)
@@ -47,7 +49,7 @@ def start(source: str, overrides: Sequence[str]) -> Session:
         raise UserError("this directory exists", got=shown(sweep_dir.path),
                         fix=f"go on with --resume {shown(sweep_dir.path)}, or choose another "
                             "trainer.run_name")  # fmt: skip
-    session = _session(recipe, plan, sweep_dir)
+    session = _session(recipe, plan, sweep_dir, confirm)
     recipe = session.plan.recipe
     record = manifest.build(recipe, kind="sweep", name=sweep_dir.path.name, source=source, overrides=overrides,
                             command=manifest.this_command())  # fmt: skip
@@ -55,7 +57,7 @@ def start(source: str, overrides: Sequence[str]) -> Session:
     return session
 
 
-def resume(directory: str | None, source: str | None, overrides: Sequence[str]) -> Session:
+def resume(directory: str | None, source: str | None, overrides: Sequence[str], confirm: int | None = None) -> Session:
     """A sweep begun earlier, by its directory or by recipe and `trainer.run_name`; UserError if it is another now."""
     recipe = None if source is None else recipes.load(source, overrides)
     sweep_dir = RunDir(directory) if directory else _by_name(recipe, source)
@@ -66,7 +68,7 @@ def resume(directory: str | None, source: str | None, overrides: Sequence[str]) 
     stored = recipes.read(sweep_dir.recipe)
     recipe = recipes.load(sweep_dir.recipe, overrides) if recipe is None else _as_settled(recipe, stored)
     _check_same(recipe, stored)
-    return _session(recipe, plans.build(recipe), sweep_dir)
+    return _session(recipe, plans.build(recipe), sweep_dir, confirm)
 
 
 def run(session: Session, actor: Callable[[], type] | None = None) -> Study:
@@ -80,6 +82,8 @@ def run(session: Session, actor: Callable[[], type] | None = None) -> Study:
         if not owned:
             raise UserError("another process is running this sweep", got=shown(sweep_dir.path))
         study = Study(sweep_dir.journal, session.plan)
+        if session.confirm is not None:
+            study.confirm_best(session.confirm)
         trials.reconcile(study, sweep_dir)
         if study.finished:
             return study
@@ -104,11 +108,11 @@ def conclude(session: Session, study: Study, best: dict[str, Any] | None) -> Non
         sweep_dir.move_to(status, reason=reason, result=result)
 
 
-def _session(recipe: Recipe, plan: Plan, sweep_dir: RunDir) -> Session:
+def _session(recipe: Recipe, plan: Plan, sweep_dir: RunDir, confirm: int | None) -> Session:
     settled = trials.settle(recipe)
     _check_places(settled)
     check_run(recipes.with_values(settled, {"sweep": None}))
-    return Session(Plan(settled, plan.space, plan.first_trials), sweep_dir)
+    return Session(Plan(settled, plan.space, plan.first_trials), sweep_dir, confirm)
 
 
 def _check_places(recipe: Recipe) -> None:

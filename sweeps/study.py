@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,17 @@ STUDY_NAME = "sweep"
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One run of a sweep: a configuration with one of the seeds. `run_dir` is relative to the sweep's directory."""
+    """One run of a sweep: a configuration with one of the seeds. `run_dir` is relative to the sweep's directory.
+
+    `confirm`: a leading configuration again, on a seed that had no part in its being chosen.
+    """
 
     number: int
     configuration: int
     seed: int
     params: Params
     run_dir: str
+    confirm: bool = False
 
 
 class Study:
@@ -42,14 +47,16 @@ class Study:
         self.plan = plan
         self.stopped: str | None = None
         """Why no further trial is begun although some are left."""
+        storage = JournalStorage(Journal(journal))
         self._study = optuna.create_study(
-            storage=JournalStorage(Journal(journal)),
+            storage=storage,
             study_name=STUDY_NAME,
             direction=plan.direction,
             sampler=RandomSampler(),
             pruner=build_pruner(plan.recipe),
             load_if_exists=True,
         )
+        self._swept = _Swept(STUDY_NAME, storage, self._study.sampler, self._study.pruner)
         self._check_same()
         self._issued: set[int] = set()
 
@@ -57,27 +64,47 @@ class Study:
         """Optuna's record of every trial, by number."""
         return self._study.get_trials(deepcopy=False)
 
+    def swept(self) -> list[FrozenTrial]:
+        """Those that sampler and pruner learn from, and the best are chosen from: all but those that confirm."""
+        return self._swept.get_trials(deepcopy=False)
+
     def describe(self, number: int) -> Trial:
         """What a trial runs."""
         record = self.trials()[number]
         attrs = record.user_attrs
-        params = self.plan.space.decode_all(record.params)
-        return Trial(number, attrs["configuration"], attrs["seed"], params, attrs["run_dir"])
+        params = self._decoded(record)
+        confirm = attrs.get("confirm", False)
+        return Trial(number, attrs["configuration"], attrs["seed"], params, attrs["run_dir"], confirm)
 
     def counts(self) -> Counter[str]:
         """Number of trials by state: RUNNING, COMPLETE, PRUNED, FAIL."""
         return Counter(record.state.name for record in self.trials())
 
     @property
+    def num_to_confirm(self) -> int:
+        """How many leading configurations are run again on fresh seeds once the sweep's own trials have ended."""
+        return int(self._study.user_attrs.get("confirm", 0))
+
+    def confirm_best(self, count: int) -> None:
+        """Have so many leading configurations run again; the journal keeps the number for whoever resumes."""
+        if count != self.num_to_confirm:
+            self._study.set_user_attr("confirm", count)
+
+    @property
     def num_left(self) -> int:
-        """Runs that have not ended, those not begun included."""
-        ended = sum(record.state.is_finished() for record in self.trials())
-        return self.plan.num_runs - ended
+        """Runs that have not ended, those not begun included; those that confirm as far as is known yet."""
+        to_come = self.plan.num_runs - len(self.swept()) + len(self._to_confirm())
+        return self.counts()["RUNNING"] + to_come
+
+    @property
+    def num_runs(self) -> int:
+        """Runs that have ended, and those that are left."""
+        return len(self.trials()) - self.counts()["RUNNING"] + self.num_left
 
     @property
     def exhausted(self) -> bool:
         """Whether nothing untried is left although fewer configurations ran than were asked for."""
-        configurations, begun = divmod(len(self.trials()), len(self.plan.sweep.seeds))
+        configurations, begun = divmod(len(self.swept()), len(self.plan.sweep.seeds))
         if begun or configurations >= self.plan.num_configurations:
             return False
         return propose(self.plan, self._history()) is None
@@ -85,12 +112,12 @@ class Study:
     @property
     def finished(self) -> bool:
         """Whether every trial has ended and none is to come."""
-        return not self.counts()["RUNNING"] and (not self.num_left or self.exhausted)
+        return not self.counts()["RUNNING"] and self._next() is None
 
     @property
     def best(self) -> tuple[Trial, float] | None:
-        """The complete trial with the best value so far, and the value."""
-        done = [(r.value, r.number) for r in self.trials() if r.state is TrialState.COMPLETE and r.value is not None]
+        """The complete trial with the best value so far, and the value; those that confirm do not compete."""
+        done = [(r.value, r.number) for r in self.swept() if r.state is TrialState.COMPLETE and r.value is not None]
         if not done:
             return None
         sign = -1 if self.plan.direction == "maximize" else 1
@@ -100,27 +127,25 @@ class Study:
     def ask(self) -> Trial | None:
         """The next trial, marked RUNNING: first those an earlier process left RUNNING; None when there is none left.
 
-        Trials are numbered configuration by configuration, each with every seed in turn.
+        Trials are numbered configuration by configuration, each with every seed in turn; those that confirm come last.
         """
         trials = self.trials()
         left = (r.number for r in trials if r.state is TrialState.RUNNING and r.number not in self._issued)
         number = next(left, len(trials))
         if number == len(trials):
-            seeds = self.plan.sweep.seeds
-            configuration, place = divmod(number, len(seeds))
-            params = self._params(configuration, place, trials)
-            if params is None:
+            trial = self._next()
+            if trial is None:
                 return None
-            self._add(configuration, seeds[place], params, f"trials/{number:04d}")
+            self._add(trial)
         self._issued.add(number)
         return self.describe(number)
 
     def report(self, number: int, step: int, value: float) -> str | None:
         """Record an evaluation; the reason when the pruner stops the trial here, which is then PRUNED."""
         record = self.trials()[number]
-        if not math.isfinite(value) or record.state.is_finished():
+        if not math.isfinite(value) or record.state.is_finished() or record.user_attrs.get("confirm"):
             return None
-        trial = optuna.trial.Trial(self._study, record._trial_id)
+        trial = optuna.trial.Trial(self._swept, record._trial_id)
         # A resumed trial comes by an evaluation again that it had reported before the kill.
         if step not in record.intermediate_values:
             trial.report(value, step)
@@ -139,7 +164,7 @@ class Study:
             return reason
         record = self.trials()[number]
         if not record.state.is_finished():
-            if step not in record.intermediate_values:
+            if step not in record.intermediate_values and not record.user_attrs.get("confirm"):
                 optuna.trial.Trial(self._study, record._trial_id).report(value, step)
             self._finish(number, TrialState.COMPLETE, value=value)
         return None
@@ -148,20 +173,48 @@ class Study:
         """Record a failure."""
         self._finish(number, TrialState.FAIL, reason=reason)
 
-    def _params(self, configuration: int, place: int, trials: Sequence[FrozenTrial]) -> Params | None:
-        if place == 0:
-            return propose(self.plan, self._history())
-        first = trials[configuration * len(self.plan.sweep.seeds)]
-        return self.plan.space.decode_all(first.params)
+    def _next(self) -> Trial | None:
+        """The trial that comes after all there are; None when none is left, or none is known yet."""
+        seeds, swept, number = self.plan.sweep.seeds, self.swept(), len(self.trials())
+        configuration, place = divmod(len(swept), len(seeds))
+        params = self._decoded(swept[-1]) if place else propose(self.plan, self._history())
+        if params is not None:
+            return Trial(number, configuration, seeds[place], params, _run_dir(number))
+        waiting = self._to_confirm() if all(record.state.is_finished() for record in swept) else []
+        if not waiting:
+            return None
+        configuration, seed = waiting[0]
+        params = self._decoded(swept[configuration * len(seeds)])
+        return Trial(number, configuration, seed, params, _run_dir(number), confirm=True)
 
-    def _add(self, configuration: int, seed: int, params: Params, run_dir: str) -> None:
+    def _to_confirm(self) -> list[tuple[int, int]]:
+        """Leading configurations with the fresh seeds that they have not been given yet."""
+        attrs = [record.user_attrs for record in self.trials()]
+        given = {(one["configuration"], one["seed"]) for one in attrs if one.get("confirm")}
+        wanted = [(configuration, seed) for configuration in self._leading() for seed in self.plan.fresh_seeds]
+        return [one for one in wanted if one not in given]
+
+    def _leading(self) -> list[int]:
+        """The best configurations so far by the mean of all their seeds, as many as are to be confirmed."""
+        size, swept = len(self.plan.sweep.seeds), self.swept()
+        parts = [swept[i : i + size] for i in range(0, len(swept), size)]
+        values = [[r.value for r in part if r.state is TrialState.COMPLETE and r.value is not None] for part in parts]
+        sign = -1 if self.plan.direction == "maximize" else 1
+        ranked = sorted((sign * statistics.fmean(v), place) for place, v in enumerate(values) if len(v) == size)
+        return [place for _, place in ranked[: self.num_to_confirm]]
+
+    def _decoded(self, record: FrozenTrial) -> Params:
+        return self.plan.space.decode_all(record.params)
+
+    def _add(self, trial: Trial) -> None:
+        attrs = {"configuration": trial.configuration, "seed": trial.seed, "run_dir": trial.run_dir}
         # Whole in one line of the journal: a kill leaves a trial with all its parameters, or none.
         self._study.add_trial(
             create_trial(
                 state=TrialState.RUNNING,
-                params=self.plan.space.encode_all(params),
+                params=self.plan.space.encode_all(trial.params),
                 distributions=dict(self.plan.space.distributions),
-                user_attrs={"configuration": configuration, "seed": seed, "run_dir": run_dir},
+                user_attrs=attrs | ({"confirm": True} if trial.confirm else {}),
             )
         )
 
@@ -175,8 +228,7 @@ class Study:
 
     def _history(self) -> list[Observation]:
         """One observation per configuration, so that a sampler learns from means over seeds, not from lucky ones."""
-        size = len(self.plan.sweep.seeds)
-        trials = self.trials()
+        size, trials = len(self.plan.sweep.seeds), self.swept()
         return [_observation(self.plan, trials[i : i + size]) for i in range(0, len(trials), size)]
 
     def _check_same(self) -> None:
@@ -200,6 +252,17 @@ class Study:
         for name, value in now.items():
             if name not in known:
                 self._study.set_user_attr(name, value)
+
+
+class _Swept(optuna.Study):
+    """The study as sampler and pruner see it: without the trials that confirm."""
+
+    def get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None) -> list[FrozenTrial]:
+        return [t for t in super().get_trials(deepcopy, states) if not t.user_attrs.get("confirm")]
+
+
+def _run_dir(number: int) -> str:
+    return f"trials/{number:04d}"
 
 
 def _observation(plan: Plan, trials: Sequence[FrozenTrial]) -> Observation:

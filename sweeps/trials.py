@@ -111,7 +111,7 @@ def create(plan: Plan, trial: Trial, sweep_dir: RunDir) -> RunDir:
             overrides=rerun_overrides(plan, trial, sweep["recipe"]["overrides"]),
             command=manifest.this_command(),
             trial={"number": trial.number, "configuration": trial.configuration, "seed": trial.seed,
-                   "params": trial.params},
+                   "params": trial.params, "confirm": trial.confirm},
         )  # fmt: skip
         run_dir.create(recipes.to_yaml(own), record)
     return run_dir

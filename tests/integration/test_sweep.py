@@ -187,6 +187,27 @@ def test_kill_and_interrupt_and_resume(sweeps: Sweeps) -> None:
     assert rows_of(alone) == rows_of(sweep.trial(best))
 
 
+def test_the_best_is_run_again_on_fresh_seeds_through_a_kill(sweeps: Sweeps) -> None:
+    sweep = RunDir(sweeps.root / "confirmed")
+    rates = f"sweep.space.{LR}={{choices:[1e-5,1e-3],low:null,high:null,log:null}}"
+    first = sweeps.new("confirmed", *NOTHING, rates, "sweep.sampler=grid", "sweep.num_trials=2", "trainer.max_steps=16",
+                       "trainer.eval_interval=16", "--confirm", "1")  # fmt: skip
+    wait_until(lambda: steps_of(sweep.trial(3))[-1:] >= [3], first)
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate()
+    said = finished(sweeps.start("--resume", str(sweep.path)))
+    assert "4 complete, 0 pruned, 0 failed" in said
+    best = sweep.read_manifest()["result"]["best"]
+    trials = [m["trial"] for m in manifests(sweep)]
+    assert [(t["seed"], t["confirm"]) for t in trials] == [(0, False), (0, False), (1, True), (2, True)]
+    assert {t["configuration"] for t in trials[2:]} == {best["configuration"]}
+    assert trials[2]["params"] == trials[3]["params"] == best["params"]
+    assert [steps_of(sweep.trial(number)) for number in (2, 3)] == [list(range(17))] * 2
+    assert best["seeds"] == 1  # those that confirm have no part in the choice
+    assert len(studied(sweep)) == 4
+    assert sweeps.left_over() == []
+
+
 def test_trials_share_a_vllm_engine(sweeps: Sweeps) -> None:
     finished(sweeps.new("vllm", "generator.backend=vllm", "trainer.max_steps=1", "sweep.num_trials=2",
                         f"sweep.first_trials=[{{{RANK}:1}},{{{RANK}:8}}]"))  # fmt: skip

@@ -84,10 +84,35 @@ def test_time_by_earlier_runs_of_the_same_recipe(recipe: Recipe) -> None:
 
 
 def test_what_is_missing_is_named(recipe: Recipe) -> None:
-    missing = recipes.with_values(recipe, {"data.val_data": ["nowhere/val.parquet"]})
+    missing = recipes.with_values(recipe, {"data.train_data": ["nowhere/train.parquet"]})
     text = dry_run.describe(plans.build(missing), "my.yaml")
     assert "cost: unknown until the data is there" in text
+    assert "nowhere/train.parquet" in text
+
+
+def test_a_given_number_of_steps_costs_what_it_costs_without_any_data(recipe: Recipe) -> None:
+    nowhere = {"data.train_data": ["nowhere/train.parquet"], "data.val_data": ["nowhere/val.parquet"]}
+    plan = plans.build(recipes.with_values(recipe, nowhere | {"trainer.max_steps": 6}))
+    assert estimate.costs(plan) == [estimate.Cost(6, 6 * 8 * 3, None, 144 * 30, None)]
+    text = dry_run.describe(plan, "my.yaml")
+    assert "evaluation samples  not counted: no data yet" in text
     assert "nowhere/val.parquet" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"), [("Qwen/Qwen2.5-0.5B-Instruct", 0.5), ("meta-llama/Llama-3.2-1B", 1), ("google/bert", None)]
+)
+def test_a_hubs_model_has_the_size_in_its_name(recipe: Recipe, name: str, billions: float | None) -> None:
+    values = {"trainer.policy.model.path": name, "trainer.placement.device": "cuda", "sweep": None}
+    cost = estimate.run_cost(recipes.with_values(recipe, values))
+    assert cost is not None
+    assert cost.flops == (None if billions is None else pytest.approx(billions * 1e9 * (8 * 144 * 30 + 2 * 15 * 40)))
+
+
+def test_confirming_is_counted(recipe: Recipe) -> None:
+    text = dry_run.describe(plans.build(recipe), "my.yaml", confirm=2)
+    assert "the best 2 again, on seeds 2, 3: 4 runs more" in text
+    assert "all 10" in text
 
 
 def test_arithmetic_of_a_gpu_recipe(recipe: Recipe, tmp_path: Path) -> None:

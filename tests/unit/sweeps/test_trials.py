@@ -57,7 +57,7 @@ def test_a_trial_is_a_run_that_its_overrides_make_again(tmp_path: Path) -> None:
         manifest = run_dir.read_manifest()
         assert manifest["kind"] == "trial"
         assert manifest["trial"] == {"number": trial.number, "configuration": trial.configuration, "seed": 3,
-                                     "params": trial.params}  # fmt: skip
+                                     "params": trial.params, "confirm": False}  # fmt: skip
         overrides = manifest["recipe"]["overrides"]
         assert not any(override.startswith(("sweep", "trainer.run_name")) for override in overrides)
         again = recipes.load("recipes/base.yaml", overrides)
