@@ -24,8 +24,12 @@ CURVE_SHARE = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Early:
-    """Mean early reward per rank and block (a learning rate and a seed), `[R, K]`; the rise in it; steps; runs."""
+    """Training reward per rank, block (a learning rate and a seed) and step, `[R, K, T]`; the early rise; steps; runs.
 
+    `scores` `[R, K]` is the mean reward of the first `steps`.
+    """
+
+    curves: Floats
     scores: Floats
     ranks: list[int]
     rise: float
@@ -36,24 +40,35 @@ class Early:
 
 def early_curves_agree(e: Evidence) -> Finding | Block:
     """6: equivalence of each rank's early training reward to the other ranks', at the same rates and seeds."""
+    found = early_curves(e)
+    return found if isinstance(found, Block) else _judge(found)
+
+
+def early_curves(e: Evidence) -> Early | Block:
+    """The training curves of the ranks at the rates and seeds that they share, and what of them is early."""
     for stratum in e.strata(e.lora & ~e.bad & ~e.confirm, "batch", "budget", "targets", "alpha"):
         found = _early(e, stratum)
         if found is not None:
-            return found if isinstance(found, Block) else _judge(found)
+            return found
     return Block("no two ranks with training curves at the same learning rate and seed", "")
 
 
-def _judge(early: Early) -> Finding | Block:
+def leads(early: Early) -> list[Estimate]:
+    """Each rank's early reward against the mean of the other ranks'; of two blocks or more."""
     count, blocks = early.scores.shape
-    if blocks < 2:
-        return Block("the ranks share fewer than two seeds", "")
     centred = early.scores - early.scores.mean(0, keepdims=True)
-    leads = centred.mean(1)
-    variance = float(((centred - leads[:, None]) ** 2).sum()) / ((count - 1) * (blocks - 1))
+    mean = centred.mean(1)
+    variance = float(((centred - mean[:, None]) ** 2).sum()) / ((count - 1) * (blocks - 1))
     # A rank less the mean of the others: count / (count - 1) times its lead over the mean of all.
     factor = count / (count - 1)
     error = math.sqrt(variance / blocks * factor)
-    effects = [Estimate(float(lead) * factor, error, float((count - 1) * (blocks - 1))) for lead in leads]
+    return [Estimate(float(lead) * factor, error, float((count - 1) * (blocks - 1))) for lead in mean]
+
+
+def _judge(early: Early) -> Finding | Block:
+    if early.scores.shape[1] < 2:
+        return Block("the ranks share fewer than two seeds", "")
+    effects = leads(early)
     margin = CURVE_SHARE * early.rise
     furthest = max(effects, key=lambda effect: abs(effect.value))
     each = listed([f"rank {rank} {effect.value:+.3f}" for rank, effect in zip(early.ranks, effects, strict=True)])
@@ -100,7 +115,7 @@ def _window(table: Floats, ranks: list[int], seeds: int) -> Early | Block:
     early_rise = float(scores.mean()) - start
     if early_rise <= 0:
         return Block("the training reward rose too fast to see an early part", "lower learning rates")
-    return Early(scores, ranks, early_rise, steps, table.shape[0] * table.shape[1], seeds)
+    return Early(table, scores, ranks, early_rise, steps, table.shape[0] * table.shape[1], seeds)
 
 
 def _shared_rates(e: Evidence, stratum: Mask, ranks: list[int]) -> list[float]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,7 @@ MIN_OCTAVES = 3.0
 # A rate less than this lower, as a factor, is no lower.
 LOWER = 1.25
 RULE_ALPHA = 32.0
+Key = TypeVar("Key", int, float)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,12 @@ class Rates:
     best: dict[int, Estimate]
     arms: dict[int, Arm]
     noise: float
+
+    @classmethod
+    def of(cls, arms: dict[int, Arm]) -> Rates:
+        """The best rates of those of some arms, by rank, whose basin is located."""
+        best, noise = located(arms)
+        return cls(best, arms, noise)
 
     def together(self, ranks: Sequence[int]) -> Estimate:
         """The best rate's log10 over several ranks."""
@@ -57,12 +64,19 @@ class Rates:
         return rate_text(10 ** self.best[rank].value)
 
 
+def located(arms: Mapping[Key, Arm]) -> tuple[dict[Key, Estimate], float]:
+    """The best rate's log10 of those arms whose basin is located, and the variance of one seed's, pooled over them."""
+    basins = {key: basin for key, arm in arms.items() if (basin := arm.basin) is not None}
+    noise = pooled_centre_noise(list(basins.values())) if basins else math.nan
+    return {key: centre([basin], noise) for key, basin in basins.items()}, noise
+
+
 def hardly_depends_on_rank(e: Evidence) -> Finding | Block:
     """2a: equivalence to 0 of the exponent of rank in the best rate, with alpha fixed, from rank 4 on."""
     found = _over_ranks(e, "alpha")
     if isinstance(found, Block):
         return found
-    slope, octaves = _slope(found)
+    slope, octaves = exponent(found.best)
     bound = min(HALF_WAY, math.log2(FACTOR) / octaves)
     low, high = min(found.best), max(found.best)
     reading = (
@@ -99,7 +113,7 @@ def alpha_with_rank_is_not_invariant(e: Evidence) -> Finding | Block:
     found = _over_ranks(e, "scale")
     if isinstance(found, Block):
         return found
-    slope, _ = _slope(found)
+    slope, _ = exponent(found.best)
     low, high = min(found.best), max(found.best)
     reading = (
         f"With alpha in proportion to rank the best rate goes from {found.at(low)} at rank {low} to {found.at(high)} "
@@ -115,10 +129,10 @@ def ten_times_full(e: Evidence) -> Finding | Block:
         full = e.arm(e.full_like(stratum))
         if full is None:
             continue
-        found = _located(e, stratum, _usual_ranks(e, stratum))
+        found = _located(e, stratum, usual_ranks(e, stratum))
         if isinstance(found, Block):
             return found
-        block = not_learned(full, "full fine-tuning") or _not_located(full, "full fine-tuning")
+        block = unlocated(full, "full fine-tuning")
         if block is not None:
             return block
         assert full.basin is not None
@@ -145,7 +159,7 @@ def rule_is_right(e: Evidence) -> Finding | Block:
         return Block("the rule is for Llama and Qwen models whose config.json can be read", "")
     usual = e.lora & (e.alpha == RULE_ALPHA)
     for stratum in e.strata(usual, "batch", "budget", "targets"):
-        found = _located(e, stratum, _usual_ranks(e, stratum))
+        found = _located(e, stratum, usual_ranks(e, stratum))
         if isinstance(found, Block):
             return found
         lora = found.together(list(found.best))
@@ -161,7 +175,8 @@ def rule_is_right(e: Evidence) -> Finding | Block:
     return Block(f"no LoRA runs at alpha {RULE_ALPHA:g}, for which the rule is", "")
 
 
-def _usual_ranks(e: Evidence, stratum: Mask) -> list[int]:
+def usual_ranks(e: Evidence, stratum: Mask) -> list[int]:
+    """The ranks from 4 on among some runs, or all where there is none: those whose best rate is called LoRA's."""
     ranks = e.ranks(stratum)
     return [rank for rank in ranks if rank >= FROM_RANK] or ranks
 
@@ -182,19 +197,17 @@ def _located(e: Evidence, stratum: Mask, ranks: list[int]) -> Rates | Block:
     """The best rate of each rank; a Block naming the first rank whose basin cannot be located."""
     arms = e.arms(stratum, ranks)
     for rank in ranks:
-        who = f"rank {rank}"
-        block = not_learned(arms.get(rank), who) or _not_located(arms[rank], who)
+        block = unlocated(arms.get(rank), f"rank {rank}")
         if block is not None:
             return block
-    basins = {rank: arm.basin for rank, arm in arms.items()}
-    known = {rank: basin for rank, basin in basins.items() if basin is not None}
-    noise = pooled_centre_noise(list(known.values()))
-    return Rates({rank: centre([basin], noise) for rank, basin in known.items()}, arms, noise)
+    return Rates.of(arms)
 
 
-def _not_located(arm: Arm, who: str) -> Block | None:
-    if arm.basin is not None:
-        return None
+def unlocated(arm: Arm | None, who: str) -> Block | None:
+    """Why an arm's best rate is not known, and what would tell; None where it is."""
+    block = not_learned(arm, who)
+    if arm is None or block is not None or arm.basin is not None:
+        return block
     if arm.seeds < 2:
         return Block(f"{who} has one seed", "")
     left, right, _, _ = arm.ends
@@ -205,11 +218,11 @@ def _not_located(arm: Arm, who: str) -> Block | None:
                  f"add learning rates {sides} for {who} to the sweep's space")  # fmt: skip
 
 
-def _slope(found: Rates) -> tuple[Estimate, float]:
-    """The exponent of rank in the best rate (least squares over ranks), and the octaves of rank it is over."""
-    ranks = sorted(found.best)
+def exponent(best: Mapping[Key, Estimate]) -> tuple[Estimate, float]:
+    """The exponent of rank (or alpha) in the best rate, by least squares, and the octaves of it that it is over."""
+    ranks = sorted(best)
     x = np.log2(ranks)
     weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
     to_octaves = math.log2(10)
-    slope = combined([(float(w) * to_octaves, found.best[rank]) for w, rank in zip(weights, ranks, strict=True)])
+    slope = combined([(float(w) * to_octaves, best[rank]) for w, rank in zip(weights, ranks, strict=True)])
     return slope, float(x[-1] - x[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,11 +11,14 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import Colormap, ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from harness.rundir import Status
 
@@ -64,8 +67,32 @@ def status_style(status: str) -> tuple[Any, Any]:
 
 
 def category_styles(values: Sequence[Any], look: Look) -> dict[Any, tuple[str, str]]:
-    """A colour and a marker for each of a few categories, in order."""
-    return dict(zip(values, itertools.cycle(zip(OKABE_ITO[look.dark], MARKERS, strict=True)), strict=False))
+    """A colour and a marker for each category, in order; past six the colours come again with other markers."""
+    colours, count = OKABE_ITO[look.dark], len(MARKERS)
+    return {value: (colours[i % count], MARKERS[(i + i // count) % count]) for i, value in enumerate(values)}
+
+
+def rank_styles(ranks: Sequence[Any], look: Look) -> dict[Any, tuple[str, str]]:
+    """A colour and a marker for each rank, in every figure the same; full fine-tuning (0) has the ink's and a star."""
+    styles = category_styles(sorted(rank for rank in ranks if rank), look)
+    return {0: (look.colours["ink"], "*"), None: category_styles([0], look)[0], **styles}
+
+
+def log_axis(axis: Axis, look: Look, span: tuple[float, float], words: Callable[[float], str]) -> None:
+    """Ticks of an axis on a log scale; `span` is the lowest and highest value: fewer decades get more ticks."""
+    decades = math.log10(span[1] / span[0])
+    wide = decades > (2.5 if look.narrow else 4.5)
+    axis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 3.0) if decades > 1 else (1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: words(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def legend(figure: Figure, handles: Sequence[Artist], look: Look) -> None:
+    """A legend beside the axes, or on a narrow page below them; none without handles."""
+    if handles and look.narrow:
+        figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize="small")
+    elif handles:
+        figure.legend(handles=handles, loc="outside right upper", fontsize="small")
 
 
 def base_line(axes: Axes, base: float | None, text: str, look: Look) -> None:
