@@ -5,10 +5,11 @@ INSTALLED := .venv/.installed
 # Test files at a time; 0: one after the other, in this process.
 WORKERS ?= 2
 BENCHMARKS := $(wildcard tests/benchmarks/bench_*.py)
+STUDY := lr_by_rank placement alpha batch_size
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart test lint bench clean
+.PHONY: help install quickstart study test lint bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -17,6 +18,15 @@ install: $(INSTALLED)  ## create .venv from requirements/cpu.txt (about 2 minute
 
 quickstart: $(INSTALLED)  ## a real sweep over rank, alpha, learning rate and target modules, and its report (some minutes)
 	$(BIN)/python -m harness.sweep recipes/quickstart.yaml
+
+# A sweep that was stopped goes on; one that is complete is not run again.
+study: $(INSTALLED)  ## the sweeps of recipes/lora_without_regret, one after the other (about 45 minutes), and docs/study from them
+	@set -e; for name in $(STUDY); do \
+		if [ -e runs/study/$$name/manifest.json ]; then set -- --resume runs/study/$$name; \
+		else set -- recipes/lora_without_regret/$$name.yaml trainer.ckpt_path=runs/study trainer.run_name=$$name; fi; \
+		echo "== $$name"; $(BIN)/python -m harness.sweep "$$@" --confirm 2; \
+	done
+	$(BIN)/python -m harness.report $(STUDY:%=runs/study/%) --output docs/study
 
 test: $(INSTALLED)  ## all tests, two files at a time; PYTEST_ARGS="-m 'not heavy'" leaves out those that start vLLM or Ray
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
