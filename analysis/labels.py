@@ -77,7 +77,8 @@ def score(name: str, given: float | None) -> str:
 
 def signed(name: str, given: float) -> str:
     """A difference of a metric's values with its sign: `+0.012`."""
-    return f"{given:+.3f}" if metrics.lookup(name).unit == "share" else f"{given:+.4g}"
+    # Plus 0.0, for what rounds to nothing has no sign.
+    return f"{round(given, 3) + 0.0:+.3f}" if metrics.lookup(name).unit == "share" else f"{given + 0.0:+.4g}"
 
 
 def listed(parts: list[str], last: str = "and") -> str:

@@ -23,6 +23,15 @@ def agreeing(e: Evidence, runs: pd.DataFrame) -> str:
     return f" Of {len(runs)} runs the {len(e.rank)} that agree in all other settings are compared."
 
 
+def tuned(points: pd.DataFrame) -> str:
+    """How many learning rates (`rates`) the arms had to choose their best from, and how sure their scores are."""
+    few, many = int(points["rates"].min()), int(points["rates"].max())
+    of = f"{few}" if few == many else f"{few} to {many}"
+    seeds = int(points["seeds"].min())
+    chance = f"95% intervals over {seeds} seeds" if seeds > 1 else "with one seed chance is not known"
+    return f"each at the best of its {of} learning rates; {chance}"
+
+
 def interval_marks(
     axes: Axes, places: Sequence[float] | NDArray[np.float64], points: pd.DataFrame, style: tuple[str, str]
 ) -> None:

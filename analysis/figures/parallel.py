@@ -158,11 +158,14 @@ def _numbers(key: str, values: pd.Series) -> Scale:
 
 def _reading(lines: Lines) -> str:
     """What the best trials have in common, key by key; a key of which they have every value says nothing."""
-    scored = lines.trials.dropna(subset=["score"]).sort_values("score", ascending=not lines.maximize)
-    count = min(len(scored), max(FEWEST_BEST, round(BEST_SHARE * len(scored))))
-    top = scored.head(count)
+    scored = lines.trials.dropna(subset=["score"])
+    if scored["score"].nunique() == 1:
+        return f"All {len(scored)} trials have the same score."
+    places = scored["score"].rank(method="min", ascending=not lines.maximize)
+    # Those with equal scores are as good as each other.
+    top = scored[places <= max(FEWEST_BEST, round(BEST_SHARE * len(scored)))]
     narrowed = [words for key in lines.keys if (words := _narrowed(key, top[key].dropna(), scored[key].dropna()))]
-    of = f"The best {count} of {len(scored)} trials"
+    of = f"The best {len(top)} of {len(scored)} trials"
     common = labels.listed(narrowed) if narrowed else "nothing in common that the others lack"
     drawn = f" The first {MAX_AXES} of {len(lines.keys)} settings are drawn." if len(lines.keys) > MAX_AXES else ""
     return f"{of} have {common}.{drawn}"

@@ -43,6 +43,7 @@ def test_scores_by_unit() -> None:
 def test_differences_have_their_sign() -> None:
     assert [labels.signed("eval/accuracy", given) for given in (0.0123, -0.5)] == ["+0.012", "-0.500"]
     assert labels.signed("loss", 0.123456) == "+0.1235"
+    assert labels.signed("eval/accuracy", -1e-9) == "+0.000"
 
 
 def test_words_in_a_row() -> None:

@@ -47,6 +47,13 @@ def test_of_a_loss_the_lowest_are_the_best() -> None:
     assert plot.data.trials["score"].iloc[-1] == plot.data.trials["score"].min()
 
 
+def test_trials_with_equal_scores_are_the_best_together() -> None:
+    rows = [{**row, "score": 0.9 if row["rank"] == 8 else 0.5} for row in trials()]
+    assert parallel.data(made(rows))[0].reading.startswith("The best 10 of 20 trials have rank 8 (of 2)")
+    rows = [{**row, "score": 0.5} for row in trials()]
+    assert parallel.data(made(rows))[0].reading == "All 20 trials have the same score."
+
+
 def test_full_fine_tuning_has_no_place_on_alphas_axis() -> None:
     rows = [{"rank": rank, "alpha": alpha, "lr": 1e-3, "score": 0.5} for rank in (0, 8) for alpha in (16.0, 32.0)]
     found: parallel.Lines = parallel.data(made(rows))[0].data
