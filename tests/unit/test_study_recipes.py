@@ -42,7 +42,7 @@ def test_every_arm_has_a_grid_of_learning_rates_on_three_seeds(folder: str, name
         arms[identity({key: value for key, value in params.items() if key != LR})].append(params[LR])
     for rates in arms.values():
         assert len(rates) >= 6
-        assert all(1.35 < high / low < 2.6 for low, high in itertools.pairwise(sorted(rates)))
+        assert all(1.2 < high / low < 2.6 for low, high in itertools.pairwise(sorted(rates)))
 
 
 @BOTH
@@ -83,5 +83,4 @@ def test_qwen_gets_the_same_comparisons(name: str) -> None:
     assert theirs.sweep is not None
     spaces = [plans.build(recipe).space for recipe in (ours, theirs)]
     assert [axis.key for axis in spaces[0].axes] == [axis.key for axis in spaces[1].axes]
-    assert ours.sweep.num_trials == theirs.sweep.num_trials
     assert theirs.trainer.policy.model.path == "Qwen/Qwen2.5-0.5B-Instruct"
