@@ -1,7 +1,8 @@
 """Rollouts of the quickstart's model with rank-8 adapters: completion tokens a second, all ways side by side.
 
-vllm, vllm with its own LoRA operations ("vllm stock"), our decode loop on the trainer's modules ("transformers"), and
-transformers' `generate` on them ("generate"), which is what TRL's trainers call.
+vllm, vllm with its own LoRA operations ("vllm stock") and with none ("vllm without LoRA", the bound), our decode loop
+on the trainer's modules ("transformers"), and transformers' `generate` on them ("generate"), which is what TRL's
+trainers call.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from tests.benchmarks.side_by_side import write_record
 REPEATS = 3
 SAMPLES_PER_PROMPT = 8
 ADAPTERS = 8
-WAYS = ("vllm", "vllm stock", "transformers", "generate")
+WAYS = ("vllm", "vllm stock", "vllm without LoRA", "transformers", "generate")
 
 
 def main() -> None:
@@ -89,18 +90,28 @@ def _ways(packs: dict[str, tuple[Any, list[Any]]]) -> dict[str, Callable[[int, i
         lambda worker: list(worker.model_runner.lora_manager._adapter_manager.punica_wrapper_mapping.values())
     )[0]
 
-    def stock(samples: int, adapters: int) -> int:
-        kinds = [type(wrapper) for wrapper in wrappers]
-        for wrapper in wrappers:
-            wrapper.__class__ = PunicaWrapperCPU
-        try:
-            return ours("vllm")(samples, adapters)
-        finally:
-            for wrapper, kind in zip(wrappers, kinds, strict=True):
+    class NoLoRA(PunicaWrapperCPU):
+        """Leaves the adapters' products out: what is then left is as fast as any LoRA operations could make it."""
+
+        def add_lora_linear(self, *_: Any, **__: Any) -> None:
+            pass
+
+    def instead(kind: type) -> Callable[[int, int], int]:
+        def way(samples: int, adapters: int) -> int:
+            kinds = [type(wrapper) for wrapper in wrappers]
+            for wrapper in wrappers:
                 wrapper.__class__ = kind
+            try:
+                return ours("vllm")(samples, adapters)
+            finally:
+                for wrapper, own in zip(wrappers, kinds, strict=True):
+                    wrapper.__class__ = own
+
+        return way
 
     pack, members = packs["transformers"]
-    return {"vllm": ours("vllm"), "vllm stock": stock, "transformers": ours("transformers"),
+    return {"vllm": ours("vllm"), "vllm stock": instead(PunicaWrapperCPU), "vllm without LoRA": instead(NoLoRA),
+            "transformers": ours("transformers"),
             "generate": lambda samples, _: _generate(pack, members[0], samples)}  # fmt: skip
 
 

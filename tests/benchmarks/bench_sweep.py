@@ -40,6 +40,7 @@ PARTS = ("rollout", "logprobs", "update", "sync", "checkpoint", "eval")
 
 RANK, ALPHA = "trainer.policy.model.lora.rank", "trainer.policy.model.lora.alpha"
 RATE, TARGETS = "trainer.policy.optimizer_config.lr", "trainer.target_modules"
+LENGTH = "trainer.max_steps"
 CONFIGURATIONS = [
     (8, 32, 1e-3, "all-linear"), (1, 32, 1e-3, "all-linear"), (16, 16, 3e-4, "attention"), (4, 32, 2e-3, "mlp"),
     (32, 32, 5e-4, "all-linear"), (8, 16, 1e-4, "mlp"), (2, 16, 3e-3, "attention"), (16, 32, 1e-3, "mlp"),
@@ -64,10 +65,9 @@ def main() -> None:
         trl = own_environment(place / "trl", PACKAGES)
         chosen = {name: ways for name, ways in contenders(trl, options.steps).items() if name in options.contenders}
         sizes = {str(size): measure(size, chosen, options.rounds, place) for size in options.sizes}
-        handover = handovers(min(options.sizes), options.steps, place)
     write_record(
         "sweep", __doc__, rounds=options.rounds, steps=options.steps, completions=COMPLETIONS, pruner=PRUNER,
-        engine=ENGINE, configurations=CONFIGURATIONS, sizes=sizes, handover=handover,
+        engine=ENGINE, configurations=CONFIGURATIONS, sizes=sizes,
     )  # fmt: skip
 
 
@@ -125,19 +125,6 @@ def measure(size: int, chosen: dict[str, Ways], rounds: int, place: Path) -> dic
     }  # fmt: skip
 
 
-def handovers(size: int, steps: int, place: Path) -> dict[str, Any]:
-    """Seconds from a trial's end to the beginning of the one that takes its slot: half as many slots as trials."""
-    found = {}
-    for name, slots in {"packed": ["sweep.max_concurrent=1", f"sweep.pack_size={size // 2}"],
-                        "unpacked": [f"sweep.max_concurrent={CORES}", "sweep.pack_size=1"]}.items():  # fmt: skip
-        folder = place / f"handover_{name}"
-        folder.mkdir()
-        threads = "trainer.num_threads=1"
-        found[name] = our_sweep(size, folder, [*slots, threads], steps)["next_trial_after_s"]
-        print(f"{name}: the next trial after {middle(found[name])} s", flush=True)
-    return found
-
-
 def their_sweep(size: int, place: Path, together: int, trl: Path, steps: int) -> dict[str, Any]:
     """TRL, a fresh process for each trial, so many at a time; each evaluates once, at its end."""
 
@@ -164,9 +151,9 @@ def their_sweep(size: int, place: Path, together: int, trl: Path, steps: int) ->
             "best_adapter": str(place / f"adapter{best}"), "counts": {Status.COMPLETE.value: size}}  # fmt: skip
 
 
-def our_sweep(size: int, place: Path, overrides: Sequence[str], steps: int) -> dict[str, Any]:
+def our_sweep(size: int, place: Path, overrides: Sequence[str], *steps: int) -> dict[str, Any]:
     """`python -m harness.sweep` of a recipe with these trials; its report is part of the time."""
-    (place / "sweep.yaml").write_text(yaml.safe_dump(our_recipe(size, steps), sort_keys=False))
+    (place / "sweep.yaml").write_text(yaml.safe_dump(our_recipe(size, *steps), sort_keys=False))
     given = [f"trainer.ckpt_path={place}", "trainer.run_name=sweep", *overrides]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     start = time.time()
@@ -181,20 +168,27 @@ def our_sweep(size: int, place: Path, overrides: Sequence[str], steps: int) -> d
     return {"makespan_s": round(makespan, 2), **read_sweep(RunDir(place / "sweep"), start, makespan)}
 
 
-def our_recipe(size: int, steps: int) -> dict[str, Any]:
-    """The quickstart's recipe with these trials for its sweep, one evaluation and one checkpoint each, at the end."""
+def our_recipe(size: int, *steps: int) -> dict[str, Any]:
+    """The quickstart's recipe with these trials for its sweep, one evaluation and one checkpoint each, at the end.
+
+    With several numbers of `steps` the trials have them in turn.
+    """
     content: dict[str, Any] = yaml.safe_load((RECIPES / "quickstart.yaml").read_text())
     content["trainer"] |= {
-        "train_batch_size": COMPLETIONS // 8, "policy_mini_batch_size": COMPLETIONS // 8, "max_steps": steps,
+        "train_batch_size": COMPLETIONS // 8, "policy_mini_batch_size": COMPLETIONS // 8, "max_steps": steps[0],
         "eval_before_train": False, "eval_interval": 0, "ckpt_interval": 0,
     }  # fmt: skip
     content["generator"] |= {"backend": ENGINE, "max_num_seqs": 512}
     content["expect"] = {}
-    trials = [dict(zip((RANK, ALPHA, RATE, TARGETS), one, strict=True)) for one in CONFIGURATIONS[:size]]
+    choices = (RANK, ALPHA, TARGETS, LENGTH)
+    trials: list[dict[str, Any]] = [
+        {RANK: rank, ALPHA: alpha, RATE: rate, TARGETS: targets, LENGTH: steps[number % len(steps)]}
+        for number, (rank, alpha, rate, targets) in enumerate(CONFIGURATIONS[:size])
+    ]
     content["sweep"] = {
         "metric": "eval/accuracy", "num_trials": size, "seeds": [0], "sampler": "random", "first_trials": trials,
         "space": {
-            **{key: {"choices": sorted({trial[key] for trial in trials})} for key in (RANK, ALPHA, TARGETS)},
+            **{key: {"choices": sorted({trial[key] for trial in trials})} for key in choices},
             RATE: {"low": 1e-4, "high": 3e-3, "log": True},
         },
     }  # fmt: skip
