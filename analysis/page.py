@@ -12,7 +12,7 @@ from analysis import labels, stats
 from analysis.experiment import Experiment
 from harness import metrics
 
-SHOWN_PROBLEMS = 4
+SHOWN_PROBLEMS = 12
 # A completion longer than this is cut on the page, and says so.
 SHOWN_CHARACTERS = 1500
 
@@ -28,27 +28,49 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A held-out problem, its reference answer, and how the base and the trained model answered it."""
+    """A held-out problem by its index, its reference answer, and how the base and the trained model answered it."""
 
+    index: int
     question: str
     truth: str
     answers: list[Answer]
 
+    @property
+    def differ(self) -> bool:
+        """Whether the answers were rewarded differently."""
+        return len({answer.reward for answer in self.answers}) > 1
 
-def problems(experiment: Experiment, run_dir: str) -> list[Problem]:
-    """The first held-out problems that both step 0 and the last evaluation of a run kept completions of."""
+
+def problems(experiment: Experiment, run_dir: str) -> tuple[list[Problem], str]:
+    """Held-out problems that step 0 and a run's last evaluation kept, those answered differently first; and a note.
+
+    Without such samples no problem and an empty note.
+    """
     samples = experiment.tables.samples
     kept = (samples["run_dir"] == run_dir) & (samples["phase"] == "eval")
     samples = samples[kept].drop_duplicates(["step", "index"])
     if samples.empty or samples["step"].max() == 0:
-        return []
+        return [], ""
     last = int(samples["step"].max())
     asked = {
         f"after training, step {step!s}" if step else "base model, step 0": rows.set_index("index")
         for step, rows in samples[samples["step"].isin([0, last])].groupby("step")
     }
-    shared = sorted(set.intersection(*(set(rows.index) for rows in asked.values())))
-    return [_problem({who: rows.loc[index] for who, rows in asked.items()}) for index in shared[:SHOWN_PROBLEMS]]
+    shared = sorted(set.intersection(*(set(rows.index) for rows in asked.values()))) if len(asked) > 1 else []
+    rewards = [[float(rows.loc[index, "reward"]) for rows in asked.values()] for index in shared]
+    gained = sum(after > before for before, after in rewards)
+    lost = sum(after < before for before, after in rewards)
+    order = sorted(zip(shared, rewards, strict=True), key=lambda one: (one[1][0] == one[1][1], one[0]))
+    shown = [
+        _problem(index, {who: rows.loc[index] for who, rows in asked.items()}) for index, _ in order[:SHOWN_PROBLEMS]
+    ]
+    if not shown:
+        return [], ""
+    note = (
+        f"Of {labels.plural(len(shared), 'held-out problem')} kept of both, training gained {gained} and lost {lost}; "
+        f"the other {len(shared) - gained - lost} were rewarded alike. Those that differ come first."
+    )
+    return shown, note
 
 
 def method(experiment: Experiment) -> list[str]:
@@ -66,15 +88,36 @@ def method(experiment: Experiment) -> list[str]:
         )
     lines += _interval_method(experiment)
     if experiment.is_sweep:
-        lines.append(
-            "The winner is picked by the very score shown, so that score flatters it a little: the more configurations "
-            "are close, the more. A fresh set of problems would tell."
-        )
+        lines += [_winner_method(experiment), _decision_method()]
     return lines
 
 
+def _winner_method(experiment: Experiment) -> str:
+    flattered = (
+        "The winner is picked by the very score shown, so that this score flatters it: the more configurations are "
+        "close, the more (the winner's curse)."
+    )
+    if len(experiment.seeds) < 2:
+        return f"{flattered} With one seed, scores are drawn to their mean as far as chance explains their spread."
+    return (
+        f"{flattered} The score expected when it is run again is free of that: fresh seeds, which had no part in the "
+        "choice (--confirm), score it, or else each seed scores the configuration that the other seeds choose. Its "
+        "interval is 95%, by Student's t, over seeds, widened where several configurations compete."
+    )
+
+
+def _decision_method() -> str:
+    return (
+        "Decisions compare the values of one setting, each at its best among the other settings and free of that "
+        "choice as above. Chance is pooled over configurations that kept 75% of the best gain. A value is worse where "
+        "a two-sided test at 5% tells it from the winner's, as good where it is behind by less than a tenth of what "
+        "training gained (a one-sided test at 5%), and otherwise not told apart; one that was never tried beside the "
+        "winner's other settings, nor over learning rates of its own, is not judged."
+    )
+
+
 def _interval_method(experiment: Experiment) -> list[str]:
-    many = f"From {stats.MIN_BOOTSTRAP_SEEDS} seeds on, the interval is a bootstrap over seeds."
+    many = f"From {stats.MIN_BOOTSTRAP_SEEDS} seeds on, the interval of a mean is a bootstrap over seeds."
     if not experiment.problems:
         return [f"No interval over problems: the score is not a share of right answers that can be counted. {many}"]
     wilson = f"Intervals are 95%, Wilson's for {experiment.problems} problems: chance in the problems and in sampling"
@@ -108,10 +151,10 @@ def provenance(experiment: Experiment) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in rows if value]
 
 
-def _problem(rows: dict[str, pd.Series]) -> Problem:
+def _problem(index: int, rows: dict[str, pd.Series]) -> Problem:
     answers = [Answer(who, _cut(str(row["completion"])), f"{float(row['reward']):g}") for who, row in rows.items()]
     any_row = next(iter(rows.values()))
-    return Problem(str(any_row["question"]), str(any_row["ground_truth"]), answers)
+    return Problem(int(index), str(any_row["question"]), str(any_row["ground_truth"]), answers)
 
 
 def _cut(text: str) -> str:

@@ -7,10 +7,11 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import labels, stats
+from analysis import labels, stats, stats_seeds
 from analysis.experiment import Experiment
 from analysis.labels import LR, MAIN_KEYS, RANK, TARGETS
 from analysis.records import lookup
+from analysis.stats_tests import Estimate
 from harness import metrics
 from harness.rundir import Status
 
@@ -57,6 +58,30 @@ def settings_of(experiment: Experiment, trial: pd.Series) -> dict[str, Any]:
     if own is not None and TARGETS not in trial.index:
         values[TARGETS] = own
     return {key: value for key, value in values.items() if value is not None}
+
+
+def expected(experiment: Experiment) -> stats_seeds.Held | None:
+    """The winner's score as it would be seen again, free of having been picked by it; None with one seed."""
+    if not experiment.is_sweep or experiment.best is None:
+        return None
+    found = stats_seeds.winner(experiment.tables.runs, maximize=experiment.direction == "maximize")
+    return found.held if found is not None and found.configuration == experiment.best.configuration else None
+
+
+def winner_interval(experiment: Experiment) -> stats.Interval | None:
+    """The interval of the winner's mean, or of a single run's score; None where there is no basis for one."""
+    trial = experiment.best_trial()
+    if trial is None:
+        return None
+    if experiment.is_sweep:
+        return _interval_of(experiment.configurations.iloc[0])
+    return stats.interval([float(trial[experiment.metric])], experiment.problems)
+
+
+def ends(experiment: Experiment, estimate: Estimate) -> tuple[float, float]:
+    """The 95% interval of a score by Student's t; that of a share stays within 0 and 1."""
+    low, high = estimate.interval(0.025)
+    return (max(low, 0.0), min(high, 1.0)) if metrics.lookup(experiment.metric).unit == "share" else (low, high)
 
 
 def rate_words(basin: stats.Basin) -> str:
@@ -112,6 +137,7 @@ def _sweep_answer(experiment: Experiment, values: dict[str, Any], shown: list[tu
     if len(ranked) == 1:
         title = f"Only one configuration is complete: {labels.settings(values)}, with {reached}"
     sentences = [
+        _again(experiment, ranked),
         _seeds(experiment, first),
         _clear_of_base(experiment, score, found),
         *_runner_up(experiment, ranked),
@@ -143,7 +169,7 @@ def _no_answer(experiment: Experiment) -> Answer:
 
 def _scored(experiment: Experiment, score: float, found: stats.Interval | None) -> str:
     text = f"{labels.metric(experiment.metric)} {labels.score(experiment.metric, score)}"
-    return f"{text} (95% interval {_range(experiment, found)})" if found else text
+    return f"{text} (95% interval {range_words(experiment, found)})" if found else text
 
 
 def _against(experiment: Experiment) -> str:
@@ -155,15 +181,41 @@ def _tiles(
     experiment: Experiment, score: float, found: stats.Interval | None, seeds: int
 ) -> list[tuple[str, str, str]]:
     name, base = labels.metric(experiment.metric), experiment.base
-    note = f"95% interval {_range(experiment, found)}" if found else "no interval"
+    note = f"95% interval {range_words(experiment, found)}" if found else "no interval"
     tiles = [(name, labels.score(experiment.metric, score), f"mean of {seeds} seeds; {note}" if seeds > 1 else note)]
     if base is not None:
         there = experiment.base_interval
-        span = f"95% interval {_range(experiment, there)}" if there else ""
+        span = f"95% interval {range_words(experiment, there)}" if there else ""
         gain = labels.score(experiment.metric, score - base)
         tiles.append(("base model", labels.score(experiment.metric, base), span))
         tiles.append(("change", gain if gain.startswith("-") else f"+{gain}", "trained − base"))
+    held = expected(experiment)
+    if held is not None:
+        value = labels.score(experiment.metric, held.estimate.value)
+        tiles.append(("expected when run again", value, f"95% interval {_held_range(experiment, held)}, {held.how}"))
     return tiles
+
+
+def _held_range(experiment: Experiment, held: stats_seeds.Held) -> str:
+    """The 95% interval of what is expected when run again."""
+    return " to ".join(labels.score(experiment.metric, end) for end in ends(experiment, held.estimate))
+
+
+def _again(experiment: Experiment, ranked: pd.DataFrame) -> str:
+    """What to expect of the winner when it is run again: the best of several scores flatters itself."""
+    held, problems = expected(experiment), experiment.problems
+    if held is not None:
+        value = labels.score(experiment.metric, held.estimate.value)
+        return (
+            f"Run again, expect {value} (95% interval {_held_range(experiment, held)}, from {held.how}): "
+            "the best of several scores flatters itself, and this is free of that."
+        )
+    if len(ranked) < 4 or not problems or ranked["n"].max() > 1:
+        return ""
+    means = [float(mean) for mean in ranked["mean"]]
+    variance = float(ranked["mean"].mean()) * (1 - float(ranked["mean"].mean())) / problems
+    drawn = labels.score(experiment.metric, stats_seeds.shrunken(means, variance)[0])
+    return f"Run again, expect about {drawn}: the best of several scores flatters itself. One seed gives no interval."
 
 
 def _clear_of_base(experiment: Experiment, score: float, found: stats.Interval | None) -> str:
@@ -246,7 +298,8 @@ def _interval_of(row: pd.Series) -> stats.Interval | None:
     return stats.Interval(row["low"], row["high"], row["source"]) if pd.notna(row["low"]) else None
 
 
-def _range(experiment: Experiment, found: stats.Interval) -> str:
+def range_words(experiment: Experiment, found: stats.Interval) -> str:
+    """An interval's ends in words."""
     return f"{labels.score(experiment.metric, found.low)} to {labels.score(experiment.metric, found.high)}"
 
 

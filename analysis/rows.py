@@ -91,9 +91,8 @@ def with_totals(runs: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
     )
     table = runs.merge(totals, left_on=KEY, right_index=True, how="left")
     table = table.drop(columns=["episodes_per_step", "flops_per_token"])
-    for names, kind in ((_WHOLE, "Int64"), (_REAL, float), (_WORDS, "string"), (_FLAGS, "boolean")):
-        for name in names:
-            table[name] = table[name].astype(kind)
+    kinds = ((_WHOLE, "Int64"), (_REAL, "float64"), (_WORDS, "string"), (_FLAGS, "boolean"))
+    table = table.astype({name: kind for names, kind in kinds for name in names})
     for name in param_columns(table):
         table[name] = one_type(table[name])
     return table.sort_values(["number", "run_dir"], ignore_index=True)

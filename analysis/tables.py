@@ -1,8 +1,8 @@
-"""The report's tables: what each column shows, cell by cell, as text."""
+"""The report's tables: what each column shows, cell by cell, as text, and what it sorts by."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,24 +15,37 @@ from harness.rundir import Status
 
 # A reason longer than this is cut in the table; the manifest has all of it.
 SHOWN_REASON = 300
+Sort = float | str | None
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column's title, how a row's cell reads, and whether it holds words rather than numbers."""
+    """A column's title, how a row's cell reads, what it sorts by (by default its text), and whether it holds words."""
 
     title: str
     cell: Callable[[pd.Series], str]
     words: bool = False
+    sort: Callable[[pd.Series], Sort] | None = None
+
+    def key(self, row: pd.Series) -> Sort:
+        """What a row sorts by in this column; None for a row without a value, which comes last either way."""
+        if self.sort is not None:
+            return self.sort(row)
+        text = self.cell(row)
+        return None if text == "–" else text
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row's cells; `best` is the winner, `muted` does not count."""
+    """One row's cells and sort keys; `best` is the winner, `muted` does not count; a trial's number and command."""
 
     cells: list[str]
+    sort: list[Sort]
     best: bool
     muted: bool
+    status: str = ""
+    number: int | None = None
+    command: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +55,23 @@ class Table:
     columns: list[Column]
     rows: list[Row]
 
+    def top(self, count: int) -> Table:
+        """The first rows alone."""
+        return Table(self.columns, self.rows[:count])
+
 
 def configurations(experiment: Experiment) -> Table:
     """Configurations ranked by their mean over seeds; those without all their seeds last and unranked."""
     score, many = _score(experiment), len(experiment.seeds) > 1
     columns = [
         _count("place", "rank"),
-        Column(labels.metric(experiment.metric), lambda row: score(row["mean"])),
-        *_axes(experiment),
-        Column("95% interval", lambda row: _range(score, row["low"], row["high"])),
+        Column(labels.metric(experiment.metric), lambda row: score(row["mean"]), sort=number("mean")),
+        *_axes(experiment.axes),
+        Column("95% interval", lambda row: _range(score, row["low"], row["high"]), sort=number("low")),
     ]
     if many:
-        columns += [
-            Column("seeds' range", lambda row: _range(score, row["min"], row["max"])),
-        ]
+        spread = Column("seeds' range", lambda row: _range(score, row["min"], row["max"]), sort=number("min"))
+        columns.append(spread)
     columns.append(_count("config", "configuration"))
     columns.append(Column("seeds" if many else "status", lambda row: _seeds(row, len(experiment.seeds)), words=True))
     winner = experiment.best.configuration if experiment.best else None
@@ -63,66 +79,112 @@ def configurations(experiment: Experiment) -> Table:
     return _table(columns, rows, lambda row: row["configuration"] == winner, lambda row: not row["whole"])
 
 
-def trials(experiment: Experiment) -> Table:
-    """Every trial with how it ended; the last score of one that did not complete is in brackets: it does not count."""
-    score, metric = _score(experiment), experiment.metric
-    number = [_count("trial", "number")] if experiment.is_sweep else []
-    configuration = [_count("config", "configuration")] if experiment.is_sweep else []
+def trials(experiments: Sequence[Experiment]) -> Table:
+    """Every trial with how it ended; the last score of one that did not complete is in brackets: it does not count.
+
+    Several experiments' trials stand one after another, with a column for which they belong to.
+    """
+    one, many = experiments[0], len(experiments) > 1
+    swept = many or one.is_sweep
+    axes = list(dict.fromkeys(key for experiment in experiments for key in experiment.axes))
+    names = {labels.metric(experiment.metric) for experiment in experiments}
+    lead = [Column("sweep", lambda row: str(row["name"]), words=True)] if many else []
     columns = [
-        *number,
-        Column(labels.metric(metric), lambda row: _final(row, metric, score)),
-        *_axes(experiment),
-        *configuration,
+        *lead,
+        *([_count("trial", "number")] if swept else []),
+        Column(names.pop() if len(names) == 1 else "score", _final, sort=number("score")),
+        *_axes(axes),
+        *([_count("config", "configuration")] if swept else []),
         _count("seed", "seed"),
-        Column("best (step)", lambda row: _peak(row, metric, score)),
+        Column("best (step)", _peak, sort=number("best")),
         _count("steps", "step"),
-        Column("time", lambda row: metrics.duration(row["seconds"]) if pd.notna(row["seconds"]) else "–"),
+        Column("time", lambda row: _duration(row["seconds"]), sort=number("seconds")),
         Column("status", _status, words=True),
     ]
-    best = experiment.best_trial()
-    winner = None if best is None else best["run_dir"]
-    done, rows = Status.COMPLETE.value, experiment.trials
-    return _table(columns, rows, lambda row: row["run_dir"] == winner, lambda row: row["status"] != done)
+    rows, winners = pd.concat([_rows(experiment) for experiment in experiments], ignore_index=True), set()
+    for experiment in experiments:
+        best = experiment.best_trial()
+        winners |= set() if best is None else {(experiment.directory, best["run_dir"])}
+    done = Status.COMPLETE.value
+    return _table(
+        columns, rows, lambda row: (row["directory"], row["run_dir"]) in winners, lambda row: row["status"] != done
+    )
+
+
+def _rows(experiment: Experiment) -> pd.DataFrame:
+    return experiment.tables.runs.assign(name=experiment.name)
 
 
 def _table(
     columns: list[Column], rows: pd.DataFrame, best: Callable[[pd.Series], bool], muted: Callable[[pd.Series], bool]
 ) -> Table:
     filled = [
-        Row([column.cell(row) for column in columns], bool(best(row)), bool(muted(row))) for _, row in rows.iterrows()
+        Row(
+            [column.cell(row) for column in columns],
+            [column.key(row) for column in columns],
+            bool(best(row)),
+            bool(muted(row)),
+            str(row.get("status") or ""),
+            int(row["number"]) if pd.notna(row.get("number")) else None,
+            row.get("command"),
+        )
+        for _, row in rows.iterrows()
     ]
     return Table(columns, filled)
 
 
 def _count(title: str, name: str) -> Column:
-    return Column(title, lambda row: "–" if pd.isna(row[name]) else str(int(row[name])))
+    return Column(title, lambda row: "–" if pd.isna(row[name]) else str(int(row[name])), sort=number(name))
 
 
-def _axes(experiment: Experiment) -> list[Column]:
-    return [Column(labels.key(key), _axis_cell(key), words=key == labels.TARGETS) for key in experiment.axes]
+def number(name: str) -> Callable[[pd.Series], Sort]:
+    """What a column of numbers sorts by."""
+    return lambda row: None if pd.isna(row[name]) else float(row[name])
+
+
+def _axes(axes: Sequence[str]) -> list[Column]:
+    return [Column(labels.key(key), _axis_cell(key), words=key == labels.TARGETS, sort=_axis_sort(key)) for key in axes]
 
 
 def _axis_cell(key: str) -> Callable[[pd.Series], str]:
     def cell(row: pd.Series) -> str:
         rank = row.get(labels.RANK)
         values = {labels.RANK: None if pd.isna(rank) else rank}
-        return labels.value(key, None if pd.isna(row[key]) else row[key]) if labels.matters(key, values) else "–"
+        return labels.value(key, None if pd.isna(row.get(key)) else row[key]) if labels.matters(key, values) else "–"
 
     return cell
 
 
+def _axis_sort(key: str) -> Callable[[pd.Series], Sort]:
+    def sort(row: pd.Series) -> Sort:
+        value = row.get(key)
+        if pd.isna(value) or _axis_cell(key)(row) == "–":
+            return None
+        return value if isinstance(value, str) else float(value)
+
+    return sort
+
+
 def _score(experiment: Experiment) -> Callable[[Any], str]:
-    return lambda given: labels.score(experiment.metric, None if pd.isna(given) else float(given))
+    return lambda given: _shown(experiment.metric, given)
 
 
-def _peak(row: pd.Series, metric: str, score: Callable[[Any], str]) -> str:
-    return f"{score(row[f'best/{metric}'])} ({row['best/step']})" if pd.notna(row["best/step"]) else "–"
+def _shown(metric: str, given: Any) -> str:
+    return labels.score(metric, None if pd.isna(given) else float(given))
 
 
-def _final(row: pd.Series, metric: str, score: Callable[[Any], str]) -> str:
-    if pd.notna(row[metric]):
-        return score(row[metric])
-    return f"({score(row[f'last/{metric}'])})" if pd.notna(row[f"last/{metric}"]) else "–"
+def _peak(row: pd.Series) -> str:
+    return f"{_shown(row['metric'], row['best'])} ({row['best_step']})" if pd.notna(row["best_step"]) else "–"
+
+
+def _final(row: pd.Series) -> str:
+    if pd.notna(row["score"]):
+        return _shown(row["metric"], row["score"])
+    return f"({_shown(row['metric'], row['last'])})" if pd.notna(row["last"]) else "–"
+
+
+def _duration(seconds: Any) -> str:
+    return metrics.duration(float(seconds)) if pd.notna(seconds) else "–"
 
 
 def _seeds(row: pd.Series, seeds: int) -> str:

@@ -11,11 +11,20 @@ from harness.errors import UserError
 from harness.rundir import RunDir, Status
 
 Written = TypeVar("Written")
+# Drawing takes seconds of a core that the sweep could use: after it comes a rest so many times as long.
+REST = 4
 
 
-def watch_report(write: Callable[[int | None], Written], directories: Sequence[Path], *, every: int = 5) -> Written:
+def watch_report(
+    write: Callable[[int | None], Written],
+    directories: Sequence[Path],
+    *,
+    every: int = 5,
+    begun: Callable[[Written], None] | None = None,
+) -> Written:
     """Call `write(every)` at each change until all directories' runs have ended or Ctrl-C, then `write(None)`, the page
-    that stays; returns what that gives. Raises UserError when `every`, in seconds, is not positive.
+    that stays; returns what that gives. `begun` is told of the first. Raises UserError when `every`, in seconds, is not
+    positive.
     """
     if every < 1:
         raise UserError("the page is written again every so many seconds", got=every, allowed="1 or more")
@@ -23,10 +32,13 @@ def watch_report(write: Callable[[int | None], Written], directories: Sequence[P
     try:
         while not all(map(_ended, directories)):
             found = [_state(directory) for directory in directories]
+            start = time.monotonic()
             if found != seen:
-                write(every)
+                written = write(every)
+                if seen is None and begun is not None:
+                    begun(written)
             seen = found
-            time.sleep(every)
+            time.sleep(max(every, REST * (time.monotonic() - start)))
     except KeyboardInterrupt:
         pass  # who watches has seen enough; the sweep goes on
     return write(None)

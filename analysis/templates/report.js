@@ -66,12 +66,19 @@
   }
 
   // Filtering: every word must be in the row; `rank=8` looks in the columns whose title begins so.
+  function holds(text, wanted) {
+    const first = text.split(" ")[0];
+    return wanted === "" || Number.isNaN(Number(wanted)) ? text.startsWith(wanted) : Number(first) === Number(wanted);
+  }
+
+  const words = (row) => all(":scope > :not([data-fixed])", row).map((cell) => cell.textContent).join(" ").toLowerCase();
+
   function matcher(text, titles) {
     const tests = text.toLowerCase().split(/\s+/).filter(Boolean).map((word) => {
       const [name, wanted] = word.split(/=(.*)/s);
-      if (wanted === undefined) return (row) => row.textContent.toLowerCase().includes(word);
+      if (wanted === undefined) return (row) => words(row).includes(word);
       const columns = titles.flatMap((title, index) => (name && title.startsWith(name) ? [index] : []));
-      return (row) => columns.some((index) => row.cells[index].textContent.trim().toLowerCase().startsWith(wanted));
+      return (row) => columns.some((index) => holds(row.cells[index].textContent.trim().toLowerCase(), wanted));
     });
     return (row) => tests.every((test) => test(row));
   }
@@ -98,8 +105,13 @@
   }
 
   // A live page loads itself again, and comes back to where its reader was. What is kept lives in this tab's history.
+  const nameOf = (control) => control.id || control.textContent;
+  const namesakes = (name) => all("a, button, input, select, summary, [tabindex]").filter((one) => nameOf(one) === name);
+
   function remember() {
-    const place = all("main [id]").findLast((part) => part.getBoundingClientRect().top <= 1);
+    const shown = (part) => part.getClientRects().length > 0;
+    const place = all("main section[id], main h3[id]").findLast((part) => shown(part) && part.getBoundingClientRect().top <= 1);
+    const name = nameOf(document.activeElement);
     return {
       fields: all("input, select").map((field) => [field.id, field.value]),
       sorts: all("table[id]").map((table) => {
@@ -108,7 +120,7 @@
       }),
       open: all("details[id]").map((one) => [one.id, one.open]),
       scrolled: all(".scroll[id]").map((one) => [one.id, one.scrollLeft, one.scrollTop]),
-      focus: document.activeElement.id,
+      focus: [name, namesakes(name).indexOf(document.activeElement)],
       place: place && [place.id, place.getBoundingClientRect().top],
     };
   }
@@ -126,7 +138,7 @@
     });
     kept.open.forEach(([id, open]) => { if (find(id)) find(id).open = open; });
     kept.scrolled.forEach(([id, left, top]) => find(id)?.scrollTo(left, top));
-    find(kept.focus)?.focus({ preventScroll: true });
+    namesakes(kept.focus[0])[kept.focus[1]]?.focus({ preventScroll: true });
     const place = kept.place && find(kept.place[0]);
     if (place) scrollBy({ top: place.getBoundingClientRect().top - kept.place[1], behavior: "instant" });
   }

@@ -1,153 +1,321 @@
-"""The report in a real browser: it loads nothing, runs nothing, and fits the screen, light and dark."""
+"""The report in a real browser: it loads nothing, runs nothing hostile, fits, sorts, filters, and is accessible."""
 
 from __future__ import annotations
 
-import html
+import base64
+import importlib.util
+import json
 import re
-import shutil
-import subprocess
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from analysis.report import write_report
+from analysis.report import read, write, write_report
 from harness.rundir import Status
+from tests.integration.browser import CHROMIUM, Browser, Page, Proxy, watched
 from tests.unit.analysis.synthetic import Sweep, Trial, example, params, write_sweep
 
-CHROMIUM = next((found for name in ("chromium", "chromium-browser") if (found := shutil.which(name))), None)
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-)
 HOSTILE = (
     "<script>document.title = 'ran'</script>"
     "<script src='http://report.test/a.js'></script>"
     "<img src='http://report.test/b.png' onerror=\"document.title = 'ran'\">"
     "<style>@import 'http://report.test/c.css';</style> 3 + 4 = 7"
 )
+TRIALS = "document.getElementById('trial-table')"
+SIZES = [(1280, False), (1280, True), (390, False), (390, True)]
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not on PATH: apt-get install chromium")
 
 
-class Listener(BaseHTTPRequestHandler):
-    """A proxy that notes what was asked for and answers nothing."""
-
-    def do_GET(self) -> None:
-        assert isinstance(self.server, Proxy)
-        self.server.asked.append(self.path)
-        self.send_error(404)
-
-    def do_CONNECT(self) -> None:
-        self.do_GET()
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-class Proxy(ThreadingHTTPServer):
-    """Everything a browser asks the network for goes through here."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Listener)
-        self.asked: list[str] = []
-
-    @property
-    def from_pages(self) -> list[str]:
-        """What was asked for, the browser's own calls home aside."""
-        own = r"(google|googleapis|gvt1|gstatic)\.com"
-        return [path for path in self.asked if not re.search(own, path)]
-
-
-@pytest.fixture
-def proxy() -> Iterator[Proxy]:
-    """A listening proxy."""
-    server = Proxy()
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+@pytest.fixture(scope="module")
+def watching(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Browser, Proxy]]:
+    """A browser whose every request goes to a proxy."""
+    with watched(tmp_path_factory.mktemp("profile")) as both:
+        yield both
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of a sweep whose winner's completions, and a failed trial's reason, are hostile."""
+def browser(watching: tuple[Browser, Proxy]) -> Browser:
+    """The browser."""
+    return watching[0]
+
+
+@pytest.fixture(scope="module")
+def proxy(watching: tuple[Browser, Proxy]) -> Proxy:
+    """What the browser asked the network for."""
+    return watching[1]
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep whose winner's completions, and a failed trial's reason, are hostile."""
     trials = [
         *example().trials[:10],
         Trial(5, 0, params(8, 1e-2), 0.3, Status.FAILED, HOSTILE, last_step=20),
         Trial(6, 0, params(8, 1e-3), 0.97, completion=HOSTILE),
         Trial(6, 1, params(8, 1e-3), 0.96, completion=HOSTILE),
     ]
-    return write_report(write_sweep(tmp_path_factory.mktemp("browser"), Sweep(trials))).path
+    return write_sweep(tmp_path_factory.mktemp("browser"), Sweep(trials))
 
 
-def browse(page: Path, *flags: str, profile: Path) -> str:
-    """Open a page in the browser and return what it prints."""
-    assert CHROMIUM is not None
-    command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", *flags, page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+@pytest.fixture(scope="module")
+def report(sweep: Path) -> Path:
+    """The hostile sweep's page."""
+    return write_report(sweep).path
 
 
-def through(proxy: Proxy) -> list[str]:
-    return [f"--proxy-server=http://127.0.0.1:{proxy.server_port}", "--virtual-time-budget=3000", "--dump-dom"]
+@pytest.fixture(scope="module")
+def pages(report: Path, sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Each kind of page: of a sweep, the same while it runs, of two sweeps, of a sweep without any trial."""
+    folder = tmp_path_factory.mktemp("pages")
+    other = write_sweep(folder, Sweep(example().trials[2:6]), name="other")
+    empty = write_sweep(folder, Sweep([], status=Status.RUNNING), name="empty")
+    return {
+        "sweep": report,
+        "live": write_report(sweep, folder / "live", refresh=60).path,
+        "comparison": write(read([sweep, other]), folder / "comparison").path,
+        "empty": write_report(empty, folder / "none").path,
+    }
 
 
-def title(dom: str) -> str:
-    found = re.search(r"<title>(.*?)</title>", dom, flags=re.DOTALL)
-    assert found is not None
-    return html.unescape(found[1])
+def test_nothing_is_loaded_and_only_our_script_runs(report: Path, browser: Browser, proxy: Proxy) -> None:
+    before = len(proxy.from_pages)
+    with browser.page(report.as_uri()) as page:
+        assert page.run("document.title") == "lora_sweep: LoRA sweep report"
+        assert page.run(f"document.body.innerText.includes({json.dumps(HOSTILE)})"), "shown as text"
+        assert page.run("document.documentElement.classList.contains('scripted')"), "ours ran"
+        assert page.run("document.scripts.length") == 1
+    assert len(proxy.from_pages) == before
 
 
-def test_nothing_is_loaded_and_no_script_runs(report: Path, proxy: Proxy, tmp_path: Path) -> None:
-    dom = browse(report, *through(proxy), profile=tmp_path / "profile")
-    assert title(dom) == "lora_sweep: LoRA sweep report"
-    assert html.escape("<script>document.title = 'ran'</script>", quote=False) in dom
-    assert proxy.from_pages == []
-
-
-def test_the_proxy_would_have_seen_it(proxy: Proxy, tmp_path: Path) -> None:
-    page = tmp_path / "control.html"
-    page.write_text(f"<!doctype html><title>quiet</title>{HOSTILE}")
-    dom = browse(page, *through(proxy), profile=tmp_path / "profile")
-    assert title(dom) == "ran"
-    assert {"http://report.test/a.js", "http://report.test/b.png"} <= set(proxy.from_pages)
+@pytest.mark.parametrize("guarded", [True, False])
+def test_what_gets_past_the_escaping_is_stopped_by_the_policy(
+    report: Path, browser: Browser, proxy: Proxy, tmp_path: Path, guarded: bool
+) -> None:
+    broken = report.read_text().replace("</main>", f"{HOSTILE}</main>")
+    if not guarded:  # the control: then it does run, and is seen
+        broken = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", broken)
+    path = tmp_path / "broken.html"
+    path.write_text(broken)
+    before = len(proxy.from_pages)
+    with browser.page(path.as_uri()) as page:
+        assert (page.run("document.title") == "ran") is not guarded
+    asked = proxy.from_pages[before:]
+    assert asked == [] if guarded else {"http://report.test/a.js", "http://report.test/b.png"} <= set(asked)
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-def test_the_page_is_as_wide_as_the_screen(report: Path, tmp_path: Path, width: int) -> None:
-    # In a frame of that width: a window would not be made narrower than 500.
-    script = "<script>parent.document.title = `${innerWidth} ${document.documentElement.scrollWidth}`</script>"
-    page = re.sub(r"<meta http-equiv=.*?>", "", report.read_text()).replace("</body>", f"{script}</body>")
-    probe = tmp_path / "probe.html"
-    style = f"width: {width}px; height: 900px; border: 0"
-    probe.write_text(
-        f"<!doctype html><title>probe</title><iframe style='{style}' srcdoc='{html.escape(page)}'></iframe>"
-    )
-    dom = browse(probe, "--virtual-time-budget=3000", "--dump-dom", profile=tmp_path / "profile")
-    assert title(dom) == f"{width} {width}"
+@pytest.mark.parametrize("kind", ["sweep", "live", "comparison", "empty"])
+def test_the_page_is_as_wide_as_the_screen(pages: dict[str, Path], browser: Browser, kind: str, width: int) -> None:
+    with browser.page(pages[kind].as_uri(), width=width) as page:
+        page.run("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+        assert page.run("[innerWidth, document.documentElement.scrollWidth]") == [width, width]
 
 
-def test_light_and_dark_pages_are_drawn(report: Path, tmp_path: Path) -> None:
-    for name, flags, paper in (
-        ("light", [], [0xF4, 0xF5, 0xF6]),
-        ("dark", ["--blink-settings=preferredColorScheme=0"], [0x14, 0x18, 0x1C]),
-    ):
-        shot = tmp_path / f"{name}.png"
-        flags = [*flags, "--window-size=1280,4000", f"--screenshot={shot}"]
-        browse(report, *flags, profile=tmp_path / f"profile-{name}")
-        pixels = (imread(shot)[..., :3] * 255).round().astype(int)
-        assert pixels.shape == (4000, 1280, 3)
-        assert pixels[5, 5].tolist() == paper
-        colours = np.unique(pixels @ [1, 2**8, 2**16])
-        assert len(colours) > 200, "figures, text and tables are there"
+@pytest.mark.parametrize(("dark", "paper"), [(False, [0xFF, 0xFF, 0xFF]), (True, [0x1C, 0x21, 0x26])])
+def test_light_and_dark_pages_are_drawn(
+    report: Path, browser: Browser, tmp_path: Path, dark: bool, paper: list[int]
+) -> None:
+    with browser.page(report.as_uri(), dark=dark) as page:
+        page.run("document.querySelector('#figures img').scrollIntoView()")
+        page.wait("document.querySelector('#figures img').complete")
+        page.screenshot(tmp_path / "page.png", whole=False)
+    pixels = (imread(tmp_path / "page.png")[..., :3] * 255).round().astype(int)
+    assert pixels[5, 5].tolist() == paper
+    assert len(np.unique(pixels @ [1, 2**8, 2**16])) > 200, "a figure and text are there"
+
+
+def test_every_picture_has_its_room_before_it_is_loaded(report: Path, browser: Browser) -> None:
+    for width in (390, 1280):
+        with browser.page(report.as_uri(), width=width) as page:
+            heights = "[...document.images].map((one) => one.getBoundingClientRect().height)"
+            before = page.run(heights)
+            page.run("document.querySelectorAll('img').forEach((one) => { one.loading = 'eager'; })")
+            page.wait("[...document.images].every((one) => one.complete && one.naturalWidth > 0)")
+            assert page.run(heights) == pytest.approx(before, abs=2)
+            assert min(before) > 100
+
+
+def test_a_heading_sorts_by_keyboard_and_says_so(report: Path, browser: Browser) -> None:
+    with browser.page(report.as_uri()) as page:
+        index = _column(page, "learning rate")
+        numbers = _cells(page, 0)
+        head = f"{TRIALS}.tHead.rows[0].cells[{index}]"
+        page.run(f"{head}.querySelector('button').focus()")
+        page.press("Enter")
+        rates = [float(text) for text in _cells(page, index)]
+        assert rates == sorted(rates)
+        assert page.run(f"{head}.getAttribute('aria-sort')") == "ascending"
+        assert page.run("document.getElementById('said').textContent") == "Sorted by learning rate, ascending"
+        page.press(" ")
+        assert [float(text) for text in _cells(page, index)] == sorted(rates, reverse=True)
+        page.press("Enter")
+        assert page.run(f"{head}.getAttribute('aria-sort')") == "none"
+        assert _cells(page, 0) == numbers, "the order it came with"
+
+
+def test_scores_that_do_not_count_sort_last_both_ways(report: Path, browser: Browser) -> None:
+    with browser.page(report.as_uri()) as page:
+        index = _column(page, "held-out accuracy")
+        button = f"{TRIALS}.tHead.rows[0].cells[{index}].querySelector('button')"
+        for reverse in (False, True):
+            page.run(f"{button}.click()")
+            scores = _cells(page, index)
+            counted = [float(text) for text in scores if text[0].isdigit()]
+            assert counted == sorted(counted, reverse=reverse)
+            assert all(not text[0].isdigit() for text in scores[len(counted) :])
+            assert len(counted) == 11
+
+
+def test_words_columns_and_status_filter(report: Path, browser: Browser) -> None:
+    with browser.page(report.as_uri()) as page:
+        assert _filtered(page, "") == "13 of 13 trials"
+        assert _filtered(page, "q_proj") == "2 of 13 trials"
+        assert _filtered(page, "rank=1") == "4 of 13 trials"
+        assert _filtered(page, "rank=1 learningrate=0.003") == "2 of 13 trials"
+        assert _filtered(page, "winner") == "1 of 13 trials"
+        assert _filtered(page, "", "FAILED") == "1 of 13 trials"
+        assert _cells(page, 0, shown=True) == ["10"]
+        assert _filtered(page, "<script>") == "1 of 13 trials"
+        assert _filtered(page, "<script> q_proj") == "0 of 13 trials"
+        assert page.run(f"{TRIALS}.tFoot.innerText") == "None of the trials matches."
+
+
+def test_a_command_is_copied(report: Path, browser: Browser) -> None:
+    browser.call("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
+    with browser.page(report.as_uri()) as page:
+        page.call("Emulation.setFocusEmulationEnabled", enabled=True)
+        page.run("document.querySelector('#answer .copy').focus()")
+        page.press("Enter")
+        page.wait("document.getElementById('said').textContent === 'Command copied'")
+        shown = page.run("document.querySelector('#answer .command code').textContent")
+        assert shown.startswith("python -m harness.")
+        assert page.run("navigator.clipboard.readText()") == shown
+
+
+def test_without_scripts_all_is_there_and_no_dead_control(report: Path, browser: Browser) -> None:
+    with browser.page(report.as_uri(), script=False) as page:
+        document = page.call("DOM.getDocument")["root"]["nodeId"]
+
+        def count(selector: str) -> int:
+            return len(page.call("DOM.querySelectorAll", nodeId=document, selector=selector)["nodeIds"])
+
+        def drawn(selector: str) -> bool:
+            node = page.call("DOM.querySelector", nodeId=document, selector=selector)["nodeId"]
+            try:
+                page.call("DOM.getBoxModel", nodeId=node)
+            except RuntimeError:  # it has no box
+                return False
+            return True
+
+        assert count("#trial-table tbody tr") == 13
+        assert drawn("#trial-table tbody tr:last-child")
+        assert drawn("#answer .command")
+        assert not drawn(".tools")
+        assert not drawn(".copy")
+        assert count("thead button") == 0
+
+
+def test_the_first_tab_leads_past_the_contents(report: Path, browser: Browser) -> None:
+    with browser.page(report.as_uri()) as page:
+        page.press("Tab")
+        assert page.run("document.activeElement.textContent") == "Skip to the answer"
+        assert page.run("document.activeElement.getBoundingClientRect().top") >= 0, "it comes into view"
+        assert page.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+        page.press("Enter", "Tab")
+        assert page.run("document.activeElement.closest('main') !== null")
+
+
+def test_on_paper_every_row_is_there_and_no_control(report: Path, browser: Browser) -> None:
+    with browser.page(report.as_uri(), dark=True) as page:
+        page.call("Emulation.setEmulatedMedia", media="print")
+        hidden = "getComputedStyle(document.querySelector('{}')).display === 'none'"
+        assert all(page.run(hidden.format(one)) for one in (".contents", ".tools", ".copy", ".skip"))
+        assert page.run("getComputedStyle(document.getElementById('trial-table-scroll')).maxHeight") == "none"
+        assert page.run("getComputedStyle(document.body).color") == "rgb(0, 0, 0)"
+        pdf = base64.b64decode(page.call("Page.printToPDF")["data"])
+    assert pdf.startswith(b"%PDF")
+
+
+def test_a_live_page_comes_back_to_where_its_reader_was(
+    pages: dict[str, Path], browser: Browser, tmp_path: Path
+) -> None:
+    text = pages["live"].read_text()
+    assert '<noscript><meta http-equiv="refresh" content="60"></noscript>' in text
+    path = tmp_path / "live.html"
+    path.write_text(text.replace('data-seconds="60"', 'data-seconds="2"'))
+    with browser.page(path.as_uri()) as page:
+        page.call("Emulation.setFocusEmulationEnabled", enabled=True)
+        page.run("document.getElementById('pause').click()")
+        assert page.run("document.getElementById('pause').getAttribute('aria-pressed')") == "true"
+        _filtered(page, "", "COMPLETE")
+        page.run(f"{TRIALS}.tHead.rows[0].cells[{_column(page, 'learning rate')}].querySelector('button').click()")
+        page.run("document.getElementById('trials').scrollIntoView()")
+        page.run("document.getElementById('more-problems').open = true")
+        page.run(f"{TRIALS}.tHead.rows[0].cells[0].querySelector('button').focus({{preventScroll: true}})")
+        seen = f"[{_PLACE}, document.activeElement.textContent, document.getElementById('more-problems').open]"
+        was = [_cells(page, 0, shown=True), page.run(seen)]
+        path.write_text(text.replace("</title>", ", again</title>"))
+        page.run("document.getElementById('pause').click()")
+        page.wait("document.title.endsWith(', again') && document.readyState === 'complete'")
+        assert [_cells(page, 0, shown=True), page.run(seen)] == was
+        assert was[1] == [16, "trial", True], "just below the screen's edge"
+        assert page.run("document.getElementById('trial-table-status').value") == "COMPLETE"
+
+
+_PLACE = "Math.round(document.getElementById('trials').getBoundingClientRect().top)"
+
+
+def test_a_page_of_what_has_ended_does_not_load_itself_again(report: Path) -> None:
+    text = report.read_text()
+    assert 'id="live"' not in text
+    assert 'http-equiv="refresh"' not in text
+
+
+@pytest.mark.parametrize(("width", "dark"), SIZES)
+@pytest.mark.parametrize("kind", ["sweep", "live", "comparison", "empty"])
+def test_axe_finds_nothing(pages: dict[str, Path], browser: Browser, kind: str, width: int, dark: bool) -> None:
+    with browser.page(pages[kind].as_uri(), width=width, dark=dark) as page:
+        page.run("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+        assert _violations(page) == []
+
+
+def test_axe_would_have_found_something(browser: Browser, tmp_path: Path) -> None:
+    path = tmp_path / "bad.html"
+    path.write_text("<!doctype html><title>bad</title><img src='data:,'><p style='color: #ccc'>faint</p>")
+    with browser.page(path.as_uri()) as page:
+        assert {found.split(":")[0] for found in _violations(page)} >= {"image-alt", "color-contrast", "html-has-lang"}
+
+
+def _violations(page: Page) -> list[str]:
+    """What axe-core finds wrong, best practices included: rule and element each."""
+    package = importlib.util.find_spec("axe_playwright_python")
+    if package is None or package.origin is None:
+        pytest.skip("axe-core is not installed: pip install --no-deps axe-playwright-python")
+    page.run((Path(package.origin).parent / "axe.min.js").read_text() + "; true")
+    found: dict[str, Any] = page.run("axe.run(document, {resultTypes: ['violations']})")
+    return [f"{one['id']}: {node['html'][:200]}" for one in found["violations"] for node in one["nodes"]]
+
+
+def _column(page: Page, title: str) -> int:
+    found = page.run(f"[...{TRIALS}.tHead.rows[0].cells].findIndex((one) => one.textContent === {json.dumps(title)})")
+    assert found >= 0
+    return int(found)
+
+
+def _cells(page: Page, column: int, *, shown: bool = False) -> list[str]:
+    """A column's texts, without what only a screen reader sees; `shown`: of the rows that are not filtered out."""
+    rows = f"[...{TRIALS}.tBodies[0].rows].filter((row) => !{json.dumps(shown)} || !row.hidden)"
+    found: list[str] = page.run(f"{rows}.map((row) => row.cells[{column}].firstChild.textContent.trim())")
+    return found
+
+
+def _filtered(page: Page, text: str, status: str = "") -> str:
+    """What the count says once this is typed and chosen."""
+    for name, value, event in (("text", text, "input"), ("status", status, "change")):
+        field = f"document.getElementById('trial-table-{name}')"
+        page.run(f"{field}.value = {json.dumps(value)}; {field}.dispatchEvent(new Event('{event}', {{bubbles: true}}))")
+    return str(page.run("document.querySelector('.tools output').textContent"))

@@ -16,15 +16,22 @@ import pandas as pd
 import pytest
 import yaml
 
+from analysis.report import DOWNLOADS
 from harness import report
 from harness.errors import UserError
-from tests.integration import test_report_browser as browser
+from tests.integration.browser import CHROMIUM, Browser, Proxy, watched
 from tests.unit.analysis.synthetic import Sweep, Trial, params, write_run, write_sweep
 
 pytestmark = pytest.mark.timeout(120)
 
 MARK = "OutsideSecret"
-proxy = browser.proxy
+
+
+@pytest.fixture(scope="module")
+def watching(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Browser, Proxy]]:
+    """A browser whose every request goes to a proxy."""
+    with watched(tmp_path_factory.mktemp("profile")) as both:
+        yield both
 
 
 @pytest.fixture(scope="module")
@@ -241,9 +248,12 @@ def test_nothing_on_the_page_is_more_than_text(poisoned: Path) -> None:
     page = (poisoned / "index.html").read_text()
     body = re.sub(r"data:image/svg\+xml;base64,[A-Za-z0-9+/=]+", "", page)
     tags = set(re.findall(r"<\s*/?\s*([a-zA-Z!?][a-zA-Z0-9]*)", body))
-    assert not tags & {"script", "svg", "iframe", "object", "embed", "form", "a", "base"}
+    assert not tags & {"svg", "iframe", "object", "embed", "form", "base"}
+    assert len(re.findall(r"<script", body)) == 1, "the page's own, which its policy names by its hash"
     for tag in re.findall(r"<[a-zA-Z][^>]*>", body):
         assert not re.search(r"\son\w+\s*=|javascript:|=[\"']?http", tag), tag
+    addresses = set(re.findall(r"<a [^>]*href=\"([^\"]*)\"", body))
+    assert all(address.startswith("#") for address in addresses - {path for path, _ in DOWNLOADS})
     assert len(re.findall(r"<meta http-equiv", body)) == 1
     assert "<script>document.title='ran'</script>" in html.unescape(body)
     markdown = (poisoned / "report.md").read_text()
@@ -253,17 +263,20 @@ def test_nothing_on_the_page_is_more_than_text(poisoned: Path) -> None:
     assert not re.search(r"(?<!\\)<(script|img|svg)", re.sub(r"`[^`\n]*`", "", outside_fences))
 
 
-@pytest.mark.skipif(browser.CHROMIUM is None, reason="chromium is not on PATH: apt-get install chromium")
-def test_a_browser_shows_it_and_runs_none_of_it(poisoned: Path, proxy: browser.Proxy, tmp_path: Path) -> None:
-    dom = browser.browse(poisoned / "index.html", *browser.through(proxy), profile=tmp_path / "profile")
-    assert browser.title(dom).startswith("lora_sweep<script>document.title='ran'</script>")
-    assert html.escape("<script>document.title='ran'</script>", quote=False) in dom
-    assert proxy.from_pages == []
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not on PATH: apt-get install chromium")
+def test_a_browser_shows_it_and_runs_none_of_it(poisoned: Path, watching: tuple[Browser, Proxy]) -> None:
+    browser, proxy = watching
+    before = len(proxy.from_pages)
+    with browser.page((poisoned / "index.html").as_uri()) as page:
+        assert page.run("document.title").startswith("lora_sweep<script>document.title='ran'</script>")
+        assert "<script>document.title='ran'</script>" in page.run("document.querySelector('main').innerText")
+    assert proxy.from_pages[before:] == []
 
 
-@pytest.mark.skipif(browser.CHROMIUM is None, reason="chromium is not on PATH: apt-get install chromium")
-def test_the_browser_would_have_run_it(proxy: browser.Proxy, tmp_path: Path) -> None:
-    page = tmp_path / "control.html"
-    page.write_text(f"<!doctype html><title>quiet</title><p>{HOSTILE}</p>")
-    dom = browser.browse(page, *browser.through(proxy), profile=tmp_path / "profile")
-    assert browser.title(dom) != "quiet" or proxy.from_pages
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not on PATH: apt-get install chromium")
+def test_the_browser_would_have_run_it(watching: tuple[Browser, Proxy], tmp_path: Path) -> None:
+    browser, proxy = watching
+    path = tmp_path / "control.html"
+    path.write_text(f"<!doctype html><title>quiet</title><p>{HOSTILE}</p>")
+    with browser.page(path.as_uri()) as page:
+        assert page.run("document.title") != "quiet" or proxy.from_pages

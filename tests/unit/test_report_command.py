@@ -33,6 +33,40 @@ def test_a_run_gets_its_report_where_asked(tmp_path: Path, capsys: pytest.Captur
     assert not (path / "results.parquet").exists()
 
 
+def test_the_tables_of_a_report_make_it_again_where_they_lie(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9))
+    assert report.main([str(path)]) == 0
+    page = path / "report" / "index.html"
+    before = page.read_bytes()
+    page.unlink()
+    capsys.readouterr()
+    assert report.main([str(path / "report" / "tables")]) == 0
+    assert page.read_bytes() == before
+    assert capsys.readouterr().out.splitlines()[-1] == f"report: {page}"
+
+
+def test_several_are_compared_on_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9), "first")
+    second = write_run(tmp_path, Trial(0, 0, params(1, 1e-3), 0.8), "second")
+    assert report.main(["--compare", str(first), str(second)]) == 0
+    said = capsys.readouterr().out
+    assert "first: Rank 8" in said
+    assert "second: Rank 1" in said
+    assert f"report: {tmp_path / 'comparison' / 'index.html'}" in said
+    with pytest.raises(UserError, match="puts several sweeps or runs on one page"):
+        report.main(["--compare", str(first)])
+
+
+def test_watching_a_run_that_has_ended_writes_it_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9))
+    assert report.main([str(path), "--watch"]) == 0
+    assert (path / "report" / "index.html").is_file()
+    with pytest.raises(UserError, match="every so many seconds"):
+        report.main([str(path), "--watch", "0"])
+
+
 def test_a_mistyped_directory_names_the_ones_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(tmp_path / "runs", Trial(0, 0, params(8, 1e-3), 0.9), name="quickstart")
     monkeypatch.chdir(tmp_path)

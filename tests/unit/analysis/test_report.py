@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import base64
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from matplotlib.image import imread
 
-from analysis import page, tables
+from analysis import page, report, tables
 from analysis.experiment import Experiment
+from analysis.load import Tables
 from analysis.report import write_report
 from harness.errors import UserError
 from harness.rundir import Status
+from tests.unit.analysis.figures.made import made
 from tests.unit.analysis.synthetic import Sweep, Trial, example, params, rewrite_manifest, write_run, write_sweep
 
 HOSTILE = "<script>document.title = 'ran'</script><img src=http://example.com/x.png> | ``` ![x](http://example.com/y) 7"
@@ -48,36 +52,39 @@ def html(written: Path) -> Page:
 
 def test_the_page_answers_first_and_then_shows_why(html: Page) -> None:
     order = [
-        "The answer",
         "Of 4 configurations, rank 8, alpha 32, learning rate 1e-3, target modules all-linear won",
+        "How sure",
+        "Next experiment",
         "Run the winner again",
         "python -m harness.run",
+        "Which rank?",
         "Configurations, best first",
         "Learning rates: too low, good, too high",
-        "Score against learning rate",
-        "Learning curves",
-        "Score by target modules",
-        "Score by rank",
-        "All trials",
+        "Figures",
+        "LoRA Without Regret, claim by claim",
+        "Every trial, whatever became of it",
         "The same problems, before and after",
         "How this was computed",
         "Provenance",
     ]
-    places = [html.text.index(text) for text in order]
+    body = html.text[html.text.index(order[0]) :]  # past the list of contents
+    places = [body.index(text) for text in order]
     assert places == sorted(places)
 
 
 def test_the_page_loads_nothing_and_runs_nothing(html: Page) -> None:
     assert html.loads
-    assert all(address.startswith("data:") for address in html.loads)
-    assert not {"script", "iframe", "object", "form", "base"} & set(html.tags)
+    beside = {path for path, _ in report.DOWNLOADS}
+    assert all(address.startswith(("data:", "#")) or address in beside for address in html.loads)
+    assert html.tags.count("script") == 1, "the page's own, which its policy names by its hash"
+    assert not {"iframe", "object", "form", "base"} & set(html.tags)
     assert "link" in html.tags, "an empty icon, or a browser asks for /favicon.ico"
 
 
 def test_every_picture_has_words(written: Path) -> None:
     text = (written / "index.html").read_text()
     pictures = re.findall(r"<img [^>]*>", text)
-    assert len(pictures) == 4
+    assert len(pictures) > 3
     assert all(re.search(r'alt="[^"]{40,}"', picture) for picture in pictures)
 
 
@@ -85,25 +92,55 @@ def test_markdown_says_the_same_and_its_pictures_exist(written: Path, html: Page
     text = (written / "report.md").read_text()
     assert "**Of 4 configurations, rank 8, alpha 32, learning rate 1e-3, target modules all-linear won" in text
     names = re.findall(r"\]\((figures/[^)]+\.png)\)", text)
-    assert len(names) == 4
-    for name in names:
-        assert imread(written / name).std() > 0.05, "something is drawn"
+    assert len(names) == 2, "short: for a pull request"
+    drawn = sorted((written / "figures").iterdir())
+    assert len(drawn) > 3
+    for name in drawn:
+        assert imread(name).std() > 0.03, f"nothing is drawn: {name.name}"
     for heading in re.findall(r"^## (.+)$", text, flags=re.MULTILINE):
         assert heading in html.text
 
 
 def test_markdown_tables_are_whole(written: Path) -> None:
     blocks = re.findall(r"(?:^\|.*\|$\n?)+", (written / "report.md").read_text(), flags=re.MULTILINE)
-    assert len(blocks) == 3
+    assert len(blocks) == 3, "decisions, configurations, claims"
     for block in blocks:
         widths = {len(re.findall(r"(?<!\\)\|", line)) for line in block.strip().splitlines()}
         assert len(widths) == 1
 
 
+def everything(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file of a report by its name."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 def test_equal_directories_give_equal_reports(sweep_dir: Path, written: Path, tmp_path: Path) -> None:
-    again = write_report(sweep_dir, tmp_path).path
-    assert again.read_bytes() == (written / "index.html").read_bytes()
-    assert (tmp_path / "report.md").read_bytes() == (written / "report.md").read_bytes()
+    write_report(sweep_dir, tmp_path)
+    assert everything(tmp_path) == everything(written)
+
+
+def test_its_tables_give_the_very_same_report(written: Path, tmp_path: Path) -> None:
+    assert {"index.html", "trials.csv", "tables/runs.parquet", "tables/sources.parquet"} <= set(everything(written))
+    write_report(written / "tables", tmp_path)
+    assert everything(tmp_path) == everything(written)
+
+
+def test_figures_are_drawn_without_dates_or_random_names(written: Path) -> None:
+    page = (written / "index.html").read_text()
+    drawn = re.findall(r"data:image/svg\+xml;base64,([A-Za-z0-9+/=]+)", page)
+    assert len(drawn) >= 16
+    for svg in map(base64.b64decode, drawn):
+        assert b"<dc:date>" not in svg
+        assert b"<dc:creator>" not in svg
+
+
+def test_text_is_kept_of_what_the_page_shows_alone(written: Path) -> None:
+    samples = Tables.read(written / "tables").samples
+    texts = samples.groupby("run_dir")["completion"].count()
+    assert texts[texts > 0].index.tolist() == ["trials/0004"]
+    assert set(samples["phase"]) == {"eval"}
+    assert samples["run_dir"].nunique() == 12
+    assert samples["reward"].notna().all()
 
 
 def test_model_output_stays_text(tmp_path: Path) -> None:
@@ -112,28 +149,22 @@ def test_model_output_stays_text(tmp_path: Path) -> None:
     assert folder == path / "report"
     html = Page((folder / "index.html").read_text())
     assert HOSTILE in html.text
-    assert "script" not in html.tags
-    assert all(address.startswith("data:") for address in html.loads)
-    markdown = (folder / "report.md").read_text()
-    fence = re.search(rf"^(`{{3,}})text\n{re.escape(HOSTILE)}\n(`{{3,}})$", markdown, flags=re.MULTILINE)
-    assert fence is not None
-    assert fence[1] == fence[2] == "````"
+    assert html.tags.count("script") == 1
+    assert "http" not in " ".join(html.loads)
 
 
 def test_a_hostile_reason_stays_in_its_cell(tmp_path: Path) -> None:
     trials = [Trial(0, 0, params(8, 1e-3), 0.9, Status.FAILED, HOSTILE), Trial(1, 0, params(1, 1e-3), 0.9)]
     folder = write_report(write_sweep(tmp_path, Sweep(trials, seeds=[0]))).path.parent
     html = Page((folder / "index.html").read_text())
-    assert f"failed: {HOSTILE}" in html.text
-    assert "script" not in html.tags
-    row = next(line for line in (folder / "report.md").read_text().splitlines() if "failed: " in line)
-    assert "\\<script>" in row
-    assert "!\\[x\\](" in row
-    assert row.count(" | ") == 8, "a bar within a reason does not part a cell"
+    assert HOSTILE in html.text
+    assert html.tags.count("script") == 1
+    markdown = (folder / "report.md").read_text()
+    assert "<script>" not in markdown.replace("\\<script>", "")
 
 
 def test_all_trials_are_listed_with_how_they_ended(experiment: Experiment) -> None:
-    table = tables.trials(experiment)
+    table = tables.trials([experiment])
     titles = [column.title for column in table.columns]
     assert titles == [
         "trial",
@@ -155,6 +186,12 @@ def test_all_trials_are_listed_with_how_they_ended(experiment: Experiment) -> No
     assert failed["held-out accuracy"] == "(0.990)"
     assert failed["status"] == "failed: 3 non-finite gradient norms in a row at step 20"
     assert dict(zip(titles, table.rows[9].cells, strict=True))["time"] == "–"
+    keys = dict(zip(titles, table.rows[4].sort, strict=True))
+    assert (keys["learning rate"], keys["time"], keys["target modules"]) == (1e-3, 61.5, "all-linear")
+    assert dict(zip(titles, table.rows[9].sort, strict=True))["time"] is None
+    assert table.rows[10].status == "FAILED"
+    assert table.rows[4].number == 4
+    assert str(table.rows[4].command).startswith("python -m harness.run ")
 
 
 def test_configurations_are_ranked_and_the_unranked_say_why(experiment: Experiment) -> None:
@@ -168,15 +205,17 @@ def test_configurations_are_ranked_and_the_unranked_say_why(experiment: Experime
 
 def test_a_long_reason_is_cut_on_the_page(tmp_path: Path) -> None:
     path = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9, Status.FAILED, "x" * 5000))
-    status = tables.trials(Experiment.open(path)).rows[0].cells[-1]
+    status = tables.trials([Experiment.open(path)]).rows[0].cells[-1]
     assert len(status) < 400
     assert status.endswith("…")
 
 
 def test_samples_are_the_same_problems_before_and_after(experiment: Experiment) -> None:
-    problems = page.problems(experiment, "trials/0004")
-    assert len(problems) == 4
+    problems, note = page.problems(experiment, "trials/0004")
+    assert len(problems) == 8
+    assert note.startswith("Of 8 held-out problems kept of both, training gained 8 and lost 0")
     first = problems[0]
+    assert (first.index, first.differ) == (0, True)
     assert first.question.startswith("Ann has 3 apples")
     assert first.truth == "7"
     assert [answer.who for answer in first.answers] == ["base model, step 0", "after training, step 50"]
@@ -185,8 +224,20 @@ def test_samples_are_the_same_problems_before_and_after(experiment: Experiment) 
 
 def test_a_long_completion_is_cut_and_says_so(tmp_path: Path) -> None:
     path = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9, completion="7 " * 4000))
-    shown = page.problems(Experiment.open(path), ".")[0].answers[1].completion
+    shown = page.problems(Experiment.open(path), ".")[0][0].answers[1].completion
     assert shown.endswith(" … (cut: 6500 more characters)")
+
+
+def test_problems_answered_differently_come_first(tmp_path: Path) -> None:
+    path = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9))
+    file = path / "samples" / "step_000050.parquet"
+    rows = pd.read_parquet(file)
+    rows.loc[(rows["phase"] == "eval") & (rows["index"] != 5), "reward"] = 0.0
+    rows.to_parquet(file)
+    problems, note = page.problems(Experiment.open(path), ".")
+    assert [problem.index for problem in problems] == [5, 0, 1, 2, 3, 4, 6, 7]
+    assert [problem.differ for problem in problems] == [True] + [False] * 7
+    assert "gained 1 and lost 0; the other 7 were rewarded alike" in note
 
 
 def test_a_run_without_samples_has_no_such_section(tmp_path: Path) -> None:
@@ -224,9 +275,9 @@ def test_a_manifest_with_nothing_but_its_status_still_makes_a_page(tmp_path: Pat
     ids=["no trial", "one failed", "one created", "one trial"],
 )
 def test_small_sweeps_have_their_page(tmp_path: Path, sweep: Sweep, answer: str) -> None:
-    report = write_report(write_sweep(tmp_path, sweep))
-    assert report.answer.startswith(answer)
-    assert report.path.is_file()
+    made = write_report(write_sweep(tmp_path, sweep))
+    assert made.answer.startswith(answer)
+    assert made.path.is_file()
 
 
 def test_a_sweep_with_damage_everywhere_still_has_its_page(tmp_path: Path) -> None:
@@ -235,11 +286,38 @@ def test_a_sweep_with_damage_everywhere_still_has_its_page(tmp_path: Path) -> No
     (path / "trials" / "0001" / "metrics.jsonl").write_text("garbage\n")
     (path / "trials" / "0002" / "recipe.yaml").unlink()
     rewrite_manifest(path, git=None, hardware=None, packages=None)
-    report = write_report(path)
-    assert "rank 8, alpha 32, learning rate 1e-3, target modules all-linear won" in report.answer
-    assert "unreadable: the manifest is damaged" in report.path.read_text()
+    made = write_report(path)
+    assert "rank 8, alpha 32, learning rate 1e-3, target modules all-linear won" in made.answer
+    assert "unreadable the manifest is damaged" in Page(made.path.read_text()).text
 
 
 def test_neither_run_nor_sweep(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a run directory"):
         write_report(tmp_path)
+
+
+def test_five_hundred_trials_of_every_fate_have_one_page(tmp_path: Path) -> None:
+    fates = ["COMPLETE"] * 7 + ["FAILED", "PRUNED", "UNREADABLE"]
+    trials = [
+        {"rank": 2 ** (i % 4), "lr": 10 ** (-4 + (i // 4) % 62 / 25), "seed": i // 250, "status": fates[i % 10],
+         "score": 0.3 + 0.6 * (i % 62) / 62 if i % 10 < 7 else None, "reason": None if i % 10 < 7 else "gone"}
+        for i in range(500)
+    ]  # fmt: skip
+    page = report.write([made(trials)], tmp_path).path
+    html = Page(page.read_text())
+    assert html.text.count("python -m harness.run") >= 500
+    assert "500 trials: 350 complete, 50 pruned, 50 failed and 50 unreadable." in html.text
+    assert len(Tables.read(tmp_path / "tables").runs) == 500
+
+
+@pytest.mark.parametrize(("maximize", "metric", "wins"), [(True, "eval/accuracy", 64), (False, "loss", 1)])
+def test_accuracy_and_loss_each_pick_their_own_end(tmp_path: Path, maximize: bool, metric: str, wins: int) -> None:
+    trials = [
+        {"rank": rank, "seed": seed, "score": 0.4 + place / 10 + seed / 500, "base": 0.3 if maximize else 0.9}
+        for place, rank in enumerate((1, 8, 64))
+        for seed in range(3)
+    ]
+    made_of = report.write([made(trials, metric=metric, maximize=maximize)], tmp_path)
+    assert made_of.answer.startswith(f"Of 3 configurations, rank {wins}")
+    rank = next(line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("| Which rank?"))
+    assert rank.split(" | ")[1:3] == [str(wins), "certain"]

@@ -38,9 +38,11 @@ def test_the_page_is_written_at_each_change_until_the_sweep_ends(sweep: RunDir, 
             sweep.move_to(Status.COMPLETE)
         return len(calls)
 
-    assert watch_report(write, [sweep.path], every=2) == 3
+    told: list[int] = []
+    assert watch_report(write, [sweep.path], every=2, begun=told.append) == 3
     assert calls == [2, 2, None]
     assert slept == [2, 2]
+    assert told == [1], "the first alone"
 
 
 def test_nothing_new_is_not_written_again(sweep: RunDir, slept: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,3 +76,18 @@ def test_what_has_ended_is_written_once_and_no_time_is_refused(sweep: RunDir, sl
     sweep.move_to(Status.COMPLETE)
     assert watch_report(lambda refresh: refresh, [sweep.path]) is None
     assert slept == []
+
+
+def test_drawing_leaves_the_sweep_four_fifths_of_a_core(
+    sweep: RunDir, slept: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("analysis.watch.time.monotonic", lambda: clock[0])
+
+    def write(refresh: int | None) -> None:
+        clock[0] += 10
+        if refresh:
+            sweep.move_to(Status.COMPLETE)
+
+    watch_report(write, [sweep.path])
+    assert slept == [40]

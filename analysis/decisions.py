@@ -1,0 +1,305 @@
+"""The questions a user has, each with a value to use, how sure that is, what it costs, and what would settle it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pandas as pd
+
+from analysis import labels, next_sweep, reading
+from analysis.experiment import Experiment
+from analysis.labels import ALPHA, LR, RANK, TARGETS
+from analysis.levels import Contest, Level, contest, is_full, matched
+from analysis.records import lookup
+from analysis.stats_tests import seeds_needed
+from harness import metrics
+
+Verdict = Literal["certain", "cannot tell", "not tested"]
+CERTAIN: Verdict = "certain"
+UNKNOWN: Verdict = "cannot tell"
+UNTESTED: Verdict = "not tested"
+SETTLED = "Settled for this model and task."
+# More seeds than this are no advice, nor more values in a sentence.
+MOST_SEEDS, MOST_VALUES = 12, 4
+_MINI_BATCH = "trainer.policy_mini_batch_size"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One question answered as far as the runs go: `next` says what would settle it, `command` runs that.
+
+    `at_edge`: the value is the last tested on its side, so that the best may lie beyond.
+    """
+
+    question: str
+    value: str
+    verdict: Verdict
+    evidence: str
+    cost: str
+    next: str
+    command: str | None
+    at_edge: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A setting: its column of `Tables.runs`, the recipe keys that set it, what belongs to it, and values to try."""
+
+    text: str
+    column: str
+    keys: tuple[str, ...]
+    with_it: tuple[str, ...] = ()
+
+    def swept_keys(self, experiment: Experiment) -> list[str]:
+        """Those of its keys that the sweep varied."""
+        return [key for key in self.keys if key in experiment.axes]
+
+
+QUESTIONS = (
+    Question("Which rank?", "rank", (RANK,)),
+    Question("Which alpha?", "alpha", (ALPHA,)),
+    Question("Which learning rate?", "lr", (LR,)),
+    Question("Which target modules?", "targets", (TARGETS, "trainer.policy.model.lora.target_modules")),
+    Question("Which batch size?", "batch_size", (_MINI_BATCH, "generator.n_samples_per_prompt"),
+             ("trainer.train_batch_size", "trainer.max_steps", "trainer.epochs")),
+)  # fmt: skip
+
+
+def winner_row(experiment: Experiment) -> pd.Series | None:
+    """The winning configuration's row of `Tables.runs`, or the run's own once complete; None when there is none."""
+    trial = experiment.best_trial()
+    runs = experiment.tables.runs
+    return None if trial is None else runs[runs["run_dir"] == trial["run_dir"]].iloc[0]
+
+
+def decisions(experiment: Experiment) -> list[Decision]:
+    """A row per question; none without a winner. Full fine-tuning has neither alpha nor target modules to ask for."""
+    row = winner_row(experiment)
+    if row is None:
+        return []
+    asked = [one for one in QUESTIONS if one.column not in ("alpha", "targets") or not is_full(row)]
+    return [_decide(experiment, question, row) for question in asked if pd.notna(row[question.column])]
+
+
+def _decide(experiment: Experiment, question: Question, row: pd.Series) -> Decision:
+    name = _taken(question, row[question.column])
+    if not experiment.is_sweep or not question.swept_keys(experiment):
+        return _untested(experiment, question, row, name)
+    runs = experiment.tables.runs
+    # An adapter's alpha and targets are not full fine-tuning's, nor are its learning rates.
+    alike = runs if question.column in ("rank", "batch_size") else runs[(runs["full"] == row["full"]).fillna(False)]
+    others = [key for key in experiment.axes if key not in (*question.keys, *question.with_it)]
+    if question.column == "lr":
+        alike, others = _same_otherwise(alike, row, others)
+    number = int(row["configuration"])
+    found = contest(
+        alike, question.column, number, others, experiment.base, maximize=experiment.direction == "maximize"
+    )
+    if found is None or len(found.levels) < 2:
+        return _untested(experiment, question, row, name)
+    cost = _cost(question, found, alike)
+    if question.column == "lr":
+        return _rate(experiment, question, row, found, cost)
+    verdict = CERTAIN if found.certain else UNKNOWN
+    settle, line = (SETTLED, None) if found.certain else _settle(experiment, question, row, found)
+    return Decision(question.text, name, verdict, _evidence(experiment, question, found), cost, settle, line)
+
+
+def _same_otherwise(runs: pd.DataFrame, row: pd.Series, others: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
+    """The runs with the winner's other settings, or, where these have fewer than three rates, with its main ones."""
+    main = [key for key in others if key in (RANK, TARGETS)]
+    for keys in (list(others), main):
+        same = runs[matched(runs, row, keys)]
+        if same["lr"].nunique() > 2:
+            return same, keys
+    return runs[matched(runs, row, others)], list(others)
+
+
+def _rate(experiment: Experiment, question: Question, row: pd.Series, found: Contest, cost: str) -> Decision:
+    """A learning rate is settled to a range: where the tested rates on both sides of it are told apart."""
+    near = [float(level.value) for level in found.of("chosen", "as good", "open")]
+    low, high, tested = min(near), max(near), [float(level.value) for level in found.levels]
+    chosen = float(found.chosen.value)
+    value = labels.lr(chosen)
+    verdict: Verdict = UNKNOWN
+    evidence = _evidence(experiment, question, found)
+    if len(near) > 1 and found.chosen.seeds > 1:
+        evidence += f" From {labels.lr(low)} to {labels.lr(high)} no rate is told apart from it."
+    edge = chosen in (tested[0], tested[-1])
+    if edge:
+        beyond, end = _beyond(tested, chosen == tested[-1])
+        seeds = experiment.seeds if found.chosen.seeds > 1 else _seeds(experiment, 3)
+        settle = f"Run rates beyond the {end} tested, where the best may lie."
+        line: str | None = _grid(experiment, question, row, beyond, seeds)
+    elif low == tested[0] or high == tested[-1] or found.chosen.seeds < 2:
+        settle, line = _settle(experiment, question, row, found)
+    else:
+        verdict, settle, line = CERTAIN, SETTLED, None
+    return Decision(question.text, value, verdict, evidence, cost, settle, line, at_edge=edge)
+
+
+def _beyond(tested: list[float], high: bool) -> tuple[list[float], str]:
+    """Rates from one end of the tested ones on, as far apart as those there, and which end that is."""
+    step = min(max(tested[-1] / tested[-2] if high else tested[1] / tested[0], 2.0), 10.0)
+    if high:
+        return [float(f"{tested[-1] * step**power:.3g}") for power in (0, 1, 2)], "highest"
+    return [float(f"{tested[0] / step**power:.3g}") for power in (2, 1, 0)], "lowest"
+
+
+def _untested(experiment: Experiment, question: Question, row: pd.Series, name: str) -> Decision:
+    """A setting that every run had alike: what to try."""
+    evidence = "every run used it" if experiment.is_sweep else "a single run compares nothing"
+    values = _to_try(experiment, question, row)
+    seeds = experiment.seeds if experiment.is_sweep else _seeds(experiment, 3)
+    line = _grid(experiment, question, row, values, seeds) if values else None
+    tried = labels.listed([_named(question, value, False) for value in values])
+    cost = _cost_of(experiment.tables.runs[experiment.tables.runs["run_dir"] == row["run_dir"]])
+    settle = f"Run a sweep over {tried}." if values else "Run a sweep over it."
+    return Decision(question.text, name, UNTESTED, labels.capital(evidence) + ".", cost, settle, line)
+
+
+def _to_try(experiment: Experiment, question: Question, row: pd.Series) -> list[Any]:
+    value = row[question.column]
+    if question.column == "targets":
+        return ["all-linear", "attention", "mlp"]
+    if question.column == "rank":
+        return [1, 8, 64] if int(value) in (0, 1, 8, 64) else [1, int(value), 4 * int(value)]
+    if question.column == "batch_size":
+        size = lookup(experiment.recipe, _MINI_BATCH)
+        return [size // 4, size // 2, size] if isinstance(size, int) and size % 4 == 0 else []
+    factor = 3.0 if question.column == "lr" else 2.0
+    return [float(f"{float(value) * by:.2g}") for by in (1 / factor, 1.0, factor)]
+
+
+def _settle(experiment: Experiment, question: Question, row: pd.Series, found: Contest) -> tuple[str, str]:
+    """What would tell the open values apart, and its command."""
+    levels = found.of("open")
+    values = [level.value for level in found.of("chosen", "open")]
+    unfair = [level for level in levels if not level.fair]
+    if found.chosen.seeds < 2:
+        count = 3
+        why = f"Run {labels.plural(count, 'seed')}: with one, chance in training is not known."
+    elif unfair:
+        count = len(experiment.seeds)
+        why = f"Run {_list(question, unfair)} beside the winner's other settings."
+    else:
+        count = _wanted(levels, found)
+        why = f"Run about {labels.plural(count, 'seed')} of the values that are not told apart."
+    return why, _grid(experiment, question, row, values, _seeds(experiment, count))
+
+
+def _wanted(levels: list[Level], found: Contest) -> int:
+    """Seeds that would tell the open values apart, or within the margin, whichever takes fewer."""
+    wanted = []
+    for level in levels:
+        if level.ahead is not None:
+            counts = [seeds_needed(level.ahead, bound, level.seeds) for bound in (0.0, found.margin)]
+            wanted.append(min(count or MOST_SEEDS for count in counts))
+    return min(max([*wanted, found.chosen.seeds + 1]), MOST_SEEDS)
+
+
+def _grid(
+    experiment: Experiment, question: Question, row: pd.Series, values: Sequence[Any], seeds: Sequence[int]
+) -> str:
+    """The command of a sweep over values of one setting, all others the winner's."""
+    if any(key in experiment.axes for key in question.with_it):
+        # Its values came each with others of their own, which no grid has.
+        return next_sweep.again(experiment, seeds)
+    key = next(iter(question.swept_keys(experiment)), question.keys[0])
+    if question.column in ("targets", "batch_size") and key in row.index:
+        # Where a column is not the key's own value: the key's values of the runs that have it.
+        table = experiment.tables.runs.drop_duplicates(question.column).set_index(question.column)[key]
+        values = [table.get(value, value) for value in values]
+    return next_sweep.command(experiment, row, {key: list(dict.fromkeys(values))}, seeds)
+
+
+def _seeds(experiment: Experiment, count: int) -> list[int]:
+    """So many seeds, those of the sweep first."""
+    fresh = [seed for seed in range(count + len(experiment.seeds)) if seed not in experiment.seeds]
+    return [*experiment.seeds, *fresh][: max(count, len(experiment.seeds))]
+
+
+def _evidence(experiment: Experiment, question: Question, found: Contest) -> str:
+    """The chosen value's score, and each other's distance from it, nearest first."""
+    first = found.chosen
+    score = labels.score(experiment.metric, first.mean if first.score is None else first.score.value)
+    if first.score is None:
+        text = f"{_named(question, first.value)} reached {score}; one seed, so no interval"
+    else:
+        low, high = (labels.score(experiment.metric, end) for end in reading.ends(experiment, first.score))
+        text = (
+            f"{_named(question, first.value)} scores {score} ({low} to {high}) on {labels.plural(first.seeds, 'seed')}"
+        )
+    rest = [level for level in found.levels if level.standing != "chosen"]
+    rest.sort(key=lambda level: abs(level.mean - first.mean))
+    parts = [_beside(experiment, question, found, level) for level in rest[:MOST_VALUES]]
+    more = f"; {len(rest) - MOST_VALUES} more are further behind" if len(rest) > MOST_VALUES else ""
+    return f"{labels.capital('; '.join([text, *parts]))}{more}."
+
+
+def _beside(experiment: Experiment, question: Question, found: Contest, level: Level) -> str:
+    name = _named(question, level.value)
+    if not level.fair:
+        return f"{name} was tried only beside other settings"
+    if level.ahead is None:
+        gap = labels.score(experiment.metric, abs(level.mean - found.chosen.mean))
+        return f"{name} is {gap} behind" if level.mean != found.chosen.mean else f"{name} ties with it"
+    value, (low, high) = level.ahead.value, level.ahead.interval(0.025)
+    shown = [labels.score(experiment.metric, end) for end in (value, low, high)]
+    verdict = {
+        "worse": "worse",
+        "as good": f"as good, less than {labels.score(experiment.metric, found.margin)} behind",
+        "open": "not told apart",
+    }[level.standing]
+    return f"{name} is behind by {shown[0]} ({shown[1]} to {shown[2]}): {verdict}"
+
+
+def _cost(question: Question, found: Contest, runs: pd.DataFrame) -> str:
+    """What the chosen value's runs cost, and the cheapest other's where that differs."""
+    done = runs[runs["score"].notna()]
+    text = _cost_of(done[done[question.column] == found.chosen.value])
+    others = [level for level in found.levels if level.standing != "chosen"]
+    cheapest = min(others, key=lambda level: _load(done[done[question.column] == level.value]))
+    other = done[done[question.column] == cheapest.value]
+    if question.column in ("rank", "targets", "batch_size"):
+        return f"{text}; {_named(question, cheapest.value)}: {_cost_of(other)}"
+    return f"{text}; no value costs more than another"
+
+
+def _load(runs: pd.DataFrame) -> float:
+    known = runs["parameters"].dropna()
+    return float(known.median()) if len(known) else float("inf")
+
+
+def _cost_of(runs: pd.DataFrame) -> str:
+    """Parameters, time and tokens of some runs, by their medians."""
+    parts = []
+    for column, words in (("parameters", "{} trained parameters"), ("seconds", "{} a run"), ("tokens", "{} tokens")):
+        known = runs[column].dropna()
+        if len(known):
+            middle = float(known.median())
+            parts.append(words.format(metrics.duration(middle) if column == "seconds" else f"{middle:,.0f}"))
+    return ", ".join(parts) or "unknown"
+
+
+def _list(question: Question, levels: list[Level]) -> str:
+    return labels.listed([_named(question, level.value) for level in levels[:MOST_VALUES]])
+
+
+def _taken(question: Question, value: Any) -> str:
+    """A value as the answer to its question: `8`, where a sentence would say `rank 8`."""
+    if question.column in ("rank", "alpha") and value:
+        return labels.value(RANK if question.column == "rank" else ALPHA, value)
+    return _named(question, value)
+
+
+def _named(question: Question, value: Any, unit: bool = True) -> str:
+    """A value in words: `rank 8`, `1e-3`, `mlp`, `128 sequences`."""
+    if question.column == "batch_size":
+        return f"{int(value)} sequences" if unit else f"{int(value)} prompts an update"
+    if question.column in ("lr", "targets"):
+        return labels.lr(float(value)) if question.column == "lr" else str(value)
+    key = RANK if question.column == "rank" else ALPHA
+    return labels.setting(key, value)
