@@ -97,9 +97,8 @@ def draw(health: Health, figure: Canvas, look: Look) -> None:
             axes.set_xlabel("optimizer step", fontsize="small")
             axes.tick_params(labelbottom=True)
     wide = 44 if look.narrow else 120
-    handles = [
-        Line2D([], [], color=styles[name][0], label=textwrap.fill(words, wide)) for name, words in health.names.items()
-    ]
+    texts = {name: textwrap.fill(words, wide, break_on_hyphens=False) for name, words in health.names.items()}
+    handles = [Line2D([], [], color=styles[name][0], label=text) for name, text in texts.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=1, fontsize="small")
 
 
@@ -115,7 +114,7 @@ def _panel(axes: Axes, health: Health, metric: str, styles: dict[int, tuple[str,
         axes.yaxis.set_major_locator(LogLocator(numticks=4))
         axes.yaxis.set_minor_locator(NullLocator())
     elif lines["low"].min() >= 0:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.07 * float(lines["high"].max()) or 1.0)
     if metric.startswith(_GAP):
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: labels.lr(value) if value else "0"))
     axes.tick_params(labelsize="x-small")
