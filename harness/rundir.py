@@ -21,7 +21,7 @@ from harness.schema import Recipe
 
 
 class Status(Enum):
-    """Where a run stands. COMPLETE, PRUNED and FAILED are final; a FAILED run may be resumed."""
+    """Where a run stands. COMPLETE, PRUNED and FAILED are final; FAILED may be resumed, a COMPLETE sweep given more."""
 
     CREATED = "CREATED"
     RUNNING = "RUNNING"
@@ -338,7 +338,8 @@ class RunDir:
         """Change the status, with why; raises ValueError for a change the state machine does not know."""
         manifest = self.read_manifest()
         old = self._status_in(manifest)
-        if status not in _NEXT[old]:
+        more = manifest.get("kind") == "sweep" and (old, status) == (Status.COMPLETE, Status.RUNNING)
+        if status not in _NEXT[old] and not more:
             raise ValueError(f"a run does not go from {old.value} to {status.value}")
         entry = {"status": status.value, "time": now()} | ({"reason": reason} if reason else {})
         write_json(

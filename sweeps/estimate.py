@@ -19,6 +19,7 @@ from harness.errors import UserError
 from harness.paths import locate
 from harness.schema import Device, Recipe
 from sweeps.plan import Plan
+from sweeps.space import Params
 
 # Keys that a run's cost depends on, besides the data.
 COST_KEYS = frozenset({
@@ -59,16 +60,26 @@ def costs(plan: Plan) -> list[Cost]:
     if run_cost(plan.recipe) is None:
         return []
     base = recipes.with_values(plan.recipe, {"sweep": None})
-    axes = [axis for axis in plan.space.axes if axis.key in COST_KEYS]
     found: list[Cost] = []
-    for point in itertools.product(*({axis.bounds()[0], axis.bounds()[-1]} for axis in axes)):
-        values = {axis.key: value for axis, value in zip(axes, point, strict=True)}
+    for values in _points(plan):
         try:
             found += [one for one in [run_cost(recipes.with_values(base, values) if values else base)] if one]
         except UserError:
             continue  # a corner of the space that the recipe refuses is no trial either
-    ends = [min(found, key=lambda c: c.tokens), max(found, key=lambda c: c.tokens)] if found else []
+    found.sort(key=lambda one: (one.tokens, one.steps, one.flops or 0.0))
+    ends = [found[0], found[-1]] if found else []
     return ends[:1] if ends and ends[0] == ends[1] else ends
+
+
+def _points(plan: Plan) -> list[Params]:
+    """What to reckon the cost of: all configurations where the recipe gives them all, else the corners of the space."""
+    axes = [axis for axis in plan.space.axes if axis.key in COST_KEYS]
+    whole = [params for params in plan.first_trials if len(params) == len(plan.space.axes)]
+    if len(whole) >= plan.num_configurations:
+        given = whole[: plan.num_configurations]
+        return list({tuple(params[axis.key] for axis in axes): params for params in given}.values())
+    corners = itertools.product(*({axis.bounds()[0], axis.bounds()[-1]} for axis in axes))
+    return [{axis.key: value for axis, value in zip(axes, corner, strict=True)} for corner in corners]
 
 
 def run_cost(recipe: Recipe) -> Cost | None:

@@ -205,6 +205,14 @@ def test_the_best_is_run_again_on_fresh_seeds_through_a_kill(sweeps: Sweeps) -> 
     assert [steps_of(sweep.trial(number)) for number in (2, 3)] == [list(range(17))] * 2
     assert best["seeds"] == 1  # those that confirm have no part in the choice
     assert len(studied(sweep)) == 4
+
+    # A sweep that is complete is given more to do.
+    said = finished(sweeps.start("--resume", str(sweep.path), "--confirm", "2"))
+    assert "6 complete, 0 pruned, 0 failed" in said
+    assert [m["trial"]["configuration"] for m in manifests(sweep)[4:]] == [1 - best["configuration"]] * 2
+    assert [entry["status"] for entry in sweep.read_manifest()["status_history"]][-3:] == [
+        "COMPLETE", "RUNNING", "COMPLETE",
+    ]  # fmt: skip
     assert sweeps.left_over() == []
 
 

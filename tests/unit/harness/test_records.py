@@ -39,6 +39,14 @@ def test_status_follows_the_state_machine(run_dir: RunDir) -> None:
         run_dir.move_to(Status.RUNNING)
 
 
+def test_a_sweep_that_is_complete_can_be_given_more_to_do(run_dir: RunDir) -> None:
+    run_dir.update(kind="sweep")
+    for status in (Status.RUNNING, Status.COMPLETE, Status.RUNNING, Status.COMPLETE):
+        run_dir.move_to(status)
+    with pytest.raises(ValueError, match="COMPLETE to FAILED"):
+        run_dir.move_to(Status.FAILED)
+
+
 def test_manifest_names_what_the_run_depends_on(run_dir: RunDir) -> None:
     record = run_dir.read_manifest()
     assert record["packages"]["torch"]

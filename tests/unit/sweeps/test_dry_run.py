@@ -54,6 +54,16 @@ def test_an_axis_that_changes_the_cost_gives_a_span(recipe: Recipe) -> None:
     assert (low.training_samples, high.training_samples) == (2 * 24 * 2, 6 * 8 * 4)
 
 
+def test_given_configurations_are_reckoned_themselves_not_the_corners_between_them(recipe: Recipe) -> None:
+    steps, batch, update = "trainer.max_steps", "trainer.train_batch_size", "trainer.policy_mini_batch_size"
+    first = [{steps: 12, batch: 4, update: 4}, {steps: 2, batch: 24, update: 24}]
+    space = {steps: {"choices": [2, 12]}, batch: {"choices": [4, 24]}, update: {"choices": [4, 24]}}
+    sweep = {"sweep.space": space, "sweep.first_trials": first, "sweep.num_trials": 2}
+    few, many = estimate.costs(plans.build(recipes.with_values(recipe, sweep)))
+    assert (few.steps, many.steps) == (2, 12)
+    assert few.training_samples == many.training_samples == 48 * 3
+
+
 def test_the_text(recipe: Recipe) -> None:
     text = dry_run.describe(plans.build(recipe), "my.yaml")
     assert "3 configurations x 2 seeds = 6 runs, 2 at a time" in text
