@@ -28,7 +28,7 @@ from analysis.claims.rates import (
 )
 from analysis.experiment import Experiment
 from analysis.figures import Figure, Plot
-from analysis.figures.cells import besides, each
+from analysis.figures.cells import besides, each, left_out
 from analysis.figures.theme import Look, legend, log_axis, rank_styles
 from analysis.stats_tests import Estimate, difference
 
@@ -59,7 +59,8 @@ def data(experiment: Experiment) -> list[Plot]:
     tables = experiment.tables
     e = evidence(tables.runs, tables.steps)
     found = [] if e is None else [(fixed, best_rates(e, fixed)) for fixed in ("alpha", "scale")]
-    return [_plot(best, "" if fixed == "alpha" else "_scaled") for fixed, best in found if best is not None]
+    note = left_out(tables.runs)
+    return [_plot(best, "" if fixed == "alpha" else "_scaled", note) for fixed, best in found if best is not None]
 
 
 def best_rates(e: Evidence, fixed: Literal["alpha", "scale"]) -> Best | None:
@@ -116,8 +117,8 @@ def _point(rank: int, arm: Arm, best: Estimate | None) -> dict[str, float | int 
             "seeds": arm.seeds}  # fmt: skip
 
 
-def _plot(best: Best, suffix: str) -> Plot:
-    reading = _reading(best)
+def _plot(best: Best, suffix: str, note: str) -> Plot:
+    reading = _reading(best) + note
     alt = f"Chart of the best learning rate of each rank, on log scales, with intervals, at {best.fixed}. {reading}"
     return Plot(f"best_lr_by_rank{suffix}", f"Best learning rate by rank, at {best.fixed}", reading, alt, best)
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.claims.evidence import Evidence, Mask
+from analysis import labels
+from analysis.claims.evidence import Evidence, Mask, contexts
 from analysis.experiment import Experiment
 
 # More learning rates than these are not a grid: they are put together by thirds of a decade.
@@ -60,6 +61,14 @@ def besides(e: Evidence, stratum: Mask) -> str:
     targets = np.unique(e.targets[stratum])
     words = f" on {e.target_names[int(targets[0])]}" if several["targets"] and len(targets) == 1 else ""
     return words + (f" with batches of {e.batch[stratum][0]:g}" if several["batch"] else "")
+
+
+def left_out(runs: pd.DataFrame) -> str:
+    """A sentence on the runs that evidence leaves out, as they differ in what no claim varies; empty without any."""
+    kept, known = contexts(runs)[:1], runs["context"].notna()
+    others = int((known & ~runs["context"].isin(kept)).sum())
+    are = "differs in other settings and does" if others == 1 else "differ in other settings and do"
+    return f" {labels.plural(others, 'run')} of {int(known.sum())} {are} not count." if others else ""
 
 
 def octaves(values: list[float]) -> dict[float, float]:

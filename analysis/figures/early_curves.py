@@ -17,7 +17,7 @@ from analysis.claims.curves import CURVE_SHARE, SMOOTHING, Early, early_curves, 
 from analysis.claims.evidence import evidence
 from analysis.experiment import Experiment
 from analysis.figures import Figure, Plot
-from analysis.figures.cells import each
+from analysis.figures.cells import each, left_out
 from analysis.figures.theme import Look, legend, rank_styles
 
 
@@ -46,7 +46,7 @@ def data(experiment: Experiment) -> list[Plot]:
     if early is None or isinstance(early, Block):
         return []
     curves = by_rank(early)
-    reading = _reading(curves)
+    reading = _reading(curves) + left_out(tables.runs)
     alt = f"Line chart of training reward against step, a line per rank, and a chart of early differences. {reading}"
     return [Plot("early_curves", "Early training curves by rank", reading, alt, curves)]
 

@@ -21,7 +21,7 @@ from analysis.claims.evidence import Evidence, evidence
 from analysis.claims.rates import exponent, located
 from analysis.experiment import Experiment
 from analysis.figures import Figure, Plot
-from analysis.figures.cells import MAX_RATES, configurations, each, edges, octaves, rate_columns
+from analysis.figures.cells import configurations, each, edges, octaves, rate_columns
 from analysis.figures.theme import Look, log_axis
 from analysis.stats_tests import Estimate
 from harness import metrics
@@ -160,7 +160,8 @@ def draw(found: Cells, figure: Canvas, look: Look) -> None:
     axes.set_ylim(places["bottom"].min(), places["top"].max())
     rates = sorted(places["lr"].unique())
     log_axis(axes.xaxis, look, (rates[0], rates[-1]), labels.lr)
-    if len(rates) <= (5 if look.narrow else MAX_RATES):
+    apart = np.diff(np.log10(rates)).min() / math.log10(places["right"].max() / places["left"].min())
+    if apart > (0.16 if look.narrow else 0.07):
         axes.xaxis.set_major_locator(FixedLocator(rates))
     axes.xaxis.set_minor_locator(NullLocator())
     names = {0.0: "full"} if found.key == labels.RANK else {}
@@ -203,6 +204,8 @@ def _texts(axes: Axes, found: Cells, places: pd.DataFrame, colours: ScalarMappab
     width = np.log(places["right"].max() / places["left"].min())
     narrowest = np.log(places["right"] / places["left"]).min() / width
     room = narrowest > (0.07 if look.narrow else 0.05)
+    # In points: as far above the score as a row of so many leaves room for.
+    raised = min(9.0 if look.narrow else 13.0, (55.0 if look.narrow else 95.0) / places["row"].nunique())
     for cell in each(places):
         ink = look.colours["soft"]
         known = bool(np.isfinite(cell.mean))
@@ -216,7 +219,7 @@ def _texts(axes: Axes, found: Cells, places: pd.DataFrame, colours: ScalarMappab
             axes.text(cell.lr, cell.row, text, ha="center", va="center", color=ink,
                       fontsize=6 if look.narrow else 8, zorder=4)  # fmt: skip
         if cell.runs > 0:
-            above = (9 if look.narrow else 13) if known and room else 0
+            above = raised if known and room else 0
             axes.annotate("✕", (cell.lr, cell.row), xytext=(0, above), textcoords="offset points", ha="center",
                           va="center", color=ink, fontsize=7, zorder=5)  # fmt: skip
 
@@ -227,7 +230,7 @@ def _iso_lines(axes: Axes, found: Cells, rows: dict[float, float], look: Look) -
         points = line["lr"].to_numpy(float), [rows[float(value)] for value in line["value"]]
         style: dict[str, Any] = {"color": look.colours["ink"], "linestyle": "-" if place == 0 else (0, (2, 3))}
         # The page's colour around it keeps a line visible on a cell of any colour.
-        halo = [Stroke(linewidth=2.6, foreground=look.colours["paper"], alpha=0.7), Normal()] if place == 0 else None
+        halo = [Stroke(linewidth=2.6, foreground=look.colours["paper"], alpha=0.7), Normal()]
         axes.plot(*points, **style, linewidth=1.3, alpha=0.9 if place == 0 else 0.6, path_effects=halo, zorder=3)
         if place < 2:
             text = f"alpha·lr = {constant:.2g}" if place == 0 else "a factor of √10 apart"

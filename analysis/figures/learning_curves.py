@@ -29,7 +29,7 @@ COSTS = {"step": "optimizer steps", "tokens": "tokens", "flops": "model FLOPs", 
 class Curves:
     """`lines` has run_dir, number, status, score, shade (the learning rate when `log`, else a category), and `costs`.
 
-    `costs` are those of step, tokens, flops and seconds that are known.
+    `costs` are those of step, tokens, flops and seconds that are known; where runs were `packed` seconds are a pack's.
     """
 
     lines: pd.DataFrame
@@ -40,6 +40,7 @@ class Curves:
     best: str | None
     best_name: str | None
     metric: str
+    packed: bool
 
 
 def data(experiment: Experiment) -> list[Plot]:
@@ -56,7 +57,9 @@ def data(experiment: Experiment) -> list[Plot]:
     run_dir = None if best is None else str(best["run_dir"])
     name = f"trial {best['number']}, the best" if best is not None and experiment.is_sweep else None
     costs = tuple(cost for cost in COSTS if lines[cost].max() > 0)
-    curves = Curves(lines, costs, shade, shade == labels.LR, experiment.base, run_dir, name, metric)
+    members = experiment.tables.steps.get("perf/members")
+    packed = members is not None and bool((members > 1).any())
+    curves = Curves(lines, costs, shade, shade == labels.LR, experiment.base, run_dir, name, metric, packed)
     against = labels.listed([COSTS[cost] for cost in costs])
     what = f"{labels.metric(metric)} against {against}, {labels.plural(lines['run_dir'].nunique(), 'run')}"
     reading = _reading(experiment, curves)
@@ -104,7 +107,7 @@ def _panel(axes: Axes, curves: Curves, cost: str, colour_of: Callable[[Any], Any
             axes.plot(used, scores, color=look.colours["ink"], linewidth=4.4, zorder=3.9)
         if marker:
             axes.plot(used[-1:], scores[-1:], marker, color=colour, markerfacecolor="none", markersize=6, zorder=5)
-    axes.set_xlabel(COSTS[cost])
+    axes.set_xlabel(COSTS[cost] + (" (of the whole pack)" if cost == "seconds" and curves.packed else ""))
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(4 if look.narrow else 6))
     if cost != "step":
@@ -181,7 +184,7 @@ def _spent(curves: Curves, row: pd.Series) -> str:
     words: dict[str, Callable[[float], str]] = {
         "tokens": lambda used: f"{EngFormatter(sep='', places=0)(used)} tokens",
         "flops": lambda used: f"{used:.1e} FLOPs".replace("e+", "e"),
-        "seconds": metrics.duration,
+        "seconds": lambda used: metrics.duration(used) + (" of its pack's" if curves.packed else ""),
     }
     known = [words[cost](float(row[cost])) for cost in curves.costs if cost in words and row[cost] > 0]
     return f" ({', '.join(known)})" if known else ""

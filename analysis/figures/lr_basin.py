@@ -24,6 +24,8 @@ from harness.rundir import Status
 
 # Ranks that share a rate are drawn side by side, over this share of the distance to the next rate.
 DODGE = 0.3
+# Of more ranks than these the reading gives the scores without their intervals, which are in the figure.
+MOST_INTERVALS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +98,17 @@ def _reading(experiment: Experiment, rates: Rates) -> str:
     words = labels.capital(rate_words(rates.basin)) if rates.basin else "No trial has finished yet."
     parts = [f"LoRA, all ranks together: {words}" if 0 in ranks and len(ranks) > 1 else words]
     if len(rates.tops):
+        told = len(rates.tops) <= MOST_INTERVALS
         bests = [
             f"{labels.setting(labels.RANK, top.rank)} {labels.lr(top.lr)} ({labels.score(metric, top.mean)}"
-            + (f", {labels.score(metric, top.low)} to {labels.score(metric, top.high)})" if top.low == top.low else ")")
+            + (
+                f", {labels.score(metric, top.low)} to {labels.score(metric, top.high)})"
+                if told and top.low == top.low
+                else ")"
+            )
             for top in each(rates.tops)
         ]
-        interval = f", 95% intervals from {rates.source}" if rates.source else ""
+        interval = f", 95% intervals from {rates.source}" if told and rates.source else ""
         seeds = sorted(set(rates.tops["n"]))
         count = labels.plural(seeds[0], "seed") if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
         parts.append(f"Best rate tested, mean over {count}{interval}: {labels.listed(bests)}.")

@@ -17,7 +17,7 @@ from analysis.claims.evidence import Evidence, Mask, evidence
 from analysis.claims.matching import BITS_PER_PARAMETER
 from analysis.experiment import Experiment
 from analysis.figures import Figure, Plot
-from analysis.figures.cells import besides, each
+from analysis.figures.cells import besides, each, left_out
 from analysis.figures.marks import fit_scores, interval_marks
 from analysis.figures.theme import Look, base_line, category_styles, legend, log_axis
 from harness import metrics
@@ -54,7 +54,7 @@ def data(experiment: Experiment) -> list[Plot]:
             setting = f"alpha {e.alpha[stratum][0]:g}{besides(e, stratum)}"
             needed = episodes / BITS_PER_PARAMETER
             found = Sizes(points, needed, int(episodes), setting, experiment.base, experiment.metric)
-            reading = _reading(found)
+            reading = _reading(found) + left_out(tables.runs)
             what = f"{labels.metric(experiment.metric)} against trained parameters on a log scale"
             alt = f"Scatter chart of {what}, {labels.plural(len(points), 'mark')} with intervals. {reading}"
             return [Plot("score_by_parameters", "Score by trained parameters", reading, alt, found)]
@@ -129,7 +129,7 @@ def draw(found: Sizes, figure: Canvas, look: Look) -> None:
         axes.plot(side["parameters"], side["score"], color=styles[name][0], linewidth=1.2, alpha=0.6, zorder=2)
         for row in each(side[side["rank"] > 0]):
             name = f"r{row.rank}" if look.narrow else f"rank {row.rank}"
-            axes.annotate(name, (row.parameters, row.score), xytext=(5, 4), textcoords="offset points",
+            axes.annotate(name, (row.parameters, row.score), xytext=(-5, 4), ha="right", textcoords="offset points",
                           color=look.colours["soft"], fontsize="small")  # fmt: skip
     _capacity(axes, found, look)
     base_line(axes, found.base, f"base\n{labels.score(found.metric, found.base)}", look)

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.colors import Colormap, ListedColormap
+from matplotlib.colors import Colormap, ListedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -73,8 +73,15 @@ def category_styles(values: Sequence[Any], look: Look) -> dict[Any, tuple[str, s
 
 
 def rank_styles(ranks: Sequence[Any], look: Look) -> dict[Any, tuple[str, str]]:
-    """A colour and a marker for each rank, in every figure the same; full fine-tuning (0) has the ink's and a star."""
-    styles = category_styles(sorted(rank for rank in ranks if rank), look)
+    """A colour and a marker for each rank, in every figure the same; full fine-tuning (0) has the ink's and a star.
+
+    More ranks than there are colours go along the sequence, from the lowest to the highest.
+    """
+    adapters = sorted(rank for rank in ranks if rank)
+    styles = category_styles(adapters, look)
+    if len(adapters) > len(MARKERS):
+        shades = [to_hex(look.sequence(place / (len(adapters) - 1))) for place in range(len(adapters))]
+        styles = {rank: (shade, styles[rank][1]) for rank, shade in zip(adapters, shades, strict=True)}
     return {0: (look.colours["ink"], "*"), None: category_styles([0], look)[0], **styles}
 
 

@@ -11,6 +11,7 @@ from analysis.experiment import Experiment
 from analysis.figures import learning_curves
 from analysis.figures.theme import Look, render
 from tests.unit.analysis import worlds
+from tests.unit.analysis.figures.made import made
 from tests.unit.analysis.simulation import Arm, World
 from tests.unit.analysis.synthetic import LR, Trial, params, write_run
 
@@ -51,6 +52,16 @@ def test_half_of_the_gain_is_read_off_the_best_curve() -> None:
     step = int(best[best["score"] >= half]["step"].iloc[0])
     assert f"has half of its gain by step {step} ({step * 8}k tokens," in plot.reading
     assert "after 32 (256k tokens, " in plot.reading
+
+
+@pytest.mark.parametrize("members", [1.0, 4.0])
+def test_a_packs_seconds_are_called_its_own(members: float) -> None:
+    logged = {"step_time": 2.0, "perf/members": members, "num_tokens": 100.0, "seconds": 2.0}
+    steps = [{"number": 0, "step": s, "eval/accuracy": score, **logged} for s, score in ((1, 0.5), (2, 0.9))]
+    plot = learning_curves.data(made([{"score": 0.9}], steps))[0]
+    assert plot.data.packed == ("of its pack's" in plot.reading) == (members > 1)
+    svg = render(partial(learning_curves.draw, plot.data), Look(), "svg").decode()
+    assert ("seconds (of the whole pack)" in svg) == (members > 1)
 
 
 def test_a_single_run_has_no_legend_to_need(tmp_path: Path) -> None:

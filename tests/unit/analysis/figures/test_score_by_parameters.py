@@ -55,3 +55,14 @@ def test_unknown_or_equal_sizes_have_no_plot() -> None:
     sweep = [{"rank": rank, "lr": lr, "score": 0.5} for rank in (1, 8) for lr in (1e-4, 1e-3)]
     assert score_by_parameters.data(made(sweep)) == []
     assert score_by_parameters.data(made([{**trial, "parameters": 7680} for trial in sweep])) == []
+
+
+def test_runs_of_another_experiment_are_left_out_and_that_is_said() -> None:
+    sweep = [
+        {"rank": rank, "lr": lr, "score": 0.5, "parameters": 7680 * rank} for rank in (1, 8) for lr in (1e-4, 1e-3)
+    ]
+    steps = [{"number": number, "step": 32, "episodes": 4096} for number in range(5)]
+    other = {"rank": 64, "score": 0.9, "parameters": 491_520, "context": "another"}
+    plot = score_by_parameters.data(made([*sweep, other], steps))[0]
+    assert plot.data.points["rank"].tolist() == [1, 8]
+    assert plot.reading.endswith(" 1 run of 5 differs in other settings and does not count.")
