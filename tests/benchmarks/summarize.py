@@ -12,7 +12,8 @@ from tests.benchmarks.side_by_side import RESULTS, middle
 
 Record = dict[str, Any]
 SECTIONS = (
-    "single_run", "sweep", "handover", "same_answers", "pack", "quickstart", "rollout", "update", "sync", "checks"
+    "single_run", "sweep", "handover", "same_answers", "pack", "quickstart", "rollout", "update", "sync", "checks",
+    "report",
 )  # fmt: skip
 SAME_SCORE = 0.02  # about one standard error of 512 problems
 
@@ -162,9 +163,15 @@ def checks(record: Record) -> Iterator[Record]:
     yield finding("a step with all checks / without", record["ratio"], None, "median of pairs; checks.json")
 
 
+def report(record: Record) -> Iterator[Record]:
+    """How soon a large sweep's page is there."""
+    loaded = record["sizes"]["200"]["loaded_ms"]
+    yield finding("milliseconds to load the report of 200 trials", loaded, "<= 1000", "in Chromium; report.json")
+
+
 JUDGES: dict[str, Callable[[Record], Iterator[Record]]] = {
     "single_run": single_run, "sweep": sweep, "handover": handover, "same_answers": same_answers, "pack": pack,
-    "quickstart": quickstart, "rollout": rollout, "sync": sync, "checks": checks,
+    "quickstart": quickstart, "rollout": rollout, "sync": sync, "checks": checks, "report": report,
 }  # fmt: skip
 
 
@@ -205,6 +212,8 @@ def rows_of(name: str, record: Record) -> list[Record]:
                 for size, found in record["sizes"].items() for who, row in found.items()]  # fmt: skip
     if name == "pack":
         return [{"engine": engine, **row} for engine, found in record["engines"].items() for row in found["rows"]]
+    if name == "report":
+        return [{"trials": trials, **row} for trials, row in record["sizes"].items()]
     if name == "quickstart":
         return [{"code": code, "seconds": seconds} for code, seconds in record["medians"].items()]
     rows: list[Record] = record.get("rows", [])
