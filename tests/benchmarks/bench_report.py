@@ -72,7 +72,7 @@ def sweep(count: int) -> Sweep:
 
 def trials(count: int, rng: np.random.Generator) -> Iterator[Trial]:
     """Trials with a basin over learning rates that is the same at every rank."""
-    rates = np.geomspace(1e-5, 1e-2, 13)
+    rates = np.geomspace(1e-5, 1e-2, 13).tolist()
     grid = [params(*one) for one in product((1, 4, 16, 64), rates, (16, 32, 64), ("all-linear", "mlp"))]
     order = rng.permutation(len(grid))
     for number in range(count):
