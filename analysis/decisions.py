@@ -98,7 +98,7 @@ def _decide(experiment: Experiment, question: Question, row: pd.Series) -> Decis
         alike, question.column, number, others, experiment.base, maximize=experiment.direction == "maximize"
     )
     if found is None or len(found.levels) < 2:
-        return _untested(experiment, question, row, name)
+        return _alone(experiment, question, row, name)
     cost = _cost(question, found, alike)
     if question.column == "lr":
         return _rate(experiment, question, row, found, cost)
@@ -158,6 +158,17 @@ def _untested(experiment: Experiment, question: Question, row: pd.Series, name: 
     cost = _cost_of(experiment.tables.runs[experiment.tables.runs["run_dir"] == row["run_dir"]])
     settle = f"Run a sweep over {tried}." if values else "Run a sweep over it."
     return Decision(question.text, name, UNTESTED, labels.capital(evidence) + ".", cost, settle, line)
+
+
+def _alone(experiment: Experiment, question: Question, row: pd.Series, name: str) -> Decision:
+    """A setting of which only the winner's value has a configuration complete on every seed."""
+    runs = experiment.tables.runs
+    values = sorted(runs.loc[runs["configuration"].notna(), question.column].dropna().unique())
+    line = _grid(experiment, question, row, values, experiment.seeds)
+    evidence = "No other value has a configuration that is complete on every seed and can be compared."
+    cost = _cost_of(runs[runs["run_dir"] == row["run_dir"]])
+    settle = "Run them again beside the winner's other settings."
+    return Decision(question.text, name, UNKNOWN, evidence, cost, settle, line)
 
 
 def _to_try(experiment: Experiment, question: Question, row: pd.Series) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -60,6 +61,11 @@ class Tables:
             if missing:
                 raise UserError("a table lacks columns", got=f"{file}: no {', '.join(missing)}",
                                 fix="write it again: python -m harness.report DIR")  # fmt: skip
+        try:
+            for text in (*found["sources"]["manifest"], *found["sources"]["seeds"]):
+                json.loads(text)
+        except (TypeError, ValueError) as error:
+            raise UserError("a table is damaged", got=f"{Path(folder) / 'sources.parquet'}: {error}") from None
         return cls(**found)
 
     @classmethod

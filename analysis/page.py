@@ -102,7 +102,8 @@ def _winner_method(experiment: Experiment) -> str:
     return (
         f"{flattered} The score expected when it is run again is free of that: fresh seeds, which had no part in the "
         "choice (--confirm), score it, or else each seed scores the configuration that the other seeds choose. Its "
-        "interval is 95%, by Student's t, over seeds, widened where several configurations compete."
+        "interval is 95%, by Student's t, over seeds, widened where several configurations compete; chance is pooled "
+        "over the configurations that kept 75% of the best gain."
     )
 
 
@@ -136,8 +137,9 @@ def provenance(experiment: Experiment) -> list[tuple[str, str]]:
     recipe, data = manifest.get("recipe") or {}, manifest.get("data") or {}
     machine = [hardware.get("cpu"), f"{hardware.get('cores')} cores", f"{hardware.get('memory_gb')} GiB"]
     rows = [
+        ("directory", experiment.directory),
         ("command", shlex.join(map(str, manifest.get("command") or []))),
-        ("status", f"{manifest.get('status')} since {history[-1].get('time')}; made {history[0].get('time')}"),
+        ("status", f"{experiment.source['status']} since {history[-1].get('time')}; made {history[0].get('time')}"),
         ("seed" if not experiment.is_sweep else "seeds", ", ".join(str(seed) for seed in experiment.seeds)),
         ("recipe", f"{recipe.get('source')} (sha256:{recipe.get('digest')})"),
         ("model", _named_digest(manifest.get("model") or {})),

@@ -10,6 +10,7 @@ import pandas as pd
 from analysis import labels, stats, stats_seeds
 from analysis.experiment import Experiment
 from analysis.labels import LR, MAIN_KEYS, RANK, TARGETS
+from analysis.levels import COMPETING
 from analysis.records import lookup
 from analysis.stats_tests import Estimate
 from harness import metrics
@@ -64,8 +65,21 @@ def expected(experiment: Experiment) -> stats_seeds.Held | None:
     """The winner's score as it would be seen again, free of having been picked by it; None with one seed."""
     if not experiment.is_sweep or experiment.best is None:
         return None
-    found = stats_seeds.winner(experiment.tables.runs, maximize=experiment.direction == "maximize")
+    runs = experiment.tables.runs
+    # Chance is that of what competes: seeds differ otherwise where training hardly works.
+    found = stats_seeds.winner(runs[runs["configuration"].isin(_competing(experiment))],
+                               maximize=experiment.direction == "maximize")  # fmt: skip
     return found.held if found is not None and found.configuration == experiment.best.configuration else None
+
+
+def _competing(experiment: Experiment) -> list[int]:
+    """The configurations that kept a good share of the best gain over the base, or else over the worst."""
+    whole = experiment.configurations[experiment.configurations["whole"]]
+    sign = 1.0 if experiment.direction == "maximize" else -1.0
+    means = sign * whole["mean"]
+    floor = float(means.min()) if experiment.base is None else sign * experiment.base
+    kept = means >= floor + COMPETING * max(0.0, float(means.max()) - floor)
+    return [int(number) for number in whole.loc[kept | (means == means.max()), "configuration"]]
 
 
 def winner_interval(experiment: Experiment) -> stats.Interval | None:
@@ -118,11 +132,11 @@ def standing(experiment: Experiment) -> str:
     """How many trials ended how, and whether the sweep has ended."""
     counts = experiment.trials["status"].value_counts()
     if not experiment.is_sweep:
-        return f"A single run: {str(experiment.manifest.get('status')).lower()}."
+        return f"A single run: {str(experiment.source['status']).lower()}."
     parts = [f"{int(counts[status])} {str(status).lower()}" for status in sorted(counts.index, key=_status_order)]
     text = f"{labels.plural(len(experiment.trials), 'trial')}: {labels.listed(parts)}" if parts else "No trial yet"
-    if experiment.manifest.get("seconds"):
-        text += f", in {metrics.duration(float(experiment.manifest['seconds']))}"
+    if pd.notna(experiment.source["seconds"]):
+        text += f", in {metrics.duration(float(experiment.source['seconds']))}"
     return text + ("." if experiment.finished else ". The sweep has not ended: this page shows what there is so far.")
 
 

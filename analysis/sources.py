@@ -28,6 +28,10 @@ def source_row(directory: Path, manifest: dict[str, Any], records: list[Record])
     text = recipe_text(run)
     recipe = parsed_recipe(text)
     sweep = manifest.get("kind") == "sweep"
+    status, reason = manifest.get("status"), manifest.get("reason")
+    if not sweep:
+        # Of a damaged manifest nothing is used.
+        manifest, status, reason = records[0].manifest, records[0].status, records[0].reason
     metric = _swept_metric(recipe) if sweep else _logged_metric(records[0])
     seeds = _seeds(recipe) if sweep else None
     seconds = manifest.get("seconds")
@@ -35,8 +39,8 @@ def source_row(directory: Path, manifest: dict[str, Any], records: list[Record])
         "directory": shown(directory),
         "name": str(manifest.get("name") or directory.name),
         "kind": "sweep" if sweep else "run",
-        "status": manifest.get("status"),
-        "reason": manifest.get("reason"),
+        "status": status,
+        "reason": reason,
         "metric": metric,
         "seeds": json.dumps(seeds or sorted({record.seed for record in records if record.seed is not None})),
         "manifest": json.dumps(manifest),

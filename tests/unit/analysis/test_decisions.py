@@ -202,3 +202,12 @@ def test_the_winner_is_freed_of_its_own_choice(tmp_path: Path) -> None:
     answer = reading.answer(found)
     assert "expected when run again" in [name for name, _, _ in answer.scores]
     assert "Run again, expect" in answer.text()
+
+
+def test_a_value_whose_runs_all_failed_is_not_decided(tmp_path: Path) -> None:
+    trials = [Trial(0, s, params(8, 1e-3), 0.9) for s in (0, 1)]
+    trials += [Trial(1, s, params(1, 1e-3), 0.9, Status.FAILED, "boom") for s in (0, 1)]
+    found = by_question(Experiment.open(write_sweep(tmp_path, Sweep(trials))))["Which rank?"]
+    assert found.verdict == "cannot tell"
+    assert "No other value" in found.evidence
+    assert checked(str(found.command))[1].axes[0].values() == (1, 8)

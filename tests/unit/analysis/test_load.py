@@ -331,3 +331,11 @@ def test_other_peoples_parquet_files_are_no_tables(sweep_dir: Path, tmp_path: Pa
     pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "runs.parquet")
     with pytest.raises(UserError, match=r"lacks columns(.|\n)*runs\.parquet: no directory"):
         Tables.read(tmp_path)
+
+
+def test_a_table_whose_texts_are_damaged_is_refused(sweep_dir: Path, tmp_path: Path) -> None:
+    load([sweep_dir]).write(tmp_path)
+    sources = pd.read_parquet(tmp_path / "sources.parquet")
+    sources.assign(manifest="{").to_parquet(tmp_path / "sources.parquet")
+    with pytest.raises(UserError, match=r"a table is damaged(.|\n)*sources\.parquet"):
+        Tables.read(tmp_path)

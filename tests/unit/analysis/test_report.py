@@ -307,7 +307,7 @@ def test_five_hundred_trials_of_every_fate_have_one_page(tmp_path: Path) -> None
     html = Page(page.read_text())
     assert html.text.count("python -m harness.run") >= 500
     assert "500 trials: 350 complete, 50 pruned, 50 failed and 50 unreadable." in html.text
-    assert len(Tables.read(tmp_path / "tables").runs) == 500
+    assert len(pd.read_csv(tmp_path / "trials.csv")) == 500
 
 
 @pytest.mark.parametrize(("maximize", "metric", "wins"), [(True, "eval/accuracy", 64), (False, "loss", 1)])
@@ -321,3 +321,9 @@ def test_accuracy_and_loss_each_pick_their_own_end(tmp_path: Path, maximize: boo
     assert made_of.answer.startswith(f"Of 3 configurations, rank {wins}")
     rank = next(line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("| Which rank?"))
     assert rank.split(" | ")[1:3] == [str(wins), "certain"]
+
+
+def test_a_run_whose_manifest_is_damaged_has_a_page_that_says_so(tmp_path: Path) -> None:
+    path = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9))
+    (path / "manifest.json").write_text('{"status": "COMPLETE", "status_history": [{"status": "RUNNING"}]}')
+    assert write_report(path).answer.startswith("This run is UNREADABLE (manifest: status_history holds")
