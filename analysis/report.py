@@ -13,7 +13,7 @@ from typing import Any
 from analysis import content, markup
 from analysis.experiment import Experiment
 from analysis.figures import Figure, Plot, all_figures
-from analysis.figures.theme import Look, render
+from analysis.figures.theme import Look, darkened, render, render_both
 from analysis.load import TABLES, Tables, load
 from analysis.records import check_own
 from harness.errors import UserError
@@ -120,23 +120,25 @@ def _figures(experiment: Experiment, folder: Path, prefix: str) -> list[dict[str
     drawn = []
     for figure in all_figures():
         for plot in figure.data(experiment):
-            write_bytes(folder / f"{prefix}{plot.name}.png", render(partial(figure.draw, plot.data), Look(), "png"))
-            drawn.append(_embedded(figure, plot, prefix))
+            wide, png = render_both(partial(figure.draw, plot.data), Look())
+            write_bytes(folder / f"{prefix}{plot.name}.png", png)
+            drawn.append(_embedded(figure, plot, prefix, wide))
     return drawn
 
 
-def _embedded(figure: Figure, plot: Plot, prefix: str) -> dict[str, Any]:
+def _embedded(figure: Figure, plot: Plot, prefix: str, wide: bytes) -> dict[str, Any]:
     """A plot with its four drawings (light or dark, wide or narrow) as data URIs, and their sizes in pixels."""
+    draw = partial(figure.draw, plot.data)
     found: dict[str, Any] = {}
-    for dark in (False, True):
-        for narrow in (False, True):
-            svg = render(partial(figure.draw, plot.data), Look(dark, narrow), "svg")
-            width = "narrow" if narrow else "wide"
-            found[f"{'dark' if dark else 'light'}_{width}"] = (
-                f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
-            )
-            found[f"{width}_size"] = _size(svg)
+    for narrow, light in ((False, wide), (True, render(draw, Look(narrow=True)))):
+        dark = render(draw, Look(True, narrow)) if figure.dark_apart else darkened(light)
+        width = "narrow" if narrow else "wide"
+        found |= {f"light_{width}": _uri(light), f"dark_{width}": _uri(dark), f"{width}_size": _size(light)}
     return {"name": f"{prefix}{plot.name}", "title": plot.title, "reading": plot.reading, "alt": plot.alt, **found}
+
+
+def _uri(svg: bytes) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
 
 
 def _size(svg: bytes) -> tuple[int, int]:

@@ -27,11 +27,15 @@ class Plot:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A figure: `data` gives the plots an experiment has enough for (often one or none), `draw` draws one's data."""
+    """A figure: `data` gives the plots an experiment has enough for (often one or none), `draw` draws one's data.
+
+    `dark_apart`: its drawing for a dark page differs by more than the theme's colours.
+    """
 
     order: int
     data: Callable[[Experiment], list[Plot]]
     draw: Callable[[Any, Canvas, Look], None]
+    dark_apart: bool = False
 
 
 def all_figures() -> list[Figure]:

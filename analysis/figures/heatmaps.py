@@ -238,4 +238,4 @@ def _iso_lines(axes: Axes, found: Cells, rows: dict[float, float], look: Look) -
     return handles
 
 
-FIGURE = Figure(order=35, data=data, draw=draw)
+FIGURE = Figure(order=35, data=data, draw=draw, dark_apart=True)

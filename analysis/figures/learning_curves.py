@@ -190,4 +190,4 @@ def _spent(curves: Curves, row: pd.Series) -> str:
     return f" ({', '.join(known)})" if known else ""
 
 
-FIGURE = Figure(order=20, data=data, draw=draw)
+FIGURE = Figure(order=20, data=data, draw=draw, dark_apart=True)

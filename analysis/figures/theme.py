@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -119,17 +120,51 @@ def base_line(axes: Axes, base: float | None, text: str, look: Look) -> None:
     )
 
 
-def render(draw: Callable[[Figure, Look], None], look: Look, kind: str) -> bytes:
-    """A figure as `svg` or `png`; equal data gives equal bytes."""
+def render(draw: Callable[[Figure, Look], None], look: Look) -> bytes:
+    """A figure as SVG; equal data gives equal bytes."""
     with _settings(look):
-        figure = Figure(figsize=look.size, dpi=DPI, layout="constrained")
-        draw(figure, look)
-        buffer = io.BytesIO()
-        if kind == "svg":
-            FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
-        else:
-            FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+        return _svg(_drawn(draw, look))
+
+
+def render_both(draw: Callable[[Figure, Look], None], look: Look) -> tuple[bytes, bytes]:
+    """A figure as SVG and as PNG, drawn and laid out once; equal data gives equal bytes."""
+    with _settings(look):
+        figure, buffer = _drawn(draw, look), io.BytesIO()
+        svg = _svg(figure)
+        figure.set_layout_engine("none")
+        figure.set_dpi(DPI)  # an SVG's is 72
+        FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    return svg, buffer.getvalue()
+
+
+def darkened(svg: bytes) -> bytes:
+    """The drawing for a dark page of a light one, whose colours are all of the theme: half the time of another one."""
+    return _COLOUR.sub(lambda found: _DARK.get(found[0], found[0]), svg)
+
+
+def _drawn(draw: Callable[[Figure, Look], None], look: Look) -> Figure:
+    figure = Figure(figsize=look.size, dpi=DPI, layout="constrained")
+    draw(figure, look)
+    return figure
+
+
+def _svg(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
+
+
+def _dark_by_light() -> dict[bytes, bytes]:
+    """The dark page's colour for each of the light page's, as an SVG writes them."""
+    pages = []
+    for look in (Look(), Look(dark=True)):
+        shades = [to_hex(look.sequence(place)) for place in range(look.sequence.N)]
+        pages.append([*look.colours.values(), *OKABE_ITO[look.dark], *shades])
+    return {light.lower().encode(): dark.lower().encode() for light, dark in zip(*pages, strict=True)}
+
+
+_COLOUR = re.compile(rb"#[0-9a-f]{6}\b")
+_DARK = _dark_by_light()
 
 
 @contextmanager

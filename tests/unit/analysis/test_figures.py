@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +16,7 @@ from matplotlib.image import imread
 from analysis import figures
 from analysis.experiment import Experiment
 from analysis.figures import Figure, Plot, all_figures, learning_curves
-from analysis.figures.theme import Look, category_styles, rank_styles, render
+from analysis.figures.theme import Look, category_styles, darkened, rank_styles, render, render_both
 from harness.rundir import Status
 from tests.unit.analysis import worlds
 from tests.unit.analysis.simulation import Arm, World, batched, placed
@@ -24,6 +25,7 @@ from tests.unit.analysis.synthetic import Sweep, Trial, params, write_sweep
 # What figures share, and no figure themselves.
 SHARED = {"theme", "cells", "marks"}
 MODULES = {found.name for found in pkgutil.iter_modules(figures.__path__)} - SHARED
+COLOUR = re.compile(r"#[0-9a-f]{6}\b")
 LOOKS = [Look(dark, narrow) for dark in (False, True) for narrow in (False, True)]
 RATES: dict[str, Any] = {"seeds": 2, "rates": 5, "failures": 0.0}
 # Between them these have enough for every figure.
@@ -90,21 +92,24 @@ class TestContract:
             assert plot.reading.endswith(".")
             assert plot.reading in plot.alt
 
-    @pytest.mark.parametrize("look", LOOKS, ids=str)
-    def test_draws_for_every_page(self, figure: Figure, look: Look, plots: Callable[[Figure], list[Plot]]) -> None:
+    @pytest.mark.parametrize("narrow", [False, True])
+    def test_draws_for_every_page(self, figure: Figure, narrow: bool, plots: Callable[[Figure], list[Plot]]) -> None:
         for plot in plots(figure):
-            svg = render(partial(figure.draw, plot.data), look, "svg")
-            root = ET.fromstring(svg)
-            assert root.tag.endswith("svg")
-            assert look.colours["paper"] in svg.decode()
-            width = float(root.attrib["width"].removesuffix("pt"))
-            assert width == pytest.approx(look.size[0] * 72, rel=0.01)
+            drawn = {look: render(partial(figure.draw, plot.data), look) for look in LOOKS if look.narrow == narrow}
+            for look, svg in drawn.items():
+                root = ET.fromstring(svg)
+                assert root.tag.endswith("svg")
+                assert look.colours["paper"] in svg.decode()
+                width = float(root.attrib["width"].removesuffix("pt"))
+                assert width == pytest.approx(look.size[0] * 72, rel=0.01)
+            light, dark = drawn.values()
+            if not figure.dark_apart:
+                assert_alike(darkened(light), dark)
 
     def test_equal_data_gives_equal_bytes(self, figure: Figure, plots: Callable[[Figure], list[Plot]]) -> None:
-        plot = plots(figure)[0]
-        for kind in ("svg", "png"):
-            first, second = (render(partial(figure.draw, plot.data), Look(), kind) for _ in range(2))
-            assert first == second
+        draw = partial(figure.draw, plots(figure)[0].data)
+        assert render_both(draw, Look()) == render_both(draw, Look())
+        assert render_both(draw, Look())[0] == render(draw, Look())
 
     def test_nothing_to_show_is_no_plot(self, figure: Figure, unfinished: list[Experiment]) -> None:
         assert figure.data(unfinished[0]) == []
@@ -113,13 +118,28 @@ class TestContract:
         for experiment in unfinished[1:]:
             for plot in figure.data(experiment):
                 assert plot.reading.endswith(".")
-                assert render(partial(figure.draw, plot.data), Look(), "svg")
+                assert render(partial(figure.draw, plot.data), Look())
+
+
+def assert_alike(first: bytes, second: bytes) -> None:
+    """Two drawings are the same but for the names of their marks, and for colours that nobody can tell apart."""
+    one, other = anonymous(first), anonymous(second)
+    assert re.sub(COLOUR, "#", one) == re.sub(COLOUR, "#", other)
+    pairs = zip(re.findall(COLOUR, one), re.findall(COLOUR, other), strict=True)
+    channels = [(int(a[i : i + 2], 16), int(b[i : i + 2], 16)) for a, b in pairs for i in (1, 3, 5)]
+    assert max((abs(a - b) for a, b in channels), default=0) <= 4
+
+
+def anonymous(svg: bytes) -> str:
+    """A drawing with its marks and hatches numbered, which otherwise are named by what they look like."""
+    names: dict[str, str] = {}
+    return re.sub(r"[hm][0-9a-f]{10}", lambda found: names.setdefault(found[0], f"mark{len(names)}"), svg.decode())
 
 
 def test_a_png_is_an_image_of_the_look(experiment: Experiment, tmp_path: Path) -> None:
     plot = learning_curves.data(experiment)[0]
     file = tmp_path / "curves.png"
-    file.write_bytes(render(partial(learning_curves.draw, plot.data), Look(dark=True), "png"))
+    file.write_bytes(render_both(partial(learning_curves.draw, plot.data), Look(dark=True))[1])
     pixels = imread(file)
     assert pixels.shape[1:] == (1440, 4)
     assert (pixels[2, 2, :3] * 255).round().tolist() == [0x1C, 0x21, 0x26]

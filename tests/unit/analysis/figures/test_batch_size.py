@@ -67,6 +67,6 @@ def test_one_batch_size_is_no_figure() -> None:
 
 @pytest.mark.parametrize("look", [Look(), Look(dark=True, narrow=True)], ids=str)
 def test_draws_a_line_for_each_rank(look: Look) -> None:
-    svg = render(partial(batch_size.draw, batch_size.data(made(trials()))[0].data), look, "svg").decode()
+    svg = render(partial(batch_size.draw, batch_size.data(made(trials()))[0].data), look).decode()
     for text in ("full fine-tuning", "rank 1", "rank 16", "2048", "base"):
         assert text in svg

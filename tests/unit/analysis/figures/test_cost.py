@@ -76,7 +76,7 @@ def test_no_times_are_no_figure() -> None:
 
 
 def test_many_trials_are_counted_not_drawn_one_by_one() -> None:
-    svg = render(partial(cost.draw, cost.data(made(trials(100), PACKED))[0].data), Look(), "svg").decode()
+    svg = render(partial(cost.draw, cost.data(made(trials(100), PACKED))[0].data), Look()).decode()
     assert "trials at a time" in svg
     assert "in the order they began" not in svg
 
@@ -84,6 +84,6 @@ def test_many_trials_are_counted_not_drawn_one_by_one() -> None:
 @pytest.mark.parametrize("look", [Look(), Look(dark=True, narrow=True)], ids=str)
 def test_draws_trials_phases_and_members(look: Look) -> None:
     rows = [*trials(), {"rank": 64, "score": None, "status": "FAILED", "started": 1e9, "ended": 1e9 + 50}]
-    svg = render(partial(cost.draw, cost.data(made(rows, PACKED))[0].data), look, "svg").decode()
+    svg = render(partial(cost.draw, cost.data(made(rows, PACKED))[0].data), look).decode()
     for text in ("minutes since the first began", "rollout", "members that take a step together", "not complete"):
         assert text in svg

@@ -88,7 +88,7 @@ def test_nothing_logged_is_no_figure() -> None:
 @pytest.mark.parametrize("look", [Look(), Look(dark=True, narrow=True)], ids=str)
 def test_draws_a_panel_for_each_metric_and_formulas_nowhere(look: Look) -> None:
     rows = [row for number in range(4) for row in steps(number, entropy=(1.0, 0.6), gap=(1e-7, 1e-3))]
-    svg = render(partial(health.draw, health.data(made(trials(), rows))[0].data), look, "svg").decode()
+    svg = render(partial(health.draw, health.data(made(trials(), rows))[0].data), look).decode()
     for text in ("entropy (nats)", "sampler gap, mean", "configuration 1"):
         assert text in svg
     assert "mathdefault" not in svg

@@ -42,7 +42,7 @@ def test_a_cell_per_rank_and_rate_holds_the_best_configuration() -> None:
     assert alpha.data.cells.set_index(["value", "lr"])["mean"].to_dict() == {
         (16.0, 1e-3): 0.9, (32.0, 1e-3): 0.7, (32.0, 1e-4): 0.4, (16.0, 1e-4): 0.3
     }  # fmt: skip
-    svg = render(partial(heatmaps.draw, rank.data), Look(), "svg").decode()
+    svg = render(partial(heatmaps.draw, rank.data), Look()).decode()
     for text in ("0.900", "full", "some runs diverged"):
         assert text in svg
 

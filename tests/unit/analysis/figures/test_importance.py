@@ -50,6 +50,6 @@ def test_too_few_runs_or_equal_scores_are_no_figure() -> None:
 
 @pytest.mark.parametrize("look", [Look(), Look(dark=True, narrow=True)], ids=str)
 def test_draws_two_bars_a_setting(look: Look) -> None:
-    svg = render(partial(importance.draw, importance.data(made(trials()))[0].data), look, "svg").decode()
+    svg = render(partial(importance.draw, importance.data(made(trials()))[0].data), look).decode()
     for text in ("learning rate", "rank", "seed", "in combination", "fANOVA", "PED-ANOVA"):
         assert text in svg

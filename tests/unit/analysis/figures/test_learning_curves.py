@@ -60,7 +60,7 @@ def test_a_packs_seconds_are_called_its_own(members: float) -> None:
     steps = [{"number": 0, "step": s, "eval/accuracy": score, **logged} for s, score in ((1, 0.5), (2, 0.9))]
     plot = learning_curves.data(made([{"score": 0.9}], steps))[0]
     assert plot.data.packed == ("of its pack's" in plot.reading) == (members > 1)
-    svg = render(partial(learning_curves.draw, plot.data), Look(), "svg").decode()
+    svg = render(partial(learning_curves.draw, plot.data), Look()).decode()
     assert ("seconds (of the whole pack)" in svg) == (members > 1)
 
 
@@ -68,7 +68,7 @@ def test_a_single_run_has_no_legend_to_need(tmp_path: Path) -> None:
     found = Experiment.open(write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9)))
     plot = learning_curves.data(found)[0]
     assert plot.data.best_name is None
-    assert b"the best" not in render(partial(learning_curves.draw, plot.data), Look(), "svg")
+    assert b"the best" not in render(partial(learning_curves.draw, plot.data), Look())
 
 
 def test_a_peak_before_the_end_is_said(tmp_path: Path) -> None:

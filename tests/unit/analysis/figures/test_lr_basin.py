@@ -32,7 +32,7 @@ def test_shows_the_last_score_of_what_did_not_complete(experiment: Experiment) -
     assert points[points["status"] == "FAILED"]["score"].tolist() == pytest.approx([0.99], abs=1e-3)
     assert plot.reading.startswith("1e-5 too low, 3e-4 to 1e-3 good (best 1e-3), 1e-2 too high. Best rate tested")
     assert "rank 8 1e-3 (0.910, 0.882 to 0.932)" in plot.reading
-    svg = render(partial(lr_basin.draw, plot.data), Look(), "svg").decode()
+    svg = render(partial(lr_basin.draw, plot.data), Look()).decode()
     for text in ("too low", "too high", "rank 1", "rank 8", "diverged", "running: last score", "95% from 512 problems"):
         assert text in svg
 
@@ -81,7 +81,7 @@ def test_a_run_that_diverged_before_its_first_evaluation_is_shown() -> None:
     plot = lr_basin.data(made([*trials, lost, {**lost, "rank": 0}]))[0]
     assert plot.data.points["score"].isna().sum() == 2
     assert "2 of 4 runs diverged: full fine-tuning at 1e-1 and LoRA at 1e-1." in plot.reading
-    assert b"diverged" in render(partial(lr_basin.draw, plot.data), Look(), "svg")
+    assert b"diverged" in render(partial(lr_basin.draw, plot.data), Look())
 
 
 def test_a_simulated_sweeps_lines_peak_at_its_best_rates() -> None:

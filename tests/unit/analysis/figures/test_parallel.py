@@ -84,11 +84,11 @@ def test_one_swept_key_or_one_score_is_no_figure() -> None:
 @pytest.mark.parametrize("look", [Look(), Look(dark=True, narrow=True)], ids=str)
 def test_draws_the_axes_and_their_names(look: Look) -> None:
     rows = [*trials(), {"rank": 1, "lr": 0.1, "score": None, "status": "PRUNED"}]
-    svg = render(partial(parallel.draw, parallel.data(made(rows))[0].data), look, "svg").decode()
+    svg = render(partial(parallel.draw, parallel.data(made(rows))[0].data), look).decode()
     for text in ("rank", "learning", "score", "the best configuration", "did not complete"):
         assert text in svg
 
 
 def test_hundreds_of_trials_stay_small() -> None:
     plot = parallel.data(made(trials(500)))[0]
-    assert len(render(partial(parallel.draw, plot.data), Look(), "svg")) < 150_000
+    assert len(render(partial(parallel.draw, plot.data), Look())) < 150_000

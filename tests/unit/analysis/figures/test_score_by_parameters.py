@@ -27,7 +27,7 @@ def test_sizes_scores_and_the_line_are_the_simulations() -> None:
         "4,096 episodes teach at most a bit each, which 2,048 parameters hold (2 bits each): 3 of 4 adapters have"
     )
     assert "the smallest, rank 1 on all-linear with 1,000 parameters is at " in plot.reading
-    svg = render(partial(score_by_parameters.draw, plot.data), Look(), "svg").decode()
+    svg = render(partial(score_by_parameters.draw, plot.data), Look()).decode()
     for text in ("rank 64", "full fine-tuning", "room for a bit an episode"):
         assert text in svg
 

@@ -86,6 +86,6 @@ def test_runs_of_another_experiment_have_no_part() -> None:
 @pytest.mark.parametrize("look", [Look(), Look(dark=True, narrow=True)], ids=str)
 def test_draws_a_panel_for_each_kind_of_pair(look: Look) -> None:
     plot = target_modules.data(made(trials()))[0]
-    svg = render(partial(target_modules.draw, plot.data), look, "svg").decode()
+    svg = render(partial(target_modules.draw, plot.data), look).decode()
     for text in ("at equal rank", "at equal parameters", "37k", "all-linear", "attention"):
         assert text in svg
