@@ -20,8 +20,7 @@ UNREADABLE = "UNREADABLE"
 # A swept key names a column and a figure's file.
 _KEY = re.compile(r"(?=.{3,200}$)[A-Za-z_]\w*(\.\w+)+", re.ASCII)
 # PyYAML's parser in C takes a tenth of the time, but what is nested deep enough overflows its stack: only short texts.
-_FastLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_SHORT = 20_000
+_SHORT = 20_000 if yaml.__with_libyaml__ else 0
 # The parts of a manifest that the tables are made from, each of this type or absent.
 _STRUCTURE: dict[str, type] = {
     "seed": int,
@@ -157,7 +156,7 @@ def recipe_text(run: RunDir) -> str:
 def parsed_recipe(text: str) -> dict[str, Any]:
     """A resolved recipe's plain values; empty for damaged YAML."""
     try:
-        values = yaml.load(text, _FastLoader if len(text) <= _SHORT else yaml.SafeLoader)
+        values = yaml.load(text, Loader=yaml.CSafeLoader) if len(text) <= _SHORT else yaml.safe_load(text)
     except (ValueError, RecursionError, yaml.YAMLError):
         return {}
     return values if isinstance(values, dict) else {}

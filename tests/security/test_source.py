@@ -21,6 +21,8 @@ CALLS = {
     "pd.read_pickle", "pandas.read_pickle", "tempfile.mktemp", "shutil.unpack_archive", "hydra.utils.instantiate",
     "torch.hub.load", "sympify", "sympy.sympify", "parse_expr",
 }  # fmt: skip
+# Those of these that are as harmless as `yaml.safe_load`.
+SAFE_LOADERS = {"yaml.SafeLoader", "yaml.CSafeLoader"}
 METHODS = {"extractall", "extract", "to_pickle", "read_pickle"}
 # Keywords that open a hole unless they are False.
 KEYWORDS = ("shell", "allow_pickle", "trust_remote_code")
@@ -35,9 +37,10 @@ def faults(tree: ast.AST) -> Iterator[tuple[int, str]]:
         if not isinstance(node, ast.Call):
             continue
         called = ast.unparse(node.func)
-        if called in CALLS or (isinstance(node.func, ast.Attribute) and node.func.attr in METHODS):
-            yield node.lineno, called
         given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg}
+        safe = called == "yaml.load" and given.get("Loader") in SAFE_LOADERS
+        if (called in CALLS and not safe) or (isinstance(node.func, ast.Attribute) and node.func.attr in METHODS):
+            yield node.lineno, called
         yield from ((node.lineno, f"{name}=") for name in KEYWORDS if given.get(name, "False") != "False")
         if called == "torch.load" and given.get("weights_only") != "True":
             yield node.lineno, "torch.load without weights_only=True"
