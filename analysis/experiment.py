@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -19,6 +19,9 @@ from analysis.sources import DEFAULT_METRIC
 from harness import metrics
 from harness.errors import UserError
 from harness.rundir import Status
+
+if TYPE_CHECKING:
+    from analysis.claims.evidence import Evidence
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,13 @@ class Experiment:
     def steps(self) -> pd.DataFrame:
         """A row per run and logged step."""
         return self.tables.steps
+
+    @cached_property
+    def evidence(self) -> Evidence | None:
+        """The runs that differ only in what the claims vary, where there are most of them; None without runs."""
+        from analysis.claims.evidence import evidence
+
+        return evidence(self.tables.runs, self.tables.steps)
 
     @property
     def is_sweep(self) -> bool:

@@ -14,7 +14,7 @@ from matplotlib.ticker import NullLocator
 from analysis import labels
 from analysis.claims.arm import Arm
 from analysis.claims.claim import gap
-from analysis.claims.evidence import Evidence, evidence
+from analysis.claims.evidence import Evidence
 from analysis.claims.matching import by_batch
 from analysis.experiment import Experiment
 from analysis.figures import Figure, Plot
@@ -38,8 +38,7 @@ class Batches:
 
 def data(experiment: Experiment) -> list[Plot]:
     """The first stratum (target modules, alpha) that ran at two batch sizes; none where the batch was not varied."""
-    tables = experiment.tables
-    e = evidence(tables.runs, tables.steps)
+    e = experiment.evidence
     if e is None:
         return []
     for stratum in e.strata(e.lora, "targets", "alpha"):

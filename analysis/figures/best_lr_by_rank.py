@@ -16,7 +16,7 @@ from matplotlib.patches import Patch
 
 from analysis import labels
 from analysis.claims.arm import Arm
-from analysis.claims.evidence import Evidence, Mask, evidence
+from analysis.claims.evidence import Evidence, Mask
 from analysis.claims.rates import (
     FROM_RANK,
     LORA_OVER_FULL,
@@ -56,10 +56,9 @@ class Best:
 
 def data(experiment: Experiment) -> list[Plot]:
     """Up to two plots, with the same alpha and with the same alpha/rank, for the ranks that share it."""
-    tables = experiment.tables
-    e = evidence(tables.runs, tables.steps)
+    e = experiment.evidence
     found = [] if e is None else [(fixed, best_rates(e, fixed)) for fixed in ("alpha", "scale")]
-    note = left_out(tables.runs)
+    note = left_out(experiment.tables.runs)
     return [_plot(best, "" if fixed == "alpha" else "_scaled", note) for fixed, best in found if best is not None]
 
 

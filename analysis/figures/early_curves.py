@@ -14,7 +14,6 @@ from matplotlib.lines import Line2D
 from analysis import labels
 from analysis.claims.claim import Block
 from analysis.claims.curves import CURVE_SHARE, SMOOTHING, Early, early_curves, leads
-from analysis.claims.evidence import evidence
 from analysis.experiment import Experiment
 from analysis.figures import Figure, Plot
 from analysis.figures.cells import each, left_out
@@ -40,13 +39,12 @@ class Curves:
 
 def data(experiment: Experiment) -> list[Plot]:
     """The ranks that share rates at which each is good; none where there is no early part to see."""
-    tables = experiment.tables
-    e = evidence(tables.runs, tables.steps)
+    e = experiment.evidence
     early = None if e is None else early_curves(e)
     if early is None or isinstance(early, Block):
         return []
     curves = by_rank(early)
-    reading = _reading(curves) + left_out(tables.runs)
+    reading = _reading(curves) + left_out(experiment.tables.runs)
     alt = f"Line chart of training reward against step, a line per rank, and a chart of early differences. {reading}"
     return [Plot("early_curves", "Early training curves by rank", reading, alt, curves)]
 

@@ -17,7 +17,7 @@ from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from analysis import labels
-from analysis.claims.evidence import Evidence, evidence
+from analysis.claims.evidence import Evidence
 from analysis.claims.rates import exponent, located
 from analysis.experiment import Experiment
 from analysis.figures import Figure, Plot
@@ -114,8 +114,7 @@ def _reading(experiment: Experiment, found: Cells, binned: bool) -> str:
 
 
 def _alpha_words(experiment: Experiment) -> str:
-    tables = experiment.tables
-    e = evidence(tables.runs, tables.steps)
+    e = experiment.evidence
     slope = None if e is None else exponent_of_alpha(e)
     if slope is None:
         return "Whether the best rate goes as 1/alpha cannot be told: too few alphas with a located best rate."

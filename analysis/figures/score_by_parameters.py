@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
 from analysis import labels
-from analysis.claims.evidence import Evidence, Mask, evidence
+from analysis.claims.evidence import Evidence, Mask
 from analysis.claims.matching import BITS_PER_PARAMETER
 from analysis.experiment import Experiment
 from analysis.figures import Figure, Plot
@@ -43,8 +43,7 @@ class Sizes:
 
 def data(experiment: Experiment) -> list[Plot]:
     """The setting with most ranks; none with fewer than two sizes of adapters."""
-    tables = experiment.tables
-    e = evidence(tables.runs, tables.steps)
+    e = experiment.evidence
     if e is None:
         return []
     for stratum in e.strata(e.lora, "batch", "budget", "alpha"):
@@ -54,7 +53,7 @@ def data(experiment: Experiment) -> list[Plot]:
             setting = f"alpha {e.alpha[stratum][0]:g}{besides(e, stratum)}"
             needed = episodes / BITS_PER_PARAMETER
             found = Sizes(points, needed, int(episodes), setting, experiment.base, experiment.metric)
-            reading = _reading(found) + left_out(tables.runs)
+            reading = _reading(found) + left_out(experiment.tables.runs)
             what = f"{labels.metric(experiment.metric)} against trained parameters on a log scale"
             alt = f"Scatter chart of {what}, {labels.plural(len(points), 'mark')} with intervals. {reading}"
             return [Plot("score_by_parameters", "Score by trained parameters", reading, alt, found)]

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 
 from analysis import labels
 from analysis.claims.claim import gap
-from analysis.claims.evidence import Evidence, Mask, evidence
+from analysis.claims.evidence import Evidence, Mask
 from analysis.claims.matching import Pair, equal_parameters, equal_rank
 from analysis.experiment import Experiment
 from analysis.figures import Figure, Plot
@@ -49,8 +49,7 @@ class Placements:
 
 def data(experiment: Experiment) -> list[Plot]:
     """The pairs of the first stratum (batch size, length, alpha) that has any; none without two sets of modules."""
-    tables = experiment.tables
-    e = evidence(tables.runs, tables.steps)
+    e = experiment.evidence
     if e is None:
         return []
     for stratum in e.strata(e.lora, "batch", "budget", "alpha"):
