@@ -200,10 +200,8 @@ def load_trials(directory: str | Path) -> pd.DataFrame:
     return rows.as_trials(tables.runs, str(tables.sources["metric"].iloc[0]))
 
 
-def write_results(directory: str | Path) -> pd.DataFrame:
-    """Write the table of trials as `results.parquet` and `results.csv`, each whole or not at all, and return it."""
-    table = load_trials(directory)
+def write_results(directory: str | Path, trials: pd.DataFrame) -> None:
+    """Write a table of trials as a directory's `results.parquet` and `results.csv`, each whole or not at all."""
     run = RunDir(directory)
-    write_bytes(run.results, _parquet(table))
-    write_bytes(run.results.with_suffix(".csv"), table.to_csv(index=False).encode())
-    return table
+    write_bytes(run.results, _parquet(trials))
+    write_bytes(run.results.with_suffix(".csv"), trials.to_csv(index=False).encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,23 +18,24 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> int:
     """Write the report and print its answer and its path."""
     arguments = _parse(argv)
+    from analysis.load import write_results
     from analysis.records import check_own
     from analysis.report import holds_tables, read, write
     from analysis.watch import watch_report
 
     directories: list[Path] = arguments.directories
     made = [directory for directory in directories if not holds_tables(directory)]
-    sweeps = [directory for directory in made if _manifest(directory).get("kind") == "sweep"]
+    sweeps = [directory.resolve() for directory in made if _manifest(directory).get("kind") == "sweep"]
     folder = arguments.output or _folder(directories, bool(made))
     if arguments.output is None and made == directories and len(directories) == 1:
         check_own(RunDir(directories[0]), folder, folder / "figures", folder / "tables")
 
     def report(refresh: int | None = None) -> Report:
-        from analysis.load import write_results
-
-        for directory in sweeps:
-            write_results(directory)
-        return write(read(directories), folder, refresh=refresh)
+        found = read(directories)
+        for experiment in found:
+            if experiment.path in sweeps:
+                write_results(experiment.path, experiment.trials)
+        return write(found, folder, refresh=refresh, processes=os.cpu_count() or 1)
 
     try:
         if arguments.watch is None:

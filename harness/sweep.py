@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,8 +111,8 @@ def _finish(session: Session, study: Study, place: str) -> int:
     experiment = Experiment.open(session.sweep_dir.path)
     trial = experiment.best_trial()
     conclude(session, study, _best(experiment, trial))
-    write_results(session.sweep_dir.path)
-    report = write_report(session.sweep_dir.path)
+    write_results(session.sweep_dir.path, experiment.trials)
+    report = write_report(session.sweep_dir.path, processes=os.cpu_count() or 1)
     print(report.answer)
     if trial is not None:
         print(f"again: {command(experiment, str(trial['run_dir']))}")

@@ -182,7 +182,8 @@ def test_damaged_samples_are_left_out_with_a_warning(damaged: Path) -> None:
 
 def test_results_read_back_equal(tmp_path: Path) -> None:
     path = write_sweep(tmp_path, example())
-    table = write_results(path)
+    table = load_trials(path)
+    write_results(path, table)
     pd.testing.assert_frame_equal(pd.read_parquet(path / "results.parquet"), table, check_dtype=False)
     text = pd.read_csv(path / "results.csv")
     assert text[METRIC].tolist() == pytest.approx(table[METRIC].tolist(), nan_ok=True)
@@ -193,7 +194,7 @@ def test_results_read_back_equal(tmp_path: Path) -> None:
 def test_results_of_mixed_parameter_types_are_written(tmp_path: Path) -> None:
     axes = [params(8, 1e-3, targets="mlp"), params(8, 1e-3, targets=["q_proj"])]
     path = write_sweep(tmp_path, Sweep([Trial(i, 0, axis, 0.5) for i, axis in enumerate(axes)], seeds=[0]))
-    write_results(path)
+    write_results(path, load_trials(path))
     assert pd.read_parquet(path / "results.parquet")[TARGETS].tolist() == ["mlp", '["q_proj"]']
 
 

@@ -119,9 +119,10 @@ def test_equal_directories_give_equal_reports(sweep_dir: Path, written: Path, tm
     assert everything(tmp_path) == everything(written)
 
 
-def test_its_tables_give_the_very_same_report(written: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [1, 3])
+def test_its_tables_give_the_very_same_report(written: Path, tmp_path: Path, processes: int) -> None:
     assert {"index.html", "trials.csv", "tables/runs.parquet", "tables/sources.parquet"} <= set(everything(written))
-    write_report(written / "tables", tmp_path)
+    write_report(written / "tables", tmp_path, processes=processes)
     assert everything(tmp_path) == everything(written)
 
 

@@ -1,0 +1,76 @@
+"""A page's figures, drawn by several processes: as PNG files, and as SVG inside the page."""
+
+from __future__ import annotations
+
+import base64
+import re
+import signal
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from analysis.experiment import Experiment
+from analysis.figures import Figure, Plot, all_figures
+from analysis.figures.theme import Look, darkened, render, render_both
+from harness.rundir import write_bytes
+
+_SIZE = re.compile(rb'viewBox="[\d.]+ [\d.]+ ([\d.]+) ([\d.]+)"')
+# CSS pixels in a point, an SVG's unit here.
+_POINT = 96 / 72
+
+Drawing = dict[str, Any]
+
+
+def draw_all(experiments: dict[str, Experiment], folder: Path, processes: int) -> dict[str, list[Drawing]]:
+    """Every figure that each experiment has enough for, by the experiment's prefix, which also begins a file's name."""
+    jobs = {
+        prefix: [
+            partial(_draw, figure, plot, folder, prefix) for figure in all_figures() for plot in figure.data(experiment)
+        ]
+        for prefix, experiment in experiments.items()
+    }
+    drawn = iter(_side_by_side([job for own in jobs.values() for job in own], processes))
+    return {prefix: [next(drawn) for _ in own] for prefix, own in jobs.items()}
+
+
+def _side_by_side(jobs: Sequence[Callable[[], Drawing]], processes: int) -> list[Drawing]:
+    """The jobs' results in order; others begin at the first, and this process, which is up already, at the last."""
+    others = min(processes, len(jobs)) - 1
+    if others < 1:
+        return [job() for job in jobs]
+    # Not forked: a sweep's driver has threads. Ctrl-C reaches a whole group of processes, and is this one's to answer.
+    with ProcessPoolExecutor(
+        others, get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+    ) as pool:
+        given = [pool.submit(job) for job in jobs]
+        try:
+            own = {place: jobs[place]() for place in reversed(range(len(jobs))) if given[place].cancel()}
+            return [own[place] if place in own else future.result() for place, future in enumerate(given)]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _draw(figure: Figure, plot: Plot, folder: Path, prefix: str) -> Drawing:
+    """A plot as a PNG file, and with its four drawings (light or dark, wide or narrow) as data URIs and their sizes."""
+    draw = partial(figure.draw, plot.data)
+    wide, png = render_both(draw, Look())
+    write_bytes(folder / f"{prefix}{plot.name}.png", png)
+    found: Drawing = {}
+    for narrow, light in ((False, wide), (True, render(draw, Look(narrow=True)))):
+        dark = render(draw, Look(True, narrow)) if figure.dark_apart else darkened(light)
+        width = "narrow" if narrow else "wide"
+        found |= {f"light_{width}": _uri(light), f"dark_{width}": _uri(dark), f"{width}_size": _size(light)}
+    return {"name": f"{prefix}{plot.name}", "title": plot.title, "reading": plot.reading, "alt": plot.alt, **found}
+
+
+def _uri(svg: bytes) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
+
+
+def _size(svg: bytes) -> tuple[int, int]:
+    found = _SIZE.search(svg)
+    assert found is not None
+    return round(float(found[1]) * _POINT), round(float(found[2]) * _POINT)
