@@ -178,9 +178,11 @@ class Experiment:
         """Learning rates too low, good and too high at these ranks (all when none is named); None without evidence."""
         if LR not in self.trials.columns:
             return None
-        pruned = self.trials.loc[self.trials["status"] == Status.PRUNED.value, "configuration"]
+        # A run that was pruned or diverged has no score, and tells against its rate all the same.
+        runs = self.tables.runs
+        bad = runs.loc[(runs["status"] == Status.PRUNED.value) | runs["diverged"], "configuration"]
         table = self.configurations.dropna(subset=[LR])
-        table = table[table["whole"] | table["configuration"].isin(pruned)]
+        table = table[table["whole"] | table["configuration"].isin(bad)]
         if ranks and RANK in table.columns:
             table = table[table[RANK].isin(ranks)]
         if table.empty:

@@ -103,6 +103,16 @@ def test_a_winner_at_the_edge_of_what_was_tested_is_said(tmp_path: Path) -> None
     assert "Its learning rate is the highest tested at this rank: the best may lie beyond." in text
 
 
+def test_a_rate_at_which_runs_diverged_was_tested(tmp_path: Path) -> None:
+    diverged = Trial(2, 0, params(8, 1e-2), 0.6, Status.FAILED, "3 non-finite gradient norms in a row at step 20")
+    trials = [Trial(0, 0, params(8, 1e-4), 0.5), Trial(1, 0, params(8, 1e-3), 0.9), diverged]
+    found = Experiment.open(write_sweep(tmp_path, Sweep(trials, seeds=[0])))
+    basin = found.basin(8)
+    assert basin is not None
+    assert basin.too_high == (1e-2,)
+    assert "tested at this rank" not in reading.answer(found).text()
+
+
 def test_training_that_did_not_help_is_said(tmp_path: Path) -> None:
     found = reading.answer(Experiment.open(write_run(tmp_path, Trial(0, 0, params(8, 1e-1), 0.05))))
     assert "no better than the base" in found.text()
