@@ -1,8 +1,9 @@
 """A sweep of 8 and of 16 trials of mixed rank, alpha, learning rate and targets: seconds from command to last result.
 
 TRL trains one process a trial, ours one `python -m harness.sweep`: each trial alone in its process, or packed on one
-base and engine, or packed with a pruner. TRL's ways are tried in the first round, and the fastest goes on; ours keep
-each core busy with a process of one thread, which took less than one process with two threads whenever it was tried.
+base and engine, or packed with a pruner. TRL's ways are tried in the first round of the first size, and the fastest
+goes on; ours keep each core busy with a process of one thread, which took less than one process with two threads
+whenever it was tried.
 """
 
 from __future__ import annotations
@@ -64,11 +65,14 @@ def main() -> None:
         place = Path(scratch)
         trl = own_environment(place / "trl", PACKAGES)
         chosen = {name: ways for name, ways in contenders(trl, options.steps).items() if name in options.contenders}
-        sizes = {str(size): measure(size, chosen, options.rounds, place) for size in options.sizes}
-    write_record(
-        "sweep", __doc__, rounds=options.rounds, steps=options.steps, completions=COMPLETIONS, pruner=PRUNER,
-        engine=ENGINE, configurations=CONFIGURATIONS, sizes=sizes,
-    )  # fmt: skip
+        sizes: dict[str, Any] = {}
+        for size in options.sizes:
+            sizes[str(size)] = measure(size, chosen, options.rounds, place)
+            chosen = {name: {one["way"]: chosen[name][one["way"]]} for name, one in sizes[str(size)].items()}
+            write_record(
+                "sweep", __doc__, rounds=options.rounds, steps=options.steps, completions=COMPLETIONS, pruner=PRUNER,
+                engine=ENGINE, configurations=CONFIGURATIONS, sizes=sizes,
+            )  # fmt: skip
 
 
 def contenders(trl: Path, steps: int = STEPS) -> dict[str, Ways]:
