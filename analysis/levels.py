@@ -12,7 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from analysis.labels import ALPHA as ALPHA_KEY
-from analysis.labels import LR, TARGETS
+from analysis.labels import LR, RANK, TARGETS
 from analysis.stats_seeds import confirmed, held_out
 from analysis.stats_tests import ALPHA, Estimate
 
@@ -21,6 +21,8 @@ Standing = Literal["chosen", "worse", "as good", "open"]
 COMPETING = 0.75
 # A difference below this share of what training gained is no difference (as for the claims).
 GAIN_SHARE = 0.1
+# Adapters whose trained parameters differ by less than this share are of equal size.
+EQUAL_SIZE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +69,8 @@ def contest(
     """The values of a column against that of the winning configuration; None where that was not run on all seeds.
 
     Best against runner-up by a two-sided test at 5%, which is all that having picked the best takes (Gutmann and Maymin
-    1987). `others` are the other swept settings' columns: a value that was tried only with others than the winner's,
-    and not over learning rates of its own, stays open. `floor` is the base's score; the margin is a share of the gain.
+    1987). `others` are the other swept settings' columns: a value that was tried only with others than the winner's
+    stays open, whatever it scored. `floor` is the base's score; the margin is a share of the gain.
     """
     sign = 1.0 if maximize else -1.0
     scores, cells, fresh = _scores(runs, column, sign)
@@ -89,7 +91,7 @@ def contest(
         if first is not None and held is not None and value != chosen[column]:
             # One pooled variance is behind both, so its degrees of freedom count once.
             ahead = Estimate(first.value - held.value, math.hypot(first.se, held.se), noise[1])
-        fair = _fair(cells[mask], means[mask], chosen, others)
+        fair = _fair(column, cells[mask], means[mask], chosen, others)
         stands = "chosen" if value == chosen[column] else _standing(ahead, GAIN_SHARE * gain) if fair else "open"
         score = None if held is None else held.scaled(sign)
         mean = sign * float(means[mask].max())
@@ -112,15 +114,30 @@ def is_full(row: pd.Series) -> bool:
     return pd.notna(row["full"]) and bool(row["full"])
 
 
-def _fair(cells: pd.DataFrame, means: NDArray[np.float64], chosen: pd.Series, others: Sequence[str]) -> bool:
-    """Whether a value had its chance: beside the chosen one's other settings, or at its own best learning rate."""
-    if LR in others and cells[LR].nunique() > 2:
-        rates = cells[LR].astype(float)
-        if rates.min() < float(rates.to_numpy()[means.argmax()]) < rates.max():
+def _fair(
+    column: str, cells: pd.DataFrame, means: NDArray[np.float64], chosen: pd.Series, others: Sequence[str]
+) -> bool:
+    """Whether a value had its chance beside the chosen one's other settings: at the same learning rate or its own best.
+
+    Where a value has its own best rate its alpha is free as well, which does little but scale the rate.
+    """
+    if LR in others:
+        beside = cells[_beside(column, cells, chosen, [key for key in others if key not in (LR, ALPHA_KEY)])]
+        rates, at = beside[LR].astype(float), means[cells.index.isin(beside.index)]
+        if rates.nunique() > 2 and rates.min() < float(rates.to_numpy()[at.argmax()]) < rates.max():
             return True
     # Full fine-tuning's learning rates are not an adapter's.
     alike = (cells["full"].astype("boolean") == chosen["full"]).fillna(False)
-    return bool((matched(cells, chosen, others) & alike).any())
+    return bool((_beside(column, cells, chosen, others) & alike).any())
+
+
+def _beside(column: str, cells: pd.DataFrame, chosen: pd.Series, others: Sequence[str]) -> pd.Series:
+    """Which configurations have the chosen one's other settings; target modules at equal rank or equal parameters."""
+    same = matched(cells, chosen, others)
+    if column == "targets" and RANK in others:
+        equal = (cells["parameters"] / chosen["parameters"] - 1.0).abs() < EQUAL_SIZE
+        same |= equal.fillna(False).astype(bool) & matched(cells, chosen, [key for key in others if key != RANK])
+    return same
 
 
 def _standing(ahead: Estimate | None, margin: float) -> Standing:

@@ -16,7 +16,7 @@ from harness import recipe as recipes
 from harness.rundir import Status
 from harness.schema import Recipe
 from sweeps import space
-from tests.unit.analysis.synthetic import LR, RANK, Sweep, Trial, params, write_run, write_sweep
+from tests.unit.analysis.synthetic import LR, RANK, TARGETS, Sweep, Trial, params, write_run, write_sweep
 
 RNG = np.random.default_rng(7)
 
@@ -74,6 +74,28 @@ def test_a_value_that_was_never_tried_as_the_winner_was_is_not_judged() -> None:
         (1, False, "open"),
         (8, True, "chosen"),
     ]
+
+
+def test_a_rank_that_came_with_other_target_modules_is_not_judged() -> None:
+    """Attention at rank 12 has as many parameters as MLP at rank 8: modules are compared so, ranks are not."""
+    rates = {1e-4: 0.4, 1e-3: 0.0, 1e-2: 0.4}  # less than the arm's best
+    arms = [("mlp", 8, 100, 0.9), ("attention", 12, 101, 0.6), ("all-linear", 8, 150, 0.89)]
+    table = pd.DataFrame(
+        {"configuration": 3 * arm + place, "seed": seed, "rank": rank, "full": False, LR: lr, RANK: rank,
+         "targets": modules, TARGETS: modules, "parameters": size, "confirm": False,
+         "score": score - less + RNG.normal(0, 0.003)}
+        for arm, (modules, rank, size, score) in enumerate(arms)
+        for place, (lr, less) in enumerate(rates.items())
+        for seed in range(3)
+    )  # fmt: skip
+    ranks = contest(table, "rank", 1, [LR, TARGETS], 0.3, maximize=True)
+    modules = contest(table, "targets", 1, [LR, RANK], 0.3, maximize=True)
+    assert ranks is not None
+    assert modules is not None
+    assert [(level.value, level.standing) for level in ranks.levels] == [(8, "chosen"), (12, "open")]
+    assert {level.value: level.standing for level in modules.levels} == {
+        "mlp": "chosen", "attention": "worse", "all-linear": "as good"
+    }  # fmt: skip
 
 
 def test_full_fine_tuning_is_judged_at_learning_rates_of_its_own() -> None:
