@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import os
 import re
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +44,30 @@ def _side_by_side(jobs: Sequence[Callable[[], Drawing]], processes: int) -> list
     others = min(processes, len(jobs)) - 1
     if others < 1:
         return [job() for job in jobs]
-    # Not forked: a sweep's driver has threads. Ctrl-C reaches a whole group of processes, and is this one's to answer.
-    with ProcessPoolExecutor(
-        others, get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
-    ) as pool:
+    # Not forked: a sweep's driver has threads.
+    with ProcessPoolExecutor(others, get_context("spawn"), initializer=_serve) as pool:
         given = [pool.submit(job) for job in jobs]
         try:
             own = {place: jobs[place]() for place in reversed(range(len(jobs))) if given[place].cancel()}
             return [own[place] if place in own else future.result() for place, future in enumerate(given)]
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _serve() -> None:
+    """Make this process one that draws for another: Ctrl-C is the other's to answer, and it ends with the other.
+
+    A pool's processes hold both ends of the queue they wait on, and so never hear that a killed one is gone.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def _draw(figure: Figure, plot: Plot, folder: Path, prefix: str) -> Drawing:

@@ -117,8 +117,7 @@ def shares_base(recipe: Recipe) -> bool:
     Dropout needs modules in training mode, passes that several members share need them out of it.
     """
     lora = recipe.trainer.policy.model.lora
-    alone = lora.rank == 0 or lora.dropout > 0 or sync_mode(lora) is SyncMode.merge
-    return not (alone or needs_workers(recipe))
+    return lora.rank > 0 and lora.dropout == 0 and sync_mode(lora) is not SyncMode.merge
 
 
 def pack_key(recipe: Recipe) -> tuple[object, ...]:
@@ -127,7 +126,8 @@ def pack_key(recipe: Recipe) -> tuple[object, ...]:
     lengths = [generator.max_input_length, generator.sampling_params.max_generate_length,
                generator.eval_sampling_params.max_generate_length]  # fmt: skip
     engine = [generator.backend, generator.gpu_memory_utilization, generator.cpu_kv_cache_gb, generator.max_num_seqs,
-              generator.enforce_eager]  # fmt: skip
+              generator.enforce_eager, generator.num_inference_engines,
+              generator.inference_engine_tensor_parallel_size]  # fmt: skip
     rank = 0 if model.lora.rank == 0 else engine_lora_rank(recipe)
-    return (model.path, model.dtype, recipe.trainer.placement.device, recipe.trainer.num_threads,
+    return (model.path, model.dtype, recipe.trainer.placement, recipe.trainer.num_threads,
             *lengths, *engine, sync_mode(model.lora), rank)  # fmt: skip

@@ -189,7 +189,7 @@ def restore_final(pack: Pack, member: Member) -> None:
 def write_policy(pack: Pack, member: Member, folder: Path) -> None:
     """The adapter in PEFT's format; the whole model in transformers' when all weights were trained."""
     if member.recipe.trainer.policy.model.lora.rank > 0:
-        pack.ranks.once(lambda: write_adapter(pack.model, member.name, folder))
+        write_adapter(pack.model, member.name, folder, pack.ranks.once)
         return
     dtype = dtype_of(member.recipe)
     whole = {name: tensor.to(dtype) for name, tensor in merged_weights(pack.model, member.name)}

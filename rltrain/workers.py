@@ -1,4 +1,4 @@
-"""A run on several processes: Ray places the ranks, torch's process group joins them."""
+"""Runs on several processes: Ray places the ranks, torch's process group joins them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import socket
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import UserError
@@ -21,7 +22,7 @@ from rltrain.trainer import recorded_failure
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
 
-    from rltrain.pack import Pack
+    from rltrain.crew import LocalCrew
 
 # Ray reads its settings when it is imported: here only inside functions, after `cluster` has made them.
 
@@ -36,7 +37,8 @@ def run_on_workers(recipe: Recipe, run_dir: RunDir) -> Iterator[Report]:
     Inside a Ray task or actor (a trial of a sweep) its own placement group must hold the bundles, after its own.
     """
     with recorded_failure(run_dir), contextlib.ExitStack() as stack:
-        if not _inside_ray():
+        inside = _inside_ray()
+        if not inside:
             needs = bundles(recipe)
             cpus, gpus = (sum(bundle[kind] for bundle in needs) for kind in ("CPU", "GPU"))
             store = OBJECT_STORE_BYTES if recipe.trainer.placement.colocate_all else LARGE_STORE_BYTES
@@ -44,15 +46,41 @@ def run_on_workers(recipe: Recipe, run_dir: RunDir) -> Iterator[Report]:
                 cluster(run_dir.path, cpus=cpus, gpus=gpus, threads=_threads(recipe), address=address_of(recipe),
                         store=store)
             )  # fmt: skip
-        yield from stack.enter_context(WorkerGroup(recipe, run_dir)).reports()
+        group = _current_group() if inside else None
+        workers = stack.enter_context(WorkerGroup(recipe, 1, run_dir.log, group))
+        for report in _reports(workers, recipe, run_dir):
+            if report.done:
+                # Engines and process group go in order before anyone is told that the run is over.
+                workers.close()
+            yield report
+
+
+def _reports(workers: WorkerGroup, recipe: Recipe, run_dir: RunDir) -> Iterator[Report]:
+    """A run's reports from its first to its last."""
+    done = False
+    for report in workers.take_in(recipe, run_dir):
+        done = report.done
+        yield report
+    while not done:
+        workers.train([run_dir])
+        report = workers.take(run_dir)
+        done = report.done
+        yield report
 
 
 class WorkerGroup:
-    """The ranks of one run, in step with each other; a context manager that ends their processes."""
+    """A crew of ranks in step with each other; a context manager that ends their processes."""
 
-    def __init__(self, recipe: Recipe, run_dir: RunDir) -> None:
+    contains_failures = False
+
+    def __init__(self, recipe: Recipe, room: int, log: Path, group: PlacementGroup | None = None) -> None:
+        """Ranks for packs of `room` runs at a time, in the bundles of `group` after its first, or in a group of their
+        own; `log` is where they write.
+        """
         self._recipe = recipe
-        self._run_dir = run_dir
+        self._room = room
+        self._log = log
+        self._group = group
         self._own: PlacementGroup | None = None
         self._ranks: list[Any] = []
 
@@ -60,22 +88,33 @@ class WorkerGroup:
         try:
             self._place()
             address = _get(self._ranks[:1], "address")[0]
-            _get(self._ranks, "start", address, self._recipe, self._run_dir)
+            _get(self._ranks, "start", address, self._recipe, self._room, self._log)
         except BaseException:
             self.__exit__()
             raise
         return self
 
-    def reports(self) -> Iterator[Report]:
-        """The first rank's reports; all ranks take each step together."""
-        while True:
-            report: Report = _get(self._ranks, "advance")[0]
-            if report.done:
-                # Engines and process group go in order before anyone is told that the run is over.
-                _get(self._ranks, "close", timeout=CLOSING_SECONDS)
-            yield report
-            if report.done:
-                return
+    def take_in(self, recipe: Recipe, run_dir: RunDir) -> list[Report]:
+        """A run joins every rank's pack; the first rank's reports."""
+        reports: list[Report] = _get(self._ranks, "take_in", recipe, run_dir)[0]
+        return reports
+
+    def train(self, run_dirs: Sequence[RunDir]) -> None:
+        """One step of these runs, which all ranks take together."""
+        _get(self._ranks, "train", list(run_dirs))
+
+    def take(self, run_dir: RunDir) -> Report:
+        """The first rank's report of the step."""
+        report: Report = _get(self._ranks, "take", run_dir)[0]
+        return report
+
+    def let_go(self, run_dir: RunDir) -> None:
+        """A run leaves every rank's pack."""
+        _get(self._ranks, "let_go", run_dir)
+
+    def close(self) -> None:
+        """Give the engines' and the models' memory back; the process groups go with the engines."""
+        _get(self._ranks, "close", timeout=CLOSING_SECONDS)
 
     def __exit__(self, *_: object) -> None:
         import ray
@@ -92,7 +131,7 @@ class WorkerGroup:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         needs = bundles(self._recipe)
-        group, first = ray.util.get_current_placement_group(), 1
+        group, first = self._group, 1
         if group is None:
             group = self._own = _reserve(needs, apart=not self._recipe.trainer.placement.colocate_all)
             first = 0
@@ -113,8 +152,8 @@ class Rank:
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
-        self._pack: Pack | None = None
-        self._reports: Iterator[Report] = iter(())
+        self._room = 1
+        self._crew: LocalCrew | None = None
         self._meeting: socket.socket | None = None
 
     def address(self) -> tuple[str, int]:
@@ -125,31 +164,57 @@ class Rank:
         self._meeting = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         return host, self._meeting.getsockname()[1]
 
-    def start(self, address: tuple[str, int], recipe: Recipe, run_dir: RunDir) -> None:
-        """Join the process group, load the base, start the engine, and have the run join the pack."""
-        redirect_output(run_dir.log)
+    def start(self, address: tuple[str, int], recipe: Recipe, room: int, log: Path) -> None:
+        """Join the process group, load the base and start the engine."""
+        redirect_output(log)
         quiet_libraries()
+        from rltrain.crew import LocalCrew
         from rltrain.pack import Pack
         from rltrain.ranks import Ranks
-        from rltrain.trainer import training
 
+        self._room = room
         ranks = Ranks.form(self._rank, num_processes(recipe), address, device_of(recipe), self._meeting)
-        self._pack = Pack.open(recipe, ranks=ranks)
-        self._reports = training(self._pack, self._pack.join(recipe, run_dir))
+        self._crew = LocalCrew(Pack.open(recipe, room=room, ranks=ranks))
 
-    def advance(self) -> Report:
-        """Train up to the next report."""
-        return next(self._reports)
+    def take_in(self, recipe: Recipe, run_dir: RunDir) -> list[Report]:
+        """A run joins this rank's part of the pack; what a run alone prints is its own log's."""
+        if self._room == 1:
+            redirect_output(run_dir.log)
+        return self._own.take_in(recipe, run_dir)
+
+    def train(self, run_dirs: Sequence[RunDir]) -> None:
+        """One step of these runs."""
+        self._own.train(run_dirs)
+
+    def take(self, run_dir: RunDir) -> Report:
+        """The report of the step."""
+        return self._own.take(run_dir)
+
+    def let_go(self, run_dir: RunDir) -> None:
+        """A run leaves."""
+        self._own.let_go(run_dir)
 
     def close(self) -> None:
         """Give the engine's and the model's memory back; the process group goes with the engine."""
-        if self._pack is not None:
-            self._pack.close()
+        if self._crew is not None:
+            self._crew.close()
+
+    @property
+    def _own(self) -> LocalCrew:
+        assert self._crew is not None
+        return self._crew
 
 
 def _inside_ray() -> bool:
     ray = sys.modules.get("ray")
     return ray is not None and ray.is_initialized()
+
+
+def _current_group() -> PlacementGroup | None:
+    """The placement group of the Ray actor that this is."""
+    import ray
+
+    return ray.util.get_current_placement_group()
 
 
 def _threads(recipe: Recipe) -> int:

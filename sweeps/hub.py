@@ -1,11 +1,12 @@
-"""The process in which trials train as members of one pack: a Ray actor that each trial's own process asks to go on."""
+"""The process that trains trials as members of one pack, itself or with ranks: a Ray actor that each trial asks."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -13,15 +14,16 @@ from typing import TYPE_CHECKING
 
 from harness import recipe as recipes
 from harness.rundir import RunDir, Status
+from rltrain.parallel import needs_workers
 from rltrain.quiet import quiet_libraries, redirect_output
 from sweeps.locks import KernelLock
 from sweeps.watch import stop_watching, watch
 
 if TYPE_CHECKING:
-    from rltrain.member import Member
-    from rltrain.pack import Pack
+    from ray.util.placement_group import PlacementGroup
+
+    from rltrain.crew import Crew
     from rltrain.report import Report
-    from rltrain.trainer import Course
 
 # A killed sweep's process may live on for some seconds: how long its successor waits for it to let go of a directory.
 TAKEOVER_SECONDS = 60.0
@@ -45,8 +47,6 @@ class Seat:
     stage: Stage = Stage.JOINING
     reports: list[Report] = field(default_factory=list)
     lock: KernelLock | None = None
-    member: Member | None = None
-    course: Course | None = None
 
     def add(self, report: Report) -> None:
         """Keep a report, and see what it means."""
@@ -60,19 +60,24 @@ class Seat:
 class Hub:
     """A pack and the trials in it. One thread trains all that may go on, a step of each at a time; others only ask.
 
-    Where the room is for several, an error that is nobody's own ends the process: each trial then goes on alone.
+    Where the room is for several, an error that is nobody's own ends the process: each trial then goes on alone. Among
+    ranks every error is such a one.
     """
 
-    def __init__(self, first: str, room: int, log: str, stall_seconds: float) -> None:
-        """`first` is the directory of a run whose recipe says what base and engine to start."""
+    def __init__(
+        self, first: str, room: int, log: str, stall_seconds: float, group: PlacementGroup | None = None
+    ) -> None:
+        """`first` is the directory of a run whose recipe says what base and engine to start; `group` is the ranks'."""
         self._recipe = recipes.read(RunDir(first).recipe)
         self._room = room
+        self._log = Path(log)
+        self._group = group
         self._stall_seconds = stall_seconds
         self._seats: dict[str, Seat] = {}
         self._aboard: list[Seat] = []
         self._changed = threading.Condition()
         self._broken = False
-        redirect_output(Path(log))
+        redirect_output(self._log)
         threading.Thread(target=self._work, name="training", daemon=True).start()
 
     def advance(self, path: str) -> list[Report]:
@@ -101,18 +106,26 @@ class Hub:
     def _work(self) -> None:
         try:
             quiet_libraries()
-            from rltrain.pack import Pack
-
-            pack = Pack.open(self._recipe, room=self._room)
-            pack.contains_failures = True
+            crew = self._start()
             while True:
-                self._turn(pack)
+                self._turn(crew)
         except Exception as error:
             traceback.print_exc()
             # What is nobody's own hits everyone: alone, each shows whether it was its doing.
             if self._room > 1 and self._aboard:
                 os._exit(1)
             self._refuse(error)
+
+    def _start(self) -> Crew:
+        """Base and engine: in this process, or in ranks that this one leads."""
+        if needs_workers(self._recipe):
+            from rltrain.workers import WorkerGroup
+
+            return WorkerGroup(self._recipe, self._room, self._log, self._group).__enter__()
+        from rltrain.crew import LocalCrew
+        from rltrain.pack import Pack
+
+        return LocalCrew(Pack.open(self._recipe, room=self._room))
 
     def _refuse(self, error: Exception) -> None:
         """Every trial that is here, and every one that comes, fails for this reason."""
@@ -125,7 +138,7 @@ class Hub:
                     fail(seat, error)
                 self._changed.notify_all()
 
-    def _turn(self, pack: Pack) -> None:
+    def _turn(self, crew: Crew) -> None:
         """Let go of those that have left, take in those that have come, and train those that may go on by one step."""
         with self._changed:
             stop_watching()
@@ -133,14 +146,14 @@ class Hub:
             gone = self._gone()
         watch(self._stall_seconds)
         for seat in gone:
-            self._let_go(pack, seat)
+            self._let_go(crew, seat)
         for seat in self._coming():
-            self._take_in(pack, seat)
+            self._take_in(crew, seat)
         training = [seat for seat in self._aboard if seat.stage is Stage.TRAINING]
         if training:
-            self._step(pack, training)
+            self._step(crew, training)
         for seat in [seat for seat in self._aboard if seat.stage is Stage.ENDED]:
-            self._let_go(pack, seat)
+            self._let_go(crew, seat)
         with self._changed:
             self._changed.notify_all()
 
@@ -154,50 +167,42 @@ class Hub:
     def _at(self, *stages: Stage) -> list[Seat]:
         return [seat for seat in list(self._seats.values()) if seat.stage in stages]
 
-    def _take_in(self, pack: Pack, seat: Seat) -> None:
+    def _take_in(self, crew: Crew, seat: Seat) -> None:
         """Be the only process that writes the run's directory, and bring the run to where its training begins."""
-        from rltrain.trainer import Course
-
         self._aboard.append(seat)
         if self._room == 1:
             redirect_output(seat.run_dir.log)
-        try:
+        with self._own_failure(crew, seat):
             seat.lock = own(seat.run_dir)
-            seat.member = pack.join(recipes.read(seat.run_dir.recipe), seat.run_dir)
-            seat.course = Course(pack, seat.member)
-            for report in seat.course.begin():
+            for report in crew.take_in(recipes.read(seat.run_dir.recipe), seat.run_dir):
                 seat.add(report)
             if seat.stage is Stage.JOINING:
                 seat.stage = Stage.TRAINING
-        except Exception as error:
-            fail(seat, error)
 
-    def _step(self, pack: Pack, seats: list[Seat]) -> None:
-        from rltrain.step import train_step
-
-        start = time.perf_counter()
-        rows = train_step(pack, [seat.member for seat in seats if seat.member])
-        seconds = time.perf_counter() - start
-        failures, pack.failures = pack.failures, {}
+    def _step(self, crew: Crew, seats: list[Seat]) -> None:
+        crew.train([seat.run_dir for seat in seats])
         for seat in seats:
-            assert seat.member is not None
-            assert seat.course is not None
-            try:
-                if seat.member in failures:
-                    raise failures[seat.member]
-                seat.add(seat.course.take(rows[seat.member], seconds))
-            except Exception as error:
-                fail(seat, error)
+            with self._own_failure(crew, seat):
+                seat.add(crew.take(seat.run_dir))
             # Now, not after the others' evaluations: meanwhile the next trial gets ready for the slot.
             with self._changed:
                 self._changed.notify_all()
 
-    def _let_go(self, pack: Pack, seat: Seat) -> None:
+    def _let_go(self, crew: Crew, seat: Seat) -> None:
         self._aboard.remove(seat)
-        if seat.member is not None:
-            pack.leave(seat.member)
+        crew.let_go(seat.run_dir)
         if seat.lock is not None:
             seat.lock.release()
+
+    @contextlib.contextmanager
+    def _own_failure(self, crew: Crew, seat: Seat) -> Iterator[None]:
+        """What fails inside is the seat's failure alone, where the others can go on without it."""
+        try:
+            yield
+        except Exception as error:
+            if not crew.contains_failures:
+                raise
+            fail(seat, error)
 
 
 def own(run_dir: RunDir) -> KernelLock:

@@ -48,16 +48,16 @@ def cpus_per_trial(recipe: Recipe) -> int:
 
 
 def place_bundles(recipe: Recipe) -> list[dict[str, float]]:
-    """What one place holds: a process with a pack; or that of a trial, and the bundles of its ranks and engines."""
+    """What one place holds: the process of a pack or a trial; for one that leads, its ranks and engines too."""
     if needs_workers(recipe):
         return [{"CPU": 1.0}, *bundles(recipe)]
     return [{"CPU": float(cpus_per_trial(recipe)), "GPU": float(uses_gpus(recipe))}]
 
 
 def trials_per_place(recipe: Recipe) -> int:
-    """How many trials train together at a place; with ranks or engines apart, each has the place to itself."""
+    """How many trials train together at a place."""
     assert recipe.sweep is not None
-    return 1 if needs_workers(recipe) else recipe.sweep.pack_size
+    return recipe.sweep.pack_size
 
 
 def trials_at_once(recipe: Recipe) -> int:

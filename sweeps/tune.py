@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from harness.rundir import RunDir
 from harness.schema import Recipe
@@ -18,6 +18,10 @@ from sweeps.ledger import Ledger
 from sweeps.progress import Progress
 from sweeps.study import Study
 
+if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
 
 def run(sweep_dir: RunDir, study: Study, progress: Progress, actor: Callable[[], type] | None = None) -> None:
     """Run every trial that the study has left; `actor` makes the Trainable, by default the trainer's.
@@ -25,7 +29,7 @@ def run(sweep_dir: RunDir, study: Study, progress: Progress, actor: Callable[[],
     A failed trial is recorded and not tried again. KeyboardInterrupt leaves the running ones RUNNING, to be resumed.
     """
     recipe = study.plan.recipe
-    packed = actor is None and not needs_workers(recipe)
+    packed = actor is None and (trials.trials_per_place(recipe) > 1 or not needs_workers(recipe))
     ledger = Ledger(sweep_dir, study, progress, RayHubs(recipe, sweep_dir) if packed else None)
     try:
         with _cluster(recipe, sweep_dir.path) as scratch, terminable(), progress:
@@ -61,6 +65,7 @@ class RayHubs:
         self._recipe = recipe
         self._sweep_dir = sweep_dir
         self._hubs: dict[str, Any] = {}
+        self._groups: dict[str, PlacementGroup] = {}
 
     def open(self, name: str, run_dir: RunDir, room: int) -> None:
         """Start a process for trials like this one, with room for so many at a time."""
@@ -68,14 +73,26 @@ class RayHubs:
 
         from sweeps.hub import Hub
 
-        (needs,) = trials.place_bundles(self._recipe)
         assert self._recipe.sweep is not None
         log = self._sweep_dir.packs / f"{name}.txt" if room > 1 else run_dir.log
         log.parent.mkdir(exist_ok=True)
+        own, *ranks = trials.place_bundles(self._recipe)
         # A thread for each trial that waits, one that leaves and one that comes.
-        options = {"name": name, "num_cpus": needs["CPU"], "num_gpus": needs["GPU"], "max_concurrency": 2 * room + 2}
+        options = {"name": name, "num_cpus": own["CPU"], "num_gpus": own.get("GPU", 0.0),
+                   "max_concurrency": 2 * room + 2}  # fmt: skip
+        if ranks:
+            options["scheduling_strategy"] = self._reserve(name, [own, *ranks])
         hub = ray.remote(Hub).options(**options)
-        self._hubs[name] = hub.remote(str(run_dir.path), room, str(log), self._recipe.sweep.stall_seconds)
+        self._hubs[name] = hub.remote(str(run_dir.path), room, str(log), self._recipe.sweep.stall_seconds,
+                                      self._groups.get(name))  # fmt: skip
+
+    def _reserve(self, name: str, needs: list[dict[str, float]]) -> PlacementGroupSchedulingStrategy:
+        """Room for a hub and its ranks together; Ray starts the hub when there is."""
+        from ray.util.placement_group import placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        self._groups[name] = placement_group([{kind: n for kind, n in one.items() if n} for one in needs])
+        return PlacementGroupSchedulingStrategy(self._groups[name], placement_group_bundle_index=0)
 
     def lives(self, name: str) -> bool:
         """Whether a process is there to train in."""
@@ -95,6 +112,8 @@ class RayHubs:
         import ray
 
         ray.kill(self._hubs.pop(name))
+        if name in self._groups:
+            ray.util.remove_placement_group(self._groups.pop(name))
 
 
 def _fit(ledger: Ledger, actor: Callable[[], type], needs: list[dict[str, float]], scratch: Path) -> None:

@@ -14,7 +14,8 @@ from rltrain.ranks import full
 def adapter_tensors(model: Any, member: str) -> dict[str, torch.Tensor]:
     """The PEFT model's adapter `member` under PEFT's names of a stored adapter; the trainer's own memory, detached.
 
-    Where the model is sharded over ranks this gathers, so that all of them must call it.
+    Where the model is sharded over ranks all of them must call it: it gathers, and PEFT asks for the state dict of
+    the whole model, upon which FSDP shards again what a forward pass has left whole.
     """
     # "auto" would ask a hub whether the vocabulary was resized.
     tensors = get_peft_model_state_dict(model, adapter_name=member, save_embedding_layers=False)

@@ -52,9 +52,13 @@ def _remove_others(folder: Path) -> None:
             shutil.rmtree(other)
 
 
-def write_adapter(model: Any, member: str, folder: Path) -> None:
-    """Write the PEFT model's adapter `member` into `folder`, as `write_tensors` does."""
-    write_tensors(adapter_tensors(model, member), adapter_config(model, member), folder)
+def write_adapter(model: Any, member: str, folder: Path, once: Once = run_here) -> None:
+    """Write the PEFT model's adapter `member` into `folder`, as `write_tensors` does.
+
+    Where the model is sharded over ranks all of them must call this.
+    """
+    tensors, config = adapter_tensors(model, member), adapter_config(model, member)
+    once(lambda: write_tensors(tensors, config, folder))
 
 
 def write_tensors(

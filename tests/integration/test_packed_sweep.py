@@ -30,38 +30,62 @@ TRIALS: list[tuple[Any, ...]] = [
 ]
 
 
-def without_timings(run_dir: RunDir) -> list[dict[str, float]]:
-    return [metrics.without_timings(row) for row in MetricsFile(run_dir.metrics).rows()]
+def compared(run_dir: RunDir, ignored: str | None) -> list[dict[str, float]]:
+    """A run's log without timings, and without the metrics whose names begin so."""
+    rows = [metrics.without_timings(row) for row in MetricsFile(run_dir.metrics).rows()]
+    return [{name: value for name, value in row.items() if not (ignored and name.startswith(ignored))} for row in rows]
 
 
 def members(run_dir: RunDir) -> list[float]:
     return [row["perf/members"] for row in MetricsFile(run_dir.metrics).rows() if row["step"] > 0]
 
 
-@pytest.mark.parametrize("backend", ["transformers", "vllm"])
-def test_packed_and_alone_are_the_same_to_the_bit(backend: str, small_data: list[str], tmp_path: Path) -> None:
-    trials = TRIALS if backend == "transformers" else [TRIALS[0], TRIALS[4]]
-    first = [dict(zip(AXES, values, strict=True)) for values in trials]
-    # Rows that name their environment would not heed the axis.
-    data = []
-    for override in small_data[:2]:
-        key, _, file = override.rstrip("]").partition("=[")
-        pd.read_parquet(file).drop(columns="env_class").to_parquet(tmp_path / Path(file).name)
-        data.append(f"{key}=[{tmp_path / Path(file).name}]")
+def packed_sweep(trials: list[tuple[Any, ...]], pack_size: int, folder: Path, *overrides: str) -> RunDir:
+    """Run a sweep of these trials in one pack of so many at a time; its directory."""
     space: dict[str, Any] = {
         key: {"choices": sorted({values[i] for values in trials}, key=str)} for i, key in enumerate(AXES)
     }
     space[LR] = {"low": 1e-4, "high": 1e-2, "log": True}
-    recipe = tmp_path / "packed.yaml"
+    recipe = folder / "packed.yaml"
     recipe.write_text(yaml.safe_dump({
         "defaults": ["base", "quickstart", "_self_"],
-        "trainer": {"ckpt_path": str(tmp_path / "runs"), "run_name": "packed"},
+        "trainer": {"ckpt_path": str(folder / "runs"), "run_name": "packed"},
         "sweep": {"num_trials": len(trials), "seeds": [0], "sampler": "random", "pruner": None, "max_concurrent": 1,
-                  "pack_size": 3, "first_trials": first,
+                  "pack_size": pack_size, "first_trials": [dict(zip(AXES, values, strict=True)) for values in trials],
                   "space": {"trainer.policy.model.lora.alpha": None} | space},
     }))  # fmt: skip
-    assert sweep.main([str(recipe), *small_data[2:], *data, f"generator.backend={backend}"]) == 0
-    sweep_dir = RunDir(tmp_path / "runs" / "packed")
+    assert sweep.main([str(recipe), *overrides]) == 0
+    return RunDir(folder / "runs" / "packed")
+
+
+@pytest.fixture
+def data(small_data: list[str], tmp_path: Path) -> list[str]:
+    """Overrides for little data whose rows do not name their environment: they would not heed the axis."""
+    own = []
+    for override in small_data[:2]:
+        key, _, file = override.rstrip("]").partition("=[")
+        pd.read_parquet(file).drop(columns="env_class").to_parquet(tmp_path / Path(file).name)
+        own.append(f"{key}=[{tmp_path / Path(file).name}]")
+    return [*small_data[2:], *own]
+
+
+def assert_as_alone(trial: RunDir, folder: Path, ignored: str | None = None) -> None:
+    """Train a trial's recipe by itself: the same metrics and adapter, to the bit."""
+    alone = RunDir(folder)
+    alone.create(trial.recipe.read_text(), {"status": "CREATED", "status_history": []})
+    recipe = recipes.read(trial.recipe)
+    assert list(run(recipe, alone))
+    assert compared(alone, ignored) == compared(trial, ignored), trial.path.name
+    adapter = ["adapter_model.safetensors", "adapter_config.json"]
+    for file in adapter if recipe.trainer.policy.model.lora.rank else ["model.safetensors"]:
+        ours, theirs = (one.adapter / "final" / file for one in (trial, alone))
+        assert ours.read_bytes() == theirs.read_bytes(), trial.path.name
+
+
+@pytest.mark.parametrize("backend", ["transformers", "vllm"])
+def test_packed_and_alone_are_the_same_to_the_bit(backend: str, data: list[str], tmp_path: Path) -> None:
+    trials = TRIALS if backend == "transformers" else [TRIALS[0], TRIALS[4]]
+    sweep_dir = packed_sweep(trials, 3, tmp_path, *data, f"generator.backend={backend}")
     said = [sweep_dir.trial(number).read_manifest() for number in range(len(trials))]
     assert [m["status"] for m in said] == ["FAILED" if values[-1] == RAISES else "COMPLETE" for values in trials]
     for number, values in enumerate(trials):
@@ -70,13 +94,29 @@ def test_packed_and_alone_are_the_same_to_the_bit(backend: str, small_data: list
             assert said[number]["reason"].startswith("LookupError: no score for")
             assert "Traceback" in trial.log.read_text()
             continue
-        alone = RunDir(tmp_path / f"alone{number}")
-        alone.create(trial.recipe.read_text(), {"status": "CREATED", "status_history": []})
-        assert list(run(recipes.read(trial.recipe), alone))
-        assert without_timings(alone) == without_timings(trial), number
-        for file in ["model.safetensors"] if values[0] == 0 else ["adapter_model.safetensors", "adapter_config.json"]:
-            ours, theirs = (one.adapter / "final" / file for one in (trial, alone))
-            assert ours.read_bytes() == theirs.read_bytes(), number
+        assert_as_alone(trial, tmp_path / f"alone{number}")
         if values[0] == 0:
             assert set(members(trial)) == {1.0}
     assert max(members(sweep_dir.trial(0))) > 1
+
+
+# Ranks share out the sequences of all: an engine that has fewer at a time gives other last bits of log-probabilities.
+ENGINES_OWN = "sampling/"
+RANKS = ["trainer.placement.policy_num_gpus_per_node=2", "generator.num_inference_engines=2", "generator.backend=vllm"]
+
+
+def test_a_pack_on_two_ranks(data: list[str], tmp_path: Path) -> None:
+    trials = [TRIALS[0], TRIALS[1], TRIALS[4]]
+    sweep_dir = packed_sweep(trials, 2, tmp_path, *data, *RANKS)
+    packed = [sweep_dir.trial(number) for number in range(3)]
+    assert [trial.read_manifest()["status"] for trial in packed] == ["COMPLETE"] * 3
+    assert [max(members(trial)) for trial in packed[:2]] == [2, 2]  # the third comes when the second has ended
+    assert_as_alone(packed[0], tmp_path / "alone", ENGINES_OWN)
+
+
+def test_one_whose_companion_failed_on_two_ranks_goes_on_alone(data: list[str], tmp_path: Path) -> None:
+    sweep_dir = packed_sweep([TRIALS[0], TRIALS[2]], 2, tmp_path, *data, *RANKS)
+    said = [sweep_dir.trial(number).read_manifest() for number in range(2)]
+    assert [m["status"] for m in said] == ["COMPLETE", "FAILED"]
+    assert said[1]["reason"].startswith("LookupError: no score for")
+    assert set(members(sweep_dir.trial(0))) == {1.0}
