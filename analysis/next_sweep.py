@@ -14,6 +14,8 @@ from analysis.experiment import Experiment
 from analysis.rows import param_columns
 from harness import recipe as recipes
 
+NAME = "trainer.run_name"
+
 
 def command(experiment: Experiment, row: pd.Series, space: Mapping[str, Sequence[Any]], seeds: Sequence[int]) -> str:
     """`python -m harness.sweep ...` over a grid of `space`, all else as in a run's `row`, quoted for a shell."""
@@ -50,10 +52,12 @@ def confirm(experiment: Experiment, count: int) -> str:
 
 
 def _written(experiment: Experiment) -> tuple[str, list[str]]:
-    """The recipe file and the overrides that an experiment was started with."""
+    """The recipe file and the overrides that an experiment was started with, but for its name: another's now."""
     written = experiment.manifest.get("recipe") or {}
     source = str(written.get("source") or f"{experiment.directory}/recipe.yaml")
-    return source, [str(override) for override in written.get("overrides") or []]
+    given = [str(one) for one in written.get("overrides") or [] if not str(one).startswith(f"{NAME}=")]
+    named = (experiment.recipe.get("trainer") or {}).get("run_name")
+    return source, [*given, f"{NAME}=null"] if named else given
 
 
 def _seeds(seeds: Sequence[int]) -> str:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 # A killed sweep's process may live on for some seconds: how long its successor waits for it to let go of a directory.
 TAKEOVER_SECONDS = 60.0
+# The next trial asks for a slot a tenth or two of a second after it is free; unawaited, it would wait for a whole step.
+HANDOVER_SECONDS = 0.3
 EVALUATED = "eval/accuracy"
 
 
@@ -75,6 +77,7 @@ class Hub:
         self._stall_seconds = stall_seconds
         self._seats: dict[str, Seat] = {}
         self._aboard: list[Seat] = []
+        self._freed = 0
         self._changed = threading.Condition()
         self._broken = False
         redirect_output(self._log)
@@ -142,6 +145,8 @@ class Hub:
         """Let go of those that have left, take in those that have come, and train those that may go on by one step."""
         with self._changed:
             stop_watching()
+            self._changed.wait_for(lambda: len(self._coming()) >= self._freed, HANDOVER_SECONDS)
+            self._freed = 0
             self._changed.wait_for(lambda: self._gone() or self._coming() or self._at(Stage.TRAINING))
             gone = self._gone()
         watch(self._stall_seconds)
@@ -190,6 +195,7 @@ class Hub:
 
     def _let_go(self, crew: Crew, seat: Seat) -> None:
         self._aboard.remove(seat)
+        self._freed += 1
         crew.let_go(seat.run_dir)
         if seat.lock is not None:
             seat.lock.release()

@@ -116,6 +116,18 @@ def middle(values: Iterable[float | None], digits: int = 4) -> float | None:
     return round(median(there), digits) if there else None
 
 
+def commit() -> str:
+    """The commit that is measured, in short."""
+    return str((machine.git_state() or {}).get("commit"))[:7]
+
+
+def on_record(name: str) -> dict[str, Any]:
+    """`docs/benchmarks/<name>.json` as it was written last, empty when it was not."""
+    path = RESULTS / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
 def write_record(name: str, what: str | None, **content: Any) -> None:
     """Write `docs/benchmarks/<name>.json`: what was measured, on which machine and code, under which load."""
     git = machine.git_state() or {}

@@ -214,6 +214,12 @@ def rows_of(name: str, record: Record) -> list[Record]:
         return [{"engine": engine, **row} for engine, found in record["engines"].items() for row in found["rows"]]
     if name == "report":
         return [{"trials": trials, **row} for trials, row in record["sizes"].items()]
+    if name == "handover":
+        return [{"trials": way, "handovers": len(waits), "seconds, median": middle(waits), "longest": max(waits)}
+                for way, waits in record["waits_s"].items()]  # fmt: skip
+    if name == "checks":
+        return [{"steps": way, "seconds per step, median": middle(each)} for way, each
+                in record["seconds_per_step"].items()]  # fmt: skip
     if name == "quickstart":
         return [{"code": code, "seconds": seconds} for code, seconds in record["medians"].items()]
     rows: list[Record] = record.get("rows", [])

@@ -159,12 +159,14 @@ def test_commands_that_settle_are_sweeps_that_start(experiment: Experiment) -> N
 
 def test_a_rate_at_the_edge_is_the_next_to_run(tmp_path: Path) -> None:
     trials = [Trial(i, s, params(8, lr), 0.5 + i / 8) for i, lr in enumerate((1e-4, 3e-4, 1e-3)) for s in (0, 1)]
-    found = Experiment.open(write_sweep(tmp_path, Sweep(trials)))
+    found = Experiment.open(write_sweep(tmp_path, Sweep(trials, overrides=["trainer.run_name=this_one"])))
     rate = by_question(found)["Which learning rate?"]
     assert (rate.verdict, rate.at_edge) == ("cannot tell", True)
     then = next_step(found, decisions(found))
     assert then.command == rate.command
-    values = checked(str(then.command))[1].axes[0].values()
+    recipe, swept = checked(str(then.command))
+    assert recipe.trainer.run_name is None, "that directory is there already"
+    values = swept.axes[0].values()
     assert values is not None
     assert values[0] == 1e-3
     assert values[-1] > 9e-3
