@@ -32,6 +32,7 @@ from tests.benchmarks.trl_run import PACKAGES
 CORES = 2
 ROUNDS = 3
 SIZES = (8, 16)
+MEMBERS = 4  # of a pack at a time: more gain nothing with this engine, and each has a process of Tune's
 STEPS, EVERY = 24, 8  # with a pruner, an evaluation every so many steps
 COMPLETIONS = 128
 SCORED_SAMPLES = 4  # of each held-out problem, for the best of each contender
@@ -85,10 +86,10 @@ def contenders(trl: Path, steps: int = STEPS) -> dict[str, Ways]:
         return lambda size, place: their_sweep(size, place, together, trl, steps)
 
     def ours(*overrides: str, packs: bool) -> Ways:
-        """The trials divided among a pack for each core; or without packs, so that none shares anything."""
+        """A pack for each core, of half the trials or of four; or without packs, so that none shares anything."""
         way = "a pack of 1 thread for each core" if packs else "two at a time, 1 thread"
         return {way: lambda size, place: our_sweep(
-            size, place, [*busy, *overrides, f"sweep.pack_size={-(-size // CORES) if packs else 1}"], steps
+            size, place, [*busy, *overrides, f"sweep.pack_size={min(MEMBERS, -(-size // CORES)) if packs else 1}"], steps
         )}  # fmt: skip
 
     return {
