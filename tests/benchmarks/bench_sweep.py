@@ -88,9 +88,12 @@ def contenders(trl: Path, steps: int = STEPS) -> dict[str, Ways]:
     def ours(*overrides: str, packs: bool) -> Ways:
         """A pack for each core, of half the trials or of four; or without packs, so that none shares anything."""
         way = "a pack of 1 thread for each core" if packs else "two at a time, 1 thread"
-        return {way: lambda size, place: our_sweep(
-            size, place, [*busy, *overrides, f"sweep.pack_size={min(MEMBERS, -(-size // CORES)) if packs else 1}"], steps
-        )}  # fmt: skip
+
+        def run(size: int, place: Path) -> dict[str, Any]:
+            members = min(MEMBERS, -(-size // CORES)) if packs else 1
+            return our_sweep(size, place, [*busy, *overrides, f"sweep.pack_size={members}"], steps)
+
+        return {way: run}
 
     return {
         "TRL": {"one at a time, 2 threads": theirs(1), "two at a time, 1 thread": theirs(2)},
