@@ -23,9 +23,7 @@ SIZE = 12
 STEPS = 16
 ENGINES = ("transformers", "vllm")
 SEEDS = (0, 1)
-# Two trials at a time, or two packs, so that both ways keep two cores busy with one thread each.
-ONE_THREAD = ["trainer.num_threads=1", f"sweep.max_concurrent={CORES}"]
-TWO_THREADS = [f"trainer.num_threads={CORES}", "sweep.max_concurrent=1"]
+THREADS = (1, CORES)
 
 
 def main() -> None:
@@ -34,17 +32,21 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=SIZE, help="configurations")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--engines", nargs="*", default=list(ENGINES))
+    parser.add_argument("--threads", type=int, nargs="*", default=list(THREADS), help="of each process")
     options = parser.parse_args()
     rows = []
     for engine in options.engines:
-        for threads, given in ((1, ONE_THREAD), (CORES, TWO_THREADS)):
-            rows.append(compare(engine, threads, given, options.size, options.steps))
+        for threads in options.threads:
+            rows.append(compare(engine, threads, options.size, options.steps))
             print({key: value for key, value in rows[-1].items() if key != "scores"}, flush=True)
-    write_record("same_answers", __doc__, steps=options.steps, configurations=options.size, seeds=SEEDS, rows=rows)
+            write_record("same_answers", __doc__, steps=options.steps, configurations=options.size, seeds=SEEDS,
+                         rows=rows)  # fmt: skip
 
 
-def compare(engine: str, threads: int, given: Sequence[str], size: int, steps: int) -> dict[str, Any]:
+def compare(engine: str, threads: int, size: int, steps: int) -> dict[str, Any]:
     """Held-out accuracies packed, alone, and packed with another seed; their paired differences."""
+    # As many trials at a time, or packs, as keep the cores busy.
+    given = [f"trainer.num_threads={threads}", f"sweep.max_concurrent={max(1, CORES // threads)}"]
     first, second = (f"sweep.seeds=[{seed}]" for seed in SEEDS)
     packed = scores(engine, size, steps, [*given, first, f"sweep.pack_size={size}"])
     alone = scores(engine, size, steps, [*given, first, "sweep.pack_size=1"])
