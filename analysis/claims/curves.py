@@ -86,7 +86,9 @@ def _judge(early: Early) -> Finding | Block:
 def _early(e: Evidence, stratum: Mask) -> Early | Block | None:
     """The early scores at every rate at which each rank is within its basin; None where ranks share no rate."""
     ranks = e.ranks(stratum)
-    if len(ranks) < 2 or e.curves.shape[1] < 2 * MIN_STEPS:
+    # Beside longer runs of other settings these have no rewards at the end.
+    curves = e.curves[:, np.isfinite(e.curves[stratum]).any(0)]
+    if len(ranks) < 2 or curves.shape[1] < 2 * MIN_STEPS:
         return None
     stacks = []
     for rate in _shared_rates(e, stratum, ranks):
@@ -94,11 +96,11 @@ def _early(e: Evidence, stratum: Mask) -> Early | Block | None:
         seeds = [set(e.seed[here & (e.rank == rank)]) for rank in ranks]
         for seed in sorted(set.intersection(*seeds)):
             rows = [np.flatnonzero(here & (e.rank == rank) & (e.seed == seed))[-1] for rank in ranks]
-            stacks.append((rate, seed, e.curves[rows]))
-    whole = [(rate, seed, curves) for rate, seed, curves in stacks if np.isfinite(curves).all()]
+            stacks.append((rate, seed, curves[rows]))
+    whole = [(rate, seed, block) for rate, seed, block in stacks if np.isfinite(block).all()]
     if not whole:
         return None
-    table = np.stack([curves for _, _, curves in whole], axis=1)  # [R, K, T]
+    table = np.stack([block for _, _, block in whole], axis=1)  # [R, K, T]
     return _window(table, ranks, len({seed for _, seed, _ in whole}))
 
 

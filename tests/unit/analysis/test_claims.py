@@ -53,6 +53,14 @@ def test_every_claim_has_a_false_and_a_reported_case() -> None:
         assert [case for case in CASES if case.claim == claim and case.reported]
 
 
+def test_early_curves_are_judged_beside_longer_runs() -> None:
+    found = drawn()
+    padded = replace(found, curves=np.pad(found.curves, ((0, 0), (0, 7)), constant_values=np.nan))
+    alone, beside = CLAIMS["6"].verdict(found), CLAIMS["6"].verdict(padded)
+    assert alone.verdict == HOLDS
+    assert beside == alone
+
+
 def test_nothing_is_told_without_runs() -> None:
     for verdict in judge(None):
         assert (verdict.verdict, verdict.effect, verdict.n, verdict.p) == (UNKNOWN, None, 0, None)
