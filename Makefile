@@ -20,7 +20,7 @@ quickstart: $(INSTALLED)  ## a real sweep over rank, alpha, learning rate and ta
 	$(BIN)/python -m harness.sweep recipes/quickstart.yaml
 
 # A sweep that was stopped goes on; one that is complete is not run again.
-study: $(INSTALLED)  ## the sweeps of recipes/lora_without_regret, one after the other (about 45 minutes), and docs/study from them
+study: $(INSTALLED)  ## the sweeps of recipes/lora_without_regret, one after the other (one to two hours), and docs/study from them
 	@set -e; for name in $(STUDY); do \
 		if [ -e runs/study/$$name/manifest.json ]; then set -- --resume runs/study/$$name; \
 		else set -- recipes/lora_without_regret/$$name.yaml trainer.ckpt_path=runs/study trainer.run_name=$$name; fi; \
