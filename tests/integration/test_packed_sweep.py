@@ -21,6 +21,8 @@ RANK, LR, TARGETS = "trainer.policy.model.lora.rank", "trainer.policy.optimizer_
 STEPS, LOSS, ENV = "trainer.max_steps", "trainer.algorithm.policy_loss_type", "environment.env_class"
 GOOD, RAISES = "tests.faults.moods.good", "tests.faults.moods.raises"
 AXES = (RANK, LR, TARGETS, STEPS, LOSS, ENV)
+# On some CPUs the last bits of vLLM's log-probabilities depend on how many sequences it has at a time.
+ENGINES_OWN = "sampling/"
 TRIALS: list[tuple[Any, ...]] = [
     (8, 1e-3, "all-linear", 4, "regular", GOOD),
     (1, 1e-2, "attention", 2, "regular", GOOD),
@@ -94,14 +96,12 @@ def test_packed_and_alone_are_the_same_to_the_bit(backend: str, data: list[str],
             assert said[number]["reason"].startswith("LookupError: no score for")
             assert "Traceback" in trial.log.read_text()
             continue
-        assert_as_alone(trial, tmp_path / f"alone{number}")
+        assert_as_alone(trial, tmp_path / f"alone{number}", ENGINES_OWN if backend == "vllm" else None)
         if values[0] == 0:
             assert set(members(trial)) == {1.0}
     assert max(members(sweep_dir.trial(0))) > 1
 
 
-# Ranks share out the sequences of all: an engine that has fewer at a time gives other last bits of log-probabilities.
-ENGINES_OWN = "sampling/"
 RANKS = ["trainer.placement.policy_num_gpus_per_node=2", "generator.num_inference_engines=2", "generator.backend=vllm"]
 
 
