@@ -36,7 +36,9 @@ def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     folder = Path(tempfile.mkdtemp(prefix="noregret-", dir="/tmp"))  # a socket's path must be short
-    head = {**ONE_CPU, "include_dashboard": False, "temp_dir": str(folder), "node_ip_address": "127.0.0.1"}
+    monkeypatch.setenv("RAY_TMPDIR", str(folder))  # where Cluster notes its address: not in this machine's /tmp/ray
+    (folder / "ray").mkdir()
+    head = {**ONE_CPU, "include_dashboard": False, "temp_dir": str(folder / "ray"), "node_ip_address": "127.0.0.1"}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     yield cluster
     cluster.shutdown()
