@@ -69,6 +69,9 @@ class Progress:
         running = self._running[number]
         running.step, running.total_steps = step, total_steps
         running.value = value if value is not None else running.value
+        if not self._live and 0 < step < total_steps:
+            reached = "" if value is None else f": {self.study.plan.sweep.metric} {value:.4g}"
+            self._say(f"trial {number} at step {step} of {total_steps}{reached}  {self._times()}")
 
     def displaced(self, number: int) -> None:
         """A trial's process died in a pack; it goes on alone."""
@@ -104,11 +107,16 @@ class Progress:
         return Group(table, Text(f"{self._summary}  {self._times()}"), Text(self._best))
 
     def seconds_left(self) -> float | None:
-        """Time until the sweep's end by the mean of the trials ended so far; None before the first."""
-        if not self._spent:
-            return None
-        mean = sum(self._spent) / len(self._spent)
+        """Time until the sweep's end: by the trials ended, before these by the steps of those that run, else None."""
         now = time.monotonic()
+        whole = self._spent or [
+            (now - running.began) * running.total_steps / running.step
+            for running in list(self._running.values())
+            if running.step and running.total_steps
+        ]
+        if not whole:
+            return None
+        mean = sum(whole) / len(whole)
         done = sum(min(mean, now - running.began) for running in list(self._running.values()))
         at_once = trials_at_once(self.study.plan.recipe)
         return max(0.0, self._left * mean - done) / min(at_once, max(1, self._left))

@@ -42,8 +42,14 @@ def test_the_time_left_follows_the_trials_so_far(tmp_path: Path, clock: Clock) -
         trial = study.ask()
         assert trial is not None
         progress.began(trial, trials.create(plan, trial, sweep_dir))
+    progress.evaluated(0, 0, 4, 0.25)  # the base
     assert progress.seconds_left() is None
-    clock.now += 60
+    clock.now += 30
+    progress.evaluated(0, 2, 4, 0.375)
+    # Half way after 30 s: five trials of 60 s, two at a time, and two have had 30 s.
+    assert progress.seconds_left() == 120
+    assert text.getvalue().splitlines()[-1] == "trial 0 at step 2 of 4: eval/accuracy 0.375  [30 s, ETA 2 min 00 s]"
+    clock.now += 30
     study.complete(0, 0.5, 4)
     progress.ended(0, 0.5)
     # Four are left at 60 s each, two at a time; the one under way has had its 60 s.
