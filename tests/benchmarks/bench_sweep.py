@@ -26,7 +26,7 @@ from harness import recipe as recipes
 from harness.metrics import MetricsFile
 from harness.paths import PROJECT, RECIPES
 from harness.rundir import RunDir, Status
-from tests.benchmarks.side_by_side import commit, middle, on_record, own_environment, result, write_record
+from tests.benchmarks.side_by_side import middle, on_record, origin, own_environment, result, write_record
 from tests.benchmarks.trl_run import PACKAGES
 
 CORES = 2
@@ -66,7 +66,7 @@ def main() -> None:
         place = Path(scratch)
         trl = own_environment(place / "trl", PACKAGES)
         chosen = {name: ways for name, ways in contenders(trl, options.steps).items() if name in options.contenders}
-        # A size that is not measured now stays as it is on record, its rounds with the commit they are of.
+        # A size that is not measured now stays as it is on record, its rows with the machine and the commit they are of.
         sizes: dict[str, Any] = on_record("sweep").get("sizes", {})
         for size in options.sizes:
             sizes[str(size)] = measure(size, chosen, options.rounds, place)
@@ -128,7 +128,7 @@ def measure(size: int, chosen: dict[str, Ways], rounds: int, place: Path) -> dic
             del row["best_adapter"]
     return {
         name: {"way": best_way[name], "makespan_s": middle((row["makespan_s"] for row in rows), 2), "rounds": rows,
-               "best_accuracy": accuracy, "commit": commit(),
+               "best_accuracy": accuracy, **origin(),
                "parts_s": {part: middle((row["parts_s"][part] for row in rows), 2) for part in rows[0]["parts_s"]}}
         for (name, rows), accuracy in zip(measured.items(), scored, strict=True)
     }  # fmt: skip

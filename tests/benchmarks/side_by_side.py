@@ -116,9 +116,9 @@ def middle(values: Iterable[float | None], digits: int = 4) -> float | None:
     return round(median(there), digits) if there else None
 
 
-def commit() -> str:
-    """The commit that is measured, in short."""
-    return str((machine.git_state() or {}).get("commit"))[:7]
+def origin() -> dict[str, Any]:
+    """The processor that measures and the commit that is measured, for rows that stay on record beside later ones."""
+    return {"cpu": machine.hardware()["cpu"], "commit": str((machine.git_state() or {}).get("commit"))[:7]}
 
 
 def on_record(name: str) -> dict[str, Any]:
