@@ -66,7 +66,7 @@ def main() -> None:
         place = Path(scratch)
         trl = own_environment(place / "trl", PACKAGES)
         chosen = {name: ways for name, ways in contenders(trl, options.steps).items() if name in options.contenders}
-        # A size that is not measured now stays as it is on record, its rows with the machine and the commit they are of.
+        # A size that is not measured now stays as it is on record, its rows with the machine and commit they are of.
         sizes: dict[str, Any] = on_record("sweep").get("sizes", {})
         for size in options.sizes:
             sizes[str(size)] = measure(size, chosen, options.rounds, place)
