@@ -1,6 +1,6 @@
 """The same configurations as members of packs and each alone: do they end within seed noise, with the same winner?
 
-With one thread the two are the same to the bit. With two, sums are split otherwise, and runs drift apart as they do
+With one thread the two are the same to the bit. With two, sums may be split otherwise, and runs drift apart as they do
 with another seed: what is left between packed and alone is held against what a seed changes.
 """
 
