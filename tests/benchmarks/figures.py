@@ -65,8 +65,10 @@ def sweep(record: Record) -> str:
                 one.barh(names, values, left=left, color=COLOURS[i % len(COLOURS)], label=part)
                 left = [a + b for a, b in zip(left, values, strict=True)]
             for name, end in zip(names, left, strict=True):
-                one.text(end, name, f" {end:.0f} s", va="center", fontsize=8)
-            one.set(xlabel="seconds", title=f"{size} trials", xlim=(0, 1.15 * max(left)))
+                one.text(end, name, f" {rows[name]['makespan_s']:.0f} s", va="center", fontsize=8)
+            machines = ", ".join(dict.fromkeys(row["cpu"] for row in rows.values()))
+            one.set(xlabel="seconds", xlim=(0, 1.15 * max(left)))
+            one.set_title(f"{size} trials, {machines}", fontsize=9)
         axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=8)
     return "figures/sweep.png"
 
