@@ -70,7 +70,7 @@ class Progress:
         running.step, running.total_steps = step, total_steps
         running.value = value if value is not None else running.value
         if not self._live and 0 < step < total_steps:
-            reached = "" if value is None else f": {self.study.plan.sweep.metric} {value:.4g}"
+            reached = "" if value is None else f": {self._score(value)}"
             self._say(f"trial {number} at step {step} of {total_steps}{reached}  {self._times()}")
 
     def displaced(self, number: int) -> None:
@@ -84,7 +84,7 @@ class Progress:
         seconds = time.monotonic() - running.began
         self._spent.append(seconds)
         record = self.study.trials()[number]
-        reached = "" if value is None else f"{self.study.plan.sweep.metric} {value:.4g} in {duration(seconds)}"
+        reached = "" if value is None else f"{self._score(value)} in {duration(seconds)}"
         self._count()
         self._say(f"trial {number} {STATES[record.state.name]}{record.user_attrs.get('reason') or reached}")
         if not self._live:
@@ -108,16 +108,15 @@ class Progress:
 
     def seconds_left(self) -> float | None:
         """Time until the sweep's end: by the trials ended, before these by the steps of those that run, else None."""
-        now = time.monotonic()
+        # Copied: the live table asks from a thread of its own.
+        now, under_way = time.monotonic(), list(self._running.values())
         whole = self._spent or [
-            (now - running.began) * running.total_steps / running.step
-            for running in list(self._running.values())
-            if running.step and running.total_steps
+            (now - one.began) * one.total_steps / one.step for one in under_way if one.step and one.total_steps
         ]
         if not whole:
             return None
         mean = sum(whole) / len(whole)
-        done = sum(min(mean, now - running.began) for running in list(self._running.values()))
+        done = sum(min(mean, now - one.began) for one in under_way)
         at_once = trials_at_once(self.study.plan.recipe)
         return max(0.0, self._left * mean - done) / min(at_once, max(1, self._left))
 
@@ -144,6 +143,9 @@ class Progress:
         left = self.seconds_left()
         eta = f", ETA {duration(left)}" if left else ""
         return f"[{duration(time.monotonic() - self._began)}{eta}]"
+
+    def _score(self, value: float) -> str:
+        return f"{self.study.plan.sweep.metric} {value:.4g}"
 
     def _label(self, trial: Trial) -> str:
         return label(trial.params, trial.seed, self._names)
