@@ -2,8 +2,8 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-# Test files at a time; 0: one after the other, in this process. Ray and vLLM, as they start, leave two cores half idle.
-WORKERS ?= 3
+# Test files at a time; 0: one after the other, in this process.
+WORKERS ?= 2
 BENCHMARKS := $(wildcard tests/benchmarks/bench_*.py)
 STUDY := lr_by_rank placement alpha batch_size
 
@@ -28,8 +28,8 @@ study: $(INSTALLED)  ## the sweeps of recipes/lora_without_regret, one after the
 	done
 	$(BIN)/python -m harness.report $(STUDY:%=runs/study/%) --output docs/study
 
-test: $(INSTALLED)  ## all tests, three files at a time; PYTEST_ARGS="-m 'not heavy'" leaves out those that start vLLM or Ray
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+test: $(INSTALLED)  ## all tests, two files at a time; PYTEST_ARGS="-m 'not heavy'" leaves out those that start vLLM or Ray
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(INSTALLED)  ## style, formatting, types and import contracts
 	$(BIN)/ruff check .

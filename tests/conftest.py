@@ -30,12 +30,8 @@ def tiny_model_dir() -> Path:
     return TINY_MODEL
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip the tests marked `gpu` where torch sees no CUDA device; among several workers long files come first."""
-    if hasattr(config, "workerinput"):
-        # Left to the end, one of them would keep one worker busy while the others have nothing to do.
-        long = {item.path for item in items if item.get_closest_marker("heavy")}
-        items.sort(key=lambda item: item.path not in long)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked `gpu` where torch sees no CUDA device."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
