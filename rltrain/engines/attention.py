@@ -96,8 +96,8 @@ class SharedPrompts:
         counts = torch.bincount(prompt_of_N, minlength=self._bias.shape[0])
         first = counts.cumsum(0) - counts
         rank = torch.arange(len(prompt_of_N), device=prompt_of_N.device) - first[prompt_of_N]
-        # A product of fewer than 4 rows would be rounded otherwise.
-        self._per_prompt = max(4, int(counts.max()))
+        # A product of fewer rows would be rounded otherwise.
+        self._per_prompt = max(4, self._head_dim // 24 + 1, int(counts.max()))
         self._place_of_N = prompt_of_N * self._per_prompt + rank
         grid = self._bias.shape[0] * self._per_prompt
         self._full = grid == len(prompt_of_N)

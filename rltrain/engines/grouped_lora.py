@@ -11,11 +11,10 @@ import vllm
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.platforms import current_platform
 
+from rltrain.engines.products import fewest_rows
+
 VERSIONS = ("0.32.0",)
 """Those it was checked against; another version keeps its own operations."""
-
-FEWEST_ROWS = 8
-"""Rows a thread in a matrix product: fewer than 4, and MKL takes another kernel, which rounds otherwise."""
 
 FEWEST_COLUMNS = 16
 """Columns of a product: fewer than 12, and MKL rounds otherwise, so that slots times rank would show in the results."""
@@ -112,11 +111,6 @@ def _enough_rows(matrix: torch.Tensor) -> torch.Tensor:
     """A or B^T with rows of zeros up to `FEWEST_COLUMNS`."""
     missing = FEWEST_COLUMNS - len(matrix)
     return F.pad(matrix, (0, 0, 0, missing)) if missing > 0 else matrix
-
-
-def fewest_rows() -> int:
-    """Rows that a matrix product needs for its rows not to depend on their number."""
-    return FEWEST_ROWS * torch.get_num_threads()
 
 
 def rows_by_slot(slot_N: torch.Tensor) -> list[tuple[int, torch.Tensor | None]]:

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 
 from rltrain.engines.attention import SharedPrompts, padded
+from rltrain.engines.products import fewest_rows
 from rltrain.lora import base_model
 
 ARCHITECTURES = {"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
@@ -21,9 +22,6 @@ ROPES = {"default", "linear", "llama3", "yarn"}
 
 PREFILL_TOKENS = 4096
 """Tokens of prompts in one pass; more is slower on a CPU, for the activations leave the cache."""
-
-FEWEST_ROWS = 8
-"""Rows a thread in a matrix product: fewer than 4, and MKL takes another kernel, which rounds otherwise."""
 
 
 def supports(model: Any, member: str | None) -> bool:
@@ -60,7 +58,7 @@ class _Linear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """`[N, in]` -> `[N, out]`, each row the same to the bit whatever the other rows."""
-        missing = FEWEST_ROWS * torch.get_num_threads() - x.shape[0]
+        missing = fewest_rows() - x.shape[0]
         if missing > 0:
             return F.linear(F.pad(x, (0, 0, 0, missing)), self.weight, self.bias)[: x.shape[0]]
         return F.linear(x, self.weight, self.bias)
