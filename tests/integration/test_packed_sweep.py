@@ -21,8 +21,6 @@ RANK, LR, TARGETS = "trainer.policy.model.lora.rank", "trainer.policy.optimizer_
 STEPS, LOSS, ENV = "trainer.max_steps", "trainer.algorithm.policy_loss_type", "environment.env_class"
 GOOD, RAISES = "tests.faults.moods.good", "tests.faults.moods.raises"
 AXES = (RANK, LR, TARGETS, STEPS, LOSS, ENV)
-# On some CPUs the last bits of vLLM's log-probabilities depend on how many sequences it has at a time.
-ENGINES_OWN = "sampling/"
 TRIALS: list[tuple[Any, ...]] = [
     (8, 1e-3, "all-linear", 4, "regular", GOOD),
     (1, 1e-2, "attention", 2, "regular", GOOD),
@@ -32,10 +30,9 @@ TRIALS: list[tuple[Any, ...]] = [
 ]
 
 
-def compared(run_dir: RunDir, ignored: str | None) -> list[dict[str, float]]:
-    """A run's log without timings, and without the metrics whose names begin so."""
-    rows = [metrics.without_timings(row) for row in MetricsFile(run_dir.metrics).rows()]
-    return [{name: value for name, value in row.items() if not (ignored and name.startswith(ignored))} for row in rows]
+def compared(run_dir: RunDir) -> list[dict[str, float]]:
+    """A run's log without timings."""
+    return [metrics.without_timings(row) for row in MetricsFile(run_dir.metrics).rows()]
 
 
 def members(run_dir: RunDir) -> list[float]:
@@ -71,13 +68,13 @@ def data(small_data: list[str], tmp_path: Path) -> list[str]:
     return [*small_data[2:], *own]
 
 
-def assert_as_alone(trial: RunDir, folder: Path, ignored: str | None = None) -> None:
+def assert_as_alone(trial: RunDir, folder: Path) -> None:
     """Train a trial's recipe by itself: the same metrics and adapter, to the bit."""
     alone = RunDir(folder)
     alone.create(trial.recipe.read_text(), {"status": "CREATED", "status_history": []})
     recipe = recipes.read(trial.recipe)
     assert list(run(recipe, alone))
-    assert compared(alone, ignored) == compared(trial, ignored), trial.path.name
+    assert compared(alone) == compared(trial), trial.path.name
     adapter = ["adapter_model.safetensors", "adapter_config.json"]
     for file in adapter if recipe.trainer.policy.model.lora.rank else ["model.safetensors"]:
         ours, theirs = (one.adapter / "final" / file for one in (trial, alone))
@@ -96,7 +93,7 @@ def test_packed_and_alone_are_the_same_to_the_bit(backend: str, data: list[str],
             assert said[number]["reason"].startswith("LookupError: no score for")
             assert "Traceback" in trial.log.read_text()
             continue
-        assert_as_alone(trial, tmp_path / f"alone{number}", ENGINES_OWN if backend == "vllm" else None)
+        assert_as_alone(trial, tmp_path / f"alone{number}")
         if values[0] == 0:
             assert set(members(trial)) == {1.0}
     assert max(members(sweep_dir.trial(0))) > 1
@@ -111,7 +108,7 @@ def test_a_pack_on_two_ranks(data: list[str], tmp_path: Path) -> None:
     packed = [sweep_dir.trial(number) for number in range(3)]
     assert [trial.read_manifest()["status"] for trial in packed] == ["COMPLETE"] * 3
     assert [max(members(trial)) for trial in packed[:2]] == [2, 2]  # the third comes when the second has ended
-    assert_as_alone(packed[0], tmp_path / "alone", ENGINES_OWN)
+    assert_as_alone(packed[0], tmp_path / "alone")
 
 
 def test_one_whose_companion_failed_on_two_ranks_goes_on_alone(data: list[str], tmp_path: Path) -> None:
