@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from rltrain.engines.products import fewest_in_batch
+
 WIDTH_STEP = 32
 """Prompts are padded to a multiple, so that other prompts move no number to another vector lane."""
 
@@ -96,8 +98,7 @@ class SharedPrompts:
         counts = torch.bincount(prompt_of_N, minlength=self._bias.shape[0])
         first = counts.cumsum(0) - counts
         rank = torch.arange(len(prompt_of_N), device=prompt_of_N.device) - first[prompt_of_N]
-        # A product of fewer rows would be rounded otherwise.
-        self._per_prompt = max(4, self._head_dim // 24 + 1, int(counts.max()))
+        self._per_prompt = max(fewest_in_batch(self._head_dim), int(counts.max()))
         self._place_of_N = prompt_of_N * self._per_prompt + rank
         grid = self._bias.shape[0] * self._per_prompt
         self._full = grid == len(prompt_of_N)
