@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import subprocess
-import sys
 import tarfile
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 from harness.paths import PROJECT
 from harness.rundir import RunDir
-from tests.benchmarks.bench_sweep import COMPLETIONS, read_sweep, steps_of, time_of_parts
+from tests.benchmarks.bench_sweep import COMPLETIONS, CORES, steps_of, sweep_of
 from tests.benchmarks.side_by_side import middle, write_record
 
 BEFORE = "b2c0c5d"  # the last commit without packs: trials trained one at a time on the base and engine of a process
@@ -36,9 +33,9 @@ def main() -> None:
         code = {"before": checked_out(BEFORE, Path(scratch) / "code"), "now": PROJECT}
         for turn in range(options.rounds):
             for name, tree in code.items():
-                rounds[name].append(sweep(tree, Path(scratch) / "runs", f"{name}{turn}"))
+                rounds[name].append(sweep(tree, Path(scratch) / f"{name}{turn}"))
                 print(f"{name:>6}  {rounds[name][-1]}", flush=True)
-    write_record("quickstart", __doc__, rounds=options.rounds, before=BEFORE, overrides=OVERRIDES, seconds=rounds,
+    write_record("quickstart", __doc__, rounds=options.rounds, before=BEFORE, overrides=OVERRIDES, runs=rounds,
                  medians={name: medians(found) for name, found in rounds.items()})  # fmt: skip
 
 
@@ -56,25 +53,15 @@ def checked_out(commit: str, folder: Path) -> Path:
     return folder
 
 
-def sweep(code: Path, runs: Path, name: str) -> dict[str, Any]:
-    """Seconds of the quickstart's sweep with the code of a folder, and where they went."""
-    environment = {**os.environ, "PYTHONPATH": str(code)}
-    environment.pop("OMP_NUM_THREADS", None)
-    runs.mkdir(exist_ok=True)
-    log, start = runs / f"{name}.txt", time.time()
-    with log.open("wb") as out:
-        status = subprocess.run(
-            [sys.executable, "-m", "harness.sweep", "recipes/quickstart.yaml", f"trainer.ckpt_path={runs}",
-             f"trainer.run_name={name}", *OVERRIDES],
-            cwd=code, env=environment, stdout=out, stderr=subprocess.STDOUT,
-        ).returncode  # fmt: skip
-    if status != 0:
-        raise RuntimeError(f"harness.sweep exited with {status}:\n{log.read_text()[-3000:]}")
-    makespan, done = round(time.time() - start, 2), RunDir(runs / name)
-    trials = [RunDir(folder) for folder in done.trials.iterdir()]
+def sweep(code: Path, place: Path) -> dict[str, Any]:
+    """Seconds of the quickstart's sweep with the code of a folder, where they went, and how fast rollouts were."""
+    place.mkdir()
+    found = sweep_of("recipes/quickstart.yaml", place, OVERRIDES, code)
+    trials = [RunDir(folder) for folder in RunDir(place / "sweep").trials.iterdir()]
     tokens = sum(row["completions/mean_length"] * COMPLETIONS for trial in trials for row in steps_of(trial))
-    return {"makespan_s": makespan, "tokens_per_second_and_process": round(tokens / time_of_parts(trials)["rollout"]),
-            "parts_s": read_sweep(done, start, makespan)["parts_s"]}  # fmt: skip
+    rolling = CORES * found["parts_s"]["rollout"]
+    return {"makespan_s": found["makespan_s"], "tokens_per_second_and_process": round(tokens / rolling),
+            "parts_s": found["parts_s"]}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -161,15 +161,21 @@ def their_sweep(size: int, place: Path, together: int, trl: Path, steps: int) ->
 
 
 def our_sweep(size: int, place: Path, overrides: Sequence[str], *steps: int) -> dict[str, Any]:
-    """`python -m harness.sweep` of a recipe with these trials; its report is part of the time."""
+    """`python -m harness.sweep` of a recipe with these trials."""
     (place / "sweep.yaml").write_text(yaml.safe_dump(our_recipe(size, *steps), sort_keys=False))
+    return sweep_of(str(place / "sweep.yaml"), place, overrides)
+
+
+def sweep_of(recipe: str, place: Path, overrides: Sequence[str], code: Path = PROJECT) -> dict[str, Any]:
+    """`python -m harness.sweep` of a recipe in a folder, with the code of another; its report is part of the time."""
     given = [f"trainer.ckpt_path={place}", "trainer.run_name=sweep", *overrides]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment["PYTHONPATH"] = str(code)
     start = time.time()
     with (place / "log.txt").open("wb") as log:
         status = subprocess.run(
-            [sys.executable, "-m", "harness.sweep", str(place / "sweep.yaml"), *given],
-            cwd=PROJECT, env=environment, stdout=log, stderr=subprocess.STDOUT,
+            [sys.executable, "-m", "harness.sweep", recipe, *given],
+            cwd=code, env=environment, stdout=log, stderr=subprocess.STDOUT,
         ).returncode  # fmt: skip
     makespan = time.time() - start
     if status != 0:

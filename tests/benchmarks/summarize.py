@@ -209,7 +209,7 @@ def rows_of(name: str, record: Record) -> list[Record]:
         return [{"completions": size, "contender": who, **row} for size, found in record["speed"].items()
                 for who, row in found.items()]  # fmt: skip
     if name == "sweep":
-        return [{"trials": size, "contender": who, **row, **{f"{part}, s": s for part, s in row["parts_s"].items()}}
+        return [{"trials": size, "contender": who, **with_parts(row)}
                 for size, found in record["sizes"].items() for who, row in found.items()]  # fmt: skip
     if name == "pack":
         return [{"engine": engine, **row} for engine, found in record["engines"].items() for row in found["rows"]]
@@ -222,10 +222,15 @@ def rows_of(name: str, record: Record) -> list[Record]:
         return [{"steps": way, "seconds per step, median": middle(each)} for way, each
                 in record["seconds_per_step"].items()]  # fmt: skip
     if name == "quickstart":
-        return [{"code": code, **row, **{f"{part}, s": s for part, s in row["parts_s"].items()}}
+        return [{"code": code, **with_parts(row)}
                 for code, row in record["medians"].items()]  # fmt: skip
     rows: list[Record] = record.get("rows", [])
     return rows
+
+
+def with_parts(row: Record) -> Record:
+    """A row with the seconds of its parts as columns."""
+    return row | {f"{part}, s": seconds for part, seconds in row["parts_s"].items()}
 
 
 def savings(record: Record) -> list[Record]:

@@ -63,7 +63,7 @@ CHAINS: tuple[tuple[Kill, ...], ...] = (
      Kill(ANYTIME, Fault("time", seconds=0.3))),
     (Kill(ANYTIME, Fault("time", seconds=0.45)), Kill(ANYTIME, Fault("time", seconds=0.2))),
 )  # fmt: skip
-"""Times are shares of what the whole run computed: small enough to strike where it computed half as fast as now."""
+"""Times are shares of what the whole run computed: and strike, too, where the machine has become twice as fast."""
 
 
 # A run whose engine does not share the trainer's weights: adapters reach vLLM through files.
