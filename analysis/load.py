@@ -14,6 +14,7 @@ import pandas as pd
 from analysis import rows, sources
 from analysis.records import Record, check_own, read_records
 from analysis.rerun import Commands
+from harness.cli import invocation
 from harness.errors import UserError
 from harness.rundir import RunDir, write_bytes
 
@@ -60,7 +61,7 @@ class Tables:
             missing = [name for name in _NEEDED[part.name] if name not in found[part.name].columns]
             if missing:
                 raise UserError("a table lacks columns", got=f"{file}: no {', '.join(missing)}",
-                                fix="write it again: python -m harness.report DIR")  # fmt: skip
+                                fix=f"write it again: {invocation('report')} DIR")  # fmt: skip
         try:
             for text in (*found["sources"]["manifest"], *found["sources"]["seeds"]):
                 json.loads(text)
@@ -127,7 +128,7 @@ def _load(directory: Path) -> Tables:
 
 def _parquet(table: pd.DataFrame) -> bytes:
     buffer = io.BytesIO()
-    table.to_parquet(buffer, index=False)
+    table.to_parquet(buffer, index=False, compression="zstd")  # smaller than snappy, as fast
     return buffer.getvalue()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from harness import recipe as recipes
 from harness import run
-from harness.cli import Parser, run_command
+from harness.cli import Parser, invocation, run_command
 from harness.errors import UserError
 from harness.expect import judge
 from harness.metrics import MetricsFile
@@ -17,7 +17,7 @@ from harness.rundir import RunDir, write_json
 
 def main(argv: list[str]) -> int:
     """Parse, train every seed, judge, print; 3 when an expectation is not met."""
-    parser = Parser(prog="harness.check", description="Train a recipe once per seed, and check its expectations.")
+    parser = Parser(prog=invocation("check"), description="Train a recipe once per seed, and check its expectations.")
     parser.add_argument("recipe", help="a recipe with an `expect:` block, e.g. recipes/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", help="key=value, e.g. trainer.max_steps=16")
     parser.add_argument("--seeds", metavar="0,1", help="default: the recipe's sweep.seeds, or 0,1")

@@ -1,4 +1,4 @@
-"""What every command shares: exit statuses and how an error is shown."""
+"""What every command shares: its name, exit statuses and how an error is shown."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from harness.errors import UserError
@@ -15,11 +16,24 @@ from harness.errors import UserError
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
+SCRIPT = "noregret"
+
+
+def started_by_script() -> bool:
+    """Return whether the console script started this process, not `python -m`."""
+    return Path(sys.argv[0]).stem == SCRIPT
+
+
+def invocation(command: str) -> str:
+    """Return how the user types a command: `noregret run` or `python -m harness.run`."""
+    return f"{SCRIPT} {command}" if started_by_script() else f"python -m harness.{command}"
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose mistakes read like every other `UserError`."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(message, fix=f"see: python -m {self.prog} --help")
+        raise UserError(message, fix=f"see: {self.prog} --help")
 
 
 def run_command(main: Callable[[list[str]], int]) -> NoReturn:

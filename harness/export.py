@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from harness.cli import Parser, run_command
+from harness.cli import Parser, invocation, run_command
 from harness.errors import UserError
 from harness.paths import shown
 from harness.rundir import RunDir
@@ -13,7 +13,7 @@ from rltrain import export
 
 def main(argv: list[str]) -> int:
     """Check, export, say what was exported."""
-    parser = Parser(prog="harness.export", description="Export a run's policy for transformers, PEFT and vLLM.")
+    parser = Parser(prog=invocation("export"), description="Export a run's policy for transformers, PEFT and vLLM.")
     parser.add_argument("run", type=Path, help="a run's directory, or a sweep's trial's")
     parser.add_argument("--merged", action="store_true", help="the base with the adapter merged in, a model of its own")
     parser.add_argument(

@@ -9,13 +9,14 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from harness.paths import PROJECT
+from harness.paths import INSTALLED, PROJECT
 
 DISTRIBUTION = "noregret"
 # Those of development are no part of a run.
@@ -38,6 +39,8 @@ def git_state() -> dict[str, Any] | None:
 
     `diff` is None for a clean tree, else digest, bytes and, up to `LONGEST_DIFF` of them, the text for `git apply`.
     """
+    if INSTALLED:
+        return None
     try:
         commit, top = _git("rev-parse", "HEAD", "--show-toplevel").decode().splitlines()
         # Installed as a package, the project may lie in somebody else's checkout.
@@ -106,7 +109,7 @@ def packages() -> tuple[dict[str, str], dict[str, str]]:
 def _own_requirements() -> list[str]:
     """What the project asks for: as its checkout says, else as it was installed."""
     file = PROJECT / "pyproject.toml"
-    if not file.exists():
+    if INSTALLED or not file.exists():
         return _fields(_header(DISTRIBUTION) or [], "Requires-Dist")
     project = tomllib.loads(file.read_text())["project"]
     extras: dict[str, list[str]] = project["optional-dependencies"]
@@ -138,16 +141,25 @@ def _fields(header: list[str], name: str) -> list[str]:
     return [line.partition(":")[2].strip() for line in header if line.startswith(f"{name}:")]
 
 
+def has_vllm() -> bool:
+    """Return whether vLLM is installed, without importing it."""
+    return importlib.util.find_spec("vllm") is not None
+
+
+def vllm_has_builds() -> bool:
+    """Return whether vLLM is built for this system: the lock leaves it out everywhere but on Linux."""
+    return sys.platform == "linux"
+
+
 @functools.cache
 def hardware() -> dict[str, Any]:
     """Processor with its vector instructions, cores, memory, GPUs by name, and the platform."""
-    memory = next(iter(_lines("/proc/meminfo", "MemTotal")), "0 kB")
     flags = next(iter([*_lines("/proc/cpuinfo", "flags"), *_lines("/proc/cpuinfo", "Features")]), "").split()
     return {
         "cpu": next(iter(_lines("/proc/cpuinfo", "model name")), platform.processor()),
         "simd": " ".join(sorted(flag for flag in flags if _SIMD.fullmatch(flag))),
         "cores": os.cpu_count(),
-        "memory_gb": round(int(memory.split()[0]) / 2**20, 1),
+        "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "gpus": [name for file in _gpu_files() for name in _lines(str(file), "Model")],
         "gpu_driver": next(iter(_lines("/proc/driver/nvidia/version", "NVRM version")), None),
         "platform": platform.platform(),

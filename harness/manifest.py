@@ -15,6 +15,7 @@ from typing import Any
 
 from harness import machine
 from harness import recipe as recipes
+from harness.cli import started_by_script
 from harness.paths import locate
 from harness.rundir import now
 from harness.schema import AdvantageEstimator, Recipe
@@ -69,7 +70,12 @@ def resumption(record: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
 
 
 def this_command() -> list[str]:
-    """The command line that started this process, as a person would type it."""
+    """The command line that started this process; of the console script the `python -m` form.
+
+    That form works from a clone and from an installed wheel alike.
+    """
+    if started_by_script():
+        return ["python", "-m", f"harness.{sys.argv[1]}", *sys.argv[2:]]
     module = getattr(sys.modules["__main__"], "__spec__", None)
     start = ["python", "-m", module.name] if module else ["python", sys.argv[0]]
     return [*start, *sys.argv[1:]]

@@ -7,6 +7,8 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
 RECIPES = PROJECT / "recipes"
+# A wheel's metadata lies beside its packages, so PROJECT is site-packages there.
+INSTALLED = any(PROJECT.glob("noregret-*.dist-info"))
 
 
 def shown(path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from harness.cli import Parser, run_command
+from harness.cli import Parser, invocation, run_command
 from harness.errors import UserError
 
 
@@ -47,7 +47,7 @@ def _prepare_tiny_gsm(args: argparse.Namespace) -> None:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="harness.prepare", description="Make data files, or the tiny model, for recipes to use.")
+    parser = Parser(prog=invocation("prepare"), description="Make data files, or the tiny model, for recipes to use.")
     tasks = parser.add_subparsers(dest="task", required=True, metavar="{gsm8k,math,tiny_gsm}")
 
     for task, data in (("gsm8k", "GSM8K"), ("math", "MATH, or files of its or DeepMath's columns,")):

@@ -19,9 +19,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
+from harness import machine
 from harness.errors import UserError, nearest
 from harness.paths import RECIPES
-from harness.schema import Recipe
+from harness.schema import Backend, Recipe
 from harness.validate import check, check_plain, described, names_of
 
 if TYPE_CHECKING:
@@ -59,7 +60,10 @@ _SUM = "# sha256 "
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a YAML file with command-line overrides applied, validated; raises UserError on anything wrong."""
+    """The recipe in a YAML file with command-line overrides applied, validated; raises UserError on anything wrong.
+
+    Where vLLM has no build, `generator.backend` is that of the engine that stands in for it.
+    """
     # Here, not above: a sweep's many processes only read recipes that were composed before.
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
@@ -74,13 +78,33 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             composed = compose(file.stem, [f"hydra.searchpath=[file://{RECIPES}]", *(f"++{o}" for o in overrides)])
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError, OSError) as error:
         raise UserError(f"cannot compose the recipe {path}", got=_first_line(error), fix="correct the YAML") from None
-    return from_dict(OmegaConf.to_container(composed), source=str(path))  # type: ignore[arg-type]
+    recipe = from_dict(OmegaConf.to_container(composed), source=str(path))  # type: ignore[arg-type]
+    return _without_vllm(recipe) if _vllm_is_left_out() else recipe
 
 
 def notes(overrides: Sequence[str]) -> list[str]:
     """What a user should know of overrides that are taken and have no effect."""
     keys = [override.partition("=")[0] for override in overrides if _without_effect(override)]
     return [f"{key} has no effect here: {WITHOUT_EFFECT[key]}" for key in keys]
+
+
+def engine_notes(recipe: Recipe) -> list[str]:
+    """Return what a user should know of the engine: that it samples because vLLM has no build for this system."""
+    if recipe.generator.backend is not Backend.transformers or not _vllm_is_left_out():
+        return []
+    return ["vLLM has no build for this system: the in-process engine samples (generator.backend=transformers)"]
+
+
+def _vllm_is_left_out() -> bool:
+    return not machine.vllm_has_builds() and not machine.has_vllm()
+
+
+def _without_vllm(recipe: Recipe) -> Recipe:
+    """Return a recipe with the in-process engine in vLLM's place; unchanged where that engine cannot serve it."""
+    try:
+        return with_values(recipe, {"generator.backend": Backend.transformers.name})
+    except UserError:
+        return recipe
 
 
 def read(path: Path) -> Recipe:
@@ -182,7 +206,7 @@ def override_for(key: str, value: Any) -> str:
 
 def find(path: str | Path) -> Path:
     """The recipe file a path names; raises UserError listing the recipes there are."""
-    for candidate in (Path(path), RECIPES / path, RECIPES / f"{path}.yaml"):
+    for candidate in (Path(path), RECIPES.parent / path, RECIPES / path, RECIPES / f"{path}.yaml"):
         if os.path.isfile(candidate):  # unlike Path's, it says no to a name that no file can have
             if candidate.suffix not in (".yaml", ".yml"):
                 raise UserError("a recipe is a YAML file", got=candidate, allowed="*.yaml")

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.cli import Parser, run_command
+from harness.cli import Parser, invocation, run_command
 from harness.errors import UserError, nearest, visible
 from harness.rundir import RunDir
 
@@ -55,7 +55,7 @@ def _begun(first: Report) -> None:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(prog="harness.report", description="Write the report of sweeps and runs; of several, one page.")
+    parser = Parser(prog=invocation("report"), description="Write the report of sweeps and runs; of several, one page.")
     where = "a sweep's or a run's directory, or a folder of tables that a report wrote"
     parser.add_argument("directories", type=Path, nargs="+", metavar="DIR", help=where)
     parser.add_argument("--output", type=Path,

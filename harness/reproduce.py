@@ -7,7 +7,7 @@ import contextlib
 import math
 import sys
 
-from harness.cli import Parser, run_command
+from harness.cli import Parser, invocation, run_command
 from harness.errors import UserError
 from harness.metrics import MetricsFile, without_timings
 from harness.paths import shown
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(prog="harness.reproduce", description="Train a run again, and compare the two step by step.")
+    parser = Parser(prog=invocation("reproduce"), description="Train a run again, and compare the two step by step.")
     parser.add_argument("run", metavar="RUN_DIR", help="a run, or a trial of a sweep: runs/NAME/trials/0003")
     parser.add_argument("--output", metavar="DIR", help="where it goes (default: runs/NAME-reproduced-TIME)")
     only = "say what differs from when the run was made, and no more; exit with 1 when anything does"

@@ -10,7 +10,7 @@ from typing import Any
 
 from harness import manifest, metrics, rerun, sinks
 from harness import recipe as recipes
-from harness.cli import Parser, run_command
+from harness.cli import Parser, invocation, run_command
 from harness.errors import UserError
 from harness.expect import judge
 from harness.paths import shown
@@ -31,7 +31,7 @@ UNMET = 3
 
 def main(argv: list[str]) -> int:
     """Parse, check, train, print the result; returns the exit status."""
-    parser = Parser(prog="harness.run", description="Train one run of a recipe.")
+    parser = Parser(prog=invocation("run"), description="Train one run of a recipe.")
     parser.add_argument("recipe", nargs="?", help="a recipe, e.g. recipes/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", help="key=value, e.g. trainer.policy.model.lora.rank=8")
     parser.add_argument(
@@ -87,7 +87,7 @@ def _started(options: argparse.Namespace) -> tuple[Recipe, RunDir]:
 
 def _composed(options: argparse.Namespace) -> Recipe:
     if options.recipe is None:
-        raise UserError("no recipe was given", fix="python -m harness.run recipes/quickstart.yaml")
+        raise UserError("no recipe was given", fix=f"{invocation('run')} recipes/quickstart.yaml")
     recipe = recipes.load(options.recipe, options.overrides)
     recipe.sweep = None
     return recipe
@@ -120,7 +120,7 @@ def _resumed(options: argparse.Namespace) -> tuple[Recipe, RunDir]:
             "--resume takes its recipe from the run directory; only where and how it computes may change",
             got=" ".join(refused),
             allowed=", ".join(f"{key}*" if key.endswith((".", "_")) else key for key in MOVABLE),
-            fix=f"python -m harness.run --resume {run_dir.path}",
+            fix=f"{invocation('run')} --resume {run_dir.path}",
         )
     run_dir.sound_manifest()
     recipe = recipes.read(run_dir.recipe)
@@ -179,7 +179,7 @@ def _train(recipe: Recipe, run_dir: RunDir) -> None:
         try:
             _follow(recipe, run_dir)
         except KeyboardInterrupt:
-            print(f"stopped; go on with: python -m harness.run --resume {place}", file=sys.stderr)
+            print(f"stopped; go on with: {invocation('run')} --resume {place}", file=sys.stderr)
             raise
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import recipe as recipes
-from harness.cli import Parser, run_command
+from harness.cli import Parser, invocation, run_command
 from harness.errors import UserError
-from harness.paths import shown
+from harness.paths import RECIPES, shown
 from harness.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Recipe, overrides, `resume` (None, a directory, or "" for the recipe's), `confirm`, `dry_run`, in any order."""
-    parser = Parser(prog="harness.sweep", description="Run the sweep of a recipe: sweep.space, over sweep.seeds.")
+    parser = Parser(prog=invocation("sweep"), description="Run the sweep of a recipe: sweep.space, over sweep.seeds.")
     parser.add_argument("arguments", nargs="*", metavar="RECIPE key=value",
                         help="e.g. recipes/quickstart.yaml sweep.num_trials=24")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the space, the first trials and the cost")
@@ -61,12 +61,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _is_recipe(word: str) -> bool:
-    return word.endswith((".yaml", ".yml")) or Path("recipes", f"{word}.yaml").is_file()
+    return word.endswith((".yaml", ".yml")) or (RECIPES / f"{word}.yaml").is_file()
 
 
 def _recipe(options: argparse.Namespace) -> str:
     if options.recipe is None:
-        raise UserError("no recipe was given", fix="python -m harness.sweep recipes/quickstart.yaml")
+        raise UserError("no recipe was given", fix=f"{invocation('sweep')} recipes/quickstart.yaml")
     return str(options.recipe)
 
 
@@ -88,12 +88,14 @@ def _run(session: Session) -> int:
     from sweeps.trials import at_a_time
 
     place = shown(session.sweep_dir.path)
+    for note in recipes.engine_notes(session.plan.recipe):
+        print(f"note: {note}")
     again = f", then the best {session.confirm} again on fresh seeds" if session.confirm else ""
     print(f"sweep {place}: {session.plan.num_runs} runs{again}, {at_a_time(session.plan.recipe)}", flush=True)
     try:
         study = sessions.run(session)
     except KeyboardInterrupt:
-        print(f"stopped; go on with: python -m harness.sweep --resume {place}", file=sys.stderr)
+        print(f"stopped; go on with: {invocation('sweep')} --resume {place}", file=sys.stderr)
         raise
     if study.exhausted:
         print(f"the space is exhausted after {len(study.swept())} runs: sweep.num_trials asks for more")
@@ -118,7 +120,7 @@ def _finish(session: Session, study: Study, place: str) -> int:
         print(f"again: {command(experiment, str(trial['run_dir']))}")
     counts = study.counts()
     if study.stopped:
-        print(f"stopped: {study.stopped}; go on with: python -m harness.sweep --resume {place}")
+        print(f"stopped: {study.stopped}; go on with: {invocation('sweep')} --resume {place}")
     print(f"{counts['COMPLETE']} complete, {counts['PRUNED']} pruned, {counts['FAIL']} failed  {place}")
     print(f"report: {place}/report/index.html")
     return 0 if counts["COMPLETE"] and not study.stopped else 1

@@ -7,6 +7,7 @@ import math
 import operator
 import re
 import typing
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
@@ -120,10 +121,14 @@ def _check_bounds(node: Any, prefix: str) -> None:
         if dataclasses.is_dataclass(value):
             _check_bounds(value, f"{key}.")
         elif value is not None and item.metadata:
-            wanted = [f"{_BOUNDS[name][1]} {limit:g}" for name, limit in item.metadata.items()]
             held = all(_BOUNDS[name][0](value, limit) for name, limit in item.metadata.items())
             if not held or not math.isfinite(value):
-                raise UserError(f"{key} is out of range", got=value, allowed=" and ".join(wanted))
+                raise UserError(f"{key} is out of range", got=value, allowed=bounded(item.metadata))
+
+
+def bounded(limits: Mapping[str, float]) -> str:
+    """Return the bounds of a number in words: `>= 0 and <= 1`; "" without bounds."""
+    return " and ".join(f"{_BOUNDS[name][1]} {limit:g}" for name, limit in limits.items())
 
 
 def _check_elements(key: str, value: Any, hint: Any) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 
 from harness.errors import UserError
-from harness.paths import PROJECT
+from harness.paths import INSTALLED, PROJECT
 
 # Ray and Tune read these when they are imported: nothing of Ray is imported before `cluster` has set them.
 QUIET = {
@@ -115,7 +115,9 @@ def _clear(root: Path) -> None:
 
     Most of Ray dies with the process that started it, but its agents linger for minutes.
     """
-    old = [process for process in psutil.process_iter() if root.exists() and _writes_under(process, root)]
+    # Of macOS's /tmp, a link, open files have the real path.
+    real = root.resolve()
+    old = [process for process in psutil.process_iter() if root.exists() and _writes_under(process, real)]
     for process in old:
         with contextlib.suppress(psutil.Error):
             process.kill()
@@ -165,7 +167,9 @@ def _alone(root: Path, cpus: float, gpus: float, store: int) -> dict[str, object
 
 def worker_environment(threads: int) -> dict[str, str]:
     """Environment of Ray's processes: threads as the recipe says, and the project importable."""
-    path = [str(PROJECT), str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # site-packages before Python's own library would let packages replace modules of it.
+    project = [] if INSTALLED else [str(PROJECT)]
+    path = [*project, str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         **QUIET,
         "OMP_NUM_THREADS": str(threads),

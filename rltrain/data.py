@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.cli import invocation
 from harness.errors import UserError
 from harness.paths import locate
 
@@ -46,7 +47,7 @@ def read_rows(path: Path) -> list[Row]:
     """All rows of a .parquet or .jsonl file; raises UserError when it is missing, unreadable or empty."""
     if not os.path.isfile(path):
         raise UserError(
-            "data file not found", got=path, fix="check the path; python -m harness.prepare writes data files"
+            "data file not found", got=path, fix=f"check the path; {invocation('prepare')} writes data files"
         )
     if path.suffix == ".parquet":
         rows = _read_parquet(path)

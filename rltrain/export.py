@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import recipe as recipes
+from harness.cli import invocation
 from harness.errors import UserError
 from harness.manifest import digest_path
 from harness.metrics import MetricsFile
@@ -103,7 +104,7 @@ def _check_policy(export: Export) -> None:
 def _instead_of_final(export: Export, status: str) -> str | None:
     if _holds_policy(export.run_dir.adapter / "best"):
         return "--which best exports the best evaluated so far"
-    resume = f"go on with it: python -m harness.run --resume {shown(export.run_dir.path)}"
+    resume = f"go on with it: {invocation('run')} --resume {shown(export.run_dir.path)}"
     return None if status == Status.PRUNED.value else resume
 
 

@@ -6,18 +6,20 @@ import json
 import os
 from pathlib import Path
 
+from harness import machine
 from harness.errors import UserError
 from harness.paths import locate
 from harness.schema import AdvantageEstimator, Backend, Recipe, SyncMode
 from harness.validate import check_context, sync_mode, target_modules
 from rltrain.data import load_examples
 from rltrain.envs import get_env
-from rltrain.parallel import check_placement
+from rltrain.parallel import address_of, check_placement
 
 
 def check_run(recipe: Recipe) -> None:
     """Raise UserError for data, environment, model folder or placement that would fail the run later."""
     check_placement(recipe)
+    _check_engine(recipe)
     _check_model(recipe, "trainer.policy.model.path", recipe.trainer.policy.model.path)
     _check_sync(recipe)
     if recipe.trainer.algorithm.advantage_estimator is AdvantageEstimator["gae"]:
@@ -40,6 +42,20 @@ def check_run(recipe: Recipe) -> None:
             got=f"{sizes['train_data']} problems, trainer.train_batch_size={recipe.trainer.train_batch_size}",
             fix=f"trainer.train_batch_size={sizes['train_data']} or less",
         )
+
+
+def _check_engine(recipe: Recipe) -> None:
+    """Refuse vLLM where it is not installed; a cluster's machines have their own packages."""
+    if recipe.generator.backend is not Backend.vllm or machine.has_vllm() or address_of(recipe) is not None:
+        return
+    raise UserError(
+        "vLLM is not installed",
+        got="generator.backend=vllm",
+        allowed="generator.backend=transformers, for a run of one process with trainer.placement.colocate_all=true",
+        fix="make install, or make install-gpu"
+        if machine.vllm_has_builds()
+        else "use Linux: vLLM has no build for this system",
+    )
 
 
 def _check_model(recipe: Recipe, key: str, path: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import resource
+import sys
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -213,7 +214,9 @@ def performance(pack: Pack, member: Member, row: dict[str, float]) -> dict[str, 
     if pack.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated() / 2**30
     else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        # Linux counts in KiB, macOS in bytes.
+        unit = 2**30 if sys.platform == "darwin" else 2**20
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     return {
         "perf/tokens_per_second": samples * row["completions/mean_length"] / row["step_time"],
         "perf/mfu": flops / (row["step_time"] * pack.peak_flops),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from harness import recipe as recipes
 from harness.advice import advise
+from harness.cli import invocation
 from harness.metrics import duration
 from harness.paths import locate
 from harness.schema import LoRA, Recipe, Sampler
@@ -40,7 +41,7 @@ def describe_run(recipe: Recipe, source: str) -> str:
 def notes(recipe: Recipe, overrides: Sequence[str]) -> list[str]:
     """What a user should know before a start: overrides without effect, and advice."""
     advice = advise(recipe, num_problems=count_rows(recipe.data.train_data))
-    return [f"note: {note}" for note in [*recipes.notes(overrides), *advice]]
+    return [f"note: {note}" for note in [*recipes.notes(overrides), *recipes.engine_notes(recipe), *advice]]
 
 
 def _run_settings(recipe: Recipe, source: str) -> str:
@@ -160,7 +161,7 @@ def _missing(recipe: Recipe) -> str:
     """Files that will be needed and are not there yet."""
     data = [path for path in (*recipe.data.train_data, *recipe.data.val_data) if locate(path) is None]
     lines = [f"  {path}" for path in data]
-    return "data still to be prepared (python -m harness.prepare)\n" + "\n".join(lines) if lines else ""
+    return "\n".join([f"data still to be prepared ({invocation('prepare')})", *lines]) if lines else ""
 
 
 def _count(value: float) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from harness import manifest
 from harness import recipe as recipes
+from harness.cli import invocation
 from harness.errors import UserError
 from harness.paths import shown
 from harness.rundir import RunDir, Status, place, write_text
@@ -64,7 +65,7 @@ def resume(directory: str | None, source: str | None, overrides: Sequence[str], 
     record = sweep_dir.sound_manifest()
     if record["kind"] != "sweep":
         raise UserError(f"this is the directory of a {record['kind']}", got=shown(sweep_dir.path),
-                        fix="python -m harness.run --resume goes on with a run")  # fmt: skip
+                        fix=f"{invocation('run')} --resume goes on with a run")  # fmt: skip
     stored = recipes.read(sweep_dir.recipe)
     recipe = recipes.load(sweep_dir.recipe, overrides) if recipe is None else _as_settled(recipe, stored)
     _check_same(recipe, stored)
@@ -126,7 +127,7 @@ def _check_places(recipe: Recipe) -> None:
 
 def _by_name(recipe: Recipe | None, source: str | None) -> RunDir:
     if recipe is None or source is None:
-        raise UserError("which sweep is to be resumed?", fix="python -m harness.sweep --resume runs/NAME")
+        raise UserError("which sweep is to be resumed?", fix=f"{invocation('sweep')} --resume runs/NAME")
     if recipe.trainer.run_name is None:
         root = Path(recipe.trainer.ckpt_path)
         known = sorted(str(file.parent) for file in root.glob("*/study.journal"))

@@ -1,0 +1,57 @@
+"""`noregret COMMAND ...`: the console script, one name for every `python -m harness.COMMAND`."""
+
+from __future__ import annotations
+
+import importlib
+from importlib import metadata
+from typing import NoReturn
+
+from harness.cli import SCRIPT, run_command
+from harness.errors import UserError, nearest
+
+COMMANDS = {
+    "run": "train one run of a recipe",
+    "sweep": "run every trial of a recipe's sweep, and report what won",
+    "report": "write the report of sweeps and runs",
+    "prepare": "make data files, or the tiny model",
+    "reproduce": "train a run again, and compare the two step by step",
+    "check": "train a recipe once per seed, and check what it expects",
+    "export": "export a run's policy for transformers, PEFT and vLLM",
+}
+
+
+def script() -> NoReturn:
+    """Run the console script: `main` on the process's own arguments."""
+    run_command(main)
+
+
+def main(argv: list[str]) -> int:
+    """Run the command that `argv` begins with, or list the commands; return the exit status.
+
+    Raises UserError for an unknown command. Only the command asked for is imported.
+    """
+    name, *arguments = argv or ["--help"]
+    if name in ("-h", "--help"):
+        print(_help())
+        return 0
+    if name == "--version":
+        print(f"{SCRIPT} {metadata.version(SCRIPT)}")
+        return 0
+    if name not in COMMANDS:
+        guess = nearest(name, COMMANDS)
+        raise UserError(
+            "no such command",
+            got=name,
+            allowed=", ".join(COMMANDS),
+            fix=f"did you mean {SCRIPT} {guess}?" if guess else f"see: {SCRIPT} --help",
+        )
+    status: int = importlib.import_module(f"harness.{name}").main(arguments)
+    return status
+
+
+def _help() -> str:
+    commands = "\n".join(f"  {name:<11}{line}" for name, line in COMMANDS.items())
+    return (
+        f"usage: {SCRIPT} COMMAND ...\n\n{commands}\n\n"
+        f"{SCRIPT} COMMAND --help says more of one, {SCRIPT} --version which version this is."
+    )
