@@ -1,23 +1,41 @@
-# Each target makes .venv by itself when it is missing or older than the lock. Needs Python 3.11: make PYTHON=/path/to/python3.11
-PYTHON ?= python3.11
-BIN := .venv/bin
-INSTALLED := .venv/.installed
+# Each target makes its environment by itself when it is missing or older than its lock.
+PYTHON ?= python3
+# cpu: .venv. cuda: .venv-gpu, for machines with an NVIDIA GPU.
+DEVICE ?= cpu
+# auto: torch's CPU build. pypi: the build that PyPI serves, for CUDA on Linux; it runs on a CPU too.
+TORCH ?= auto
 # Test files at a time; 0: one after the other, in this process.
 WORKERS ?= 2
 BENCHMARKS := $(wildcard tests/benchmarks/bench_*.py)
 STUDY := lr_by_rank placement alpha batch_size
 
+ifeq ($(DEVICE),cpu)
+ENVIRONMENT := .venv
+else ifeq ($(DEVICE),cuda)
+ENVIRONMENT := .venv-gpu
+else
+$(error DEVICE is cpu or cuda, not $(DEVICE))
+endif
+BIN := $(ENVIRONMENT)/bin
+INSTALLED := $(ENVIRONMENT)/.installed
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(if $(K),-k "$(K)")
+COMPILE = pip compile --quiet --universal --python-version 3.11 --no-annotate \
+	--custom-compile-command "make lock" pyproject.toml $(LOCK_ARGS)
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart study test lint bench clean
+.PHONY: help install install-gpu quickstart study test-fast test test-all lint format typecheck lock bench clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
-install: $(INSTALLED)  ## create .venv from requirements/cpu.txt (about 2 minutes)
+install: .venv/.installed  ## create .venv from requirements/cpu.txt (a minute or more, 3 GB)
 
-quickstart: $(INSTALLED)  ## a real sweep over rank, alpha, learning rate and target modules, and its report (some minutes)
-	$(BIN)/python -m harness.sweep recipes/quickstart.yaml
+install-gpu: .venv-gpu/.installed  ## create .venv-gpu from requirements/gpu.txt, and check the machine for it (9 GB)
+	@.venv-gpu/bin/python requirements/check_install.py gpu
+
+quickstart: $(if $(filter cuda,$(DEVICE)),install-gpu,install)  ## a real sweep over rank, alpha, learning rate and target modules, and its report (some minutes); DEVICE=cuda: on a GPU
+	$(BIN)/python -m harness.sweep recipes/quickstart.yaml $(if $(filter cuda,$(DEVICE)),trainer.placement.device=cuda)
 
 # A sweep that was stopped goes on; one that is complete is not run again.
 study: $(INSTALLED)  ## the sweeps of recipes/lora_without_regret, one after the other (one to two hours), and docs/study from them
@@ -28,8 +46,14 @@ study: $(INSTALLED)  ## the sweeps of recipes/lora_without_regret, one after the
 	done
 	$(BIN)/python -m harness.report $(STUDY:%=runs/study/%) --output docs/study
 
-test: $(INSTALLED)  ## all tests, two files at a time; PYTEST_ARGS="-m 'not heavy'" leaves out those that start vLLM or Ray
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+test-fast: $(INSTALLED)  ## tests that start neither vLLM nor Ray and train for no seconds; K=expr as pytest's -k
+	$(PYTEST) tests/unit -m "not slow" $(PYTEST_ARGS)
+
+test: $(INSTALLED)  ## all but the slow tests, two files at a time; K=expr as pytest's -k
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(INSTALLED)  ## every test
+	$(PYTEST) $(PYTEST_ARGS)
 
 lint: $(INSTALLED)  ## style, formatting, types and import contracts
 	$(BIN)/ruff check .
@@ -37,24 +61,38 @@ lint: $(INSTALLED)  ## style, formatting, types and import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
+format: $(INSTALLED)  ## mend style and formatting, as far as ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: $(INSTALLED)  ## types alone
+	$(BIN)/mypy
+
+# gpu.txt starts from the versions in cpu.txt, so that both environments run the same ones.
+lock:  ## write requirements/cpu.txt and gpu.txt from pyproject.toml; LOCK_ARGS=--upgrade: newest versions
+	@set -e; uv=$$($(PYTHON) requirements/install.py uv); \
+	$$uv $(COMPILE) --extra cpu --extra dev --excludes requirements/cpu_excludes.txt \
+		--overrides requirements/cpu_overrides.txt -o requirements/cpu.txt >/dev/null; \
+	cat requirements/cpu.txt requirements/gpu.txt > .tools/gpu.txt; \
+	$$uv $(COMPILE) --extra gpu --extra dev -o .tools/gpu.txt >/dev/null; \
+	mv .tools/gpu.txt requirements/gpu.txt
+
 bench: $(INSTALLED)  ## every benchmark in tests/benchmarks, one after the other, and their page docs/benchmarks/README.md
 	@test -n "$(BENCHMARKS)" || { echo "error: there is no tests/benchmarks/bench_*.py" >&2; exit 1; }
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python -m tests.benchmarks.$$(basename $$script .py); done
 	$(BIN)/python -m tests.benchmarks.summarize
 
-clean:  ## remove .venv, build output and caches; runs/ stays
-	rm -rf .venv build dist ./*.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+clean:  ## remove the environments, build output and caches; runs/ stays
+	rm -rf .venv .venv-gpu .tools build dist ./*.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamp comes last, so that an interrupted install starts again.
-$(INSTALLED): requirements/cpu.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || \
-		{ echo "error: $(PYTHON) is not Python 3.11, which the lock is for; fix: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@echo "Installing $$(grep -c == requirements/cpu.txt) packages into .venv: about 2 minutes, more when they are downloaded first"
-	@rm -f $@
-	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install -qq --no-deps -r requirements/cpu.txt
-	@$(BIN)/python -m pip install -qq --no-deps --no-build-isolation -e .
-	@$(BIN)/python requirements/check_install.py
-	@touch $@
-	@echo "Installed: $$($(BIN)/python --version), torch $$($(BIN)/python -c 'import torch; print(torch.__version__)')"
+# install.py stamps last, so that an interrupted installation starts again.
+INSTALL = @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9))' 2>/dev/null || \
+	{ echo "error: $(PYTHON) is not Python 3.9 or newer; fix: make PYTHON=/path/to/python3" >&2; exit 2; }; \
+	$(PYTHON) requirements/install.py
+
+.venv/.installed: requirements/cpu.txt pyproject.toml
+	$(INSTALL) cpu .venv --torch $(TORCH)
+
+.venv-gpu/.installed: requirements/gpu.txt pyproject.toml
+	$(INSTALL) gpu .venv-gpu

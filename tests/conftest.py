@@ -1,8 +1,14 @@
-"""Fixtures shared by all tests: where the optional data is, and what to skip where something is absent."""
+"""Tiers of tests, and fixtures that all tests share.
+
+`make test-fast` runs `tests/unit`. `make test` runs everything that is not marked `slow`, and
+`make test-all` everything.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -10,6 +16,10 @@ import pytest
 from harness.paths import PROJECT
 
 TINY_MODEL = PROJECT / "rltrain" / "assets" / "tiny_gsm"
+TESTS = PROJECT / "tests"
+# A fast test must not load these: vLLM, Ray, the training loop, and what drives Chromium.
+HEAVY_MODULES = frozenset({"vllm", "ray", "rltrain.trainer", "tests.integration.browser"})
+_LOADED = pytest.StashKey[frozenset[str]]()
 
 
 @pytest.fixture(scope="session")
@@ -40,3 +50,45 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Refuse a file of the fast tier that imports a heavy module."""
+    before = _heavy_modules()
+    report = yield
+    loaded = _heavy_modules() - before
+    if loaded and isinstance(collector, pytest.Module) and _is_fast(collector.path):
+        report.outcome = "failed"
+        report.longrepr = _explanation(loaded)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Note which heavy modules are loaded before a test and its fixtures."""
+    item.stash[_LOADED] = _heavy_modules()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    """Fail a test of the fast tier that loaded a heavy module, itself or in its fixtures."""
+    yield
+    loaded = _heavy_modules() - item.stash[_LOADED]
+    if loaded and _is_fast(item.path):
+        pytest.fail(_explanation(loaded), pytrace=False)
+
+
+def _heavy_modules() -> frozenset[str]:
+    return HEAVY_MODULES.intersection(sys.modules)
+
+
+def _is_fast(path: Path) -> bool:
+    return path.is_relative_to(TESTS / "unit")
+
+
+def _explanation(loaded: frozenset[str]) -> str:
+    return f"tests/unit is the fast tier, and this loaded {', '.join(sorted(loaded))}; move it to tests/integration"

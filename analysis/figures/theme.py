@@ -20,6 +20,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import Colormap, ListedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from PIL import Image, ImageColor
 
 from harness.rundir import Status
 
@@ -29,7 +30,8 @@ OKABE_ITO = {
     True: ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00"),
 }
 MARKERS = ("o", "s", "^", "D", "v", "P")
-DPI = 150
+# Sharp at the width of a page; at 150 the same figures take a third more bytes.
+DPI = 120
 SCHEMES = {
     False: {"paper": "#ffffff", "ink": "#22272c", "soft": "#66707a", "rule": "#d9dde1", "good": "#e4f1e6"},
     True: {"paper": "#1c2126", "ink": "#e6e9ec", "soft": "#9aa4ae", "rule": "#3a424a", "good": "#23352a"},
@@ -129,12 +131,8 @@ def render(draw: Callable[[Figure, Look], None], look: Look) -> bytes:
 def render_both(draw: Callable[[Figure, Look], None], look: Look) -> tuple[bytes, bytes]:
     """A figure as SVG and as PNG, drawn and laid out once; equal data gives equal bytes."""
     with _settings(look):
-        figure, buffer = _drawn(draw, look), io.BytesIO()
-        svg = _svg(figure)
-        figure.set_layout_engine("none")
-        figure.set_dpi(DPI)  # an SVG's is 72
-        FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
-    return svg, buffer.getvalue()
+        figure = _drawn(draw, look)
+        return _svg(figure), _png(figure, look)
 
 
 def darkened(svg: bytes) -> bytes:
@@ -151,6 +149,26 @@ def _drawn(draw: Callable[[Figure, Look], None], look: Look) -> Figure:
 def _svg(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def _png(figure: Figure, look: Look) -> bytes:
+    """Return a laid-out figure as PNG with a palette: a quarter of the bytes of one without.
+
+    The octree chooses the colours ten times as fast as Pillow's other methods, which makes this no
+    slower than a PNG without a palette.
+    """
+    figure.set_layout_engine("none")
+    figure.set_dpi(DPI)  # an SVG's is 72
+    canvas, buffer = FigureCanvasAgg(figure), io.BytesIO()
+    canvas.draw()
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    image = image.quantize(method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    # The octree gives the paper the mean of all colours near it, (254, 254, 254) for white.
+    palette = np.array(image.getpalette()).reshape(-1, 3)
+    palette[np.asarray(image)[0, 0]] = ImageColor.getrgb(look.colours["paper"])
+    image.putpalette(palette.ravel().tolist())
+    image.save(buffer, "PNG", optimize=True, dpi=(DPI, DPI))
     return buffer.getvalue()
 
 

@@ -204,7 +204,6 @@ def test_a_random_models_completions_decode(case: Case) -> None:
     )
 
 
-@pytest.mark.heavy
 def test_vllm_serves_the_base_and_its_adapters(case: Case, tmp_path: Path) -> None:
     engine = case.engine("vllm")
     try:

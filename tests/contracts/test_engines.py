@@ -293,7 +293,6 @@ def test_a_module_the_engine_cannot_serve_is_caught(
         assert torch.allclose(flat_logprobs(groups[i : i + 1]), expected, atol=1e-4)
 
 
-@pytest.mark.heavy
 def test_nothing_is_left_of_a_call_that_failed(
     model: PeftModel, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

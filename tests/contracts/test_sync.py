@@ -239,7 +239,6 @@ def test_disk_and_memory_agree_to_the_bit(stories: Stories, kind: Kind) -> None:
         assert getattr(disk, name).samples == getattr(memory, name).samples
 
 
-@pytest.mark.heavy
 def test_full_fine_tuning_is_served(base_dir: Path, tmp_path: Path) -> None:
     model = load_base(base_dir)
     engine = start(Backend.vllm, model, base_dir, max_lora_rank=0)

@@ -46,7 +46,6 @@ def _check(engine: Engine, model: PeftModel) -> None:
         assert torch.allclose(flat_logprobs([group]), expected, atol=1e-4)
 
 
-@pytest.mark.heavy
 def test_a_later_version_takes_over_the_memory_of_the_one_before(
     base_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

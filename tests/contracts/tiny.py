@@ -105,8 +105,8 @@ def name_of(kind: Kind) -> str:
 
 
 def marks_of(kind: Kind) -> list[pytest.MarkDecorator]:
-    """Engines that are slow to start mark their tests as heavy."""
-    return [] if kind is Backend.transformers else [pytest.mark.heavy]
+    """Engines in actors of their own take Ray and several processes: their tests are slow."""
+    return [pytest.mark.slow] if kind == "remote" else []
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

@@ -12,9 +12,8 @@ from tests.faults.compare import differences, lost_steps
 from tests.faults.conftest import Record, Runs, Whole
 
 
-@pytest.mark.heavy
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("chain", range(len(CHAINS)))
+@pytest.mark.parametrize("chain", [0, 1, *(pytest.param(i, marks=pytest.mark.slow) for i in range(2, len(CHAINS)))])
 def test_a_killed_run_ends_as_if_never_killed(chain: int, runs: Runs, whole: Whole, record: Record) -> None:
     run = runs.get(f"killed{chain}")
     for kill in CHAINS[chain]:
@@ -30,7 +29,7 @@ def test_a_killed_run_ends_as_if_never_killed(chain: int, runs: Runs, whole: Who
 VLLM = ["generator.backend=vllm", "trainer.policy.model.lora.sync=disk", "trainer.max_steps=2"]
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_killed_amid_a_sync_to_vllm_ends_as_if_never_killed(runs: Runs, record: Record) -> None:
     vllm = dataclasses.replace(runs, overrides=[*runs.overrides, *VLLM])

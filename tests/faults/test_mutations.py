@@ -179,6 +179,7 @@ def check_message(error: UserError) -> None:
     str(error).encode()
 
 
+@pytest.mark.slow
 @settings(QUICK, max_examples=MUTATIONS[RECIPE_VALUES])
 @given(data=st.data())
 def test_mutated_values(plain: dict[str, Any], results: Results, data: st.DataObject) -> None:
@@ -195,6 +196,7 @@ def test_mutated_values(plain: dict[str, Any], results: Results, data: st.DataOb
     results.append((RECIPE_VALUES, TOLD, 0))
 
 
+@pytest.mark.slow
 @settings(QUICK, max_examples=MUTATIONS[RECIPE_FILES])
 @given(data=st.data())
 def test_mutated_files(tmp_path_factory: pytest.TempPathFactory, results: Results, data: st.DataObject) -> None:

@@ -27,7 +27,7 @@ def processes(sweep_dir: Path) -> set[int]:
     return {p.pid for p in psutil.Process().children(recursive=True)} | set(rays)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_trials_that_fail_stay_alone(
     tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], record: Record

@@ -47,7 +47,7 @@ def sweeps(warm: Warm, small: list[str], tmp_path_factory: pytest.TempPathFactor
     return Sweeps(warm, tmp_path_factory.mktemp("sweeps"), [*small, *few])
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_killed_sweep_ends_as_if_never_killed(sweeps: Sweeps, record: Record) -> None:
     for kill in SWEEP_KILLS:

@@ -240,7 +240,6 @@ def test_what_fails_leaves_nothing(trained: Trained, tmp_path: Path, options: li
     assert os.listdir(tmp_path) == ["run"]
 
 
-@pytest.mark.heavy
 @pytest.mark.timeout(420)
 def test_vllm_serve_answers_as_the_policy(
     trained: Trained, exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-pytestmark = pytest.mark.heavy  # imports vLLM
-
 SLOTS, MOST_SLOTS = 4, 24
 WIDTHS = [128, 384]  # MKL's kernels for few rows differ with their width
 RANKS = [8, 64]  # slots together, and each apart

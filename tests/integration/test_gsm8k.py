@@ -19,8 +19,6 @@ from harness.paths import PROJECT
 from harness.rundir import RunDir
 from tests.integration.gsm8k_model import make_gsm8k_model
 
-pytestmark = pytest.mark.heavy
-
 LONGEST_PROMPT = 160
 HELD_OUT = 96
 
@@ -97,7 +95,7 @@ def trained(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Cal
     return run
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_recipe_trains_on_the_real_texts(prepared: Prepared, trained: Callable[[int], RunDir], ranks: int) -> None:
     run = trained(ranks)
     assert run.read_manifest()["status"] == "COMPLETE"
@@ -117,6 +115,7 @@ def test_the_recipe_trains_on_the_real_texts(prepared: Prepared, trained: Callab
     assert samples["completion"].str.contains("####").any()
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one(trained: Callable[[int], RunDir]) -> None:
     one, two = (MetricsFile(trained(ranks).metrics).rows()[1:] for ranks in (1, 2))
     for name in ("reward", "loss", "kl", "entropy", "grad_norm", "num_tokens"):

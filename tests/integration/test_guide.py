@@ -89,7 +89,7 @@ def test_without_the_gpus_it_says_what_is_missing(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_on_two_cpu_ranks_with_a_tiny_model_it_trains(tmp_path: Path, tiny_model_dir: Path) -> None:
     data = tiny_model_dir / "data"
     small = {

@@ -11,9 +11,10 @@ import pytest
 
 from harness.paths import PROJECT
 
-pytestmark = [pytest.mark.heavy, pytest.mark.timeout(280)]
+pytestmark = pytest.mark.timeout(280)
 
 
+@pytest.mark.slow
 def test_policy_num_nodes_takes_as_many_nodes_of_the_cluster_at_ray_address(tmp_path: Path) -> None:
     pytest_alone = [sys.executable, "-m", "pytest", "-q", "--timeout=240", f"--basetemp={tmp_path / 'own'}"]
     # What other tests have set for their own Ray, and pytest-xdist for its workers, is not to be this one's.

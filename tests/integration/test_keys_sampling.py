@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
 from harness.rundir import RunDir
 from harness.schema import Recipe
+from rltrain.engines.base import Request, Sample
 from rltrain.evaluate import evaluate
 from rltrain.learner import Row
 from rltrain.member import Member
@@ -117,3 +118,20 @@ def test_the_trainer_computes_at_the_temperature_that_was_sampled_at(sampler: Sa
     plain = sampler.step()
     assert row["sampling/sampling_logp_difference/mean"] < 1e-4
     assert (row["entropy"] < plain["entropy"]) is (temperature < 1)
+
+
+def test_no_two_prompts_and_no_two_batches_are_sampled_with_one_seed(
+    sampler: Sampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+    generate = sampler.pack.engine.generate
+
+    def listen(requests: Sequence[Request]) -> list[list[Sample]]:
+        seeds.extend(request.seed for request in requests)
+        return generate(requests)
+
+    monkeypatch.setattr(sampler.pack.engine, "generate", listen)
+    # It draws batches until four groups have a signal.
+    sampler.train("trainer.algorithm.dynamic_sampling.type=filter")
+    assert len(seeds) > 4
+    assert len(set(seeds)) == len(seeds)

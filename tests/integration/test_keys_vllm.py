@@ -33,7 +33,6 @@ def running(small_recipe: MakeRecipe, new_run: MakeRun) -> Iterator[tuple[Pack, 
     pack.close()
 
 
-@pytest.mark.heavy
 def test_what_reaches_vllm(running: tuple[Pack, Member], monkeypatch: pytest.MonkeyPatch) -> None:
     pack, member = running
     engine: Any = pack.engine

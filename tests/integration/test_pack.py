@@ -172,7 +172,6 @@ def test_too_few_short_prompts_are_explained(
         pack.join(recipe, new_run(recipe, "some"))
 
 
-@pytest.mark.heavy
 def test_runs_of_one_name_sync_apart(small_recipe: MakeRecipe, tmp_path: Path) -> None:
     shared = tmp_path / "adapters"
     recipe = small_recipe("generator.backend=vllm", f"trainer.policy.model.lora.lora_sync_path={shared}")

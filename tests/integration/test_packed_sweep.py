@@ -15,7 +15,7 @@ from harness.metrics import MetricsFile
 from harness.rundir import RunDir
 from rltrain.trainer import run
 
-pytestmark = [pytest.mark.heavy, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 RANK, LR, TARGETS = "trainer.policy.model.lora.rank", "trainer.policy.optimizer_config.lr", "trainer.target_modules"
 STEPS, LOSS, ENV = "trainer.max_steps", "trainer.algorithm.policy_loss_type", "environment.env_class"
@@ -81,7 +81,7 @@ def assert_as_alone(trial: RunDir, folder: Path) -> None:
         assert ours.read_bytes() == theirs.read_bytes(), trial.path.name
 
 
-@pytest.mark.parametrize("backend", ["transformers", "vllm"])
+@pytest.mark.parametrize("backend", ["transformers", pytest.param("vllm", marks=pytest.mark.slow)])
 def test_packed_and_alone_are_the_same_to_the_bit(backend: str, data: list[str], tmp_path: Path) -> None:
     trials = TRIALS if backend == "transformers" else [TRIALS[0], TRIALS[4]]
     sweep_dir = packed_sweep(trials, 3, tmp_path, *data, f"generator.backend={backend}")
@@ -102,6 +102,7 @@ def test_packed_and_alone_are_the_same_to_the_bit(backend: str, data: list[str],
 RANKS = ["trainer.placement.policy_num_gpus_per_node=2", "generator.num_inference_engines=2", "generator.backend=vllm"]
 
 
+@pytest.mark.slow
 def test_a_pack_on_two_ranks(data: list[str], tmp_path: Path) -> None:
     trials = [TRIALS[0], TRIALS[1], TRIALS[4]]
     sweep_dir = packed_sweep(trials, 2, tmp_path, *data, *RANKS)
@@ -111,6 +112,7 @@ def test_a_pack_on_two_ranks(data: list[str], tmp_path: Path) -> None:
     assert_as_alone(packed[0], tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_one_whose_companion_failed_on_two_ranks_goes_on_alone(data: list[str], tmp_path: Path) -> None:
     sweep_dir = packed_sweep([TRIALS[0], TRIALS[2]], 2, tmp_path, *data, *RANKS)
     said = [sweep_dir.trial(number).read_manifest() for number in range(2)]

@@ -10,9 +10,10 @@ import pytest
 from harness.metrics import MetricsFile
 from harness.rundir import RunDir
 
-pytestmark = [pytest.mark.heavy, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 
+@pytest.mark.slow
 def test_ppo_learns_the_embedded_task(tmp_path: Path) -> None:
     from harness.run import main
 

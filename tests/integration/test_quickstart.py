@@ -17,7 +17,6 @@ from harness.rundir import RunDir
 from rltrain.data import Example, load_examples
 from rltrain.envs.gsm8k import reward
 
-pytestmark = pytest.mark.heavy
 GAP = "sampling/sampling_logp_difference/mean"
 MAX_TOKENS = 64
 
@@ -79,6 +78,7 @@ def test_the_adapter_scores_the_same_in_plain_peft(
     assert _accuracy(completions, held_out) == pytest.approx(_final(run), abs=0.04)
 
 
+@pytest.mark.slow
 def test_the_adapter_scores_the_same_in_plain_vllm(
     quickstart: tuple[RunDir, str], tiny_model_dir: Path, held_out: list[Example], tmp_path: Path
 ) -> None:
@@ -103,6 +103,7 @@ json.dump([o.outputs[0].text for o in outputs], open({str(tmp_path / "texts.json
     assert _accuracy(completions, held_out) == pytest.approx(_final(run), abs=0.04)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_run(tiny_model_dir: Path, tmp_path: Path) -> None:
     short = ["trainer.max_steps=2", "trainer.eval_before_train=false"]
     one, two = (_run(tmp_path, name, *short)[0] for name in ("one", "two"))

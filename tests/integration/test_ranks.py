@@ -15,7 +15,7 @@ from harness.metrics import MetricsFile
 from harness.rundir import RunDir, Status
 from rltrain.trainer import run
 
-pytestmark = [pytest.mark.heavy, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 STEPS = 5
 COMPARED = ("loss", "kl", "entropy", "reward", "completions/mean_length")
@@ -100,7 +100,10 @@ def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
 # Micro-batches differ too: of 3 sequences where one process has 4, or of as many as 300 tokens hold.
 @pytest.mark.parametrize(
     ("number", "micro"),
-    [(2, "trainer.micro_train_batch_size_per_gpu=3"), (4, "trainer.max_tokens_per_microbatch=300")],
+    [
+        (2, "trainer.micro_train_batch_size_per_gpu=3"),
+        pytest.param(4, "trainer.max_tokens_per_microbatch=300", marks=pytest.mark.slow),
+    ],
 )
 def test_ranks_have_the_losses_of_one_process(train: Train, alone: RunDir, number: int, micro: str) -> None:
     several = train(*ranks(number), micro)
@@ -113,12 +116,14 @@ def test_ranks_have_the_losses_of_one_process(train: Train, alone: RunDir, numbe
     assert (several.path / "log.txt").is_file()
 
 
+@pytest.mark.slow
 def test_engines_apart_from_the_ranks(train: Train, alone: RunDir) -> None:
     apart = ["trainer.placement.colocate_all=false", "generator.num_inference_engines=2",
              "trainer.policy.model.lora.sync=memory"]  # fmt: skip
     assert_same_training(alone, train(*apart))
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_shards_what_it_trains(train: Train) -> None:
     one, two = train(*FULL), train(*FULL, *ranks(2))
     assert_same_training(one, two)
@@ -127,6 +132,7 @@ def test_full_fine_tuning_shards_what_it_trains(train: Train) -> None:
     assert_same_weights({name: weights(two, STEPS)[name] for name in saved}, saved, atol=0)
 
 
+@pytest.mark.slow
 def test_saved_on_two_ranks_resumed_on_one_and_back(train: Train) -> None:
     whole = train(*PPO)
     moved = train(*PPO, *ranks(2), reports=2)

@@ -30,6 +30,9 @@ SIZES = [(1280, False), (1280, True), (390, False), (390, True)]
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not on PATH: apt-get install chromium")
 
 
+KINDS = ["sweep", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("live", "comparison", "empty"))]
+
+
 @pytest.fixture(scope="module")
 def watching(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Browser, Proxy]]:
     """A browser whose every request goes to a proxy."""
@@ -92,6 +95,7 @@ def test_nothing_is_loaded_and_only_our_script_runs(report: Path, browser: Brows
 
 
 @pytest.mark.parametrize("guarded", [True, False])
+@pytest.mark.claim("A report shows text as text")
 def test_what_gets_past_the_escaping_is_stopped_by_the_policy(
     report: Path, browser: Browser, proxy: Proxy, tmp_path: Path, guarded: bool
 ) -> None:
@@ -108,7 +112,7 @@ def test_what_gets_past_the_escaping_is_stopped_by_the_policy(
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-@pytest.mark.parametrize("kind", ["sweep", "live", "comparison", "empty"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_page_is_as_wide_as_the_screen(pages: dict[str, Path], browser: Browser, kind: str, width: int) -> None:
     with browser.page(pages[kind].as_uri(), width=width) as page:
         page.run("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
@@ -276,7 +280,7 @@ def test_a_page_of_what_has_ended_does_not_load_itself_again(report: Path) -> No
 
 
 @pytest.mark.parametrize(("width", "dark"), SIZES)
-@pytest.mark.parametrize("kind", ["sweep", "live", "comparison", "empty"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_axe_finds_nothing(pages: dict[str, Path], browser: Browser, kind: str, width: int, dark: bool) -> None:
     with browser.page(pages[kind].as_uri(), width=width, dark=dark) as page:
         page.run("document.querySelectorAll('details').forEach((one) => { one.open = true; })")

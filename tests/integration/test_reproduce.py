@@ -265,7 +265,7 @@ def test_a_new_run_with_the_recipe_of_a_run(
     assert len(rows(RunDir(other))) == 3
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", [["generator.backend=vllm"], RANKS], ids=["vLLM", "two ranks with vLLM"])
 def test_a_vllm_run_is_reproduced(train: Callable[..., RunDir], capsys: Capture, overrides: list[str]) -> None:
     run_dir = train(*overrides, "trainer.max_steps=2")
@@ -273,7 +273,7 @@ def test_a_vllm_run_is_reproduced(train: Callable[..., RunDir], capsys: Capture,
     assert "identical: 3 rows of metrics, 24 completions, weights best and final" in capsys.readouterr().out
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_sweep_repeats_itself_and_its_trials_are_reproduced_outside_ray(
     small_data: list[str], tmp_path: Path, capsys: Capture

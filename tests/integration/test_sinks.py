@@ -24,7 +24,7 @@ from harness.logfiles import event_records, event_steps, wandb_records, wandb_st
 from harness.metrics import MetricsFile
 from harness.paths import PROJECT
 from harness.rundir import RunDir, Status
-from tests.unit.harness.logged import (
+from tests.integration.logged import (
     TensorBoardRun,
     WandBRun,
     make_run,
@@ -134,7 +134,7 @@ from pathlib import Path
 from harness import recipe as recipes, sinks
 from harness.logfiles import wandb_steps
 from harness.rundir import RunDir
-from tests.unit.harness.logged import MetricsFile, row_of, sample, write_samples
+from tests.integration.logged import MetricsFile, row_of, sample, write_samples
 
 run_dir = RunDir(sys.argv[1])
 log = sinks.Sinks(recipes.read(run_dir.recipe), run_dir)
@@ -278,6 +278,7 @@ def run_alone(run_dir: RunDir, **environment: str) -> subprocess.CompletedProces
                           capture_output=True, text=True, check=False)  # fmt: skip
 
 
+@pytest.mark.claim("W&B is offline unless it is told to be online")
 def test_a_key_in_the_environment_neither_calls_anyone_nor_is_written(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
@@ -333,7 +334,6 @@ def test_every_sink_is_closed_when_one_fails(tmp_path: Path) -> None:
     assert TensorBoardRun(run_dir).scalars("reward") == [(1, 0.125)]
 
 
-@pytest.mark.heavy
 def test_wandb_inside_a_ray_worker(tmp_path: Path) -> None:
     from rltrain.cluster import cluster
 

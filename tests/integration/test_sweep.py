@@ -27,7 +27,7 @@ from harness.paths import PROJECT
 from harness.rundir import RunDir
 from tests.integration.conftest import heed_interrupts
 
-pytestmark = [pytest.mark.heavy, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 RANK, LR = "trainer.policy.model.lora.rank", "trainer.policy.optimizer_config.lr"
 # Takes the recipe's own axes away.
@@ -135,6 +135,7 @@ def test_complete_pruned_and_failed_trials(sweeps: Sweeps) -> None:
     assert sweeps.left_over() == []
 
 
+@pytest.mark.slow
 def test_a_sweep_of_failures_exits_1(sweeps: Sweeps) -> None:
     only = "sweep.space={trainer.target_modules:{choices:[[no_such_module]]}}"
     said = finished(sweeps.new("none", *NOTHING, only, "sweep.num_trials=1"), status=1)
@@ -187,6 +188,7 @@ def test_kill_and_interrupt_and_resume(sweeps: Sweeps) -> None:
     assert rows_of(alone) == rows_of(sweep.trial(best))
 
 
+@pytest.mark.slow
 def test_the_best_is_run_again_on_fresh_seeds_through_a_kill(sweeps: Sweeps) -> None:
     sweep = RunDir(sweeps.root / "confirmed")
     rates = f"sweep.space.{LR}={{choices:[1e-5,1e-3],low:null,high:null,log:null}}"
@@ -216,6 +218,7 @@ def test_the_best_is_run_again_on_fresh_seeds_through_a_kill(sweeps: Sweeps) -> 
     assert sweeps.left_over() == []
 
 
+@pytest.mark.slow
 def test_trials_share_a_vllm_engine(sweeps: Sweeps) -> None:
     finished(sweeps.new("vllm", "generator.backend=vllm", "trainer.max_steps=1", "sweep.num_trials=2",
                         f"sweep.first_trials=[{{{RANK}:1}},{{{RANK}:8}}]"))  # fmt: skip

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from rltrain.data import read_rows
+from harness import prepare as command
+from rltrain.data import load_examples, read_rows
 from rltrain.envs import tiny_gsm
 from rltrain.envs.tiny_gsm_pretrain import MAX_NEW_TOKENS, Pretraining, measure, prepare
 from rltrain.envs.tiny_gsm_tokenizer import END, PAD, build_tokenizer
@@ -99,3 +100,13 @@ def test_a_short_training_writes_a_model_that_loads_and_is_reproducible(tmp_path
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
     assert model.config.architectures == ["Qwen2ForCausalLM"]
     assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(tmp_path / "one"))
+
+
+def test_tiny_gsm_in_three_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    arguments = ["--steps", "3", "--seed", "1", "--threads", "1", "--eval-problems", "16"]
+    assert command.main(["tiny_gsm", "--output-dir", str(tmp_path), *arguments]) == 0
+    assert "held-out accuracy, sampled at temperature 1" in capsys.readouterr().out
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters() < 1_500_000
+    assert len(load_examples([tmp_path / "data" / "test.parquet"])) == 1024

@@ -131,7 +131,6 @@ def test_bfloat16_base_trains_float32_adapters(small_recipe: MakeRecipe, new_run
     assert 1e-6 < rows(run)[-1]["sampling/sampling_logp_difference/mean"] < 5e-2
 
 
-@pytest.mark.heavy
 def test_a_sync_that_does_not_arrive_fails_the_run(
     small_recipe: MakeRecipe, new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:

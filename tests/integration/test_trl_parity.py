@@ -19,8 +19,6 @@ import torch
 from rltrain.advantages import ADVANTAGES, Returns, token_rewards
 from rltrain.losses import KL_ESTIMATORS, POLICY_LOSSES, REDUCTIONS, TIS, PolicyInputs, Totals
 
-pytestmark = pytest.mark.heavy
-
 PROMPTS, GROUP, WIDTH, LIMIT = 2, 3, 5, 8
 ROWS = PROMPTS * GROUP
 LOW, HIGH, DUAL, CAP, BETA = 0.2, 0.28, 1.8, 1.5, 0.1

@@ -21,8 +21,6 @@ from harness.schema import Recipe
 from rltrain.cluster import QUIET, this_machine
 from rltrain.trainer import run
 
-pytestmark = pytest.mark.heavy
-
 MakeRecipe = Callable[..., Recipe]
 MakeRun = Callable[[Recipe, str], RunDir]
 ONE_CPU = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80 * 2**20}

@@ -97,11 +97,14 @@ def tell(directory: Path, capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     "name",
     [
-        "manifest.json", "recipe.yaml", "trials", "report", "report/figures", "trials/0000", "trials/0003",
-        "trials/0003/manifest.json", "trials/0003/metrics.jsonl", "trials/0003/recipe.yaml", "trials/0003/samples",
-        "trials/0003/samples/step_000050.parquet",
+        "manifest.json", "trials", "report", "trials/0003/metrics.jsonl", "trials/0003/samples",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in (
+            "recipe.yaml", "report/figures", "trials/0000", "trials/0003", "trials/0003/manifest.json",
+            "trials/0003/recipe.yaml", "trials/0003/samples/step_000050.parquet",
+        )),
     ],
 )  # fmt: skip
+@pytest.mark.claim("Looking at a stranger's run directory is safe")
 def test_a_link_that_leads_outside_is_not_followed(
     sweep: Path, outside: Path, name: str, opened: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,6 +151,7 @@ def edit(file: Path, **values: Any) -> None:
     file.write_text(dump(content))
 
 
+@pytest.mark.claim("Looking at a stranger's run directory is safe")
 def test_names_in_the_files_lead_nowhere(
     sweep: Path, outside: Path, opened: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -164,7 +168,14 @@ def test_names_in_the_files_lead_nowhere(
     assert_nothing_leaked(sweep, outside, opened, said)
 
 
-@pytest.mark.parametrize("name", ["/dev/zero", "/dev/stdin", "pipe.parquet", "pipe.jsonl", "/proc/kcore", "/"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/dev/zero", "pipe.parquet",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("/dev/stdin", "pipe.jsonl", "/proc/kcore", "/")),
+    ],
+)  # fmt: skip
+@pytest.mark.claim("Looking at a stranger's run directory is safe")
 def test_no_device_or_pipe_is_read(sweep: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     if name.startswith("pipe"):
         os.mkfifo(sweep.parent / name)
@@ -174,6 +185,7 @@ def test_no_device_or_pipe_is_read(sweep: Path, name: str, capsys: pytest.Captur
     assert "Of 2 configurations" in tell(sweep, capsys)
 
 
+@pytest.mark.claim("Looking at a stranger's run directory is safe")
 def test_a_recipe_that_came_with_the_directory_is_not_composed(
     sweep: Path, opened: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -187,6 +199,7 @@ def test_a_recipe_that_came_with_the_directory_is_not_composed(
 
 
 @pytest.mark.parametrize("key", ["../../../x.y", "a/b.c", "x", "", "a.b\n", "trainer.\x1b[2J", "a." + "b" * 300])
+@pytest.mark.claim("Looking at a stranger's run directory is safe")
 def test_a_swept_key_names_no_file(sweep: Path, key: str, capsys: pytest.CaptureFixture[str]) -> None:
     for number, folder in enumerate(sorted((sweep / "trials").iterdir())):
         edit(folder / "manifest.json", trial__params={key: number})
@@ -196,6 +209,7 @@ def test_a_swept_key_names_no_file(sweep: Path, key: str, capsys: pytest.Capture
     assert "which is no recipe key" in (sweep / "report" / "index.html").read_text()
 
 
+@pytest.mark.claim("A terminal shows control characters as escapes")
 def test_nothing_moves_the_terminals_cursor(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number, folder in enumerate(sorted((sweep / "trials").iterdir())):
         named = {"trainer.target_modules": f"\x1b]0;owned\x07\x1b[2J{number // 2}\u202e"}
@@ -244,6 +258,7 @@ def poisoned(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return given / "report"
 
 
+@pytest.mark.claim("A report shows text as text")
 def test_nothing_on_the_page_is_more_than_text(poisoned: Path) -> None:
     page = (poisoned / "index.html").read_text()
     body = re.sub(r"data:image/svg\+xml;base64,[A-Za-z0-9+/=]+", "", page)
@@ -264,6 +279,7 @@ def test_nothing_on_the_page_is_more_than_text(poisoned: Path) -> None:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not on PATH: apt-get install chromium")
+@pytest.mark.claim("A report shows text as text")
 def test_a_browser_shows_it_and_runs_none_of_it(poisoned: Path, watching: tuple[Browser, Proxy]) -> None:
     browser, proxy = watching
     before = len(proxy.from_pages)

@@ -67,6 +67,7 @@ def test_the_payloads_work(canary: Path, tmp_path: Path) -> None:
     assert canary.exists()
 
 
+@pytest.mark.claim("A model's own code is not run")
 def test_a_models_own_code_is_not_run_whatever_is_answered(
     model: Path, canary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,6 +82,7 @@ def test_a_models_own_code_is_not_run_whatever_is_answered(
     assert not canary.exists()
 
 
+@pytest.mark.claim("A model's own code is not run")
 def test_a_models_own_tokenizer_code_is_not_run(model: Path, canary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = json.loads((model / "tokenizer_config.json").read_text())
     config |= {"tokenizer_class": "Theirs", "auto_map": {"AutoTokenizer": [None, "theirs.Theirs"]}}
@@ -92,6 +94,7 @@ def test_a_models_own_tokenizer_code_is_not_run(model: Path, canary: Path, monke
     assert not canary.exists()
 
 
+@pytest.mark.claim("Nothing is unpickled")
 def test_pickled_weights_are_not_unpickled(model: Path, canary: Path) -> None:
     (model / "model.safetensors").unlink()
     torch.save({"model.embed_tokens.weight": Payload(canary)}, model / "pytorch_model.bin")
@@ -100,6 +103,7 @@ def test_pickled_weights_are_not_unpickled(model: Path, canary: Path) -> None:
     assert not canary.exists()
 
 
+@pytest.mark.claim("Nothing is unpickled")
 def test_a_pickled_adapter_is_not_unpickled(tiny_model_dir: Path, canary: Path, tmp_path: Path) -> None:
     run = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9))
     recipe = recipes.with_values(recipes.read(run / "recipe.yaml"), {"trainer.policy.model.path": str(tiny_model_dir)})
@@ -127,6 +131,7 @@ def test_a_pickled_adapter_is_not_unpickled(tiny_model_dir: Path, canary: Path, 
         "{% for",
     ],
 )
+@pytest.mark.claim("A chat template is only a template")
 def test_a_chat_template_is_a_template_only(model: Path, canary: Path, template: str) -> None:
     (model / "chat_template.jinja").write_text(template.replace("CANARY", str(canary)))
     recipe = recipe_of(model)
@@ -136,6 +141,7 @@ def test_a_chat_template_is_a_template_only(model: Path, canary: Path, template:
     assert not canary.exists()
 
 
+@pytest.mark.claim("A data file names its environment and no more")
 def test_the_environment_of_a_data_file_is_only_imported_by_name(tmp_path: Path, canary: Path) -> None:
     row = {"prompt": [{"role": "user", "content": "q"}], "reward_spec": {"ground_truth": "1"}}
     for name in (

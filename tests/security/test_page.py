@@ -1,20 +1,55 @@
-"""docs/security.md names tests that exist."""
+"""Each claim of docs/security.md is named by a test that holds it: `@pytest.mark.claim("...")`."""
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Iterator
+
+import pytest
 
 from harness.paths import PROJECT
 
-NAMED = re.compile(r"`(?:([\w/]+\.py))?(?:::(\w+))?`")
+TESTS = sorted((PROJECT / "tests").rglob("test_*.py"))
+# A paragraph that begins in bold; in bold at the head of a list's item is what is trusted.
+CLAIM = re.compile(r"(?m)^\*\*(.+?)\.?\*\*")
 
 
-def test_every_test_that_the_page_names_is_there() -> None:
-    text, file, found = (PROJECT / "docs" / "security.md").read_text(), "", 0
-    for path, name in NAMED.findall(text):
-        file = path or file
-        if path or name:
-            source = (PROJECT / "tests" / file).read_text()
-            assert not name or f"def {name}(" in source, f"{file} has no {name}"
-            found += 1
-    assert found > 20
+def claims(page: str) -> list[str]:
+    return CLAIM.findall(page)
+
+
+def named(source: str) -> Iterator[str]:
+    """The claims that a file's tests name."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            for mark in node.decorator_list:
+                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.claim":
+                    yield from (ast.literal_eval(text) for text in mark.args)
+
+
+def test_every_claim_of_the_page_is_held_by_a_test_that_names_it() -> None:
+    on_page = claims((PROJECT / "docs" / "security.md").read_text())
+    in_tests = {claim for file in TESTS for claim in named(file.read_text())}
+    assert len(on_page) == len(set(on_page)) > 10
+    assert set(on_page) - in_tests == set(), "no test names these"
+    assert in_tests - set(on_page) == set(), "the page does not make these"
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ('@pytest.mark.claim("a")\n@pytest.mark.timeout(3)\ndef test_it(): ...', ["a"]),
+        ('class TestIt:\n    @pytest.mark.claim("a", "b")\n    def test_it(self): ...', ["a", "b"]),
+        ('@pytest.mark.claim("a")\ndef helper(): ...', []),
+        ('# @pytest.mark.claim("a")\ndef test_it(): ...', []),
+        ('"""pytest.mark.claim("a")"""\ndef test_it(): ...', []),
+    ],
+)
+def test_only_a_test_names_a_claim(source: str, found: list[str]) -> None:
+    assert list(named(source)) == found
+
+
+def test_claims_begin_paragraphs() -> None:
+    page = "**All is safe.** Not **this**.\n\n**Nearly**, so.\n\n- **Trusted.** Not this.\n"
+    assert claims(page) == ["All is safe", "Nearly"]

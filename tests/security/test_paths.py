@@ -26,6 +26,7 @@ def base() -> Recipe:
 
 
 @pytest.mark.parametrize("name", ESCAPES, ids=ascii)
+@pytest.mark.claim("Names lead nowhere else")
 def test_a_run_name_that_is_a_path_is_refused(base: Recipe, name: str) -> None:
     with pytest.raises(UserError) as caught:
         recipes.with_values(base, {NAME: name})
@@ -46,6 +47,7 @@ def test_other_names_are_taken(base: Recipe, name: str, tmp_path: Path) -> None:
 
 @settings(deadline=None, derandomize=True, max_examples=60)
 @given(name=st.text(max_size=12) | st.lists(st.sampled_from(["..", ".", "/", "a", "\\", "~", " "])).map("".join))
+@pytest.mark.claim("Names lead nowhere else")
 def test_a_run_lies_in_its_ckpt_path(base: Recipe, name: str) -> None:
     try:
         recipe = recipes.with_values(base, {NAME: name, "trainer.ckpt_path": "/tmp/runs"})
@@ -64,6 +66,7 @@ def test_both_commands_refuse_it_before_they_write(command: str, tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.claim("Names lead nowhere else")
 def test_synced_adapters_lie_in_a_folder_of_the_runs_own(base: Recipe, tmp_path: Path) -> None:
     from rltrain.pack import _sync_root
 
@@ -90,6 +93,7 @@ OUTSIDE = [
 
 
 @pytest.mark.parametrize("text", OUTSIDE)
+@pytest.mark.claim("A recipe holds only values")
 def test_a_recipe_does_not_reach_the_environment(
     base: Recipe, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

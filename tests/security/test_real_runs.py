@@ -21,7 +21,7 @@ from harness.paths import PROJECT
 from harness.rundir import RunDir, Status
 from tests.integration.conftest import small_data as small_data
 
-pytestmark = [pytest.mark.heavy, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 SECRETS = {
     "WANDB_API_KEY": "5ec4e7a0" * 5,
@@ -118,13 +118,14 @@ def run(few: list[str], tmp_path_factory: pytest.TempPathFactory) -> Watched:
     return watch(tmp_path_factory.mktemp("run"), "harness.run", "quickstart", *few, "trainer.run_name=run")
 
 
-@pytest.fixture(params=["sweep", "run"])
+@pytest.fixture(params=[pytest.param("sweep", marks=pytest.mark.slow), "run"])
 def watched(request: pytest.FixtureRequest) -> Watched:
     """Each of the two."""
     found: Watched = request.getfixturevalue(request.param)
     return found
 
 
+@pytest.mark.claim("Everything listens on the loopback device")
 def test_they_listen_on_the_loopback_device_alone(watched: Watched) -> None:
     assert "127.0.0.1" in watched.addresses
     for address in watched.addresses:
@@ -142,6 +143,7 @@ def files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
 
 
+@pytest.mark.claim("Keys and tokens of the environment are written nowhere")
 def test_no_secret_of_the_environment_is_told(watched: Watched) -> None:
     written = files(watched.folder)
     assert {"manifest.json", "recipe.yaml", "metrics.jsonl"} <= {file.name for file in written}
@@ -153,6 +155,7 @@ def test_no_secret_of_the_environment_is_told(watched: Watched) -> None:
         assert not [file for file in written if secret.encode() in content(file)], name
 
 
+@pytest.mark.slow
 def test_a_secret_would_be_found(sweep: Watched) -> None:
     sample = next(file for file in files(sweep.folder) if file.parent.name == "samples")
     question = pq.read_table(sample).to_pylist()[0]["question"].encode()
@@ -161,6 +164,7 @@ def test_a_secret_would_be_found(sweep: Watched) -> None:
     assert any("default_worker.py" in line for line in sweep.commands)
 
 
+@pytest.mark.claim("A run directory holds data and no code")
 def test_a_run_directory_holds_data_and_no_code(watched: Watched) -> None:
     name = next(name for name in ("sweep", "run") if (watched.folder / name).is_dir())
     for file in files(watched.folder / name):
@@ -171,6 +175,7 @@ def test_a_run_directory_holds_data_and_no_code(watched: Watched) -> None:
         assert not file.stat().st_mode & 0o133, file
 
 
+@pytest.mark.claim("Ray is closed to other users of the machine")
 def test_ray_leaves_neither_its_folder_nor_its_token(watched: Watched) -> None:
     from rltrain import cluster
 
@@ -179,6 +184,7 @@ def test_ray_leaves_neither_its_folder_nor_its_token(watched: Watched) -> None:
     assert not [line for line in watched.commands if "auth" in line.lower() and "token" in line.lower()]
 
 
+@pytest.mark.slow
 def test_the_sweep_and_the_run_are_whole(sweep: Watched, run: Watched) -> None:
     assert RunDir(sweep.folder / "sweep").status is Status.COMPLETE
     assert (sweep.folder / "sweep" / "report" / "index.html").is_file()
@@ -186,6 +192,7 @@ def test_the_sweep_and_the_run_are_whole(sweep: Watched, run: Watched) -> None:
     assert len([line for line in sweep.commands if "default_worker.py" in line or "ray::" in line]) >= 4
 
 
+@pytest.mark.claim("Ray is closed to other users of the machine")
 def test_rays_folder_is_for_its_owner_alone(tmp_path: Path) -> None:
     from harness.errors import UserError
     from rltrain import cluster
@@ -216,6 +223,8 @@ print(ray.get(ray.remote(num_cpus=0)(lambda: "ran").remote(), timeout=60))
 """
 
 
+@pytest.mark.slow
+@pytest.mark.claim("Ray is closed to other users of the machine")
 def test_ray_lets_in_who_has_its_token_alone(tmp_path: Path) -> None:
     from rltrain import cluster
 

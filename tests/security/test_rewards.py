@@ -89,6 +89,7 @@ def scores(env: Env, answers: list[str], truths: tuple[str, ...]) -> list[float]
 
 
 @pytest.mark.parametrize("name", ENVS)
+@pytest.mark.claim("Rewards score text and run none of it")
 def test_code_in_a_completion_or_a_truth_is_not_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     canary = tmp_path / "canary"
@@ -106,6 +107,7 @@ def test_the_canary_would_be_seen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ENVS)
+@pytest.mark.claim("No completion takes forever to score")
 def test_no_completion_takes_without_end(name: str) -> None:
     env = get_env(name)
     assert set(scores(env, ENDLESS, ("2",))) == {0.0}
@@ -117,6 +119,7 @@ def test_no_completion_takes_without_end(name: str) -> None:
     assert max(env.reward(text, "2") for text in told("3")) == 0.0
 
 
+@pytest.mark.claim("No completion takes forever to score")
 def test_a_comparison_has_neither_the_trainers_memory_nor_its_time() -> None:
     verifier = math.Verifier(0.5)
     assert verifier.equal("2", "\\frac{4}{2}")

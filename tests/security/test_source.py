@@ -53,6 +53,7 @@ def _refuses_code(call: ast.Call) -> bool:
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(PROJECT)))
+@pytest.mark.claim("Nothing is unpickled")
 def test_no_source_runs_or_unpickles_what_it_is_given(file: Path) -> None:
     assert list(faults(ast.parse(file.read_text()))) == []
 
@@ -71,6 +72,7 @@ def test_the_search_finds_them(snippet: str) -> None:
     assert list(faults(ast.parse(snippet)))
 
 
+@pytest.mark.claim("A model's own code is not run")
 def test_code_is_refused_where_models_are_loaded() -> None:
     from rltrain.model import NO_CODE
 

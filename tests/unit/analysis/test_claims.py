@@ -17,7 +17,6 @@ from tests.benchmarks import bench_claims
 from tests.unit.analysis.simulation import BASE, CASES, GAIN, Case, batched, by_rank, by_scale, placed
 from tests.unit.analysis.synthetic import Sweep, Trial, params, write_sweep
 
-SWEEPS = 1000
 IDS = [f"{case.claim}: {case.name}" for case in CASES]
 
 
@@ -36,14 +35,19 @@ def only(found: Evidence, where: np.ndarray) -> Evidence:
     return replace(found, **columns)
 
 
+# Of few sweeps a share may miss its bound by chance: three standard deviations are allowed then.
+@pytest.mark.parametrize("sweeps", [100, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES, ids=IDS)
-def test_a_claim_that_is_false_holds_in_at_most_5_of_100_sweeps_and_a_true_one_in_80(case: Case) -> None:
-    shares = case.shares(SWEEPS)
+def test_a_claim_that_is_false_holds_in_at_most_5_of_100_sweeps_and_a_true_one_in_80(case: Case, sweeps: int) -> None:
+    shares = case.shares(sweeps)
+    exact = sweeps >= 1000
+    rarely = 0.05 if exact else 0.05 + 3 * (0.05 * 0.95 / sweeps) ** 0.5
+    mostly = 0.8 if exact else 0.8 - 3 * (0.8 * 0.2 / sweeps) ** 0.5
     if case.true:
-        assert shares[HOLDS] >= 0.8
-        assert shares[FAILS] <= 0.05
+        assert shares[HOLDS] >= mostly
+        assert shares[FAILS] <= rarely
     else:
-        assert shares[HOLDS] <= 0.05
+        assert shares[HOLDS] <= rarely
 
 
 def test_every_claim_has_a_false_and_a_reported_case() -> None:

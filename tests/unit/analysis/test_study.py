@@ -1,27 +1,99 @@
-"""The committed study: its tables make its pages, figures and numbers again."""
+"""The committed study: its tables make its text, figures and numbers again, and its page.
+
+The bytes of a PNG depend on the versions of matplotlib, of FreeType within it, of Pillow and of
+zlib within that: the comparisons hold for the pinned lock (requirements/cpu.txt), on each of its
+Pythons. A figure that differs under other versions is not wrong.
+"""
 
 from __future__ import annotations
 
+import html
+import re
+from functools import partial
 from pathlib import Path
 
+import pytest
+
+from analysis import content, markup
+from analysis.experiment import Experiment
+from analysis.figures import all_figures
+from analysis.figures.theme import Look, render_both
 from analysis.load import Tables
-from analysis.report import read, write
+from analysis.report import DOWNLOADS, FOLDER, REDRAW, lean, read, write
 from harness.paths import PROJECT, RECIPES
 
 STUDY = PROJECT / "docs" / "study"
 WRITTEN_BY_HAND = {"README.md"}
+NOT_TRACKED = {"index.html"}
 
 
-def test_its_tables_redraw_the_study_to_the_byte(tmp_path: Path) -> None:
-    write(read([STUDY / "tables"]), tmp_path, processes=2)
-    drawn = {str(file.relative_to(tmp_path)): file for file in tmp_path.rglob("*") if file.is_file()}
-    kept = {str(file.relative_to(STUDY)): file for file in STUDY.rglob("*") if file.is_file()}
+def files(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file below a folder that is tracked, by its name there."""
+    found = {str(file.relative_to(folder)): file for file in folder.rglob("*") if file.is_file()}
+    return {name: file.read_bytes() for name, file in found.items() if name not in NOT_TRACKED}
+
+
+@pytest.fixture(scope="module")
+def experiments() -> list[Experiment]:
+    """The study's sweeps, read from its tables."""
+    return read([STUDY / FOLDER])
+
+
+@pytest.fixture(scope="module")
+def redrawn(experiments: list[Experiment], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the whole study, made again from its tables."""
+    return write(experiments, tmp_path_factory.mktemp("study"), processes=2).path.parent
+
+
+def test_its_tables_make_its_text_again(experiments: list[Experiment]) -> None:
+    found = content.comparison(experiments)
+    text = markup.markdown("compare.md.j2", {**found, "redraw": REDRAW})
+    assert text == (STUDY / "report.md").read_text()
+
+
+def test_its_tables_are_those_of_a_report(experiments: list[Experiment], tmp_path: Path) -> None:
+    tables = lean(experiments)
+    tables.write(tmp_path)
+    made, kept = files(tmp_path), files(STUDY / FOLDER)
+    assert made.keys() == kept.keys()
+    assert [name for name in made if made[name] != kept[name]] == []
+    assert tables.runs.to_csv(index=False) == (STUDY / "trials.csv").read_text()
+
+
+def test_a_sweeps_figures_are_drawn_again_to_the_byte(experiments: list[Experiment]) -> None:
+    drawn = {
+        f"sweep-2-{plot.name}.png": render_both(partial(figure.draw, plot.data), Look())[1]
+        for figure in all_figures()
+        for plot in figure.data(experiments[1])
+    }
+    kept = {file.name: file.read_bytes() for file in (STUDY / "figures").glob("sweep-2-*")}
+    assert drawn.keys() == kept.keys()
+    assert [name for name in drawn if drawn[name] != kept[name]] == []
+
+
+@pytest.mark.slow
+def test_its_tables_redraw_the_study_to_the_byte(redrawn: Path) -> None:
+    drawn, kept = files(redrawn), files(STUDY)
     assert drawn.keys() == kept.keys() - WRITTEN_BY_HAND
-    assert [name for name in drawn if drawn[name].read_bytes() != kept[name].read_bytes()] == []
+    assert [name for name in drawn if drawn[name] != kept[name]] == []
+
+
+@pytest.mark.slow
+def test_its_tables_make_the_page(redrawn: Path, experiments: list[Experiment]) -> None:
+    page = html.unescape((redrawn / "index.html").read_text())
+    for number, experiment in enumerate(experiments, 1):
+        assert f'<a href="#sweep-{number}">{experiment.name}</a>' in page
+        plots = [plot for figure in all_figures() for plot in figure.data(experiment)]
+        assert page.count(f'<figure aria-labelledby="sweep-{number}-figure-') == len(plots) > 8
+        assert [plot.name for plot in plots if f'alt="{plot.alt}"' not in page] == []
+    assert page.count("python -m harness.run ") >= 426, "a command for every trial"
+    loads = re.findall(r'\s(?:src|srcset|href|action|data)="([^"]*)"', page)
+    beside = {path for path, _ in DOWNLOADS}
+    assert [to for to in loads if not to.startswith(("data:", "#")) and to not in beside] == []
 
 
 def test_it_has_every_recipe_with_full_fine_tuning_and_three_seeds() -> None:
-    tables = Tables.read(STUDY / "tables")
+    tables = Tables.read(STUDY / FOLDER)
     recipes = {file.stem for file in (RECIPES / "lora_without_regret").glob("*.yaml")}
     assert set(tables.sources["name"]) == recipes
     whole = tables.runs[tables.runs["score"].notna()]

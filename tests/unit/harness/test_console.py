@@ -8,7 +8,7 @@ import pytest
 
 from harness import sinks
 from harness.rundir import RunDir
-from tests.unit.harness.logged import sample, write_samples
+from tests.integration.logged import sample, write_samples
 
 ESCAPE = "\x1b"
 
@@ -44,6 +44,7 @@ def test_console_shows_a_completion_and_one_rewarded_otherwise(
     ]
 
 
+@pytest.mark.claim("A terminal shows control characters as escapes")
 def test_console_shows_control_characters_as_escapes_and_long_lines_in_parts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -65,6 +65,7 @@ def test_a_clean_checkout_has_a_commit_and_no_diff(checkout: Path) -> None:
     assert machine.git_state() == {"commit": git(checkout, "rev-parse", "HEAD"), "dirty": False, "diff": None}
 
 
+@pytest.mark.claim("The command line and the changes to the code are recorded")
 def test_the_diff_makes_of_the_commit_the_code_that_ran(checkout: Path) -> None:
     changed, binary = b"lr = 2\n# \xc3\xa9\n", bytes(range(256))
     (checkout / "step.py").write_bytes(changed)
@@ -123,6 +124,7 @@ def test_requirements_are_followed_with_their_extras_only() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.claim("Keys and tokens of the environment are written nowhere")
 def test_secrets_of_the_environment_stay_out(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "hunter2")

@@ -218,3 +218,24 @@ def test_only_what_cannot_have_a_gradient_is_said_not_to_move(model: Any, loss: 
     moves = leaf.grad.ne(0).any(dim=1)
     assert moves.tolist() == ([True] * 3 if kl else [False, False, True])
     assert policy.moves(batch).tolist() == moves.tolist()
+
+
+def test_a_step_leaves_no_gradient_for_the_next(make: MakeLearner) -> None:
+    learner, weight = make()
+    _step(learner, weight, 0.3)
+    assert weight.grad is None or not weight.grad.any()
+
+
+@pytest.mark.parametrize("kl", [False, True])
+def test_completions_left_out_of_the_loss_mask_change_nothing(kl: bool) -> None:
+    settings = [f"trainer.algorithm.use_kl_loss={kl}", "trainer.algorithm.tis=token"]
+    objective = Objective(recipes.load("quickstart", settings))
+
+    def seen(ratios: list[list[float]], advantages: list[list[float]]) -> dict[str, float]:
+        logprobs, batch = _batch(ratios, advantages)
+        batch.loss_mask[1:] = 0
+        batch.ref_logprobs = logprobs - 0.3
+        return objective(logprobs, batch, objective.totals(batch))[1]
+
+    alone = seen([[1.1, 0.5]], [[1.0, 1.0]])
+    assert seen([[1.1, 0.5], [5.0, 3.0]], [[1.0, 1.0], [-1.0, -1.0]]) == pytest.approx(alone)

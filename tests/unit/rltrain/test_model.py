@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from harness import recipe as recipes
 from rltrain.batch import Batch, collate
 from rltrain.logprobs import token_logprobs, token_logprobs_and_entropy
-from rltrain.model import AdapterOff, adapter_statistics
+from rltrain.model import AdapterOff, adapter_statistics, add_adapter, lora_config
+from rltrain.pack import _adapter_seed
 
 
 @pytest.fixture
@@ -84,3 +89,32 @@ def test_effective_rank_counts_equal_directions(adapted: PeftModel) -> None:
 def test_a_fresh_adapter_has_no_effective_rank(base: Qwen2ForCausalLM) -> None:
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]), "member0")
     assert adapter_statistics(model, "member0")["lora/effective_rank"] == 0
+
+
+def test_an_adapters_first_numbers_follow_the_runs_seed(base: Qwen2ForCausalLM) -> None:
+    model: Qwen2ForCausalLM | PeftModel = base
+    # A member's name has no part in it, and neither have the process's own random numbers.
+    members = {"member0": 0, "member1": 0, "member2": 1}
+    for place, (name, seed) in enumerate(members.items()):
+        torch.manual_seed(place)
+        recipe = recipes.load("quickstart", [f"seed={seed}"])
+        config = lora_config(recipe, recipe.trainer.policy.model.lora)
+        model = add_adapter(model, name, config, _adapter_seed(recipe, name))
+    layer = next(module for module in model.modules() if isinstance(module, LoraLayer))
+    first, same, other = (layer.lora_A[name].weight for name in members)
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(
+    ("targets", "modules"),
+    [("attention", "q_proj k_proj v_proj o_proj"), ("mlp", "gate_proj up_proj down_proj")],
+)
+def test_an_adapter_is_as_the_recipe_says(base: Any, targets: str, modules: str) -> None:
+    keys = ["trainer.policy.model.lora.rank=4", "trainer.policy.model.lora.alpha=8"]
+    recipe = recipes.load("quickstart", [*keys, f"trainer.target_modules={targets}"])
+    config = lora_config(recipe, recipe.trainer.policy.model.lora)
+    model = add_adapter(base, "member0", config, seed=0)
+    layers = {name: one for name, one in model.named_modules() if isinstance(one, LoraLayer)}
+    assert {name.rpartition(".")[2] for name in layers} == set(modules.split())
+    assert {one.scaling["member0"] for one in layers.values()} == {2.0}

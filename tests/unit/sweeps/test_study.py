@@ -253,3 +253,17 @@ def test_samplers_see_a_configurations_mean_over_seeds(tmp_path: Path) -> None:
     assert first.state is TrialState.COMPLETE
     assert first.value == pytest.approx(0.6)
     assert second.state is TrialState.RUNNING
+
+
+def test_a_configuration_with_a_pruned_seed_is_pruned_whatever_its_others_reached(
+    tmp_path: Path,
+) -> None:
+    study = study_of(tmp_path, num_trials=3, seeds=[0, 1])
+    first, second = study.ask(), study.ask()
+    assert first is not None
+    assert second is not None
+    study.complete(first.number, 0.9, 4)
+    assert study.report(second.number, 1, 0.2) is None
+    study._finish(second.number, TrialState.PRUNED, reason="stopped early")
+    (seen,) = study._history()
+    assert (seen.state, seen.value, seen.intermediate) == (TrialState.PRUNED, 0.2, {1: 0.2})

@@ -55,6 +55,16 @@ CASES: list[tuple[list[str], str]] = [
     ([*RUN, "environment.env_class=no.such.module"], "cannot import the environment module"),
     ([*RUN, "sweep.sampler=cmaes"], "tpe, random, grid"),
     ([*RUN, "trainer.run_name=../outside"], "no path"),
+    ([*RUN, "trainer.policy.optimizer_config.lr=-1"], "out of range"),
+    ([*RUN, "data.train_data=[nowhere.parquet]"], "nowhere.parquet"),
+    (["run", "recipes/quikstart.yaml"], "did you mean recipes/quickstart.yaml?"),
+    (["run"], "no recipe was given"),
+    ([*RUN, "--fast"], "unrecognized arguments: --fast"),
+    (["run", "--resume", "recipes"], "not a run directory"),
+    (["run", "--resume", "runs/x", f"{LORA}.rank=3"], "only where and how it computes may change"),
+    ([*RUN, "--dry-run", "--resume", "runs/x"], "leave out one of the two"),
+    (["run", "gsm8k_lora", "generator.run_engines_locally=false"], "engines on other servers"),
+    ([*RUN, "trainer.run_name=a/b"], "no path"),
     # Settings that contradict each other.
     ([*RUN, "trainer.policy_mini_batch_size=32"], "must divide"),
     ([*RUN, "trainer.critic_mini_batch_size=5"], "must divide"),
@@ -205,6 +215,7 @@ def told(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Told
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[" ".join(words)[:70] for words, _ in CASES])
+@pytest.mark.claim("A recipe holds only values")
 def test_it_is_one_message_before_anything_heavy(told: Told, number: int) -> None:
     answer, wanted = told.answers[number], CASES[number][1]
     assert "text" in answer, answer

@@ -18,10 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.errors import UserError
+from harness.paths import PROJECT
 from rltrain.data import load_examples, read_rows, write_rows
 from rltrain.envs import math
-
-PROJECT = Path(__file__).parents[3]
 
 
 def box(answer: str) -> str:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from harness.paths import PROJECT
 from rltrain import cluster
 from sweeps import tune
 from sweeps.progress import Progress
@@ -17,7 +16,6 @@ from sweeps.study import Study
 from tests.unit.sweeps.curves import DIES, HANGS, IS_NAN, RAISES, RANK, begin, curve_actor, recipe_of
 
 
-@pytest.mark.heavy
 def test_every_way_a_trial_can_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in cluster.QUIET | cluster.LOOPBACK:
         monkeypatch.delenv(name, raising=False)
@@ -54,20 +52,3 @@ def test_every_way_a_trial_can_end(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     # Threads as in the recipe, the working directory as it was.
     assert all(f"threads 1 cwd {Path.cwd()}" in log for log in logs)
     assert not cluster._scratch(sweep_dir.path).exists()
-
-
-def test_workers_find_the_project_and_the_users_modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", "/somewhere/else")
-    environment = cluster.worker_environment(3)
-    assert environment["PYTHONPATH"].split(":") == [str(PROJECT), str(tmp_path), "/somewhere/else"]
-    assert environment["OMP_NUM_THREADS"] == "3"
-
-
-def test_rays_directory_is_short_and_the_sweeps_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import tempfile
-
-    one, other = cluster._scratch(tmp_path / "one"), cluster._scratch(tmp_path / "other")
-    assert one != other
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("deep" * 20)))
-    assert len(str(cluster._scratch(tmp_path / "one"))) < 40

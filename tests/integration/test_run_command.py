@@ -1,0 +1,46 @@
+"""`python -m harness.run` from the command line, with runs that train."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from harness import manifest
+from harness import recipe as recipes
+from harness.paths import PROJECT
+from harness.rundir import RunDir, Status
+
+TINY = ["generator.backend=transformers", "trainer.max_steps=1", "trainer.train_batch_size=2",
+        "trainer.policy_mini_batch_size=2", "generator.n_samples_per_prompt=2", "trainer.eval_before_train=false",
+        "generator.eval_sampling_params.max_generate_length=2"]  # fmt: skip
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "harness.run", *arguments]
+    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60)
+
+
+def test_a_finished_run_is_not_overwritten(tiny_model_dir: Path, tmp_path: Path) -> None:
+    arguments = ["recipes/quickstart.yaml", f"trainer.ckpt_path={tmp_path}", "trainer.run_name=run"]
+    first = _run(*arguments, *TINY)
+    assert first.returncode == 0, first.stderr
+    kept = (tmp_path / "run" / "metrics.jsonl").read_text()
+    again = _run(*arguments, *TINY)
+    assert again.returncode == 2
+    assert "COMPLETE already" in again.stderr
+    other = _run("--resume", str(tmp_path / "run"))
+    assert other.returncode == 2
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == kept
+
+
+def test_a_run_goes_on_in_other_places(tiny_model_dir: Path, tmp_path: Path) -> None:
+    recipe = recipes.load("quickstart", [*TINY, "trainer.num_threads=1"])
+    recipe.sweep = None
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.create(recipes.to_yaml(recipe), manifest.build(recipe, kind="run", name="run", source="quickstart"))
+    done = _run("--resume", str(run_dir.path), "trainer.micro_train_batch_size_per_gpu=1", "trainer.logger=tensorboard")
+    assert done.returncode == 0, done.stderr
+    assert run_dir.status is Status.COMPLETE
+    assert list((run_dir.path / "tensorboard").iterdir())
+    assert "step 1/1" not in done.stdout  # the console was not among the loggers

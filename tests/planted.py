@@ -1,0 +1,332 @@
+"""Plant faults in the code, one at a time, and list which of them the tests notice.
+
+    python -m tests.planted [--tier fast|standard] [--only NAME ...] [--output FILE]
+
+Each fault of `planted_faults.yaml` is planted in a copy of the working tree, where the fast tests
+run, then, where these pass, those of `make test`; the first failure ends it. A failure counts only
+where the same file of tests passes without the fault. Results are kept in `runs/planted.json` and
+not made again while source and tests stay as they are, so that a stopped run goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import yaml
+
+from harness.cli import Parser, run_command
+from harness.errors import UserError, nearest
+from harness.metrics import duration
+from harness.paths import PROJECT
+from harness.rundir import write_json, write_text
+
+DATA = Path(__file__).with_name("planted_faults.yaml")
+PACKAGES = ("harness", "rltrain", "sweeps", "analysis")
+RESULTS = PROJECT / "runs" / "planted.json"
+# What decides on a result, besides the fault.
+INPUTS = (*PACKAGES, "recipes", "tests", "pyproject.toml", ":!tests/planted*")
+FAST = "tests/unit"
+# The tests that each tier adds to the one before it.
+TIERS = {"fast": [FAST], "standard": ["tests", f"--ignore={FAST}"]}
+COMMANDS = {"fast": "make test-fast", "standard": "make test"}
+# The share of the faults that the tests up to a tier must notice.
+WANTED = {"fast": 2 / 3, "standard": 1.0}
+# Seconds for one call of pytest, whose own limit per test is much lower.
+LIMIT = 3600
+# Every process that a planted fault's tests start has this variable, by which it is found.
+MARK = "NOREGRET_PLANTED"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Source text that stands exactly once, and what it becomes.
+
+    `tests`: the test files to run first, wherever they are: `losses` is `test_losses.py`.
+    """
+
+    name: str
+    find: str
+    replace: str
+    tests: tuple[str, ...] = ()
+
+    def file(self, sources: Mapping[str, str]) -> str:
+        """Return the path whose text holds the fault's; raise UserError unless it stands once."""
+        places = [path for path, text in sources.items() for _ in range(text.count(self.find))]
+        if len(places) != 1:
+            times = f"{len(places)} times, in {', '.join(places)}" if places else "not at all"
+            raise UserError(
+                f"the text of the fault {self.name!r} must stand once in {', '.join(PACKAGES)}",
+                got=f"{times}: {self.find}",
+                fix=f"change its find and replace in tests/{DATA.name} to the code as it is now",
+            )
+        return places[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of a fault: the tier and the file of tests that noticed it, None where none did.
+
+    `hung`: a call of pytest did not end within `LIMIT`.
+    """
+
+    file: str
+    tier: str | None
+    area: str | None
+    seconds: float
+    hung: bool = False
+
+    @property
+    def outcome(self) -> str:
+        """Return the result in words, without the file of tests."""
+        return COMMANDS[self.tier] if self.tier else "hung" if self.hung else "NOT NOTICED"
+
+
+def load_faults() -> list[Fault]:
+    """Return the faults of `planted_faults.yaml`."""
+    entries = yaml.safe_load(DATA.read_text())
+    return [Fault(**{**entry, "tests": tuple(entry["tests"])}) for entry in entries]
+
+
+def read_sources(root: Path = PROJECT) -> dict[str, str]:
+    """Return the text of each source file by its path relative to `root`."""
+    files = sorted(file for package in PACKAGES for file in (root / package).rglob("*.py"))
+    return {str(file.relative_to(root)): file.read_text() for file in files}
+
+
+@contextlib.contextmanager
+def copied(root: Path) -> Iterator[Path]:
+    """Copy a working tree, without what git ignores, to a repository of its own."""
+    with tempfile.TemporaryDirectory(prefix="planted-", ignore_cleanup_errors=True) as folder:
+        tree = Path(folder) / "tree"
+        for name in _git(root, "ls-files", "-coz", "--exclude-standard").split("\0"):
+            if name and (root / name).is_file():
+                (tree / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(root / name, tree / name)
+        _git(tree, "init", "--quiet")
+        _git(tree, "add", "--all")
+        author = ["-c", "user.name=planted", "-c", "user.email="]
+        _git(tree, *author, "commit", "--quiet", "--message", "Copy")
+        yield tree
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def failing_area(tree: Path, tests: Sequence[str]) -> str | None:
+    """Run tests in a copy up to the first failure; return the file that failed, None for none.
+
+    Raises TimeoutError after `LIMIT` seconds and RuntimeError where pytest itself goes wrong.
+    """
+    # The faults' own test would notice each of them.
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--ignore-glob=*/test_planted_faults.py"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pytest", *options, "-m", "not slow", *tests],
+        cwd=tree,
+        env=_environment(tree),
+        text=True,
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        said, _ = process.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        raise TimeoutError from None
+    finally:
+        _end_processes(tree)
+        process.wait()
+    failed = re.search(r"^(?:FAILED|ERROR) (tests/\S+?\.py)", said, re.MULTILINE)
+    if failed:
+        return failed[1]
+    # 5: every test named is of another tier.
+    if process.returncode not in (0, 5):
+        end = said[-4000:]
+        raise RuntimeError(f"pytest ended with {process.returncode} and names no test:\n{end}")
+    return None
+
+
+def _environment(tree: Path) -> dict[str, str]:
+    """Return an environment in which the copy's packages come before installed ones."""
+    gsm8k = PROJECT.parent / "shared" / "data" / "gsm8k"
+    defaults = {"NOREGRET_GSM8K": str(gsm8k), "OMP_NUM_THREADS": "1"}
+    return {**defaults, **os.environ, "PYTHONPATH": str(tree), MARK: str(tree)}
+
+
+def _end_processes(tree: Path) -> None:
+    """Kill what a run of tests has left, daemons in sessions of their own included."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARK) == str(tree):
+                # Ray's workers write over their environment; their parents do not.
+                for one in (*process.children(recursive=True), process):
+                    one.kill()
+
+
+def check_imports(tree: Path) -> None:
+    """Raise RuntimeError unless a process that the tests start imports the copy's packages."""
+    names = ", ".join(PACKAGES)
+    command = [sys.executable, "-c", f"import {names}; print(*(m.__file__ for m in ({names})))"]
+    said = subprocess.check_output(command, cwd=tree.parent, env=_environment(tree), text=True)
+    outside = [file for file in said.split() if not Path(file).is_relative_to(tree)]
+    if outside:
+        raise RuntimeError(f"installed packages come before the copy's: {', '.join(outside)}")
+
+
+class Planting:
+    """Plants faults, and remembers the results as long as source and tests are the same."""
+
+    def __init__(self, clean: Path, workers: int) -> None:
+        """Plant in copies of `clean`; `workers` test files run at a time in a whole tier."""
+        self._clean = clean
+        self._workers = ["-n", str(workers), "--dist", "loadfile"]
+        self._sound: set[str | None] = set()
+        total = hashlib.sha256()
+        for name in _git(clean, "ls-files", "-z", *INPUTS).rstrip("\0").split("\0"):
+            total.update(name.encode() + (clean / name).read_bytes())
+        self._inputs = total.hexdigest()
+        self._kept: dict[str, dict[str, Any]] = {}
+        with contextlib.suppress(OSError, ValueError):
+            self._kept = json.loads(RESULTS.read_text())
+
+    def result(self, fault: Fault, tiers: Sequence[str]) -> Result:
+        """Return what becomes of a fault under these tiers, from an earlier run if it is known."""
+        key = [self._inputs, fault.find, fault.replace]
+        kept = self._kept.get(fault.name, {})
+        # What the fast tier does not notice is open until the others have been asked.
+        if kept.get("key") == key and (kept["result"]["tier"] or kept["tiers"] == list(tiers)):
+            return Result(**kept["result"])
+        result = self._plant(fault, tiers)
+        self._kept[fault.name] = {"key": key, "tiers": list(tiers), "result": asdict(result)}
+        write_json(RESULTS, self._kept)
+        return result
+
+    def _plant(self, fault: Fault, tiers: Sequence[str]) -> Result:
+        start, tier, area, hung = time.monotonic(), None, None, False
+        with copied(self._clean) as tree:
+            sources = read_sources(tree)
+            file = fault.file(sources)
+            (tree / file).write_text(sources[file].replace(fault.find, fault.replace))
+            try:
+                tier, area = self._first_failure(tree, fault, tiers)
+            except TimeoutError:
+                hung = True
+        seconds = round(time.monotonic() - start, 1)
+        if area and area not in self._sound and failing_area(self._clean, [area]):
+            what = "tests fail without a fault: that they notice one cannot be told"
+            raise UserError(what, got=area, fix="mend them, then go on with the same command")
+        self._sound.add(area)
+        return Result(file, tier, area, seconds, hung)
+
+    def _first_failure(
+        self,
+        tree: Path,
+        fault: Fault,
+        tiers: Sequence[str],
+    ) -> tuple[str | None, str | None]:
+        """Return the tier and the file of tests that notice a planted fault first."""
+        for tier, tests in self.calls(fault, tiers):
+            area = failing_area(tree, tests)
+            if area is not None:
+                return tier, area
+        return None, None
+
+    def calls(self, fault: Fault, tiers: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+        """Yield the calls of pytest for a fault: of each tier the tests hinted at, then all."""
+        tests = self._clean / "tests"
+        found = [file for word in fault.tests for file in tests.rglob(f"test_{word}.py")]
+        hinted = [str(file.relative_to(self._clean)) for file in found]
+        for tier in tiers:
+            own = [file for file in hinted if file.startswith(f"{FAST}/") == (tier == "fast")]
+            if own:
+                yield tier, own
+            yield tier, [*TIERS[tier], *self._workers]
+
+
+def table(results: Mapping[str, Result]) -> str:
+    """Return the results as a Markdown page."""
+    by_fast = sum(result.tier == "fast" for result in results.values())
+    by_any = sum(result.tier is not None for result in results.values())
+    rows = [
+        f"| {name} | `{one.file}` | {one.outcome} | {one.area or ''} | {one.seconds:.0f} |\n"
+        for name, one in results.items()
+    ]
+    return f"""# Planted faults
+
+Each fault below was planted in the code, alone, and tests ran up to the first failure: those of
+`make test-fast`, then, where these passed, those of `make test`. Tests that are likely to notice a
+fault ran first; seconds are those until one failed. Of {len(results)} faults `make test-fast`
+notices {by_fast} and `make test` {by_any}.
+
+The faults are in `tests/planted_faults.yaml`; `python -m tests.planted --output docs/planted.md`
+plants them and writes this page.
+
+| fault | in | noticed by | first failure in | seconds |
+|---|---|---|---|---|
+{"".join(rows)}"""
+
+
+def main(argv: list[str]) -> int:
+    """Plant, run, tell; return 1 where the tests notice fewer faults than they must."""
+    parser = Parser(prog="python -m tests.planted", description="List which faults tests notice.")
+    add = parser.add_argument
+    add("--tier", choices=list(TIERS), default="standard", help="the last tier to run")
+    add("--only", nargs="+", metavar="NAME", help="faults whose names begin so")
+    add("--output", metavar="FILE", type=Path, help="where the table goes; default: print it")
+    add("--workers", type=int, default=2, metavar="N", help="test files at a time; default: 2")
+    options = parser.parse_args(argv)
+    # As Ctrl-C: nothing that was started is left behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    faults = _chosen(load_faults(), options.only)
+    sources = read_sources()
+    for fault in faults:
+        fault.file(sources)
+    tiers = list(TIERS)[: list(TIERS).index(options.tier) + 1]
+    with copied(PROJECT) as clean:
+        check_imports(clean)
+        planting, start = Planting(clean, options.workers), time.monotonic()
+        results: dict[str, Result] = {}
+        for place, fault in enumerate(faults, start=1):
+            one = results[fault.name] = planting.result(fault, tiers)
+            left = duration((time.monotonic() - start) / place * (len(faults) - place))
+            said = f"{fault.name}: {one.outcome} {one.area or ''} ({one.seconds:.0f} s)"
+            print(f"[{place}/{len(faults)}, {left} left] {said}", file=sys.stderr, flush=True)
+    if options.output:
+        write_text(options.output, table(results))
+    else:
+        print(table(results))
+    noticed = sum(result.tier is not None for result in results.values())
+    return 0 if noticed >= WANTED[options.tier] * len(results) else 1
+
+
+def _chosen(faults: list[Fault], names: Sequence[str] | None) -> list[Fault]:
+    """Return the faults whose names begin with one of `names`, all for None."""
+    if names is None:
+        return faults
+    for name in names:
+        if not any(fault.name.startswith(name) for fault in faults):
+            guess = nearest(name, [fault.name for fault in faults])
+            fix = f"did you mean {guess!r}?" if guess else f"tests/{DATA.name} has them all"
+            raise UserError("no such fault", got=name, fix=fix)
+    return [fault for fault in faults if fault.name.startswith(tuple(names))]
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,25 @@
+"""When an engine's log-probabilities prove that it samples from the trainer's policy."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from rltrain.probe import certain, check_gap
+from rltrain.sync.proof import SyncError
+
+
+def test_gaps_of_both_signs_do_not_cancel() -> None:
+    trainer = torch.tensor([-1.0, -2.0])
+    assert certain(trainer + 0.04, trainer, tolerance=0.1)
+    assert not certain(trainer + torch.tensor([0.06, -0.06]), trainer, tolerance=0.1)
+    assert not certain(trainer * math.nan, trainer, tolerance=0.1)
+
+
+@pytest.mark.parametrize("mean", [0.11, math.nan])
+def test_a_mean_gap_above_the_tolerance_is_refused(mean: float) -> None:
+    check_gap(0.1, 5.0, tolerance=0.1)
+    with pytest.raises(SyncError, match="did not sample from the trainer's weights"):
+        check_gap(mean, 5.0, tolerance=0.1)
