@@ -77,7 +77,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
     """Fail a test of the fast tier that loaded a heavy module, itself or in its fixtures."""
     yield
-    loaded = _heavy_modules() - item.stash[_LOADED]
+    before = item.stash[_LOADED]
+    loaded = _heavy_modules() - before
     if loaded and _is_fast(item.path):
         pytest.fail(_explanation(loaded), pytrace=False)
 

@@ -2,8 +2,8 @@
 
     python -m tests.planted [--tier fast|standard] [--only NAME ...] [--output FILE]
 
-Each fault of `planted_faults.yaml` is planted in a copy of the working tree, where the fast tests
-run, then, where these pass, those of `make test`; the first failure ends it. A failure counts only
+Each fault of `planted_faults.yaml` is planted in a copy of the working tree, where the tests
+that are likely to notice it run, then, where these pass, all others; the first failure ends it. A failure counts only
 where the same file of tests passes without the fault. Results are kept in `runs/planted.json` and
 not made again while source and tests stay as they are, so that a stopped run goes on.
 """
@@ -249,7 +249,7 @@ class Planting:
         return None, None
 
     def calls(self, fault: Fault, tiers: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-        """Yield the calls of pytest for a fault: of each tier the tests hinted at, then all."""
+        """Yield the calls of pytest for a fault: the tests hinted at, tier by tier, then all."""
         tests = self._clean / "tests"
         found = [file for word in fault.tests for file in tests.rglob(f"test_{word}.py")]
         hinted = [str(file.relative_to(self._clean)) for file in found]
@@ -257,6 +257,7 @@ class Planting:
             own = [file for file in hinted if file.startswith(f"{FAST}/") == (tier == "fast")]
             if own:
                 yield tier, own
+        for tier in tiers:
             yield tier, [*TIERS[tier], *self._workers]
 
 
@@ -270,10 +271,10 @@ def table(results: Mapping[str, Result]) -> str:
     ]
     return f"""# Planted faults
 
-Each fault below was planted in the code, alone, and tests ran up to the first failure: those of
-`make test-fast`, then, where these passed, those of `make test`. Tests that are likely to notice a
-fault ran first; seconds are those until one failed. Of {len(results)} faults `make test-fast`
-notices {by_fast} and `make test` {by_any}.
+Each fault below was planted in the code, alone, and tests ran up to the first failure: those that
+are likely to notice it, of `make test-fast`, then of `make test`, and where these passed all tests
+of the first, then of the second. Seconds are those until one failed. Of {len(results)} faults
+`make test-fast` notices at least {by_fast}, and `make test` {by_any}.
 
 The faults are in `tests/planted_faults.yaml`; `python -m tests.planted --output docs/planted.md`
 plants them and writes this page.

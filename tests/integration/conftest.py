@@ -14,6 +14,8 @@ from harness import manifest
 from harness import recipe as recipes
 from harness.rundir import RunDir
 from harness.schema import Recipe
+from tests.unit.analysis.conftest import experiment as experiment
+from tests.unit.analysis.conftest import sweep_dir as sweep_dir
 
 if TYPE_CHECKING:
     from rltrain.member import Member

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import io
 import pkgutil
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from matplotlib.image import imread
+from matplotlib.figure import Figure as Canvas
+from PIL import Image, ImageColor
 
 from analysis import figures
 from analysis.experiment import Experiment
 from analysis.figures import Figure, Plot, all_figures, learning_curves
-from analysis.figures.theme import Look, category_styles, darkened, rank_styles, render, render_both
+from analysis.figures.theme import (
+    OKABE_ITO,
+    Look,
+    category_styles,
+    darkened,
+    rank_styles,
+    render,
+    render_both,
+)
 from harness.rundir import Status
 from tests.unit.analysis import worlds
 from tests.unit.analysis.simulation import Arm, World, batched, placed
@@ -136,13 +146,33 @@ def anonymous(svg: bytes) -> str:
     return re.sub(r"[hm][0-9a-f]{10}", lambda found: names.setdefault(found[0], f"mark{len(names)}"), svg.decode())
 
 
-def test_a_png_is_an_image_of_the_look(experiment: Experiment, tmp_path: Path) -> None:
+def test_a_png_is_an_image_of_the_look(experiment: Experiment) -> None:
     plot = learning_curves.data(experiment)[0]
-    file = tmp_path / "curves.png"
-    file.write_bytes(render_both(partial(learning_curves.draw, plot.data), Look(dark=True))[1])
-    pixels = imread(file)
-    assert pixels.shape[1:] == (1440, 4)
-    assert (pixels[2, 2, :3] * 255).round().tolist() == [0x1C, 0x21, 0x26]
+    image = png(partial(learning_curves.draw, plot.data), Look(dark=True))
+    assert (image.mode, image.width) == ("P", 1152)
+    assert image.convert("RGB").getpixel((2, 2)) == (0x1C, 0x21, 0x26), "the paper's own colour"
+
+
+def test_a_palette_keeps_categories_and_shades() -> None:
+    """Colours of categories, and a colour bar's, are in the PNG nearly as they were drawn."""
+    look = Look()
+    categories = [ImageColor.getrgb(colour) for colour in OKABE_ITO[False]]
+    shades = np.round(255 * look.sequence(np.arange(256))[:, :3]).astype(int).tolist()
+
+    def draw(canvas: Canvas, look: Look) -> None:
+        for axes, colours in zip(canvas.subplots(2), (categories, shades), strict=True):
+            axes.imshow(np.array([colours], dtype=np.uint8), aspect="auto")
+
+    shown = np.asarray(png(draw, look).convert("RGB")).astype(int)
+    found = np.unique(shown.reshape(-1, 3), axis=0)
+    off = [int(np.abs(found - colour).max(axis=1).min()) for colour in (*categories, *shades)]
+    assert max(off[: len(categories)]) <= 2
+    assert max(off) <= 8
+
+
+def png(draw: Callable[[Canvas, Look], None], look: Look) -> Image.Image:
+    """The PNG that is drawn, opened."""
+    return Image.open(io.BytesIO(render_both(draw, look)[1]))
 
 
 def test_no_two_categories_look_the_same() -> None:

@@ -15,8 +15,6 @@ from analysis.load import Tables
 from analysis.report import write_report
 from harness.errors import UserError
 from harness.rundir import Status
-from tests.unit.analysis.conftest import experiment as experiment
-from tests.unit.analysis.conftest import sweep_dir as sweep_dir
 from tests.unit.analysis.figures.made import made
 from tests.unit.analysis.synthetic import Sweep, Trial, example, params, rewrite_manifest, write_run, write_sweep
 
