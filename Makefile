@@ -18,7 +18,8 @@ $(error DEVICE is cpu or cuda, not $(DEVICE))
 endif
 BIN := $(ENVIRONMENT)/bin
 INSTALLED := $(ENVIRONMENT)/.installed
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(if $(K),-k "$(K)")
+# In the order of the folders: the short files of tests/unit come last, and fill up.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(if $(K),-k "$(K)")
 COMPILE = pip compile --quiet --universal --python-version 3.11 --no-annotate \
 	--custom-compile-command "make lock" pyproject.toml $(LOCK_ARGS)
 

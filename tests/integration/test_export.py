@@ -241,25 +241,24 @@ def test_what_fails_leaves_nothing(trained: Trained, tmp_path: Path, options: li
 
 
 @pytest.mark.timeout(420)
+@pytest.mark.parametrize("served", ["adapter", pytest.param("merged", marks=pytest.mark.slow)])
 def test_vllm_serve_answers_as_the_policy(
-    trained: Trained, exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+    trained: Trained, exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, served: str
 ) -> None:
     merged, adapter = exported("--merged", name="merged"), exported(name="adapter")
     chats = [example.prompt for example in load_examples(trained.recipe.data.val_data)]
     prompt, ids, greedy = _told_apart(merged, trained.base_dir, chats)
     lora = ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"noregret={adapter}"]
-    # Both start at once: a start is mostly three processes' imports, one after another.
-    with (
-        serving(merged, tmp_path_factory.mktemp("m")) as whole,
-        serving(Path(trained.base_dir), tmp_path_factory.mktemp("a"), *lora) as with_adapter,
-    ):
-        for server, name in ((whole, str(merged)), (with_adapter, "noregret")):
-            server.wait_until_up()
-            answer = ask(server, name, prompt, max_tokens=MAX_TOKENS)
-            assert answer["prompt_token_ids"] == ids
-            assert answer["choices"][0]["token_ids"] == greedy
-    assert not whole.alive()
-    assert not with_adapter.alive()
+    folder, name, options = {
+        "adapter": (Path(trained.base_dir), "noregret", lora),
+        "merged": (merged, str(merged), []),
+    }[served]
+    with serving(folder, tmp_path_factory.mktemp("served"), *options) as server:
+        server.wait_until_up()
+        answer = ask(server, name, prompt, max_tokens=MAX_TOKENS)
+        assert answer["prompt_token_ids"] == ids
+        assert answer["choices"][0]["token_ids"] == greedy
+    assert not server.alive()
 
 
 def _told_apart(policy: Path, base: str, prompts: list[Chat]) -> tuple[Chat, list[int], list[int]]:

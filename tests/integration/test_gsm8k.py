@@ -53,6 +53,7 @@ def prepared(gsm8k_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepa
     return Prepared(root / "train.parquet", held_out, root / "model")
 
 
+@pytest.mark.slow
 def test_the_model_is_an_ordinary_qwen2(prepared: Prepared) -> None:
     tokenizer = AutoTokenizer.from_pretrained(prepared.model)
     text = "Ann’s 1,080 clips cost $3.50 each — how much?\n#### 3780"
@@ -95,7 +96,8 @@ def trained(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Cal
     return run
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_the_recipe_trains_on_the_real_texts(prepared: Prepared, trained: Callable[[int], RunDir], ranks: int) -> None:
     run = trained(ranks)
     assert run.read_manifest()["status"] == "COMPLETE"

@@ -33,6 +33,7 @@ def test_a_run_gets_its_report_where_asked(tmp_path: Path, capsys: pytest.Captur
     assert not (path / "results.parquet").exists()
 
 
+@pytest.mark.slow
 def test_the_tables_of_a_report_make_it_again_where_they_lie(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -47,6 +48,7 @@ def test_the_tables_of_a_report_make_it_again_where_they_lie(
     assert capsys.readouterr().out.splitlines()[-1] == f"report: {page}"
 
 
+@pytest.mark.slow
 def test_several_are_compared_on_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9), "first")
     second = write_run(tmp_path, Trial(0, 0, params(1, 1e-3), 0.8), "second")
@@ -59,6 +61,7 @@ def test_several_are_compared_on_one_page(tmp_path: Path, capsys: pytest.Capture
         report.main(["--compare", str(first)])
 
 
+@pytest.mark.slow
 def test_watching_a_run_that_has_ended_writes_it_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9))
     assert report.main([str(path), "--watch"]) == 0

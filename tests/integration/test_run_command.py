@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from harness import manifest
 from harness import recipe as recipes
 from harness.paths import PROJECT
@@ -34,6 +36,7 @@ def test_a_finished_run_is_not_overwritten(tiny_model_dir: Path, tmp_path: Path)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == kept
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_other_places(tiny_model_dir: Path, tmp_path: Path) -> None:
     recipe = recipes.load("quickstart", [*TINY, "trainer.num_threads=1"])
     recipe.sweep = None

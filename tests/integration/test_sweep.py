@@ -143,11 +143,13 @@ def test_a_sweep_of_failures_exits_1(sweeps: Sweeps) -> None:
     assert RunDir(sweeps.root / "none").status.value == "FAILED"
 
 
-def test_kill_and_interrupt_and_resume(sweeps: Sweeps) -> None:
+@pytest.mark.parametrize("interrupted", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_kill_and_interrupt_and_resume(sweeps: Sweeps, interrupted: bool) -> None:
+    trials = 3 if interrupted else 2
     sweep = RunDir(sweeps.root / "stopped")
     # Long enough that a signal sent at step 3 comes before the end, on a quick machine too.
     first = sweeps.new(
-        "stopped", "sweep.num_trials=3", "sweep.first_trials=[]", "sweep.pack_size=1", "trainer.max_steps=24",
+        "stopped", f"sweep.num_trials={trials}", "sweep.first_trials=[]", "sweep.pack_size=1", "trainer.max_steps=24",
         "trainer.eval_interval=12",
     )  # fmt: skip
     wait_until(lambda: steps_of(sweep.trial(1))[-1:] >= [3], first)
@@ -156,24 +158,22 @@ def test_kill_and_interrupt_and_resume(sweeps: Sweeps) -> None:
     before = [sweep.trial(0).manifest.read_bytes(), sweep.trial(0).metrics.read_bytes()]
     assert [m["status"] for m in manifests(sweep)] == ["COMPLETE", "RUNNING"]
 
-    second = sweeps.start("--resume", str(sweep.path))
-    wait_until(lambda: steps_of(sweep.trial(2))[-1:] >= [3], second)
-    os.killpg(second.pid, signal.SIGINT)
-    assert f"--resume {sweep.path}" in finished(second, status=130)
-    assert manifests(sweep)[2]["status"] == "RUNNING"
+    if interrupted:
+        second = sweeps.start("--resume", str(sweep.path))
+        wait_until(lambda: steps_of(sweep.trial(2))[-1:] >= [3], second)
+        os.killpg(second.pid, signal.SIGINT)
+        assert f"--resume {sweep.path}" in finished(second, status=130)
+        assert manifests(sweep)[2]["status"] == "RUNNING"
 
     said = finished(sweeps.start("--resume", str(sweep.path)))
-    assert "3 complete, 0 pruned, 0 failed" in said
+    assert f"{trials} complete, 0 pruned, 0 failed" in said
     assert [sweep.trial(0).manifest.read_bytes(), sweep.trial(0).metrics.read_bytes()] == before
-    assert [trial.state.name for trial in studied(sweep)] == ["COMPLETE"] * 3
-    assert len({json.dumps(trial.params, sort_keys=True) for trial in studied(sweep)}) == 3
+    assert [trial.state.name for trial in studied(sweep)] == ["COMPLETE"] * trials
+    assert len({json.dumps(trial.params, sort_keys=True) for trial in studied(sweep)}) == trials
     histories = [[entry["status"] for entry in m["status_history"]] for m in manifests(sweep)]
-    assert histories == [
-        ["CREATED", "RUNNING", "COMPLETE"],
-        ["CREATED", "RUNNING", "RUNNING", "COMPLETE"],
-        ["CREATED", "RUNNING", "RUNNING", "COMPLETE"],
-    ]
-    for number in range(3):
+    resumed = ["CREATED", "RUNNING", "RUNNING", "COMPLETE"]
+    assert histories == [["CREATED", "RUNNING", "COMPLETE"], *[resumed] * (trials - 1)]
+    for number in range(trials):
         assert steps_of(sweep.trial(number)) == list(range(25))
     assert sweeps.left_over() == []
 
