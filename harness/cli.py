@@ -1,4 +1,4 @@
-"""What every command shares: its name, exit statuses and how an error is shown."""
+"""Parts that all commands share: their names, exit statuses and how errors are shown."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _SWEEP = "\n# sweep:\n"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
-    """What base.yaml says of a key or group: default as written, meaning, what SkyRL has."""
+    """A key or group of base.yaml: default as written, meaning, SkyRL's difference."""
 
     default: str
     meaning: str

@@ -30,7 +30,7 @@ ROOM = 10
 
 @dataclass(frozen=True)
 class Facts:
-    """What decides whether CUDA works here."""
+    """Facts about this machine that decide whether CUDA works."""
 
     cuda: str | None  # that torch is built for
     architectures: list[str]  # that torch is built for: sm_75, ...
@@ -57,7 +57,7 @@ class Finding(NamedTuple):
 
 
 def gpu_findings(facts: Facts) -> list[Finding]:
-    """What is there, and what a run on a GPU needs, of driver, cards, torch, compiler and disk."""
+    """Compare driver, GPUs, torch, compiler and disk with what a run on a GPU needs."""
     header = facts.header.is_file()
     return [
         *_card_findings(facts),
@@ -153,7 +153,7 @@ def check_gpu() -> str | None:
 
 
 def check_cpu(torch_source: str) -> str | None:
-    """What is wrong with the environment of the CPU, if anything is."""
+    """Return what is wrong with the CPU environment, if anything."""
     import torch
 
     if torch.version.cuda and torch_source != "pypi":
