@@ -1,0 +1,66 @@
+"""Two processes over gloo hold the gradients that one holds, of weights that FSDP shards and of whole ones."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+import torch
+from torch import nn
+from torch.multiprocessing.spawn import spawn
+
+from rltrain.ranks import Ranks, full
+
+ROWS, WIDTH, SIZE = 6, 4, 2
+
+
+class Layer(nn.Linear):
+    """What `Ranks.shard` splits."""
+
+
+class Model(nn.Module):
+    """Sharded layers, and one weight apart from them that every rank holds whole, as it does a LoRA adapter."""
+
+    _no_split_modules = ("Layer",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Layer(WIDTH, WIDTH) for _ in range(2))
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            rows = torch.tanh(layer(rows))
+        return rows
+
+
+def gradients(ranks: Ranks) -> dict[str, torch.Tensor]:
+    """Gradients of a loss over all rows, of which this rank computes its share."""
+    model, whole = Model(), nn.Parameter(torch.ones(WIDTH))
+    ranks.shard(model)
+    rows = torch.arange(float(ROWS * WIDTH)).reshape(ROWS, WIDTH).sin()
+    own = rows[list(ranks.share(ROWS))]
+    (whole * model(own)).square().sum().div(ROWS).backward()
+    named = {**dict(model.named_parameters()), "whole": whole}
+    ranks.sum_gradients(named.values())
+    return {name: full(parameter.grad).clone() for name, parameter in named.items() if parameter.grad is not None}
+
+
+def compare(rank: int, listener: socket.socket, expected: dict[str, torch.Tensor]) -> None:
+    """One of the two processes."""
+    address = listener.getsockname()
+    ranks = Ranks.form(rank, SIZE, address, torch.device("cpu"), listener if rank == 0 else None)
+    found = gradients(ranks)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, msg=name)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.timeout(120)
+def test_two_ranks_have_the_gradients_of_one() -> None:
+    expected = gradients(Ranks())
+    assert len(expected) == 5
+    assert all(gradient.abs().max() > 1e-3 for gradient in expected.values())
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        spawn(compare, (listener, expected), nprocs=SIZE)
