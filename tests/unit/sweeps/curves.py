@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import signal
@@ -37,11 +38,16 @@ RAISES, DIES, IS_NAN, HANGS = 13, 14, 15, 16
 
 def recipe_of(space: dict[str, Any] | None = None, *, steps: int = STEPS, **sweep: Any) -> Recipe:
     """A recipe with a sweep over `space`."""
-    overrides = ["trainer.policy.model.path=rltrain", "trainer.placement.device=cpu", "trainer.num_threads=1",
-                 f"trainer.max_steps={steps}", f"trainer.eval_interval={INTERVAL}"]  # fmt: skip
-    base = recipes.load("base", overrides)
     defaults = {"metric": "eval/accuracy", "num_trials": 4, "sampler": "random", "pack_size": 1}
-    return recipes.with_values(base, {"sweep": defaults | {"space": SPACE if space is None else space} | sweep})
+    block = defaults | {"space": SPACE if space is None else space} | sweep
+    return recipes.with_values(_base(), {"trainer.max_steps": steps, "sweep": block})
+
+
+@functools.cache
+def _base() -> Recipe:
+    overrides = ["trainer.policy.model.path=rltrain", "trainer.placement.device=cpu", "trainer.num_threads=1",
+                 f"trainer.eval_interval={INTERVAL}"]  # fmt: skip
+    return recipes.load("base", overrides)
 
 
 def begin(recipe: Recipe, folder: Path) -> tuple[Plan, RunDir]:
