@@ -15,7 +15,7 @@ ROWS, WIDTH, SIZE = 6, 4, 2
 
 
 class Layer(nn.Linear):
-    """What `Ranks.shard` splits."""
+    """A layer that `Ranks.shard` shards by itself: the model names its class."""
 
 
 class Model(nn.Module):

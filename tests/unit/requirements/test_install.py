@@ -16,22 +16,24 @@ from packaging.requirements import Requirement
 from harness.paths import PROJECT
 from requirements import install
 
+MIRROR = "https://mirror.invalid/simple"
+
 
 def test_pip_options_are_those_of_pip_install() -> None:
-    listing = """\
+    listing = f"""\
 :env:.default-timeout='180'
 :env:.find-links='/wheels /more'
 download.index-url='https://wrong.invalid/simple'
 global.extra-index-url='file:///a/simple\\nfile:///b/simple'
 global.find-links='/overridden'
 global.index-url='https://global.invalid/simple'
-install.index-url='https://mirror.invalid/simple'
+install.index-url='{MIRROR}'
 """
     assert install.pip_options(listing) == {
         "default-timeout": "180",
         "find-links": "/wheels /more",
         "extra-index-url": "file:///a/simple\nfile:///b/simple",
-        "index-url": "https://mirror.invalid/simple",
+        "index-url": MIRROR,
     }
 
 
@@ -39,7 +41,7 @@ def test_pip_configuration_reaches_uv(tmp_path: Path) -> None:
     pip = [str(Path(sys.base_prefix, "bin", "python3")), "-m", "pip"]
     configuration = tmp_path / "pip.conf"
     configuration.write_text(
-        "[global]\nindex-url = https://mirror.invalid/simple\ncert = /certificates.pem\n"
+        f"[global]\nindex-url = {MIRROR}\ncert = /certificates.pem\n"
         "proxy = http://proxy.invalid:3128\n"
         "[install]\ntrusted-host =\n    a.invalid\n    b.invalid\n"
     )
@@ -56,7 +58,7 @@ def test_pip_configuration_reaches_uv(tmp_path: Path) -> None:
     assert (
         settings.items()
         >= {
-            "UV_DEFAULT_INDEX": "https://mirror.invalid/simple",
+            "UV_DEFAULT_INDEX": MIRROR,
             "UV_INDEX": "file:///one file:///two",
             "UV_INDEX_STRATEGY": "unsafe-best-match",
             "UV_INSECURE_HOST": "a.invalid b.invalid",

@@ -22,7 +22,7 @@ Environment = dict[str, str]
 
 
 def environment(system: tuple[str, str], python: str) -> Environment:
-    """What markers ask of a machine."""
+    """The values that a requirement's markers are evaluated with, on this system and Python."""
     name, machine = system
     return {
         "sys_platform": name,
