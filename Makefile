@@ -6,6 +6,8 @@ DEVICE ?= cpu
 TORCH ?= auto
 # Test files at a time; 0: one after the other, in this process.
 WORKERS ?= 2
+# Modules are compiled once, not again by each of many processes, whatever the environment says.
+export PYTHONDONTWRITEBYTECODE :=
 BENCHMARKS := $(wildcard tests/benchmarks/bench_*.py)
 STUDY := lr_by_rank placement alpha batch_size
 

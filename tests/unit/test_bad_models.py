@@ -16,6 +16,7 @@ from harness.rundir import RunDir
 from rltrain.model import load_base
 from rltrain.pack import Pack
 from rltrain.problems import load_problems
+from tests.unit.recipes import quickstart
 
 MODEL = "trainer.policy.model.path"
 
@@ -73,7 +74,7 @@ def model(tiny_model_dir: Path, tmp_path: Path) -> Path:
     ],
 )
 def test_a_model_that_cannot_serve_is_refused(model: Path, change: Callable[[Path], None], told: str) -> None:
-    recipe = recipes.load("quickstart", [f"{MODEL}={model}"])
+    recipe = quickstart([f"{MODEL}={model}"])
     load_base(recipe)
     change(model)
     with pytest.raises(UserError) as caught:
@@ -87,15 +88,15 @@ def test_a_tokenizer_of_another_model_is_refused(model: Path) -> None:
     content["model"]["vocab"] |= {f"more{i}": 2000 + i for i in range(10)}
     (model / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="the tokenizer is not the model's"):
-        load_base(recipes.load("quickstart", [f"{MODEL}={model}"]))
+        load_base(quickstart([f"{MODEL}={model}"]))
 
 
 def test_prompts_that_are_all_too_long_or_too_few_are_counted(tiny_model_dir: Path, tmp_path: Path) -> None:
-    recipe = recipes.load("quickstart", ["generator.backend=transformers", "generator.max_input_length=2"])
+    recipe = quickstart(["generator.backend=transformers", "generator.max_input_length=2"])
     _, tokenizer = load_base(recipe)
     with pytest.raises(UserError, match="every prompt is longer"):
         load_problems(recipe, recipe.data.val_data, tokenizer)
-    problems, _ = load_problems(recipes.load("quickstart"), recipe.data.val_data, tokenizer)
+    problems, _ = load_problems(quickstart(), recipe.data.val_data, tokenizer)
     lengths = sorted(len(problem.prompt_ids) for problem in problems)
     few = recipes.with_values(recipe, {
         "generator.max_input_length": lengths[3], "data.train_data": recipe.data.val_data,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -30,10 +31,17 @@ from tests.unit.analysis.synthetic import (
 METRIC = "eval/accuracy"
 
 
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep of three sound trials."""
+    trials = [Trial(i, 0, params(8, 1e-3), 0.5 + i / 10) for i in range(3)]
+    return write_sweep(tmp_path_factory.mktemp("sound"), Sweep(trials, seeds=[0]))
+
+
 @pytest.fixture
-def damaged(tmp_path: Path) -> Path:
-    """A sweep of three sound trials, for a test to damage."""
-    return write_sweep(tmp_path, Sweep([Trial(i, 0, params(8, 1e-3), 0.5 + i / 10) for i in range(3)], seeds=[0]))
+def damaged(sound: Path, tmp_path: Path) -> Path:
+    """A copy of that sweep, for a test to damage."""
+    return Path(shutil.copytree(sound, tmp_path / sound.name))
 
 
 def test_a_row_per_trial_with_its_facts(sweep_dir: Path) -> None:

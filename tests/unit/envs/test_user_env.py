@@ -21,6 +21,7 @@ from rltrain.data import Example, load_examples
 from rltrain.envs import env_names, get_env
 from rltrain.preflight import check_run
 from rltrain.problems import load_problems
+from tests.unit.recipes import quickstart
 
 PAGE = (PROJECT / "docs" / "environments.md").read_text()
 
@@ -64,7 +65,7 @@ def test_the_documented_environment_runs_as_documented(folder: Path, tiny_model_
 def test_env_class_may_come_from_the_recipe(folder: Path, tiny_model_dir: Path) -> None:
     row = {"prompt": get_env("my_tasks.backwards").prompt("abc"), "reward_spec": {"ground_truth": "cba"}}
     (folder / "bare.jsonl").write_text(json.dumps(row))
-    recipe = recipes.load("quickstart", ["environment.env_class=my_tasks.backwards"])
+    recipe = quickstart(["environment.env_class=my_tasks.backwards"])
     (problem,), _ = load_problems(recipe, ["bare.jsonl"], AutoTokenizer.from_pretrained(tiny_model_dir))
     assert problem.env.reward("cba", problem.example.ground_truth) == 1.0
     assert problem.env.reward("#### 3", problem.example.ground_truth) < 1.0
@@ -72,7 +73,7 @@ def test_env_class_may_come_from_the_recipe(folder: Path, tiny_model_dir: Path) 
 
 def test_a_users_module_that_is_not_there_is_refused_before_anything_starts(folder: Path, tiny_model_dir: Path) -> None:
     with pytest.raises(UserError, match=r"my_tasks\.forwards"):
-        check_run(recipes.load("quickstart", ["environment.env_class=my_tasks.forwards"]))
+        check_run(quickstart(["environment.env_class=my_tasks.forwards"]))
 
 
 def test_the_documented_row_is_one_the_trainer_reads(tmp_path: Path) -> None:

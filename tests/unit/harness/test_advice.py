@@ -15,6 +15,7 @@ from harness import recipe as recipes
 from harness.advice import Advice, adapted_modules, adapter_parameters, advise, rule_learning_rate
 from harness.paths import PROJECT, RECIPES
 from harness.schema import Recipe
+from tests.unit.recipes import quickstart
 
 LORA = "trainer.policy.model.lora"
 LR = "trainer.policy.optimizer_config.lr"
@@ -114,7 +115,7 @@ def test_full_fine_tuning_gets_no_advice_on_adapters() -> None:
 
 def test_what_a_sweep_varies_is_its_own_to_find_out() -> None:
     given = [f"{LR}=1e-7", "trainer.target_modules=attention", f"{LORA}.dropout=0.1"]
-    assert [advice.key for advice in advise(recipes.load("quickstart", given))] == [f"{LORA}.dropout"]
+    assert [advice.key for advice in advise(quickstart(given))] == [f"{LORA}.dropout"]
 
 
 def test_the_learning_rate_rule() -> None:
@@ -128,7 +129,7 @@ def test_the_learning_rate_rule() -> None:
     tiny = json.loads((PROJECT / "rltrain/assets/tiny_gsm/config.json").read_text())
     rule = rule_learning_rate(tiny)
     assert rule is not None
-    assert 0.5 < recipes.load("quickstart").trainer.policy.optimizer_config.lr / rule < 2
+    assert 0.5 < quickstart().trainer.policy.optimizer_config.lr / rule < 2
 
 
 def test_a_hub_models_family_is_in_its_name_and_its_size_can_be_given() -> None:

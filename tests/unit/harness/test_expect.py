@@ -11,6 +11,7 @@ import pytest
 from harness import recipe as recipes
 from harness.errors import UserError
 from harness.expect import judge
+from tests.unit.recipes import quickstart
 
 ACCURACY = "eval/accuracy"
 GAP = "sampling/sampling_logp_difference/mean"
@@ -61,7 +62,7 @@ def test_a_metric_that_was_not_logged_is_not_met() -> None:
     ],
 )
 def test_bad_expectations_are_explained(expect: dict[str, Any], told: str) -> None:
-    values = recipes.to_dict(recipes.load("quickstart")) | {"expect": expect}
+    values = recipes.to_dict(quickstart()) | {"expect": expect}
     with pytest.raises(UserError) as caught:
         recipes.from_dict(values)
     assert told in str(caught.value)
@@ -73,7 +74,7 @@ def test_shipped_recipes_expect_an_accuracy(name: str) -> None:
 
 
 def test_expectations_do_not_make_another_experiment(tmp_path: Path) -> None:
-    recipe = recipes.load("quickstart")
+    recipe = quickstart()
     digest = recipes.digest(recipe)
     recipe.expect = {}
     assert recipes.digest(recipe) == digest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from harness import machine, manifest
 from harness import recipe as recipes
 from harness.schema import Recipe
+from tests.unit.recipes import quickstart
 
 
 def build(recipe: Recipe) -> dict[str, Any]:
@@ -25,7 +27,7 @@ def build(recipe: Recipe) -> dict[str, Any]:
 
 @pytest.fixture
 def record() -> dict[str, Any]:
-    return build(recipes.load("quickstart"))
+    return build(quickstart())
 
 
 @pytest.fixture
@@ -126,12 +128,13 @@ def test_requirements_are_followed_with_their_extras_only() -> None:
 
 @pytest.mark.claim("Keys and tokens of the environment are written nowhere")
 def test_secrets_of_the_environment_stay_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = secrets.token_hex()  # not a word of this file, which may be in the record's diff
     for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "hunter2")
+        monkeypatch.setenv(name, secret)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    record = build(recipes.load("quickstart"))
+    record = build(quickstart())
     assert record["thread_variables"]["OMP_NUM_THREADS"] == "3"
-    assert "hunter2" not in json.dumps(record)
+    assert secret not in json.dumps(record)
 
 
 def test_hardware_is_this_machines(record: dict[str, Any]) -> None:
@@ -146,7 +149,7 @@ def test_the_tokenizer_has_a_digest_of_its_own(model: Path, tmp_path: Path) -> N
     def digests(name: str) -> tuple[str, str]:
         folder = tmp_path / name
         shutil.copytree(model, folder)
-        record = build(recipes.load("quickstart", [f"trainer.policy.model.path={folder}"]))
+        record = build(quickstart([f"trainer.policy.model.path={folder}"]))
         return record["model"]["digest"], record["tokenizer"]["digest"]
 
     first = digests("first")
@@ -174,14 +177,14 @@ def test_critic_checkpoint_and_environment_module_are_recorded(model: Path, tmp_
     assert record["critic"]["digest"].startswith("sha256:")
     assert record["checkpoint"]["digest"].startswith("sha256:")
     assert record["code"]["rltrain.envs.math"].startswith("sha256:")
-    plain = build(recipes.load("quickstart"))
+    plain = build(quickstart())
     assert plain["critic"] is plain["checkpoint"] is None
     assert plain["code"].keys() == {"noregret"}
     assert machine.module_digest("no.such.module") is None
 
 
 def test_a_hubs_model_is_named_by_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = recipes.load("quickstart", ["trainer.policy.model.path=owner/name"])
+    recipe = quickstart(["trainer.policy.model.path=owner/name"])
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     unknown = build(recipe)
     assert unknown["model"] == {"path": "owner/name", "digest": None, "revision": None}
@@ -245,7 +248,7 @@ def test_a_manifest_without_something_or_with_nonsense_is_still_compared(
 
 
 def test_what_differs_when_a_run_goes_on_is_kept(record: dict[str, Any]) -> None:
-    recipe = recipes.load("quickstart", ["trainer.num_threads=5"])
+    recipe = quickstart(["trainer.num_threads=5"])
     entry = manifest.resumption({**record, "python": "3.10.0"}, recipe)
     assert f"python: 3.10.0 -> {record['python']}" in entry["different"]
     assert f"trainer.num_threads: {record['threads'] or manifest.ABSENT} -> 5" in entry["different"]

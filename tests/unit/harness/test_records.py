@@ -12,12 +12,13 @@ from harness import manifest, metrics
 from harness import recipe as recipes
 from harness.errors import UserError
 from harness.rundir import RunDir, Status, place, write_text
+from tests.unit.recipes import quickstart
 
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> RunDir:
     run = RunDir(tmp_path / "run")
-    recipe = recipes.load("quickstart")
+    recipe = quickstart()
     run.create(recipes.to_yaml(recipe), manifest.build(recipe, kind="run", name="run", source="quickstart"))
     return run
 
@@ -51,7 +52,7 @@ def test_manifest_names_what_the_run_depends_on(run_dir: RunDir) -> None:
     record = run_dir.read_manifest()
     assert record["packages"]["torch"]
     assert record["hardware"]["cores"] >= 1
-    assert record["recipe"]["digest"] == recipes.digest(recipes.load("quickstart"))
+    assert record["recipe"]["digest"] == recipes.digest(quickstart())
     assert all(digest.startswith("sha256:") for digest in record["data"].values())
 
 
@@ -94,9 +95,9 @@ def test_unwritable_place_is_a_user_error(tmp_path: Path) -> None:
 
 
 def test_place_uses_name_and_folder() -> None:
-    recipe = recipes.load("quickstart", ["trainer.run_name=mine", "trainer.ckpt_path=/tmp/there"])
+    recipe = quickstart(["trainer.run_name=mine", "trainer.ckpt_path=/tmp/there"])
     assert place(recipe, "recipes/quickstart.yaml").path == Path("/tmp/there/mine")
-    unnamed = place(recipes.load("quickstart"), "recipes/quickstart.yaml").path
+    unnamed = place(quickstart(), "recipes/quickstart.yaml").path
     assert unnamed.parent == Path.cwd() / "runs"
     assert unnamed.name.startswith("quickstart-")
 

@@ -19,6 +19,7 @@ from harness.errors import UserError
 from harness.metrics import MetricsFile
 from harness.paths import PROJECT
 from harness.rundir import RunDir, Status, seal, write_json
+from tests.unit.recipes import quickstart
 
 HEAVY = {"torch", "vllm", "ray", "transformers", "peft"}
 MakeRun = Callable[..., RunDir]
@@ -32,7 +33,7 @@ def made(tmp_path: Path, tiny_model_dir: Path) -> MakeRun:
         data = tmp_path / "train.parquet"
         if not data.exists():
             shutil.copy(tiny_model_dir / "data" / "train.parquet", data)
-        recipe = recipes.load("quickstart", [f"data.train_data=[{data}]", "trainer.num_threads=1", *overrides])
+        recipe = quickstart([f"data.train_data=[{data}]", "trainer.num_threads=1", *overrides])
         recipe.sweep = None
         run_dir = RunDir(tmp_path / name)
         run_dir.create(recipes.to_yaml(recipe), manifest.build(recipe, kind=kind, name=name, source="quickstart"))

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from harness import recipe as recipes
 from rltrain.batch import Batch, collate
 from rltrain.credit import Credit
+from tests.unit.recipes import quickstart
 
 NO_EQUAL, NO_CUT = "trainer.algorithm.zero_variance_filter=true", "generator.apply_overlong_filtering=true"
 KL_IN_REWARD = ["trainer.algorithm.use_kl_in_reward=true", "trainer.algorithm.advantage_estimator=rloo"]
@@ -31,7 +31,7 @@ def _credited(
 ) -> dict[str, float]:
     """Assign credit under quickstart's settings with overrides; the metrics."""
     cut_B = torch.tensor(cut or [False] * len(batch))
-    return Credit(recipes.load("quickstart", overrides))(batch, torch.tensor(rewards), cut_B)
+    return Credit(quickstart(overrides))(batch, torch.tensor(rewards), cut_B)
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,13 @@ import torch
 from peft import PeftModel
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from harness import recipe as recipes
 from harness.schema import Recipe
 from rltrain.batch import Batch, collate
 from rltrain.critic import Critic, ValueHead
 from rltrain.logprobs import token_logprobs
 from rltrain.model import adapter_parameters, add_adapter, lora_config
 from rltrain.ranks import Ranks
+from tests.unit.recipes import quickstart
 
 HIDDEN = 32
 PROMPTS = [[5, 6, 7], [8], [9, 10]]
@@ -40,7 +40,7 @@ def batch() -> Batch:
 
 def _recipe(*overrides: str) -> Recipe:
     fast = ["trainer.critic.optimizer_config.lr=1e-2", "trainer.critic.model.lora.rank=4"]
-    return recipes.load("quickstart", ["trainer.algorithm.advantage_estimator=gae", *fast, *overrides])
+    return quickstart(["trainer.algorithm.advantage_estimator=gae", *fast, *overrides])
 
 
 def _critic(base: Any, *overrides: str) -> Critic:

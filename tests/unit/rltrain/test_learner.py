@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from harness import recipe as recipes
 from rltrain.batch import Batch
 from rltrain.critic import Critic
 from rltrain.learner import Learner
 from rltrain.objective import Objective
 from rltrain.policy import Policy
 from rltrain.ranks import Ranks
+from tests.unit.recipes import quickstart
 
 TOTAL_STEPS = 6
 ALONE = Ranks()
@@ -36,7 +36,7 @@ def make(request: pytest.FixtureRequest, model: Any) -> MakeLearner:
     def build(*settings: str) -> tuple[Learner, torch.nn.Parameter]:
         keys = [f"trainer.{request.param}.optimizer_config.{setting}" for setting in settings if "bad" not in setting]
         others = [f"trainer.{setting}" for setting in settings if "bad" in setting]
-        recipe = recipes.load("quickstart", [*keys, *others])
+        recipe = quickstart([*keys, *others])
         weight = torch.nn.Parameter(torch.tensor([2.0]))
         if request.param == "critic":
             return Critic("critic", model, {"weight": weight}, recipe, TOTAL_STEPS), weight
@@ -151,7 +151,7 @@ def _batch(ratios: list[list[float]], advantages: list[list[float]]) -> tuple[to
 
 
 def _loss(settings: list[str], ratios: list[list[float]], advantages: list[list[float]]) -> float:
-    objective = Objective(recipes.load("quickstart", [f"trainer.algorithm.{setting}" for setting in settings]))
+    objective = Objective(quickstart([f"trainer.algorithm.{setting}" for setting in settings]))
     logprobs, batch = _batch(ratios, advantages)
     return float(objective(logprobs, batch, objective.totals(batch))[0])
 
@@ -203,7 +203,7 @@ def test_each_reduction_weighs_tokens_its_way(reduction: str, expected: float) -
 @pytest.mark.parametrize("loss", ["regular", "dual_clip", "gspo", "cispo", "dr_grpo"])
 @pytest.mark.parametrize("kl", [False, True])
 def test_only_what_cannot_have_a_gradient_is_said_not_to_move(model: Any, loss: str, kl: bool) -> None:
-    recipe = recipes.load("quickstart", [
+    recipe = quickstart([
         f"trainer.algorithm.policy_loss_type={loss}", f"trainer.algorithm.use_kl_loss={kl}",
         "trainer.algorithm.tis=token",
     ])  # fmt: skip
@@ -229,7 +229,7 @@ def test_a_step_leaves_no_gradient_for_the_next(make: MakeLearner) -> None:
 @pytest.mark.parametrize("kl", [False, True])
 def test_completions_left_out_of_the_loss_mask_change_nothing(kl: bool) -> None:
     settings = [f"trainer.algorithm.use_kl_loss={kl}", "trainer.algorithm.tis=token"]
-    objective = Objective(recipes.load("quickstart", settings))
+    objective = Objective(quickstart(settings))
 
     def seen(ratios: list[list[float]], advantages: list[list[float]]) -> dict[str, float]:
         logprobs, batch = _batch(ratios, advantages)

@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness import recipe as recipes
 from harness.schema import TIS as Correction
 from harness.schema import KLEstimator, LossReduction, PolicyLoss
 from rltrain.batch import Batch
 from rltrain.losses import KL_ESTIMATORS, POLICY_LOSSES, REDUCTIONS, TIS, PolicyInputs, Totals, value_loss
 from rltrain.objective import Objective
+from tests.unit.recipes import quickstart
 
 OLD = -0.7  # an old log-probability; cispo's loss depends on the log-probability itself
 
@@ -267,7 +267,7 @@ def _batch() -> Batch:
 def _objective(*overrides: str) -> tuple[float, dict[str, float]]:
     """The loss of `_batch` on the policy that sampled it, and its statistics."""
     keys = [f"trainer.algorithm.{override}" for override in overrides]
-    objective, batch = Objective(recipes.load("quickstart", keys)), _batch()
+    objective, batch = Objective(quickstart(keys)), _batch()
     loss, stats = objective(torch.zeros(2, 2), batch, objective.totals(batch))
     return loss.item(), stats
 
@@ -298,5 +298,5 @@ def test_objective_weighs_what_the_engine_thought_less_probable(
 
 def test_dr_grpo_brings_its_own_reduction() -> None:
     loss, _ = _objective("policy_loss_type=dr_grpo", "loss_reduction=token_mean")
-    length = recipes.load("quickstart").generator.sampling_params.max_generate_length
+    length = quickstart().generator.sampling_params.max_generate_length
     assert loss == pytest.approx((-1 - 1 + 1) / (2 * length), rel=1e-5)

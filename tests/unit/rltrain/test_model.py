@@ -10,11 +10,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from harness import recipe as recipes
 from rltrain.batch import Batch, collate
 from rltrain.logprobs import token_logprobs, token_logprobs_and_entropy
 from rltrain.model import AdapterOff, adapter_statistics, add_adapter, lora_config
 from rltrain.pack import _adapter_seed
+from tests.unit.recipes import quickstart
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_an_adapters_first_numbers_follow_the_runs_seed(base: Qwen2ForCausalLM) 
     members = {"member0": 0, "member1": 0, "member2": 1}
     for place, (name, seed) in enumerate(members.items()):
         torch.manual_seed(place)
-        recipe = recipes.load("quickstart", [f"seed={seed}"])
+        recipe = quickstart([f"seed={seed}"])
         config = lora_config(recipe, recipe.trainer.policy.model.lora)
         model = add_adapter(model, name, config, _adapter_seed(recipe, name))
     layer = next(module for module in model.modules() if isinstance(module, LoraLayer))
@@ -112,7 +112,7 @@ def test_an_adapters_first_numbers_follow_the_runs_seed(base: Qwen2ForCausalLM) 
 )
 def test_an_adapter_is_as_the_recipe_says(base: Any, targets: str, modules: str) -> None:
     keys = ["trainer.policy.model.lora.rank=4", "trainer.policy.model.lora.alpha=8"]
-    recipe = recipes.load("quickstart", [*keys, f"trainer.target_modules={targets}"])
+    recipe = quickstart([*keys, f"trainer.target_modules={targets}"])
     config = lora_config(recipe, recipe.trainer.policy.model.lora)
     model = add_adapter(base, "member0", config, seed=0)
     layers = {name: one for name, one in model.named_modules() if isinstance(one, LoraLayer)}

@@ -11,12 +11,13 @@ from harness import recipe as recipes
 from harness.errors import UserError
 from rltrain import parallel
 from rltrain.preflight import check_run
+from tests.unit.recipes import quickstart
 
 PPO = ["trainer.algorithm.advantage_estimator=gae"]
 
 
 def test_the_quickstart_passes(tiny_model_dir: Path) -> None:
-    check_run(recipes.load("quickstart"))
+    check_run(quickstart())
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,7 @@ def test_the_quickstart_passes(tiny_model_dir: Path) -> None:
 )
 def test_bad_input_is_explained(tiny_model_dir: Path, overrides: list[str], told: str) -> None:
     with pytest.raises(UserError) as caught:
-        check_run(recipes.load("quickstart", overrides))
+        check_run(quickstart(overrides))
     assert told in str(caught.value)
 
 
@@ -58,4 +59,4 @@ def test_engines_apart_need_devices_of_their_own(monkeypatch: pytest.MonkeyPatch
 def test_missing_columns_are_named(tiny_model_dir: Path, tmp_path: Path) -> None:
     pd.DataFrame({"question": ["1 + 1?"]}).to_parquet(tmp_path / "bad.parquet")
     with pytest.raises(UserError, match="prompt"):
-        check_run(recipes.load("quickstart", [f"data.train_data=[{tmp_path}/bad.parquet]"]))
+        check_run(quickstart([f"data.train_data=[{tmp_path}/bad.parquet]"]))

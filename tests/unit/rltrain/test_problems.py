@@ -10,12 +10,12 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from harness import recipe as recipes
 from harness.errors import UserError
 from harness.schema import Recipe
 from rltrain.data import write_rows
 from rltrain.envs import get_env, gsm8k, math
 from rltrain.problems import load_problems
+from tests.unit.recipes import quickstart
 
 OWN = """
 def prepare(source, output_dir): return {}
@@ -37,7 +37,7 @@ def write_jsonl(rows: list[dict[str, Any]], path: Path) -> str:
 
 
 def recipe_of(*overrides: str) -> Recipe:
-    return recipes.load("quickstart", list(overrides))
+    return quickstart(list(overrides))
 
 
 @pytest.fixture(scope="module")

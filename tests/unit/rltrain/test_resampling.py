@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from harness import recipe as recipes
 from harness.schema import Recipe, Resampling
 from rltrain.data import Example
 from rltrain.engines.base import Sample
@@ -15,6 +14,7 @@ from rltrain.envs import get_env
 from rltrain.problems import Problem
 from rltrain.resampling import RESAMPLING, Collector
 from rltrain.scored import Rollout
+from tests.unit.recipes import quickstart
 
 GOOD, BAD, SOLVED = [1.0, 0.0], [0.0, 0.0], [1.0, 1.0]
 NO_MEMBER: Any = None  # collectors pass it on, nothing more
@@ -34,7 +34,7 @@ def _rollout(*rewards: list[float], first: int = 0, reason: str = "stop") -> Rol
 def _recipe(kind: str, size: int, **settings: float) -> Recipe:
     keys = [f"trainer.algorithm.dynamic_sampling.{name}={value}" for name, value in settings.items()]
     sizes = [f"trainer.train_batch_size={size}", "trainer.policy_mini_batch_size=1", "generator.n_samples_per_prompt=2"]
-    return recipes.load("quickstart", [f"trainer.algorithm.dynamic_sampling.type={kind}", *keys, *sizes])
+    return quickstart([f"trainer.algorithm.dynamic_sampling.type={kind}", *keys, *sizes])
 
 
 def _collector(kind: str, size: int, **settings: float) -> Collector:
