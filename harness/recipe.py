@@ -136,7 +136,8 @@ def from_dict(values: dict[str, Any], *, source: str = "the recipe") -> Recipe:
         _check_key(key, source)
     values = _one_as_list(values)
     try:
-        merged = OmegaConf.merge(_schema(), values)
+        # Of values that are the defaults the merge would make the same, and take longer.
+        merged = OmegaConf.merge(_schema(), _without_defaults(values, _defaults()))
         recipe = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise _value_error(error, source) from None
@@ -232,6 +233,23 @@ def _check_file(file: Path) -> None:
 def _schema() -> DictConfig:
     # Building it takes half of a validation's time; merging copies it.
     return OmegaConf.structured(Recipe)
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    values: dict[str, Any] = OmegaConf.to_container(_schema(), enum_to_str=True)  # type: ignore[assignment]
+    return values
+
+
+def _without_defaults(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    kept = {}
+    for name, value in values.items():
+        default = defaults.get(name)
+        if isinstance(value, dict) and isinstance(default, dict):
+            kept[name] = _without_defaults(value, default)
+        elif name not in defaults or repr(value) != repr(default):  # 1, 1.0 and true are equal
+            kept[name] = value
+    return kept
 
 
 @functools.cache
