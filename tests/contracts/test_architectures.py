@@ -36,6 +36,7 @@ from rltrain.model import (
     lora_config,
 )
 from rltrain.sync.base import build_sync
+from tests.recipes import quickstart
 
 LAYERS = 2
 # More rows in the embedding than tokens in the tokenizer, as real models have.
@@ -100,7 +101,7 @@ class Case:
 def case(request: pytest.FixtureRequest, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
     folder = tmp_path_factory.mktemp(request.param)
     write_model(request.param, folder, tiny_model_dir)
-    recipe = recipes.load("quickstart", [
+    recipe = quickstart([
         f"trainer.policy.model.path={folder}", "trainer.policy.model.lora.rank=4", "generator.backend=transformers",
     ])  # fmt: skip
     model: PreTrainedModel | PeftModel
@@ -204,6 +205,11 @@ def test_a_random_models_completions_decode(case: Case) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "case",
+    ["qwen2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "llama"))],
+    indirect=True,
+)
 def test_vllm_serves_the_base_and_its_adapters(case: Case, tmp_path: Path) -> None:
     engine = case.engine("vllm")
     try:

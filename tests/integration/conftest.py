@@ -14,6 +14,7 @@ from harness import manifest
 from harness import recipe as recipes
 from harness.rundir import RunDir
 from harness.schema import Recipe
+from tests.recipes import quickstart
 from tests.unit.analysis.conftest import experiment as experiment
 from tests.unit.analysis.conftest import sweep_dir as sweep_dir
 
@@ -54,7 +55,7 @@ def small_recipe(small_data: list[str]) -> Callable[..., Recipe]:
     """A small run's recipe with further overrides."""
 
     def make(*overrides: str) -> Recipe:
-        recipe = recipes.load("quickstart", [*small_data, *overrides])
+        recipe = quickstart([*small_data, *overrides])
         recipe.sweep = None
         return recipe
 

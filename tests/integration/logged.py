@@ -15,10 +15,11 @@ from harness.logfiles import event_records, wandb_records
 from harness.metrics import MetricsFile
 from harness.rundir import RunDir, Status, write_bytes
 from harness.schema import Recipe
+from tests.recipes import quickstart
 
 
 def recipe_of(*loggers: str) -> Recipe:
-    return recipes.load("quickstart", [f"trainer.logger=[{','.join(loggers)}]", "trainer.project_name=proving"])
+    return quickstart([f"trainer.logger=[{','.join(loggers)}]", "trainer.project_name=proving"])
 
 
 def make_run(path: Path, recipe: Recipe) -> RunDir:

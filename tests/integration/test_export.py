@@ -27,6 +27,7 @@ from rltrain.data import load_examples
 from rltrain.pack import Pack
 from rltrain.trainer import train
 from tests.integration.vllm_server import ask, serving
+from tests.recipes import quickstart
 
 Chat = list[dict[str, str]]
 MAX_TOKENS = 48
@@ -55,7 +56,7 @@ def _logprobs(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _train(folder: Path, small_data: list[str], *overrides: str) -> Trained:
-    recipe = recipes.load("quickstart", [*small_data, *overrides])
+    recipe = quickstart([*small_data, *overrides])
     recipe.sweep = None
     run = RunDir(folder)
     run.create(recipes.to_yaml(recipe), manifest.build(recipe, kind="run", name=folder.name, source="quickstart"))

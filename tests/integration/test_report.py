@@ -119,7 +119,7 @@ def test_equal_directories_give_equal_reports(sweep_dir: Path, written: Path, tm
     assert everything(tmp_path) == everything(written)
 
 
-@pytest.mark.parametrize("processes", [1, 3])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_its_tables_give_the_very_same_report(written: Path, tmp_path: Path, processes: int) -> None:
     assert {"index.html", "trials.csv", "tables/runs.parquet", "tables/sources.parquet"} <= set(everything(written))
     write_report(written / "tables", tmp_path, processes=processes)
@@ -297,6 +297,7 @@ def test_neither_run_nor_sweep(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
+@pytest.mark.slow
 def test_five_hundred_trials_of_every_fate_have_one_page(tmp_path: Path) -> None:
     fates = ["COMPLETE"] * 7 + ["FAILED", "PRUNED", "UNREADABLE"]
     trials = [

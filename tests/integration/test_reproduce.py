@@ -67,7 +67,11 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-@pytest.mark.parametrize("overrides", [[], PPO, FULL], ids=["GRPO", "PPO", "full fine-tuning"])
+@pytest.mark.parametrize(
+    "overrides",
+    [[], pytest.param(PPO, marks=pytest.mark.slow), pytest.param(FULL, marks=pytest.mark.slow)],
+    ids=["GRPO", "PPO", "full fine-tuning"],
+)
 def test_a_run_is_reproduced_to_the_bit(train: Callable[..., RunDir], capsys: Capture, overrides: list[str]) -> None:
     run_dir = train(*overrides)
     before = tree(run_dir.path)
@@ -98,7 +102,7 @@ def test_the_environments_threads_are_not_the_runs(train: Callable[..., RunDir])
     assert "ETA" in done.stdout
 
 
-@pytest.mark.parametrize("reports", [2, 4])
+@pytest.mark.parametrize("reports", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_a_run_that_was_killed_and_resumed_is_reproduced(
     train: Callable[..., RunDir], capsys: Capture, reports: int
 ) -> None:

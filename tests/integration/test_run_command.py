@@ -12,6 +12,7 @@ from harness import manifest
 from harness import recipe as recipes
 from harness.paths import PROJECT
 from harness.rundir import RunDir, Status
+from tests.recipes import quickstart
 
 TINY = ["generator.backend=transformers", "trainer.max_steps=1", "trainer.train_batch_size=2",
         "trainer.policy_mini_batch_size=2", "generator.n_samples_per_prompt=2", "trainer.eval_before_train=false",
@@ -38,7 +39,7 @@ def test_a_finished_run_is_not_overwritten(tiny_model_dir: Path, tmp_path: Path)
 
 @pytest.mark.slow
 def test_a_run_goes_on_in_other_places(tiny_model_dir: Path, tmp_path: Path) -> None:
-    recipe = recipes.load("quickstart", [*TINY, "trainer.num_threads=1"])
+    recipe = quickstart([*TINY, "trainer.num_threads=1"])
     recipe.sweep = None
     run_dir = RunDir(tmp_path / "run")
     run_dir.create(recipes.to_yaml(recipe), manifest.build(recipe, kind="run", name="run", source="quickstart"))

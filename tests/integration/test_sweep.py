@@ -104,6 +104,7 @@ def rows_of(run: RunDir) -> list[dict[str, float]]:
     return [metrics.without_timings(row) for row in MetricsFile(run.metrics).rows()]
 
 
+@pytest.mark.slow
 def test_complete_pruned_and_failed_trials(sweeps: Sweeps) -> None:
     # A grid of 2 x 2: runs that evaluate at step 2 are pruned there; a target that names no module fails.
     space = (
@@ -147,12 +148,12 @@ def test_a_sweep_of_failures_exits_1(sweeps: Sweeps) -> None:
 def test_kill_and_interrupt_and_resume(sweeps: Sweeps, interrupted: bool) -> None:
     trials = 3 if interrupted else 2
     sweep = RunDir(sweeps.root / "stopped")
-    # Long enough that a signal sent at step 3 comes before the end, on a quick machine too.
+    # Long enough that a signal sent at step 2 comes before the end, on a quick machine too.
     first = sweeps.new(
-        "stopped", f"sweep.num_trials={trials}", "sweep.first_trials=[]", "sweep.pack_size=1", "trainer.max_steps=24",
+        "stopped", f"sweep.num_trials={trials}", "sweep.first_trials=[]", "sweep.pack_size=1", "trainer.max_steps=12",
         "trainer.eval_interval=12",
     )  # fmt: skip
-    wait_until(lambda: steps_of(sweep.trial(1))[-1:] >= [3], first)
+    wait_until(lambda: steps_of(sweep.trial(1))[-1:] >= [2], first)
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
     before = [sweep.trial(0).manifest.read_bytes(), sweep.trial(0).metrics.read_bytes()]
@@ -160,7 +161,7 @@ def test_kill_and_interrupt_and_resume(sweeps: Sweeps, interrupted: bool) -> Non
 
     if interrupted:
         second = sweeps.start("--resume", str(sweep.path))
-        wait_until(lambda: steps_of(sweep.trial(2))[-1:] >= [3], second)
+        wait_until(lambda: steps_of(sweep.trial(2))[-1:] >= [2], second)
         os.killpg(second.pid, signal.SIGINT)
         assert f"--resume {sweep.path}" in finished(second, status=130)
         assert manifests(sweep)[2]["status"] == "RUNNING"
@@ -174,7 +175,7 @@ def test_kill_and_interrupt_and_resume(sweeps: Sweeps, interrupted: bool) -> Non
     resumed = ["CREATED", "RUNNING", "RUNNING", "COMPLETE"]
     assert histories == [["CREATED", "RUNNING", "COMPLETE"], *[resumed] * (trials - 1)]
     for number in range(trials):
-        assert steps_of(sweep.trial(number)) == list(range(25))
+        assert steps_of(sweep.trial(number)) == list(range(13))
     assert sweeps.left_over() == []
 
     # A trial that was killed and resumed is, to the bit, the run that its command makes.

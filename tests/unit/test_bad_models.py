@@ -16,7 +16,7 @@ from harness.rundir import RunDir
 from rltrain.model import load_base
 from rltrain.pack import Pack
 from rltrain.problems import load_problems
-from tests.unit.recipes import quickstart
+from tests.recipes import quickstart
 
 MODEL = "trainer.policy.model.path"
 

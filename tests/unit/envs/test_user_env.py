@@ -21,7 +21,7 @@ from rltrain.data import Example, load_examples
 from rltrain.envs import env_names, get_env
 from rltrain.preflight import check_run
 from rltrain.problems import load_problems
-from tests.unit.recipes import quickstart
+from tests.recipes import quickstart
 
 PAGE = (PROJECT / "docs" / "environments.md").read_text()
 

@@ -15,7 +15,7 @@ from harness import recipe as recipes
 from harness.advice import Advice, adapted_modules, adapter_parameters, advise, rule_learning_rate
 from harness.paths import PROJECT, RECIPES
 from harness.schema import Recipe
-from tests.unit.recipes import quickstart
+from tests.recipes import quickstart
 
 LORA = "trainer.policy.model.lora"
 LR = "trainer.policy.optimizer_config.lr"

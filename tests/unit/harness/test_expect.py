@@ -11,7 +11,7 @@ import pytest
 from harness import recipe as recipes
 from harness.errors import UserError
 from harness.expect import judge
-from tests.unit.recipes import quickstart
+from tests.recipes import quickstart
 
 ACCURACY = "eval/accuracy"
 GAP = "sampling/sampling_logp_difference/mean"

@@ -17,7 +17,7 @@ import pytest
 from harness import machine, manifest
 from harness import recipe as recipes
 from harness.schema import Recipe
-from tests.unit.recipes import quickstart
+from tests.recipes import quickstart
 
 
 def build(recipe: Recipe) -> dict[str, Any]:

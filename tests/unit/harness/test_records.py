@@ -12,7 +12,7 @@ from harness import manifest, metrics
 from harness import recipe as recipes
 from harness.errors import UserError
 from harness.rundir import RunDir, Status, place, write_text
-from tests.unit.recipes import quickstart
+from tests.recipes import quickstart
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from harness.errors import UserError
 from harness.metrics import MetricsFile
 from harness.paths import PROJECT
 from harness.rundir import RunDir, Status, seal, write_json
-from tests.unit.recipes import quickstart
+from tests.recipes import quickstart
 
 HEAVY = {"torch", "vllm", "ray", "transformers", "peft"}
 MakeRun = Callable[..., RunDir]

@@ -9,7 +9,7 @@ import torch
 
 from rltrain.batch import Batch, collate
 from rltrain.credit import Credit
-from tests.unit.recipes import quickstart
+from tests.recipes import quickstart
 
 NO_EQUAL, NO_CUT = "trainer.algorithm.zero_variance_filter=true", "generator.apply_overlong_filtering=true"
 KL_IN_REWARD = ["trainer.algorithm.use_kl_in_reward=true", "trainer.algorithm.advantage_estimator=rloo"]

@@ -15,7 +15,7 @@ from rltrain.critic import Critic, ValueHead
 from rltrain.logprobs import token_logprobs
 from rltrain.model import adapter_parameters, add_adapter, lora_config
 from rltrain.ranks import Ranks
-from tests.unit.recipes import quickstart
+from tests.recipes import quickstart
 
 HIDDEN = 32
 PROMPTS = [[5, 6, 7], [8], [9, 10]]

@@ -16,7 +16,7 @@ from rltrain.learner import Learner
 from rltrain.objective import Objective
 from rltrain.policy import Policy
 from rltrain.ranks import Ranks
-from tests.unit.recipes import quickstart
+from tests.recipes import quickstart
 
 TOTAL_STEPS = 6
 ALONE = Ranks()

@@ -15,7 +15,7 @@ from harness.schema import KLEstimator, LossReduction, PolicyLoss
 from rltrain.batch import Batch
 from rltrain.losses import KL_ESTIMATORS, POLICY_LOSSES, REDUCTIONS, TIS, PolicyInputs, Totals, value_loss
 from rltrain.objective import Objective
-from tests.unit.recipes import quickstart
+from tests.recipes import quickstart
 
 OLD = -0.7  # an old log-probability; cispo's loss depends on the log-probability itself
 

@@ -14,7 +14,7 @@ from rltrain.batch import Batch, collate
 from rltrain.logprobs import token_logprobs, token_logprobs_and_entropy
 from rltrain.model import AdapterOff, adapter_statistics, add_adapter, lora_config
 from rltrain.pack import _adapter_seed
-from tests.unit.recipes import quickstart
+from tests.recipes import quickstart
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from harness import recipe as recipes
 from harness.errors import UserError
 from rltrain import parallel
 from rltrain.preflight import check_run
-from tests.unit.recipes import quickstart
+from tests.recipes import quickstart
 
 PPO = ["trainer.algorithm.advantage_estimator=gae"]
 

@@ -15,7 +15,7 @@ from harness.schema import Recipe
 from rltrain.data import write_rows
 from rltrain.envs import get_env, gsm8k, math
 from rltrain.problems import load_problems
-from tests.unit.recipes import quickstart
+from tests.recipes import quickstart
 
 OWN = """
 def prepare(source, output_dir): return {}

@@ -14,7 +14,7 @@ from rltrain.envs import get_env
 from rltrain.problems import Problem
 from rltrain.resampling import RESAMPLING, Collector
 from rltrain.scored import Rollout
-from tests.unit.recipes import quickstart
+from tests.recipes import quickstart
 
 GOOD, BAD, SOLVED = [1.0, 0.0], [0.0, 0.0], [1.0, 1.0]
 NO_MEMBER: Any = None  # collectors pass it on, nothing more

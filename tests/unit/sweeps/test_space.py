@@ -10,7 +10,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from harness.errors import UserError
 from sweeps import space as spaces
 from sweeps.space import Space, decode, encode, from_recipe, short_names
-from tests.unit.recipes import quickstart
+from tests.recipes import quickstart
 from tests.unit.sweeps.curves import ALPHA, LR, RANK, TARGETS, recipe_of
 
 BATCH, MINI = "trainer.train_batch_size", "trainer.policy_mini_batch_size"
