@@ -118,8 +118,9 @@ class TestContract:
 
     def test_equal_data_gives_equal_bytes(self, figure: Figure, plots: Callable[[Figure], list[Plot]]) -> None:
         draw = partial(figure.draw, plots(figure)[0].data)
-        assert render_both(draw, Look()) == render_both(draw, Look())
-        assert render_both(draw, Look())[0] == render(draw, Look())
+        both = render_both(draw, Look())
+        assert render_both(draw, Look()) == both
+        assert render(draw, Look()) == both[0]
 
     def test_nothing_to_show_is_no_plot(self, figure: Figure, unfinished: list[Experiment]) -> None:
         assert figure.data(unfinished[0]) == []

@@ -60,6 +60,7 @@ def test_engine_and_trainer_agree_throughout(quickstart: tuple[RunDir, str]) -> 
     assert max(gaps) < 1e-3
 
 
+@pytest.mark.slow
 def test_the_adapter_scores_the_same_in_plain_peft(
     quickstart: tuple[RunDir, str], tiny_model_dir: Path, held_out: list[Example]
 ) -> None:

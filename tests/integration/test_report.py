@@ -114,6 +114,7 @@ def everything(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+@pytest.mark.slow
 def test_equal_directories_give_equal_reports(sweep_dir: Path, written: Path, tmp_path: Path) -> None:
     write_report(sweep_dir, tmp_path)
     assert everything(tmp_path) == everything(written)

@@ -15,10 +15,9 @@ from harness.rundir import RunDir
 from tests.integration.conftest import heed_interrupts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("sent", "status"),
-    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGKILL, -signal.SIGKILL)],
-    ids=["INT", "KILL"],
+    ("sent", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)], ids=["INT", "KILL"]
 )
 def test_a_stopped_run_goes_on_by_its_directory(
     small_data: list[str], tmp_path: Path, sent: signal.Signals, status: int

@@ -334,6 +334,7 @@ def test_every_sink_is_closed_when_one_fails(tmp_path: Path) -> None:
     assert TensorBoardRun(run_dir).scalars("reward") == [(1, 0.125)]
 
 
+@pytest.mark.slow
 def test_wandb_inside_a_ray_worker(tmp_path: Path) -> None:
     from rltrain.cluster import cluster
 

@@ -85,6 +85,7 @@ def test_the_base_leaves_room_for_reinforcement_learning(tiny_model_dir: Path, t
     assert card["parameters"] == model.num_parameters()
 
 
+@pytest.mark.slow
 def test_a_short_training_writes_a_model_that_loads_and_is_reproducible(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

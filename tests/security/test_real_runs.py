@@ -118,7 +118,7 @@ def run(few: list[str], tmp_path_factory: pytest.TempPathFactory) -> Watched:
     return watch(tmp_path_factory.mktemp("run"), "harness.run", "quickstart", *few, "trainer.run_name=run")
 
 
-@pytest.fixture(params=[pytest.param("sweep", marks=pytest.mark.slow), "run"])
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) for name in ("sweep", "run")])
 def watched(request: pytest.FixtureRequest) -> Watched:
     """Each of the two."""
     found: Watched = request.getfixturevalue(request.param)
