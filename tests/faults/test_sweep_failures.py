@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import pandas as pd
@@ -62,6 +63,7 @@ sweep:
     {LR}: {{low: 1.0e-5, high: 1.0e-2, log: true}}
 """
     )
+    resource_tracker.ensure_running()  # the report's pool of processes starts it, and it stays
     before = processes(tmp_path / "moods")
     assert sweep.main([str(recipe)]) == 0
     assert processes(tmp_path / "moods") <= before
