@@ -14,6 +14,7 @@ from harness.errors import UserError
 from harness.paths import PROJECT, RECIPES
 from harness.schema import Recipe
 from harness.validate import engine_lora_rank, sync_mode
+from tests.recipes import quickstart
 
 MODEL = "trainer.policy.model.path=somewhere"
 
@@ -85,6 +86,15 @@ def test_a_wrong_override_is_explained(override: str, told: str | None) -> None:
     with pytest.raises(UserError) as caught:
         recipes.load("quickstart", [override])
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("seed", False), ("seed", 0.0), ("trainer.algorithm.gamma", True)],
+)
+def test_what_equals_the_default_must_have_its_type(key: str, value: object) -> None:
+    with pytest.raises(UserError, match=f"{key}.* cannot take this value"):
+        recipes.with_values(quickstart(), {key: value})
 
 
 def test_seed_given_twice_and_differently_is_refused() -> None:
