@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
+from harness import recipe as recipes
 from harness.errors import UserError
 from sweeps import space as spaces
 from sweeps.space import Space, decode, encode, from_recipe, short_names
-from tests.recipes import quickstart
 from tests.unit.sweeps.curves import ALPHA, LR, RANK, TARGETS, recipe_of
 
 BATCH, MINI = "trainer.train_batch_size", "trainer.policy_mini_batch_size"
@@ -106,7 +106,7 @@ def test_overrides_arrive_nested_and_win() -> None:
 
 
 def test_an_override_on_the_command_line_reaches_its_axis() -> None:
-    recipe = quickstart([f"sweep.space.{RANK}.choices=[1,64]", f"sweep.space.{TARGETS}=null"])
+    recipe = recipes.load("quickstart", [f"sweep.space.{RANK}.choices=[1,64]", f"sweep.space.{TARGETS}=null"])
     space = from_recipe(recipe)
     assert space[RANK].choices == (1, 64)
     assert TARGETS not in space.distributions
