@@ -14,6 +14,9 @@ from rltrain.packing import Packing
 
 NAME = "packed_sdpa"
 
+# cuDNN's attention builds a graph for every new shape: a step on an H100 took five times as long.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 def packed_attention(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,

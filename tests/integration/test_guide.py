@@ -81,7 +81,8 @@ def test_it_resolves_and_dry_runs_unchanged(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_the_gpus_it_says_what_is_missing(tmp_path: Path) -> None:
+def test_without_the_gpus_it_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     done = harness_run(guide(tmp_path) | {"ray.address": "null"})
     assert done.returncode == 2
     assert "not enough GPUs" in done.stderr

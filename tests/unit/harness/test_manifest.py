@@ -217,6 +217,7 @@ def test_each_difference_is_named_with_both_values(record: dict[str, Any]) -> No
     (data, digest) = next(iter(old["data"].items()))
     old["data"][data] = "sha256:" + "c" * 64
     record |= {"git": {"commit": "d" * 40, "dirty": False, "diff": None}}
+    record["hardware"]["gpus"] = []
     assert differences(old, record) == [
         "commit: aaaaaaaaaaaa -> dddddddddddd",
         "uncommitted changes: sha256:bbbbbbbbbbbb -> absent",

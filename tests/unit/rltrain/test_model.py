@@ -17,6 +17,10 @@ from rltrain.pack import _adapter_seed
 from tests.recipes import quickstart
 
 
+def test_cudnns_attention_is_off() -> None:
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 @pytest.fixture
 def base() -> Qwen2ForCausalLM:
     torch.manual_seed(0)

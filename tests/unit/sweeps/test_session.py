@@ -72,7 +72,10 @@ def test_a_sweeps_directory(recipe_file: Path) -> None:
         ("sweep.pruner.name=hyperbnd", "did you mean hyperband?"),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_starts(recipe_file: Path, override: str, said: str) -> None:
+def test_what_is_wrong_is_said_before_anything_starts(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch, override: str, said: str
+) -> None:
+    monkeypatch.setattr("rltrain.parallel.visible_gpus", lambda: 0)
     with pytest.raises(UserError) as caught:
         sessions.start(str(recipe_file), [override])
     assert said in str(caught.value)
