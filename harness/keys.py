@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from harness.paths import RECIPES
-from harness.recipe import RENAMED, WITHOUT_EFFECT, known_keys
+from harness.recipe_keys import RENAMED, WITHOUT_EFFECT, known_keys
 from harness.schema import Recipe
 from harness.validate import bounded, described
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import hashlib
 import json
 import os
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,38 +21,15 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from harness import machine
 from harness.errors import UserError, nearest
 from harness.paths import RECIPES
+from harness.recipe_keys import WITHOUT_EFFECT, check_key, keys_given
 from harness.schema import Backend, Recipe
 from harness.validate import check, check_plain, described, names_of
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
-# Names in SkyRL, most of them later ones, of keys that this project spells as the guide does.
-RENAMED = {
-    "generator.inference_engine.num_engines": "generator.num_inference_engines",
-    "generator.inference_engine.tensor_parallel_size": "generator.inference_engine_tensor_parallel_size",
-    "generator.inference_engine.gpu_memory_utilization": "generator.gpu_memory_utilization",
-    "generator.inference_engine.backend": "generator.backend",
-    "trainer.algorithm.kl_estimator_type": "trainer.algorithm.kl_estimator",
-    "trainer.algorithm.use_tis": "trainer.algorithm.tis",
-    "trainer.algorithm.off_policy_correction.tis_ratio_type": "trainer.algorithm.tis",
-    "trainer.algorithm.off_policy_correction.token_tis_ratio_clip_high": "trainer.algorithm.tis_imp_ratio_cap",
-    "trainer.policy.optimizer_config.adam_betas": "trainer.policy.optimizer_config.betas",
-    "trainer.critic.optimizer_config.adam_betas": "trainer.critic.optimizer_config.betas",
-    "trainer.max_training_steps": "trainer.max_steps",
-    "trainer.bf16": "trainer.policy.model.dtype",
-    "generator.model_dtype": "trainer.policy.model.dtype",
-}
 # What others call a value that has another name here, and is too unlike it for a guess.
 RENAMED_VALUES = {"gpu": "cuda", "fp32": "float32", "ppo": "gae"}
-
-# Settings of SkyRL's guide that there is nothing to set for here: taken on the command line, and left out.
-WITHOUT_EFFECT = {
-    "generator.run_engines_locally": "engines always run beside the trainer, under Ray where there are several",
-    "generator.weight_sync_backend": "adapters travel as trainer.policy.model.lora.sync says",
-    "generator.async_engine": "an engine decodes all samples of a step in one batch",
-}
-
 
 # What stands before a stored recipe's own checksum, in its last line.
 _SUM = "# sha256 "
@@ -132,8 +108,8 @@ def read(path: Path) -> Recipe:
 def from_dict(values: dict[str, Any], *, source: str = "the recipe") -> Recipe:
     """A validated recipe from plain nested values; raises UserError naming the key at fault."""
     check_plain(values, source)
-    for key in _keys_given(values):
-        _check_key(key, source)
+    for key in keys_given(values):
+        check_key(key, source)
     values = _one_as_list(values)
     try:
         # Of values that are the defaults the merge would make the same, and take longer.
@@ -150,7 +126,7 @@ def with_values(recipe: Recipe, values: dict[str, Any]) -> Recipe:
     """A copy of a recipe with dotted keys set to plain values, validated again."""
     plain = to_dict(recipe)
     for key, value in values.items():
-        _check_key(key, "these values")
+        check_key(key, "these values")
         *groups, leaf = key.split(".")
         group = plain
         for name in groups:
@@ -252,67 +228,6 @@ def _without_defaults(values: dict[str, Any], defaults: dict[str, Any]) -> dict[
     return kept
 
 
-@functools.cache
-def known_keys() -> tuple[str, ...]:
-    """Every dotted key of a recipe, leaves only, in the schema's order."""
-    return tuple(key for key, leaf in _walk(Recipe) if leaf)
-
-
-@functools.cache
-def _sections() -> frozenset[str]:
-    return frozenset(key for key, leaf in _walk(Recipe) if not leaf)
-
-
-def _walk(cls: type, prefix: str = "") -> Iterator[tuple[str, bool]]:
-    hints = typing.get_type_hints(cls)
-    for item in dataclasses.fields(cls):
-        inner = [t for t in (hints[item.name], *typing.get_args(hints[item.name])) if dataclasses.is_dataclass(t)]
-        yield prefix + item.name, not inner
-        if inner:
-            yield from _walk(typing.cast(type, inner[0]), f"{prefix}{item.name}.")
-
-
-def _keys_given(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, value in values.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, dict) and key in _sections():
-            yield from _keys_given(value, f"{key}.")
-        elif value is not None and key in _sections():
-            raise UserError(f"{key} is a group of keys, not a value", got=value, fix=f"name one key under {key}")
-        else:
-            yield key
-
-
-def _check_key(key: str, source: str) -> None:
-    known = known_keys()
-    open_dicts = ("sweep.space.", "sweep.pruner.", "expect.")
-    if key in known or key in _sections() or key.startswith(open_dicts):
-        return
-    if key in WITHOUT_EFFECT:
-        raise UserError(f"{key} has no effect here", got=source, fix=f"leave it out: {WITHOUT_EFFECT[key]}")
-    guess = RENAMED.get(key) or _meant(key)
-    hint = f"did you mean {guess}?" if guess else "recipes/base.yaml lists every key"
-    raise UserError(f"unknown key in {source}", got=key, fix=hint)
-
-
-def _meant(key: str) -> str | None:
-    """The known key or group that an unknown one is near to: whole, and in its last name; never a group it is in."""
-    last = _last(key)
-    others = [other for other in (*known_keys(), *_sections()) if not key.startswith(f"{other}.")]
-    same = [other for other in others if _last(other) == last]
-    if same:
-        return max(same, key=lambda other: difflib.SequenceMatcher(None, key, other).ratio())
-    near = nearest(key, others)
-    if near is not None and nearest(last, [_last(near)]) is not None:
-        return near
-    name = nearest(last, map(_last, known_keys()))
-    return next((other for other in known_keys() if _last(other) == name), None)
-
-
-def _last(key: str) -> str:
-    return key.rsplit(".", 1)[-1]
-
-
 def _without_effect(override: str) -> bool:
     key, _, value = override.partition("=")
     if key == "generator.run_engines_locally" and value.strip("\"'").lower() == "false":
@@ -347,7 +262,7 @@ def _check_override(override: str) -> Override:
         raise UserError("every key already exists: overrides neither add nor delete", got=override, allowed="key=value")
     if parsed.is_sweep_override():
         raise UserError("an override has one value", got=override, fix="name several values under sweep.space")
-    _check_key(str(parsed.key_or_group), "the command line")
+    check_key(str(parsed.key_or_group), "the command line")
     return parsed
 
 

@@ -13,6 +13,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from harness import recipe as recipes
 from harness.errors import UserError
+from harness.recipe_keys import known_keys
 from harness.schema import Recipe
 
 Params = dict[str, Any]
@@ -194,7 +195,7 @@ def _specs(space: Mapping[str, Any]) -> dict[str, Any]:
 def _flat(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for name, value in node.items():
         key = f"{prefix}{name}"
-        group = isinstance(value, Mapping) and value and key not in recipes.known_keys()
+        group = isinstance(value, Mapping) and value and key not in known_keys()
         # A group of keys holds groups or axes; a mapping with a field of an axis is an axis, even of an unknown key.
         if group and not set(value) & set(_FIELDS):
             yield from _flat(value, f"{key}.")
@@ -210,8 +211,8 @@ def _check_key(plain: Recipe, key: str) -> None:
         raise UserError("sweep.space: seeds are not an axis", got=key, fix="list them in sweep.seeds")
     if key in PLACES:
         raise UserError("sweep.space: the sweep names its trials' directories itself", got=key, allowed=example)
-    if key not in recipes.known_keys():
-        if any(known.startswith(f"{key}.") for known in recipes.known_keys()):
+    if key not in known_keys():
+        if any(known.startswith(f"{key}.") for known in known_keys()):
             raise UserError("sweep.space: this is a group of keys, not one key", got=key, allowed=example)
         try:
             recipes.with_values(plain, {key: None})

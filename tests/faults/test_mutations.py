@@ -19,6 +19,7 @@ from harness import export, prepare, report, reproduce, run, sweep
 from harness import recipe as recipes
 from harness.errors import UserError
 from harness.paths import RECIPES
+from harness.recipe_keys import known_keys
 from harness.schema import Recipe
 from harness.validate import _BOUNDS
 from rltrain.preflight import check_run
@@ -222,7 +223,7 @@ def test_mutated_files(tmp_path_factory: pytest.TempPathFactory, results: Result
     results.append((RECIPE_FILES, TOLD, 0))
 
 
-KEYS = st.sampled_from(recipes.known_keys())
+KEYS = st.sampled_from(known_keys())
 SPACED = KEYS.flatmap(
     lambda key: st.sampled_from([f"sweep.space.{key}", f"sweep.space.{key}.choices", f"sweep.space.{key}.low"])
 )

@@ -8,7 +8,7 @@ import pytest
 
 from harness import recipe as recipes
 from harness.errors import UserError
-from harness.recipe import RENAMED, WITHOUT_EFFECT, known_keys
+from harness.recipe_keys import RENAMED, WITHOUT_EFFECT, known_keys
 from rltrain import parallel
 
 MODEL = "trainer.policy.model.path=somewhere"

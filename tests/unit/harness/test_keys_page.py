@@ -15,7 +15,7 @@ import yaml
 from harness import keys
 from harness import recipe as recipes
 from harness.paths import PROJECT, RECIPES
-from harness.recipe import RENAMED, WITHOUT_EFFECT, known_keys
+from harness.recipe_keys import RENAMED, WITHOUT_EFFECT, known_keys
 from harness.schema import Recipe, Sweep
 
 PAGE = PROJECT / "docs" / "keys.md"

@@ -9,7 +9,7 @@ import pytest
 
 from harness import metrics
 from harness.paths import PROJECT
-from harness.recipe import known_keys
+from harness.recipe_keys import known_keys
 
 
 def cells(line: str) -> list[str]:
