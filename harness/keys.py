@@ -77,7 +77,7 @@ def allowed(key: str) -> str:
     hint = typing.get_type_hints(owner)[name]
     words = "" if hint is Any else described(hint)
     limits = bounded(owner.__dataclass_fields__[name].metadata)
-    return f"{words}, {limits}" if limits else words
+    return ", ".join(part for part in (words, limits) if part)
 
 
 _HEAD = """# Keys of a recipe

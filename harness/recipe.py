@@ -166,6 +166,11 @@ def digest(recipe: Recipe) -> str:
         values.pop(key)
     for key in ("run_name", "ckpt_path", "resume_mode"):
         values["trainer"].pop(key)
+    # These keys are younger than run directories: at their defaults a digest is what it was without them.
+    for group, key in ((values, "deterministic"), (values["trainer"], "gradient_checkpointing"),
+                       (values["generator"], "engine_args")):  # fmt: skip
+        if group[key] in (False, "auto", {}):
+            group.pop(key)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

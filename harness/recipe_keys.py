@@ -72,7 +72,7 @@ def keys_given(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
 def check_key(key: str, source: str) -> None:
     """Raise UserError, with the key that was probably meant, unless a recipe has the dotted `key`."""
     known = known_keys()
-    open_dicts = ("sweep.space.", "sweep.pruner.", "expect.")
+    open_dicts = ("sweep.space.", "sweep.pruner.", "expect.", "generator.engine_args.")
     if key in known or key in _sections() or key.startswith(open_dicts):
         return
     if key in WITHOUT_EFFECT:

@@ -12,6 +12,11 @@ def num(default: float | int | None, **bounds: float) -> Any:
     return field(default=default, metadata=bounds)
 
 
+def one_of(*allowed: Any) -> dict[str, tuple[Any, ...]]:
+    """Metadata of a key whose type OmegaConf cannot say: one of these values, or with `int` a whole number >= 1."""
+    return {"one_of": allowed}
+
+
 # The functional form, for "reinforce++" is no Python name.
 AdvantageEstimator = Enum(
     "AdvantageEstimator", {"grpo": "grpo", "rloo": "rloo", "reinforce++": "reinforce++", "gae": "gae"}, module=__name__
@@ -207,9 +212,10 @@ class Trainer:
     train_batch_size: int = num(128, ge=1)
     policy_mini_batch_size: int = num(128, ge=1)
     critic_mini_batch_size: int | None = num(None, ge=1)
-    micro_forward_batch_size_per_gpu: int = num(16, ge=1)
-    micro_train_batch_size_per_gpu: int = num(16, ge=1)
-    max_tokens_per_microbatch: int | None = num(None, ge=1)
+    micro_forward_batch_size_per_gpu: int | None = num(None, ge=1)
+    micro_train_batch_size_per_gpu: int | None = num(None, ge=1)
+    max_tokens_per_microbatch: Any = field(default="auto", metadata=one_of("auto", None, int))
+    gradient_checkpointing: Any = field(default="auto", metadata=one_of("auto", True, False))
     update_epochs_per_batch: int = num(1, ge=1)
     epochs: int = num(1, ge=1)
     max_steps: int | None = num(None, ge=1)
@@ -220,7 +226,7 @@ class Trainer:
     resume_mode: str | None = "latest"
     max_ckpts_to_keep: int = num(1, ge=1)
     eval_interval: int = num(10, ge=0)
-    eval_batch_size: int = num(1024, ge=1)
+    eval_batch_size: int | None = num(None, ge=1)
     eval_before_train: bool = True
     samples_per_dump: int = num(64, ge=0)
     logger: list[Logger] = field(default_factory=lambda: [Logger.console])
@@ -243,7 +249,8 @@ class Generator:
     inference_engine_tensor_parallel_size: int = num(1, ge=1)
     gpu_memory_utilization: float = num(0.8, gt=0, le=1)
     cpu_kv_cache_gb: int = num(1, ge=1)
-    enforce_eager: bool = True
+    enforce_eager: bool | None = None
+    engine_args: dict[str, Any] = field(default_factory=dict)
     max_num_seqs: int = num(256, ge=1)
     max_lora_rank: int | None = num(None, ge=1, le=512)
     batched: bool = True
@@ -274,8 +281,8 @@ class Sweep:
     pruner: dict[str, Any] | None = None
     first_trials: list[dict[str, Any]] = field(default_factory=list)
     space: dict[str, Any] = field(default_factory=dict)
-    max_concurrent: int = num(1, ge=1)
-    pack_size: int = num(8, ge=1)
+    max_concurrent: int | None = num(None, ge=1)
+    pack_size: int | None = num(None, ge=1)
     max_failures: int = num(3, ge=1)
     stall_seconds: float = num(3600.0, gt=0)
 
@@ -283,6 +290,7 @@ class Sweep:
 @dataclass(kw_only=True, slots=True)
 class Recipe:
     seed: int = num(0, ge=0)
+    deterministic: bool = False
     data: Data = field(default_factory=Data)
     trainer: Trainer = field(default_factory=Trainer)
     generator: Generator = field(default_factory=Generator)

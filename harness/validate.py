@@ -120,14 +120,26 @@ def _check_bounds(node: Any, prefix: str) -> None:
         _check_elements(key, value, hints[item.name])
         if dataclasses.is_dataclass(value):
             _check_bounds(value, f"{key}.")
+        elif "one_of" in item.metadata:
+            if not _is_one_of(value, item.metadata["one_of"]):
+                raise UserError(f"{key} cannot take this value", got=value, allowed=bounded(item.metadata))
         elif value is not None and item.metadata:
             held = all(_BOUNDS[name][0](value, limit) for name, limit in item.metadata.items())
             if not held or not math.isfinite(value):
                 raise UserError(f"{key} is out of range", got=value, allowed=bounded(item.metadata))
 
 
-def bounded(limits: Mapping[str, float]) -> str:
-    """Return the bounds of a number in words: `>= 0 and <= 1`; "" without bounds."""
+def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
+    if int in allowed and isinstance(value, int) and not isinstance(value, bool):
+        return 1 <= value <= LARGEST
+    return any(value is one or (isinstance(one, str) and value == one) for one in allowed)
+
+
+def bounded(limits: Mapping[str, Any]) -> str:
+    """Return what a key's metadata allows in words: `>= 0 and <= 1`, `auto, true, false`; "" where it says nothing."""
+    if "one_of" in limits:
+        words = {None: "null", True: "true", False: "false", int: "whole numbers >= 1"}
+        return ", ".join(words.get(one, one) for one in limits["one_of"])
     return " and ".join(f"{_BOUNDS[name][1]} {limit:g}" for name, limit in limits.items())
 
 
