@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
-from harness.schema import Trainer
-from rltrain.packing import prompt_numbers
+from rltrain.packing import prompt_numbers, to_device
 from rltrain.ranks import Ranks
 
 
@@ -18,6 +18,7 @@ from rltrain.ranks import Ranks
 class Batch:
     """One member's samples as tensors: prompts left-padded `[B, P]`, completions right-padded `[B, T]`.
 
+    It is kept on the CPU, where batches are cut and packed without a word to the GPU; micro-batches are moved.
     `mask` is 1 on completion tokens, `loss_mask` on those that are trained on; log-probabilities, values, returns and
     advantages are `[B, T]`; those not computed yet, or not needed, are None.
     """
@@ -52,9 +53,20 @@ class Batch:
         """Completion tokens that are trained on."""
         return int(self.loss_mask.sum())
 
+    @property
+    def packed_tokens(self) -> int:
+        """Tokens that a pass computes: a prompt that several sequences have counts once."""
+        lengths = dict(zip(prompt_numbers(self), self.prompt_mask.sum(dim=1).tolist(), strict=True))
+        return sum(lengths.values()) + int(self.mask.sum())
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        tensors = [getattr(self, item.name) for item in fields(self)]
+        return Batch(*(None if tensor is None else to_device(tensor, device) for tensor in tensors))
+
     def take(self, rows: Sequence[int]) -> Batch:
         """Some of the sequences, without the padding that only the others needed."""
-        index = torch.tensor(rows, device=self.mask.device)
+        index = torch.tensor(rows)
         width_p = int(self.prompt_mask[index].sum(dim=1).max())
         width_t = max(1, int(self.mask[index].sum(dim=1).max()))
         values: dict[str, Any] = {}
@@ -73,27 +85,26 @@ class Batch:
         return blank
 
 
-def micro_batches(batch: Batch, rows: Sequence[int], size: int, budget: int | None) -> list[list[int]]:
-    """Rows of a batch in order, in groups of at most `size`; or, with a budget, of at most so many tokens.
+def micro_batches(batch: Batch, rows: Sequence[int], size: int | None, tokens: int | None) -> list[list[int]]:
+    """Rows of a batch in order, in groups of at most `size` sequences and `tokens` tokens; None: no such bound.
 
     A prompt that several sequences of a group have counts once, as it is computed once. A sequence that is longer than
-    the budget goes alone.
+    the bound goes alone.
     """
-    if budget is None:
-        return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
     numbers = prompt_numbers(batch)
     prompts, completions = batch.prompt_mask.sum(dim=1).tolist(), batch.mask.sum(dim=1).long().tolist()
+    most_rows, most_tokens = size or math.inf, tokens or math.inf
     groups: list[list[int]] = []
     there: set[int] = set()
-    tokens = 0
+    taken = 0
     for row in rows:
         more = completions[row] + (0 if numbers[row] in there else prompts[row])
-        if not groups or tokens + more > budget:
+        if not groups or len(groups[-1]) == most_rows or taken + more > most_tokens:
             groups.append([])
-            there, tokens, more = set(), 0, completions[row] + prompts[row]
+            there, taken, more = set(), 0, completions[row] + prompts[row]
         groups[-1].append(row)
         there.add(numbers[row])
-        tokens += more
+        taken += more
     return groups
 
 
@@ -103,14 +114,15 @@ def shares(rows: Sequence[int], ranks: int) -> list[list[int]]:
     return [list(rows[start:end]) for start, end in itertools.pairwise(bounds)]
 
 
-def training_parts(batch: Batch, trainer: Trainer, moves_B: torch.Tensor, ranks: Ranks) -> list[tuple[Batch, bool]]:
-    """This rank's micro-batches of a mini-batch, and whether each has a gradient.
+def training_parts(
+    batch: Batch, size: int | None, tokens: int | None, moves_B: torch.Tensor, ranks: Ranks
+) -> list[tuple[Batch, bool]]:
+    """This rank's micro-batches of a mini-batch, and whether each has a gradient; `size`, `tokens`: `micro_batches`.
 
     `moves_B`: which sequences can have one; those not trained on are left out. Every rank gets as many micro-batches,
     for a sharded model computes on all ranks at once, and backwards too: one that has fewer gets blank ones. Nothing to
     train on anywhere gives none.
     """
-    size, budget = trainer.micro_train_batch_size_per_gpu, trainer.max_tokens_per_microbatch
     trained = [i for i, any_token in enumerate(batch.loss_mask.any(dim=1).tolist()) if any_token]
     moves = moves_B.tolist()
     if ranks.size > 1 or not any(moves[row] for row in trained):
@@ -119,7 +131,7 @@ def training_parts(batch: Batch, trainer: Trainer, moves_B: torch.Tensor, ranks:
     parts: list[tuple[Batch, bool]] = []
     for kind in (True, False):
         rows = [row for row in trained if moves[row] is kind]
-        plans = [micro_batches(batch, own, size, budget) for own in shares(rows, ranks.size)]
+        plans = [micro_batches(batch, own, size, tokens) for own in shares(rows, ranks.size)]
         own = [batch.take(part) for part in plans[ranks.rank]]
         missing = max(map(len, plans)) - len(own)
         blank = [batch.take(rows[:1]).untrained()] * missing if missing else []
@@ -133,7 +145,6 @@ def collate(
     engine_logprobs: Sequence[Sequence[float]],
     *,
     pad_id: int,
-    device: torch.device,
 ) -> Batch:
     """Token ids of B samples and the engine's log-probabilities of their completions -> a Batch; all tokens train."""
     prompt_width = max(len(p) for p in prompts)
@@ -150,4 +161,4 @@ def collate(
         completion_ids[row, : len(completion)] = torch.tensor(completion, dtype=torch.long)
         mask[row, : len(completion)] = 1
         logprobs[row, : len(completion)] = torch.tensor(values)
-    return Batch(*(t.to(device) for t in (prompt_ids, prompt_mask, completion_ids, mask, mask.clone(), logprobs)))
+    return Batch(prompt_ids, prompt_mask, completion_ids, mask, mask.clone(), logprobs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -12,8 +11,7 @@ from harness.schema import Recipe
 from rltrain.member import Member
 from rltrain.pack import Pack
 from rltrain.report import Report
-from rltrain.step import train_step
-from rltrain.trainer import Course
+from rltrain.trainer import Course, Step, advance
 
 
 class Crew(Protocol):
@@ -44,9 +42,8 @@ class LocalCrew:
         self.contains_failures = pack.contains_failures = pack.ranks.size == 1
         self._members: dict[Path, Member] = {}
         self._courses: dict[Path, Course] = {}
-        self._rows: dict[Member, dict[str, float]] = {}
+        self._steps: dict[Member, Step] = {}
         self._failures: dict[Member, Exception] = {}
-        self._seconds = 0.0
 
     def take_in(self, recipe: Recipe, run_dir: RunDir) -> list[Report]:
         """A run joins the pack and is brought to where its training begins; the reports of that."""
@@ -56,9 +53,7 @@ class LocalCrew:
 
     def train(self, run_dirs: Sequence[RunDir]) -> None:
         """One step of these runs; `take` has what came of it, also where one fails."""
-        start = time.perf_counter()
-        self._rows = train_step(self._pack, [self._members[run_dir.path] for run_dir in run_dirs])
-        self._seconds = time.perf_counter() - start
+        self._steps = advance(self._pack, [self._members[run_dir.path] for run_dir in run_dirs])
         self._failures, self._pack.failures = self._pack.failures, {}
 
     def take(self, run_dir: RunDir) -> Report:
@@ -66,7 +61,7 @@ class LocalCrew:
         member = self._members[run_dir.path]
         if member in self._failures:
             raise self._failures[member]
-        return self._courses[run_dir.path].take(self._rows[member], self._seconds)
+        return self._courses[run_dir.path].take(self._steps[member])
 
     def let_go(self, run_dir: RunDir) -> None:
         """A run leaves the pack, if it is in it."""

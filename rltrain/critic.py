@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,8 +10,8 @@ from peft import PeftModel
 
 from harness.schema import Recipe
 from rltrain.batch import Batch
-from rltrain.learner import Learner, Row
-from rltrain.logprobs import on_tokens, predictions
+from rltrain.learner import Learner, Statistics, mean_over
+from rltrain.logprobs import at_predictors, on_tokens
 from rltrain.lora import base_model
 from rltrain.losses import Totals, value_loss
 from rltrain.seeding import stream_seed
@@ -42,14 +41,14 @@ class Critic(Learner):
         self, adapter: str, model: Any, parameters: Mapping[str, torch.nn.Parameter], recipe: Recipe, total_steps: int
     ) -> None:
         trainer = recipe.trainer
-        causal_lm = base_model(model)
-        self.head = ValueHead(causal_lm.config.hidden_size, stream_seed(recipe.seed, "value_head")).to(model.device)
+        self.head = ValueHead(base_model(model).config.hidden_size, stream_seed(recipe.seed, "value_head")).to(
+            model.device
+        )
         heads = {f"value_head.{name}": p for name, p in self.head.named_parameters()}
         super().__init__({**parameters, **heads}, trainer.critic.optimizer_config, total_steps, trainer.max_bad_steps)
         self.adapter = adapter
         self.model = model
         self.mini_batch_size = trainer.critic_mini_batch_size or trainer.policy_mini_batch_size
-        self._causal_lm = causal_lm
         self._clip_range = trainer.algorithm.value_clip
 
     def activate(self) -> None:
@@ -59,34 +58,20 @@ class Critic(Learner):
 
     def values(self, batch: Batch) -> torch.Tensor:
         """V(s_t) before each of the completions' tokens, `[B, T]`, float32."""
-        with self._in_place_of_the_head():
-            values, rows = predictions(self.model, batch)
-        return on_tokens(values.squeeze(-1).float()[rows], batch)
+        return on_tokens(at_predictors(self.model, batch, self.head).squeeze(-1).float(), batch)
 
     def totals(self, batch: Batch) -> Totals:
         """The divisors of a mini-batch's loss."""
         return Totals(tokens=max(1, batch.tokens), sequences=len(batch), max_length=batch.mask.shape[1])
 
-    def loss(self, micro: Batch, totals: Totals) -> tuple[torch.Tensor, Row]:
+    def loss(self, micro: Batch, totals: Totals) -> tuple[torch.Tensor, Statistics]:
         """A micro-batch's share of the clipped value loss, a mean over tokens."""
+        values, micro = self.values(micro), micro.to(self.model.device)
         assert micro.values is not None
         assert micro.returns is not None
-        losses, held = value_loss(self.values(micro), micro.values, micro.returns, self._clip_range)
+        losses, held = value_loss(values, micro.values, micro.returns, self._clip_range)
         loss = (losses * micro.loss_mask).sum() / totals.tokens
         return loss, {
-            "vf_loss": float(loss.detach()),
-            "clip_ratio": float((held * micro.loss_mask).sum()) / totals.tokens,
+            "vf_loss": loss.detach().double(),
+            "clip_ratio": mean_over(held * micro.loss_mask, totals.tokens),
         }
-
-    def check(self, stats: Row, batch: Batch) -> None:
-        """Nothing of a critic's is compared with the engine."""
-
-    @contextlib.contextmanager
-    def _in_place_of_the_head(self) -> Iterator[None]:
-        """The value head where the language model's is: the same forward pass, FSDP's hooks included."""
-        head = self._causal_lm.get_output_embeddings()
-        self._causal_lm.set_output_embeddings(self.head)
-        try:
-            yield
-        finally:
-            self._causal_lm.set_output_embeddings(head)

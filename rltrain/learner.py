@@ -17,6 +17,13 @@ from rltrain.losses import Totals
 from rltrain.ranks import Ranks, full
 
 Row = dict[str, float]
+# Numbers that a pass leaves where they are computed: to read one of a GPU's is to wait for it.
+Statistics = dict[str, torch.Tensor]
+
+
+def mean_over(values: torch.Tensor, count: int) -> torch.Tensor:
+    """A micro-batch's share of a mean over `count` values of the whole mini-batch, float64, without gradient."""
+    return values.detach().sum().double() / count
 
 
 class Learner(ABC):
@@ -40,15 +47,10 @@ class Learner(ABC):
         self._max_norm = settings.max_grad_norm
         self._max_bad_steps = max_bad_steps
         kinds = [[p for p in parameters.values() if isinstance(p, DTensor) is sharded] for sharded in (True, False)]
-        # Sharded and plain tensors do not mix in one group. On a CPU one call does what is some 400 otherwise.
-        groups = [
-            {"params": kind, "fused": kind[0].device.type == "cpu" and not isinstance(kind[0], DTensor)}
-            for kind in kinds
-            if kind
-        ]
+        # Sharded and plain tensors do not mix in one group. Fused, one call does what is some hundreds otherwise.
         self.optimizer = torch.optim.AdamW(
-            groups, lr=settings.lr, betas=(settings.betas[0], settings.betas[1]),
-            weight_decay=settings.weight_decay,
+            [{"params": kind} for kind in kinds if kind], lr=settings.lr, fused=True,
+            betas=(settings.betas[0], settings.betas[1]), weight_decay=settings.weight_decay,
         )  # fmt: skip
         schedule = "constant_with_warmup" if settings.scheduler.name == "constant" else settings.scheduler.name
         self.scheduler = get_scheduler(schedule, self.optimizer, settings.num_warmup_steps, total_steps)
@@ -62,12 +64,8 @@ class Learner(ABC):
         """The divisors of a mini-batch's loss."""
 
     @abstractmethod
-    def loss(self, micro: Batch, totals: Totals) -> tuple[torch.Tensor, Row]:
+    def loss(self, micro: Batch, totals: Totals) -> tuple[torch.Tensor, Statistics]:
         """A micro-batch's share of the mini-batch's loss, and of its statistics."""
-
-    @abstractmethod
-    def check(self, stats: Row, batch: Batch) -> None:
-        """Raise when a mini-batch's statistics show that something is wrong with what it was made of."""
 
     def moves(self, batch: Batch) -> torch.Tensor:
         """Whether each sequence can have a gradient, `[B]`: those that cannot are seen, but not gone back through."""

@@ -26,8 +26,8 @@ DEFAULT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 class Member:
     """One training run in a pack: what it trains, its data, counters and directory.
 
-    `batches` counts the batches of problems drawn so far: the data's cursor, which runs ahead of `step` where dynamic
-    sampling draws several for one step.
+    `max_tokens` are those of one of its passes at most. `batches` counts the batches of problems drawn so far: the
+    data's cursor, which runs ahead of `step` where dynamic sampling draws several for one step.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Member:
     policy: Policy
     critic: Critic | None
     sync: Sync
+    max_tokens: int | None
     credit: Credit = field(init=False)
     metrics: MetricsFile = field(init=False)
     step: int = 0
@@ -68,6 +69,12 @@ class Member:
     def total_steps(self) -> int:
         """`trainer.max_steps` if set, else whole batches in `trainer.epochs` passes over the data."""
         return total_steps(self.recipe, len(self.problems))
+
+    def limit_passes(self, tokens: int) -> None:
+        """Have passes of at most so many tokens from now on, for one ran out of memory; the manifest keeps it."""
+        self.max_tokens = tokens
+        earlier = self.run_dir.read_manifest().get("out_of_memory", [])
+        self.run_dir.update(out_of_memory=[*earlier, {"step": self.step + 1, "tokens": tokens}])
 
     def draw_problems(self) -> list[Problem]:
         """The next batch of problems: each epoch a new shuffle of the data, whole batches only."""

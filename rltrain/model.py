@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from harness.errors import UserError
 from harness.paths import locate
 from harness.schema import LoRA, Recipe
-from harness.validate import check_context, exclude_modules, target_modules
+from harness.validate import check_context, exclude_modules, num_processes, target_modules
 from rltrain import attention
 from rltrain.batch import Batch
 from rltrain.logprobs import token_logprobs
 from rltrain.lora import LoRALinear
-from rltrain.parallel import device_of, dtype_of
+from rltrain.parallel import checkpoints, device_of, dtype_of
 
 # A model's folder or repository may hold Python code of its own: it is never run, nor is anybody asked.
 NO_CODE = {"trust_remote_code": False}
@@ -80,8 +80,12 @@ def load_model(path: str, recipe: Recipe, *, key: str, full: bool) -> PreTrained
                         got=f"{path}: {len(found['missing_keys'])} missing, {sorted(found['missing_keys'])[0]} first",
                         fix="check config.json against the weights")  # fmt: skip
     model.computes_in = dtype_of(recipe)
-    model.requires_grad_(False)
-    model.to(device_of(recipe)).eval()
+    model.requires_grad_(False).eval()
+    if num_processes(recipe) == 1:  # else FSDP moves it, each rank its part: no GPU need hold it whole
+        model.to(device_of(recipe))
+    if checkpoints(recipe):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()  # a frozen embedding's output has no gradient, and needs none
     return model
 
 
@@ -119,6 +123,7 @@ def add_adapter(model: PreTrainedModel | PeftModel, name: str, config: LoraConfi
             model.add_adapter(name, config)
         else:
             model = get_peft_model(model, config, adapter_name=name)
+            model.get_base_model().disable_input_require_grads()  # PEFT enables them where layers are checkpointed
     return model
 
 

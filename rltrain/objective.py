@@ -7,6 +7,7 @@ import torch
 from harness.schema import TIS as Correction
 from harness.schema import LossReduction, PolicyLoss, Recipe
 from rltrain.batch import Batch
+from rltrain.learner import Statistics, mean_over
 from rltrain.losses import KL_ESTIMATORS, POLICY_LOSSES, REDUCTIONS, TIS, PolicyInputs, Totals
 
 RATIO_MEAN = "sampling/importance_sampling_ratio/mean"
@@ -35,26 +36,24 @@ class Objective:
         sequences = int(batch.loss_mask.any(dim=1).sum())
         return Totals(tokens=max(1, batch.tokens), sequences=max(1, sequences), max_length=self.max_length)
 
-    def __call__(
-        self, logprobs_BT: torch.Tensor, batch: Batch, totals: Totals
-    ) -> tuple[torch.Tensor, dict[str, float]]:
+    def __call__(self, logprobs_BT: torch.Tensor, batch: Batch, totals: Totals) -> tuple[torch.Tensor, Statistics]:
         """A micro-batch's share of the loss, and of the mini-batch's means `loss`, `kl`, `clip_ratio/region_mean`."""
         assert batch.old_logprobs is not None
         assert batch.advantages is not None
         mask = batch.loss_mask
         inputs = PolicyInputs(logprobs_BT, batch.old_logprobs, batch.advantages, mask, *self.clip)
         losses, held = self.policy_loss(inputs)
-        stats = {"clip_ratio/region_mean": float((held * mask).sum()) / totals.tokens}
+        stats: Statistics = {"clip_ratio/region_mean": mean_over(held * mask, totals.tokens)}
         if self.correct is not None:
             weights = self.correct(batch.old_logprobs, batch.engine_logprobs, mask, self.cap)
             losses = losses * weights
-            stats[RATIO_MEAN] = float((weights * mask).sum()) / totals.tokens
-            stats[RATIO_MAX] = float((weights * mask).max())
+            stats[RATIO_MEAN] = mean_over(weights * mask, totals.tokens)
+            stats[RATIO_MAX] = (weights * mask).max()
         loss = self.reduce(losses, mask, totals)
         if self.kl_coef is not None:
             assert batch.ref_logprobs is not None
             kl = self.kl(logprobs_BT, batch.ref_logprobs)
             loss = loss + self.kl_coef * self.reduce(kl, mask, totals)
-            stats["kl"] = float((kl.detach() * mask).sum()) / totals.tokens
-        stats["loss"] = float(loss.detach())
+            stats["kl"] = mean_over(kl * mask, totals.tokens)
+        stats["loss"] = loss.detach().double()
         return loss, stats

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import shutil
@@ -10,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+import psutil  # type: ignore[import-untyped]
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,13 +20,15 @@ from harness.errors import UserError
 from harness.rundir import RunDir
 from harness.schema import AdvantageEstimator, LoRA, Recipe, SyncMode
 from harness.validate import engine_lora_rank, sync_mode
+from rltrain import memory, parallel
 from rltrain import model as models
-from rltrain import parallel
 from rltrain.critic import Critic
 from rltrain.engines.base import Engine, EngineOptions, Sample, stop_token_ids
 from rltrain.engines.placed import place_engine
 from rltrain.flops import measured_peak
+from rltrain.lora import base_model
 from rltrain.member import Member, sync_tolerance, total_steps
+from rltrain.out_of_memory import release
 from rltrain.policy import Policy
 from rltrain.problems import Problem, load_problems
 from rltrain.ranks import Ranks
@@ -56,10 +61,15 @@ class Pack:
         self.failures: dict[Member, Exception] = {}
         self.base_samples: dict[str, list[list[Sample]]] = {}
         """What untrained members answered, by what they were asked."""
+        self.tried_tokens = 0
+        """Tokens of the largest pass that was made to see whether it fits."""
         self._problems: dict[tuple[str | int, ...], tuple[list[Problem], int]] = {}
         self.stop_token_ids = stop_token_ids(base, tokenizer)
         self.num_parameters = base.num_parameters()
+        self.vocabulary = base.get_input_embeddings().weight.shape[0]
         self.peak_flops = measured_peak(self.device, parallel.dtype_of(recipe)) * ranks.size
+        # First, for the engine takes what memory is left; a base that is sharded must not be whole on each GPU then.
+        ranks.shard(base)
         merged = sync_mode(recipe.trainer.policy.model.lora) is SyncMode.merge
         options = EngineOptions(
             model_path=models.model_folder(recipe.trainer.policy.model.path),
@@ -69,7 +79,7 @@ class Pack:
             max_loras=room,
         )
         self.engine: Engine = place_engine(recipe, base, options, ranks)
-        ranks.shard(base)
+        self._room = room
 
     @classmethod
     def open(cls, recipe: Recipe, *, room: int = 1, ranks: Ranks | None = None) -> Pack:
@@ -97,6 +107,7 @@ class Pack:
             name=name, recipe=recipe, run_dir=run_dir, problems=problems, held_out=held_out, num_dropped=dropped,
             policy=policy, critic=self._critic(f"{name}_critic", recipe, steps) if gae else None,
             sync=build_sync(sync_mode(recipe.trainer.policy.model.lora), root, self.ranks.once),
+            max_tokens=self._max_tokens(recipe, run_dir),
         )  # fmt: skip
         self.members.append(member)
         return member
@@ -142,9 +153,12 @@ class Pack:
             return None
         try:
             return work(self, *args, **kw)
+        except torch.AcceleratorError:
+            raise  # the GPU is of no more use to this process
         except Exception as error:
             if not self.contains_failures:
                 raise
+            release(error)
             self.failures[member] = error
             self.model.eval()  # the others' passes are not to be in the mode that this one left
             return None
@@ -172,6 +186,26 @@ class Pack:
         if key not in self._problems:
             self._problems[key] = load_problems(recipe, paths, self.tokenizer)
         return self._problems[key]
+
+    def _max_tokens(self, recipe: Recipe, run_dir: RunDir) -> int | None:
+        """Tokens of a pass, at most: what the recipe says, or what fits; less where a pass of the run did not."""
+        wanted = recipe.trainer.max_tokens_per_microbatch
+        if wanted == "auto":
+            gpu = self.device.type == "cuda"
+            shape = memory.ModelShape.from_config(base_model(self.model).config.to_dict())
+            fits = memory.tokens_that_fit(recipe, shape, self._free_bytes, on_gpu=gpu, members=self._room)
+            wanted = min(self.ranks.all_objects(fits))
+        failed = run_dir.read_manifest().get("out_of_memory", []) if run_dir.manifest.exists() else []
+        return failed[-1]["tokens"] if failed else wanted
+
+    @functools.cached_property
+    def _free_bytes(self) -> int:
+        """Memory that the trainer may take beside the base model, while the engine sleeps."""
+        with self.engine_asleep():
+            if self.device.type != "cuda":
+                return int(psutil.virtual_memory().available) // self.ranks.size
+            free, _ = torch.cuda.mem_get_info(self.device)
+            return free + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
 
     def _policy(self, name: str, recipe: Recipe, steps: int) -> Policy:
         algorithm, lora = recipe.trainer.algorithm, recipe.trainer.policy.model.lora

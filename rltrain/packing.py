@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,35 +33,76 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
+class Stretches:
+    """The same stretches for one call of attention with variable lengths (`torch.nn.attention.varlen`).
+
+    `queries` `[N]` and `keys` `[K]` are places in the packed row, stretch after stretch; a stretch's last query sees
+    all of its keys, and each before it one less. `query_starts` and `key_starts` `[S + 1]`, int32, say where each
+    begins.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    query_starts: torch.Tensor
+    key_starts: torch.Tensor
+    longest_query: int
+    longest_key: int
+
+
+@dataclass(frozen=True, slots=True)
 class Packing:
     """A packed row of N tokens, those that predict one of a completion's last.
 
-    `input_ids` and `position_ids` `[1, N]`; `slots` `[N]`: where each token stands among all blocks' queries;
-    `predictors`: how many of the row's last tokens predict; `rows` `[M]`: for each of the completions' M tokens, in the
-    order of the batch, the one of these that predicts it.
+    `input_ids` and `position_ids` `[1, N]`; what its attention is computed by: `blocks`, or `stretches`; `slots` `[N]`:
+    where each token stands among all queries of these; `predictors`: how many of the row's last tokens predict; `rows`
+    `[M]`: for each of the completions' M tokens, in the order of the batch, the one of these that predicts it.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     blocks: list[Block]
+    stretches: Stretches | None
     slots: torch.Tensor
     predictors: int
     rows: torch.Tensor
+
+    def to(self, device: torch.device) -> Packing:
+        """The same with its tensors on a device."""
+        return _moved(self, device)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return to_device(value, device)
+    if isinstance(value, list):
+        return [_moved(one, device) for one in value]
+    if is_dataclass(value):
+        return type(value)(*(_moved(getattr(value, item.name), device) for item in fields(value)))
+    return value
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device; to a GPU from pinned memory, so that the process does not wait for the copy."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def prompt_numbers(batch: Batch) -> list[int]:
     """A number for each sequence's prompt; equal prompts have equal ones."""
     numbers: dict[bytes, int] = {}
-    both = np.stack([batch.prompt_ids.cpu().numpy(), batch.prompt_mask.cpu().numpy()], axis=1)
+    both = np.stack([batch.prompt_ids.numpy(), batch.prompt_mask.numpy()], axis=1)
     return [numbers.setdefault(row.tobytes(), len(numbers)) for row in both]
 
 
-def pack(batch: Batch, *, share: bool) -> Packing:
-    """A batch as one row; `share`: prompts that are equal are computed once, else each sequence has its own."""
-    device = batch.prompt_ids.device
+def pack(batch: Batch, *, share: bool, varlen: bool = False) -> Packing:
+    """A batch on the CPU as one row; `share`: prompts that are equal are computed once, else each sequence has its own.
+
+    `varlen`: for one call of attention with variable lengths, else in blocks.
+    """
     numbers = prompt_numbers(batch) if share else list(range(len(batch)))
     prompt_lengths, lengths = batch.prompt_mask.sum(dim=1).tolist(), batch.mask.sum(dim=1).long().tolist()
-    prompt_ids, completion_ids = batch.prompt_ids.cpu().numpy(), batch.completion_ids.cpu().numpy()
+    prompt_ids, completion_ids = batch.prompt_ids.numpy(), batch.completion_ids.numpy()
     first = {number: row for row, number in reversed(list(enumerate(numbers)))}
     # All of a prompt but its last token predicts nothing, and goes before everything that does.
     quiet = sum(prompt_lengths[row] - 1 for row in first.values())
@@ -89,21 +130,33 @@ def pack(batch: Batch, *, share: bool) -> Packing:
         positions[own] = len(prompt) + np.arange(len(own))
         predicting.append(np.append(prompt[-1], own)[:length] - quiet)
         stretches.append((prompt, own) if number in shared else (none, np.append(prompt, own)))
-    blocks, slots = _blocks(stretches, total)
+    stretches = [stretch for stretch in stretches if len(stretch[1])]
+    blocks, slots = ([], _slots(stretches, total)) if varlen else _blocks(stretches, total)
     return Packing(
-        input_ids=_tensor(ids, device).unsqueeze(0), position_ids=_tensor(positions, device).unsqueeze(0),
-        blocks=[
-            Block(_tensor(queries, device), _tensor(keys, device), None if mask is None else _tensor(mask, device))
-            for queries, keys, mask in blocks
-        ],
-        slots=_tensor(slots, device), predictors=total - quiet, rows=_tensor(np.concatenate(predicting), device),
+        input_ids=torch.from_numpy(ids).unsqueeze(0), position_ids=torch.from_numpy(positions).unsqueeze(0),
+        blocks=blocks, stretches=_in_turn(stretches) if varlen else None, slots=torch.from_numpy(slots),
+        predictors=total - quiet, rows=torch.from_numpy(np.concatenate(predicting)),
     )  # fmt: skip
 
 
-def _blocks(stretches: Sequence[tuple[Places, Places]], total: int) -> tuple[list[tuple[Any, ...]], Places]:
+def _in_turn(stretches: Sequence[tuple[Places, Places]]) -> Stretches:
+    queries, keys = [own for _, own in stretches], [np.append(seen, own) for seen, own in stretches]
+    starts = [torch.tensor([0, *np.cumsum([len(one) for one in kind])], dtype=torch.int32) for kind in (queries, keys)]
+    longest = [max(len(one) for one in kind) for kind in (queries, keys)]
+    places = [torch.from_numpy(np.concatenate(kind)) for kind in (queries, keys)]
+    return Stretches(*places, *starts, *longest)
+
+
+def _slots(stretches: Sequence[tuple[Places, Places]], total: int) -> Places:
+    slots = np.zeros(total, dtype=np.int64)
+    slots[np.concatenate([own for _, own in stretches])] = np.arange(total)
+    return slots
+
+
+def _blocks(stretches: Sequence[tuple[Places, Places]], total: int) -> tuple[list[Block], Places]:
     """Stretches, each (what it sees before itself, itself), in blocks of like length; each token's slot in them."""
     # By length, then as they came: equal batches make equal blocks.
-    order = sorted((s for s in stretches if len(s[1])), key=lambda s: (len(s[0]) > 0, -len(s[1])))
+    order = sorted(stretches, key=lambda s: (len(s[0]) > 0, -len(s[1])))
     groups: list[list[tuple[Places, Places]]] = []
     for seen, own in order:
         head = groups[-1][0] if groups else None
@@ -112,7 +165,7 @@ def _blocks(stretches: Sequence[tuple[Places, Places]], total: int) -> tuple[lis
         else:
             groups.append([(seen, own)])
     slots = np.zeros(total, dtype=np.int64)
-    blocks: list[tuple[Any, ...]] = []
+    blocks: list[Block] = []
     base = 0
     for group in groups:
         width, before = len(group[0][1]), max(len(seen) for seen, _ in group)
@@ -127,11 +180,7 @@ def _blocks(stretches: Sequence[tuple[Places, Places]], total: int) -> tuple[lis
         mask = None
         if before:
             reach = np.array([len(seen) for seen, _ in group])[:, None, None, None] + np.arange(width)[:, None]
-            mask = np.arange(span) <= reach
-        blocks.append((queries, keys, mask))
+            mask = torch.from_numpy(np.arange(span) <= reach)
+        blocks.append(Block(torch.from_numpy(queries), torch.from_numpy(keys), mask))
         base += queries.size
     return blocks, slots
-
-
-def _tensor(array: Any, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(array).to(device)

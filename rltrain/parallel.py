@@ -103,6 +103,12 @@ def dtype_of(recipe: Recipe) -> torch.dtype:
     return {DType.float32: torch.float32, DType.bfloat16: torch.bfloat16}[wanted]
 
 
+def checkpoints(recipe: Recipe) -> bool:
+    """Whether layers keep their input only and compute the rest again in the backward pass: `auto` is on a GPU."""
+    wanted = recipe.trainer.gradient_checkpointing
+    return device_of(recipe).type == "cuda" if wanted == "auto" else bool(wanted)
+
+
 def set_threads(recipe: Recipe) -> None:
     """Fix the number of CPU threads: results to the bit depend on it, and Ray's workers would set one."""
     import torch
@@ -130,4 +136,5 @@ def pack_key(recipe: Recipe) -> tuple[object, ...]:
               generator.inference_engine_tensor_parallel_size]  # fmt: skip
     rank = 0 if model.lora.rank == 0 else engine_lora_rank(recipe)
     return (model.path, model.dtype, recipe.trainer.placement, recipe.trainer.num_threads,
+            recipe.trainer.gradient_checkpointing,
             *lengths, *engine, sync_mode(model.lora), rank)  # fmt: skip

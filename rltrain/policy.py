@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,12 +10,16 @@ from peft import PeftModel
 
 from harness.schema import Recipe
 from rltrain.batch import Batch
-from rltrain.learner import Learner, Row
+from rltrain.learner import Learner, Row, Statistics, mean_over
 from rltrain.logprobs import token_logprobs, token_logprobs_and_entropy
 from rltrain.losses import Totals
-from rltrain.model import Reference
+from rltrain.model import Reference, adapter_off
 from rltrain.objective import Objective
-from rltrain.probe import certain, check_gap, prove_sync
+from rltrain.probe import PROBE_ROWS, certain, check_gap
+from rltrain.sync.proof import check_sync
+
+# A function of sequences over all of a batch, in passes that fit into memory: `[B, T]`.
+OverRows = Callable[[Batch, Callable[[Batch], torch.Tensor]], torch.Tensor]
 
 GAP_MEAN = "sampling/sampling_logp_difference/mean"
 GAP_MAX = "sampling/sampling_logp_difference/max"
@@ -55,35 +59,50 @@ class Policy(Learner):
         assert self.reference is not None
         return self.reference.logprobs(batch, self.temperature)
 
-    def prove(self, batch: Batch, temperature: float) -> None:
-        """Raise SyncError unless the engine drew a batch's samples from this very policy."""
+    def prove(self, batch: Batch, temperature: float, over_rows: OverRows) -> None:
+        """Raise SyncError unless the engine drew a batch's samples from this very policy, adapter on.
+
+        Where the batch's own log-probabilities do not say so, those of its first sequences are computed, by
+        `over_rows`, with the adapter on and then off.
+        """
         self.activate()
         real = batch.mask.bool()
         if batch.old_logprobs is not None and certain(
             batch.engine_logprobs[real], batch.old_logprobs[real], self._tolerance
         ):
             return
-        adapter = isinstance(self.model, PeftModel)
-        prove_sync(self.model, batch, temperature, tolerance=self._tolerance, adapter=adapter)
+        probe = batch.take(range(min(PROBE_ROWS, len(batch))))
+        real = probe.mask.bool()
+        engine = probe.engine_logprobs[real]
+
+        def logprobs() -> torch.Tensor:
+            return over_rows(probe, lambda micro: token_logprobs(self.model, micro, temperature))[real]
+
+        on, off = logprobs(), None
+        if isinstance(self.model, PeftModel) and not certain(engine, on, self._tolerance):
+            with adapter_off(self.model):
+                off = logprobs()
+        check_sync(engine, on, off, tolerance=self._tolerance)
 
     def totals(self, batch: Batch) -> Totals:
         """The divisors of a mini-batch's loss."""
         return self._objective.totals(batch)
 
-    def loss(self, micro: Batch, totals: Totals) -> tuple[torch.Tensor, Row]:
+    def loss(self, micro: Batch, totals: Totals) -> tuple[torch.Tensor, Statistics]:
         """A micro-batch's share of policy loss and KL term.
 
         Where old log-probabilities were not needed apart, the policy is still the one that sampled, and these are they.
         """
         logprobs, entropy = token_logprobs_and_entropy(self.model, micro, self.temperature)
+        micro = micro.to(self.model.device)
         if micro.old_logprobs is None:
             micro.old_logprobs = logprobs.detach()
         loss, seen = self._objective(logprobs, micro, totals)
         gap = (micro.engine_logprobs - micro.old_logprobs).abs() * micro.loss_mask
         return loss, seen | {
-            "entropy": float((entropy * micro.loss_mask).sum()) / totals.tokens,
-            GAP_MEAN: float(gap.sum()) / totals.tokens,
-            GAP_MAX: float(gap.max()),
+            "entropy": mean_over(entropy * micro.loss_mask, totals.tokens),
+            GAP_MEAN: mean_over(gap, totals.tokens),
+            GAP_MAX: gap.max(),
         }
 
     def moves(self, batch: Batch) -> torch.Tensor:
@@ -91,8 +110,8 @@ class Policy(Learner):
         assert batch.advantages is not None
         return (batch.advantages * batch.loss_mask).any(dim=1) | (self._objective.kl_coef is not None)
 
-    def check(self, stats: Row, batch: Batch) -> None:
-        """Raise SyncError when the engine did not sample from this policy."""
+    def check(self, stats: Row, batch: Batch, over_rows: OverRows) -> None:
+        """Raise SyncError when a mini-batch's statistics say that the engine did not sample from this policy."""
         if batch.old_logprobs is None and not stats[GAP_MEAN] < self._tolerance / 2:
-            self.prove(batch, self.temperature)
+            self.prove(batch, self.temperature, over_rows)
         check_gap(stats[GAP_MEAN], stats[GAP_MAX], self._tolerance)

@@ -2,33 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from rltrain.batch import Batch
-from rltrain.logprobs import token_logprobs
-from rltrain.model import adapter_off
-from rltrain.sync.proof import SyncError, SyncGap, check_sync
+from rltrain.sync.proof import SyncError
 
 # Sequences whose log-probabilities are computed again with the adapter off: enough to tell, too few to cost.
 PROBE_ROWS = 8
-
-
-@torch.no_grad()
-def prove_sync(model: Any, batch: Batch, temperature: float, *, tolerance: float, adapter: bool) -> SyncGap:
-    """The gap between engine and trainer over a batch's first sequences; raises SyncError when it is too wide.
-
-    `adapter`: whether there is one to switch off, so that an engine which serves the base can be told.
-    """
-    probe = batch.take(range(min(PROBE_ROWS, len(batch))))
-    real = probe.mask.bool()
-    on = token_logprobs(model, probe, temperature)[real]
-    off = None
-    if adapter and not certain(probe.engine_logprobs[real], on, tolerance):
-        with adapter_off(model):
-            off = token_logprobs(model, probe, temperature)[real]
-    return check_sync(probe.engine_logprobs[real], on, off, tolerance=tolerance)
 
 
 def certain(engine: torch.Tensor, trainer: torch.Tensor, tolerance: float) -> bool:

@@ -6,13 +6,14 @@ import datetime
 import os
 import socket
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 if TYPE_CHECKING:
@@ -126,11 +127,16 @@ class Ranks:
         if self.size == 1:
             return
         self._mesh = self._mesh or init_device_mesh(self._device.type, (self.size,))
+        # Weights that are float32 to be trained and compute in bfloat16 (`precision`) travel in bfloat16.
+        computes_in = getattr(model, "computes_in", model.dtype)
+        policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+        if computes_in != model.dtype:
+            policy = replace(policy, param_dtype=computes_in, reduce_dtype=torch.float32)
         layers = set(model._no_split_modules or ())
         for module in [m for m in model.modules() if type(m).__name__ in layers]:
-            fully_shard(module, mesh=self._mesh)
+            fully_shard(module, mesh=self._mesh, mp_policy=policy)
         # Tied embedding and head stay together in the root's group.
-        fully_shard(model, mesh=self._mesh)
+        fully_shard(model, mesh=self._mesh, mp_policy=policy)
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,7 @@ class Rollout:
         """All samples, group after group."""
         return [sample for group in self.samples for sample in group]
 
-    def batch(self, pad_id: int, device: torch.device) -> Batch:
+    def batch(self, pad_id: int) -> Batch:
         """The samples as tensors."""
         samples = self.flat_samples
         group = len(self.samples[0])
@@ -40,7 +40,6 @@ class Rollout:
             [sample.token_ids for sample in samples],
             [sample.logprobs for sample in samples],
             pad_id=pad_id,
-            device=device,
         )
 
     @property

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
 
 from rltrain.batch import Batch, micro_batches, shares, training_parts
-from rltrain.learner import Learner, Row
+from rltrain.learner import Learner, Row, Statistics
 from rltrain.member import Member
 from rltrain.objective import RATIO_MAX
+from rltrain.out_of_memory import checked, with_smaller_passes
 from rltrain.pack import Pack
 from rltrain.policy import GAP_MAX
 from rltrain.rollout import rollout
@@ -72,12 +73,12 @@ class Update:
 def prepare(pack: Pack, scored: Rollout, stats: Row) -> Prepared:
     """Old and reference log-probabilities, values, advantages, and the proof that the engine sampled this policy."""
     member = scored.member
-    batch = scored.batch(pack.stop_token_ids[0], pack.device)
+    batch = scored.batch(pack.stop_token_ids[0])
     with pack.timer.span("logprobs"):
         member.policy.activate()
         if member.needs_old_logprobs:
             batch.old_logprobs = over_rows(pack, member, batch, member.policy.logprobs)
-            member.policy.prove(batch, member.policy.temperature)
+            member.policy.prove(batch, member.policy.temperature, partial(over_rows, pack, member))
         if member.policy.reference is not None:
             batch.ref_logprobs = over_rows(pack, member, batch, member.policy.reference_logprobs)
         if member.critic is not None:
@@ -89,19 +90,25 @@ def prepare(pack: Pack, scored: Rollout, stats: Row) -> Prepared:
     return Prepared(member, batch, scored.rewards.shape[1], stats | {"num_tokens": member.num_tokens})
 
 
+@torch.no_grad()
 def over_rows(pack: Pack, member: Member, batch: Batch, compute: Callable[[Batch], torch.Tensor]) -> torch.Tensor:
     """`compute` over a batch in micro-batches, `[B, T]`, zeros where there is no token; the ranks share the rows."""
-    trainer, ranks = member.recipe.trainer, pack.ranks
-    size, budget = trainer.micro_forward_batch_size_per_gpu, trainer.max_tokens_per_microbatch
-    plans = [micro_batches(batch, own, size, budget) for own in shares(range(len(batch)), ranks.size)]
-    out = torch.zeros_like(batch.mask)
-    for place in range(max(map(len, plans))):
+    ranks, size = pack.ranks, member.recipe.trainer.micro_forward_batch_size_per_gpu
+
+    def attempt() -> torch.Tensor:
+        plans = [micro_batches(batch, own, size, member.max_tokens) for own in shares(range(len(batch)), ranks.size)]
         # A sharded model computes on all ranks at once: one that has no rows left computes some without keeping them.
-        own = plans[ranks.rank][place] if place < len(plans[ranks.rank]) else []
-        values = compute(batch.take(own or [0]))
-        if own:
-            out[own, : values.shape[1]] = values
-    return ranks.sum_rows(out * batch.mask)
+        own = plans[ranks.rank] + [[]] * (max(map(len, plans)) - len(plans[ranks.rank]))
+        passes = [batch.take(rows or [0]) for rows in own]
+        with checked(passes):
+            values = [compute(one) for one in passes]
+        out = torch.zeros_like(batch.mask)
+        for rows, found in zip(own, values, strict=True):
+            if rows:
+                out[rows, : found.shape[1]] = found.cpu()
+        return ranks.sum_rows(out * batch.mask)
+
+    return with_smaller_passes(member, ranks, attempt)
 
 
 def minibatches(batches_M: Iterable[Prepared]) -> Iterator[MiniBatch]:
@@ -117,32 +124,48 @@ def minibatches(batches_M: Iterable[Prepared]) -> Iterator[MiniBatch]:
 
 def update(pack: Pack, mini: MiniBatch) -> Update:
     """Forward, loss and backward over micro-batches, then one optimizer step; none where nothing is to be learned."""
-    learner, ranks, recipe = mini.learner, pack.ranks, mini.member.recipe
+    learner, member, ranks = mini.learner, mini.member, pack.ranks
     learner.activate()
+    with pack.timer.span("update" if learner is member.policy else learner.name):
+        stats = with_smaller_passes(member, ranks, lambda: accumulate_gradients(pack, mini))
+        summed = ranks.add_up(stats, MAXIMA)
+        if summed:
+            if learner is member.policy:
+                member.policy.check(summed, mini.batch, partial(over_rows, pack, member))
+            summed |= learner.optimize(ranks)
+    return Update(member, learner, summed)
+
+
+def accumulate_gradients(pack: Pack, mini: MiniBatch) -> Row:
+    """Forward, loss and backward over a mini-batch's micro-batches, from its start; this rank's statistics."""
+    learner, member, ranks = mini.learner, mini.member, pack.ranks
+    learner.optimizer.zero_grad()
     # Dropout draws from the process's generator: its masks are a named stream like any other.
-    torch.manual_seed(stream_seed(recipe.seed, "dropout", learner.name, mini.member.step, mini.place, ranks.rank))
-    totals = learner.totals(mini.batch)
-    stats: Row = defaultdict(float)
-    with pack.timer.span("update" if learner is mini.member.policy else learner.name):
-        learner.model.train()
-        for micro, moves in training_parts(mini.batch, recipe.trainer, learner.moves(mini.batch), ranks):
+    torch.manual_seed(stream_seed(member.recipe.seed, "dropout", learner.name, member.step, mini.place, ranks.rank))
+    totals, size = learner.totals(mini.batch), member.recipe.trainer.micro_train_batch_size_per_gpu
+    parts = training_parts(mini.batch, size, member.max_tokens, learner.moves(mini.batch), ranks)
+    stats: Statistics = {}
+    learner.model.train()
+    with checked([micro for micro, _ in parts]):
+        for micro, moves in parts:
             with torch.set_grad_enabled(moves):
                 loss, seen = learner.loss(micro, totals)
             if moves:
                 loss.backward()
             add_up(stats, seen)
-        learner.model.eval()
-        summed = ranks.add_up(stats, MAXIMA)
-        if summed:
-            learner.check(summed, mini.batch)
-            summed |= learner.optimize(ranks)
-    return Update(mini.member, learner, summed)
+        # All at once, and only now: to read a number is to wait for the GPU.
+        values = torch.stack(list(stats.values())).tolist() if stats else []
+    learner.model.eval()
+    return dict(zip(stats, values, strict=True))
 
 
-def add_up(stats: Row, seen: Row) -> None:
+def add_up(stats: Statistics, seen: Statistics) -> None:
     """Add a micro-batch's shares to the mini-batch's statistics; maxima stay maxima."""
     for name, value in seen.items():
-        stats[name] = max(stats[name], value) if name in MAXIMA else stats[name] + value
+        value = value.double()
+        if name in stats:
+            value = torch.maximum(stats[name], value) if name in MAXIMA else stats[name] + value
+        stats[name] = value
 
 
 def collect_stats(pack: Pack, batches_M: list[Prepared], updates: list[Update]) -> dict[Member, Row]:

@@ -7,7 +7,8 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,7 +23,9 @@ from rltrain.member import Member
 from rltrain.model import adapter_statistics
 from rltrain.pack import Pack
 from rltrain.parallel import dtype_of, needs_workers
+from rltrain.passes import settle_passes
 from rltrain.report import Report
+from rltrain.scored import Rollout
 from rltrain.step import train_step
 from rltrain.sync.disk import write_adapter
 from rltrain.sync.merge import merged_weights
@@ -61,9 +64,35 @@ def training(pack: Pack, member: Member) -> Generator[Report]:
     course = Course(pack, member)
     yield from course.begin()
     while not course.done:
-        start = time.perf_counter()
-        row = train_step(pack, [member])[member]
-        yield course.take(row, time.perf_counter() - start)
+        yield course.take(advance(pack, [member])[member])
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What came of a member's step: its metrics and, where an evaluation was due, the samples of that."""
+
+    row: dict[str, float]
+    scored: Rollout | None
+
+
+def advance(pack: Pack, members: Sequence[Member]) -> dict[Member, Step]:
+    """One step of these members, and together the evaluations that are due; those that fail are missing."""
+    start = time.perf_counter()
+    rows = train_step(pack, members)
+    seconds = time.perf_counter() - start
+    for member, row in rows.items():
+        member.step += 1
+        for learner in member.learners:
+            learner.scheduler.step()
+        row |= {"step_time": seconds, "num_dropped_prompts": member.num_dropped}
+        row |= performance(pack, member, row)
+    evaluated = evaluate(pack, [member for member in rows if due(member, member.recipe.trainer.eval_interval)])
+    steps = {}
+    for member, row in rows.items():
+        metrics, scored = evaluated.get(member, ({}, None))
+        if member not in pack.failures:
+            steps[member] = Step(row | metrics, scored)
+    return steps
 
 
 class Course:
@@ -88,26 +117,26 @@ class Course:
         pack, member = self._pack, self._member
         pack.ranks.once(lambda: member.run_dir.move_to(Status.RUNNING))
         self._before = member.run_dir.read_manifest().get("seconds", 0.0)
+        settle_passes(pack, member)
         resume(pack, member)
         if self.done:
             restore_final(pack, member)
             yield self._record(Report(member.step, member.total_steps, member.metrics.rows()[-1]))
         if member.step == 0 and member.recipe.trainer.eval_before_train:
-            yield self._record(log(pack, member, evaluation(pack, member)))
+            evaluated = evaluate(pack, [member])
+            if member in pack.failures:
+                raise pack.failures.pop(member)
+            row, scored = evaluated[member]
+            yield self._record(log(pack, member, row | keep_evaluation(pack, member, row, scored)))
 
-    def take(self, row: dict[str, float], seconds: float) -> Report:
+    def take(self, step: Step) -> Report:
         """A training step was made: what is due after it, and the report."""
-        pack, member, trainer = self._pack, self._member, self._member.recipe.trainer
-        member.step += 1
-        for learner in member.learners:
-            learner.scheduler.step()
-        row |= {"step_time": seconds, "num_dropped_prompts": member.num_dropped}
-        row |= performance(pack, member, row)
-        if due(member, trainer.eval_interval):
-            row |= evaluation(pack, member)
+        pack, member, row = self._pack, self._member, step.row
+        if step.scored is not None:
+            row = row | keep_evaluation(pack, member, row, step.scored)
         report = log(pack, member, row)
         # Logged before it is saved: a kill in between repeats the step, the other way round it would lose the row.
-        if due(member, trainer.ckpt_interval):
+        if due(member, member.recipe.trainer.ckpt_interval):
             with pack.timer.span("checkpoint"):
                 checkpoint.save(member, pack.ranks)
         return self._record(report)
@@ -150,18 +179,15 @@ def log(pack: Pack, member: Member, row: dict[str, float]) -> Report:
     return Report(member.step, member.total_steps, row)
 
 
-def evaluation(pack: Pack, member: Member) -> dict[str, float]:
-    """Evaluate, keep samples, and keep the adapter when it is the best so far."""
-    metrics, scored = evaluate(pack, member)
+def keep_evaluation(pack: Pack, member: Member, row: dict[str, float], scored: Rollout) -> dict[str, float]:
+    """Keep samples of an evaluation, and the adapter when it is the best so far; metrics of the adapter."""
     trainer = member.recipe.trainer
     if pack.ranks.first:
         path = member.run_dir.eval_samples(member.step)
         scored.save(path, step=member.step, phase="eval", limit=trainer.samples_per_dump)
-    if trainer.policy.model.lora.rank > 0:
-        metrics |= adapter_statistics(pack.model, member.name)
     if member.step > 0:
-        keep_adapter(pack, member, metrics[ACCURACY])
-    return metrics
+        keep_adapter(pack, member, row[ACCURACY])
+    return adapter_statistics(pack.model, member.name) if trainer.policy.model.lora.rank > 0 else {}
 
 
 def keep_adapter(pack: Pack, member: Member, accuracy: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from harness.schema import Recipe
 from rltrain.engines.base import EngineOptions, Request, Sample, check_prompts, sample_seed
 from rltrain.engines.decoders import Decoder, decoder
 from rltrain.engines.drawing import Drawing, uniform_numbers
+from rltrain.out_of_memory import free_memory, release
 
 COMPACTION = 0.8
 """Finished sequences leave the batch when no more than this share of it is left: leaving copies the others' keys."""
@@ -41,8 +43,25 @@ class TransformersEngine:
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> list[list[Sample]]:
-        """Samples `[P][G]` in the order of the requests. Raises UserError as the protocol says."""
+        """Samples `[P][G]` in the order of the requests. Raises UserError as the protocol says.
+
+        Where a batch runs out of memory, all are drawn again in batches of half as many sequences, from then on.
+        """
         check_prompts(requests, self._max_input_length)
+        while True:
+            try:
+                return self._samples(requests)
+            except torch.OutOfMemoryError as error:
+                count = min(self._max_num_seqs, sum(request.n for request in requests))
+                if count == 1:
+                    raise
+                release(error)
+            free_memory()
+            self._max_num_seqs = count // 2
+            print(f"out of memory: {self._max_num_seqs} sequences are sampled at a time from now on",
+                  file=sys.stderr, flush=True)  # fmt: skip
+
+    def _samples(self, requests: Sequence[Request]) -> list[list[Sample]]:
         wanted: dict[tuple[str | None, tuple[Any, ...]], list[tuple[int, int]]] = defaultdict(list)
         for p, request in enumerate(requests):
             sampling = request.sampling

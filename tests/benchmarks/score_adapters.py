@@ -59,7 +59,7 @@ def accuracy(pack: Any, adapter: dict[str, str], shared: list[str], place: Path)
     if weights:
         raise ValueError(f"{adapter['folder']} holds more than its configuration says: {sorted(weights)[0]} ...")
     pack.publish_member(member)
-    metrics, _ = evaluate(pack, member)
+    metrics, _ = evaluate(pack, [member])[member]
     pack.leave(member)
     return round(metrics["eval/accuracy"], 4)
 

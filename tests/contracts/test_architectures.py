@@ -134,9 +134,7 @@ def write_model(architecture: str, folder: Path, tokenizer_dir: Path) -> None:
 def collated(requests: Sequence[Request], groups: Sequence[Sequence[Sample]]) -> Batch:
     samples = [sample for group in groups for sample in group]
     prompts = [request.prompt_token_ids for request in requests for _ in range(request.n)]
-    return collate(
-        prompts, [s.token_ids for s in samples], [s.logprobs for s in samples], pad_id=0, device=torch.device("cpu")
-    )
+    return collate(prompts, [s.token_ids for s in samples], [s.logprobs for s in samples], pad_id=0)
 
 
 def assert_served(case: Case, engine: Engine) -> None:
@@ -169,9 +167,7 @@ def test_an_adapter_sits_on_its_modules_in_every_layer_and_trains(case: Case, ta
     assert {name.rsplit(".", 1)[-1] for name in layers} == TARGETS[targets]
 
     case.model.set_adapter(MEMBERS[targets])
-    batch = collate(
-        [[5, 6, 7], [8]], [[9, 10], [11, 12, 13]], [[0.0] * 2, [0.0] * 3], pad_id=0, device=torch.device("cpu")
-    )
+    batch = collate([[5, 6, 7], [8]], [[9, 10], [11, 12, 13]], [[0.0] * 2, [0.0] * 3], pad_id=0)
     parameters = adapter_parameters(case.model, MEMBERS[targets])
     (token_logprobs(case.model, batch, 1.0) * batch.mask).sum().backward()
     assert len(parameters) == 2 * len(layers)
@@ -184,10 +180,10 @@ def test_logprobs_do_not_depend_on_padding(case: Case) -> None:
     prompts = [list(request.prompt_token_ids) for request in case.requests(None, 1.0)]
     completions = [[20, 30, 40, 50], [60], [70, 80]]
     zeros = [[0.0] * len(completion) for completion in completions]
-    batch = collate(prompts, completions, zeros, pad_id=0, device=torch.device("cpu"))
+    batch = collate(prompts, completions, zeros, pad_id=0)
     together = case.logprobs("on_all-linear", batch, 1.0)
     alone = [
-        case.logprobs("on_all-linear", collate([p], [c], [z], pad_id=0, device=torch.device("cpu")), 1.0)
+        case.logprobs("on_all-linear", collate([p], [c], [z], pad_id=0), 1.0)
         for p, c, z in zip(prompts, completions, zeros, strict=True)
     ]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)

@@ -33,7 +33,7 @@ def test_untrained_members_share_their_first_evaluation(
         return generate(requests)
 
     monkeypatch.setattr(pack.engine, "generate", watch)
-    rows, scored = zip(*(evaluate(pack, member) for member in members), strict=True)
+    rows, scored = zip(*(evaluate(pack, [member])[member] for member in members), strict=True)
     assert list(dict.fromkeys(asked)) == [members[i].name for i in (0, 2, 3)]
     assert without_timings(rows[1]) == without_timings(rows[0])
     # What was not sampled for the second member is what it would have sampled, to the bit.
@@ -47,7 +47,7 @@ def test_untrained_members_share_their_first_evaluation(
     with torch.no_grad():
         next(p for name, p in members[0].policy.parameters.items() if "lora_B" in name).fill_(0.01)
     pack.publish(members[:1])
-    _, trained = evaluate(pack, members[0])
+    _, trained = evaluate(pack, members[:1])[members[0]]
     assert asked
     assert set(asked) == {members[0].name}
     assert trained.samples != scored[0].samples

@@ -160,14 +160,14 @@ def test_batched_is_one_engine_call_or_one_for_each_prompt(opened: Open, monkeyp
 
 def test_evaluation_goes_to_the_engine_in_batches_of_samples(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = []
-    for size, samples, expected in ((1024, 2, [12]), (10, 2, [5, 5, 2]), (7, 1, [7, 5])):
+    for size, samples, expected in (("null", 2, [12]), (1024, 2, [12]), (10, 2, [5, 5, 2]), (7, 1, [7, 5])):
         pack, member = opened(f"trainer.eval_batch_size={size}", f"generator.eval_n_samples_per_prompt={samples}")
         calls = _watch_engine(pack, monkeypatch)
-        row, scored = evaluate(pack, member)
+        row, scored = evaluate(pack, [member])[member]
         assert [len(requests) for requests in calls] == expected
         assert scored.rewards.shape == (12, samples)
         rows.append(row)
-    assert rows[0]["eval/accuracy"] == rows[1]["eval/accuracy"]
+    assert rows[0]["eval/accuracy"] == rows[1]["eval/accuracy"] == rows[2]["eval/accuracy"]
     assert rows[0]["eval/mean@2"] == rows[0]["eval/accuracy"] <= rows[0]["eval/pass@2"]
     assert not any("@" in name for name in rows[2])
 

@@ -40,7 +40,7 @@ class Sampler:
     def evaluate(self, *overrides: str) -> tuple[Row, Rollout]:
         """Two samples of each held-out problem, and their metrics."""
         with self._member("generator.eval_n_samples_per_prompt=2", *overrides) as member:
-            return evaluate(self.pack, member)
+            return evaluate(self.pack, [member])[member]
 
     def step(self, *overrides: str) -> Row:
         """A training step's metrics."""

@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def _batch() -> Batch:
-    return collate([[5, 6, 7], [8]], [[1, 2], [3, 4, 9]], [[-0.1, -0.2], [-0.3, -0.4, -0.5]], pad_id=0, device=CPU)
+    return collate([[5, 6, 7], [8]], [[1, 2], [3, 4, 9]], [[-0.1, -0.2], [-0.3, -0.4, -0.5]], pad_id=0)
 
 
 def test_prompts_are_padded_left_and_completions_right() -> None:
@@ -37,7 +37,7 @@ def test_parts_drop_padding_that_only_others_needed() -> None:
 
 
 def test_an_empty_completion_keeps_its_row() -> None:
-    batch = collate([[5], [6]], [[], [1]], [[], [-0.1]], pad_id=0, device=CPU)
+    batch = collate([[5], [6]], [[], [1]], [[], [-0.1]], pad_id=0)
     assert batch.mask.tolist() == [[0.0], [1.0]]
     assert [len(batch.take([row])) for row in range(2)] == [1, 1]
 
@@ -45,7 +45,7 @@ def test_an_empty_completion_keeps_its_row() -> None:
 def _of_lengths(lengths: list[int]) -> Batch:
     """One prompt token each, completions of these lengths."""
     completions = [[1] * length for length in lengths]
-    return collate([[5]] * len(lengths), completions, [[-1.0] * n for n in lengths], pad_id=0, device=CPU)
+    return collate([[5]] * len(lengths), completions, [[-1.0] * n for n in lengths], pad_id=0)
 
 
 def test_micro_batches_of_so_many_sequences_keep_the_order() -> None:
@@ -56,13 +56,13 @@ def _of_groups(groups: list[list[int]]) -> Batch:
     """A prompt of two tokens for each group, completions of these lengths."""
     prompts = [[5, place] for place, lengths in enumerate(groups) for _ in lengths]
     completions = [[1] * length for lengths in groups for length in lengths]
-    return collate(prompts, completions, [[-1.0] * len(c) for c in completions], pad_id=0, device=CPU)
+    return collate(prompts, completions, [[-1.0] * len(c) for c in completions], pad_id=0)
 
 
 @given(st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=5), min_size=1, max_size=8), st.integers(1, 120))
 def test_a_token_budget_holds_and_loses_no_sequence(groups: list[list[int]], budget: int) -> None:
     batch = _of_groups(groups)
-    parts = micro_batches(batch, range(len(batch)), 1, budget)
+    parts = micro_batches(batch, range(len(batch)), None, budget)
     assert [row for part in parts for row in part] == list(range(len(batch)))
     prompt_of = [place for place, lengths in enumerate(groups) for _ in lengths]
     lengths = [length for group in groups for length in group]
@@ -88,7 +88,12 @@ def test_a_packed_row_has_no_padding_and_a_shared_prompt_once(share: bool, token
 
 
 def _parts(batch: Batch, trainer: Trainer, moves: torch.Tensor, rank: int, ranks: int) -> list[Batch]:
-    return [part for part, _ in training_parts(batch, trainer, moves, Ranks(rank, ranks, CPU))]
+    return [
+        part
+        for part, _ in training_parts(
+            batch, trainer.micro_train_batch_size_per_gpu, None, moves, Ranks(rank, ranks, CPU)
+        )
+    ]
 
 
 def test_ranks_train_on_every_sequence_once_and_as_often_as_each_other() -> None:
@@ -109,18 +114,18 @@ def test_ranks_train_on_every_sequence_once_and_as_often_as_each_other() -> None
 def test_nothing_to_train_on_is_no_micro_batch() -> None:
     batch = _of_lengths([1, 2])
     batch.loss_mask.zero_()
-    assert training_parts(batch, Trainer(), torch.ones(2, dtype=torch.bool), Ranks()) == []
+    assert training_parts(batch, None, None, torch.ones(2, dtype=torch.bool), Ranks()) == []
 
 
 def test_what_has_no_gradient_is_apart_on_one_rank_and_not_on_several() -> None:
     batch, moves = _of_lengths([1, 2, 3, 4, 5]), torch.tensor([True, False, True, False, True])
-    found = training_parts(batch, Trainer(micro_train_batch_size_per_gpu=2), moves, Ranks())
+    found = training_parts(batch, 2, None, moves, Ranks())
     assert [(part.mask.sum(dim=1).tolist(), kind) for part, kind in found] == [
         ([1, 3], True), ([5], True), ([2, 4], False),
     ]  # fmt: skip
-    assert all(kind for _, kind in training_parts(batch, Trainer(), moves, Ranks(0, 2, CPU)))
+    assert all(kind for _, kind in training_parts(batch, None, None, moves, Ranks(0, 2, CPU)))
     # Nor where nothing has one: the optimizer steps with a gradient of zero, as it would on several.
-    assert [kind for _, kind in training_parts(batch, Trainer(), moves & ~moves, Ranks())] == [True]
+    assert [kind for _, kind in training_parts(batch, None, None, moves & ~moves, Ranks())] == [True]
 
 
 def test_streams_depend_on_seed_and_name_only() -> None:

@@ -20,7 +20,7 @@ def _batch(lengths: list[int], values: list[list[float]] | None = None) -> Batch
     """Completions of these lengths; the policy finds each token less probable than the reference by half a nat."""
     tokens = [[1] * length for length in lengths]
     logprobs = [[-1.5] * length for length in lengths]
-    batch = collate([[5]] * len(lengths), tokens, logprobs, pad_id=0, device=torch.device("cpu"))
+    batch = collate([[5]] * len(lengths), tokens, logprobs, pad_id=0)
     batch.old_logprobs, batch.ref_logprobs = -1.5 * batch.mask, -1.0 * batch.mask
     batch.values = None if values is None else torch.tensor(values)
     return batch

@@ -35,7 +35,7 @@ def base() -> Any:
 @pytest.fixture
 def batch() -> Batch:
     logprobs = [[-1.0] * len(completion) for completion in COMPLETIONS]
-    return collate(PROMPTS, COMPLETIONS, logprobs, pad_id=0, device=torch.device("cpu"))
+    return collate(PROMPTS, COMPLETIONS, logprobs, pad_id=0)
 
 
 def _recipe(*overrides: str) -> Recipe:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rltrain.evaluate import _metrics
+from rltrain.evaluate import _accuracy
 
 
 def test_pass_at_n_asks_for_one_right_answer_among_n() -> None:
     # Three problems: both samples right, one of two, none, where half a reward is not right.
-    metrics = _metrics(torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.5, 0.0]]), 2)
+    metrics = _accuracy(torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.5, 0.0]]))
     assert metrics == {
         "eval/accuracy": pytest.approx(3.5 / 6),
         "eval/mean@2": pytest.approx(3.5 / 6),
@@ -19,4 +19,4 @@ def test_pass_at_n_asks_for_one_right_answer_among_n() -> None:
 
 
 def test_with_one_sample_a_problem_there_is_accuracy_alone() -> None:
-    assert _metrics(torch.tensor([[1.0], [0.0]]), 1) == {"eval/accuracy": 0.5}
+    assert _accuracy(torch.tensor([[1.0], [0.0]])) == {"eval/accuracy": 0.5}

@@ -235,7 +235,8 @@ def test_completions_left_out_of_the_loss_mask_change_nothing(kl: bool) -> None:
         logprobs, batch = _batch(ratios, advantages)
         batch.loss_mask[1:] = 0
         batch.ref_logprobs = logprobs - 0.3
-        return objective(logprobs, batch, objective.totals(batch))[1]
+        stats = objective(logprobs, batch, objective.totals(batch))[1]
+        return {name: float(value) for name, value in stats.items()}
 
     alone = seen([[1.1, 0.5]], [[1.0, 1.0]])
     assert seen([[1.1, 0.5], [5.0, 3.0]], [[1.0, 1.0], [-1.0, -1.0]]) == pytest.approx(alone)

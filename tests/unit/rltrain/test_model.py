@@ -44,7 +44,7 @@ def adapted(base: Qwen2ForCausalLM) -> PeftModel:
 @pytest.fixture
 def batch() -> Batch:
     prompts, completions = [[5, 6, 7], [8], [9, 10]], [[1, 2], [3, 4, 9, 11], [12]]
-    return collate(prompts, completions, [[0.0] * len(c) for c in completions], pad_id=0, device=torch.device("cpu"))
+    return collate(prompts, completions, [[0.0] * len(c) for c in completions], pad_id=0)
 
 
 def test_logprobs_equal_those_of_each_sequence_alone(base: Qwen2ForCausalLM, batch: Batch) -> None:

@@ -107,7 +107,7 @@ def test_replace_puts_copies_of_good_groups_in_turn_in_the_others_places() -> No
     assert kept.rewards.tolist() == [GOOD] * 6
     assert stats["num_replaced_groups"] == 4
     assert stats["frac_reward_zero_std"] == pytest.approx(4 / 6)
-    batch = kept.batch(0, torch.device("cpu"))
+    batch = kept.batch(0)
     assert batch.prompt_ids.flatten().tolist() == [2, 2, 2, 2, 4, 4, 4, 4, 2, 2, 4, 4]
 
 

@@ -1,0 +1,222 @@
+"""An out-of-memory error in a pass: the step is that of smaller passes, and nobody is blamed for it."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from harness.metrics import MetricsFile, without_timings
+from harness.schema import Recipe
+from rltrain import policy
+from rltrain.batch import Batch
+from rltrain.crew import LocalCrew
+from rltrain.engines.transformers import TransformersEngine
+from rltrain.out_of_memory import PassTooLarge
+from rltrain.pack import Pack
+from rltrain.policy import Policy
+from tests.integration.training import MakeRecipe, MakeRun
+
+BUDGET, FITS = 400, 110
+KEY = "trainer.max_tokens_per_microbatch"
+LORA = "trainer.policy.model.lora"
+# Mini-batches of all that a step samples, but where old log-probabilities are wanted.
+MEMBERS = [
+    [f"{LORA}.rank=8", "seed=1"],
+    [f"{LORA}.rank=1", "seed=2", "trainer.target_modules=attention"],
+    [f"{LORA}.rank=4", "seed=3", "trainer.target_modules=mlp"],
+    [f"{LORA}.rank=2", "seed=4"],
+]
+PLACES: dict[str, list[str]] = {
+    "old log-probabilities": ["trainer.policy_mini_batch_size=2"],
+    "forward": [],
+    "backward": [],
+    "evaluation": ["trainer.max_steps=1", "generator.eval_sampling_params.temperature=0.5"],
+}
+
+
+def _fail(model: Any, batch: Batch, victims: set[str]) -> None:
+    if model.active_adapter in victims and batch.packed_tokens > FITS:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def _inject(place: str, victims: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on what is too large for the memory fails there, in these members' passes."""
+    loss, logprobs, token_logprobs = Policy.loss, Policy.logprobs, policy.token_logprobs
+
+    def failing_loss(self: Policy, micro: Batch, totals: Any) -> Any:
+        if place == "forward":
+            _fail(self.model, micro, victims)
+        value, stats = loss(self, micro, totals)
+        if place == "backward" and value.requires_grad:
+            value.register_hook(lambda _: _fail(self.model, micro, victims))
+        return value, stats
+
+    def failing_logprobs(self: Policy, batch: Batch) -> torch.Tensor:
+        _fail(self.model, batch, victims)
+        return logprobs(self, batch)
+
+    def failing_probe(model: Any, batch: Batch, temperature: float) -> torch.Tensor:
+        if temperature == 0.5:
+            _fail(model, batch, victims)
+        return token_logprobs(model, batch, temperature)
+
+    monkeypatch.setattr(Policy, "loss", failing_loss)
+    if place == "old log-probabilities":
+        monkeypatch.setattr(Policy, "logprobs", failing_logprobs)
+    if place == "evaluation":
+        monkeypatch.setattr(policy, "token_logprobs", failing_probe)
+
+
+class Runs:
+    """Packs of runs, trained for two steps; what they logged and learned."""
+
+    def __init__(self, make: MakeRecipe, new_run: MakeRun) -> None:
+        self._make, self._new_run, self._count = make, new_run, 0
+
+    def recipes(self, count: int, budgets: list[int], overrides: list[str]) -> list[Recipe]:
+        """The first members' recipes."""
+        shared = ["trainer.policy_mini_batch_size=4", "trainer.micro_train_batch_size_per_gpu=null",
+                  "trainer.max_steps=2", *overrides]  # fmt: skip
+        given = zip(MEMBERS[:count], budgets, strict=True)
+        return [self._make(*shared, *own, f"{KEY}={budget}") for own, budget in given]
+
+    def train(self, recipes: list[Recipe], before: Callable[[Pack], object] = lambda pack: None) -> list[Any]:
+        """Rows, adapter and manifest of each run; `before` gets the pack when all have joined."""
+        self._count += 1
+        pack = Pack.open(recipes[0], room=len(recipes))
+        crew, runs = LocalCrew(pack), [self._new_run(one, f"{self._count}-{i}") for i, one in enumerate(recipes)]
+        for recipe, run in zip(recipes, runs, strict=True):
+            crew.take_in(recipe, run)
+        before(pack)
+        for _ in range(recipes[0].trainer.max_steps or 0):
+            crew.train(runs)
+            for run in runs:
+                crew.take(run)
+        weights = [{n: p.detach().clone() for n, p in m.policy.parameters.items()} for m in pack.members]
+        pack.close()
+        rows = [[without_timings(row) for row in MetricsFile(run.metrics).rows()] for run in runs]
+        manifests = [run.read_manifest() for run in runs]
+        return [rows, [list(own.values()) for own in weights], manifests]
+
+
+@pytest.fixture
+def runs(small_recipe: MakeRecipe, new_run: MakeRun) -> Iterator[Runs]:
+    with torch.random.fork_rng():
+        yield Runs(small_recipe, new_run)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("place", PLACES)
+def test_the_result_is_that_of_smaller_passes(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], place: str, count: int
+) -> None:
+    victim = min(1, count - 1)
+    recipes = runs.recipes(count, [BUDGET] * count, PLACES[place])
+    with monkeypatch.context() as patched:
+        rows, weights, manifests = runs.train(
+            recipes, lambda pack: _inject(place, {pack.members[victim].name}, patched)
+        )
+    failures = manifests[victim]["out_of_memory"]
+    budget = failures[-1]["tokens"]
+    assert budget <= FITS
+    assert 1 <= len(failures) <= 4
+    assert all(entry["step"] >= 1 for entry in failures)
+    assert capfd.readouterr().err.count("out of memory at step") == len(failures)
+    assert all("out_of_memory" not in record for i, record in enumerate(manifests) if i != victim)
+
+    # After the last step's evaluation there is nothing to train with smaller passes.
+    then = BUDGET if place == "evaluation" else budget
+    budgets = [then if i == victim else BUDGET for i in range(count)]
+    expected_rows, expected_weights, _ = runs.train(runs.recipes(count, budgets, PLACES[place]))
+    assert rows == expected_rows
+    for ours, theirs in zip(weights, expected_weights, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_resumed_run_goes_on_with_smaller_passes(
+    small_recipe: MakeRecipe, new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small_recipe(f"{KEY}={BUDGET}", "trainer.max_steps=4")
+    run = new_run(recipe, "stopped")
+    pack = Pack.open(recipe)
+    member = pack.join(recipe, run)
+    member.limit_passes(90)
+    pack.leave(member)
+    assert pack.join(recipe, run).max_tokens == 90
+    pack.close()
+
+
+def test_what_fails_with_one_sequence_is_the_members_failure_and_keeps_no_tensor(
+    runs: Runs, small_recipe: MakeRecipe, new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[weakref.ref[torch.Tensor]] = []
+    loss = Policy.loss
+
+    def failing(self: Policy, micro: Batch, totals: Any) -> Any:
+        if self.adapter == "member1":
+            activations = torch.ones(1000)
+            kept.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError(f"CUDA out of memory. {len(activations)}")
+        return loss(self, micro, totals)
+
+    recipes = runs.recipes(2, [BUDGET] * 2, ["trainer.max_steps=1"])
+    pack = Pack.open(recipes[0], room=2)
+    crew, own = LocalCrew(pack), [new_run(recipe, f"own{i}") for i, recipe in enumerate(recipes)]
+    for recipe, run in zip(recipes, own, strict=True):
+        crew.take_in(recipe, run)
+    monkeypatch.setattr(Policy, "loss", failing)
+    crew.train(own)
+    assert crew.take(own[0]).done
+    with pytest.raises(PassTooLarge, match=r"1 sequences, \d+ tokens: CUDA out of memory") as caught:
+        crew.take(own[1])
+    gc.collect()
+    assert len(kept) > 1
+    assert all(ref() is None for ref in kept)
+    assert "failing" in {entry.name for entry in caught.traceback} or caught.value.sequences == 1
+    pack.close()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_gpu_that_is_lost_ends_the_process(runs: Runs, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    def lost(self: Policy, micro: Batch, totals: Any) -> Any:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    recipes = runs.recipes(count, [BUDGET] * count, [])
+    with pytest.raises(torch.AcceleratorError):
+        runs.train(recipes, lambda pack: monkeypatch.setattr(Policy, "loss", lost))
+
+
+def test_sampling_goes_on_with_fewer_sequences_at_a_time(
+    small_recipe: MakeRecipe, new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = TransformersEngine._batch
+
+    def failing(self: TransformersEngine, requests: Any, places: Any, decoder: Any) -> Any:
+        if len(places) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return batch(self, requests, places, decoder)
+
+    found = []
+    for most, patch in ((512, True), (4, False)):
+        with monkeypatch.context() as patched:
+            if patch:
+                patched.setattr(TransformersEngine, "_batch", failing)
+            recipe = small_recipe(f"generator.max_num_seqs={most}", "trainer.max_steps=2")
+            pack = Pack.open(recipe)
+            crew, run = LocalCrew(pack), new_run(recipe, f"most{most}")
+            crew.take_in(recipe, run)
+            for _ in range(2):
+                crew.train([run])
+                crew.take(run)
+            pack.close()
+            found.append([without_timings(row) for row in MetricsFile(run.metrics).rows()])
+    assert [row["eval/accuracy"] for row in found[0] if "eval/accuracy" in row] == [
+        row["eval/accuracy"] for row in found[1] if "eval/accuracy" in row
+    ]
+    for ours, theirs in zip(*found, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
