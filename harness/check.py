@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -16,7 +20,7 @@ from harness.rundir import RunDir, write_json
 
 
 def main(argv: list[str]) -> int:
-    """Parse, train every seed, judge, print; 3 when an expectation is not met."""
+    """Parse, train every seed, judge, print; 3 when an expectation is not met, a run's own status where one fails."""
     parser = Parser(prog=invocation("check"), description="Train a recipe once per seed, and check its expectations.")
     parser.add_argument("recipe", help="a recipe with an `expect:` block, e.g. recipes/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", help="key=value, e.g. trainer.max_steps=16")
@@ -32,7 +36,9 @@ def main(argv: list[str]) -> int:
     for seed in seeds:
         own = [f"seed={seed}", "trainer.seed=null", recipes.override_for("trainer.ckpt_path", str(root)),
                f"trainer.run_name=seed{seed}"]  # fmt: skip
-        run.main([options.recipe, *options.overrides, *own])
+        status = _train([options.recipe, *options.overrides, *own])
+        if status:
+            return status
     rows = [MetricsFile(RunDir(root / f"seed{seed}").metrics).rows() for seed in seeds]
     verdicts = judge(recipe.expect, rows)
     write_json(root / "check.json", {"recipe": options.recipe, "overrides": options.overrides, "seeds": seeds,
@@ -41,6 +47,28 @@ def main(argv: list[str]) -> int:
         print(verdict)
     print(f"{sum(v.met for v in verdicts)} of {len(verdicts)} expectations met over {len(seeds)} seeds  {shown(root)}")
     return 0 if all(verdict.met for verdict in verdicts) else run.UNMET
+
+
+def _train(arguments: Sequence[str]) -> int:
+    """Train one run in a process of its own and return its exit status, 128 + its number after a signal.
+
+    vLLM starts no second engine on a GPU in one process, and gives memory back only when that ends. Ctrl-C and SIGTERM
+    are passed on; after Ctrl-C the run has stopped in order when KeyboardInterrupt is raised.
+    """
+    sys.stdout.flush()
+    # In a group of its own, so that the terminal's Ctrl-C does not reach the run beside the one that is passed on.
+    process = subprocess.Popen([sys.executable, "-m", "harness.run", *arguments], process_group=0)
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGINT)
+        process.wait()
+        raise
+    finally:
+        process.kill()  # nothing, once it has ended
+        signal.signal(signal.SIGTERM, before)
+    return status if status >= 0 else 128 - status
 
 
 def _seeds(text: str) -> list[int]:

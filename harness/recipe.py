@@ -22,7 +22,7 @@ from harness import machine
 from harness.errors import UserError, nearest
 from harness.paths import RECIPES
 from harness.recipe_keys import WITHOUT_EFFECT, check_key, keys_given
-from harness.schema import Backend, Recipe
+from harness.schema import Backend, Device, Recipe
 from harness.validate import check, check_plain, described, names_of
 
 if TYPE_CHECKING:
@@ -65,10 +65,17 @@ def notes(overrides: Sequence[str]) -> list[str]:
 
 
 def engine_notes(recipe: Recipe) -> list[str]:
-    """Return what a user should know of the engine: that it samples because vLLM has no build for this system."""
-    if recipe.generator.backend is not Backend.transformers or not _vllm_is_left_out():
-        return []
-    return ["vLLM has no build for this system: the in-process engine samples (generator.backend=transformers)"]
+    """Return what a user should know of engine and device: what this system's packages keep a recipe from using."""
+    notes = []
+    if recipe.generator.backend is Backend.transformers and _vllm_is_left_out():
+        notes.append(
+            "vLLM has no build for this system: the in-process engine samples (generator.backend=transformers)"
+        )
+    gpus = machine.present_gpus()
+    if recipe.trainer.placement.device is Device.auto and gpus and machine.torch_cuda_version() is None:
+        notes.append(f"this machine has {gpus} NVIDIA GPUs, and torch is its CPU build: training runs on the CPU "
+                     "(make install-gpu makes an environment for GPUs)")  # fmt: skip
+    return notes
 
 
 def _vllm_is_left_out() -> bool:

@@ -12,6 +12,7 @@ from harness.errors import UserError
 from harness.metrics import MetricsFile, without_timings
 from harness.paths import shown
 from harness.rundir import one_line
+from harness.schema import Device
 from harness.sinks import Console
 from rltrain import reproduce
 from rltrain.reproduce import Reproduction
@@ -65,10 +66,23 @@ def _tell_agreement(planned: Reproduction) -> bool:
         print(f"  differs: {difference}")
     if agreement.unrecorded:
         print(f"  not recorded: {', '.join(agreement.unrecorded)}")
+    if note := _of_gpu(planned):
+        print(f"  on a GPU: {note}")
     for entry in planned.was.get("resumed") or []:
         for difference in entry.get("different") or []:
             print(f"  differed when it was resumed at {entry.get('time')}: {difference}")
     return not agreement.different
+
+
+def _of_gpu(planned: Reproduction) -> str | None:
+    """What can be expected of a run that was made on a GPU; None for a CPU, where it comes out the same to the bit."""
+    hardware = planned.was.get("hardware")
+    gpus = hardware.get("gpus") if isinstance(hardware, dict) else None
+    if not gpus or planned.recipe.trainer.placement.device is Device.cpu:
+        return None
+    if planned.recipe.deterministic:
+        return "its recipe has deterministic: true, so the same to the bit on the same GPU, driver and packages"
+    return "its recipe has deterministic: false, so the same up to rounding at first, and then it may drift"
 
 
 def _train(planned: Reproduction, options: argparse.Namespace) -> int:
@@ -121,6 +135,9 @@ def _conclude(planned: Reproduction, step: int, tolerance: float) -> int:
     result = compare(planned.original, planned.run_dir, last=step, weights=planned.ended and step == planned.last)
     verdict = result.verdict(tolerance)
     reproduce.conclude(planned, verdict, step)
+    if result.first(tolerance) and not planned.recipe.deterministic and _of_gpu(planned):
+        print("this run was not deterministic: its recipe has deterministic: false, and a GPU then adds in no fixed "
+              "order; compare with --tolerance, or make runs with deterministic=true")  # fmt: skip
     if not planned.ended:
         print(f"the run is {planned.was.get('status')}: compared up to step {step}, the last it logged; no weights")
     print(f"{verdict}  {shown(planned.run_dir.path)}")

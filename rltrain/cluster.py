@@ -11,7 +11,7 @@ import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
@@ -165,8 +165,8 @@ def _alone(root: Path, cpus: float, gpus: float, store: int) -> dict[str, object
     }
 
 
-def worker_environment(threads: int) -> dict[str, str]:
-    """Environment of Ray's processes: threads as the recipe says, and the project importable."""
+def worker_environment(threads: int, more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Environment of Ray's processes: threads as the recipe says, the project importable, and `more`."""
     # site-packages before Python's own library would let packages replace modules of it.
     project = [] if INSTALLED else [str(PROJECT)]
     path = [*project, str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -176,6 +176,7 @@ def worker_environment(threads: int) -> dict[str, str]:
         "MKL_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": os.pathsep.join(path),
+        **(more or {}),
     }
 
 

@@ -84,7 +84,7 @@ class Pack:
     @classmethod
     def open(cls, recipe: Recipe, *, room: int = 1, ranks: Ranks | None = None) -> Pack:
         """Load the base model and start the engine that a recipe asks for, with room for so many members at a time."""
-        parallel.set_threads(recipe)
+        parallel.prepare_process(recipe)
         return cls(recipe, *models.load_base(recipe), room, ranks or Ranks())
 
     def join(self, recipe: Recipe, run_dir: RunDir) -> Member:

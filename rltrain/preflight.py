@@ -9,11 +9,12 @@ from pathlib import Path
 from harness import machine
 from harness.errors import UserError
 from harness.paths import locate
-from harness.schema import AdvantageEstimator, Backend, Recipe, SyncMode
+from harness.schema import AdvantageEstimator, Backend, DType, Recipe, SyncMode
 from harness.validate import check_context, sync_mode, target_modules
 from rltrain.data import load_examples
+from rltrain.engines.arguments import check_engine_args
 from rltrain.envs import get_env
-from rltrain.parallel import address_of, check_placement
+from rltrain.parallel import address_of, check_placement, uses_gpus
 
 
 def check_run(recipe: Recipe) -> None:
@@ -45,17 +46,42 @@ def check_run(recipe: Recipe) -> None:
 
 
 def _check_engine(recipe: Recipe) -> None:
-    """Refuse vLLM where it is not installed; a cluster's machines have their own packages."""
-    if recipe.generator.backend is not Backend.vllm or machine.has_vllm() or address_of(recipe) is not None:
+    """Refuse what the engine could not do after a minute of starting; a cluster's machines have their own packages."""
+    if recipe.generator.backend is not Backend.vllm:
         return
-    raise UserError(
-        "vLLM is not installed",
-        got="generator.backend=vllm",
-        allowed="generator.backend=transformers, for a run of one process with trainer.placement.colocate_all=true",
-        fix="make install, or make install-gpu"
-        if machine.vllm_has_builds()
-        else "use Linux: vLLM has no build for this system",
-    )
+    check_engine_args(recipe)
+    on_gpu = uses_gpus(recipe)
+    if on_gpu:
+        _check_lora_dtype(recipe)
+    if address_of(recipe) is not None:
+        return
+    if not machine.has_vllm():
+        raise UserError(
+            "vLLM is not installed",
+            got="generator.backend=vllm",
+            allowed="generator.backend=transformers, for a run of one process with trainer.placement.colocate_all=true",
+            fix="make install, or make install-gpu"
+            if machine.vllm_has_builds()
+            else "use Linux: vLLM has no build for this system",
+        )
+    if machine.vllm_build() == "cuda" and not on_gpu:
+        raise UserError(
+            "this vLLM is built for CUDA: it cannot sample on a CPU",
+            got=f"generator.backend=vllm, trainer.placement.device={recipe.trainer.placement.device.name}",
+            fix="generator.backend=transformers, or the CPU environment (make install)",
+        )
+
+
+def _check_lora_dtype(recipe: Recipe) -> None:
+    """On GPUs vLLM's LoRA kernels take 16-bit numbers alone."""
+    model = recipe.trainer.policy.model
+    if model.dtype is DType.float32 and sync_mode(model.lora) is not SyncMode.merge:
+        raise UserError(
+            "vLLM serves adapters on a GPU in bfloat16 alone",
+            got="trainer.policy.model.dtype=float32",
+            fix="trainer.policy.model.dtype=auto, trainer.policy.model.lora.sync=merge, or "
+            "generator.backend=transformers",
+        )
 
 
 def _check_model(recipe: Recipe, key: str, path: str) -> None:

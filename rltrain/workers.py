@@ -14,7 +14,7 @@ from harness.rundir import RunDir
 from harness.schema import Recipe
 from harness.validate import num_processes
 from rltrain.cluster import LARGE_STORE_BYTES, OBJECT_STORE_BYTES, cluster, worker_environment
-from rltrain.parallel import address_of, bundles, device_of, uses_gpus
+from rltrain.parallel import address_of, bundles, deterministic_environment, device_of, uses_gpus
 from rltrain.quiet import quiet_libraries, redirect_output
 from rltrain.report import Report
 from rltrain.trainer import recorded_failure
@@ -142,7 +142,7 @@ class WorkerGroup:
             )
             options = {
                 "num_cpus": threads, "num_gpus": int(uses_gpus(self._recipe)), "scheduling_strategy": place,
-                "runtime_env": {"env_vars": worker_environment(threads)},
+                "runtime_env": {"env_vars": worker_environment(threads, deterministic_environment(self._recipe))},
             }  # fmt: skip
             self._ranks.append(ray.remote(Rank).options(**options).remote(rank))
 

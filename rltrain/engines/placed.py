@@ -11,6 +11,7 @@ import torch
 from harness.schema import Recipe
 from rltrain.cluster import worker_environment
 from rltrain.engines.base import Engine, EngineOptions, Request, Sample, build_engine
+from rltrain.parallel import deterministic_environment
 from rltrain.ranks import Ranks
 
 
@@ -29,7 +30,7 @@ def _engines_apart(recipe: Recipe, options: EngineOptions) -> Engine:
     from rltrain.engines.remote import start_engines
 
     group, count = ray.util.get_current_placement_group(), recipe.generator.num_inference_engines
-    env = worker_environment(recipe.trainer.num_threads or 1)
+    env = worker_environment(recipe.trainer.num_threads or 1, deterministic_environment(recipe))
     first = group.bundle_count - count
     return start_engines(recipe, options, count=count, placement_group=group, first_bundle=first, env=env)
 

@@ -33,7 +33,7 @@ class EngineServer:
     def start(self, recipe: Recipe, options: EngineOptions) -> None:
         """Build the engine that the recipe names; raises what building it raises."""
         quiet_libraries()
-        parallel.set_threads(recipe)
+        parallel.prepare_process(recipe)
         engine = build_engine(recipe, None, options)
         if engine.shares_weights:
             raise UserError(

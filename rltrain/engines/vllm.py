@@ -1,8 +1,9 @@
-"""vLLM in this process, on a CPU or GPUs. Only this file and grouped_lora.py import vllm."""
+"""vLLM in this process, on a CPU or GPUs. Only this file, grouped_lora.py and vllm_worker.py import vllm."""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from safetensors import safe_open
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read once, when vLLM is imported
 import vllm
 from vllm.config import set_current_vllm_config
+from vllm.config import vllm as vllm_defaults
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -27,7 +29,8 @@ from harness.schema import Recipe, Sampling
 from harness.validate import VLLM_LORA_RANKS
 from rltrain import parallel
 from rltrain.cluster import keep_to_loopback
-from rltrain.engines import grouped_lora
+from rltrain.engines import grouped_lora, vllm_gpu
+from rltrain.engines.arguments import check_engine_args
 from rltrain.engines.base import EngineOptions, Request, Sample, check_prompts, in_parts, sample_seed, unknown_member
 from rltrain.sync.proof import SyncError
 
@@ -39,9 +42,9 @@ CPU_BLOCK_SIZE = 32
 
 
 def build(recipe: Recipe, model: Any, options: EngineOptions) -> VLLMEngine:
-    """An engine with the recipe's `generator` settings; the trainer's model, if it is here, only tells the device."""
+    """An engine with the recipe's `generator` settings; the trainer's model, if it is here, tells device and size."""
     device = parallel.device_of(recipe) if model is None else next(model.parameters()).device
-    return VLLMEngine(recipe, options, on_cpu=device.type == "cpu")
+    return VLLMEngine(recipe, options, on_cpu=device.type == "cpu", model=model)
 
 
 class VLLMEngine:
@@ -49,7 +52,12 @@ class VLLMEngine:
 
     shares_weights = False
 
-    def __init__(self, recipe: Recipe, options: EngineOptions, on_cpu: bool) -> None:
+    def __init__(self, recipe: Recipe, options: EngineOptions, on_cpu: bool, model: Any = None) -> None:
+        """Start vLLM beside the trainer's `model`, if that is in this process.
+
+        Raises UserError for arguments that vLLM does not have and for a GPU with too little memory left.
+        """
+        check_engine_args(recipe)
         generator = recipe.generator
         _set_environment(generator.cpu_kv_cache_gb if on_cpu else None)
         if parallel.address_of(recipe) is None:
@@ -74,7 +82,8 @@ class VLLMEngine:
             "distributed_executor_backend": _executor(self._tensor_parallel_size),
             "worker_extension_cls": f"{__name__}.{WorkerExtension.__name__}",
             "gpu_memory_utilization": generator.gpu_memory_utilization,
-            "enforce_eager": generator.enforce_eager,
+            # A CPU has no graphs to capture, and compiling for it takes longer than it saves.
+            "enforce_eager": on_cpu if generator.enforce_eager is None else generator.enforce_eager,
             "enable_sleep_mode": self._sleeps,
             "seed": recipe.seed,
             # Prompts come as token ids and EOS ids as stop tokens: no tokenizer, no second reading of the model's EOS.
@@ -90,16 +99,22 @@ class VLLMEngine:
                 "max_num_batched_tokens": max(max_model_len, generator.max_num_seqs, CPU_BATCHED_TOKENS),
                 "block_size": CPU_BLOCK_SIZE,
             }
+        else:
+            gc.collect()
+            torch.cuda.empty_cache()  # what loading the trainer's model has left in PyTorch's cache is free for vLLM
+            free, total = torch.cuda.mem_get_info()
+            least = vllm_gpu.least_bytes(model, options.dtype.itemsize, max_model_len)
+            settings |= vllm_gpu.gpu_settings(recipe, free=free, total=total, least=least)
         if options.max_lora_rank:
             settings |= {
                 "enable_lora": True,
                 "max_lora_rank": next(rank for rank in VLLM_LORA_RANKS if rank >= options.max_lora_rank),
                 "max_loras": options.max_loras,
             }
-        with _process_state_kept():
+        with _process_state_kept(), _vllms_own_determinism():
             if on_cpu:
                 os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # worker processes take what we have
-            self._llm = vllm.LLM(**settings)
+            self._llm = vllm.LLM(**settings | generator.engine_args)
 
     def generate(self, requests: Sequence[Request]) -> list[list[Sample]]:
         """Samples `[P][G]` in the order of the requests. Raises UserError as the protocol says."""
@@ -116,7 +131,7 @@ class VLLMEngine:
                 adapters.append(adapter)
         # Nothing cached outlives a call: no keys of older weights, and the same call gives the same bits again.
         self._llm.llm_engine.reset_prefix_cache()
-        with _random_state_kept(), self._nothing_left_behind():
+        with _random_state_kept(), _vllms_own_determinism(), self._nothing_left_behind():
             outputs = self._llm.generate(prompts, params, lora_request=adapters, use_tqdm=False)
         samples = iter([_sample(output.outputs[0]) for output in outputs])
         return [[next(samples) for _ in range(request.n)] for request in requests]
@@ -197,11 +212,16 @@ class VLLMEngine:
     def sleep(self) -> None:
         """Level 1: weights wait in host memory, the cache is dropped. Level 2 would lose the base for good."""
         if self._sleeps:
+            # vLLM 0.24 unmaps memory without waiting for kernels that still read it.
+            torch.cuda.synchronize()
             self._llm.llm_engine.sleep(level=1)
 
     def wake(self) -> None:
-        """Undo `sleep`."""
+        """Undo `sleep`; the cache of prefixes is empty, for both versions drop it on falling asleep."""
         if self._sleeps:
+            # vLLM 0.24 maps memory back with the driver's own calls, for which what PyTorch caches is not free.
+            gc.collect()
+            torch.cuda.empty_cache()
             self._llm.llm_engine.wake_up()
 
     def close(self) -> None:
@@ -349,12 +369,33 @@ def _executor(tensor_parallel_size: int) -> str:
 
 
 def _set_environment(cpu_kv_cache_gb: int | None) -> None:
-    """Read by vLLM when it starts: in this process, quiet, no usage report, no pinned threads."""
+    """Read by vLLM when it starts: in this process, quiet, no usage report; threads of a CPU, cache for a GPU."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     if cpu_kv_cache_gb is not None:
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(cpu_kv_cache_gb)
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        return
+    vllm_gpu.claim_cache_root()
+    # The first model runner samples each sequence that has a seed with a kernel of its own, the second one all in one.
+    # 0.24 uses the second one for a list of architectures, without Qwen2's, though it honours LoRA, sleep, processed
+    # log-probabilities and engines in this process for others too; 0.32 uses it wherever it can. A model that it does
+    # not serve is refused by name, and VLLM_USE_V2_MODEL_RUNNER=0, set by the user, stays.
+    if hasattr(vllm_defaults, "DEFAULT_V2_MODEL_RUNNER_ARCHITECTURES"):
+        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
+
+
+@contextlib.contextmanager
+def _vllms_own_determinism() -> Iterator[None]:
+    """Inside, torch's switch for deterministic kernels is off: vLLM has its own, VLLM_BATCH_INVARIANT, and is made and
+    tried with that one alone.
+    """
+    enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warns)
 
 
 @contextlib.contextmanager
@@ -371,14 +412,17 @@ def _random_state_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _process_state_kept() -> Iterator[None]:
-    """Starting vLLM on a CPU disables torch.set_num_threads and changes the environment of every child process."""
-    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    """Starting vLLM on a CPU disables torch.set_num_threads and changes the environment of every child process.
+
+    0.24 with batch-invariant kernels replaces torch.bmm by one without a gradient; that under the dispatcher stays.
+    """
+    set_num_threads, threads, bmm = torch.set_num_threads, torch.get_num_threads(), torch.bmm
     before = {name: os.environ.get(name) for name in ("LD_PRELOAD", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")}
     try:
         with _random_state_kept():
             yield
     finally:
-        torch.set_num_threads = set_num_threads
+        torch.set_num_threads, torch.bmm = set_num_threads, bmm
         torch.set_num_threads(threads)
         for name, value in before.items():
             os.environ.pop(name, None)

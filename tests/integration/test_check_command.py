@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,10 +13,12 @@ import pytest
 from harness import check, run
 from harness.errors import UserError
 from harness.logfiles import event_steps
+from harness.paths import PROJECT
 from harness.rundir import RunDir
 from rltrain import trainer
 from rltrain.member import Member
 from rltrain.trainer import finish
+from tests.integration.conftest import heed_interrupts
 
 TINY = ["generator.backend=transformers", "trainer.max_steps=1", "trainer.train_batch_size=2",
         "trainer.policy_mini_batch_size=2", "generator.n_samples_per_prompt=2", "trainer.eval_before_train=false",
@@ -43,6 +48,42 @@ def test_every_seed_is_trained_and_the_mean_is_judged(
     assert [manifest["seed"] for manifest in manifests] == [3, 4]
     unmet += [[verdict["metric"] for verdict in manifest["expect"] if not verdict["met"]] for manifest in manifests]
     assert unmet == [["completions/mean_length"]] * 3
+
+
+def test_a_seed_that_fails_ends_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = recipe_file(tmp_path, "{eval/accuracy: {min: 0}}")
+    arguments = [
+        file,
+        "trainer.policy.model.path=./nowhere",
+        f"trainer.ckpt_path={tmp_path}",
+        "trainer.run_name=failed",
+    ]
+    assert check.main(arguments) == 2
+    said = capfd.readouterr()
+    assert said.err.count("trainer.policy.model.path names no folder") == 1
+    assert "expectations met" not in said.out
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_what_stops_it_stops_its_run(tiny_model_dir: Path, tmp_path: Path, sent: signal.Signals, status: int) -> None:
+    file = recipe_file(tmp_path, "{eval/accuracy: {min: 0}}")
+    batches = ["trainer.eval_batch_size=512", "trainer.micro_train_batch_size_per_gpu=8",
+               "trainer.micro_forward_batch_size_per_gpu=8", "trainer.max_tokens_per_microbatch=null"]  # fmt: skip
+    start = [sys.executable, "-m", "harness.check", file, *TINY, *batches, "trainer.max_steps=1000",
+             "trainer.eval_interval=0", f"trainer.ckpt_path={tmp_path}", "trainer.run_name=stopped"]  # fmt: skip
+    process = subprocess.Popen(
+        start, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    )
+    assert process.stdout is not None
+    # Progress is seen as it is made. The signal goes to the command alone, and it passes it on.
+    assert any(line.startswith("step    3/1000") for line in process.stdout)
+    process.send_signal(sent)
+    out, told = process.communicate(timeout=60)  # ends when the run has closed its side of the pipe, too
+    assert process.returncode == status, told
+    assert "Traceback" not in told
+    assert ("stopped; go on with: python -m harness.run --resume" in told) == (sent is signal.SIGINT)
+    assert "expectations met" not in out
+    assert [path.name for path in (tmp_path / "stopped").iterdir()] == ["seed0"]
 
 
 @pytest.mark.parametrize(("flags", "status"), [([], 0), (["--check"], 3)])

@@ -19,7 +19,7 @@ MakeRecipe = Callable[..., Recipe]
 MakeRun = Callable[[Recipe, str], RunDir]
 KEYS = ("backend=vllm", "gpu_memory_utilization=0.35", "cpu_kv_cache_gb=2", "enforce_eager=false", "max_num_seqs=7",
         "max_lora_rank=9", "batched=false", "max_input_length=90", "sampling_params.max_generate_length=30",
-        "eval_sampling_params.max_generate_length=40")  # fmt: skip
+        "eval_sampling_params.max_generate_length=40", "engine_args={max_num_batched_tokens: 4321}")  # fmt: skip
 
 
 @pytest.fixture
@@ -43,6 +43,7 @@ def test_what_reaches_vllm(running: tuple[Pack, Member], monkeypatch: pytest.Mon
     assert config.model_config.enforce_eager is False
     assert config.cache_config.kv_cache_memory_bytes == 2 * 2**30
     assert config.scheduler_config.max_num_seqs == 7
+    assert config.scheduler_config.max_num_batched_tokens == 4321
     assert config.lora_config.max_lora_rank == 16  # vLLM knows no 9
     assert member.recipe.trainer.policy.model.lora.rank == 8
     assert config.model_config.max_model_len == 90 + 40

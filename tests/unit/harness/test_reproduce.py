@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -19,6 +20,8 @@ from harness.errors import UserError
 from harness.metrics import MetricsFile
 from harness.paths import PROJECT
 from harness.rundir import RunDir, Status, seal, write_json
+from rltrain import compare
+from rltrain import reproduce as planning
 from tests.recipes import quickstart
 
 HEAVY = {"torch", "vllm", "ray", "transformers", "peft"}
@@ -139,6 +142,37 @@ def test_check_only_says_what_differs_and_trains_nothing(
     assert f"differs: data {data}: sha256:" in said
     assert "not recorded: hardware" in said
     assert "differed when it was resumed at 2026-01-01T00:00:00Z: python: 3.10 -> 3.11" in said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpus", "expected", "hint"),
+    [
+        (["trainer.placement.device=auto"], ["NVIDIA H100"], "deterministic: false", True),
+        (["trainer.placement.device=auto", "deterministic=true"], ["NVIDIA H100"], "deterministic: true", False),
+        (["trainer.placement.device=cpu"], ["NVIDIA H100"], None, False),
+        (["trainer.placement.device=auto"], [], None, False),
+    ],
+)
+def test_what_can_be_expected_on_a_gpu(
+    made: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    overrides: list[str], gpus: list[str], expected: str | None, hint: bool,
+) -> None:  # fmt: skip
+    source = made(*overrides)
+    record: dict[str, Any] = json.loads(source.manifest.read_text())
+    record["hardware"]["gpus"] = gpus
+    write_json(source.manifest, record)
+    planned = planning.plan(source.path, tmp_path / "again")
+    reproduce._tell_agreement(planned)
+    said = capsys.readouterr().out
+    assert ("on a GPU: " in said) is (expected is not None)
+    assert expected is None or f"on a GPU: its recipe has {expected}, so the same" in said
+    planning.begin(planned)
+    departs = SimpleNamespace(verdict=lambda tolerance: "departs at step 1", first=lambda tolerance: object())
+    monkeypatch.setattr(compare, "compare", lambda *_, **__: departs)
+    assert reproduce._conclude(planned, 1, 0.0) == reproduce.DEPARTS
+    said = capsys.readouterr().out
+    assert ("this run was not deterministic: its recipe has deterministic: false" in said) is hint
+    assert said.splitlines()[-1].startswith("departs at step 1  ")
 
 
 def test_another_recipe_than_the_manifests_is_named(made: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,7 +45,8 @@ def test_an_installed_project_is_not_put_before_pythons_own_library(
 def test_workers_find_the_project_and_the_users_modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", "/somewhere/else")
-    environment = cluster.worker_environment(3)
+    environment = cluster.worker_environment(3, {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"})
+    assert environment["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert environment["PYTHONPATH"].split(":") == [str(PROJECT), str(tmp_path), "/somewhere/else"]
     assert environment["OMP_NUM_THREADS"] == "3"
 
