@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -152,21 +153,33 @@ def check_fit(recipe: Recipe, gpus: Gpus | None) -> None:
 
 def _problem(recipe: Recipe, gpus: Gpus) -> str | None:
     """Why a recipe does not fit, in words; None when it does, or when that is not known."""
-    assert gpus.memory is not None
     asked = gpus_asked(recipe)
     if asked > gpus.count:
         return f"{asked} GPUs asked, {gpus.count} there"
+    beyond = {what: (size, room) for what, size, room in _sizes(recipe, gpus) if size > room}
+    return "; ".join(f"{what}: {_gib(size)} GiB of {_gib(room)}" for what, (size, room) in beyond.items()) or None
+
+
+def _sizes(recipe: Recipe, gpus: Gpus) -> list[tuple[str, int, int]]:
+    """What must fit: its name, its bytes, and those there are for it; nothing where sizes are not known."""
     shape = shape_of(recipe.trainer.policy.model.path)
-    if shape is None:
-        return None
+    if shape is None or gpus.memory is None:
+        return []
     held = usage(recipe, shape, gpus.memory, members=runs_together(recipe))
-    for phase, parts in held.phases().items():
-        if sum(parts.values()) > gpus.memory:
-            return f"{phase}: {_gib(sum(parts.values()))} GiB of {_gib(gpus.memory)}"
-    share = recipe.generator.gpu_memory_utilization
-    if held.engine > share * gpus.memory:
-        return f"the engine: {_gib(held.engine)} GiB with one sequence, of {share:g} x {_gib(gpus.memory)} that it has"
-    return None
+    share = int(recipe.generator.gpu_memory_utilization * gpus.memory)
+    engine = [("the engine's own share", held.engine, share)] if held.engine else []
+    return [(phase, sum(parts.values()), gpus.memory) for phase, parts in held.phases().items()] + engine
+
+
+def _excess(recipe: Recipe, changes: dict[str, Any], gpus: Gpus) -> float:
+    """Bytes beyond what there is, of all that must fit taken together; infinite for what cannot be asked for."""
+    try:
+        changed = recipes.with_values(recipe, changes)
+    except UserError:
+        return math.inf
+    if gpus_asked(changed) > gpus.count:
+        return math.inf
+    return sum(max(0, size - room) for _, size, room in _sizes(changed, gpus))
 
 
 def _fixes(recipe: Recipe, gpus: Gpus) -> list[dict[str, Any]]:
@@ -184,45 +197,33 @@ def _fixes(recipe: Recipe, gpus: Gpus) -> list[dict[str, Any]]:
 
 
 def _together(recipe: Recipe, axes: Sequence[list[dict[str, Any]]], gpus: Gpus) -> list[dict[str, Any]]:
-    """The changes, each as far as it goes, that fit together, without those that turn out not to be needed."""
-    taken: dict[int, dict[str, Any]] = {}
-
-    def merged(changes: dict[int, dict[str, Any]]) -> dict[str, Any]:
-        return {key: value for one in changes.values() for key, value in one.items()}
-
-    for place, axis in enumerate(axes):
-        usable = [one for one in axis if _takes(recipe, merged(taken | {place: one}))]
-        fitting = next((one for one in usable if _fits(recipe, merged(taken | {place: one}), gpus)), None)
-        if fitting is not None:
-            taken[place] = fitting
+    """Changes that fit together: of each kind in turn what helps most, until they do; then the mildest of it."""
+    taken: list[dict[str, Any]] = [{} for _ in axes]
+    for place in range(len(axes)):
+        taken = min(_with_each(taken, place, axes), key=lambda one: _excess(recipe, _merged(one), gpus))
+        if _fits(recipe, _merged(taken), gpus):
             break
-        if usable:
-            taken[place] = usable[-1]
     else:
         return []
-    for place in list(taken):
-        rest = {other: one for other, one in taken.items() if other != place}
-        if _fits(recipe, merged(rest), gpus):
-            taken = rest
-        else:
-            mildest = (one for one in axes[place] if _fits(recipe, merged(taken | {place: one}), gpus))
-            taken[place] = next(mildest, taken[place])
-    return [merged(taken)]
+    for place in range(len(axes)):
+        taken = next(one for one in _with_each(taken, place, axes) if _fits(recipe, _merged(one), gpus))
+    return [_merged(taken)]
 
 
-def _takes(recipe: Recipe, changes: dict[str, Any]) -> bool:
-    try:
-        recipes.with_values(recipe, changes)
-    except UserError:
-        return False
-    return True
+def _with_each(
+    taken: list[dict[str, Any]], place: int, axes: Sequence[list[dict[str, Any]]]
+) -> Iterator[list[dict[str, Any]]]:
+    """The changes with none of an axis, then with each of its own."""
+    for one in [{}, *axes[place]]:
+        yield [*taken[:place], one, *taken[place + 1 :]]
+
+
+def _merged(changes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {key: value for one in changes for key, value in one.items()}
 
 
 def _fits(recipe: Recipe, changes: dict[str, Any], gpus: Gpus) -> bool:
-    try:
-        return _problem(recipes.with_values(recipe, changes), gpus) is None
-    except UserError:
-        return False
+    return _excess(recipe, changes, gpus) == 0
 
 
 def _fewer_gpus(recipe: Recipe, gpus: Gpus) -> dict[str, Any] | None:
