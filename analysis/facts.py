@@ -17,6 +17,7 @@ from harness import advice
 from harness.errors import UserError
 from harness.paths import locate
 from harness.rundir import RunDir, Status
+from harness.shapes import shape_of
 
 # What the claims vary, and what has no part in a run's outcome: two runs that differ in these alone are comparable.
 _VARIED = (
@@ -64,7 +65,7 @@ def facts(directory: Path, record: Record, metric: str, maximize: bool) -> dict[
         "batch_size": _product(_int(lookup(recipe, "trainer.policy_mini_batch_size")), group),
         "episodes_per_step": _product(_int(lookup(recipe, "trainer.train_batch_size")), group),
         "budget": budget if recipe else None,
-        "parameters": _trained(run, rank, config, modules, model_parameters),
+        "parameters": _trained(run, rank, path, modules, model_parameters),
         "model_parameters": model_parameters,
         "model": path,
         "model_type": config.get("model_type"),
@@ -128,9 +129,7 @@ def _named(modules: frozenset[str]) -> str | None:
     return name or ", ".join(sorted(modules)) or None
 
 
-def _trained(
-    run: RunDir, rank: int | None, config: dict[str, Any], modules: frozenset[str], model: int | None
-) -> int | None:
+def _trained(run: RunDir, rank: int | None, path: Any, modules: frozenset[str], model: int | None) -> int | None:
     """Trained parameters: of the adapter as written, else by the model's shape; a full run trains all."""
     if rank is None:
         return None
@@ -144,7 +143,8 @@ def _trained(
             return _stored_parameters((written,))
     except UserError:
         pass
-    return advice.adapter_parameters(config, rank, sorted(modules))
+    shape = shape_of(path) if isinstance(path, str) else None
+    return shape.adapter_parameters(rank, sorted(modules)) if shape is not None else None
 
 
 def _model_files(path: Any) -> tuple[Path, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 
 from harness.paths import locate
 from harness.schema import LoRA, Recipe
+from harness.shapes import ATTENTION, MLP, read_config, shape_of
 
 REGRET = "LoRA Without Regret, Schulman et al. 2025, thinkingmachines.ai/blog/lora"
 SKYRL = "SkyRL's LoRA guide"
@@ -33,9 +33,6 @@ BITS_PER_PARAMETER = 2
 LARGE_BATCH = 2048
 TEMPERATURES = (0.7, 1.3)
 
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_MLP = ("gate_proj", "up_proj", "down_proj")
-
 
 @dataclass(frozen=True, slots=True)
 class Advice:
@@ -58,7 +55,7 @@ def advise(
 ) -> list[Advice]:
     """Warnings about a recipe's own values; those that its sweep varies are the sweep's to find out.
 
-    `num_parameters` the adapter's, `hidden_size` the model's: by default both from a local model's config.json.
+    `num_parameters` the adapter's, `hidden_size` the model's: by default as known of the model.
     `num_problems` the training data's, for runs counted in epochs.
     """
     config = _model_config(recipe.trainer.policy.model.path)
@@ -69,7 +66,7 @@ def advise(
         checks.append(_full_learning_rate(recipe))
     else:
         checks += [_learning_rate(recipe, config), _batch(recipe)]
-        checks.append(_capacity(recipe, config, num_parameters, num_problems))
+        checks.append(_capacity(recipe, num_parameters, num_problems))
     roles = ["policy", "critic"] if recipe.trainer.algorithm.advantage_estimator.name == "gae" else ["policy"]
     for role in roles:
         lora: LoRA = getattr(recipe.trainer, role).model.lora
@@ -92,22 +89,9 @@ def rule_learning_rate(config: dict[str, Any]) -> float | None:
 
 def adapted_modules(targets: Any, excluded: Any) -> list[str]:
     """Which of a Llama's or Qwen's projections get an adapter, as PEFT would choose; none where names are others."""
-    paths = {name: f"model.layers.0.self_attn.{name}" for name in _ATTENTION}
-    paths |= {name: f"model.layers.0.mlp.{name}" for name in _MLP}
+    paths = {name: f"model.layers.0.self_attn.{name}" for name in ATTENTION}
+    paths |= {name: f"model.layers.0.mlp.{name}" for name in MLP}
     return [name for name, path in paths.items() if _chosen(targets, path) and not _chosen(excluded, path)]
-
-
-def adapter_parameters(config: dict[str, Any], rank: int, modules: list[str]) -> int | None:
-    """Parameters of A and B on a Llama's or Qwen's projections; None when its config says too little."""
-    try:
-        hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
-        head = config.get("head_dim") or hidden // heads
-        keys = config.get("num_key_value_heads") or heads
-        sides = {"q_proj": heads * head, "k_proj": keys * head, "v_proj": keys * head, "o_proj": heads * head}
-        sides |= dict.fromkeys(_MLP, inner)
-        return int(rank * config["num_hidden_layers"] * sum(hidden + sides[name] for name in modules))
-    except KeyError:
-        return None
 
 
 def _learning_rate(recipe: Recipe, config: dict[str, Any]) -> Iterator[Advice]:
@@ -137,13 +121,11 @@ def _full_learning_rate(recipe: Recipe) -> Iterator[Advice]:
                      f"RL usually takes {FULL_LR:g}", f"{REGRET}; {SKYRL}", key)  # fmt: skip
 
 
-def _capacity(
-    recipe: Recipe, config: dict[str, Any], num_parameters: int | None, num_problems: int | None
-) -> Iterator[Advice]:
+def _capacity(recipe: Recipe, num_parameters: int | None, num_problems: int | None) -> Iterator[Advice]:
     """A rank too small: RL teaches about a bit an episode, and an adapter holds about two bits a parameter."""
     trainer, lora = recipe.trainer, recipe.trainer.policy.model.lora
-    if num_parameters is None:
-        num_parameters = adapter_parameters(config, lora.rank, _modules(recipe, lora))
+    if num_parameters is None and (shape := shape_of(trainer.policy.model.path)) is not None:
+        num_parameters = shape.adapter_parameters(lora.rank, _modules(recipe, lora))
     steps = trainer.max_steps
     if steps is None and num_problems is not None:
         steps = trainer.epochs * (num_problems // trainer.train_batch_size)
@@ -186,7 +168,7 @@ def _adapter(recipe: Recipe, prefix: str, lora: LoRA) -> Iterator[Advice]:
             "even at a batch's first update", f"{SKYRL} has 0; the mismatch of {MISMATCH}", f"{prefix}.dropout",
         )  # fmt: skip
     modules = _modules(recipe, lora)
-    if modules and not set(modules) & set(_MLP):
+    if modules and not set(modules) & set(MLP):
         key = "trainer.target_modules" if lora.target_modules is None else f"{prefix}.target_modules"
         yield Advice(
             f"{key}={_given(recipe, lora, 'target_modules')} adapts attention alone ({', '.join(modules)}): worse than "
@@ -231,7 +213,7 @@ def _modules(recipe: Recipe, lora: LoRA) -> list[str]:
 
 def _chosen(wanted: Any, path: str) -> bool:
     """Whether a module is among those wanted: a named set, a regex over its path, or a list of names."""
-    sets = {"all-linear": (*_ATTENTION, *_MLP), "attention": _ATTENTION, "mlp": _MLP}
+    sets = {"all-linear": (*ATTENTION, *MLP), "attention": ATTENTION, "mlp": MLP}
     if isinstance(wanted, str) and wanted not in sets:
         try:
             return re.fullmatch(wanted, path) is not None
@@ -250,12 +232,7 @@ def _model_config(path: str) -> dict[str, Any]:
 
 def stored_config(path: str) -> dict[str, Any]:
     """A local model's type and sizes by its config.json; empty where there is none. Damage is for others to report."""
-    found = locate(f"{path}/config.json")
-    try:
-        config = json.loads(found.read_text()) if found is not None and found.is_file() else {}
-    except (OSError, ValueError, RecursionError):
-        return {}
-    known = config.items() if isinstance(config, dict) else ()
+    known = read_config(path).items()
     return {name: value for name, value in known if name == "model_type" or _is_size(value)}
 
 

@@ -17,6 +17,7 @@ UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES
 
 
 SCRIPT = "noregret"
+GPU_MEMORY = "plan for GPUs that are not here: GiB of each that the recipe asks for (80), or so many of so much (8x80)"
 
 
 def started_by_script() -> bool:

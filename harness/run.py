@@ -10,7 +10,7 @@ from typing import Any
 
 from harness import manifest, metrics, rerun, sinks
 from harness import recipe as recipes
-from harness.cli import Parser, invocation, run_command
+from harness.cli import GPU_MEMORY, Parser, invocation, run_command
 from harness.errors import UserError
 from harness.expect import judge
 from harness.paths import shown
@@ -41,6 +41,7 @@ def main(argv: list[str]) -> int:
         "--from", dest="taken", metavar="DIR", help="a new run with the recipe of the run in this directory"
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would be trained, where, and the cost")
+    parser.add_argument("--gpu-memory", metavar="GIB", help=f"with --dry-run: {GPU_MEMORY}")
     parser.add_argument("--check", action="store_true", help="exit with 3 when the recipe's expectations are not met")
     options = parser.parse_intermixed_args(argv)
     options.name = options.recipe
@@ -48,6 +49,8 @@ def main(argv: list[str]) -> int:
         _take(options)
     if options.dry_run:
         return _dry_run(options)
+    if options.gpu_memory is not None:
+        raise UserError("--gpu-memory is for --dry-run: a run takes the GPUs that are there", got=options.gpu_memory)
     recipe, run_dir = _resumed(options) if options.resume else _started(options)
     if _only_lacks_verdict(run_dir.sound_manifest()):
         _tell_end(recipe, run_dir)
@@ -94,13 +97,16 @@ def _composed(options: argparse.Namespace) -> Recipe:
 
 
 def _dry_run(options: argparse.Namespace) -> int:
+    from rltrain.fit import check_fit, gpus_to_plan_for
     from sweeps.dry_run import describe_run
 
     if options.resume is not None:
         raise UserError("--dry-run shows a run before it starts", got="--resume", fix="leave out one of the two")
     recipe = _composed(options)
-    print(describe_run(recipe, options.recipe))
+    gpus = gpus_to_plan_for(recipe, options.gpu_memory)
+    print(describe_run(recipe, options.recipe, gpus))
     _print_notes(recipe, options.overrides)
+    check_fit(recipe, gpus)
     return 0
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import recipe as recipes
-from harness.cli import Parser, invocation, run_command
+from harness.cli import GPU_MEMORY, Parser, invocation, run_command
 from harness.errors import UserError
 from harness.paths import RECIPES, shown
 from harness.rundir import RunDir
@@ -27,6 +27,8 @@ def main(argv: list[str]) -> int:
     options = parse(argv)
     if options.dry_run:
         return _dry_run(options)
+    if options.gpu_memory is not None:
+        raise UserError("--gpu-memory is for --dry-run: a sweep takes the GPUs there are", got=options.gpu_memory)
     from sweeps import session as sessions
 
     if options.resume is None:
@@ -42,6 +44,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("arguments", nargs="*", metavar="RECIPE key=value",
                         help="e.g. recipes/quickstart.yaml sweep.num_trials=24")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the space, the first trials and the cost")
+    parser.add_argument("--gpu-memory", metavar="GIB", help=f"with --dry-run: {GPU_MEMORY}")
     parser.add_argument("--resume", nargs="?", const="", metavar="DIR", help="go on with the sweep in this directory")
     parser.add_argument("--confirm", type=int, metavar="K", help="at the end run the K best again, on fresh seeds")
     options = parser.parse_intermixed_args(argv)
@@ -71,15 +74,21 @@ def _recipe(options: argparse.Namespace) -> str:
 
 
 def _dry_run(options: argparse.Namespace) -> int:
+    from rltrain.fit import gpus_to_plan_for
     from sweeps import dry_run, plan
 
     if options.resume is not None:
         raise UserError("--dry-run shows a sweep before it starts", got="--resume", fix="leave out one of the two")
     source = _recipe(options)
     recipe = recipes.load(source, options.overrides)
-    print(dry_run.describe(plan.build(recipe), source, confirm=options.confirm or 0))
+    gpus = gpus_to_plan_for(recipe, options.gpu_memory)
+    if options.gpu_memory is not None:
+        recipe = recipes.with_values(recipe, {"trainer.placement.device": "cuda"})
+    planned = plan.build(recipe)
+    print(dry_run.describe(planned, source, gpus, confirm=options.confirm or 0))
     for note in dry_run.notes(recipe, options.overrides):
         print(note)
+    dry_run.check_fits(planned, gpus)
     return 0
 
 

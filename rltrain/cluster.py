@@ -18,6 +18,7 @@ import psutil  # type: ignore[import-untyped]
 
 from harness.errors import UserError
 from harness.paths import INSTALLED, PROJECT
+from rltrain.fit import Gpus, visible_memory
 
 # Ray and Tune read these when they are imported: nothing of Ray is imported before `cluster` has set them.
 QUIET = {
@@ -43,6 +44,7 @@ LOOPBACK = {
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)}
 LOOPBACK_ADDRESS = "127.0.0.1"
 STARTS = 3
+ASK_SECONDS = 60
 OBJECT_STORE_BYTES = 100 * 2**20
 # For what engines in processes of their own are sent: whole models in parts of some 500 MiB.
 LARGE_STORE_BYTES = 2 * 2**30
@@ -87,6 +89,39 @@ def cluster(
     finally:
         ray.shutdown()
         shutil.rmtree(root, ignore_errors=True)
+
+
+def gpus_of(address: str, owner: Path) -> Gpus:
+    """The GPUs of a running cluster's machines, and the memory of one of them where it can be asked.
+
+    `owner` is the directory of the sweep that asks. Raises UserError where no cluster answers.
+    """
+    try:
+        # A folder of this process's own: the sweep may be running, and nothing of that is to be cleared away.
+        with cluster(owner / f"asking-{os.getpid()}", cpus=0, gpus=0, threads=1, address=address):
+            import ray
+
+            machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            counts = tuple(int(machine.get("GPU", 0)) for machine in machines)
+            sizes = _memory_of_a_gpu() if any(counts) else []
+    except ConnectionError as error:
+        raise UserError(
+            "no Ray cluster answers", got=f"{address}: {error}", fix="start it, or ray.address=null"
+        ) from None
+    return Gpus(counts, min(sizes) if sizes else None)
+
+
+def _memory_of_a_gpu() -> list[int]:
+    """Bytes of a GPU of the cluster; [] where none is free or its machine does not say."""
+    import ray
+
+    task = ray.remote(num_cpus=0, num_gpus=1, max_retries=0)(visible_memory).remote()
+    try:
+        sizes: list[int] = ray.get(task, timeout=ASK_SECONDS)
+    except ray.exceptions.RayError:
+        ray.cancel(task, force=True)
+        return []
+    return sizes
 
 
 def this_machine() -> dict[str, str]:

@@ -69,7 +69,7 @@ class Pack:
         self.vocabulary = base.get_input_embeddings().weight.shape[0]
         self.peak_flops = measured_peak(self.device, parallel.dtype_of(recipe)) * ranks.size
         # First, for the engine takes what memory is left; a base that is sharded must not be whole on each GPU then.
-        ranks.shard(base)
+        ranks.shard(base, computing_dtype(base))
         merged = sync_mode(recipe.trainer.policy.model.lora) is SyncMode.merge
         options = EngineOptions(
             model_path=models.model_folder(recipe.trainer.policy.model.path),

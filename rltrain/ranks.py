@@ -6,7 +6,6 @@ import datetime
 import os
 import socket
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -122,16 +121,18 @@ class Ranks:
         names = dict.fromkeys(name for one in everyone for name in one)
         return {n: (max if n in largest else sum)(one[n] for one in everyone if n in one) for n in names}
 
-    def shard(self, model: Any) -> None:
-        """Split a transformers model's weights over the ranks, layer by layer (FSDP2, arXiv 2304.11277)."""
+    def shard(self, model: Any, computes_in: torch.dtype) -> None:
+        """Split a transformers model's weights over the ranks, layer by layer (FSDP2, arXiv 2304.11277).
+
+        They travel in the dtype they compute in: bfloat16, where they are float32 to be trained.
+        """
         if self.size == 1:
             return
         self._mesh = self._mesh or init_device_mesh(self._device.type, (self.size,))
-        # Weights that are float32 to be trained and compute in bfloat16 (`precision`) travel in bfloat16.
-        computes_in = getattr(model, "computes_in", model.dtype)
-        policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-        if computes_in != model.dtype:
-            policy = replace(policy, param_dtype=computes_in, reduce_dtype=torch.float32)
+        # What goes from layer to layer stays as it is in one process.
+        policy = MixedPrecisionPolicy(
+            param_dtype=computes_in, reduce_dtype=next(model.parameters()).dtype, cast_forward_inputs=False
+        )
         layers = set(model._no_split_modules or ())
         for module in [m for m in model.modules() if type(m).__name__ in layers]:
             fully_shard(module, mesh=self._mesh, mp_policy=policy)

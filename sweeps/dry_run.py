@@ -12,6 +12,8 @@ from harness.metrics import duration
 from harness.paths import locate
 from harness.schema import LoRA, Recipe, Sampler
 from harness.validate import num_processes, sync_mode, target_modules
+from rltrain.fit import Gpus, check_fit, memory_table
+from sweeps import trials
 from sweeps.estimate import Cost, Pace, costs, count_rows, pace, run_cost
 from sweeps.plan import Plan, preview
 from sweeps.space import short_names, show
@@ -20,21 +22,42 @@ from sweeps.trials import at_a_time, trials_at_once
 SHOWN = 8
 
 
-def describe(plan: Plan, source: str, *, confirm: int = 0) -> str:
-    """The whole text; `confirm` is how many of the best configurations are to run again on fresh seeds."""
+def describe(plan: Plan, source: str, gpus: Gpus | None = None, *, confirm: int = 0) -> str:
+    """The whole text of a sweep; `confirm` is how many of the best configurations are to run again on fresh seeds.
+
+    `gpus` are those to plan for, None where it uses none.
+    """
     again = min(confirm, plan.num_configurations) * len(plan.fresh_seeds)
+    # Of a cluster nothing is known before it is reached.
+    known = gpus is None or gpus.count > 0
+    settled = Plan(trials.settle(plan.recipe, gpus), plan.space, plan.first_trials) if known else plan
     parts = [
-        _settings(plan, source, again),
+        _settings(settled, source, again, at_a_time(settled.recipe) if known else _as_the_cluster_has(plan)),
         _space(plan),
         _first_trials(plan),
-        _costs(plan, source, plan.num_runs + again),
+        *([] if gpus is None else [memory_table(one, gpus) for one in trials.largest(settled)]),
+        _costs(settled, source, plan.num_runs + again),
     ]
     return "\n\n".join(part for part in [*parts, _missing(plan.recipe)] if part)
 
 
-def describe_run(recipe: Recipe, source: str) -> str:
-    """What one run would do: what is trained how and where, and its cost."""
-    parts = [_run_settings(recipe, source), _run_cost(recipe), _missing(recipe)]
+def check_fits(plan: Plan, gpus: Gpus | None) -> None:
+    """Raise UserError for a sweep whose largest trials the GPUs cannot hold."""
+    if gpus is not None and gpus.count > 0:
+        settled = Plan(trials.settle(plan.recipe, gpus), plan.space, plan.first_trials)
+        for one in trials.largest(settled):
+            check_fit(one, gpus)
+
+
+def _as_the_cluster_has(plan: Plan) -> str:
+    packs = plan.sweep.max_concurrent
+    return f"in {packs} packs" if packs else "in as many packs as the GPUs hold (--gpu-memory 8x80 shows it for those)"
+
+
+def describe_run(recipe: Recipe, source: str, gpus: Gpus | None = None) -> str:
+    """What one run would do: what is trained how and where, what `gpus` will hold of it, and its cost."""
+    held = "" if gpus is None else memory_table(recipe, gpus)
+    parts = [_run_settings(recipe, source), held, _run_cost(recipe), _missing(recipe)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -87,13 +110,13 @@ def _run_cost(recipe: Recipe) -> str:
     )
 
 
-def _settings(plan: Plan, source: str, again: int) -> str:
+def _settings(plan: Plan, source: str, again: int, at_once: str) -> str:
     sweep, size = plan.sweep, plan.space.size
     seeds = len(sweep.seeds)
     runs = f"{plan.num_configurations} configurations x {seeds} seed{'s' * (seeds > 1)} = {plan.num_runs} runs"
     pruner = "none" if sweep.pruner is None else " ".join(f"{k}={show(v)}" for k, v in sweep.pruner.items())
     rows = [
-        ["runs", f"{runs}, {at_a_time(plan.recipe)}"],
+        ["runs", f"{runs}, {at_once}"],
         ["metric", f"{sweep.metric}, {plan.direction}"],
         ["sampler", f"{sweep.sampler.name}, seed {plan.recipe.seed}"],
         ["pruner", pruner],

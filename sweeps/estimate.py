@@ -12,12 +12,12 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from harness import recipe as recipes
 from harness.errors import UserError
 from harness.paths import locate
 from harness.schema import Device, Recipe
+from harness.shapes import shape_of
 from sweeps.plan import Plan
 from sweeps.space import Params
 
@@ -155,25 +155,9 @@ def _flops(recipe: Recipe, trained: int, evaluated: int) -> float | None:
 
 
 def _parameters(path: str) -> float | None:
-    """Of a local model by its config.json; of a hub's by its name, which says so (Qwen2.5-0.5B)."""
-    config = locate(f"{path}/config.json")
-    if config is None:
-        named = _IN_NAME.search(path)
-        return float(named[1]) * 1e9 if named else None
-    try:
-        return count_parameters(json.loads(config.read_text()))
-    except (OSError, ValueError):
-        return None
-
-
-def count_parameters(config: dict[str, Any]) -> int | None:
-    """Parameters of a causal LM of the Llama family by its config.json; None when it is another kind."""
-    try:
-        hidden, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
-        head = config.get("head_dim") or hidden // heads
-        kv = config.get("num_key_value_heads") or heads
-        attention = 2 * hidden * heads * head + 2 * hidden * kv * head
-        embeddings = config["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings") else 2)
-        return int(embeddings + layers * (attention + 3 * hidden * config["intermediate_size"]))
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
-        return None
+    """Of a model whose sizes are known; of another of the hub by its name, which may say so (My-0.5B)."""
+    shape = shape_of(path)
+    if shape is not None:
+        return float(shape.parameters)
+    named = _IN_NAME.search(path) if locate(path) is None else None
+    return float(named[1]) * 1e9 if named else None

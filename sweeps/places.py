@@ -9,7 +9,7 @@ from typing import Protocol
 from harness.rundir import RunDir
 from harness.schema import Recipe
 from rltrain.parallel import pack_key, shares_base, uses_gpus
-from sweeps.trials import trials_per_place
+from sweeps.trials import packs_at_once, trials_per_place
 
 
 class Hubs(Protocol):
@@ -47,9 +47,8 @@ class Places:
 
     def __init__(self, recipe: Recipe, hubs: Hubs | None) -> None:
         """`recipe` is the sweep's; without hubs each trial has a place to itself, and trains in its own process."""
-        assert recipe.sweep is not None
         self._recipe = recipe
-        self._places = [Place() for _ in range(recipe.sweep.max_concurrent)]
+        self._places = [Place() for _ in range(packs_at_once(recipe))]
         self._hubs = hubs
         self._room = trials_per_place(recipe)
         # vLLM does not give all GPU memory back: there, a process for each trial that has no companions.

@@ -14,7 +14,9 @@ from harness.errors import UserError
 from harness.paths import shown
 from harness.rundir import RunDir, Status, place, write_text
 from harness.schema import Recipe
-from rltrain.parallel import address_of, visible_gpus
+from rltrain.cluster import gpus_of
+from rltrain.fit import Gpus, check_fit, gpus_to_plan_for
+from rltrain.parallel import address_of, uses_gpus, visible_gpus
 from rltrain.preflight import check_run
 from sweeps import plan as plans
 from sweeps import trials, tune
@@ -27,6 +29,8 @@ from sweeps.study import Study
 # What a resumed sweep may set anew; anything else would make its later trials another experiment than its first.
 FREE = frozenset({*PLACES, "trainer.logger", "sweep.num_trials", "sweep.max_concurrent", "sweep.pack_size",
                   "sweep.sampler", "sweep.max_failures", "sweep.stall_seconds"})  # fmt: skip
+# What a sweep chooses when it begins, where its recipe does not say.
+SETTLED = ("trainer.num_threads", "sweep.max_concurrent", "sweep.pack_size")
 # The pruner is free too; the others the study compares, and says better what changed.
 STUDIED = ("sweep.pruner", "sweep.space", "sweep.metric", "sweep.seeds")
 
@@ -110,19 +114,31 @@ def conclude(session: Session, study: Study, best: dict[str, Any] | None) -> Non
 
 
 def _session(recipe: Recipe, plan: Plan, sweep_dir: RunDir, confirm: int | None) -> Session:
-    settled = trials.settle(recipe)
-    _check_places(settled)
-    check_run(recipes.with_values(settled, {"sweep": None}))
-    return Session(Plan(settled, plan.space, plan.first_trials), sweep_dir, confirm)
+    check_run(recipes.with_values(recipe, {"sweep": None}))
+    gpus = _gpus(recipe, sweep_dir)
+    settled = Plan(trials.settle(recipe, gpus), plan.space, plan.first_trials)
+    _check_places(settled.recipe)
+    for one in trials.largest(settled):
+        check_fit(one, gpus)
+    return Session(settled, sweep_dir, confirm)
+
+
+def _gpus(recipe: Recipe, sweep_dir: RunDir) -> Gpus | None:
+    """The GPUs to plan for; a cluster is asked for its own where the recipe leaves the packs to them."""
+    assert recipe.sweep is not None
+    address, sizes = address_of(recipe), (recipe.sweep.max_concurrent, recipe.sweep.pack_size)
+    if address is None or None not in sizes or not uses_gpus(recipe):
+        return gpus_to_plan_for(recipe, None)
+    return gpus_of(address, sweep_dir.path)
 
 
 def _check_places(recipe: Recipe) -> None:
     """Places must each have their GPUs; a cluster's are for Ray to count."""
-    assert recipe.sweep is not None
-    wanted, there = trials.gpus_per_place(recipe) * recipe.sweep.max_concurrent, visible_gpus()
-    if recipe.sweep.max_concurrent > 1 and wanted > there and address_of(recipe) is None:
+    packs = trials.packs_at_once(recipe)
+    wanted, there = trials.gpus_per_place(recipe) * packs, visible_gpus()
+    if packs > 1 and wanted > there and address_of(recipe) is None:
         raise UserError("not enough GPUs for sweep.max_concurrent", got=f"{wanted} asked, {there} there",
-                        fix="sweep.max_concurrent=1")  # fmt: skip
+                        fix="sweep.max_concurrent=null takes those that are there")  # fmt: skip
 
 
 def _by_name(recipe: Recipe | None, source: str | None) -> RunDir:
@@ -137,10 +153,9 @@ def _by_name(recipe: Recipe | None, source: str | None) -> RunDir:
 
 
 def _as_settled(recipe: Recipe, stored: Recipe) -> Recipe:
-    """A recipe file's recipe with what the sweep settled when it began: this machine may have other cores."""
-    if recipe.trainer.num_threads is not None:
-        return recipe
-    return recipes.with_values(recipe, {"trainer.num_threads": stored.trainer.num_threads})
+    """A recipe file's recipe with what the sweep settled when it began: this machine may have others to give."""
+    open_keys = [key for key in SETTLED if recipes.get(recipe, key) is None]
+    return recipes.with_values(recipe, {key: recipes.get(stored, key) for key in open_keys})
 
 
 def _check_same(recipe: Recipe, stored: Recipe) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -15,9 +16,11 @@ from harness.metrics import MetricsFile
 from harness.rundir import RunDir, Status
 from harness.schema import Recipe
 from harness.validate import num_processes
+from rltrain.fit import Gpus, gpus_to_plan_for, runs_together
 from rltrain.parallel import bundles, needs_workers, uses_gpus
+from sweeps import sizing
 from sweeps.plan import Plan
-from sweeps.space import PLACES
+from sweeps.space import PLACES, from_recipe
 from sweeps.study import Study, Trial
 
 RANK = "trainer.policy.model.lora.rank"
@@ -27,9 +30,33 @@ _ENDED = (Status.COMPLETE, Status.PRUNED, Status.FAILED)
 _FINAL = {TrialState.PRUNED: Status.PRUNED, TrialState.FAIL: Status.FAILED}
 
 
-def settle(recipe: Recipe) -> Recipe:
-    """The recipe with its trials' threads written out: resumed on another machine, they stay as many."""
-    return recipes.with_values(recipe, {"trainer.num_threads": cpus_per_trial(recipe)})
+def settle(recipe: Recipe, gpus: Gpus | None = None) -> Recipe:
+    """The recipe with its packs, their size and the trials' threads written out: resumed elsewhere they stay as many.
+
+    `gpus` are those to plan for; None: those that are there.
+    """
+    plan = Plan(recipe, from_recipe(recipe), ())
+    gpus = gpus or gpus_to_plan_for(recipe, None)
+    packs = sizing.num_packs(recipe, gpus, plan.num_runs)
+    size = sizing.pack_size(recipe, largest(plan)[0], gpus, plan.num_runs, packs)
+    settled = recipes.with_values(recipe, {"sweep.max_concurrent": packs, "sweep.pack_size": size})
+    return recipes.with_values(settled, {"trainer.num_threads": cpus_per_trial(settled)})
+
+
+def largest(plan: Plan) -> list[Recipe]:
+    """The recipes that take most memory: a trial of the largest rank, and full fine-tuning, alone, where it is one."""
+    swept = any(axis.key == RANK for axis in plan.space.axes)
+    ranks = plan.space[RANK].bounds() if swept else (plan.recipe.trainer.policy.model.lora.rank,)
+    wanted: list[dict[str, Any]] = []
+    if max(ranks) > 0:
+        wanted.append({RANK: int(max(ranks)), "generator.max_lora_rank": engine_rank(plan)})
+    if min(ranks) == 0:
+        wanted.append({RANK: 0, "generator.max_lora_rank": None, "sweep.pack_size": 1})
+    found = []
+    for values in wanted:
+        with contextlib.suppress(UserError):  # what the recipe refuses is no trial
+            found.append(recipes.with_values(plan.recipe, values))
+    return found or [plan.recipe]
 
 
 def engine_rank(plan: Plan) -> int | None:
@@ -42,8 +69,7 @@ def engine_rank(plan: Plan) -> int | None:
 
 def cpus_per_trial(recipe: Recipe) -> int:
     """CPU threads that each process of a trial computes with."""
-    assert recipe.sweep is not None
-    together = recipe.sweep.max_concurrent * num_processes(recipe)
+    together = packs_at_once(recipe) * num_processes(recipe)
     return recipe.trainer.num_threads or max(1, (os.cpu_count() or 1) // together)
 
 
@@ -54,22 +80,25 @@ def place_bundles(recipe: Recipe) -> list[dict[str, float]]:
     return [{"CPU": float(cpus_per_trial(recipe)), "GPU": float(uses_gpus(recipe))}]
 
 
-def trials_per_place(recipe: Recipe) -> int:
-    """How many trials train together at a place."""
+def packs_at_once(recipe: Recipe) -> int:
+    """How many packs of a settled sweep train at a time."""
     assert recipe.sweep is not None
-    return recipe.sweep.pack_size
+    return recipe.sweep.max_concurrent or 1
+
+
+def trials_per_place(recipe: Recipe) -> int:
+    """How many trials of a settled sweep train together at a place."""
+    return runs_together(recipe)
 
 
 def trials_at_once(recipe: Recipe) -> int:
     """How many trials of a sweep train at a time, at most."""
-    assert recipe.sweep is not None
-    return recipe.sweep.max_concurrent * trials_per_place(recipe)
+    return packs_at_once(recipe) * trials_per_place(recipe)
 
 
 def at_a_time(recipe: Recipe) -> str:
     """How many trials run at a time, in words."""
-    assert recipe.sweep is not None
-    places, together = recipe.sweep.max_concurrent, trials_per_place(recipe)
+    places, together = packs_at_once(recipe), trials_per_place(recipe)
     packs = f" in {places} pack{'s' * (places > 1)} of {together} on one base" if together > 1 else ""
     return f"{trials_at_once(recipe)} at a time{packs}"
 

@@ -41,8 +41,7 @@ def run(sweep_dir: RunDir, study: Study, progress: Progress, actor: Callable[[],
 
 def _cluster(recipe: Recipe, owner: Path) -> contextlib.AbstractContextManager[Path]:
     """Ray with room for all trials that run at once; yields the folder for Tune's own files."""
-    assert recipe.sweep is not None
-    places, needs = recipe.sweep.max_concurrent, trials.place_bundles(recipe)
+    places, needs = trials.packs_at_once(recipe), trials.place_bundles(recipe)
     cpus, gpus = (places * sum(bundle.get(kind, 0.0) for bundle in needs) for kind in ("CPU", "GPU"))
     asking = trials.trials_at_once(recipe) * trials.ASKS[0]["CPU"]
     # Tune would start its trials' processes one after another.

@@ -81,6 +81,36 @@ def test_it_resolves_and_dry_runs_unchanged(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_its_memory_is_not_known_without_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = harness_run(guide(tmp_path), "--dry-run")
+    assert done.returncode == 0
+    assert "memory: not known: name each GPU's with --gpu-memory 80" in done.stdout
+
+
+def test_it_fits_four_gpus_of_80_gib(tmp_path: Path) -> None:
+    done = harness_run(guide(tmp_path), "--dry-run", "--gpu-memory", "80")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "memory of a run, GiB on each of 4 GPUs" in done.stdout
+    (total,) = (line for line in done.stdout.splitlines() if "in all, of 80.00" in line)
+    sampling, training = map(float, total.split()[-2:])
+    assert 15 < sampling < 40
+    assert 5 < training < 40
+
+
+def test_for_one_gpu_of_24_gib_it_names_what_fits(tmp_path: Path) -> None:
+    small = ("--dry-run", "--gpu-memory", "1x24")
+    done = harness_run(guide(tmp_path), *small)
+    assert done.returncode == 2
+    assert "4 GPUs asked, 1 there" in done.stderr
+    (fix,) = (line.partition("fix:")[2].split() for line in done.stderr.splitlines() if "fix:" in line)
+    changes = dict(one.split("=") for one in fix)
+    assert changes["trainer.placement.policy_num_gpus_per_node"] == "1"
+    again = harness_run(guide(tmp_path) | changes, *small)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert "memory of a run, GiB on the GPU" in again.stdout
+
+
 def test_without_the_gpus_it_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     done = harness_run(guide(tmp_path) | {"ray.address": "null"})

@@ -22,4 +22,4 @@ def test_policy_num_nodes_takes_as_many_nodes_of_the_cluster_at_ray_address(tmp_
     done = subprocess.run([*pytest_alone, str(Path(__file__).with_name("two_nodes.py"))], cwd=PROJECT, env=environment,
                           capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 passed" in done.stdout
+    assert "2 passed" in done.stdout

@@ -20,7 +20,7 @@ def test_every_way_a_trial_can_end(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for name in cluster.QUIET | cluster.LOOPBACK:
         monkeypatch.delenv(name, raising=False)
     recipe = recipe_of({RANK: {"choices": [8, 1, RAISES, DIES, IS_NAN, 9, HANGS]}}, sampler="grid", num_trials=7,
-                       max_failures=4, stall_seconds=2,
+                       max_failures=4, stall_seconds=2, max_concurrent=1,
                        pruner={"name": "median", "n_startup_trials": 1})  # fmt: skip
     plan, sweep_dir = begin(recipe, tmp_path / "a sweep's directory with a name that no socket's path could hold")
     study, said = Study(sweep_dir.journal, plan), io.StringIO()

@@ -1,4 +1,4 @@
-"""Ranks on two nodes of a running Ray cluster: two raylets on this machine, which Ray takes for two machines.
+"""Nodes of a running Ray cluster: two raylets on this machine, which Ray takes for two machines.
 
 `test_keys_nodes.py` runs this in a process of its own: Ray reads its settings when it is imported, and other tests'
 would be this cluster's.
@@ -18,7 +18,7 @@ from harness.errors import UserError
 from harness.metrics import MetricsFile
 from harness.rundir import RunDir, Status
 from harness.schema import Recipe
-from rltrain.cluster import QUIET, this_machine
+from rltrain.cluster import QUIET, gpus_of, this_machine
 from rltrain.trainer import run
 
 MakeRecipe = Callable[..., Recipe]
@@ -60,3 +60,12 @@ def test_two_nodes_train_as_one_process_does(ray_cluster: Any, small_recipe: Mak
     (first,), (second,) = (MetricsFile(each.metrics).rows() for each in (one, two))
     for name in ("reward", "loss", "entropy", "grad_norm", "eval/accuracy"):
         assert second[name] == pytest.approx(first[name], rel=1e-4, abs=1e-5), name
+
+
+def test_a_cluster_says_how_many_gpus_its_machines_have(ray_cluster: Any, tmp_path: Path) -> None:
+    for count in (2, 4):
+        ray_cluster.add_node(**ONE_CPU | {"num_gpus": count})
+    for _ in range(2):  # and may be asked again in the same process
+        gpus = gpus_of(ray_cluster.address, tmp_path)
+        assert sorted(gpus.per_machine) == [0, 2, 4]
+        assert gpus.memory is None  # nvidia-smi says nothing of GPUs that are not there

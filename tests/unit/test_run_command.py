@@ -24,7 +24,14 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
             ["recipes/quickstart.yaml", "trainer.policy.model.lora.rnak=3"],
             "did you mean trainer.policy.model.lora.rank?",
         ),
-        (["recipes/gsm8k_lora.yaml"], "4 asked"),
+        (
+            [
+                "recipes/gsm8k_lora.yaml",
+                "trainer.placement.policy_num_gpus_per_node=4",
+                "generator.num_inference_engines=4",
+            ],
+            "4 asked",
+        ),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
 )

@@ -9,16 +9,15 @@ from collections import defaultdict
 import pytest
 
 from harness import recipe as recipes
-from harness.advice import adapted_modules, adapter_parameters, stored_config
+from harness.advice import adapted_modules
 from harness.schema import Recipe
+from harness.shapes import shape_of
 from sweeps import plan as plans
 from sweeps.space import Params, identity
 
 ALPHA, RANK = "trainer.policy.model.lora.alpha", "trainer.policy.model.lora.rank"
 BATCH, LR, STEPS = "trainer.policy_mini_batch_size", "trainer.policy.optimizer_config.lr", "trainer.max_steps"
 TARGETS = "trainer.target_modules"
-QWEN = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2,
-        "num_hidden_layers": 24}  # fmt: skip
 NAMES = ("lr_by_rank", "placement", "alpha", "batch_size")
 BOTH = pytest.mark.parametrize("folder", ["lora_without_regret", "lora_without_regret/qwen"])
 
@@ -54,9 +53,10 @@ def test_full_fine_tuning_is_an_arm(folder: str) -> None:
 @BOTH
 def test_placement_compares_equal_parameters_and_equal_ranks(folder: str) -> None:
     recipe, tried = study(folder, "placement")
-    config = QWEN if "qwen" in folder else stored_config(recipe.trainer.policy.model.path)
+    shape = shape_of(recipe.trainer.policy.model.path)
+    assert shape is not None
     ranks = {params[TARGETS]: params[RANK] for params in tried}
-    trained = {name: adapter_parameters(config, rank, adapted_modules(name, None)) for name, rank in ranks.items()}
+    trained = {name: shape.adapter_parameters(rank, adapted_modules(name, None)) for name, rank in ranks.items()}
     assert trained["attention"] == pytest.approx(trained["mlp"], rel=0.03)
     assert ranks["all-linear"] == ranks["mlp"]
 

@@ -42,6 +42,9 @@ def test_bad_input_exits_2_without_a_traceback() -> None:
         (["--resume"], "which sweep"),
         (["--resume", "runs/there-is-no-such-sweep"], "no manifest.json"),
         (["quickstart", "--dry-run", f"{RANK}=-1"], "out of range"),
+        (["quickstart", "--dry-run", "--gpu-memory", "80"], "names GPUs for a recipe that uses none"),
+        (["gsm8k_lora", "--dry-run", "--gpu-memory", "much"], "--gpu-memory cannot be read"),
+        (["gsm8k_lora", "--gpu-memory", "80"], "--gpu-memory is for --dry-run"),
         (["base", "--dry-run", "trainer.policy.model.path=rltrain"], "sweeps nothing"),
     ],
 )
@@ -72,3 +75,14 @@ def test_recipe_overrides_and_directory_in_any_order(
     options = sweep.parse([here if word == "HERE" else word for word in arguments])
     assert (options.recipe, options.overrides) == (recipe, overrides)
     assert options.resume == (here if resume == "HERE" else resume)
+
+
+def test_a_dry_run_plans_for_gpus_that_are_not_here() -> None:
+    done = command("gsm8k_lora", "--dry-run", "--gpu-memory", "8x80")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "24 at a time in 8 packs of 3 on one base" in done.stdout
+    assert "memory of a pack of 3 runs, GiB on the GPU" in done.stdout
+    large = "trainer.policy.model.path=Qwen/Qwen2.5-32B"
+    refused = command("gsm8k_lora", "--dry-run", "--gpu-memory", "1x24", large)
+    assert refused.returncode == 2
+    assert "does not fit the GPUs" in refused.stderr

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from harness import recipe as recipes
-from harness.advice import Advice, adapted_modules, adapter_parameters, advise, rule_learning_rate
+from harness.advice import Advice, adapted_modules, advise, rule_learning_rate
 from harness.paths import PROJECT, RECIPES
 from harness.schema import Recipe
 from tests.recipes import quickstart
@@ -159,16 +159,6 @@ def test_a_damaged_or_missing_config_is_for_others_to_report(tmp_path: Path) -> 
     assert advise(solo(f"trainer.policy.model.path={tmp_path}")) == []
     (tmp_path / "config.json").write_text("{")
     assert advise(solo(f"trainer.policy.model.path={tmp_path}")) == []
-
-
-def test_adapter_parameters_of_the_embedded_model_by_hand() -> None:
-    config = json.loads((PROJECT / "rltrain/assets/tiny_gsm/config.json").read_text())
-    # Three layers of hidden 128 and inner 384: four projections of 128 + 128, three of 128 + 384.
-    assert adapter_parameters(config, 1, adapted_modules("all-linear", None)) == 3 * (4 * 256 + 3 * 512)
-    assert adapter_parameters(config, 8, adapted_modules("attention", None)) == 8 * 3 * 4 * 256
-    grouped = config | {"num_key_value_heads": 1, "head_dim": 64}
-    assert adapter_parameters(grouped, 1, ["q_proj", "k_proj"]) == 3 * (128 + 4 * 64 + 128 + 64)
-    assert adapter_parameters({"hidden_size": 8}, 1, ["q_proj"]) is None
 
 
 def test_capacity_counts_epochs_and_takes_given_numbers() -> None:

@@ -34,7 +34,7 @@ def test_gsm8k_recipe_has_the_guides_numbers() -> None:
     lora, generator = recipe.trainer.policy.model.lora, recipe.generator
     assert (lora.rank, lora.alpha, recipe.trainer.policy.optimizer_config.lr) == (32, 32, 3e-5)
     assert (recipe.trainer.train_batch_size, generator.n_samples_per_prompt) == (128, 4)
-    assert (generator.sampling_params.max_generate_length, generator.num_inference_engines) == (1024, 4)
+    assert (generator.sampling_params.max_generate_length, generator.num_inference_engines) == (1024, 1)
     assert recipe.trainer.algorithm.use_kl_loss
     assert recipe.trainer.placement.colocate_all
     assert recipe.trainer.strategy.name == "fsdp2"

@@ -91,6 +91,9 @@ def test_a_run_keeps_the_engine_it_began_with(
     assert run_dir.recipe.read_bytes() == written
 
 
+FOUR = ["trainer.placement.policy_num_gpus_per_node=4", "generator.num_inference_engines=4"]
+
+
 @pytest.mark.usefixtures("left_out", "tiny_model_dir")
 def test_engines_that_transformers_cannot_stand_in_for_are_refused() -> None:
     apart = recipes.load("quickstart", ["trainer.placement.colocate_all=false"])
@@ -99,7 +102,7 @@ def test_engines_that_transformers_cannot_stand_in_for_are_refused() -> None:
         check_run(apart)
     assert "trainer.placement.colocate_all=true" in str(caught.value.allowed)
     with pytest.raises(UserError, match="4 asked"):
-        check_run(recipes.load("gsm8k_lora"))
+        check_run(recipes.load("gsm8k_lora", FOUR))
     with pytest.raises(UserError, match="each training process holds one engine of its own"):
         recipes.load("quickstart", ["generator.num_inference_engines=2"])
 

@@ -43,17 +43,20 @@ def test_bad_input_is_explained(tiny_model_dir: Path, overrides: list[str], told
     assert told in str(caught.value)
 
 
+RANKS = ["trainer.placement.policy_num_gpus_per_node=4"]
+
+
 def test_missing_gpus_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "visible_gpus", lambda: 1)
     with pytest.raises(UserError, match=r"4 asked \(4 ranks\), 1 there"):
-        check_run(recipes.load("gsm8k_lora"))
+        check_run(recipes.load("gsm8k_lora", [*RANKS, "generator.num_inference_engines=4"]))
 
 
 def test_engines_apart_need_devices_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "visible_gpus", lambda: 7)
     apart = ["trainer.placement.colocate_all=false", "generator.inference_engine_tensor_parallel_size=2"]
     with pytest.raises(UserError, match=r"8 asked \(4 ranks \+ 2 engines x 2\), 7 there"):
-        check_run(recipes.load("gsm8k_lora", [*apart, "generator.num_inference_engines=2"]))
+        check_run(recipes.load("gsm8k_lora", [*RANKS, *apart, "generator.num_inference_engines=2"]))
 
 
 def test_missing_columns_are_named(tiny_model_dir: Path, tmp_path: Path) -> None:

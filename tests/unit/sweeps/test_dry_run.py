@@ -110,13 +110,15 @@ def test_a_given_number_of_steps_costs_what_it_costs_without_any_data(recipe: Re
 
 
 @pytest.mark.parametrize(
-    ("name", "billions"), [("Qwen/Qwen2.5-0.5B-Instruct", 0.5), ("meta-llama/Llama-3.2-1B", 1), ("google/bert", None)]
+    ("name", "billions"), [("Qwen/Qwen2.5-0.5B-Instruct", 0.494), ("someone/Other-1B", 1), ("google/bert", None)]
 )
-def test_a_hubs_model_has_the_size_in_its_name(recipe: Recipe, name: str, billions: float | None) -> None:
+def test_a_hubs_model_has_its_published_size_or_its_names(recipe: Recipe, name: str, billions: float | None) -> None:
     values = {"trainer.policy.model.path": name, "trainer.placement.device": "cuda", "sweep": None}
     cost = estimate.run_cost(recipes.with_values(recipe, values))
     assert cost is not None
-    assert cost.flops == (None if billions is None else pytest.approx(billions * 1e9 * (8 * 144 * 30 + 2 * 15 * 40)))
+    assert cost.flops == (
+        None if billions is None else pytest.approx(billions * 1e9 * (8 * 144 * 30 + 2 * 15 * 40), rel=1e-3)
+    )
 
 
 def test_confirming_is_counted(recipe: Recipe) -> None:
@@ -126,13 +128,10 @@ def test_confirming_is_counted(recipe: Recipe) -> None:
 
 
 def test_arithmetic_of_a_gpu_recipe(recipe: Recipe, tmp_path: Path) -> None:
-    # Qwen2.5-0.5B's shape: 494,032,768 parameters, of which norms and biases, 0.01%, are left out here.
     config: dict[str, Any] = {
         "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
         "intermediate_size": 4864, "vocab_size": 151936, "tie_word_embeddings": True,
     }  # fmt: skip
-    assert estimate.count_parameters(config) == pytest.approx(494_032_768, rel=1e-3)
-    assert estimate.count_parameters({"hidden_size": 896}) is None
     (tmp_path / "config.json").write_text(json.dumps(config))
     gpu = recipes.with_values(recipe, {"trainer.placement.device": "cuda", "trainer.policy.model.path": str(tmp_path)})
     (cost,) = estimate.costs(plans.build(gpu))

@@ -16,6 +16,7 @@ from sweeps import session as sessions
 from sweeps.locks import held
 from sweeps.session import Session
 from sweeps.study import Study
+from sweeps.trials import packs_at_once
 from tests.unit.sweeps.curves import LR, RANK
 
 Start = Callable[..., Session]
@@ -89,6 +90,20 @@ def test_trials_at_once_need_their_gpus(recipe_file: Path, monkeypatch: pytest.M
     assert sessions.start(str(recipe_file), [cuda, "trainer.run_name=one"])
     with pytest.raises(UserError, match="2 asked, 1 there"):
         sessions.start(str(recipe_file), [cuda, "trainer.run_name=two", "sweep.max_concurrent=2"])
+
+
+def test_packs_are_as_many_as_the_gpus_and_stay_so(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("sweeps.session", "rltrain.parallel"):
+        monkeypatch.setattr(f"{module}.visible_gpus", lambda: 2)
+    begun = sessions.start(str(recipe_file), ["trainer.placement.device=cuda", "trainer.run_name=two"])
+    assert packs_at_once(begun.plan.recipe) == 2
+    for module in ("sweeps.session", "rltrain.parallel"):
+        monkeypatch.setattr(f"{module}.visible_gpus", lambda: 1)
+    same = ["trainer.placement.device=cuda", "trainer.run_name=two"]
+    with pytest.raises(UserError, match=r"2 asked, 1 there(.|\n)*sweep.max_concurrent=null"):
+        sessions.resume(None, str(recipe_file), same)
+    fewer = sessions.resume(str(begun.sweep_dir.path), None, ["sweep.max_concurrent=null"])
+    assert packs_at_once(fewer.plan.recipe) == 1
 
 
 def test_resume_by_directory(begun: Session) -> None:
