@@ -19,7 +19,7 @@ NAME = "packed_sdpa"
 # A window that ends with the token itself; with more keys than queries both ends are aligned (FlashAttention 2.1).
 CAUSAL = (-1, 0)
 # torch 2.11 takes fewer heads of keys than of queries as they are, later versions want to be told.
-_GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+_GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 # cuDNN's attention builds a graph for every new shape: a step on an H100 took five times as long.
 torch.backends.cuda.enable_cudnn_sdp(False)

@@ -61,8 +61,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
-        tensors = [getattr(self, item.name) for item in fields(self)]
-        return Batch(*(None if tensor is None else to_device(tensor, device) for tensor in tensors))
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return Batch(**{name: None if value is None else to_device(value, device) for name, value in values.items()})
 
     def take(self, rows: Sequence[int]) -> Batch:
         """Some of the sequences, without the padding that only the others needed."""

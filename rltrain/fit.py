@@ -6,6 +6,7 @@ import math
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -149,6 +150,14 @@ def check_fit(recipe: Recipe, gpus: Gpus | None) -> None:
         fix=", or ".join(found) or "a smaller model, or more or larger GPUs: neither fewer members, sequences and "
         "tokens at a time nor more ranks make it fit these",
     )  # fmt: skip
+
+
+def note_fit(recipe: Recipe, gpus: Gpus | None) -> None:
+    """Say on stderr what `check_fit` would raise: a run may try what is an estimate, a dry run refuses it."""
+    try:
+        check_fit(recipe, gpus)
+    except UserError as error:
+        print(f"note: by estimate {str(error).removeprefix('error: ')}", file=sys.stderr, flush=True)
 
 
 def _problem(recipe: Recipe, gpus: Gpus) -> str | None:

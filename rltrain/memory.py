@@ -1,8 +1,8 @@
 """What a run holds in a GPU's memory, by arithmetic on the model's shape: nothing here imports torch.
 
 A GPU has two phases. While sampling it holds the trainer's weights, adapters and optimizers, and the engine awake;
-while training the gradients and a pass's activations, and the engine asleep. Sizes are bytes throughout. What is
-measured and not derived says so; the rest counts the tensors that the trainer keeps.
+while training the gradients and a pass's activations, and the engine asleep. Sizes are bytes throughout, and counted
+from the tensors that the trainer keeps.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ SAFETY = 0.85
 PACKED = 0.95
 """Share of a GPU's memory that the size of a pack is chosen for."""
 
-MEASURED = 1.07
-"""What an H100 holds of a layer (88 KB a token: Qwen2.5-0.5B, bfloat16, rank 32 on all projections) over what autograd
-keeps of it, which is counted here."""
+WORKSPACE = 1.07
+"""What a layer takes over the tensors that autograd keeps of it, which are counted here: allocators round up."""
 LOGITS_CHUNK = 128 * MIB
 """Float32 logits of one chunk of tokens, of which there are three at a time: logits, probabilities, gradient."""
 
@@ -125,8 +124,8 @@ def pass_bytes(recipe: Recipe, shape: ModelShape, tokens: int, *, on_gpu: bool) 
 def _pass(recipe: Recipe, shape: ModelShape, tokens: int, on_gpu: bool) -> tuple[int, int, int]:
     """What is kept for the backward pass, what one layer holds while it is computed (again), and the head's."""
     width, layer = _width(recipe, on_gpu), _layer_bytes(recipe, shape, on_gpu)
-    # The widest gradient on its way: the down projection's, and its adapter's in float32.
-    moving = tokens * (width + 4) * shape.intermediate
+    # The widest gradient on its way, the down projection's: the base's share of it and the adapter's.
+    moving = tokens * 2 * width * shape.intermediate
     if checkpoints(recipe, on_gpu):
         kept, one_layer = tokens * shape.layers * shape.hidden * width, math.ceil(tokens * layer) + moving
     else:
@@ -144,11 +143,10 @@ def _layer_bytes(recipe: Recipe, shape: ModelShape, on_gpu: bool) -> float:
     if recipe.trainer.policy.model.lora.rank == 0:
         trained = width * (4 * hidden + query + inner)  # inputs of the projections, and of the norms' weights
     else:
-        # An adapter computes in float32, each from a copy of its input; in float32 there is nothing to copy.
-        copies = 5 if width < 4 else 2
+        # Inputs, of which q, k and v share one, and gate and up; and what each adapter's A makes of its own.
         rank = _largest_rank(recipe, recipe.trainer.policy.model.lora.rank)
-        trained = 4 * (copies * hidden + query + inner) + 4 * len(ATTENTION + MLP) * rank
-    return MEASURED * (norms + attention + mlp + trained)
+        trained = width * (2 * hidden + query + inner + len(ATTENTION + MLP) * rank)
+    return WORKSPACE * (norms + attention + mlp + trained)
 
 
 def checkpoints(recipe: Recipe, on_gpu: bool) -> bool:

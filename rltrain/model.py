@@ -21,7 +21,8 @@ from rltrain import attention
 from rltrain.batch import Batch
 from rltrain.logprobs import token_logprobs
 from rltrain.lora import LoRALinear
-from rltrain.parallel import checkpoints, device_of, dtype_of
+from rltrain.memory import checkpoints
+from rltrain.parallel import device_of, dtype_of
 
 # A model's folder or repository may hold Python code of its own: it is never run, nor is anybody asked.
 NO_CODE = {"trust_remote_code": False}
@@ -83,7 +84,7 @@ def load_model(path: str, recipe: Recipe, *, key: str, full: bool) -> PreTrained
     model.requires_grad_(False).eval()
     if num_processes(recipe) == 1:  # else FSDP moves it, each rank its part: no GPU need hold it whole
         model.to(device_of(recipe))
-    if checkpoints(recipe):
+    if checkpoints(recipe, on_gpu=device_of(recipe).type == "cuda"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.disable_input_require_grads()  # a frozen embedding's output has no gradient, and needs none
     return model

@@ -26,7 +26,7 @@ from rltrain.critic import Critic
 from rltrain.engines.base import Engine, EngineOptions, Sample, stop_token_ids
 from rltrain.engines.placed import place_engine
 from rltrain.flops import measured_peak
-from rltrain.lora import base_model
+from rltrain.logprobs import computing_dtype
 from rltrain.member import Member, sync_tolerance, total_steps
 from rltrain.out_of_memory import release
 from rltrain.policy import Policy
@@ -191,10 +191,12 @@ class Pack:
         """Tokens of a pass, at most: what the recipe says, or what fits; less where a pass of the run did not."""
         wanted = recipe.trainer.max_tokens_per_microbatch
         if wanted == "auto":
-            gpu = self.device.type == "cuda"
-            shape = memory.ModelShape.from_config(base_model(self.model).config.to_dict())
-            fits = memory.tokens_that_fit(recipe, shape, self._free_bytes, on_gpu=gpu, members=self._room)
-            wanted = min(self.ranks.all_objects(fits))
+            shape, gpu = memory.shape_of(recipe.trainer.policy.model.path), self.device.type == "cuda"
+            if shape is None:  # a model of a kind not reckoned with: where this is too many, a pass shows it
+                wanted = memory.ROOM_TOKENS if gpu else memory.MOST_TOKENS_CPU
+            else:
+                fits = memory.tokens_that_fit(recipe, shape, self._free_bytes, on_gpu=gpu, members=self._room)
+                wanted = min(self.ranks.all_objects(fits))
         failed = run_dir.read_manifest().get("out_of_memory", []) if run_dir.manifest.exists() else []
         return failed[-1]["tokens"] if failed else wanted
 
@@ -241,7 +243,7 @@ class Pack:
 
     def _another_base(self, path: str, recipe: Recipe, *, key: str, full: bool = False) -> PreTrainedModel:
         base = models.load_model(path, recipe, key=key, full=full)
-        self.ranks.shard(base)
+        self.ranks.shard(base, computing_dtype(base))
         return base
 
     def _add_adapter(self, name: str, recipe: Recipe, lora: LoRA) -> None:

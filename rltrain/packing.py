@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -68,7 +68,7 @@ class Packing:
 
     def to(self, device: torch.device) -> Packing:
         """The same with its tensors on a device."""
-        return _moved(self, device)
+        return Packing(*(_moved(getattr(self, item.name), device) for item in fields(self)))
 
 
 def _moved(value: Any, device: torch.device) -> Any:
@@ -76,7 +76,7 @@ def _moved(value: Any, device: torch.device) -> Any:
         return to_device(value, device)
     if isinstance(value, list):
         return [_moved(one, device) for one in value]
-    if is_dataclass(value):
+    if isinstance(value, Stretches | Block):
         return type(value)(*(_moved(getattr(value, item.name), device) for item in fields(value)))
     return value
 
@@ -141,10 +141,14 @@ def pack(batch: Batch, *, share: bool, varlen: bool = False) -> Packing:
 
 def _in_turn(stretches: Sequence[tuple[Places, Places]]) -> Stretches:
     queries, keys = [own for _, own in stretches], [np.append(seen, own) for seen, own in stretches]
-    starts = [torch.tensor([0, *np.cumsum([len(one) for one in kind])], dtype=torch.int32) for kind in (queries, keys)]
-    longest = [max(len(one) for one in kind) for kind in (queries, keys)]
-    places = [torch.from_numpy(np.concatenate(kind)) for kind in (queries, keys)]
-    return Stretches(*places, *starts, *longest)
+    (q_places, q_starts, q_longest), (k_places, k_starts, k_longest) = map(_joined, (queries, keys))
+    return Stretches(q_places, k_places, q_starts, k_starts, q_longest, k_longest)
+
+
+def _joined(parts: Sequence[Places]) -> tuple[torch.Tensor, torch.Tensor, int]:
+    lengths = [len(part) for part in parts]
+    starts = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    return torch.from_numpy(np.concatenate(parts)), starts, max(lengths)
 
 
 def _slots(stretches: Sequence[tuple[Places, Places]], total: int) -> Places:

@@ -142,12 +142,6 @@ def dtype_of(recipe: Recipe) -> torch.dtype:
     return {DType.float32: torch.float32, DType.bfloat16: torch.bfloat16}[wanted]
 
 
-def checkpoints(recipe: Recipe) -> bool:
-    """Whether layers keep their input only and compute the rest again in the backward pass: `auto` is on a GPU."""
-    wanted = recipe.trainer.gradient_checkpointing
-    return device_of(recipe).type == "cuda" if wanted == "auto" else bool(wanted)
-
-
 def prepare_process(recipe: Recipe) -> None:
     """Set a training or engine process up, before CUDA starts and vLLM is imported: CPU threads and determinism.
 

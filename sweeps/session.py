@@ -15,7 +15,7 @@ from harness.paths import shown
 from harness.rundir import RunDir, Status, place, write_text
 from harness.schema import Recipe
 from rltrain.cluster import gpus_of
-from rltrain.fit import Gpus, check_fit, gpus_to_plan_for
+from rltrain.fit import Gpus, gpus_to_plan_for, note_fit
 from rltrain.parallel import address_of, uses_gpus, visible_gpus
 from rltrain.preflight import check_run
 from sweeps import plan as plans
@@ -119,7 +119,7 @@ def _session(recipe: Recipe, plan: Plan, sweep_dir: RunDir, confirm: int | None)
     settled = Plan(trials.settle(recipe, gpus), plan.space, plan.first_trials)
     _check_places(settled.recipe)
     for one in trials.largest(settled):
-        check_fit(one, gpus)
+        note_fit(one, gpus)
     return Session(settled, sweep_dir, confirm)
 
 

@@ -87,15 +87,15 @@ class Measurement:
 
     def _step(self, places: list[int]) -> dict[str, float]:
         """One step of some members: seconds of rollout and of the rest, tokens, and shares of the peak."""
-        from rltrain.step import train_step
+        from rltrain.trainer import advance
 
         members = [self._pack.members[place] for place in places]
         start = time.perf_counter()
-        rows = train_step(self._pack, members)
-        seconds = time.perf_counter() - start
+        steps = advance(self._pack, members)
         for place, member in zip(places, members, strict=True):
-            self._courses[place].take(rows[member], seconds)
+            self._courses[place].take(steps[member])
         whole = time.perf_counter() - start
+        rows = {member: step.row for member, step in steps.items()}
         row = rows[members[0]]
         rollout, update = row["timing_s/rollout"], row["timing_s/update"]
         flops = 2 * self._pack.num_parameters * sum(computed_tokens(member, rows[member]) for member in members)

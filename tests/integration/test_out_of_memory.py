@@ -12,7 +12,7 @@ import torch
 
 from harness.metrics import MetricsFile, without_timings
 from harness.schema import Recipe
-from rltrain import policy
+from rltrain import logprobs as logprobs_module
 from rltrain.batch import Batch
 from rltrain.crew import LocalCrew
 from rltrain.engines.transformers import TransformersEngine
@@ -46,7 +46,7 @@ def _fail(model: Any, batch: Batch, victims: set[str]) -> None:
 
 def _inject(place: str, victims: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on what is too large for the memory fails there, in these members' passes."""
-    loss, logprobs, token_logprobs = Policy.loss, Policy.logprobs, policy.token_logprobs
+    loss, logprobs, token_logprobs = Policy.loss, Policy.logprobs, logprobs_module.token_logprobs
 
     def failing_loss(self: Policy, micro: Batch, totals: Any) -> Any:
         if place == "forward":
@@ -69,7 +69,7 @@ def _inject(place: str, victims: set[str], monkeypatch: pytest.MonkeyPatch) -> N
     if place == "old log-probabilities":
         monkeypatch.setattr(Policy, "logprobs", failing_logprobs)
     if place == "evaluation":
-        monkeypatch.setattr(policy, "token_logprobs", failing_probe)
+        monkeypatch.setattr("rltrain.policy.token_logprobs", failing_probe)
 
 
 class Runs:

@@ -37,7 +37,7 @@ class Model(nn.Module):
 def gradients(ranks: Ranks) -> dict[str, torch.Tensor]:
     """Gradients of a loss over all rows, of which this rank computes its share."""
     model, whole = Model(), nn.Parameter(torch.ones(WIDTH))
-    ranks.shard(model)
+    ranks.shard(model, torch.float32)
     rows = torch.arange(float(ROWS * WIDTH)).reshape(ROWS, WIDTH).sin()
     own = rows[list(ranks.share(ROWS))]
     (whole * model(own)).square().sum().div(ROWS).backward()

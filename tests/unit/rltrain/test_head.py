@@ -86,7 +86,12 @@ def test_no_tensor_of_all_rows_by_the_vocabulary_is_made(trained: bool) -> None:
 def test_a_frozen_head_is_gone_through_once_for_values_and_gradient() -> None:
     head, (hidden, tokens, _) = _head(bias=False, trained=False), _inputs()
     kept: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         found = chosen_logprobs(hidden.requires_grad_(), head, tokens, 1.0)
     assert [tensor.shape for tensor in kept] == [(ROWS, WIDTH)]
     with Largest() as largest:
@@ -148,7 +153,7 @@ def test_every_kind_of_head_gives_the_models_own_log_probabilities(name: str) ->
         ours = torch.autograd.grad(found.sum(), list(trained.values()))
         theirs = torch.autograd.grad(expected.sum(), list(trained.values()))
         for key, one, other in zip(trained, ours, theirs, strict=True):
-            torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-3, msg=lambda text, key=key: f"{key}: {text}")
+            torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-3, msg=key)
 
 
 def test_the_models_head_is_back_in_its_place_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

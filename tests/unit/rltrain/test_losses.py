@@ -269,7 +269,7 @@ def _objective(*overrides: str) -> tuple[float, dict[str, float]]:
     keys = [f"trainer.algorithm.{override}" for override in overrides]
     objective, batch = Objective(quickstart(keys)), _batch()
     loss, stats = objective(torch.zeros(2, 2), batch, objective.totals(batch))
-    return loss.item(), stats
+    return loss.item(), {name: float(value) for name, value in stats.items()}
 
 
 def test_objective_adds_the_kl_term() -> None:

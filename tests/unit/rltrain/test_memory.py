@@ -67,18 +67,18 @@ def test_lora_run_by_hand() -> None:
         "adapters and their optimizers": 3 * 12 * 8 * SMALL_ADAPTER,
         "gradients": 3 * 4 * 8 * SMALL_ADAPTER,
         "activations of 1,000 tokens": 1000 * 3 * 256 * 2,
-        # 20,192 bytes a token by the test below, 7% more as measured, and a gradient of 1024 in 2 and in 4 bytes.
-        "the layer that is computed": pytest.approx(1000 * (20_192 * 1.07 + 6 * 1024), abs=1),
+        # 14,192 bytes a token by the test below, 7% more to round up, and twice a gradient of 1024 in 2 bytes.
+        "the layer that is computed": pytest.approx(1000 * (14_192 * 1.07 + 4 * 1024), abs=1),
         "logits of a chunk": 3 * 4 * 1000 * 300 + 1000 * 256 * 2,
     }
     assert held.apart == {}
 
 
-def test_a_token_of_qwen_takes_what_was_measured_on_an_h100() -> None:
+def test_a_token_of_qwen_takes_little_with_checkpointing_and_much_without() -> None:
     plain = recipe_of(**{"trainer.gradient_checkpointing": False})
     kept = pass_bytes(plain, qwen(), 20_000, on_gpu=True) - pass_bytes(plain, qwen(), 10_000, on_gpu=True)
-    head, moving = 896 * 2, 6 * 4864
-    assert kept / 10_000 - head - moving == pytest.approx(2.11e6, rel=0.01)
+    head, moving = 896 * 2, 4 * 4864
+    assert kept / 10_000 - head - moving == pytest.approx(1.44e6, rel=0.01)
     (activations,) = (size for name, size in usage(recipe_of(), qwen(), 80 * GIB).training.items() if "tokens" in name)
     assert activations / 65_536 == pytest.approx(0.043e6, rel=0.01)
 
@@ -91,7 +91,7 @@ def test_a_layer_keeps_no_more_than_is_reckoned_with(rank: int, dtype: str) -> N
     tokens = 256
     reckoned = memory._layer_bytes(recipe, SMALL, on_gpu=True) * tokens
     real = _kept(3, rank, getattr(torch, dtype), tokens) - _kept(2, rank, getattr(torch, dtype), tokens)
-    assert 0.4 * reckoned < real < reckoned
+    assert 0.75 * reckoned < real < reckoned
 
 
 def _kept(layers: int, rank: int, dtype: torch.dtype, tokens: int) -> int:
