@@ -81,6 +81,9 @@ def _started(options: argparse.Namespace) -> tuple[Recipe, RunDir]:
     run_dir = place(recipe, options.name)
     if run_dir.manifest.exists():
         _check_same(recipe, run_dir)
+        if recipe.trainer.max_tokens_per_microbatch == "auto":
+            stored = recipes.read(run_dir.recipe)
+            recipe.trainer.max_tokens_per_microbatch = stored.trainer.max_tokens_per_microbatch
     else:
         record = manifest.build(recipe, kind="run", name=run_dir.path.name, source=str(source), overrides=overrides,
                                 command=manifest.this_command())  # fmt: skip
@@ -149,7 +152,7 @@ def _check_same(recipe: Recipe, run_dir: RunDir) -> None:
     record = run_dir.sound_manifest()
     if record["kind"] == "sweep":
         raise UserError("this directory holds a sweep", got=run_dir.path, fix="choose another trainer.run_name")
-    same = record["recipe"]["digest"] == recipes.digest(recipe)
+    same = recipes.is_digest(record["recipe"]["digest"], recipe)
     if record["status"] in (Status.COMPLETE.value, Status.PRUNED.value) and not (same and _only_lacks_verdict(record)):
         raise UserError(f"this run is {record['status']} already", got=run_dir.path,
                         fix="choose another trainer.run_name to run it again")  # fmt: skip

@@ -61,7 +61,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
         return Batch(**{name: None if value is None else to_device(value, device) for name, value in values.items()})
 
     def take(self, rows: Sequence[int]) -> Batch:

@@ -67,6 +67,8 @@ def plan(directory: str | Path, output: str | Path | None = None) -> Reproductio
     recipe = recipes.with_values(recipes.read(original.recipe), place)
     now = manifest.build(recipe, kind="run", name=run_dir.path.name, source=shown(original.recipe),
                          overrides=OWN_PLACE, command=manifest.this_command())  # fmt: skip
+    if isinstance(was.get("recipe"), dict) and recipes.is_digest(str(was["recipe"].get("digest")), recipe):
+        now["recipe"]["digest"] = was["recipe"]["digest"]
     return Reproduction(original, was, int(rows[-1]["step"]), recipe, run_dir, now)
 
 

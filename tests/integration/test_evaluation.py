@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 
 from harness.metrics import without_timings
+from harness.schema import Recipe
+from rltrain.crew import LocalCrew
 from rltrain.engines.base import Request, Sample
 from rltrain.evaluate import evaluate
 from rltrain.pack import Pack
@@ -52,6 +55,45 @@ def test_untrained_members_share_their_first_evaluation(
     assert set(asked) == {members[0].name}
     assert trained.samples != scored[0].samples
     pack.close()
+
+
+def test_a_pack_of_eight_evaluates_with_one_engine_call(
+    small_recipe: MakeRecipe, new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes = [small_recipe(f"seed={i}", "trainer.max_steps=2", f"trainer.policy.model.lora.rank={2 ** (i % 4)}")
+               for i in range(8)]  # fmt: skip
+    calls: list[set[str | None]] = []
+    together, alone = (_trained(packs, new_run, calls, monkeypatch) for packs in ([recipes], [[r] for r in recipes]))
+    # The base's evaluation as each joins, a rollout for each of two steps, and the evaluation after the second.
+    assert [len(members) for members in calls[:11]] == [1] * 8 + [8, 8, 8]
+    assert len(calls) == 11 + 8 * 4
+    for ours, theirs in zip(together, alone, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+
+
+def _trained(
+    packs: list[list[Recipe]], new_run: MakeRun, calls: list[set[str | None]], monkeypatch: pytest.MonkeyPatch
+) -> list[dict[str, float]]:
+    """The last rows of runs trained in packs; the members of each engine call are noted."""
+    last = []
+    for number, recipes in enumerate(packs):
+        pack = Pack.open(recipes[0], room=len(recipes))
+        generate = pack.engine.generate
+
+        def watch(requests: Sequence[Request], generate: Any = generate) -> list[list[Sample]]:
+            calls.append({one.member for one in requests})
+            return list(generate(requests))
+
+        monkeypatch.setattr(pack.engine, "generate", watch)
+        crew, runs = LocalCrew(pack), [new_run(r, f"{len(packs)}-{number}-{i}") for i, r in enumerate(recipes)]
+        for recipe, run in zip(recipes, runs, strict=True):
+            crew.take_in(recipe, run)
+        for _ in range(2):
+            crew.train(runs)
+            reports = [crew.take(run) for run in runs]
+        last += [without_timings(report.metrics) for report in reports]
+        pack.close()
+    return last
 
 
 def _seeds(seed: int, count: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -71,10 +72,41 @@ def _weights(batch: Batch) -> torch.Tensor:
     return torch.randn(batch.mask.shape, generator=torch.Generator().manual_seed(1)) * batch.mask
 
 
+class FlashAttention:
+    """What `torch.nn.attention.varlen.varlen_attn` computes on a GPU, stretch by stretch; counts its calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_starts: torch.Tensor,
+        key_starts: torch.Tensor, longest_query: int, longest_key: int, *, scale: float, window_size: tuple[int, int],
+        enable_gqa: bool,
+    ) -> torch.Tensor:  # fmt: skip
+        self.calls += 1
+        assert (query_starts.dtype, window_size, enable_gqa) == (torch.int32, (-1, 0), True)
+        spans = [list(itertools.pairwise(starts.tolist())) for starts in (query_starts, key_starts)]
+        assert [max(end - start for start, end in one) for one in spans] == [longest_query, longest_key]
+        assert [one[-1][1] for one in spans] == [len(query), len(key)]
+        outputs = []
+        for (first, last), (begin, end) in zip(*spans, strict=True):
+            q, k, v = query[first:last], key[begin:end], value[begin:end]
+            k, v = (one.repeat_interleave(q.shape[1] // one.shape[1], dim=1) for one in (k, v))
+            scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+            # Both ends are aligned: the last query sees all keys.
+            reach = torch.arange(len(q))[:, None] + len(k) - len(q)
+            scores = scores.masked_fill(torch.arange(len(k)) > reach, -torch.inf)
+            outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), v))
+        return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("varlen", [False, True])
 def test_logprobs_and_gradients_are_those_of_each_sequence_alone(
-    model: PeftModel, monkeypatch: pytest.MonkeyPatch
+    model: PeftModel, monkeypatch: pytest.MonkeyPatch, varlen: bool
 ) -> None:
-    batch, seen = _batch(), []
+    batch, seen, flash = _batch(), [], FlashAttention()
+    monkeypatch.setattr("rltrain.logprobs.has_varlen", lambda device, dtype: varlen)
+    monkeypatch.setattr(attention, "varlen_attn", flash)
     model.get_base_model().register_forward_pre_hook(
         lambda _, __, given: seen.append(given["input_ids"].shape), with_kwargs=True
     )
@@ -82,6 +114,7 @@ def test_logprobs_and_gradients_are_those_of_each_sequence_alone(
     found, entropy = token_logprobs_and_entropy(model, batch, TEMPERATURE)
     (found * weights).sum().backward()
     gradients = _gradients(model)
+    assert flash.calls == (SHAPE["num_hidden_layers"] if varlen else 0)
     # Each prompt once, no padding, and no completion's last token.
     assert seen == [(1, 3 + 1 + 2 + 5 + sum(max(0, len(completion) - 1) for completion in COMPLETIONS))]
     # Apart, PEFT's own layers compute, transformers' own attention, and torch's own softmax.
@@ -144,3 +177,48 @@ def test_the_lora_layer_computes_what_pefts_does(tokens: int, monkeypatch: pytes
     assert other not in ("_MergedBackward", "_LowRankBackward")
     for one, two in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_lora_layer_is_about_as_near_as_pefts_to_exact_numbers(dtype: torch.dtype) -> None:
+    exact = _model("qwen2").double()
+    names = ("base_model.model.model.layers.0.self_attn.q_proj", "member0")
+    torch.manual_seed(3)
+    x, dy = torch.randn(2, 5, 32).to(dtype), torch.randn(2, 5, 32).to(dtype)
+
+    def results(layer: Any, forward: Any, x: torch.Tensor) -> list[torch.Tensor]:
+        x = x.clone().requires_grad_()
+        y = forward(layer, x)
+        own = [layer.lora_A[names[1]].weight, layer.lora_B[names[1]].weight]
+        return [y, *torch.autograd.grad(y, [x, *own], dy.to(y.dtype))]
+
+    layer = exact.get_submodule(names[0])
+    assert isinstance(layer, LoRALinear)
+    expected = results(layer, lora.Linear.forward, x.double())
+    layer = layer.to(dtype)
+    for adapter in (layer.lora_A, layer.lora_B):
+        adapter.float()
+    ours, theirs = (results(layer, forward, x) for forward in (LoRALinear.forward, lora.Linear.forward))
+    for one, other, right in zip(ours, theirs, expected, strict=True):
+        assert one.dtype == other.dtype
+        error, of_peft = ((found.double() - right).norm() / right.norm() for found in (one, other))
+        assert error <= max(3 * of_peft, 1e-6), (float(error), float(of_peft))
+
+
+def test_layers_that_share_an_input_keep_it_once_and_no_copy_of_it() -> None:
+    model = _model("qwen2").to(torch.bfloat16)
+    layers = [model.get_submodule(f"base_model.model.model.layers.0.self_attn.{name}_proj") for name in "qkv"]
+    for layer in layers:
+        layer.lora_A.float()
+        layer.lora_B.float()
+    x = torch.randn(4, 7, 32, dtype=torch.bfloat16, requires_grad=True)
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        [layer(x) for layer in layers]
+    own = {tensor.data_ptr() for tensor in kept if tensor.numel() >= x.numel() and tensor.shape[0] != 32}
+    assert own == {x.data_ptr()}
