@@ -20,7 +20,8 @@ from harness.validate import num_processes
 
 # What may differ where a run goes on: the number of processes and their devices, not what they compute.
 MOVABLE = (
-    "trainer.placement.", "trainer.micro_", "trainer.max_tokens_per_microbatch", "trainer.num_threads",
+    "trainer.placement.", "trainer.micro_", "trainer.max_tokens_per_microbatch", "trainer.gradient_checkpointing",
+    "trainer.num_threads",
     "trainer.logger",
     "generator.num_inference_engines", "generator.inference_engine_tensor_parallel_size",
     "generator.gpu_memory_utilization", "ray.address",

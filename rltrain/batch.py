@@ -61,8 +61,11 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
-        values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
-        return Batch(**{name: None if value is None else to_device(value, device) for name, value in values.items()})
+        moved: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            moved[item.name] = None if value is None else to_device(value, device)
+        return Batch(**moved)
 
     def take(self, rows: Sequence[int]) -> Batch:
         """Some of the sequences, without the padding that only the others needed."""

@@ -85,9 +85,15 @@ def load_model(path: str, recipe: Recipe, *, key: str, full: bool) -> PreTrained
     if num_processes(recipe) == 1:  # else FSDP moves it, each rank its part: no GPU need hold it whole
         model.to(device_of(recipe))
     if checkpoints(recipe, on_gpu=device_of(recipe).type == "cuda"):
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # To keep the state of the random numbers costs time, and only dropout draws any.
+        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": _drops(recipe, model)})
         model.disable_input_require_grads()  # a frozen embedding's output has no gradient, and needs none
     return model
+
+
+def _drops(recipe: Recipe, model: PreTrainedModel) -> bool:
+    adapters = [role.model.lora.dropout for role in (recipe.trainer.policy, recipe.trainer.critic)]
+    return any(rate > 0 for rate in (*adapters, getattr(model.config, "attention_dropout", 0.0) or 0.0))
 
 
 def _cannot_load(key: str, path: str, error: Exception) -> UserError:

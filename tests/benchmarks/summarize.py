@@ -12,8 +12,8 @@ from tests.benchmarks.side_by_side import RESULTS, middle
 
 Record = dict[str, Any]
 SECTIONS = (
-    "single_run", "sweep", "handover", "same_answers", "pack", "quickstart", "rollout", "update", "sync", "checks",
-    "report",
+    "single_run", "sweep", "handover", "same_answers", "pack", "quickstart", "rollout", "update", "head", "sync",
+    "checks", "report",
 )  # fmt: skip
 SAME_SCORE = 0.02  # about one standard error of 512 problems
 
@@ -159,6 +159,17 @@ def sync(record: Record) -> Iterator[Record]:
         )
 
 
+def head(record: Record) -> Iterator[Record]:
+    """Memory and time of the log-probabilities' chunks."""
+    rows = {row["contender"]: row for row in record["rows"]}
+    ours, whole, autograd = (rows[name] for name in ("in chunks", "all rows at once", "PyTorch's autograd"))
+    how = f"medians of {record['rounds']} rounds by turns; head.json"
+    yield finding("GiB above the inputs, 4,096 log-probabilities of 151,936, in chunks", ours["memory_gb"], "<= 1", how)
+    yield finding("the same, PyTorch's autograd", autograd["memory_gb"], None, how)
+    yield finding("seconds in chunks / with all rows at once", ratio(ours["pass_s"], whole["pass_s"]), "<= 1.15", how)
+    yield finding("seconds in chunks / PyTorch's autograd", ratio(ours["pass_s"], autograd["pass_s"]), None, how)
+
+
 def checks(record: Record) -> Iterator[Record]:
     """What checksums, manifests, fsync and sync proof cost."""
     yield finding("a step with all checks / without", record["ratio"], None, "median of pairs; checks.json")
@@ -172,7 +183,7 @@ def report(record: Record) -> Iterator[Record]:
 
 JUDGES: dict[str, Callable[[Record], Iterator[Record]]] = {
     "single_run": single_run, "sweep": sweep, "handover": handover, "same_answers": same_answers, "pack": pack,
-    "quickstart": quickstart, "rollout": rollout, "sync": sync, "checks": checks, "report": report,
+    "quickstart": quickstart, "rollout": rollout, "head": head, "sync": sync, "checks": checks, "report": report,
 }  # fmt: skip
 
 

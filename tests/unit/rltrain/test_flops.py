@@ -20,5 +20,5 @@ def test_a_gpu_is_measured_with_products_that_fill_it() -> None:
 
 def test_a_speed_is_operations_over_the_shortest_time(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 0.5, 1.0, 1.25, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
-    monkeypatch.setattr(flops.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr("rltrain.flops.time.perf_counter", lambda: next(clock))
     assert flops._speed(64, torch.device("cpu"), torch.float32) == 2 * 64**3 / 0.25
