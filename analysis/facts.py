@@ -21,7 +21,8 @@ from harness.shapes import shape_of
 
 # What the claims vary, and what has no part in a run's outcome: two runs that differ in these alone are comparable.
 _VARIED = (
-    "seed", "sweep", "expect", "ray", "trainer.seed", "trainer.policy.model.lora.rank",
+    "seed", "deterministic", "sweep", "expect", "ray", "trainer.seed", "trainer.gradient_checkpointing",
+    "trainer.policy.model.lora.rank",
     "trainer.policy.model.lora.alpha", "trainer.policy.optimizer_config.lr", "trainer.target_modules",
     "trainer.policy.model.lora.target_modules", "trainer.train_batch_size", "trainer.policy_mini_batch_size",
     "trainer.critic_mini_batch_size", "trainer.max_steps", "trainer.epochs",

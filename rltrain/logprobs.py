@@ -52,7 +52,9 @@ def at_predictors(model: Any, batch: Batch, head: Callable[[torch.Tensor], torch
     """
     device = model.device
     if can_pack(model.config):
-        packing = pack(batch, share=not drops(model), varlen=has_varlen(device, computing_dtype(model))).to(device)
+        # FlashAttention's call draws no dropout masks.
+        varlen = has_varlen(device, computing_dtype(model)) and not (model.training and _attention_dropout(model))
+        packing = pack(batch, share=not _drops(model), varlen=varlen).to(device)
         inputs = {
             "input_ids": packing.input_ids,
             "position_ids": packing.position_ids,
@@ -182,7 +184,11 @@ def precision(model: Any) -> torch.autocast:
     return torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=differs)
 
 
-def drops(model: Any) -> bool:
+def _drops(model: Any) -> bool:
     """Whether the model's passes draw dropout masks."""
     adapter = model.peft_config[model.active_adapter].lora_dropout if isinstance(model, PeftModel) else 0.0
-    return bool(model.training and (adapter > 0 or getattr(model.config, "attention_dropout", 0.0) > 0))
+    return bool(model.training and (adapter > 0 or _attention_dropout(model) > 0))
+
+
+def _attention_dropout(model: Any) -> float:
+    return getattr(model.config, "attention_dropout", None) or 0.0
