@@ -32,6 +32,7 @@ class Bench:
     end: float
     """When its time is over, by `time.monotonic`."""
     model: Path | None = None
+    data: Path | None = None
     seen: dict[str, Any] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
     peak: float = 0.0

@@ -1,7 +1,7 @@
 """`python -m tests.gpu.measure --stage 1|2 --out DIR`: what the trainer does on one GPU, in sections, as JSON.
 
     python -m tests.gpu.measure --stage 1 --out results --minutes 12
-    python -m tests.gpu.measure --stage 2 --out results --minutes 12 --model FOLDER_OF_A_REAL_MODEL
+    python -m tests.gpu.measure --stage 2 --out results --minutes 12 --model MODEL_FOLDER --data GSM8K_FOLDER
     python -m tests.gpu.measure --stage 1 --out results --device cpu          # the same code on tiny sizes
 
 Stage 1 needs torch, transformers, peft and what composes a recipe; neither vLLM nor Ray, and no network: the models
@@ -56,6 +56,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny sizes (default: cuda)")
     parser.add_argument("--sections", help="only these, separated by commas, in this order")
     parser.add_argument("--model", type=Path, help="folder of a real model, for stage 2")
+    parser.add_argument("--data", type=Path, help="its problems, train.parquet and validation.parquet (tiny_gsm's)")
     parser.add_argument("--scratch", type=Path, help="where models and runs go (default: a temporary folder, removed)")
     parser.add_argument("--section", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -130,7 +131,7 @@ class Stage:
     @staticmethod
     def _lines(row: dict[str, Any]) -> list[str]:
         why = [row["why"][:140]] if row["status"] in ("timeout", "died", "skipped") else []
-        return [*map(_short, row.get("seen", {}).items()), *why]
+        return [_short(item) for item in row.get("seen", {}).items() if item[0] != "tests"] + why
 
 
 def _short(item: tuple[str, Any]) -> str:
@@ -160,7 +161,9 @@ class Section:
         self._record.unlink(missing_ok=True)
         command = [sys.executable, "-m", "tests.gpu.measure", "--stage", str(options.stage), "--out", str(options.out),
                    "--device", options.device, "--scratch", str(options.scratch), "--section", name]  # fmt: skip
-        command += ["--model", str(options.model.resolve())] if options.model else []
+        for name in ("model", "data"):
+            folder = getattr(options, name)
+            command += [f"--{name}", str(folder.resolve())] if folder else []
         paths = [str(PROJECT), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1",
                        "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
@@ -223,7 +226,9 @@ def run_section(options: argparse.Namespace) -> int:
     options.scratch.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + float(sys.stdin.read())
     record = options.out / f"stage{options.stage}-{options.section}.json"
-    Bench(options.device, options.scratch, record, end, options.model).run(getattr(module, options.section))
+    Bench(options.device, options.scratch, record, end, options.model, options.data).run(
+        getattr(module, options.section)
+    )
     return 0
 
 

@@ -76,9 +76,9 @@ def update(bench: Bench) -> None:
         *((f"budget {budget}", some, {ours.TOKENS: budget}) for budget in budgets),
         *((f"budget {budget}, checkpointing off", some, {ours.TOKENS: budget, ours.CHECKPOINTING: "false"})
           for budget in budgets[-2:]),
-        ("deterministic", some, {"deterministic": "true"}),
         ("rank 1", some, {ours.RANK: 1}),
-        ("float32", some, {"trainer.policy.model.dtype": "float32"}),
+        ("float32", some, {ours.DTYPE: "float32"}),
+        ("deterministic", some, {"deterministic": "true"}),  # last: it is a setting of the whole process
     ]  # fmt: skip
     for name, count, keys in ways:
         bench.part(name, partial(_update, bench, model, count, peak, keys))
@@ -92,7 +92,7 @@ def _update(bench: Bench, model: Path, count: int, peak: float, keys: dict[str, 
         row = timed_update(bench, pack, members, count, (prompt, completion))
     shape = bench.size(QWEN25_05B, tiny(QWEN25_05B))
     needed = flops_per_token(shape, prompt + completion) * row["tokens_per_second"]
-    return {**row, "share_of_peak": round(needed / peak, 4), "sequences": count, **keys}
+    return {"share_of_peak": round(needed / peak, 4), **row, "sequences": count, **keys}
 
 
 def timed_update(
@@ -174,7 +174,7 @@ def _long_update(
         ours.step(pack, members)
         row = timed_update(bench, pack, members, 2, lengths, group=2)
     needed = flops_per_token(bench.size(shape, tiny(shape)), sum(lengths)) * row["tokens_per_second"]
-    return {**row, "share_of_peak": round(needed / peak, 4)}
+    return {"share_of_peak": round(needed / peak, 4), **row}
 
 
 def packs(bench: Bench) -> None:

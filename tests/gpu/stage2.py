@@ -150,12 +150,13 @@ def real_model(bench: Bench) -> None:
     if model is None:
         bench.note("skipped", "no --model was given")
         return
+    files = [(key, f"{bench.data}/{name}.parquet") for key, name in (("train", "train"), ("val", "validation"))]
     _train(bench, model, f"trainer.max_steps={bench.size(1000, 2)}", "trainer.eval_interval=5",
-           "trainer.ckpt_interval=0")  # fmt: skip
+           "trainer.ckpt_interval=0", *(f"data.{key}_data=[{file}]" for key, file in files if bench.data))  # fmt: skip
 
 
 def _train(bench: Bench, model: Path, *keys: str) -> None:
-    """Train `recipes/gsm8k_lora.yaml` in one process on the embedded problems, each step's row noted as it comes."""
+    """Train `recipes/gsm8k_lora.yaml` in one process, on the embedded problems; every step's row is noted."""
     one_gpu = [
         f"trainer.policy.model.path={model}", f"trainer.placement.device={bench.device}",
         "trainer.placement.policy_num_gpus_per_node=1", "trainer.placement.ref_num_gpus_per_node=null",

@@ -53,7 +53,9 @@ def test_every_section_runs_on_a_cpu(number: int, tmp_path: Path) -> None:
 
 def in_process(out: Path, scratch: Path, minutes: float, *names: str) -> dict[str, Any]:
     """The sections' records of a stage whose limits a test may have changed."""
-    options = argparse.Namespace(stage=1, out=out, minutes=minutes, device="cpu", scratch=scratch, model=None)
+    options = argparse.Namespace(
+        stage=1, out=out, minutes=minutes, device="cpu", scratch=scratch, model=None, data=None
+    )
     status = measure.Stage(options, list(names)).run()
     sections: dict[str, Any] = json.loads((out / "stage1.json").read_text())["sections"]
     assert status == int(any(row["status"] not in ("ok", "skipped") for row in sections.values()))
