@@ -159,6 +159,8 @@ class Pack:
             if not self.contains_failures:
                 raise
             release(error)
+            for learner in member.learners:
+                learner.optimizer.zero_grad()
             self.failures[member] = error
             self.model.eval()  # the others' passes are not to be in the mode that this one left
             return None
