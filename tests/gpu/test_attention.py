@@ -35,7 +35,8 @@ def test_one_call_is_what_the_blocks_are(device: str, samples: int) -> None:
         tokens = packing.input_ids.shape[1]
         shapes = [(1, heads, tokens, SIZE) for heads in (HEADS, KV_HEADS, KV_HEADS)]
         inputs = [torch.randn(shape, device=where, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
-        output, _ = packed_attention(layer, *inputs, None, packing=packing, scaling=SIZE**-0.5)
+        query, key, value = inputs
+        output, _ = packed_attention(layer, query, key, value, None, packing=packing, scaling=SIZE**-0.5)
         weights = torch.randn(output.shape, device=where, dtype=torch.bfloat16)
         results.append([output, *torch.autograd.grad(output, inputs, weights)])
     for one, other in zip(*results, strict=True):
