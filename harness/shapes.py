@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -61,6 +62,10 @@ class ModelShape:
         attention = {"q_proj": (hidden, self.query), "k_proj": (hidden, self.key_value),
                      "v_proj": (hidden, self.key_value), "o_proj": (self.query, hidden)}  # fmt: skip
         return attention | {"gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden)}
+
+    def cache_bytes_per_token(self, dtype_bytes: int, split: int = 1) -> int:
+        """Bytes of one token's keys and values in all layers, on one of `split` GPUs that share its heads."""
+        return 2 * self.layers * math.ceil(self.kv_heads / split) * self.head_dim * dtype_bytes
 
     def adapter_parameters(self, rank: int, modules: Sequence[str] = ATTENTION + MLP) -> int:
         """Parameters of A and B of these projections in every layer."""

@@ -256,8 +256,7 @@ def cache_bytes(recipe: Recipe, shape: ModelShape, sequences: int, *, on_gpu: bo
     generator = recipe.generator
     completion = max(generator.sampling_params.max_generate_length, generator.eval_sampling_params.max_generate_length)
     split = generator.inference_engine_tensor_parallel_size if generator.backend is Backend.vllm else 1
-    heads = math.ceil(shape.kv_heads / split)
-    a_token = 2 * _width(recipe, on_gpu) * shape.layers * heads * shape.head_dim
+    a_token = shape.cache_bytes_per_token(_width(recipe, on_gpu), split)
     return sequences * (generator.max_input_length + completion) * a_token
 
 

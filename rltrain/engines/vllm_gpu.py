@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from harness.errors import UserError
 from harness.schema import Recipe
-from rltrain.kv_cache import kv_bytes_per_token
+from harness.shapes import shape_from
 
 WORKER = "rltrain.engines.vllm_worker.Worker"
 
@@ -77,11 +77,9 @@ def least_bytes(model: Any, dtype_bytes: int, max_model_len: int) -> int:
     """
     if model is None:
         return 0
-    weights = sum(parameter.numel() for parameter in model.parameters()) * dtype_bytes
-    try:
-        return weights + max_model_len * kv_bytes_per_token(model.config.to_dict(), dtype_bytes)
-    except KeyError:  # an architecture whose config tells it in another way
-        return weights
+    weights = int(sum(parameter.numel() for parameter in model.parameters()) * dtype_bytes)
+    shape = shape_from(model.config.to_dict())
+    return weights + (max_model_len * shape.cache_bytes_per_token(dtype_bytes) if shape is not None else 0)
 
 
 def claim_cache_root() -> None:

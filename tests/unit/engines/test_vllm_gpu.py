@@ -63,7 +63,8 @@ def test_an_engine_apart_is_refused_only_where_nothing_is_left() -> None:
 
 
 def test_the_least_is_a_copy_of_the_model_and_one_sequence() -> None:
-    config = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
+    config = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32,
+              "intermediate_size": 64, "vocab_size": 100}  # fmt: skip
     layer = torch.nn.Linear(10, 10)
     model = SimpleNamespace(parameters=layer.parameters, config=SimpleNamespace(to_dict=lambda: config))
     assert vllm_gpu.least_bytes(model, 2, 100) == 110 * 2 + 100 * (2 * 2 * 2 * 8 * 2)

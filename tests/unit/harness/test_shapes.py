@@ -34,6 +34,13 @@ def test_published_models_have_their_published_parameters(name: str, total: int)
     assert shape.parameters == pytest.approx(total, rel=2e-3)
 
 
+def test_a_tokens_keys_and_values() -> None:
+    shape = shape_of("Qwen/Qwen3-0.6B")  # its heads are wider than hidden / heads
+    assert shape is not None
+    assert shape.cache_bytes_per_token(2) == 2 * 28 * 8 * 128 * 2
+    assert shape.cache_bytes_per_token(4, split=3) == 2 * 28 * 3 * 128 * 4
+
+
 @pytest.mark.parametrize("name", ["Qwen/Qwen2.5-0.5B-Instruct-GPTQ-Int4", "google/bert", "a b/c", "nowhere", "x/y/z"])
 def test_a_name_that_nobody_knows_has_no_sizes(name: str) -> None:
     assert shape_of(name) is None
