@@ -169,7 +169,7 @@ def test_evaluation_goes_to_the_engine_in_batches_of_samples(opened: Open, monke
         rows.append(row)
     assert rows[0]["eval/accuracy"] == rows[1]["eval/accuracy"] == rows[2]["eval/accuracy"]
     assert rows[0]["eval/mean@2"] == rows[0]["eval/accuracy"] <= rows[0]["eval/pass@2"]
-    assert not any("@" in name for name in rows[2])
+    assert not any("@" in name for name in rows[3])
 
 
 def _watch_widths(patch: pytest.MonkeyPatch, widths: list[int]) -> None:
