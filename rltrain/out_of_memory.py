@@ -26,9 +26,12 @@ class PassTooLarge(RuntimeError):
     def __init__(self, passes: Sequence[Batch], reason: str) -> None:
         largest = max(passes, key=lambda one: one.packed_tokens)
         self.sequences, self.tokens = len(largest), largest.packed_tokens
+        helps = "shorter sequences, trainer.gradient_checkpointing=true or a GPU with more memory"
+        if self.sequences > 1:
+            helps = f"trainer.max_tokens_per_microbatch={self.tokens // 2}"
         super().__init__(
-            f"out of memory in a pass over {self.sequences} sequences, {self.tokens} tokens: {reason}; shorter "
-            "sequences, trainer.gradient_checkpointing=true or a GPU with more memory would help"
+            f"out of memory in a pass over {self.sequences} sequences, {self.tokens} tokens: {reason}; what would "
+            f"help: {helps}"
         )
 
 

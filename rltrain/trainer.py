@@ -86,7 +86,8 @@ def advance(pack: Pack, members: Sequence[Member]) -> dict[Member, Step]:
             learner.scheduler.step()
         row |= {"step_time": seconds, "num_dropped_prompts": member.num_dropped}
         row |= performance(pack, member, row)
-    evaluated = evaluate(pack, [member for member in rows if due(member, member.recipe.trainer.eval_interval)])
+    waiting = [member for member in rows if due(member, member.recipe.trainer.eval_interval)]
+    evaluated = evaluate(pack, waiting) if waiting else {}
     steps = {}
     for member, row in rows.items():
         metrics, scored = evaluated.get(member, ({}, None))

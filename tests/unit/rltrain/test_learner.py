@@ -50,6 +50,10 @@ def _step(learner: Learner, weight: torch.nn.Parameter, gradient: float) -> dict
     return learner.optimize(ALONE)
 
 
+def test_adamw_is_one_fused_call(make: MakeLearner) -> None:
+    assert make("lr=0.1")[0].optimizer.defaults["fused"] is True
+
+
 @pytest.mark.parametrize("lr", [0.01, 0.1])
 def test_adams_first_step_is_the_learning_rate(make: MakeLearner, lr: float) -> None:
     learner, weight = make(f"lr={lr}")
