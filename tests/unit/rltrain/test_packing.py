@@ -81,7 +81,7 @@ class FlashAttention:
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_starts: torch.Tensor,
         key_starts: torch.Tensor, longest_query: int, longest_key: int, *, scale: float, window_size: tuple[int, int],
-        enable_gqa: bool,
+        enable_gqa: bool = True,
     ) -> torch.Tensor:  # fmt: skip
         self.calls += 1
         assert (query_starts.dtype, window_size, enable_gqa) == (torch.int32, (-1, 0), True)
