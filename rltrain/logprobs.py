@@ -13,9 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from rltrain.attention import can_pack, has_varlen
 from rltrain.batch import Batch
 from rltrain.lora import base_model
+from rltrain.memory import LOGITS_CHUNK
 from rltrain.packing import pack, to_device
 
-LOGITS_BYTES = 128 * 2**20
+LOGITS_BYTES = LOGITS_CHUNK
 """Float32 logits made at a time; a pass holds about three such tensors, never one of all tokens by the vocabulary."""
 
 # Models with one of these set change their logits after the head (Gemma 2, Granite, Cohere).

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,6 +31,7 @@ from rltrain.cluster import keep_to_loopback
 from rltrain.engines import grouped_lora, vllm_gpu
 from rltrain.engines.arguments import check_engine_args
 from rltrain.engines.base import EngineOptions, Request, Sample, check_prompts, in_parts, sample_seed, unknown_member
+from rltrain.out_of_memory import free_memory
 from rltrain.sync.proof import SyncError
 
 CPU_BATCHED_TOKENS = 4096
@@ -100,8 +100,7 @@ class VLLMEngine:
                 "block_size": CPU_BLOCK_SIZE,
             }
         else:
-            gc.collect()
-            torch.cuda.empty_cache()  # what loading the trainer's model has left in PyTorch's cache is free for vLLM
+            free_memory()  # what loading the trainer's model has left in PyTorch's cache is free for vLLM
             free, total = torch.cuda.mem_get_info()
             least = vllm_gpu.least_bytes(model, options.dtype.itemsize, max_model_len)
             settings |= vllm_gpu.gpu_settings(recipe, free=free, total=total, least=least)
@@ -220,8 +219,7 @@ class VLLMEngine:
         """Undo `sleep`; the cache of prefixes is empty, for both versions drop it on falling asleep."""
         if self._sleeps:
             # vLLM 0.24 maps memory back with the driver's own calls, for which what PyTorch caches is not free.
-            gc.collect()
-            torch.cuda.empty_cache()
+            free_memory()
             self._llm.llm_engine.wake_up()
 
     def close(self) -> None:
