@@ -75,7 +75,7 @@ def _tell_agreement(planned: Reproduction) -> bool:
 
 
 def _of_gpu(planned: Reproduction) -> str | None:
-    """What can be expected of a run that was made on a GPU; None for a CPU, where it comes out the same to the bit."""
+    """Say how closely a run that was made on a GPU can be reproduced; None for a CPU: to the bit."""
     hardware = planned.was.get("hardware")
     gpus = hardware.get("gpus") if isinstance(hardware, dict) else None
     if not gpus or planned.recipe.trainer.placement.device is Device.cpu:

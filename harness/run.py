@@ -141,9 +141,11 @@ def _resumed(options: argparse.Namespace) -> tuple[Recipe, RunDir]:
 
 
 def _check(recipe: Recipe) -> None:
+    from rltrain.fit import gpus_to_plan_for, note_fit
     from rltrain.preflight import check_run
 
     check_run(recipe)
+    note_fit(recipe, gpus_to_plan_for(recipe, None))
     if Logger.wandb in recipe.trainer.logger:
         sinks.wandb_mode()
 

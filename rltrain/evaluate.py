@@ -41,7 +41,7 @@ def _score(pack: Pack, member: Member, samples: list[list[Sample]]) -> Rollout:
 
 
 def _samples(pack: Pack, members: Sequence[Member]) -> dict[Member, list[list[Sample]]]:
-    """What the members answer; an untrained member answers what the one before it did.
+    """Sample the members' held-out problems; untrained members that ask the same share one set of samples.
 
     With B = 0 an adapter of any rank adds exact zeros: every trial of a sweep would sample the base anew, bit for bit.
     """

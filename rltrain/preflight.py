@@ -14,14 +14,12 @@ from harness.validate import check_context, sync_mode, target_modules
 from rltrain.data import load_examples
 from rltrain.engines.arguments import check_engine_args
 from rltrain.envs import get_env
-from rltrain.fit import gpus_to_plan_for, note_fit
 from rltrain.parallel import address_of, check_placement, uses_gpus
 
 
 def check_run(recipe: Recipe) -> None:
     """Raise UserError for data, environment, model folder, placement that would fail the run later."""
     check_placement(recipe)
-    note_fit(recipe, gpus_to_plan_for(recipe, None))
     _check_engine(recipe)
     _check_model(recipe, "trainer.policy.model.path", recipe.trainer.policy.model.path)
     _check_sync(recipe)

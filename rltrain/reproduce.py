@@ -74,9 +74,11 @@ def plan(directory: str | Path, output: str | Path | None = None) -> Reproductio
 
 def check(planned: Reproduction) -> None:
     """Raise UserError for what would fail the repetition later: model, data, checkpoint, devices that are not there."""
+    from rltrain.fit import gpus_to_plan_for, note_fit
     from rltrain.preflight import check_run
 
     check_run(planned.recipe)
+    note_fit(planned.recipe, gpus_to_plan_for(planned.recipe, None))
     start = planned.recipe.trainer.resume_mode
     why = None if start in (None, "latest", "none") else damage(Path(str(start)))
     if why is not None:

@@ -1,4 +1,4 @@
-"""What vLLM is given on a GPU besides what it is given everywhere. Imports no vllm."""
+"""Settings of vLLM that are for GPUs alone. Imports no vllm."""
 
 from __future__ import annotations
 

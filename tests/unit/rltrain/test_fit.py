@@ -11,7 +11,7 @@ from harness import recipe as recipes
 from harness.errors import UserError
 from harness.schema import Recipe
 from rltrain import fit, parallel
-from rltrain.fit import Gpus, check_fit, gpus_to_plan_for, memory_table, named_gpus, visible_gpus
+from rltrain.fit import Gpus, check_fit, gpus_to_plan_for, memory_table, named_gpus, note_fit, visible_gpus
 from rltrain.memory import GIB
 
 QWEN = "trainer.policy.model.path=Qwen/Qwen2.5-"
@@ -157,3 +157,11 @@ def test_a_pack_too_large_is_made_smaller() -> None:
         check_fit(recipe, Gpus((1,), 80 * GIB))
     assert caught.value.fix is not None
     assert "sweep.pack_size=4" in caught.value.fix
+
+
+def test_a_run_that_is_started_gets_a_note_where_a_dry_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    small, large = Gpus((1,), 24 * GIB), Gpus((1,), 80 * GIB)
+    note_fit(base(f"{QWEN}7B"), large)
+    assert capsys.readouterr().err == ""
+    note_fit(base(f"{QWEN}7B"), small)
+    assert capsys.readouterr().err.startswith("note: by estimate this does not fit the GPUs")
