@@ -168,8 +168,9 @@ class _Chosen(torch.autograd.Function):
 
 def on_tokens(values: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Values of all completions' tokens in turn, `[M]`, at their places, `[B, T]`; zeros elsewhere."""
-    mask = to_device(batch.mask, values.device)
-    return torch.zeros_like(mask).masked_scatter(mask.bool(), values)
+    # By places found on the CPU: the backward pass of `masked_scatter` waits for the GPU to count a mask.
+    places = to_device(batch.mask.flatten().nonzero().squeeze(1), values.device)
+    return values.new_zeros(batch.mask.numel()).scatter(0, places, values).view(batch.mask.shape)
 
 
 def computing_dtype(model: Any) -> torch.dtype:

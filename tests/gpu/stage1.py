@@ -112,14 +112,16 @@ def timed_update(
 
 
 def profile(bench: Bench) -> None:
-    """One micro-batch of the update under torch.profiler: its kernels, launches, and how long the device was busy."""
+    """A small and a large update under torch.profiler: kernels, launches, and how long the device was busy."""
     model = bench.write_model("qwen2.5-0.5b", QWEN25_05B)
     prompt, completion = bench.size((PROMPT, COMPLETION), (32, 16))
-    recipe = bench.recipe(model, 2, GROUP, prompt, completion)
-    with ours.opened([recipe], bench.folder("run")) as (pack, members), ours.synthetic(pack):
-        ours.step(pack, members)
-        bench.note("without the profiler", timed_update(bench, pack, members, 2 * GROUP, (prompt, completion)))
-        bench.part("kernels", lambda: _profiled(bench, pack, members))
+    for prompts in bench.size((2, 32), (2, 4)):
+        sequences, recipe = GROUP * prompts, bench.recipe(model, prompts, GROUP, prompt, completion)
+        with ours.opened([recipe], bench.folder(f"run{sequences}")) as (pack, members), ours.synthetic(pack):
+            ours.step(pack, members)
+            timed = timed_update(bench, pack, members, sequences, (prompt, completion))
+            bench.note(f"{sequences} sequences without the profiler", timed)
+            bench.part(f"{sequences} sequences", partial(_profiled, bench, pack, members))
 
 
 def _profiled(bench: Bench, pack: Any, members: list[Any]) -> dict[str, Any]:
