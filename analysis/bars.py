@@ -1,4 +1,4 @@
-"""The decision table's intervals as bars on one axis, with the base's place."""
+"""The configuration table's ranges as bars on one axis, with the base's place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MARGIN = 0.04
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A configuration's interval, mean and the base, each as a percentage of the axis; None where there is none."""
+    """A configuration's range, its mean and the base, each as a percentage of the axis; None where there is none."""
 
     low: float | None
     mean: float

@@ -155,12 +155,12 @@ def _leader(experiments: Sequence[Experiment]) -> int | None:
 def _score(experiment: Experiment) -> float:
     """The winning configuration's mean, or the run's score."""
     if experiment.best is not None and experiment.is_sweep:
-        return experiment.best.mean
+        return experiment.best.score
     return float(experiment.complete[experiment.metric].iloc[0])
 
 
 def _row(name: str, experiment: Experiment) -> dict[str, object]:
-    row, held = winner_row(experiment), reading.expected(experiment)
+    row, held = winner_row(experiment), experiment.expected
     known = {
         "name": name,
         "metric": experiment.metric,
@@ -179,7 +179,7 @@ def _row(name: str, experiment: Experiment) -> dict[str, object]:
         **known,
         "winner": values,
         "score": _score(experiment),
-        "interval": reading.range_words(experiment, span) if span else "–",
+        "interval": reading.range_words(experiment, *span) if span else "–",
         "parameters": row["parameters"],
         "seconds": row["seconds"],
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from analysis import bars, compare, labels, page, reading, rerun, stats, tables
-from analysis.decisions import decisions
+from analysis.decisions import MEANINGS, decisions
 from analysis.experiment import Experiment
 from analysis.next_step import next_step
 from analysis.verdicts import claims
@@ -34,6 +34,7 @@ def part(experiment: Experiment) -> dict[str, Any]:
         "answer": reading.answer(experiment),
         "next": next_step(experiment, decided),
         "decisions": decided,
+        "meanings": MEANINGS,
         "command": rerun.command(experiment, run_dir) if run_dir else None,
         "best_dir": run_dir,
         "configurations": configurations,

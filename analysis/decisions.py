@@ -8,19 +8,23 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from analysis import labels, next_sweep, reading
+from analysis import labels, next_sweep
 from analysis.experiment import Experiment
 from analysis.labels import ALPHA, LR, RANK, TARGETS
-from analysis.levels import Contest, Level, contest, is_full, matched
+from analysis.levels import Comparison, Level, compare_values, is_full, matched
 from analysis.records import lookup
-from analysis.stats_tests import seeds_needed
 from harness import metrics
 
-Verdict = Literal["certain", "cannot tell", "not tested"]
-CERTAIN: Verdict = "certain"
-UNKNOWN: Verdict = "cannot tell"
+Verdict = Literal["best", "tied", "open", "not tested"]
 UNTESTED: Verdict = "not tested"
-SETTLED = "Settled for this model and task."
+MEANINGS: dict[Verdict, str] = {
+    "best": "every other value tested is worse",
+    "tied": "no value tested is better by a tenth of what training gained; the cheapest of those is named",
+    "open": "the runs do not settle it; what would is named",
+    "not tested": "every run used the same value",
+}
+"""What the verdicts mean; the 5% that they may be wrong in is for each question."""
+SETTLED = "Settled for this model, task and length."
 # More seeds than this are no advice, nor more values in a sentence.
 MOST_SEEDS, MOST_VALUES = 12, 4
 _MINI_BATCH = "trainer.policy_mini_batch_size"
@@ -94,17 +98,25 @@ def _decide(experiment: Experiment, question: Question, row: pd.Series) -> Decis
     if question.column == "lr":
         alike, others = _same_otherwise(alike, row, others)
     number = int(row["configuration"])
-    found = contest(
+    found = compare_values(
         alike, question.column, number, others, experiment.base, maximize=experiment.direction == "maximize"
     )
     if found is None or len(found.levels) < 2:
         return _alone(experiment, question, row, name)
-    cost = _cost(question, found, alike)
     if question.column == "lr":
-        return _rate(experiment, question, row, found, cost)
-    verdict = CERTAIN if found.certain else UNKNOWN
-    settle, line = (SETTLED, None) if found.certain else _settle(experiment, question, row, found)
-    return Decision(question.text, name, verdict, _evidence(experiment, question, found), cost, settle, line)
+        return _rate(experiment, question, row, found, _cost(question, found.chosen, found, alike))
+    take = _cheapest(found, alike) if found.verdict == "tied" else found.chosen
+    evidence, cost = _evidence(experiment, question, found), _cost(question, take, found, alike)
+    if found.verdict == "open":
+        settle, line = _settle(experiment, question, row, found)
+    else:
+        settle, line = SETTLED, None
+    return Decision(question.text, _taken(question, take.value), found.verdict, evidence, cost, settle, line)
+
+
+def _cheapest(found: Comparison, runs: pd.DataFrame) -> Level:
+    """Of the values that are tied, the one with fewest trained parameters; the chosen one where that is no less."""
+    return min([found.chosen, *found.of("tied")], key=lambda level: _load(_done(found, level, runs)))
 
 
 def _same_otherwise(runs: pd.DataFrame, row: pd.Series, others: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
@@ -117,26 +129,28 @@ def _same_otherwise(runs: pd.DataFrame, row: pd.Series, others: Sequence[str]) -
     return runs[matched(runs, row, others)], list(others)
 
 
-def _rate(experiment: Experiment, question: Question, row: pd.Series, found: Contest, cost: str) -> Decision:
-    """A learning rate is settled to a range: where the tested rates on both sides of it are told apart."""
-    near = [float(level.value) for level in found.of("chosen", "as good", "open")]
+def _rate(experiment: Experiment, question: Question, row: pd.Series, found: Comparison, cost: str) -> Decision:
+    """Decide a learning rate as a range: from the lowest to the highest that is not worse than the winner's."""
+    near = [float(level.value) for level in found.levels if level.standing != "worse"]
     low, high, tested = min(near), max(near), [float(level.value) for level in found.levels]
     chosen = float(found.chosen.value)
-    value = labels.lr(chosen)
-    verdict: Verdict = UNKNOWN
+    value = labels.lr(chosen) if len(near) == 1 else f"{labels.lr(low)} to {labels.lr(high)}"
     evidence = _evidence(experiment, question, found)
-    if len(near) > 1 and found.chosen.seeds > 1:
-        evidence += f" From {labels.lr(low)} to {labels.lr(high)} no rate is told apart from it."
+    if len(near) > 1:
+        value += f" (highest score at {labels.lr(chosen)})"
+    sure = found.chosen.score is not None and not found.chosen.collapsed and not found.of("better", "unstable")
+    bounded = sure and low > tested[0] and high < tested[-1]
+    verdict: Verdict = "best" if bounded else found.verdict
     edge = chosen in (tested[0], tested[-1])
+    settle, line = SETTLED, None
     if edge:
+        verdict = "open"
         beyond, end = _beyond(tested, chosen == tested[-1])
-        seeds = experiment.seeds if found.chosen.seeds > 1 else _seeds(experiment, 3)
+        seeds = experiment.seeds if len(experiment.seeds) > 1 else _seeds(experiment, 3)
         settle = f"Run rates beyond the {end} tested, where the best may lie."
-        line: str | None = _grid(experiment, question, row, beyond, seeds)
-    elif low == tested[0] or high == tested[-1] or found.chosen.seeds < 2:
+        line = _grid(experiment, question, row, beyond, seeds)
+    elif verdict == "open":
         settle, line = _settle(experiment, question, row, found)
-    else:
-        verdict, settle, line = CERTAIN, SETTLED, None
     return Decision(question.text, value, verdict, evidence, cost, settle, line, at_edge=edge)
 
 
@@ -168,7 +182,7 @@ def _alone(experiment: Experiment, question: Question, row: pd.Series, name: str
     evidence = "No other value has a configuration that is complete on every seed and can be compared."
     cost = _cost_of(runs[runs["run_dir"] == row["run_dir"]])
     settle = "Run them again beside the winner's other settings."
-    return Decision(question.text, name, UNKNOWN, evidence, cost, settle, line)
+    return Decision(question.text, name, "open", evidence, cost, settle, line)
 
 
 def _to_try(experiment: Experiment, question: Question, row: pd.Series) -> list[Any]:
@@ -184,31 +198,34 @@ def _to_try(experiment: Experiment, question: Question, row: pd.Series) -> list[
     return [float(f"{float(value) * by:.2g}") for by in (1 / factor, 1.0, factor)]
 
 
-def _settle(experiment: Experiment, question: Question, row: pd.Series, found: Contest) -> tuple[str, str]:
-    """What would tell the open values apart, and its command."""
-    levels = found.of("open")
-    values = [level.value for level in found.of("chosen", "open")]
-    unfair = [level for level in levels if not level.fair]
-    if found.chosen.seeds < 2:
-        count = 3
-        why = f"Run {labels.plural(count, 'seed')}: with one, chance in training is not known."
+def _settle(experiment: Experiment, question: Question, row: pd.Series, found: Comparison) -> tuple[str, str]:
+    """What would tell the values apart that are not, and its command."""
+    left = found.of("better", "unstable", "open")
+    unfair, unstable = [level for level in left if not level.fair], [level for level in left if level.collapsed]
+    count = len(experiment.seeds)
+    if found.chosen.collapsed or unstable:
+        count = min(2 * count, MOST_SEEDS)
+        who = [found.chosen, *unstable] if found.chosen.collapsed else unstable
+        why = f"Run {labels.plural(count, 'seed')}: seeds of {_list(question, who)} collapsed, and few show how often."
+    elif any(level.score is None for level in (found.chosen, *left)):
+        count = max(3, count)
+        why = f"Run {labels.plural(count, 'seed')} of each: with one, chance in training is not known."
     elif unfair:
-        count = len(experiment.seeds)
         why = f"Run {_list(question, unfair)} beside the winner's other settings."
     else:
-        count = _wanted(levels, found)
+        wanted = [found.seeds_needed(level, MOST_SEEDS) or MOST_SEEDS for level in left]
+        count = max([*wanted, found.chosen.seeds + 1])
         why = f"Run about {labels.plural(count, 'seed')} of the values that are not told apart."
-    return why, _grid(experiment, question, row, values, _seeds(experiment, count))
-
-
-def _wanted(levels: list[Level], found: Contest) -> int:
-    """Seeds that would tell the open values apart, or within the margin, whichever takes fewer."""
-    wanted = []
-    for level in levels:
-        if level.ahead is not None:
-            counts = [seeds_needed(level.ahead, bound, level.seeds) for bound in (0.0, found.margin)]
-            wanted.append(min(count or MOST_SEEDS for count in counts))
-    return min(max([*wanted, found.chosen.seeds + 1]), MOST_SEEDS)
+    values = [level.value for level in found.levels if level.standing == "chosen" or level in left]
+    full = [value for value in values if question.column == "rank" and (value == 0) != is_full(row)]
+    if full and len(full) == len(values) - 1:
+        # Full fine-tuning's learning rates are about a tenth of LoRA's: one grid cannot hold both.
+        rate = float(row["lr"]) * (10.0 if is_full(row) else 0.1)
+        rates = [float(f"{rate * by:.2g}") for by in (1 / 3, 1.0, 3.0)]
+        why = f"Run {_named(question, full[0])} at learning rates of its own."
+        line = next_sweep.command(experiment, row, {RANK: [full[0]], LR: rates}, _seeds(experiment, count))
+        return why, line
+    return why, _grid(experiment, question, row, [one for one in values if one not in full], _seeds(experiment, count))
 
 
 def _grid(
@@ -232,51 +249,59 @@ def _seeds(experiment: Experiment, count: int) -> list[int]:
     return [*experiment.seeds, *fresh][: max(count, len(experiment.seeds))]
 
 
-def _evidence(experiment: Experiment, question: Question, found: Contest) -> str:
-    """The chosen value's score, and each other's distance from it, nearest first."""
-    first = found.chosen
-    score = labels.score(experiment.metric, first.mean if first.score is None else first.score.value)
-    if first.score is None:
-        text = f"{_named(question, first.value)} reached {score}; one seed, so no interval"
-    else:
-        low, high = (labels.score(experiment.metric, end) for end in reading.ends(experiment, first.score))
-        text = (
-            f"{_named(question, first.value)} scores {score} ({low} to {high}) on {labels.plural(first.seeds, 'seed')}"
-        )
-    rest = [level for level in found.levels if level.standing != "chosen"]
-    rest.sort(key=lambda level: abs(level.mean - first.mean))
+def _evidence(experiment: Experiment, question: Question, found: Comparison) -> str:
+    """How far each other value is from the chosen one, nearest first."""
+    first, rest = found.chosen, sorted(found.others, key=lambda level: abs(level.mean - found.chosen.mean))
+    name = _named(question, first.value)
+    text = f"Against {name}, the winner's: "
+    if first.collapsed:
+        text = f"{name} is unstable: {first.collapsed} of its {first.seeds} seeds collapsed. "
+    elif first.score is None:
+        text = f"{name} reached {labels.score(experiment.metric, first.mean)} with one seed: chance is not known. "
     parts = [_beside(experiment, question, found, level) for level in rest[:MOST_VALUES]]
-    more = f"; {len(rest) - MOST_VALUES} more are further behind" if len(rest) > MOST_VALUES else ""
-    return f"{labels.capital('; '.join([text, *parts]))}{more}."
+    more = [level for level in rest[MOST_VALUES:] if level.standing != "worse"]
+    tail = f"; {len(rest) - MOST_VALUES} more" if len(rest) > MOST_VALUES else ""
+    tail += f", {len(more)} of them not told apart" if more else " are worse" if tail and first.score else ""
+    return f"{labels.capital(text)}{'; '.join(parts)}{tail}."
 
 
-def _beside(experiment: Experiment, question: Question, found: Contest, level: Level) -> str:
+def _beside(experiment: Experiment, question: Question, found: Comparison, level: Level) -> str:
     name = _named(question, level.value)
+    if level.standing == "unstable":
+        return f"{name} is unstable, {level.collapsed} of {level.seeds} seeds collapsed"
     if not level.fair:
         return f"{name} was tried only beside other settings"
-    if level.ahead is None:
-        gap = labels.score(experiment.metric, abs(level.mean - found.chosen.mean))
-        return f"{name} is {gap} behind" if level.mean != found.chosen.mean else f"{name} ties with it"
-    value, (low, high) = level.ahead.value, level.ahead.interval(0.025)
-    shown = [labels.score(experiment.metric, end) for end in (value, low, high)]
+    lead = found.chosen.mean - level.mean if level.ahead is None else level.ahead.value
+    if level.ahead is None and experiment.direction == "minimize":
+        lead = -lead
+    gap = labels.score(experiment.metric, abs(lead))
+    text = f"{name} is {gap} {'behind' if lead >= 0 else 'ahead'}"
+    if level.interval is None:
+        return text
+    low, high = (labels.signed(experiment.metric, -end) for end in reversed(level.interval))
+    margin = labels.score(experiment.metric, found.margin)
     verdict = {
         "worse": "worse",
-        "as good": f"as good, less than {labels.score(experiment.metric, found.margin)} behind",
+        "better": "better",
+        "tied": f"tied, less than {margin} apart",
         "open": "not told apart",
     }[level.standing]
-    return f"{name} is behind by {shown[0]} ({shown[1]} to {shown[2]}): {verdict}"
+    return f"{text} ({low} to {high}), {verdict}"
 
 
-def _cost(question: Question, found: Contest, runs: pd.DataFrame) -> str:
-    """What the chosen value's runs cost, and the cheapest other's where that differs."""
-    done = runs[runs["score"].notna()]
-    text = _cost_of(done[done[question.column] == found.chosen.value])
-    others = [level for level in found.levels if level.standing != "chosen"]
-    cheapest = min(others, key=lambda level: _load(done[done[question.column] == level.value]))
-    other = done[done[question.column] == cheapest.value]
+def _cost(question: Question, taken: Level, found: Comparison, runs: pd.DataFrame) -> str:
+    """What the value's runs cost, and the cheapest other's where that differs."""
+    text = _cost_of(_done(found, taken, runs))
+    others = [level for level in found.levels if level is not taken]
+    cheapest = min(others, key=lambda level: _load(_done(found, level, runs)))
     if question.column in ("rank", "targets", "batch_size"):
-        return f"{text}; {_named(question, cheapest.value)}: {_cost_of(other)}"
+        return f"{text}; {_named(question, cheapest.value)}: {_cost_of(_done(found, cheapest, runs))}"
     return f"{text}; no value costs more than another"
+
+
+def _done(found: Comparison, level: Level, runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs of a value that have a score."""
+    return runs[runs["score"].notna() & (runs[found.column] == level.value)]
 
 
 def _load(runs: pd.DataFrame) -> float:

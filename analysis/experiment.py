@@ -12,10 +12,12 @@ import pandas as pd
 
 from analysis import stats
 from analysis.labels import LR, RANK
+from analysis.levels import Comparison, compare_values, expected
 from analysis.load import Tables, load
 from analysis.records import parsed_recipe
 from analysis.rows import as_trials, param_columns
 from analysis.sources import DEFAULT_METRIC
+from analysis.stats_seeds import Held
 from harness import metrics
 from harness.errors import UserError
 from harness.rundir import Status
@@ -142,8 +144,25 @@ class Experiment:
 
     @cached_property
     def best(self) -> stats.Best | None:
-        """The winning configuration, or None when none has all its seeds complete."""
+        """The winning configuration (see `stats.best_configuration`), or None when none has all its seeds complete."""
         return stats.best_configuration(self.trials, self.metric, self.direction, self.seeds)
+
+    @cached_property
+    def ranking(self) -> Comparison | None:
+        """The winning configuration against each other one; None without a winner."""
+        if not self.is_sweep or self.best is None:
+            return None
+        return compare_values(
+            self.tables.runs, "configuration", self.best.configuration, [], self.base,
+            maximize=self.direction == "maximize",
+        )  # fmt: skip
+
+    @cached_property
+    def expected(self) -> Held | None:
+        """The winner's score as it would be seen again, corrected for selection bias; None with one seed."""
+        if not self.is_sweep or self.best is None:
+            return None
+        return expected(self.tables.runs, self.base, maximize=self.direction == "maximize")
 
     @cached_property
     def axes(self) -> list[str]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from analysis import labels, next_sweep, rerun
-from analysis.decisions import UNKNOWN, UNTESTED, Decision
+from analysis.decisions import UNTESTED, Decision, Verdict
 from analysis.experiment import Experiment
-from analysis.stats import Interval
 from harness.rundir import Status
 
 # As many of the best are run again at most.
@@ -35,15 +34,16 @@ def next_step(experiment: Experiment, decisions: list[Decision]) -> Next:
         return Next(f"One run compares nothing. {first.next}", first.command)
     if rate is not None and rate.at_edge:
         return Next(f"The winner's learning rate is the last tested on its side. {rate.next}", rate.command)
-    rivals, confirmed = _rivals(experiment), bool(experiment.tables.runs["confirm"].fillna(False).any())
-    if rivals > 1 and not confirmed:
-        count = min(rivals, MOST_CONFIRMED)
+    ranking = experiment.ranking
+    confirmed = bool(experiment.tables.runs["confirm"].fillna(False).any())
+    if ranking is not None and not confirmed and (near := len(ranking.others) - len(ranking.of("worse"))):
+        count = min(near + 1, MOST_CONFIRMED)
         why = f"The best {labels.plural(count, 'configuration')} are not told apart. Run each again on fresh seeds."
         return Next(why, next_sweep.confirm(experiment, count))
-    for verdict in (UNKNOWN, UNTESTED):
+    asked: dict[Verdict, str] = {"open": "is left open", UNTESTED: "was not asked"}
+    for verdict, why in asked.items():
         found = next((one for one in decisions if one.verdict == verdict), None)
         if found is not None:
-            why = "is left open" if verdict == UNKNOWN else "was not asked"
             return Next(f'"{found.question}" {why}. {found.next}', found.command)
     return Next("Every question asked here is settled: a longer run, or another task, is what would tell more.", None)
 
@@ -63,10 +63,3 @@ def _none_complete(experiment: Experiment) -> Next:
     return Next(
         why, next_sweep.again(experiment, experiment.seeds) if experiment.is_sweep else rerun.command(experiment, ".")
     )
-
-
-def _rivals(experiment: Experiment) -> int:
-    """How many of the leading configurations' intervals meet the winner's, itself included."""
-    ranked = experiment.configurations[experiment.configurations["whole"]]
-    spans = [Interval(row["low"], row["high"], "") for _, row in ranked.iterrows() if row["low"] == row["low"]]
-    return sum(span.overlaps(spans[0]) for span in spans)

@@ -75,4 +75,4 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str):
         return json.loads(value) if value.startswith("[") else value
     number = float(value)
-    return int(number) if number.is_integer() and abs(number) >= 1 else number
+    return int(number) if number.is_integer() else number

@@ -8,8 +8,9 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import labels, stats
+from analysis import labels
 from analysis.experiment import Experiment
+from analysis.levels import COLLAPSE_SHARE, COLLAPSE_SPREAD, COMPETING, GAIN_SHARE, could_collapse
 from harness import metrics
 
 SHOWN_PROBLEMS = 12
@@ -83,49 +84,66 @@ def method(experiment: Experiment) -> list[str]:
         lines.append(f"It is measured by sampling: {_sampling(experiment)}. A run's score is its last evaluation's.")
     if experiment.is_sweep:
         lines.append(
-            "Configurations are ranked by their mean over seeds. Only those whose every seed is COMPLETE are ranked; a "
-            "failed, pruned or running trial never counts as a score, whatever it logged. Equal means share a rank."
+            "Configurations are ranked by their mean over seeds. Those run again on fresh seeds (--confirm), which had "
+            "no part in the choice, come first, ranked by their mean over these. Only those whose every seed is "
+            "COMPLETE are ranked: a failed, pruned or running trial never counts as a score, whatever it logged. Equal "
+            "means share a rank."
         )
-    lines += _interval_method(experiment)
+    lines.append(_interval_method(experiment))
     if experiment.is_sweep:
-        lines += [_winner_method(experiment), _decision_method()]
+        lines += [_winner_method(experiment), _decision_method(), _collapse_method()]
     return lines
+
+
+def _interval_method(experiment: Experiment) -> str:
+    if len(experiment.seeds) > 1:
+        return (
+            "Every interval is 95% and over seeds, by Student's t: it holds chance in training, in sampling and in the "
+            "problems as far as seeds show them. A table or bar shows the plain range of a configuration's seeds. The "
+            "base, which does not depend on the seed, has Wilson's interval over the problems."
+        )
+    if not experiment.problems:
+        return "No interval: there is one seed, and the score is not a share of right answers that can be counted."
+    return (
+        f"Every interval is 95%, Wilson's for {experiment.problems} problems: it holds chance in the problems and in "
+        "sampling. Chance in training takes several seeds to see."
+    )
 
 
 def _winner_method(experiment: Experiment) -> str:
     flattered = (
-        "The winner is picked by the very score shown, so that this score flatters it: the more configurations are "
-        "close, the more (the winner's curse)."
+        "The winner is picked by the very score shown, which is too high for that: the more configurations are close, "
+        "the more (selection bias, the winner's curse)."
     )
-    if len(experiment.seeds) < 2:
+    if experiment.expected is None:
         return f"{flattered} With one seed, scores are drawn to their mean as far as chance explains their spread."
     return (
-        f"{flattered} The score expected when it is run again is free of that: fresh seeds, which had no part in the "
-        "choice (--confirm), score it, or else each seed scores the configuration that the other seeds choose. Its "
-        "interval is 95%, by Student's t, over seeds, widened where several configurations compete; chance is pooled "
-        "over the configurations that kept 75% of the best gain."
+        f"{flattered} The score expected when it is run again is corrected for it: each seed, a fresh one where there "
+        "are such, scores the configuration that the other seeds choose. The interval is widened where several "
+        f"configurations compete; chance is pooled over those that kept {COMPETING:.0%} of the best gain."
     )
 
 
 def _decision_method() -> str:
     return (
-        "Decisions compare the values of one setting, each at its best among the other settings and free of that "
-        "choice as above. Chance is pooled over configurations that kept 75% of the best gain. A value is worse where "
-        "a two-sided test at 5% tells it from the winner's, as good where it is behind by less than a tenth of what "
-        "training gained (a one-sided test at 5%), and otherwise not told apart; one that was never tried beside the "
-        "winner's other settings, nor over learning rates of its own, is not judged."
+        "Decisions compare the values of one setting, each at its best among the other settings and corrected for that "
+        "choice as above. Intervals of the differences hold together with 95% over all pairs of a question's values "
+        "(Tukey and Kramer), with Satterthwaite's degrees of freedom and a value's own noise where it is above the "
+        "average: at most 5% of sweeps call a value worse that is not. A value is worse where its interval excludes "
+        f"the winner's, and tied where it lies within {GAIN_SHARE:.0%} of what training gained. One that was never "
+        "tried beside the winner's other settings, nor over learning rates of its own, is not judged. A learning rate "
+        "is decided as a range, outside of which every rate tested is worse."
     )
 
 
-def _interval_method(experiment: Experiment) -> list[str]:
-    many = f"From {stats.MIN_BOOTSTRAP_SEEDS} seeds on, the interval of a mean is a bootstrap over seeds."
-    if not experiment.problems:
-        return [f"No interval over problems: the score is not a share of right answers that can be counted. {many}"]
-    wilson = f"Intervals are 95%, Wilson's for {experiment.problems} problems: chance in the problems and in sampling"
-    if not experiment.is_sweep:
-        return [f"{wilson}. Chance in training takes several seeds to see."]
-    shared = "The seeds share these problems, so several seeds count as one draw of them."
-    return [f"{wilson}, not chance in training, which the seeds' range shows. {shared} {many}"]
+def _collapse_method() -> str:
+    return (
+        f"A seed has collapsed when it lost {COLLAPSE_SHARE:.0%} of what its configuration's best seed gained, and "
+        f"over {COLLAPSE_SPREAD:g} times the spread of other configurations' seeds. A value of which no configuration "
+        "is free of that is unstable: it is never best, and not compared. That no seed collapsed says little with few "
+        f"seeds: with 95% confidence, 2 leave up to {could_collapse(2):.0%} that could, 3 {could_collapse(3):.0%}, "
+        f"10 {could_collapse(10):.0%}."
+    )
 
 
 def provenance(experiment: Experiment) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ import pandas as pd
 from analysis import labels, stats, stats_seeds
 from analysis.experiment import Experiment
 from analysis.labels import LR, MAIN_KEYS, RANK, TARGETS
-from analysis.levels import COMPETING
+from analysis.levels import COLLAPSE_BOUND, collapsed_seeds, could_collapse, seeds_to_bound
 from analysis.records import lookup
 from analysis.stats_tests import Estimate
 from harness import metrics
@@ -42,11 +42,11 @@ def answer(experiment: Experiment) -> Answer:
     if experiment.is_sweep:
         return _sweep_answer(experiment, values, shown)
     score = float(trial[experiment.metric])
-    found = stats.interval([score], experiment.problems)
+    found = stats.spread([score], experiment.problems)
     title = (
         f"{labels.capital(labels.settings(values))} reached {_scored(experiment, score, found)}{_against(experiment)}."
     )
-    return Answer(title, shown, _tiles(experiment, score, found, 1), [_clear_of_base(experiment, score, found)])
+    return Answer(title, shown, _tiles(experiment, score, found, 1), [_clear_of_base(experiment, score)])
 
 
 def settings_of(experiment: Experiment, trial: pd.Series) -> dict[str, Any]:
@@ -61,35 +61,13 @@ def settings_of(experiment: Experiment, trial: pd.Series) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def expected(experiment: Experiment) -> stats_seeds.Held | None:
-    """The winner's score as it would be seen again, free of having been picked by it; None with one seed."""
-    if not experiment.is_sweep or experiment.best is None:
-        return None
-    runs = experiment.tables.runs
-    # Chance is that of what competes: seeds differ otherwise where training hardly works.
-    found = stats_seeds.winner(runs[runs["configuration"].isin(_competing(experiment))],
-                               maximize=experiment.direction == "maximize")  # fmt: skip
-    return found.held if found is not None and found.configuration == experiment.best.configuration else None
-
-
-def _competing(experiment: Experiment) -> list[int]:
-    """The configurations that kept a good share of the best gain over the base, or else over the worst."""
-    whole = experiment.configurations[experiment.configurations["whole"]]
-    sign = 1.0 if experiment.direction == "maximize" else -1.0
-    means = sign * whole["mean"]
-    floor = float(means.min()) if experiment.base is None else sign * experiment.base
-    kept = means >= floor + COMPETING * max(0.0, float(means.max()) - floor)
-    return [int(number) for number in whole.loc[kept | (means == means.max()), "configuration"]]
-
-
-def winner_interval(experiment: Experiment) -> stats.Interval | None:
-    """The interval of the winner's mean, or of a single run's score; None where there is no basis for one."""
+def winner_interval(experiment: Experiment) -> tuple[float, float] | None:
+    """The 95% interval of the winner's score: over its seeds, else over the problems; None where there is no basis."""
+    if experiment.expected is not None:
+        return ends(experiment, experiment.expected.estimate)
     trial = experiment.best_trial()
-    if trial is None:
-        return None
-    if experiment.is_sweep:
-        return _interval_of(experiment.configurations.iloc[0])
-    return stats.interval([float(trial[experiment.metric])], experiment.problems)
+    found = None if trial is None else stats.spread([float(trial[experiment.metric])], experiment.problems)
+    return None if found is None or len(experiment.seeds) > 1 else (found.low, found.high)
 
 
 def ends(experiment: Experiment, estimate: Estimate) -> tuple[float, float]:
@@ -141,24 +119,42 @@ def standing(experiment: Experiment) -> str:
 
 
 def _sweep_answer(experiment: Experiment, values: dict[str, Any], shown: list[tuple[str, str, bool]]) -> Answer:
-    ranked = experiment.configurations[experiment.configurations["whole"]]
+    best, ranked = experiment.best, experiment.configurations[experiment.configurations["whole"]]
+    assert best is not None
     first = ranked.iloc[0]
-    score, found = float(first["mean"]), _interval_of(first)
-    reached = f"{_scored(experiment, score, found)}{_against(experiment)}."
-    level = int((ranked["mean"] == score).sum()) - 1
-    won = f"shares first place with {labels.plural(level, 'other')}" if level else "won"
+    one = stats.spread([best.score], experiment.problems) if best.seeds == 1 else None
+    reached = f"{_scored(experiment, best.score, one)}{_against(experiment)}."
+    won = f"shares first place with {labels.plural(len(best.ties), 'other')}" if best.ties else "won"
+    if best.confirmed:
+        won = f"{'scored best' if not best.ties else won} on {best.seeds} fresh seeds"
     title = f"Of {len(ranked)} configurations, {labels.settings(values)} {won}: {reached}"
     if len(ranked) == 1:
         title = f"Only one configuration is complete: {labels.settings(values)}, with {reached}"
     sentences = [
+        *_overturned(experiment, ranked),
         _again(experiment, ranked),
         _seeds(experiment, first),
-        _clear_of_base(experiment, score, found),
+        _clear_of_base(experiment, best.score),
         *_runner_up(experiment, ranked),
         *_edge(experiment, values),
         *_unranked(experiment),
     ]
-    return Answer(title, shown, _tiles(experiment, score, found, int(first["n"])), [s for s in sentences if s])
+    return Answer(title, shown, _tiles(experiment, best.score, one, best.seeds), [s for s in sentences if s])
+
+
+def _overturned(experiment: Experiment, ranked: pd.DataFrame) -> list[str]:
+    """That the sweep ranked otherwise than the fresh seeds do."""
+    best = experiment.best
+    assert best is not None
+    if not best.confirmed or best.leader == best.configuration:
+        return []
+    leader = ranked[ranked["configuration"] == best.leader].iloc[0]
+    who = labels.settings({key: leader[key] for key in experiment.axes})
+    led = labels.score(experiment.metric, leader["mean"])
+    if pd.isna(leader["fresh"]):
+        return [f"{labels.capital(who)} led the sweep with {led} and was not run on the fresh seeds: confirm more."]
+    fresh = labels.score(experiment.metric, leader["fresh"])
+    return [f"The fresh seeds overturn the sweep: {who} led it with {led} and scored {fresh} on them."]
 
 
 def _no_answer(experiment: Experiment) -> Answer:
@@ -183,7 +179,12 @@ def _no_answer(experiment: Experiment) -> Answer:
 
 def _scored(experiment: Experiment, score: float, found: stats.Interval | None) -> str:
     text = f"{labels.metric(experiment.metric)} {labels.score(experiment.metric, score)}"
-    return f"{text} (95% interval {range_words(experiment, found)})" if found else text
+    return f"{text} ({_interval_words(experiment, found)})" if found else text
+
+
+def _interval_words(experiment: Experiment, found: stats.Interval) -> str:
+    """`95% interval over 512 problems: 0.266 to 0.349`."""
+    return f"{found.source}: {range_words(experiment, found.low, found.high)}"
 
 
 def _against(experiment: Experiment) -> str:
@@ -194,19 +195,19 @@ def _against(experiment: Experiment) -> str:
 def _tiles(
     experiment: Experiment, score: float, found: stats.Interval | None, seeds: int
 ) -> list[tuple[str, str, str]]:
-    name, base = labels.metric(experiment.metric), experiment.base
-    note = f"95% interval {range_words(experiment, found)}" if found else "no interval"
-    tiles = [(name, labels.score(experiment.metric, score), f"mean of {seeds} seeds; {note}" if seeds > 1 else note)]
+    name, base, held = labels.metric(experiment.metric), experiment.base, experiment.expected
+    kind = "fresh seeds" if experiment.best is not None and experiment.best.confirmed else "seeds"
+    note = _interval_words(experiment, found) if found else "no interval: one seed"
+    tiles = [(name, labels.score(experiment.metric, score), f"mean of {seeds} {kind}" if seeds > 1 else note)]
     if base is not None:
         there = experiment.base_interval
-        span = f"95% interval {range_words(experiment, there)}" if there else ""
         gain = labels.score(experiment.metric, score - base)
-        tiles.append(("base model", labels.score(experiment.metric, base), span))
+        tiles.append(("base model", labels.score(experiment.metric, base),
+                      _interval_words(experiment, there) if there else ""))  # fmt: skip
         tiles.append(("change", gain if gain.startswith("-") else f"+{gain}", "trained − base"))
-    held = expected(experiment)
     if held is not None:
         value = labels.score(experiment.metric, held.estimate.value)
-        tiles.append(("expected when run again", value, f"95% interval {_held_range(experiment, held)}, {held.how}"))
+        tiles.append(("expected when run again", value, f"95% interval {_held_range(experiment, held)}"))
     return tiles
 
 
@@ -216,69 +217,73 @@ def _held_range(experiment: Experiment, held: stats_seeds.Held) -> str:
 
 
 def _again(experiment: Experiment, ranked: pd.DataFrame) -> str:
-    """What to expect of the winner when it is run again: the best of several scores flatters itself."""
-    held, problems = expected(experiment), experiment.problems
+    """What to expect of the winner when it is run again, corrected for selection bias."""
+    held, problems = experiment.expected, experiment.problems
     if held is not None:
         value = labels.score(experiment.metric, held.estimate.value)
         return (
-            f"Run again, expect {value} (95% interval {_held_range(experiment, held)}, from {held.how}): "
-            "the best of several scores flatters itself, and this is free of that."
+            f"Run again, expect {value} (95% interval {_held_range(experiment, held)}), corrected for selection bias "
+            f"(winner's curse). It rests on {held.how}."
         )
     if len(ranked) < 4 or not problems or ranked["n"].max() > 1:
         return ""
     means = [float(mean) for mean in ranked["mean"]]
     variance = float(ranked["mean"].mean()) * (1 - float(ranked["mean"].mean())) / problems
     drawn = labels.score(experiment.metric, stats_seeds.shrunken(means, variance)[0])
-    return f"Run again, expect about {drawn}: the best of several scores flatters itself. One seed gives no interval."
+    return f"Run again, expect about {drawn}, corrected for selection bias (winner's curse). One seed: no interval."
 
 
-def _clear_of_base(experiment: Experiment, score: float, found: stats.Interval | None) -> str:
+def _clear_of_base(experiment: Experiment, score: float) -> str:
     base = experiment.base
     if base is None:
         return "The base was not evaluated before training, so the gain is unknown."
     if not experiment.better(score, base):
         return "That is no better than the base: training did not help."
-    there = experiment.base_interval
-    if found and there and found.overlaps(there):
+    found, there = winner_interval(experiment), experiment.base_interval
+    if found is None or there is None:
+        return ""
+    if found[0] <= there.high and there.low <= found[1]:
         return "Its interval and the base's overlap: the gain may be chance."
-    return "Its interval and the base's do not overlap: the gain is more than chance." if found and there else ""
+    return "Its interval and the base's do not overlap: the gain is more than chance."
 
 
 def _seeds(experiment: Experiment, first: pd.Series) -> str:
-    problems = f"{experiment.problems} held-out problems" if experiment.problems else "the held-out problems"
-    if first["n"] == 1:
-        return f"It rests on one seed and {problems}: how far seeds differ is not known."
+    """How far the winner's seeds differ, whether one collapsed, and how many still could."""
+    best = experiment.best
+    assert best is not None
+    runs, maximize = experiment.tables.runs, experiment.direction == "maximize"
+    collapsed, count = collapsed_seeds(runs, best.configuration, experiment.base, maximize=maximize)
+    if collapsed:
+        return f"It is unstable: {collapsed} of its {count} seeds collapsed, and lost more than half of the gain."
+    could = f"{could_collapse(count):.0%}"
+    if count == 1:
+        return f"It has one seed: how far seeds differ is not known, and up to {could} of them could collapse."
     low, high = (labels.score(experiment.metric, first[name]) for name in ("min", "max"))
-    return f"It rests on {first['n']} seeds, which gave {low} to {high}, and on {problems} for each."
+    text = f"Its {first['n']} seeds gave {low} to {high}. " if first["n"] > 1 else ""
+    return (
+        f"{text}None of its {count} seeds collapsed: with 95% confidence at most {could} would"
+        + (f"; {seeds_to_bound(COLLAPSE_BOUND)} such seeds bound that at {COLLAPSE_BOUND:.0%}."
+           if count < seeds_to_bound(COLLAPSE_BOUND) else ".")
+    )  # fmt: skip
 
 
 def _runner_up(experiment: Experiment, ranked: pd.DataFrame) -> list[str]:
-    if len(ranked) < 2:
+    ranking = experiment.ranking
+    if len(ranked) < 2 or ranking is None:
         return []
     first, second = ranked.iloc[0], ranked.iloc[1]
-    values = {key: second[key] for key in experiment.axes}
-    gap = labels.score(experiment.metric, abs(first["mean"] - second["mean"]))
-    behind = f"is {gap} behind" if first["mean"] != second["mean"] else "ties with it"
-    text = f"The runner-up ({labels.settings(values)}) {behind}"
-    if _interval_of(first) is None:
-        return [f"{text}; there is no basis for an interval, so whether that is chance is not known."]
-    near = [row for _, row in ranked.iloc[1:].iterrows() if _meets(first, row)]
-    if not _meets(first, second):
-        return [f"{text}, and their intervals do not overlap. {_caution(first, second)}".strip()]
-    if len(near) == 1:
-        return [f"{text}, and their intervals overlap: this sweep does not tell the two apart."]
-    more = labels.plural(len(near) - 1, "more configuration")
-    return [f"{text}, and their intervals overlap, as do those of {more}: this sweep does not tell them apart."]
-
-
-def _caution(first: pd.Series, second: pd.Series) -> str:
-    """What an interval over problems alone leaves open: chance in training."""
-    if min(first["n"], second["n"]) >= stats.MIN_BOOTSTRAP_SEEDS:
-        return ""
-    if min(first["n"], second["n"]) == 1:
-        return "That accounts for chance in the problems sampled; chance in training needs more seeds."
-    apart = first["min"] > second["max"] or first["max"] < second["min"]
-    return "Nor do the ranges of their seeds." if apart else "But the ranges of their seeds do."
+    gap = labels.score(experiment.metric, abs(first["score"] - second["score"]))
+    behind = f"is {gap} behind" if first["score"] != second["score"] else "ties with it"
+    if pd.isna(second["fresh"]) and pd.notna(first["fresh"]):
+        behind = "was not run on the fresh seeds"
+    text = f"The runner-up ({labels.settings({key: second[key] for key in experiment.axes})}) {behind}"
+    if ranking.chosen.score is None:
+        return [f"{text}. One seed does not tell configurations apart: chance in training is not known."]
+    near = len(ranking.others) - len(ranking.of("worse"))
+    if not near:
+        return [f"{text}. Every other configuration is told apart from the winner."]
+    others = labels.plural(len(ranked) - 1, "other configuration")
+    return [f"{text}. {near} of {others} {'is' if near == 1 else 'are'} not told apart from the winner."]
 
 
 def _edge(experiment: Experiment, values: dict[str, Any]) -> list[str]:
@@ -303,18 +308,9 @@ def _unranked(experiment: Experiment) -> list[str]:
     return [f"{few} {what} and cannot win; the table shows why."]
 
 
-def _meets(first: pd.Series, other: pd.Series) -> bool:
-    one, two = _interval_of(first), _interval_of(other)
-    return one is not None and two is not None and one.overlaps(two)
-
-
-def _interval_of(row: pd.Series) -> stats.Interval | None:
-    return stats.Interval(row["low"], row["high"], row["source"]) if pd.notna(row["low"]) else None
-
-
-def range_words(experiment: Experiment, found: stats.Interval) -> str:
-    """An interval's ends in words."""
-    return f"{labels.score(experiment.metric, found.low)} to {labels.score(experiment.metric, found.high)}"
+def range_words(experiment: Experiment, low: float, high: float) -> str:
+    """Two scores in words: `0.912 to 0.955`."""
+    return f"{labels.score(experiment.metric, low)} to {labels.score(experiment.metric, high)}"
 
 
 def _span(rates: tuple[float, ...]) -> str:

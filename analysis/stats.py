@@ -14,15 +14,13 @@ from analysis.rows import param_columns
 from harness.metrics import Direction
 from harness.rundir import Status
 
-# Below this many seeds a bootstrap over them is far too narrow to be called a 95% interval.
-MIN_BOOTSTRAP_SEEDS = 5
 # A learning rate is good when it keeps this share of the best gain over the base.
 GOOD_SHARE = 0.9
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A 95% interval and what its width accounts for (`source`)."""
+    """A range of scores, and what it is (`source`)."""
 
     low: float
     high: float
@@ -35,13 +33,18 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """The winning configuration: mean over its seeds, those tied with it, and how many it was chosen from."""
+    """The winning configuration and the score that it won by: over fresh seeds where it was confirmed.
+
+    `seeds` is how many that score rests on; `ties` have the same score; `leader` had the best mean in the sweep.
+    """
 
     configuration: int
-    mean: float
+    score: float
     seeds: int
     candidates: int
     ties: tuple[int, ...]
+    confirmed: bool
+    leader: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,27 +72,17 @@ class Basin:
 def wilson(share: float, problems: int) -> Interval:
     """Wilson's 95% interval of a share of right answers out of `problems` (Wilson 1927)."""
     result = stats.binomtest(round(share * problems), problems).proportion_ci(0.95, method="wilson")
-    return Interval(float(result.low), float(result.high), f"{problems} problems")
+    return Interval(float(result.low), float(result.high), f"95% interval over {problems} problems")
 
 
-def bootstrap(scores: Sequence[float]) -> Interval:
-    """95% percentile bootstrap interval of the mean over seeds; the same scores give the same interval."""
-    if len(set(scores)) == 1:
-        return Interval(scores[0], scores[0], f"{len(scores)} seeds")
-    result = stats.bootstrap((np.asarray(scores),), np.mean, method="percentile", rng=np.random.default_rng(0))
-    low, high = result.confidence_interval
-    return Interval(float(low), float(high), f"{len(scores)} seeds")
+def spread(scores: Sequence[float], problems: int | None) -> Interval | None:
+    """The range of a configuration's seeds, or Wilson's interval over the held-out problems of a single one.
 
-
-def interval(scores: Sequence[float], problems: int | None) -> Interval | None:
-    """The interval of a mean over seeds: over the seeds when there are enough of them, else over the problems.
-
-    All seeds answer the same problems, so several seeds count as one draw of problems: wide rather than too narrow.
     `problems` is None for a score that is not a share of right answers; None comes back when there is no basis.
     """
-    if len(scores) >= MIN_BOOTSTRAP_SEEDS:
-        return bootstrap(scores)
-    return wilson(float(np.mean(scores)), problems) if problems and len(scores) else None
+    if len(scores) > 1:
+        return Interval(min(scores), max(scores), f"range of {len(scores)} seeds")
+    return wilson(scores[0], problems) if problems and len(scores) else None
 
 
 def counts_right_answers(shares: Sequence[float], samples: int) -> bool:
@@ -97,37 +90,53 @@ def counts_right_answers(shares: Sequence[float], samples: int) -> bool:
     return all(abs(share * samples - round(share * samples)) < 0.01 and 0 <= share <= 1 for share in shares)
 
 
-def complete(trials: pd.DataFrame, metric: str) -> pd.DataFrame:
+def complete(trials: pd.DataFrame, metric: str, *, confirm: bool = False) -> pd.DataFrame:
     """The trials that ran to their end and have a score: the only ones that count; the last of a repeated seed.
 
-    Those that confirm a leading configuration on fresh seeds are no part of the ranking that chose it.
+    `confirm`: those that ran a leading configuration again on fresh seeds; else those of the sweep.
     """
     done = trials[(trials["status"] == Status.COMPLETE.value) & trials[metric].notna()]
     if "confirm" in done.columns:
-        done = done[~done["confirm"].astype(bool)]
+        done = done[done["confirm"].astype(bool) == confirm]
+    elif confirm:
+        done = done.iloc[:0]
     return done.sort_values("number").drop_duplicates(["configuration", "seed"], keep="last")
+
+
+def fresh_seeds(trials: pd.DataFrame) -> set[int]:
+    """The seeds on which leading configurations were run again."""
+    if "confirm" not in trials.columns:
+        return set()
+    return {int(seed) for seed in trials.loc[trials["confirm"].astype(bool), "seed"].dropna()}
 
 
 def by_configuration(
     trials: pd.DataFrame, metric: str, direction: Direction, seeds: Sequence[int], problems: int | None = None
 ) -> pd.DataFrame:
-    """One row per configuration, best first: mean, sd, min, max, interval (low, high), n of the seeds COMPLETE.
+    """One row per configuration, best first: mean, sd, min, max, spread (low, high), n of the seeds COMPLETE.
 
-    `whole` marks those with all `seeds` COMPLETE; the others follow, unranked (`rank` is NA). `last` is the mean of the
-    last scores seen, whatever the status. Equal means are ordered by configuration number and share a rank.
+    `whole` marks those with all `seeds` COMPLETE; the others follow, unranked (`rank` is NA). `fresh` is the mean over
+    fresh seeds, where two or more were run and all are COMPLETE; it ranks before the means of the sweep, and `score` is
+    it or the mean. `last` is the mean of the last scores seen, whatever the status. Equal scores are ordered by
+    configuration number and share a rank.
     """
-    rows = []
+    rows, again = [], fresh_seeds(trials)
     for number, group in trials.dropna(subset="configuration").groupby("configuration"):
-        done = complete(group, metric)
-        scores = [float(score) for score in done[metric]]
-        found = interval(scores, problems)
+        done, run_again = complete(group, metric), complete(group, metric, confirm=True)
+        scores, fresh = ([float(score) for score in table[metric]] for table in (done, run_again))
+        whole = bool(scores) and set(seeds) <= set(done["seed"])
+        known = whole and len(again) > 1 and again == set(run_again["seed"])
+        mean = float(np.mean(scores)) if scores else math.nan
+        found = spread(scores, problems)
         rows.append(
             {
                 "configuration": int(str(number)),
                 **{key: group[key].iloc[0] for key in param_columns(trials)},
                 "n": len(scores),
-                "whole": bool(scores) and set(seeds) <= set(done["seed"]),
-                "mean": float(np.mean(scores)) if scores else math.nan,
+                "whole": whole,
+                "mean": mean,
+                "fresh": float(np.mean(fresh)) if known else math.nan,
+                "score": float(np.mean(fresh)) if known else mean,
                 "sd": float(np.std(scores, ddof=1)) if len(scores) > 1 else math.nan,
                 "min": min(scores, default=math.nan),
                 "max": max(scores, default=math.nan),
@@ -138,30 +147,37 @@ def by_configuration(
                 "statuses": ", ".join(f"{n} {str(s).lower()}" for s, n in group["status"].value_counts().items()),
             }
         )
-    columns = ["configuration", *param_columns(trials), "n", "whole", "mean", "sd", "min", "max", "low", "high"]
-    table = pd.DataFrame(rows, columns=[*columns, "source", "last", "statuses"])
+    columns = ["configuration", *param_columns(trials), "n", "whole", "mean", "fresh", "score", "sd", "min", "max"]
+    table = pd.DataFrame(rows, columns=[*columns, "low", "high", "source", "last", "statuses"])
     table["whole"] = table["whole"].astype(bool)
-    ascending = direction == "minimize"
-    table["rank"] = table["mean"].where(table["whole"]).rank(method="min", ascending=ascending).astype("Int64")
-    order = ["whole", "mean", "configuration"]
-    return table.sort_values(order, ascending=[False, ascending, True], ignore_index=True)
+    ascending, confirmed = direction == "minimize", table["fresh"].notna()
+    ranks = table["score"].where(table["whole"]).groupby(confirmed).rank(method="min", ascending=ascending)
+    table["rank"] = (ranks + int(confirmed.sum()) * ~confirmed).astype("Int64")
+    return table.sort_values(["whole", "rank", "mean", "configuration"], ascending=[False, True, ascending, True],
+                             ignore_index=True)  # fmt: skip
 
 
 def best_configuration(
     trials: pd.DataFrame, metric: str, direction: Direction, seeds: Sequence[int] | None = None
 ) -> Best | None:
-    """The configuration with the best mean over seeds, among those with all seeds COMPLETE; None when there is none.
+    """The best configuration among those with all seeds COMPLETE; None when there is none.
 
-    `seeds` defaults to every seed in the table.
+    By the mean over fresh seeds where some were run again on them, else over the sweep's. `seeds` defaults to every
+    seed of the sweep in the table.
     """
-    wanted = sorted(set(trials["seed"].dropna())) if seeds is None else list(seeds)
+    wanted = sorted(set(trials["seed"].dropna()) - fresh_seeds(trials)) if seeds is None else list(seeds)
     ranked = by_configuration(trials, metric, direction, wanted)
     ranked = ranked[ranked["whole"]]
     if ranked.empty:
         return None
-    first = ranked.iloc[0]
-    ties = ranked[ranked["mean"] == first["mean"]]["configuration"].tolist()[1:]
-    return Best(int(first["configuration"]), float(first["mean"]), int(first["n"]), len(ranked), tuple(ties))
+    first, confirmed = ranked.iloc[0], bool(pd.notna(ranked["fresh"].iloc[0]))
+    ties = ranked[ranked["rank"] == first["rank"]]["configuration"].tolist()[1:]
+    leader = ranked.sort_values("mean", ascending=direction == "minimize", kind="stable").iloc[0]
+    led = first if first["mean"] == leader["mean"] else leader
+    return Best(
+        int(first["configuration"]), float(first["score"]), len(fresh_seeds(trials)) if confirmed else int(first["n"]),
+        len(ranked), tuple(ties), confirmed, int(led["configuration"]),
+    )  # fmt: skip
 
 
 def basin(points: pd.DataFrame, floor: float, direction: Direction) -> Basin:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
@@ -61,7 +60,7 @@ def improvement(first: Sequence[float], second: Sequence[float]) -> Interval:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A chosen cell's score as it would be seen again: `chosen` cells per fold, and how it was freed of the choice."""
+    """A chosen cell's score as it would be seen again: `chosen` cells per fold, and the seeds it rests on, in words."""
 
     estimate: Estimate
     chosen: tuple[int, ...]
@@ -129,38 +128,3 @@ def shrunken(means: Sequence[float], variance_of_mean: float) -> list[float]:
         return [float(value) for value in values]
     kept = max(0.0, 1 - (len(values) - 3) * variance_of_mean / spread)
     return [float(values.mean() + kept * (value - values.mean())) for value in values]
-
-
-@dataclass(frozen=True, slots=True)
-class Winner:
-    """The best configuration: its `mean`, which flatters it, and `held`, its score as it would be seen again."""
-
-    configuration: int
-    mean: float
-    held: Held | None
-
-
-def winner(runs: pd.DataFrame, *, maximize: bool = True) -> Winner | None:
-    """The configuration of a sweep with the best mean over its seeds; None where none has all of them.
-
-    `runs` has columns configuration, seed, score (NaN unless COMPLETE) and confirm, the last two as `load` gives them.
-    Fresh seeds (`confirm`) score it where it has two or more, else held-out seeds do; in the metric's own direction.
-    """
-    sign = 1.0 if maximize else -1.0
-    swept = runs[~runs["confirm"].astype(bool)]
-    table = swept.pivot_table(index="configuration", columns="seed", values="score", aggfunc="last", dropna=False)
-    scores = sign * table.to_numpy(float)
-    whole: NDArray[np.bool_] = np.asarray(np.isfinite(scores).all(axis=1))
-    if not whole.any():
-        return None
-    best = int(np.where(whole, scores.mean(axis=1), -np.inf).argmax())
-    number = int(str(table.index[best]))
-    kept = scores[whole]
-    df = float(len(kept) * (scores.shape[1] - 1))
-    variance = float(kept.var(axis=1, ddof=1).mean()) if df else float("nan")
-    again = runs[runs["confirm"].astype(bool) & (runs["configuration"] == number)]["score"].dropna()
-    held = confirmed((sign * again).tolist(), best, variance, df) if df else None
-    held = held or (held_out(scores, whole, variance, df) if df else None)
-    if held is not None and sign < 0:
-        held = replace(held, estimate=held.estimate.scaled(-1.0))
-    return Winner(number, float(sign * scores[best].mean()), held)

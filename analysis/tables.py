@@ -20,12 +20,16 @@ Sort = float | str | None
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column's title, how a row's cell reads, what it sorts by (by default its text), and whether it holds words."""
+    """A column's title, how a row's cell reads, what it sorts by (by default its text), and whether it holds words.
+
+    `drawn`: its cells show a bar as well (see `bars`).
+    """
 
     title: str
     cell: Callable[[pd.Series], str]
     words: bool = False
     sort: Callable[[pd.Series], Sort] | None = None
+    drawn: bool = False
 
     def key(self, row: pd.Series) -> Sort:
         """What a row sorts by in this column; None for a row without a value, which comes last either way."""
@@ -61,17 +65,20 @@ class Table:
 
 
 def configurations(experiment: Experiment) -> Table:
-    """Configurations ranked by their mean over seeds; those without all their seeds last and unranked."""
+    """Configurations, best first; those without all their seeds last and unranked.
+
+    With several seeds a row has their range, with one the interval over the held-out problems.
+    """
     score, many = _score(experiment), len(experiment.seeds) > 1
     columns = [
         _count("place", "rank"),
         Column(labels.metric(experiment.metric), lambda row: score(row["mean"]), sort=number("mean")),
-        *_axes(experiment.axes),
-        Column("95% interval", lambda row: _range(score, row["low"], row["high"]), sort=number("low")),
     ]
-    if many:
-        spread = Column("seeds' range", lambda row: _range(score, row["min"], row["max"]), sort=number("min"))
-        columns.append(spread)
+    if experiment.configurations["fresh"].notna().any():
+        columns.append(Column("on fresh seeds", lambda row: score(row["fresh"]), sort=number("fresh")))
+    columns += _axes(experiment.axes)
+    title = "seeds' range" if many else "95% interval"
+    columns.append(Column(title, lambda row: _range(score, row["low"], row["high"]), sort=number("low"), drawn=True))
     columns.append(_count("config", "configuration"))
     columns.append(Column("seeds" if many else "status", lambda row: _seeds(row, len(experiment.seeds)), words=True))
     winner = experiment.best.configuration if experiment.best else None

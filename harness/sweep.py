@@ -142,7 +142,7 @@ def _best(experiment: Experiment, trial: pd.Series | None) -> dict[str, Any] | N
         return None
     number = int(trial["number"])
     params = RunDir(experiment.path).trial(number).read_manifest()["trial"]["params"]
-    return {"configuration": best.configuration, "params": params, "metric": experiment.metric, "mean": best.mean,
+    return {"configuration": best.configuration, "params": params, "metric": experiment.metric, "mean": best.score,
             "seeds": best.seeds, "trial": number}  # fmt: skip
 
 

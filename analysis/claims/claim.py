@@ -108,7 +108,7 @@ class Claim:
         source = evidence.sources[0] if evidence is not None and len(evidence.sources) == 1 else None
         wanted = seeds_needed(found.effect, found.bound, found.seeds)
         if wanted is None or wanted > MOST_SEEDS:
-            return "the effect is too near the margin for more seeds to tell: a larger margin, or a longer run, would"
+            return f"the effect is so near the margin that more than {MOST_SEEDS} seeds would be needed to tell"
         return f"about {wanted} seeds: {self.command(wanted, source)}"
 
 

@@ -31,11 +31,12 @@ def two_thirds_of_the_flops(e: Evidence) -> Finding | Block:
     low, high = CLAIMED * (1 - TOLERANCE), CLAIMED * (1 + TOLERANCE)
     judged = every([within(effect, low, high) for effect in effects])
     outcome = Outcome(judged.holds, judged.fails, "arithmetic on the counted parameters")
-    near = sorted(rank for (rank, _), ratio in ratios.items() if ratio <= high)
-    span = f"up to rank {near[-1]} it is within the margin" if near else "no rank is within the margin"
+    shares = [size / e.model_parameters for (_, size), ratio in ratios.items() if low <= ratio <= high]
+    span = f"up to {max(shares):.1%} of the model's parameters" if shares else "of no size tried"
     reading = (
-        f"A pass takes {min(ratios.values()):.2f} to {max(ratios.values()):.2f} of full fine-tuning's FLOPs; {span}, "
-        f"and rank {furthest[0]} adds {furthest[1] / e.model_parameters:.0%} of the model's parameters.{_measured(e)}"
+        f"A pass takes {min(ratios.values()):.2f} to {max(ratios.values()):.2f} of full fine-tuning's FLOPs. Adapters "
+        f"{span} are within the margin; the one furthest from 2/3, of rank {furthest[0]}, has "
+        f"{furthest[1] / e.model_parameters:.1%} of them and takes {ratios[furthest]:.2f}.{_measured(e)}"
     )
     return Finding(
         Estimate(ratios[furthest], 0.0, math.inf), "of full fine-tuning's FLOPs", outcome, f"2/3 ± {TOLERANCE:.0%}",

@@ -19,10 +19,10 @@ BINS = 3
 
 
 def configurations(experiment: Experiment) -> pd.DataFrame:
-    """The configurations with a score, best first: configuration, n, whole, mean, low, high, rank, alpha, lr."""
+    """The configurations with a score, best first, by their mean: its columns, and rank, alpha and lr."""
     runs = experiment.tables.runs.dropna(subset=["configuration", "rank", "lr"])
     settings = runs.groupby("configuration")[["rank", "alpha", "lr"]].first()
-    scores = experiment.configurations[["configuration", "n", "whole", "mean", "low", "high"]]
+    scores = experiment.configurations[["configuration", "n", "whole", "mean", "low", "high", "source"]]
     table = scores.merge(settings, left_on="configuration", right_index=True)
     table = table[table["n"] > 0].astype({"rank": int, "n": int, "lr": float, "alpha": float})
     # Sorted again: of `configurations` those without all their seeds come last, whatever their mean.

@@ -102,7 +102,7 @@ def _reading(experiment: Experiment, found: Cells, binned: bool) -> str:
         near = int(((found.cells["mean"] >= best["low"]) & (found.cells["mean"] <= best["high"])).sum()) - 1
         interval = f"{labels.score(metric, best['low'])} to {labels.score(metric, best['high'])}"
         others = f"{near} more {'is' if near == 1 else 'are'}" if near else "no other is"
-        parts[0] += f"; {others} within its 95% interval, {interval}"
+        parts[0] += f"; {others} within its {best['source']}, {interval}"
     parts[0] += "."
     if len(set(experiment.axes) - {found.key, labels.LR}):
         parts.append("A cell shows its best configuration, so other settings differ between cells.")

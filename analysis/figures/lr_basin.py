@@ -108,7 +108,7 @@ def _reading(experiment: Experiment, rates: Rates) -> str:
             )
             for top in each(rates.tops)
         ]
-        interval = f", 95% intervals from {rates.source}" if told and rates.source else ""
+        interval = f", in brackets the {rates.source}" if told and rates.source else ""
         seeds = sorted(set(rates.tops["n"]))
         count = labels.plural(seeds[0], "seed") if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
         parts.append(f"Best rate tested, mean over {count}{interval}: {labels.listed(bests)}.")
@@ -239,7 +239,7 @@ def _handles(rates: Rates, ranks: list[int], look: Look) -> list[Line2D]:
     if rates.tops["edge"].notna().any():
         marks.append((">", ink, "best at the grid's edge"))
     if rates.source:
-        marks.append(("|", ink, f"95% from {rates.source}"))
+        marks.append(("|", ink, rates.source))
     for marker, face, text in marks:
         handles.append(Line2D([], [], color=ink, marker=marker, markerfacecolor=face, linestyle="", label=text))
     return handles

@@ -323,7 +323,7 @@ def test_accuracy_and_loss_each_pick_their_own_end(tmp_path: Path, maximize: boo
     made_of = report.write([made(trials, metric=metric, maximize=maximize)], tmp_path)
     assert made_of.answer.startswith(f"Of 3 configurations, rank {wins}")
     rank = next(line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("| Which rank?"))
-    assert rank.split(" | ")[1:3] == [str(wins), "certain"]
+    assert rank.split(" | ")[1:3] == [str(wins), "best"]
 
 
 def test_a_run_whose_manifest_is_damaged_has_a_page_that_says_so(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ class Trial:
     reason: str | None = None
     last_step: int = 50
     completion: str = "3 + 4 = 7\n#### 7"
+    confirm: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ def write_sweep(root: Path, sweep: Sweep, name: str = "lora_sweep") -> Path:
             "configuration": trial.configuration,
             "seed": trial.seed,
             "params": trial.params,
+            "confirm": trial.confirm,
         }
         one = recipes.with_values(plain, values)
         kept = [item for item in sweep.overrides if item.split("=")[0] not in values and not item.startswith("sweep.")]

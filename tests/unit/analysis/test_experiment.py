@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from analysis import reading
+from analysis.decisions import decisions
 from analysis.experiment import Experiment
 from harness.rundir import Status
 from tests.unit.analysis.synthetic import (
@@ -71,14 +72,17 @@ def test_answer_names_settings_swept_or_not_scores_and_doubt(experiment: Experim
     found = reading.answer(experiment)
     assert found.title == (
         "Of 4 configurations, rank 8, alpha 32, learning rate 1e-3, target modules all-linear won: "
-        "held-out accuracy 0.910 (95% interval 0.882 to 0.932), against the base's 0.291."
+        "held-out accuracy 0.910, against the base's 0.291."
     )
     assert ("alpha", "32", False) in found.settings
     assert ("learning rate", "1e-3", True) in found.settings
     text = " ".join(found.sentences)
-    assert "2 seeds, which gave 0.900 to 0.920, and on 512 held-out problems" in text
+    assert (
+        "Its 2 seeds gave 0.900 to 0.920. None of its 2 seeds collapsed: with 95% confidence at most 78% would; 14"
+        in text
+    )
     assert "The runner-up (rank 8, learning rate 3e-4, target modules all-linear) is 0.061 behind" in text
-    assert "their intervals do not overlap. Nor do the ranges of their seeds." in text
+    assert "1 of 3 other configurations is not told apart from the winner." in text
     assert "2 more configurations did not complete on every seed and cannot win" in text
 
 
@@ -86,8 +90,52 @@ def test_a_near_tie_is_said_to_be_one(tmp_path: Path) -> None:
     scores = [0.90, 0.89, 0.88]
     trials = [Trial(i, 0, params(2**i, 1e-3), score) for i, score in enumerate(scores)]
     text = reading.answer(Experiment.open(write_sweep(tmp_path, Sweep(trials, seeds=[0])))).text()
-    assert "intervals overlap, as do those of 1 more configuration: this sweep does not tell them apart" in text
-    assert "one seed" in text
+    assert "The runner-up (rank 2) is 0.010 behind. One seed does not tell configurations apart" in text
+    assert "It has one seed: how far seeds differ is not known, and up to 95% of them could collapse." in text
+
+
+def confirmed(tmp_path: Path, scores: dict[int, tuple[list[float], list[float]]], seeds: list[int]) -> Experiment:
+    """A sweep over ranks, some run again on fresh seeds: the scores of the sweep's seeds and of fresh ones, by rank."""
+    trials = [
+        Trial(place, 100 * fresh + seed, params(rank, 1e-3), score, confirm=bool(fresh))
+        for fresh in (0, 1)
+        for place, (rank, both) in enumerate(scores.items())
+        for seed, score in enumerate(both[fresh])
+    ]
+    return Experiment.open(write_sweep(tmp_path, Sweep(trials, seeds=seeds)))
+
+
+def test_fresh_seeds_that_overturn_the_sweep_are_the_answer(tmp_path: Path) -> None:
+    found = confirmed(tmp_path, {8: ([0.93, 0.95], [0.70, 0.72]), 1: ([0.90, 0.90], [0.90, 0.92])}, [0, 1])
+    answer = reading.answer(found)
+    assert answer.title.startswith("Of 2 configurations, rank 1, alpha 32, learning rate 1e-3")
+    assert "scored best on 2 fresh seeds: held-out accuracy 0.910" in answer.title
+    assert "The fresh seeds overturn the sweep: rank 8 led it with 0.939 and scored 0.710" in answer.sentences[0]
+    rank = next(one for one in decisions(found) if one.question == "Which rank?")
+    assert (rank.value, rank.verdict) == ("1", "best")
+    assert "rank 8 is 0.200 behind" in rank.evidence.lower()
+    assert found.configurations["configuration"].tolist() == [1, 0]
+    assert found.configurations["fresh"].tolist() == pytest.approx([0.91, 0.71], abs=2e-3)
+
+
+def test_fresh_seeds_tell_what_one_seed_could_not(tmp_path: Path) -> None:
+    found = confirmed(tmp_path, {8: ([0.83], [0.754, 0.799]), 1: ([0.70], [])}, [0])
+    assert found.expected is not None
+    assert found.expected.estimate.value == pytest.approx(0.7765, abs=2e-3)
+    text = reading.answer(found).text()
+    assert "scored best on 2 fresh seeds: held-out accuracy 0.776" in text
+    assert "0.830" not in text
+    assert "one seed" not in text.lower()
+
+
+def test_a_winner_of_which_a_seed_collapsed_is_called_unstable(tmp_path: Path) -> None:
+    scores = {0: [0.9, 0.92, 0.31], 1: [0.6, 0.61, 0.62], 2: [0.5, 0.51, 0.52]}
+    trials = [Trial(c, s, params(2**c, 1e-3), score) for c, row in scores.items() for s, score in enumerate(row)]
+    found = Experiment.open(write_sweep(tmp_path, Sweep(trials, seeds=[0, 1, 2])))
+    assert found.best is not None
+    assert found.best.configuration == 0
+    assert "It is unstable: 1 of its 3 seeds collapsed" in reading.answer(found).text()
+    assert "best" not in {one.verdict for one in decisions(found)}
 
 
 def test_equal_means_are_called_a_tie(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
@@ -10,7 +9,6 @@ from hypothesis import strategies as st
 
 from analysis import stats
 from analysis.experiment import Experiment
-from analysis.stats import Interval
 from tests.unit.analysis.synthetic import LR
 
 METRIC = "eval/accuracy"
@@ -43,28 +41,11 @@ def test_wilson_stays_within_0_and_1_around_the_share(case: tuple[int, int]) -> 
     assert right / problems - 1e-12 <= found.high <= 1
 
 
-def test_bootstrap_covers_the_mean_about_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(1)
-    hits = 0
-    for _ in range(60):
-        found = stats.bootstrap(rng.normal(0.9, 0.02, 20).tolist())
-        hits += found.low <= 0.9 <= found.high
-    assert hits >= 50
-
-
-def test_bootstrap_is_the_same_each_time_and_a_point_for_equal_scores() -> None:
-    scores = [0.9, 0.8, 0.85, 0.87, 0.91]
-    assert stats.bootstrap(scores) == stats.bootstrap(scores)
-    assert stats.bootstrap([0.5] * 5) == Interval(0.5, 0.5, "5 seeds")
-
-
-def test_few_seeds_use_the_problems_and_many_the_seeds() -> None:
-    few, many = stats.interval([0.9, 0.8], 512), stats.interval([0.9, 0.8, 0.85, 0.86, 0.84], 512)
-    assert few == stats.wilson(0.85, 512)
-    assert many is not None
-    assert many.source == "5 seeds"
-    assert stats.interval([0.9, 0.8], None) is None
-    assert stats.interval([], 512) is None
+def test_several_seeds_have_a_range_and_one_an_interval_over_problems() -> None:
+    assert stats.spread([0.9, 0.8, 0.85], 512) == stats.Interval(0.8, 0.9, "range of 3 seeds")
+    assert stats.spread([0.85], 512) == stats.wilson(0.85, 512)
+    assert stats.spread([0.9], None) is None
+    assert stats.spread([], 512) is None
 
 
 def test_a_graded_score_is_no_count_of_right_answers() -> None:
@@ -78,7 +59,7 @@ def test_the_mean_over_seeds_decides_not_the_luckiest_seed() -> None:
         [(0, 0, "COMPLETE", 0.99), (0, 1, "COMPLETE", 0.5), (1, 0, "COMPLETE", 0.8), (1, 1, "COMPLETE", 0.8)]
     )
     best = stats.best_configuration(trials, METRIC, "maximize")
-    assert best == stats.Best(configuration=1, mean=0.8, seeds=2, candidates=2, ties=())
+    assert best == stats.Best(1, score=0.8, seeds=2, candidates=2, ties=(), confirmed=False, leader=1)
 
 
 def test_the_better_end_is_the_directions() -> None:
@@ -118,12 +99,23 @@ def test_ties_are_named_and_share_a_rank() -> None:
     assert ranked["rank"].tolist() == [1, 1, 3]
 
 
-def test_trials_that_confirm_a_leader_have_no_part_in_the_ranking() -> None:
+def test_one_fresh_seed_is_too_few_to_decide() -> None:
     trials = table([(0, 0, "COMPLETE", 0.5), (1, 0, "COMPLETE", 0.6), (1, 100, "COMPLETE", 0.1)])
     trials["confirm"] = [False, False, True]
     best = stats.best_configuration(trials, METRIC, "maximize", [0])
     assert best is not None
-    assert (best.configuration, best.mean) == (1, 0.6)
+    assert (best.configuration, best.score, best.confirmed) == (1, 0.6, False)
+
+
+def test_fresh_seeds_rank_the_leaders_that_were_run_on_all_of_them() -> None:
+    swept = [(c, 0, "COMPLETE", score) for c, score in enumerate((0.9, 0.8, 0.7, 0.6))]
+    fresh = [(c, seed, "COMPLETE", score) for c, score in enumerate((0.5, 0.65)) for seed in (100, 101)]
+    trials = table([*swept, *fresh, (2, 100, "COMPLETE", 0.99), (2, 101, "FAILED", 0.99)])
+    trials["confirm"] = trials["seed"] >= 100
+    best = stats.best_configuration(trials, METRIC, "maximize")
+    assert best == stats.Best(1, score=0.65, seeds=2, candidates=4, ties=(), confirmed=True, leader=0)
+    ranked = stats.by_configuration(trials, METRIC, "maximize", [0])
+    assert ranked[["configuration", "rank"]].values.tolist() == [[1, 1], [0, 2], [2, 3], [3, 4]]
 
 
 def test_a_seed_run_again_counts_once_the_later_run() -> None:
@@ -139,7 +131,7 @@ def test_summary_of_the_example(experiment: Experiment) -> None:
     first = ranked.iloc[0]
     assert first["mean"] == pytest.approx(0.91, abs=1e-3)
     assert first["sd"] == pytest.approx(0.02 / math.sqrt(2), abs=1e-3)
-    assert (first["low"], first["high"]) == pytest.approx((0.882, 0.932), abs=1e-3)
+    assert (first["low"], first["high"]) == pytest.approx((0.900, 0.920), abs=1e-3)
     assert ranked.iloc[4]["statuses"] == "1 complete, 1 running"
 
 

@@ -8,6 +8,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from analysis import stats_seeds
+from analysis.levels import expected
 
 RNG = np.random.default_rng(5)
 
@@ -101,39 +102,20 @@ def sweep(scores: list[list[float]], fresh: dict[int, list[float]] | None = None
     """A table of runs: a list of scores by seed per configuration, and those of fresh seeds."""
     rows = [(c, s, score, False) for c, row in enumerate(scores) for s, score in enumerate(row)]
     rows += [(c, 100 + s, score, True) for c, row in (fresh or {}).items() for s, score in enumerate(row)]
-    return pd.DataFrame(rows, columns=["configuration", "seed", "score", "confirm"])
+    return pd.DataFrame(rows, columns=["configuration", "seed", "score", "confirm"]).assign(full=False)
 
 
 def test_a_winner_is_scored_by_the_seeds_that_did_not_choose_it() -> None:
-    found = stats_seeds.winner(sweep([[0.9, 0.6, 0.75], [0.7, 0.7, 0.7], [0.1, 0.2, 0.1]]))
+    found = expected(sweep([[0.9, 0.6, 0.75], [0.7, 0.7, 0.7], [0.1, 0.2, 0.1]]), 0.0, maximize=True)
     assert found is not None
-    assert found.configuration == 0
-    assert found.mean == pytest.approx(0.75)
-    assert found.held is not None
     # Without its seed of 0.9 configuration 0 would not have been chosen: the second's 0.7 stands for that seed.
-    assert found.held.estimate.value == pytest.approx((0.7 + 0.6 + 0.75) / 3)
+    assert found.estimate.value == pytest.approx((0.7 + 0.6 + 0.75) / 3)
+    assert found.how == "3 seeds, each scoring what the others choose"
 
 
-def test_a_winner_confirmed_on_fresh_seeds_is_scored_by_these() -> None:
-    runs = sweep([[0.9, 0.8], [0.7, 0.7]], {0: [0.71, 0.73, 0.72], 1: [0.99, 0.99]})
-    found = stats_seeds.winner(runs)
+def test_what_is_expected_is_the_metrics_better_end() -> None:
+    found = expected(sweep([[0.9, np.nan], [0.5, 0.6], [0.2, 0.3]]), 1.0, maximize=False)
     assert found is not None
-    assert found.configuration == 0
-    assert found.held is not None
-    assert found.held.how == "3 fresh seeds"
-    assert found.held.estimate.value == pytest.approx(0.72)
-
-
-def test_a_winner_has_all_its_seeds_and_the_metrics_better_end() -> None:
-    runs = sweep([[0.9, np.nan], [0.5, 0.6], [0.2, 0.3]])
-    up, down = stats_seeds.winner(runs), stats_seeds.winner(runs, maximize=False)
-    assert up is not None
-    assert down is not None
-    assert (up.configuration, down.configuration) == (1, 2)
-    assert down.mean == pytest.approx(0.25)
-    assert down.held is not None
-    assert down.held.estimate.value == pytest.approx(0.25)
-    assert stats_seeds.winner(sweep([[np.nan, 0.5]])) is None
-    single = stats_seeds.winner(sweep([[0.4], [0.6]]))
-    assert single is not None
-    assert single.held is None
+    assert found.estimate.value == pytest.approx(0.25)
+    assert expected(sweep([[np.nan, 0.5]]), 0.0, maximize=True) is None
+    assert expected(sweep([[0.4], [0.6]]), 0.0, maximize=True) is None
