@@ -169,7 +169,7 @@ def _ground_truth(value: object, where: str) -> str:
     if isinstance(value, str):
         usable = bool(value.strip())
     else:
-        usable = isinstance(value, int | float | Decimal) and math.isfinite(value)
+        usable = isinstance(value, int) or (isinstance(value, float | Decimal) and math.isfinite(value))
     if not usable:
         raise UserError(
             "a ground truth is neither text nor a number",

@@ -13,6 +13,7 @@ import pytest
 from harness.errors import UserError
 from harness.schema import Data
 from rltrain.data import Example, load_examples, read_rows, write_rows
+from sweeps.estimate import count_rows
 
 
 def row(number: int) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def test_rows_survive_parquet_and_no_temporary_file_stays(tmp_path: Path) -> Non
         ("x.jsonl", b'{"a": "\\ud800"}\n', "line 1"),
         ("x.jsonl", b'{"a": {"\\uDFFF": 1}}\n', "line 1"),
         ("x.jsonl.gz", b'{"a": 1}\n', "cannot be read"),
-        ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n')[:-4], "cannot be read"),
+        ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n', mtime=0)[:-4], "cannot be read"),
         ("x.jsonl", b'{"question": "q", "text": "t"}\n', "columns prompt, reward_spec"),
         ("x.jsonl", b'{"prompt": [{"role": "user", "content": "q"}]}\n', "column reward_spec"),
         ("x.jsonl", b'{"text": "q"}\n', "columns prompt, reward_spec"),
@@ -122,10 +123,10 @@ def test_a_bad_row_is_named(tmp_path: Path, changes: dict[str, Any], complaint: 
 
 
 def test_numbers_and_truth_values_are_ground_truths(tmp_path: Path) -> None:
-    truths = [5, 2.5, True, "5"]
+    truths = [5, 2.5, True, "5", 10**400]
     rows = [row(1) | {"reward_spec": {"ground_truth": truth}} for truth in truths]
     examples = load_examples([write_jsonl(rows, tmp_path / "x.jsonl")])
-    assert [example.ground_truth for example in examples] == ["5", "2.5", "True", "5"]
+    assert [example.ground_truth for example in examples] == ["5", "2.5", "True", "5", f"1{'0' * 400}"]
 
 
 def test_a_byte_order_mark_and_gzip_simply_work(tmp_path: Path) -> None:
@@ -134,6 +135,7 @@ def test_a_byte_order_mark_and_gzip_simply_work(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + plain))
     for name in ("bom.jsonl", "x.jsonl.gz"):
         assert read_rows(tmp_path / name) == [row(1), row(2)]
+        assert count_rows([str(tmp_path / name)]) == 2  # as a dry run counts them
 
 
 def test_a_pair_of_surrogates_is_a_character(tmp_path: Path) -> None:
