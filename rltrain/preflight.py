@@ -5,24 +5,24 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, cast
 
 from harness import machine
 from harness.errors import UserError
 from harness.paths import locate
 from harness.schema import AdvantageEstimator, Backend, DType, Recipe, SyncMode
 from harness.validate import check_context, sync_mode, target_modules
-from rltrain.data import Example, load_examples
+from rltrain.data import load_examples
 from rltrain.engines.arguments import check_engine_args
-from rltrain.envs import Env, get_env, offers
+from rltrain.envs import Env, get_env
 from rltrain.parallel import address_of, check_placement, uses_gpus
-from rltrain.problems import messages, reward_of
+from rltrain.problems import check_truth, messages, reward_of
 
 
 def check_run(recipe: Recipe) -> None:
     """Raise UserError for data, environment, model folder, placement that would fail the run later.
 
-    Says which columns of a data file were taken for question and answer where the recipe does not name them.
+    Asks each environment for one prompt and one reward. Says which columns of a data file were taken for question and
+    answer where the recipe does not name them.
     """
     check_placement(recipe)
     _check_engine(recipe)
@@ -44,30 +44,15 @@ def check_run(recipe: Recipe) -> None:
             name = example.env_class or recipe.environment.env_class
             if name not in tried:
                 tried[name] = get_env(name)
-                _try_environment(tried[name], example)
-            _check_truth(tried[name], name, example)
+                messages(tried[name], example)
+                reward_of(tried[name], example, example.ground_truth)
+            check_truth(tried[name], example)
         sizes[key] = len(examples)
     if sizes["train_data"] < recipe.trainer.train_batch_size:
         raise UserError(
             "data.train_data holds fewer problems than one batch",
             got=f"{sizes['train_data']} problems, trainer.train_batch_size={recipe.trainer.train_batch_size}",
             fix=f"trainer.train_batch_size={sizes['train_data']} or less",
-        )
-
-
-def _try_environment(env: Env, example: Example) -> None:
-    """Ask the environment for a prompt and a reward once, before the model loads: what fails here fails there."""
-    messages(env, example)
-    reward_of(env, example, example.ground_truth)
-
-
-def _check_truth(env: Env, name: str, example: Example) -> None:
-    """Refuse a ground truth that the environment says no completion can score against."""
-    if offers(env, "can_score") and not cast(Any, env).can_score(example.ground_truth):
-        raise UserError(
-            f"no completion can score against this ground truth in the environment {name}",
-            got=f"{example.where}: {example.ground_truth[:80]!r}",
-            fix="correct the row, or name another environment: environment.env_class, or env_class in the row",
         )
 
 

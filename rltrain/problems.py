@@ -100,13 +100,7 @@ def messages(env: Env, example: Example) -> Chat:
         return example.prompt
     if not offers(env, "prompt"):
         return [{"role": "user", "content": example.question}]
-    try:
-        made = cast(Any, env).prompt(example.question)
-    except Exception as error:  # the user's own module may fail in any way
-        raise UserError(
-            f"the prompt function of {_name(env)} raised {type(error).__name__}: {error}",
-            got=f"the question of {example.where}{_line(env, error)}",
-        ) from error
+    made = _asked(env, "prompt", example.question, example)
     if not is_chat(made):
         raise UserError(
             f"the prompt function of {_name(env)} returned no chat",
@@ -114,6 +108,27 @@ def messages(env: Env, example: Example) -> Chat:
             allowed='[{"role": "user", "content": "..."}]',
         )
     return cast(Chat, made)
+
+
+def check_truth(env: Env, example: Example) -> None:
+    """Raise UserError for a ground truth of which its environment says that no completion can score against it."""
+    if offers(env, "can_score") and not _asked(env, "can_score", example.ground_truth, example):
+        raise UserError(
+            f"no completion can score against this ground truth in the environment {_name(env)}",
+            got=f"{example.where}: {_SHORT.repr(example.ground_truth)}",
+            fix="correct the row, or name another environment: environment.env_class, or env_class in the row",
+        )
+
+
+def _asked(env: Env, part: str, text: str, example: Example) -> object:
+    """What a function of an environment that it need not have answers."""
+    try:
+        return getattr(env, part)(text)
+    except (Exception, SystemExit) as error:  # the user's own module may fail in any way
+        raise UserError(
+            f"the {part} function of {_name(env)} raised {type(error).__name__}: {error}",
+            got=f"{_SHORT.repr(text)} of {example.where}{_line(env, error)}",
+        ) from error
 
 
 def load_problems(recipe: Recipe, paths: Sequence[str], tokenizer: Any) -> tuple[list[Problem], int]:

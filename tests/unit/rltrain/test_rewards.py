@@ -14,7 +14,7 @@ from harness.errors import UserError
 from rltrain.data import Example
 from rltrain.envs import Env, get_env
 from rltrain.preflight import check_run
-from rltrain.problems import LARGEST_REWARD, messages, reward_of
+from rltrain.problems import LARGEST_REWARD, check_truth, messages, reward_of
 from tests.recipes import quickstart
 
 EXAMPLE = Example([{"role": "user", "content": "6 * 7?"}], "", "42", 3, "6 * 7?", "sums.jsonl, row 4")
@@ -167,12 +167,19 @@ def reward(completion, ground_truth):
 
 
 def test_a_reward_that_fails_is_refused_before_the_model_loads(
-    module: Any, tmp_path: Path, tiny_model_dir: Path
+    module: Any, tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = module(reward("sys.exit()"))
     recipe = recipe_of(name, [{"question": "6 * 7?", "answer": 42}] * 2, tmp_path)
     with pytest.raises(UserError, match=r"completion '42' for problem 0 \(.*data\.jsonl, row 1\)"):
         check_run(recipe)
+    assert "prompts from the column question, ground truths from answer" in capsys.readouterr().out
+
+
+def test_a_can_score_function_that_raises_is_named(module: Any) -> None:
+    name = module(f"{reward('return 1.0')}\ndef can_score(truth):\n    return truth[99]\n")
+    with pytest.raises(UserError, match=f"the can_score function of {name} raised IndexError"):
+        check_truth(get_env(name), EXAMPLE)
 
 
 @pytest.mark.parametrize(
