@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from importlib import metadata
 from typing import NoReturn
 
@@ -22,6 +23,7 @@ COMMANDS = {
 
 def script() -> NoReturn:
     """Run the console script: `main` on the process's own arguments."""
+    sys.path.append("")  # the working directory, as with `python -m`: it may hold an environment of the user's own
     run_command(main)
 
 

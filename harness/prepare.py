@@ -1,9 +1,10 @@
-"""Prepare data, and the tiny model: `python -m harness.prepare {gsm8k,math,tiny_gsm} --output-dir DIR`."""
+"""Prepare data, and the tiny model: `python -m harness.prepare {gsm8k,math,tiny_gsm,MODULE} --output-dir DIR`."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from harness.cli import Parser, invocation, run_command
 from harness.errors import UserError
@@ -11,24 +12,33 @@ from harness.errors import UserError
 
 def main(argv: list[str]) -> int:
     """Run the command; returns the exit status. Raises UserError for bad input."""
-    args = _parser().parse_args(argv)
+    args = _parser([word for word in argv[:1] if "." in word]).parse_args(argv)
+    env = None if args.task == "tiny_gsm" else _environment(args.task)
     try:
         args.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError("cannot use the output folder", got=f"{args.output_dir}: {error.strerror}") from None
-    if args.task == "tiny_gsm":
+    if env is None:
         _prepare_tiny_gsm(args)
-    else:
-        _prepare_data(args)
+        return 0
+    for split, count in env.prepare(args.source, args.output_dir).items():
+        print(f"{args.output_dir / split}.parquet: {count:,} problems")
     return 0
 
 
-def _prepare_data(args: argparse.Namespace) -> None:
-    from rltrain.envs import get_env
+def _environment(name: str) -> Any:
+    """The environment of a name that has a `prepare` function; raises UserError where there is none."""
+    from rltrain.envs import get_env, offers
 
-    rows = get_env(args.task).prepare(args.source, args.output_dir)
-    for split, count in rows.items():
-        print(f"{args.output_dir / split}.parquet: {count:,} problems")
+    env = get_env(name)
+    if not offers(env, "prepare"):
+        raise UserError(
+            "the environment module prepares no data",
+            got=name,
+            allowed="a module with prepare(source, output_dir)",
+            fix="name a data file in the recipe: docs/environments.md says which columns it needs",
+        )
+    return env
 
 
 def _prepare_tiny_gsm(args: argparse.Namespace) -> None:
@@ -46,12 +56,16 @@ def _prepare_tiny_gsm(args: argparse.Namespace) -> None:
     )
 
 
-def _parser() -> Parser:
-    parser = Parser(prog=invocation("prepare"), description="Make data files, or the tiny model, for recipes to use.")
-    tasks = parser.add_subparsers(dest="task", required=True, metavar="{gsm8k,math,tiny_gsm}")
+def _parser(modules: list[str]) -> Parser:
+    """The command's parser; `modules` are environments of the user's own, to be taken as tasks too."""
+    parser = Parser(prog=invocation("prepare"), description="Make data files, or the tiny model, for recipes to use. "
+                    "MODULE is the dotted path of your own environment, if it has a prepare function.")  # fmt: skip
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="{gsm8k,math,tiny_gsm,MODULE}")
 
-    for task, data in (("gsm8k", "GSM8K"), ("math", "MATH, or files of its or DeepMath's columns,")):
-        parser_of_task = tasks.add_parser(task, help=f"{data} as train.parquet and validation.parquet")
+    data = {"gsm8k": "GSM8K", "math": "MATH, or files of its or DeepMath's columns,"}
+    for task in (*data, *modules):
+        what = data.get(task, f"what {task} makes,")
+        parser_of_task = tasks.add_parser(task, help=f"{what} as train.parquet and validation.parquet")
         parser_of_task.add_argument("--output-dir", type=Path, required=True)
         parser_of_task.add_argument(
             "--source",

@@ -188,8 +188,9 @@ def _digest(values: dict[str, Any]) -> str:
         values["trainer"].pop(key)
     # These keys are younger than run directories: at their defaults a digest is what it was without them.
     for group, key in ((values, "deterministic"), (values["trainer"], "gradient_checkpointing"),
-                       (values["generator"], "engine_args")):  # fmt: skip
-        if group[key] in (False, "auto", {}):
+                       (values["generator"], "engine_args"), (values["data"], "question_column"),
+                       (values["data"], "answer_column")):  # fmt: skip
+        if group[key] in (False, "auto", {}, None):
             group.pop(key)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 

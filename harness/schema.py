@@ -105,6 +105,8 @@ class Sampler(Enum):
 class Data:
     train_data: list[str] = field(default_factory=list)
     val_data: list[str] = field(default_factory=list)
+    question_column: str | None = None
+    answer_column: str | None = None
 
 
 @dataclass(kw_only=True, slots=True)

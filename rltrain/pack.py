@@ -184,7 +184,9 @@ class Pack:
 
     def _load_problems(self, recipe: Recipe, paths: Sequence[str]) -> tuple[list[Problem], int]:
         """`load_problems`, read and tokenised once for all members that ask for the same."""
-        key: tuple[str | int, ...] = (*paths, recipe.environment.env_class, recipe.generator.max_input_length)
+        columns = (recipe.data.question_column or "", recipe.data.answer_column or "")
+        limit = recipe.generator.max_input_length
+        key: tuple[str | int, ...] = (*paths, *columns, recipe.environment.env_class, limit)
         if key not in self._problems:
             self._problems[key] = load_problems(recipe, paths, self.tokenizer)
         return self._problems[key]

@@ -13,12 +13,17 @@ from harness.schema import AdvantageEstimator, Backend, DType, Recipe, SyncMode
 from harness.validate import check_context, sync_mode, target_modules
 from rltrain.data import load_examples
 from rltrain.engines.arguments import check_engine_args
-from rltrain.envs import get_env
+from rltrain.envs import Env, get_env
 from rltrain.parallel import address_of, check_placement, uses_gpus
+from rltrain.problems import check_truth, messages, reward_of
 
 
 def check_run(recipe: Recipe) -> None:
-    """Raise UserError for data, environment, model folder, placement that would fail the run later."""
+    """Raise UserError for data, environment, model folder, placement that would fail the run later.
+
+    Asks each environment for one prompt and one reward. Says which columns of a data file were taken for question and
+    answer where the recipe does not name them.
+    """
     check_placement(recipe)
     _check_engine(recipe)
     _check_model(recipe, "trainer.policy.model.path", recipe.trainer.policy.model.path)
@@ -28,14 +33,20 @@ def check_run(recipe: Recipe) -> None:
     _check_sync_path(recipe)
     _check_resumption(recipe)
     get_env(recipe.environment.env_class)
-    sizes = {}
+    sizes: dict[str, int] = {}
+    tried: dict[str, Env] = {}
     for key in ("train_data", "val_data"):
         paths = getattr(recipe.data, key)
         if not paths:
             raise UserError(f"data.{key} must name at least one file", fix=f"data.{key}=[FILE.parquet]")
-        examples = load_examples(paths)
-        for name in {example.env_class for example in examples if example.env_class}:
-            get_env(name)
+        examples = load_examples(paths, recipe.data, say=print)
+        for example in examples:
+            name = example.env_class or recipe.environment.env_class
+            if name not in tried:
+                tried[name] = get_env(name)
+                messages(tried[name], example)
+                reward_of(tried[name], example, example.ground_truth)
+            check_truth(tried[name], example)
         sizes[key] = len(examples)
     if sizes["train_data"] < recipe.trainer.train_batch_size:
         raise UserError(

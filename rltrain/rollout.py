@@ -10,7 +10,7 @@ from harness.schema import Sampling
 from rltrain.engines.base import Request, Sample
 from rltrain.member import Member
 from rltrain.pack import Pack
-from rltrain.problems import Problem
+from rltrain.problems import Problem, reward_of
 from rltrain.resampling import RESAMPLING
 from rltrain.scored import Rollout
 from rltrain.seeding import stream_seed
@@ -53,17 +53,14 @@ def request(pack: Pack, member: Member, problem: Problem, sampling: Sampling, n:
 def score(pack: Pack, member: Member, problems: Sequence[Problem], samples: list[list[Sample]]) -> Rollout:
     """Decode completions and reward each against its problem's ground truth; every rank rewards its share.
 
-    Raises FloatingPointError for a reward that is no finite number, naming the problem.
+    Raises UserError for a reward that raises, or is no finite number.
     """
     completions = [
         pack.tokenizer.batch_decode([s.token_ids for s in group], skip_special_tokens=True) for group in samples
     ]
     own = [
-        [problems[i].env.reward(text, problems[i].example.ground_truth) for text in completions[i]]
+        [reward_of(problems[i].env, problems[i].example, text) for text in completions[i]]
         for i in pack.ranks.share(len(problems))
     ]
     rewards = torch.tensor(pack.ranks.interleave(own, len(problems)), dtype=torch.float32)
-    for place in (~torch.isfinite(rewards)).any(dim=1).nonzero().flatten().tolist()[:1]:
-        index, given = problems[place].example.index, rewards[place].tolist()
-        raise FloatingPointError(f"rewards of problem {index} are no finite numbers: {given}")
     return Rollout(member, list(problems), samples, completions, rewards)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import itertools
 import json
 import math
 import os
 import re
 import statistics
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,9 +136,9 @@ def _rows(name: str) -> int | None:
     try:
         if path.suffix == ".parquet":
             return int(pq.ParquetFile(path).metadata.num_rows)
-        with path.open("rb") as file:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             return sum(1 for line in file if line.strip())
-    except (OSError, pa.ArrowException):
+    except (OSError, EOFError, zlib.error, pa.ArrowException):
         return None
 
 

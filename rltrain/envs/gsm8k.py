@@ -25,9 +25,21 @@ def prompt(question: str) -> list[dict[str, str]]:
 
 
 def reward(completion: str, ground_truth: str) -> float:
-    """1.0 where the number after the completion's last `####` equals the ground truth as a number, else 0.0."""
+    """1.0 where the number after the completion's last `####` equals the ground truth as a number, else 0.0.
+
+    The ground truth is a number, or a worked solution that ends in `####` and one.
+    """
     answer = final_number(completion)
-    return 1.0 if answer is not None and answer == _number(ground_truth) else 0.0
+    return 1.0 if answer is not None and answer == _truth(ground_truth) else 0.0
+
+
+def can_score(ground_truth: str) -> bool:
+    """Whether the ground truth holds a number."""
+    return _truth(ground_truth) is not None
+
+
+def _truth(ground_truth: str) -> Decimal | None:
+    return final_number(ground_truth) if MARKER in ground_truth else _number(ground_truth)
 
 
 def final_number(completion: str) -> Decimal | None:

@@ -52,9 +52,10 @@ def prompt(question: str) -> list[dict[str, str]]:
 def reward(completion: str, ground_truth: str) -> float:
     """1.0 where the completion's last `\\boxed{}` is the ground truth, as text or as mathematics, else 0.0.
 
-    Words (Yes, True, a name) are compared as text, whatever their case; all else by math-verify.
+    Words (Yes, True, a name) are compared as text, whatever their case; all else by math-verify. The ground truth is an
+    answer, or a worked solution with its `\\boxed{}`.
     """
-    answer, truth = final_answer(completion), _one_line(ground_truth)
+    answer, truth = final_answer(completion), _truth(ground_truth)
     if answer is None or not truth:
         return 0.0
     if _text(answer) == _text(truth):
@@ -65,6 +66,15 @@ def reward(completion: str, ground_truth: str) -> float:
     if _words(answer) is not None or max(len(answer), len(truth)) > LONGEST:
         return 0.0
     return float(_equal(truth, answer))
+
+
+def can_score(ground_truth: str) -> bool:
+    """Whether the ground truth holds an answer."""
+    return bool(_truth(ground_truth))
+
+
+def _truth(ground_truth: str) -> str:
+    return final_answer(ground_truth) or _one_line(ground_truth)
 
 
 def final_answer(completion: str) -> str | None:

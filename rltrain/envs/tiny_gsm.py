@@ -17,6 +17,7 @@ from rltrain.envs import gsm8k
 # The same environment as the real GSM8K.
 prompt = gsm8k.prompt
 reward = gsm8k.reward
+can_score = gsm8k.can_score
 
 TEMPLATES = Path(__file__).parent.parent / "assets" / "tiny_gsm_templates.yaml"
 DATA_SOURCE = "tiny_gsm"

@@ -72,9 +72,9 @@ sweep:
     assert [table.status[number] == "COMPLETE" for number in range(10)] == [mood == "good" for mood in MOODS]
     reasons = {number: str(table.reason[number]) for number in range(10) if table.status[number] != "COMPLETE"}
     assert list(reasons) == [1, 3, 5, 7]
-    assert reasons[1].startswith("LookupError: no score for")
+    assert reasons[1].startswith("the reward of tests.faults.moods.raises raised LookupError: no score for")
     assert reasons[3] == "no report for 60 s (sweep.stall_seconds): it hung and was ended; see log.txt"
-    assert reasons[7].startswith("FloatingPointError: rewards of problem")
+    assert reasons[7].startswith("the reward of tests.faults.moods.nan returned nan (float)")
     sweep_dir = RunDir(tmp_path / "moods")
     assert "hangs.py" in sweep_dir.trial(3).log.read_text()  # where
     assert sweep_dir.status is Status.COMPLETE

@@ -20,6 +20,7 @@ from tests.unit.analysis.synthetic import Trial, example, params, write_run, wri
 
 LORA, ALGORITHM, PLACEMENT = "trainer.policy.model.lora", "trainer.algorithm", "trainer.placement"
 RUN, SWEEP = ["run", "quickstart"], ["sweep", "quickstart"]
+ANSWERS, MOOD = "data.train_data=[HERE/answers.jsonl]", "environment.env_class=tests.faults.moods"
 # HERE is a folder with the files that `write_files` makes.
 CASES: list[tuple[list[str], str]] = [
     # Wrong type, unknown key or name, out of range.
@@ -51,7 +52,7 @@ CASES: list[tuple[list[str], str]] = [
     ([*RUN, "generator.backend=sglang"], "vllm, transformers"),
     ([*RUN, f"{ALGORITHM}.advantage_estimator=ppo"], "grpo, rloo, reinforce++, gae"),
     ([*RUN, "environment.env_class=gsm9k"], "did you mean gsm8k?"),
-    ([*RUN, "environment.env_class=os.path"], "has no prepare"),
+    ([*RUN, "environment.env_class=os.path"], "has no reward"),
     ([*RUN, "environment.env_class=no.such.module"], "cannot import the environment module"),
     ([*RUN, "sweep.sampler=cmaes"], "tpe, random, grid"),
     ([*RUN, "trainer.run_name=../outside"], "no path"),
@@ -85,6 +86,12 @@ CASES: list[tuple[list[str], str]] = [
     ([*RUN, "data.train_data=[HERE/columns.parquet]"], "lacks the columns prompt, reward_spec"),
     ([*RUN, "data.train_data=[HERE/texts.jsonl]"], "a prompt is not a chat"),
     ([*RUN, "data.train_data=[HERE/half.jsonl]"], "not valid JSON"),
+    ([*RUN, "data.train_data=[HERE/hostile.jsonl]"], "nested too deep"),
+    ([*RUN, ANSWERS, "data.question_column=ask"], "lacks the column ask"),
+    # Rewards, called once.
+    ([*RUN, ANSWERS, f"{MOOD}.raises"], "raised LookupError: no score for 2"),
+    ([*RUN, ANSWERS, f"{MOOD}.exits"], "raised SystemExit"),
+    ([*RUN, ANSWERS, f"{MOOD}.nan"], "returned nan"),
     ([*RUN, "data.train_data=[HERE/table.csv]"], "unknown kind of data file"),
     ([*RUN, "data.val_data=[HERE]"], "data file not found"),
     ([*RUN, "trainer.train_batch_size=4096", "trainer.policy_mini_batch_size=4096"], "fewer problems than one batch"),
@@ -186,6 +193,8 @@ def write_files(here: Path) -> None:
     write_rows([{"question": "1 + 1?"}], here / "columns.parquet")
     (here / "garbage.parquet").write_bytes(b"PAR1 but no more")
     (here / "texts.jsonl").write_text('{"prompt": "1 + 1?", "reward_spec": {"ground_truth": "2"}}\n')
+    (here / "hostile.jsonl").write_text('{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    (here / "answers.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n' * 2)
     (here / "half.jsonl").write_text('{"prompt": [{"role": "us')
     (here / "table.csv").write_text("prompt,answer\n")
     (here / "model").mkdir()

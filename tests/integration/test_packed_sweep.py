@@ -90,7 +90,7 @@ def test_packed_and_alone_are_the_same_to_the_bit(backend: str, data: list[str],
     for number, values in enumerate(trials):
         trial = sweep_dir.trial(number)
         if values[-1] == RAISES:
-            assert said[number]["reason"].startswith("LookupError: no score for")
+            assert said[number]["reason"].startswith(f"the reward of {RAISES} raised LookupError: no score for")
             assert "Traceback" in trial.log.read_text()
             continue
         assert_as_alone(trial, tmp_path / f"alone{number}")
@@ -117,5 +117,5 @@ def test_one_whose_companion_failed_on_two_ranks_goes_on_alone(data: list[str], 
     sweep_dir = packed_sweep([TRIALS[0], TRIALS[2]], 2, tmp_path, *data, *RANKS)
     said = [sweep_dir.trial(number).read_manifest() for number in range(2)]
     assert [m["status"] for m in said] == ["COMPLETE", "FAILED"]
-    assert said[1]["reason"].startswith("LookupError: no score for")
+    assert said[1]["reason"].startswith(f"the reward of {RAISES} raised LookupError: no score for")
     assert set(members(sweep_dir.trial(0))) == {1.0}

@@ -122,3 +122,12 @@ def test_the_recorded_command_is_one_that_works_without_the_script(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["/somewhere/bin/noregret", "run", "quickstart", "seed=1"])
     assert manifest.this_command() == ["python", "-m", "harness.run", "quickstart", "seed=1"]
+
+
+def test_it_finds_an_environment_in_the_working_directory(script: Path) -> None:
+    (script.parent / "own_task").mkdir()
+    (script.parent / "own_task" / "words.py").write_text(
+        "def reward(completion, ground_truth): return 1.0\ndef prepare(source, output_dir): return {'train': 3}\n"
+    )
+    done = noregret(script, "prepare", "own_task.words", "--output-dir", "out")
+    assert (done.returncode, done.stdout) == (0, "out/train.parquet: 3 problems\n"), done.stderr

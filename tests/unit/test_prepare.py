@@ -47,6 +47,21 @@ def test_math_from_local_files(tmp_path: Path, capsys: pytest.CaptureFixture[str
     ]
 
 
+def test_a_module_of_ones_own_prepares_its_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prepares").mkdir()
+    reward = "def reward(completion, ground_truth): return 1.0\n"
+    (tmp_path / "prepares" / "nothing.py").write_text(reward)
+    (tmp_path / "prepares" / "three.py").write_text(f"{reward}def prepare(source, output_dir): return {{'train': 3}}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["prepares.three", "--output-dir", str(tmp_path / "out")]) == 0
+    assert "train.parquet: 3 problems" in capsys.readouterr().out
+    with pytest.raises(UserError, match="prepares no data"):
+        main(["prepares.nothing", "--output-dir", str(tmp_path / "other")])
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize(("task", "repository"), [("gsm8k", "openai/gsm8k"), ("math", "EleutherAI/hendrycks_math")])
 def test_without_the_hub_it_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, repository: str

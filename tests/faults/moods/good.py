@@ -1,5 +1,5 @@
 """Nothing goes wrong."""
 
-from rltrain.envs.tiny_gsm import prepare, prompt, reward
+from rltrain.envs.tiny_gsm import reward
 
-__all__ = ["prepare", "prompt", "reward"]
+__all__ = ["reward"]

@@ -2,10 +2,6 @@
 
 import threading
 
-from rltrain.envs.tiny_gsm import prepare, prompt
-
-__all__ = ["prepare", "prompt", "reward"]
-
 
 def reward(completion: str, ground_truth: str) -> float:
     """Never comes back."""

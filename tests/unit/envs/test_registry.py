@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.errors import UserError
+from rltrain.data import Example
 from rltrain.envs import env_names, get_env
+from rltrain.problems import messages
 
 COMPLETE = """
-def prepare(source, output_dir): return {}
-def prompt(question): return [{"role": "user", "content": question}]
 def reward(completion, ground_truth): return float(completion == ground_truth)
 """
 
@@ -26,9 +26,9 @@ def test_built_in_environments_register_themselves() -> None:
 @given(question=st.text(), completion=st.text(), ground_truth=st.text())
 def test_every_environment_keeps_the_contract(name: str, question: str, completion: str, ground_truth: str) -> None:
     env = get_env(name)
-    messages = env.prompt(question)
-    assert question in messages[-1]["content"]
-    assert all(set(message) == {"role", "content"} for message in messages)
+    chat = messages(env, Example([], name, "1", 0, question))
+    assert question in chat[-1]["content"]
+    assert all(set(message) == {"role", "content"} for message in chat)
     assert 0.0 <= env.reward(completion, ground_truth) <= 1.0
 
 
@@ -45,12 +45,15 @@ def test_a_users_own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (package / "my_env.py").write_text(COMPLETE)
     (package / "partial.py").write_text("def prompt(question): return []\n")
     (package / "broken.py").write_text("import a_package_that_is_not_there\n")
+    (package / "script.py").write_text("raise SystemExit(0)\n")
     monkeypatch.syspath_prepend(tmp_path)
 
     assert get_env("my_package.my_env").reward("yes", "yes") == 1.0
-    with pytest.raises(UserError, match="has no prepare, reward"):
+    with pytest.raises(UserError, match="has no reward"):
         get_env("my_package.partial")
     with pytest.raises(UserError, match="a_package_that_is_not_there"):
         get_env("my_package.broken")
+    with pytest.raises(UserError, match="SystemExit: 0"):
+        get_env("my_package.script")
     with pytest.raises(UserError, match="cannot import"):
         get_env("my_package.absent")

@@ -63,7 +63,7 @@ def test_the_documented_environment_runs_as_documented(folder: Path, tiny_model_
 
 
 def test_env_class_may_come_from_the_recipe(folder: Path, tiny_model_dir: Path) -> None:
-    row = {"prompt": get_env("my_tasks.backwards").prompt("abc"), "reward_spec": {"ground_truth": "cba"}}
+    row = {"prompt": [{"role": "user", "content": "abc"}], "reward_spec": {"ground_truth": "cba"}}
     (folder / "bare.jsonl").write_text(json.dumps(row))
     recipe = quickstart(["environment.env_class=my_tasks.backwards"])
     (problem,), _ = load_problems(recipe, ["bare.jsonl"], AutoTokenizer.from_pretrained(tiny_model_dir))

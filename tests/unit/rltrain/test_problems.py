@@ -18,8 +18,6 @@ from rltrain.problems import load_problems
 from tests.recipes import quickstart
 
 OWN = """
-def prepare(source, output_dir): return {}
-def prompt(question): return [{"role": "user", "content": question}]
 def reward(completion, ground_truth): return 0.25 if completion == ground_truth else 0.0
 """
 COMPLETIONS = ["#### 8", r"\boxed{8}", "8"]
