@@ -223,8 +223,8 @@ def _settle(experiment: Experiment, question: Question, row: pd.Series, found: C
         rate = float(row["lr"]) * (10.0 if is_full(row) else 0.1)
         rates = [float(f"{rate * by:.2g}") for by in (1 / 3, 1.0, 3.0)]
         why = f"Run {_named(question, full[0])} at learning rates of its own."
-        line = next_sweep.command(experiment, row, {RANK: [full[0]], LR: rates}, _seeds(experiment, count))
-        return why, line
+        own = pd.concat([row.drop(RANK), pd.Series({RANK: full[0]})])
+        return why, next_sweep.command(experiment, own, {LR: rates}, _seeds(experiment, count))
     return why, _grid(experiment, question, row, [one for one in values if one not in full], _seeds(experiment, count))
 
 

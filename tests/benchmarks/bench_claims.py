@@ -1,9 +1,11 @@
-"""How often the claims' verdicts are wrong, and how often they find what is there, on sweeps of known truth."""
+"""How often claims and decisions are wrong, and how often they find what is there, on sweeps of known truth."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from analysis.claims.curves import CURVE_SHARE
 from analysis.claims.rates import FACTOR, HALF_WAY
 from harness.paths import PROJECT
 from harness.rundir import write_json, write_text
+from tests.unit.analysis.choices import COLLAPSING, STABLE, Choice
 from tests.unit.analysis.simulation import BASE, CASES, GAIN, NOISE, Case, World
 
 SWEEPS, FOR_SEEDS = 1000, 500
@@ -26,11 +29,27 @@ OTHER_WORLDS: dict[str, dict[str, Any]] = {
     f"seed noise {2 * NOISE:g}": {"noise": 2 * NOISE},
     "5 seeds": {"seeds": 5},
 }
+KINDS = ("wrong best", "wrong worse", "wrong tied", "unstable best", "best", "tied", "open")
 GAINS = {f"{GAIN:g}": {}, f"{GAIN / 2:g}": {"gain": GAIN / 2}}
 
 
 def main() -> None:
-    """Simulate, print, and write `docs/benchmarks/claims.json` and `docs/claims.md`."""
+    """Simulate, print, and write `docs/benchmarks/claims.json` and `docs/claims.md`.
+
+    Arguments: `claims` or `decisions`, to simulate that part alone and keep the other's record.
+    """
+    parts = {"claims": claims, "decisions": decisions}
+    wanted = sys.argv[1:] or list(parts)
+    record = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
+    record |= {"what": __doc__, "sweeps": SWEEPS, "sweeps_elsewhere": FOR_SEEDS}
+    record |= {"cases" if name == "claims" else name: parts[name]() for name in wanted}
+    write_json(RECORD, record)
+    write_text(PAGE, page(record))
+    print(f"written: {RECORD.relative_to(PROJECT)}, {PAGE.relative_to(PROJECT)}")
+
+
+def claims() -> list[dict[str, Any]]:
+    """How often each claim's verdicts come, by case."""
     cases = []
     for case in CASES:
         row: dict[str, Any] = {"claim": case.claim, "case": case.name, "true": case.true, "reported": case.reported}
@@ -43,10 +62,20 @@ def main() -> None:
             row["seeds_for_80"] = {name: seeds_for_80(case, world) for name, world in GAINS.items()}
         cases.append(row)
         print(json.dumps(row), flush=True)
-    record = {"what": __doc__, "sweeps": SWEEPS, "sweeps_elsewhere": FOR_SEEDS, "cases": cases}
-    write_json(RECORD, record)
-    write_text(PAGE, page(record))
-    print(f"written: {RECORD.relative_to(PROJECT)}, {PAGE.relative_to(PROJECT)}")
+    return cases
+
+
+def decisions() -> dict[str, dict[str, dict[str, float]]]:
+    """How often a decision between values is wrong, by world, without and with collapses."""
+    with ProcessPoolExecutor() as pool:
+        found: dict[str, dict[str, dict[str, float]]] = {}
+        for kind, worlds in (("stable", STABLE), ("collapsing", COLLAPSING)):
+            shares = pool.map(Choice.shares, worlds, [SWEEPS] * len(worlds))
+            found[kind] = {}
+            for world, one in zip(worlds, shares, strict=True):
+                found[kind][world.name] = one
+                print(json.dumps({world.name: one}), flush=True)
+        return found
 
 
 def seeds_for_80(case: Case, world: dict[str, Any]) -> int | None:
@@ -69,6 +98,9 @@ def page(record: dict[str, Any]) -> str:
     text = text.replace("<claims>", _table(("claim", "statement", "judged by", "recipe"), claims))
     false = [_false(case) for case in cases if not case["true"]]
     text = text.replace("<false>", _table(("claim", "the truth", "false “holds”", *OTHER_WORLDS), false))
+    for kind, worlds in record["decisions"].items():
+        rows = [(name, *(_share(shares[one]) for one in KINDS)) for name, shares in worlds.items()]
+        text = text.replace(f"<{kind}>", _table(("the truth", *KINDS), rows))
     heads = [f"seeds for 80%, gain {name}" for name in GAINS]
     true = [_true(case) for case in cases if case["true"]]
     return text.replace("<true>", _table(("claim", "the truth", "“holds”", "false “does not hold”", *heads), true))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +14,7 @@ from numpy.typing import NDArray
 
 from analysis.labels import LR
 from analysis.levels import GAIN_SHARE, Comparison, compare_values
-from tests.unit.analysis.simulation import BASE, GAIN, NOISE, hash_of
+from tests.unit.analysis.simulation import BASE, GAIN, NOISE
 
 Floats = NDArray[np.float64]
 RATES = {1: (1.0,), 3: (0.55, 1.0, 0.8)}
@@ -91,7 +93,7 @@ class Choice:
         `wrong best`: another value is as good or better; `wrong worse`: of a value that is not; `wrong tied`: of a
         value behind by the margin or more; `unstable best`: of a value with a collapsed seed.
         """
-        rng, truth, counts = np.random.default_rng([seed, hash_of(self.name)]), self.truth, Counter[str]()
+        rng, truth, counts = np.random.default_rng([seed, zlib.crc32(self.name.encode())]), self.truth, Counter[str]()
         for _ in range(sweeps):
             found = self.decide(rng)
             chosen = truth[found.chosen.value - 1]
@@ -105,3 +107,58 @@ class Choice:
             counts[found.verdict] += 1
         kinds = ("wrong best", "wrong worse", "wrong tied", "unstable best", "best", "tied", "open")
         return {kind: counts[kind] / sweeps for kind in kinds}
+
+
+def _alike(count: int, seeds: int = 3, words: str = "", **world: Any) -> Choice:
+    name = f"{count} values alike, {seeds} seed{'s' * (seeds > 1)}{words and ', '}{words}"
+    return Choice(name, (0.0,) * count, seeds=seeds, **world)
+
+
+def _ahead(count: int, seeds: int, words: str, by: float, **world: Any) -> Choice:
+    return Choice(f"{count} values, {seeds} seeds, {words}", (0.0,) + (by,) * (count - 1), seeds=seeds, **world)
+
+
+def _stable() -> Iterator[Choice]:
+    for count in (2, 4, 8, 12):
+        for seeds in (2, 3, 5) if count in (2, 12) else (2, 3):
+            yield _alike(count, seeds)
+    yield _alike(8, words="twice the noise", noise=2 * NOISE)
+    for count in (2, 6, 12):
+        for seeds in (2, 3):
+            yield _alike(count, seeds, "one three times as noisy", noises=(3.0,) + (1.0,) * (count - 1))
+    for count in (6, 12):
+        noises = tuple(1 + 2 * place / (count - 1) for place in range(count))
+        yield _alike(count, words="noise from one to three times", noises=noises)
+    for count in (3, 8):
+        for seeds in (2, 3):
+            yield _alike(count, seeds, "each at three learning rates", rates=3)
+        yield _alike(count, words="each at three rates as good as each other", rates=3, flat=True)
+    for count in (2, 8):
+        for seeds in (2, 3):
+            yield _alike(count, seeds, "nothing learns", gain=0.0)
+    for count, best in ((3, 2), (8, 4)):
+        for seeds in (1, 2, 3):
+            yield _alike(count, seeds, f"the best {best} confirmed", confirm=best)
+    for count in (3, 8, 12):
+        yield Choice(f"{count} values, 3 seeds, each 0.3 deviations apart", tuple(0.3 * i for i in range(count)))
+    for count in (2, 8):
+        for seeds in (2, 3, 5):
+            yield _ahead(count, seeds, "one ahead by the margin", GAIN_SHARE * GAIN / NOISE)
+    for seeds in (2, 3, 5):
+        yield _ahead(8, seeds, "one ahead by twice the margin", 2 * GAIN_SHARE * GAIN / NOISE)
+
+
+def _collapsing() -> Iterator[Choice]:
+    for count in (2, 8):
+        for seeds in (2, 3, 5):
+            yield _alike(count, seeds, "each collapses in 5% of its seeds", collapse=(0.05,) * count)
+    for count in (2, 8):
+        for seeds in (2, 3, 5):
+            falls = (0.3,) + (0.0,) * (count - 1)
+            yield _ahead(count, seeds, "the highest collapses in 30% of its seeds", 3.0, collapse=falls)
+
+
+STABLE = tuple(_stable())
+"""Worlds without collapses."""
+COLLAPSING = tuple(_collapsing())
+"""Worlds in which seeds collapse."""
