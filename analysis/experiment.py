@@ -13,7 +13,7 @@ import pandas as pd
 from analysis import stats
 from analysis.labels import LR, RANK
 from analysis.load import Tables, load
-from analysis.records import parsed_recipe
+from analysis.records import THEN, parsed_recipe
 from analysis.rows import as_trials, param_columns
 from analysis.sources import DEFAULT_METRIC
 from harness import metrics
@@ -129,6 +129,13 @@ class Experiment:
     def finished(self) -> bool:
         """Whether the whole run or sweep has ended."""
         return self.source["status"] not in (Status.CREATED.value, Status.RUNNING.value)
+
+    @cached_property
+    def inputs_changed(self) -> bool:
+        """Whether data, model or environment module changed while it ran: its runs then name theirs in `inputs`."""
+        runs = self.tables.runs
+        known = runs["inputs"].dropna().unique() if "inputs" in runs.columns else []
+        return len(known) > 1 or any(THEN in one for one in known)
 
     @cached_property
     def complete(self) -> pd.DataFrame:
