@@ -134,7 +134,7 @@ class Experiment:
     def inputs_changed(self) -> bool:
         """Whether data, model or environment module changed while it ran: its runs then name theirs in `inputs`."""
         runs = self.tables.runs
-        known = runs["inputs"].dropna().unique() if "inputs" in runs.columns else []
+        known = set(runs["inputs"].dropna()) if "inputs" in runs.columns else set()
         return len(known) > 1 or any(THEN in one for one in known)
 
     @cached_property

@@ -112,8 +112,8 @@ def on_one_input(runs: pd.DataFrame, seeds: Sequence[int]) -> pd.DataFrame:
     if len(known) < 2:
         return runs
     counted = runs[runs["score"].notna() & ~runs["confirm"].fillna(False)]
-    found = counted.groupby(["inputs", "configuration"])["seed"].agg(set)
-    whole = {one for (one, _), own in found.items() if set(seeds) <= own}
+    parts = list(counted.groupby(["inputs", "configuration"]))
+    whole = {str(part["inputs"].iloc[0]) for _, part in parts if set(seeds) <= set(part["seed"])}
     chosen = next((one for group in (whole, set(counted["inputs"])) for one in known if one in group), known[0])
     apart = runs["inputs"].ne(chosen).fillna(False) & runs["status"].isin(_ENDED)
     table = runs.copy()

@@ -140,8 +140,9 @@ def accept_inputs(run_dir: RunDir, version: int | None = None) -> list[str]:
 def versions(record: dict[str, Any]) -> list[int]:
     """Return the states of its inputs that a run was trained on, in order: [1] unless they changed."""
     known = record.get("inputs")
-    sound = isinstance(known, list) and known and all(type(one) is int for one in known)
-    return known if sound else [1]
+    if isinstance(known, list) and known and all(type(one) is int for one in known):
+        return known
+    return [1]
 
 
 def digest_path(path: str) -> str | None:

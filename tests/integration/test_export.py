@@ -122,6 +122,16 @@ def _assert_tokenizer_of(folder: Path, base: str) -> None:
     assert (own.eos_token_id, own.pad_token_id) == (its.eos_token_id, its.pad_token_id)
 
 
+def test_the_card_says_that_the_inputs_changed(trained: Trained, exported: Callable[..., Path]) -> None:
+    whole = trained.run.manifest.read_text()
+    entry = {"different": ["data x: one -> two"], "inputs": {"step": 2}}
+    trained.run.update(resumed=[{"different": ["python: 3.10 -> 3.11"]}, entry])
+    try:
+        assert "| changed inputs | after step 2: `data x: one -> two` |" in (exported() / "README.md").read_text()
+    finally:
+        trained.run.manifest.write_text(whole)
+
+
 def test_the_card_says_what_it_is(trained: Trained, exported: Callable[..., Path]) -> None:
     card = (exported() / "README.md").read_text()
     record = trained.run.read_manifest()

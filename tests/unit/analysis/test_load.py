@@ -373,7 +373,7 @@ def test_only_runs_on_the_newest_inputs_have_a_score(sweep_dir: Path, tmp_path: 
     assert not runs.loc[apart, "diverged"].any()
     assert runs.loc[9, "status"] == "RUNNING"
     assert runs.loc[4, "reason"] == "complete with eval/accuracy 0.9199 on inputs 1"
-    assert runs.loc[10, "reason"].startswith("failed on inputs 1: 3 non-finite")
+    assert str(runs.loc[10, "reason"]).startswith("failed on inputs 1: 3 non-finite")
     assert runs.loc[6, "inputs"] == "1 then 2"
     steps = tables.steps.set_index("number")
     assert set(steps.loc[[4, 6], "status"]) == {OTHER_INPUTS}
@@ -441,8 +441,8 @@ def test_a_table_with_a_wrong_value_is_refused_with_its_place(
     file = tmp_path / f"{table}.parquet"
     found = pd.read_parquet(file)
     # A parquet file holds one type a column: a value of another takes the column with it.
-    whole = column if isinstance(value, str | bool) or value is None else None
-    found[column] = value if whole else found[column].astype(float).mask(found.index == 0, value)
+    kept = [] if isinstance(value, str | bool) or value is None else found[column].astype(float).tolist()[1:]
+    found[column] = pd.Series([value, *kept] if kept else [value] * len(found))
     found.to_parquet(file)
     with pytest.raises(UserError) as caught:
         Tables.read(tmp_path)
