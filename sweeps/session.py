@@ -103,7 +103,7 @@ def run(session: Session, actor: Callable[[], type] | None = None) -> Study:
         trials.reconcile(study, sweep_dir)
         more = session.confirm not in (None, study.num_to_confirm)
         if more or not study.finished:
-            _check_inputs(session)
+            _check_inputs(session, study)
             study.former = trials.on_former_inputs(sweep_dir)
         if session.confirm is not None:
             study.confirm_best(session.confirm)
@@ -187,9 +187,12 @@ def _check_same(recipe: Recipe, stored: Recipe) -> None:
         )
 
 
-def _check_inputs(session: Session) -> None:
+def _check_inputs(session: Session, study: Study) -> None:
     """Refuse inputs that changed since the sweep began, or record the new ones and say what they are."""
     changes = trials.changed_inputs(session.sweep_dir)
+    if changes and study.finished:
+        raise UserError("the configurations to confirm were chosen on other inputs",
+                        got="; ".join(map(str, changes)), fix="put them back, or start a new sweep")  # fmt: skip
     manifest.check_inputs(changes, "sweep", allowed=session.changed_inputs)
     if changes:
         trials.accept_inputs(session.sweep_dir)

@@ -200,14 +200,27 @@ def test_a_sweep_does_not_go_on_with_other_data(recipe_file: Path, begun: Sessio
     assert Study(begun.sweep_dir.journal, begun.plan).num_to_confirm == 0
 
 
+def test_a_sweep_that_is_told_to_goes_on_with_other_data(
+    recipe_file: Path, begun: Session, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(recipe_file.parent / "more.parquet")
+    again = sessions.resume(str(begun.sweep_dir.path), None, [], changed_inputs=True)
+    study = Study(begun.sweep_dir.journal, begun.plan)
+    sessions._check_inputs(again, study)
+    assert "note: going on with changed inputs: data " in capsys.readouterr().out
+    sessions._check_inputs(sessions.resume(str(begun.sweep_dir.path), None, []), study)  # asked once for each change
+    assert capsys.readouterr().out == ""
+
+
 def test_a_finished_sweep_needs_no_data(recipe_file: Path, begun: Session) -> None:
     study = Study(begun.sweep_dir.journal, begun.plan)
     while (trial := study.ask()) is not None:
         study.complete(trial.number, 0.5, 4)
     change(recipe_file.parent / "more.parquet")
     assert sessions.run(sessions.resume(str(begun.sweep_dir.path), None, [])).finished
-    with pytest.raises(UserError, match="--changed-inputs"):
-        sessions.run(sessions.resume(str(begun.sweep_dir.path), None, [], 1))
+    for allowed in (False, True):
+        with pytest.raises(UserError, match="chosen on other inputs"):
+            sessions.run(sessions.resume(str(begun.sweep_dir.path), None, [], 1, changed_inputs=allowed))
 
 
 def test_trials_know_which_inputs_they_were_trained_on(recipe_file: Path, begun: Session) -> None:
