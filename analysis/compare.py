@@ -56,6 +56,8 @@ def best_of_each(experiments: Sequence[Experiment]) -> tables.Table:
         tables.Column("time a run", lambda row: _time(row["seconds"]), sort=tables.number("seconds")),
         tables.Column("trials", lambda row: str(row["trials"]), sort=tables.number("trials")),
     ]
+    if any(experiment.inputs_changed for experiment in experiments):
+        columns.append(tables.Column("inputs", lambda row: row["inputs"], words=True))
     leader = _leader(experiments)
     filled = [
         tables.Row(
@@ -167,6 +169,7 @@ def _row(name: str, experiment: Experiment) -> dict[str, object]:
         "status": experiment.source["status"],
         "base": experiment.base,
         "trials": len(experiment.trials),
+        "inputs": str(row["inputs"]) if experiment.inputs_changed and row is not None else "–",
         "expected": None if held is None else held.estimate.value,
     }
     if row is None:

@@ -14,7 +14,7 @@ from analysis import stats
 from analysis.labels import LR, RANK
 from analysis.levels import Comparison, compare_values, expected
 from analysis.load import Tables, load
-from analysis.records import parsed_recipe
+from analysis.records import THEN, parsed_recipe
 from analysis.rows import as_trials, param_columns
 from analysis.sources import DEFAULT_METRIC
 from analysis.stats_seeds import Held
@@ -131,6 +131,13 @@ class Experiment:
     def finished(self) -> bool:
         """Whether the whole run or sweep has ended."""
         return self.source["status"] not in (Status.CREATED.value, Status.RUNNING.value)
+
+    @cached_property
+    def inputs_changed(self) -> bool:
+        """Whether data, model or environment module changed while it ran: its runs then name theirs in `inputs`."""
+        runs = self.tables.runs
+        known = set(runs["inputs"].dropna()) if "inputs" in runs.columns else set()
+        return len(known) > 1 or any(THEN in one for one in known)
 
     @cached_property
     def complete(self) -> pd.DataFrame:

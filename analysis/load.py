@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import rows, sources
-from analysis.records import Record, check_own, read_records
+from analysis import columns, rows, sources
+from analysis.records import OTHER_INPUTS, Record, check_own, parsed_recipe, read_records
 from analysis.rerun import Commands
 from harness.cli import invocation
 from harness.errors import UserError
@@ -62,11 +62,10 @@ class Tables:
             if missing:
                 raise UserError("a table lacks columns", got=f"{file}: no {', '.join(missing)}",
                                 fix=f"write it again: {invocation('report')} DIR")  # fmt: skip
-        try:
-            for text in (*found["sources"]["manifest"], *found["sources"]["seeds"]):
-                json.loads(text)
-        except (TypeError, ValueError) as error:
-            raise UserError("a table is damaged", got=f"{Path(folder) / 'sources.parquet'}: {error}") from None
+            columns.check(part.name, found[part.name], file)
+        columns.check_sources(found["sources"], Path(folder) / "sources.parquet")
+        recipes = {row["directory"]: parsed_recipe(row["recipe"] or "") for _, row in found["sources"].iterrows()}
+        columns.check_shares(found, recipes, Path(folder))
         return cls(**found)
 
     @classmethod
@@ -117,7 +116,12 @@ def _load(directory: Path) -> Tables:
     runs, steps = pd.DataFrame(found), _steps(records).assign(**lead)
     if found:
         steps = rows.with_costs(steps, runs)
-        runs = rows.with_totals(runs, steps)
+        runs = rows.on_one_input(rows.with_totals(runs, steps), json.loads(str(source["seeds"])))
+        apart = runs[runs["status"] == OTHER_INPUTS]
+        if len(apart):
+            steps.loc[steps["run_dir"].isin(apart["run_dir"]), "status"] = OTHER_INPUTS
+            counts = runs.loc[runs["status"] != OTHER_INPUTS, "problems"].dropna().unique()
+            source["problems"] = int(counts[0]) if len(counts) == 1 else None
     else:
         runs = pd.DataFrame(columns=[*lead, *rows.COLUMNS])
     samples = _samples(directory, records).assign(**lead)

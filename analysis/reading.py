@@ -11,7 +11,7 @@ from analysis import labels, stats, stats_seeds
 from analysis.experiment import Experiment
 from analysis.labels import LR, MAIN_KEYS, RANK, TARGETS
 from analysis.levels import COLLAPSE_BOUND, collapsed_seeds, could_collapse, seeds_to_bound
-from analysis.records import lookup
+from analysis.records import OTHER_INPUTS, lookup
 from analysis.stats_tests import Estimate
 from harness import metrics
 from harness.rundir import Status
@@ -109,13 +109,33 @@ def rate_rows(experiment: Experiment) -> list[dict[str, str]]:
 def standing(experiment: Experiment) -> str:
     """How many trials ended how, and whether the sweep has ended."""
     counts = experiment.trials["status"].value_counts()
+    changed = _changed_inputs(experiment)
     if not experiment.is_sweep:
-        return f"A single run: {str(experiment.source['status']).lower()}."
+        return f"A single run: {str(experiment.source['status']).lower()}.{changed}"
     parts = [f"{int(counts[status])} {str(status).lower()}" for status in sorted(counts.index, key=_status_order)]
     text = f"{labels.plural(len(experiment.trials), 'trial')}: {labels.listed(parts)}" if parts else "No trial yet"
     if pd.notna(experiment.source["seconds"]):
         text += f", in {metrics.duration(float(experiment.source['seconds']))}"
-    return text + ("." if experiment.finished else ". The sweep has not ended: this page shows what there is so far.")
+    text += "." if experiment.finished else ". The sweep has not ended: this page shows what there is so far."
+    return f"{text}{changed}"
+
+
+def _changed_inputs(experiment: Experiment) -> str:
+    """Which trials were trained on which inputs, as one more sentence; empty where the inputs did not change."""
+    if not experiment.inputs_changed:
+        return ""
+    entries = [entry for entry in experiment.manifest.get("resumed") or [] if isinstance(entry, dict)]
+    found = [entry for entry in entries if isinstance(entry.get("inputs"), dict)]
+    what = "; ".join(str(change) for entry in found for change in entry.get("different") or [])
+    what = f" ({what})" if what else ""
+    if not experiment.is_sweep:
+        steps = [str(entry["inputs"].get("step")) for entry in found]
+        return f" Its inputs changed after step {labels.listed(steps)}{what}: its curve is that of two experiments."
+    runs = experiment.tables.runs
+    apart = int((runs["status"] == OTHER_INPUTS).sum())
+    compared = labels.listed(sorted(runs.loc[runs["score"].notna(), "inputs"].unique()))
+    kept = f"only trials on inputs {compared} are compared" if compared else "no trial is complete yet"
+    return f" Its inputs changed while it ran{what}: {kept}, and {labels.plural(apart, 'trial')} on others marked."
 
 
 def _sweep_answer(experiment: Experiment, values: dict[str, Any], shown: list[tuple[str, str, bool]]) -> Answer:
@@ -305,6 +325,7 @@ def _unranked(experiment: Experiment) -> list[str]:
         return []
     few = labels.plural(len(waiting), "more configuration")
     what = "did not complete" if len(experiment.seeds) == 1 else "did not complete on every seed"
+    what += " of the same inputs" if experiment.inputs_changed else ""
     return [f"{few} {what} and cannot win; the table shows why."]
 
 

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import yaml
 
 from harness import metrics
 from harness.errors import UserError
+from harness.manifest import versions
 from harness.rundir import RunDir, Status
 
 # A directory whose status cannot be known: not a state a run is ever in.
 UNREADABLE = "UNREADABLE"
+# Nor this: the run of a sweep that was trained on other inputs than those that are compared.
+OTHER_INPUTS = "ON OTHER INPUTS"
+STATUSES = (*(status.value for status in Status), UNREADABLE, OTHER_INPUTS)
+# Between the inputs of a run that went on with others.
+THEN = " then "
+# Metrics that are a share where every reward is 0 to 1.
+SHARES = ("eval/accuracy", "eval/mean@", "eval/pass@")
 # A swept key names a column and a figure's file.
 _KEY = re.compile(r"(?=.{3,200}$)[A-Za-z_]\w*(\.\w+)+", re.ASCII)
 # PyYAML's parser in C takes a tenth of the time, but what is nested deep enough overflows its stack: only short texts.
@@ -43,6 +53,7 @@ _STRUCTURE: dict[str, type] = {
     "result.metrics": dict,
     "result.base": dict,
     "result.seconds": float,
+    "resumed": list,
 }
 
 
@@ -82,6 +93,11 @@ class Record:
     def params(self) -> dict[str, Any]:
         """A trial's swept recipe keys and their values as given; empty for a single run."""
         return self.trial.get("params") or {}
+
+    @property
+    def inputs(self) -> str:
+        """Which states of its inputs the run was trained on, by number: "1" unless they changed, "1 then 2"."""
+        return THEN.join(map(str, versions(self.manifest)))
 
     @property
     def seconds(self) -> float | None:
@@ -131,9 +147,17 @@ def read_record(run: RunDir, name: str) -> Record:
     problem = _problem(manifest)
     if problem:
         return Record(name, UNREADABLE, f"manifest: {problem}", recipe=recipe)
+    reason = manifest.get("reason")
     try:
         rows = metrics.MetricsFile(run.metrics).rows()
-        reason = manifest.get("reason")
+        result = {f"result.{part}": (manifest.get("result") or {}).get(part) or {} for part in ("metrics", "base")}
+        logged = [(f"line {number} of metrics.jsonl: ", row) for number, row in enumerate(rows, 1)]
+        stored = [(f"manifest: {part}.", row) for part, row in result.items()]
+        wrong = [f"{where}{fault}" for where, row in (*stored, *logged) if (fault := _no_share(row))]
+        if wrong and rewards_are_shares(recipe, _rewards(run, rows)):
+            if wrong[0].startswith("manifest"):
+                return Record(name, UNREADABLE, wrong[0], recipe=recipe)
+            rows, reason = [], wrong[0]
     except (UserError, OSError) as error:
         rows, reason = [], f"metrics.jsonl: {_brief(error)}"
     return Record(name, manifest["status"], reason, manifest, rows, recipe)
@@ -190,19 +214,50 @@ def _epoch(entry: dict[str, Any]) -> float | None:
         return None
 
 
+def rewards_are_shares(recipe: dict[str, Any], rewards: Iterable[float]) -> bool:
+    """Return whether all rewards are 0 to 1, as those of every environment but a user's own are."""
+    name = lookup(recipe, "environment.env_class")
+    known = isinstance(name, str) and "." not in name
+    return known and all(0 <= reward <= 1 for reward in rewards if reward == reward)
+
+
+def _rewards(run: RunDir, rows: list[dict[str, float]]) -> list[float]:
+    """The rewards that a run logged and kept, for the data may name an environment of their own."""
+    found = [row["reward"] for row in rows if "reward" in row]
+    for file in sorted(run.samples.glob("*.parquet")):
+        with contextlib.suppress(UserError, OSError, ValueError, KeyError):
+            check_own(run, file)
+            found += pq.read_table(file, columns=["reward"])["reward"].to_pylist()
+    return [reward for reward in found if isinstance(reward, int | float)]
+
+
+def _no_share(row: dict[str, Any]) -> str | None:
+    """The first metric of a row that should be a share and is none."""
+    for name, value in row.items():
+        if name.startswith(SHARES) and value is not None and (value < 0 or value > 1):
+            return f"{name} is {value:g}, allowed: 0 to 1, as its rewards are"
+    return None
+
+
 def _problem(manifest: dict[str, Any]) -> str | None:
     """What is wrong with a manifest's structure, or None when the tables can be made from it."""
     known = [status.value for status in Status]
     if manifest.get("status") not in known:
         return f"status is {manifest.get('status')!r}, not one of {', '.join(known)}"
-    return next(_wrong_types(manifest), None)
+    return next(wrong_types(manifest), None)
 
 
-def _wrong_types(manifest: dict[str, Any]) -> Iterator[str]:
+def wrong_types(manifest: dict[str, Any]) -> Iterator[str]:
+    """What of a manifest is not of the type that the tables are made from."""
     for path, allowed in _STRUCTURE.items():
         value = lookup(manifest, path)
-        if value is not None and not isinstance(value, int | float if allowed is float else allowed):
+        flag = isinstance(value, bool) and allowed is not bool
+        if value is not None and (flag or not isinstance(value, int | float if allowed is float else allowed)):
             yield f"{path} is {type(value).__name__}, expected {allowed.__name__}"
+    for part in ("result.metrics", "result.base"):
+        for name, value in (lookup(manifest, part) or {}).items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                yield f"{part}.{name} is {value!r:.60}, allowed: a number or null"
     for name in (manifest.get("trial") or {}).get("params") or {}:
         if not _KEY.fullmatch(name):
             yield f"trial.params names {name[:100]!r}, which is no recipe key"

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from analysis.facts import facts
-from analysis.records import Record, times_of
+from analysis.records import OTHER_INPUTS, THEN, Record, times_of
 from analysis.sources import problems_of
 from harness import metrics
 from harness.rundir import Status
 
 KEY = ["directory", "run_dir"]
+_ENDED = (Status.COMPLETE.value, Status.PRUNED.value, Status.FAILED.value)
 IDENTITY = ("number", "configuration", "seed", "status", "confirm")
-_WHOLE = ("number", "configuration", "seed", "step", "rank", "batch_size", "parameters", "model_parameters", "episodes",
-          "hidden_size", "best_step", "problems")  # fmt: skip
-_REAL = ("score", "base", "best", "last", "seconds", "alpha", "lr", "rule_lr", "tokens", "flops", "update_seconds",
-         "created", "started", "ended")  # fmt: skip
-_WORDS = ("run_dir", "status", "reason", "targets", "budget", "model", "model_type", "context", "metric", "source",
-          "command")  # fmt: skip
-_FLAGS = ("full", "confirm", "diverged", "maximize")
+WHOLE = ("number", "configuration", "seed", "step", "rank", "batch_size", "parameters", "model_parameters", "episodes",
+         "hidden_size", "best_step", "problems")  # fmt: skip
+REAL = ("score", "base", "best", "last", "seconds", "alpha", "lr", "rule_lr", "tokens", "flops", "update_seconds",
+        "created", "started", "ended")  # fmt: skip
+WORDS = ("run_dir", "status", "reason", "targets", "budget", "model", "model_type", "context", "metric", "source",
+         "command", "inputs")  # fmt: skip
+FLAGS = ("full", "confirm", "diverged", "maximize")
 # What every table of runs has, besides its directory, swept keys and final metrics; and of steps.
-COLUMNS = (*_WHOLE, *_REAL, *_WORDS, *_FLAGS)
+COLUMNS = (*WHOLE, *REAL, *WORDS, *FLAGS)
 COSTS = ("episodes", "flops", "seconds")
 # A table of runs and one of trials call the sweep's metric M differently.
 _OF_METRIC = {"score": "{}", "base": "base/{}", "best": "best/{}", "last": "last/{}", "best_step": "best/step"}
@@ -57,6 +59,7 @@ def run_row(record: Record, directory: Path, metric: str) -> dict[str, Any]:
         "best_step": best[0],
         "last": trained[-1][1] if trained else None,
         "problems": problems_of(record),
+        "inputs": record.inputs,
         **facts(directory, record, metric, maximize),
         **{key: cell(value) for key, value in record.params.items()},
         **{name: _number(value) for name, value in finals.items() if "/" in name and name != metric},
@@ -91,23 +94,57 @@ def with_totals(runs: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
     )
     table = runs.merge(totals, left_on=KEY, right_index=True, how="left")
     table = table.drop(columns=["episodes_per_step", "flops_per_token"])
-    kinds = ((_WHOLE, "Int64"), (_REAL, "float64"), (_WORDS, "string"), (_FLAGS, "boolean"))
+    kinds = ((WHOLE, "Int64"), (REAL, "float64"), (WORDS, "string"), (FLAGS, "boolean"))
     table = table.astype({name: kind for names, kind in kinds for name in names})
     for name in param_columns(table):
         table[name] = one_type(table[name])
     return table.sort_values(["number", "run_dir"], ignore_index=True)
 
 
+def on_one_input(runs: pd.DataFrame, seeds: Sequence[int]) -> pd.DataFrame:
+    """Runs with those set apart that were trained on other inputs than the runs that are compared.
+
+    Compared are the runs on the newest inputs of which a configuration has all `seeds` complete, or else any run. The
+    others that have ended get the status `OTHER_INPUTS`, say in their reason how they ended, and have neither score
+    nor base.
+    """
+    known = sorted(runs["inputs"].dropna().unique(), key=_newest, reverse=True)
+    if len(known) < 2:
+        return runs
+    counted = runs[runs["score"].notna() & ~runs["confirm"].fillna(False)]
+    parts = list(counted.groupby(["inputs", "configuration"]))
+    whole = {str(part["inputs"].iloc[0]) for _, part in parts if set(seeds) <= set(part["seed"])}
+    chosen = next((one for group in (whole, set(counted["inputs"])) for one in known if one in group), known[0])
+    apart = runs["inputs"].ne(chosen).fillna(False) & runs["status"].isin(_ENDED)
+    table = runs.copy()
+    for row in runs.index[apart]:
+        status, score, why = (runs.loc[row, name] for name in ("status", "score", "reason"))
+        how = f" with {runs.loc[row, 'metric']} {score:.4g}" if pd.notna(score) else ""
+        more = f": {why}" if pd.notna(why) else ""
+        table.loc[row, "reason"] = f"{str(status).lower()}{how} on inputs {runs.loc[row, 'inputs']}{more}"
+    table.loc[apart, "status"] = OTHER_INPUTS
+    table.loc[apart, ["score", "base", "last"]] = float("nan")
+    table.loc[apart, "diverged"] = False
+    return table
+
+
+def _newest(inputs: str) -> tuple[int, int]:
+    """What inputs are ordered by: the last of them; those alone come after those that followed others."""
+    parts = inputs.split(THEN)
+    return int(parts[-1]), -len(parts)
+
+
 def as_trials(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
     """A sweep's rows of `Tables.runs` as a table of its trials: the outcome under the metric's own name.
 
-    Columns: number, configuration, seed, status, confirm (a re-run on a fresh seed), reason, a column per swept recipe
-    key, the last evaluation's metrics (NaN unless COMPLETE), `base/M`, `best/M`, `best/step` and `last/M` of the
+    Columns: number, configuration, seed, status, confirm (a re-run on a fresh seed), reason, inputs, a column per swept
+    recipe key, the last evaluation's metrics (NaN unless COMPLETE), `base/M`, `best/M`, `best/step` and `last/M` of the
     sweep's metric M whatever the status, step, seconds, run_dir.
     """
     named = runs.rename(columns={name: text.format(metric) for name, text in _OF_METRIC.items()})
     others = sorted(name for name in runs.columns if "/" in name)
-    lead = [*IDENTITY, "reason", *param_columns(runs), metric, *others]
+    mark = ["inputs"] if "inputs" in runs.columns else []
+    lead = [*IDENTITY, "reason", *mark, *param_columns(runs), metric, *others]
     return named[
         [*lead, *(f"{part}/{metric}" for part in ("base", "best", "last")), "best/step", "step", "seconds", "run_dir"]
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,8 @@ def configurations(experiment: Experiment) -> Table:
     title = "seeds' range" if many else "95% interval"
     columns.append(Column(title, lambda row: _range(score, row["low"], row["high"]), sort=number("low"), drawn=True))
     columns.append(_count("config", "configuration"))
+    runs = experiment.tables.runs
+    columns += _inputs([experiment], lambda row: runs.loc[runs["configuration"] == row["configuration"], "inputs"])
     columns.append(Column("seeds" if many else "status", lambda row: _seeds(row, len(experiment.seeds)), words=True))
     winner = experiment.best.configuration if experiment.best else None
     rows = experiment.configurations
@@ -106,6 +108,7 @@ def trials(experiments: Sequence[Experiment]) -> Table:
         Column("best (step)", _peak, sort=number("best")),
         _count("steps", "step"),
         Column("time", lambda row: _duration(row["seconds"]), sort=number("seconds")),
+        *_inputs(experiments, lambda row: [row["inputs"]]),
         Column("status", _status, words=True),
     ]
     rows, winners = pd.concat([_rows(experiment) for experiment in experiments], ignore_index=True), set()
@@ -116,6 +119,14 @@ def trials(experiments: Sequence[Experiment]) -> Table:
     return _table(
         columns, rows, lambda row: (row["directory"], row["run_dir"]) in winners, lambda row: row["status"] != done
     )
+
+
+def _inputs(experiments: Sequence[Experiment], of: Callable[[pd.Series], Iterable[Any]]) -> list[Column]:
+    """A column with the inputs that a row's runs were trained on, where those of any experiment changed."""
+    if not any(experiment.inputs_changed for experiment in experiments):
+        return []
+    return [Column("inputs", lambda row: ", ".join(sorted({str(one) for one in of(row) if pd.notna(one)})) or "–",
+                   words=True)]  # fmt: skip
 
 
 def _rows(experiment: Experiment) -> pd.DataFrame:

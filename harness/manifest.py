@@ -16,8 +16,9 @@ from typing import Any
 from harness import machine
 from harness import recipe as recipes
 from harness.cli import started_by_script
+from harness.errors import UserError
 from harness.paths import locate
-from harness.rundir import now
+from harness.rundir import RunDir, now
 from harness.schema import AdvantageEstimator, Recipe
 
 FORMAT = 2
@@ -26,6 +27,9 @@ SHOWN_DIGITS = 12
 _DIGEST = re.compile(r"(sha256:)?([0-9a-f]{40,64})")
 # What a run need not have; anything else is recorded or unknown.
 _OPTIONAL = ("critic", "checkpoint")
+# What makes of a run another experiment where it changes; "code" is here the user's environment module.
+_INPUTS = ("model", "critic", "data", "code")
+_OWN_CODE = "noregret"
 _TOKENIZER = ("*token*", "vocab.*", "merges.txt", "chat_template*", "*.model")
 
 
@@ -38,8 +42,12 @@ def build(
     overrides: Sequence[str] = (),
     command: Sequence[str] = (),
     trial: dict[str, Any] | None = None,
+    inputs: int = 1,
 ) -> dict[str, Any]:
-    """The manifest of a run, a trial or a sweep (`kind`), status and result aside."""
+    """The manifest of a run, a trial or a sweep (`kind`), status and result aside.
+
+    `inputs`: which state of its sweep's inputs a trial is trained on; they count up each time they change.
+    """
     packages, dependencies = machine.packages()
     return {
         "format": FORMAT,
@@ -58,6 +66,7 @@ def build(
         "threads": recipe.trainer.num_threads,
         "thread_variables": machine.thread_variables(),
         **_inputs(recipe),
+        "inputs": [inputs],
         "result": None,
     }
 
@@ -81,14 +90,68 @@ def this_command() -> list[str]:
     return [*start, *sys.argv[1:]]
 
 
-@functools.cache
+def changed_inputs(record: dict[str, Any]) -> list[Difference]:
+    """Return what of a run's model, critic, data and environment module is another now than its manifest says.
+
+    Where a digest is not known, then or now (a hub's model before its download), there is nothing to compare.
+    """
+    old, new = _compared(record), _compared({**record, **_inputs_now(record)})
+    found = [
+        _difference(name, was, new[kind].get(name))
+        for kind in _INPUTS
+        for name, was in old[kind].items()
+        if was is not None and (kind in ("data", "code") or name in new[kind])
+    ]
+    return [difference for difference in found if difference is not None]
+
+
+def check_inputs(changes: Sequence[Difference], kind: str, *, allowed: bool) -> None:
+    """Raise UserError for inputs that changed since a run or sweep (`kind`) began, unless that is `allowed`."""
+    if changes and not allowed:
+        raise UserError(
+            f"the inputs are not those that this {kind} began with",
+            got="; ".join(map(str, changes)),
+            fix=f"put them back, start a new {kind} under another trainer.run_name, or add --changed-inputs: what was "
+            "trained on the former inputs is then marked, and not compared with the rest",
+        )
+
+
+def accept_inputs(run_dir: RunDir, version: int | None = None) -> list[str]:
+    """Record in a manifest the inputs as they are now, and return what of them is another.
+
+    `inputs` lists the states of its inputs that a run was trained on, the last with the digests in the manifest; those
+    before, with the step that they were used to, are in `resumed`. A run without a checkpoint begins anew: it counts
+    as trained on the new inputs alone. `version` is the number of the new state, by default the next.
+    """
+    record = run_dir.read_manifest()
+    changes, now_there = [str(change) for change in changed_inputs(record)], _inputs_now(record)
+    steps = [int(folder.name[5:]) for folder in run_dir.checkpoints.glob("step_*") if folder.name[5:].isdigit()]
+    trained = versions(record)
+    kept = trained if changes and (steps or record["kind"] == "sweep") else trained[:-1]
+    values: dict[str, Any] = {"inputs": [*kept, version or trained[-1] + 1]}
+    if changes:
+        was = {"step": max(steps, default=0), "was": {kind: record.get(kind) for kind in now_there}}
+        entry = {"time": now(), "command": this_command(), "different": changes, "inputs": was}
+        values |= {**now_there, "resumed": [*record.get("resumed", []), entry]}
+    run_dir.update(**values)
+    return changes
+
+
+def versions(record: dict[str, Any]) -> list[int]:
+    """Return the states of its inputs that a run was trained on, in order: [1] unless they changed."""
+    known = record.get("inputs")
+    if isinstance(known, list) and known and all(type(one) is int for one in known):
+        return known
+    return [1]
+
+
 def digest_path(path: str) -> str | None:
     """SHA-256 over a file, or over a folder's files and their names; None for a name that is not on this machine."""
     found = locate(path)
     if found is None:
         return None
     files = (p for p in found.rglob("*") if p.is_file()) if found.is_dir() else [found]
-    return _digest(files, found)
+    return _digest_of(files, found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +195,7 @@ def compare(record: dict[str, Any], again: dict[str, Any]) -> Agreement:
 def _code(recipe: Recipe) -> dict[str, str | None]:
     """Digests of the project's source, and of the user's environment module where the recipe names one."""
     own = recipe.environment.env_class
-    return {"noregret": machine.code_digest()} | ({own: machine.module_digest(own)} if "." in own else {})
+    return {_OWN_CODE: machine.code_digest()} | ({own: machine.module_digest(own)} if "." in own else {})
 
 
 def _inputs(recipe: Recipe) -> dict[str, Any]:
@@ -149,6 +212,25 @@ def _inputs(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def _inputs_now(record: dict[str, Any]) -> dict[str, Any]:
+    """The parts of a manifest that name inputs, with what their paths hold now."""
+    found: dict[str, Any] = {}
+    for kind in ("model", "critic"):
+        part = record.get(kind)
+        if isinstance(part, dict) and isinstance(part.get("path"), str):
+            found[kind] = _model(part["path"])
+    if "model" in found:
+        path = found["model"]["path"]
+        found["tokenizer"] = {"path": path, "digest": _digest_tokenizer(path)}
+    if isinstance(data := record.get("data"), dict):
+        found["data"] = {path: digest_path(path) for path in data}
+    if isinstance(code := record.get("code"), dict):
+        found["code"] = {
+            name: digest if name == _OWN_CODE else machine.module_digest(name) for name, digest in code.items()
+        }
+    return found
+
+
 def _model(path: str) -> dict[str, str | None]:
     """A local folder has a digest; a hub's name has the revision in the cache, None before its first download."""
     return {"path": path, "digest": digest_path(path), "revision": _revision(path) if locate(path) is None else None}
@@ -163,17 +245,23 @@ def _revision(name: str) -> str | None:
         return None
 
 
-@functools.cache
 def _digest_tokenizer(path: str) -> str | None:
     found = locate(path)
     if found is None or not found.is_dir():
         return None
-    return _digest({file for pattern in _TOKENIZER for file in found.glob(pattern) if file.is_file()}, found)
+    return _digest_of({file for pattern in _TOKENIZER for file in found.glob(pattern) if file.is_file()}, found)
 
 
-def _digest(files: Iterable[Path], root: Path) -> str:
+def _digest_of(files: Iterable[Path], root: Path) -> str:
+    # A file that changed while a sweep runs is read again.
+    stats = [(file, file.stat()) for file in sorted(files)]
+    return _digest(tuple((file, one.st_ino, one.st_size, one.st_mtime_ns) for file, one in stats), root)
+
+
+@functools.lru_cache(maxsize=1024)
+def _digest(files: tuple[tuple[Path, int, int, int], ...], root: Path) -> str:
     total = hashlib.sha256()
-    for file in sorted(files):
+    for file, *_ in files:
         total.update(str(file.relative_to(root)).encode())
         with file.open("rb") as stream:
             total.update(hashlib.file_digest(stream, "sha256").digest())

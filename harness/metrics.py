@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -182,7 +183,8 @@ class MetricsFile:
         for number, line in enumerate(self._lines(), 1):
             row = _row(line)
             if row is None:
-                raise UserError(f"line {number} of {self.path.name} is damaged", got=f"{self.path}: {line[:60]!r}")
+                raise UserError(f"line {number} of {self.path.name} is damaged{_fault(line)}",
+                                got=f"{self.path}: {line[:60]!r}")  # fmt: skip
             found.append({name: math.nan if value is None else value for name, value in row.items()})
         return found
 
@@ -232,9 +234,18 @@ def _row(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except ValueError:
         return None
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int) or abs(row["step"]) > MOST_STEPS:
+    if not isinstance(row, dict) or type(row.get("step")) is not int or abs(row["step"]) > MOST_STEPS:
         return None
-    return row if all(value is None or isinstance(value, int | float) for value in row.values()) else None
+    return row if all(value is None or type(value) in (int, float) for value in row.values()) else None
+
+
+def _fault(line: bytes) -> str:
+    """Which value of a damaged line is none, as the end of a sentence; "" where it is no row at all."""
+    with contextlib.suppress(ValueError, AttributeError):
+        for name, value in json.loads(line).items():
+            if value is not None and type(value) not in (int, float):
+                return f": {name} is {json.dumps(value)[:60]}, allowed: a number or null"
+    return ""
 
 
 def duration(seconds: float) -> str:

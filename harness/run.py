@@ -41,6 +41,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--from", dest="taken", metavar="DIR", help="a new run with the recipe of the run in this directory"
     )
+    parser.add_argument("--changed-inputs", action="store_true", help="with --resume: go on although data, model or "
+                        "environment module changed; manifest and report say so")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print what would be trained, where, and the cost")
     parser.add_argument("--gpu-memory", metavar="GIB", help=f"with --dry-run: {GPU_MEMORY}")
     parser.add_argument("--check", action="store_true", help="exit with 3 when the recipe's expectations are not met")
@@ -56,7 +58,7 @@ def main(argv: list[str]) -> int:
     if _only_lacks_verdict(run_dir.sound_manifest()):
         _tell_end(recipe, run_dir)
     else:
-        _train(recipe, run_dir)
+        _train(recipe, run_dir, changed_inputs=options.changed_inputs)
     met = _as_expected(recipe, run_dir)
     print(_summary(run_dir, shown(run_dir.path)))
     return 0 if met or not options.check else UNMET
@@ -81,11 +83,13 @@ def _started(options: argparse.Namespace) -> tuple[Recipe, RunDir]:
     _check(recipe)
     run_dir = place(recipe, options.name)
     if run_dir.manifest.exists():
-        _check_same(recipe, run_dir)
+        _check_same(recipe, run_dir, options.changed_inputs)
         if recipe.trainer.max_tokens_per_microbatch == "auto":
             stored = recipes.read(run_dir.recipe)
             recipe.trainer.max_tokens_per_microbatch = stored.trainer.max_tokens_per_microbatch
     else:
+        if options.changed_inputs:
+            raise UserError("--changed-inputs is for --resume: a new run has none that could have changed")
         record = manifest.build(recipe, kind="run", name=run_dir.path.name, source=str(source), overrides=overrides,
                                 command=manifest.this_command())  # fmt: skip
         run_dir.create(recipes.to_yaml(recipe), record)
@@ -134,7 +138,7 @@ def _resumed(options: argparse.Namespace) -> tuple[Recipe, RunDir]:
         )
     run_dir.sound_manifest()
     recipe = recipes.read(run_dir.recipe)
-    _check_same(recipe, run_dir)
+    _check_same(recipe, run_dir, options.changed_inputs)
     recipe = recipes.with_overrides(recipe, words)
     _check(recipe)
     return recipe, run_dir
@@ -150,8 +154,8 @@ def _check(recipe: Recipe) -> None:
         sinks.wandb_mode()
 
 
-def _check_same(recipe: Recipe, run_dir: RunDir) -> None:
-    """An existing directory is gone on with, never overwritten: it must be unfinished and of the same recipe."""
+def _check_same(recipe: Recipe, run_dir: RunDir, changed_inputs: bool) -> None:
+    """An existing directory is gone on with, never overwritten: unfinished, and of the same recipe and inputs."""
     record = run_dir.sound_manifest()
     if record["kind"] == "sweep":
         raise UserError("this directory holds a sweep", got=run_dir.path, fix="choose another trainer.run_name")
@@ -162,6 +166,8 @@ def _check_same(recipe: Recipe, run_dir: RunDir) -> None:
     if not same:
         raise UserError("this directory holds an unfinished run of another recipe", got=run_dir.path,
                         fix="choose another trainer.run_name")  # fmt: skip
+    if not _only_lacks_verdict(record):
+        manifest.check_inputs(manifest.changed_inputs(record), "run", allowed=changed_inputs)
 
 
 def _only_lacks_verdict(record: dict[str, Any]) -> bool:
@@ -178,7 +184,7 @@ def _tell_end(recipe: Recipe, run_dir: RunDir) -> None:
         told.report(int(row["step"]), row)
 
 
-def _train(recipe: Recipe, run_dir: RunDir) -> None:
+def _train(recipe: Recipe, run_dir: RunDir, *, changed_inputs: bool) -> None:
     from sweeps.locks import held
 
     place = shown(run_dir.path)
@@ -186,6 +192,8 @@ def _train(recipe: Recipe, run_dir: RunDir) -> None:
         if not mine:
             raise UserError("another process is training this run", got=place,
                             fix="wait for it, or choose another trainer.run_name")  # fmt: skip
+        if changed_inputs and (changes := manifest.accept_inputs(run_dir)):
+            print(f"note: going on with changed inputs: {'; '.join(changes)}")
         _note_resumption(recipe, run_dir)
         print(f"run {place}", flush=True)
         try:

@@ -34,7 +34,8 @@ def main(argv: list[str]) -> int:
     if options.resume is None:
         session = sessions.start(_recipe(options), options.overrides, options.confirm)
     else:
-        session = sessions.resume(options.resume or None, options.recipe, options.overrides, options.confirm)
+        session = sessions.resume(options.resume or None, options.recipe, options.overrides, options.confirm,
+                                  changed_inputs=options.changed_inputs)  # fmt: skip
     return _run(session)
 
 
@@ -46,10 +47,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="print the space, the first trials and the cost")
     parser.add_argument("--gpu-memory", metavar="GIB", help=f"with --dry-run: {GPU_MEMORY}")
     parser.add_argument("--resume", nargs="?", const="", metavar="DIR", help="go on with the sweep in this directory")
+    parser.add_argument("--changed-inputs", action="store_true", help="with --resume: go on although data, model or "
+                        "environment module changed; the report marks which trials were trained on which")  # fmt: skip
     parser.add_argument("--confirm", type=int, metavar="K", help="at the end run the K best again, on fresh seeds")
     options = parser.parse_intermixed_args(argv)
     if options.confirm is not None and options.confirm < 1:
         raise UserError("--confirm is how many of the best to run again", got=options.confirm, allowed=">= 1")
+    if options.changed_inputs and options.resume is None:
+        raise UserError("--changed-inputs is for --resume: a new sweep has none that could have changed")
     words = list(options.arguments)
     # `--resume` takes the next word, whichever of the three it is.
     if options.resume and not Path(options.resume).is_dir() and ("=" in options.resume or _is_recipe(options.resume)):

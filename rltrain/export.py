@@ -212,6 +212,10 @@ def _facts(export: Export) -> dict[str, str]:
     if evaluated is not None:
         facts["policy"] = f"{export.source.name}: step {evaluated['step']}, of a run that is {manifest['status']}"
         facts["held-out accuracy"] = f"{evaluated[ACCURACY]:.3f}" + _base_accuracy(export)
+    for entry in manifest.get("resumed") or []:
+        if "inputs" in entry:
+            changes = "; ".join(f"`{change}`" for change in entry["different"])
+            facts["changed inputs"] = f"after step {entry['inputs']['step']}: {changes}"
     git = manifest["git"]
     if git is not None:
         facts["noregret"] = f"commit {git['commit']}" + (", with changes" if git["dirty"] else "")

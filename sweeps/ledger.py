@@ -9,6 +9,7 @@ from typing import Any
 from optuna.trial import TrialState
 
 from harness import recipe as recipes
+from harness.manifest import changed_inputs
 from harness.rundir import RunDir, Status
 from harness.schema import Recipe
 from sweeps import trials
@@ -47,7 +48,8 @@ class Ledger:
         self._waiting: list[_Waiting] = []
         self._failed: set[int] = set()
         self._began = time.monotonic()
-        self._before: float = sweep_dir.read_manifest().get("seconds", 0.0)
+        self._record = sweep_dir.read_manifest()
+        self._before: float = self._record.get("seconds", 0.0)
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune pickles its searcher for a restore of its own, and here the journal is the state."""
@@ -68,6 +70,7 @@ class Ledger:
 
     def begin(self, tune_id: str) -> dict[str, Any] | None:
         """The next trial's config for the actor, its directory made; None when there is none left, or no place."""
+        self._stop_at_changed_inputs()
         found = None if self.study.stopped else self._next()
         if found is None:
             return None
@@ -76,6 +79,11 @@ class Ledger:
         self.progress.began(trial, run_dir)
         sweep = self.study.plan.sweep
         return {"run_dir": str(run_dir.path), "metric": sweep.metric, "stall_seconds": sweep.stall_seconds, "hub": hub}
+
+    def _stop_at_changed_inputs(self) -> None:
+        """Begin no trial on other data than those before it, nor with another model or environment module."""
+        if self.study.stopped is None and (changes := changed_inputs(self._record)):
+            self.study.stopped = f"the sweep's inputs changed: {'; '.join(map(str, changes))}"
 
     def _next(self) -> tuple[Trial, RunDir, str | None] | None:
         """A trial and where it trains: one that waits for a place, else a new one of the study's."""

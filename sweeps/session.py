@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ class Session:
     sweep_dir: RunDir
     confirm: int | None = None
     """How many of the best configurations are to run again on fresh seeds; None: as many as asked for before."""
+    changed_inputs: bool = False
+    """Whether to go on although data, model or environment module are others than when the sweep began."""
 
 
 def start(source: str, overrides: Sequence[str], confirm: int | None = None) -> Session:
@@ -62,7 +64,14 @@ def start(source: str, overrides: Sequence[str], confirm: int | None = None) -> 
     return session
 
 
-def resume(directory: str | None, source: str | None, overrides: Sequence[str], confirm: int | None = None) -> Session:
+def resume(
+    directory: str | None,
+    source: str | None,
+    overrides: Sequence[str],
+    confirm: int | None = None,
+    *,
+    changed_inputs: bool = False,
+) -> Session:
     """A sweep begun earlier, by its directory or by recipe and `trainer.run_name`; UserError if it is another now."""
     recipe = None if source is None else recipes.load(source, overrides)
     sweep_dir = RunDir(directory) if directory else _by_name(recipe, source)
@@ -73,11 +82,14 @@ def resume(directory: str | None, source: str | None, overrides: Sequence[str], 
     stored = recipes.read(sweep_dir.recipe)
     recipe = recipes.load(sweep_dir.recipe, overrides) if recipe is None else _as_settled(recipe, stored)
     _check_same(recipe, stored)
-    return _session(recipe, plans.build(recipe), sweep_dir, confirm)
+    session = _session(recipe, plans.build(recipe), sweep_dir, confirm)
+    return replace(session, changed_inputs=changed_inputs)
 
 
 def run(session: Session, actor: Callable[[], type] | None = None) -> Study:
-    """Run what the sweep has left; its study afterwards. Raises UserError when another process is at it.
+    """Run what the sweep has left; its study afterwards.
+
+    Raises UserError when another process is at it, and for inputs that changed unless `session.changed_inputs`.
 
     KeyboardInterrupt, SIGTERM too, leaves the sweep RUNNING; any other failure FAILED with the reason. Both can be
     resumed.
@@ -87,9 +99,14 @@ def run(session: Session, actor: Callable[[], type] | None = None) -> Study:
         if not owned:
             raise UserError("another process is running this sweep", got=shown(sweep_dir.path))
         study = Study(sweep_dir.journal, session.plan)
+        study.former = trials.on_former_inputs(sweep_dir)
+        trials.reconcile(study, sweep_dir)
+        more = session.confirm not in (None, study.num_to_confirm)
+        if more or not study.finished:
+            _check_inputs(session, study)
+            study.former = trials.on_former_inputs(sweep_dir)
         if session.confirm is not None:
             study.confirm_best(session.confirm)
-        trials.reconcile(study, sweep_dir)
         if study.finished:
             return study
         write_text(sweep_dir.recipe, recipes.to_yaml(session.plan.recipe))
@@ -168,6 +185,18 @@ def _check_same(recipe: Recipe, stored: Recipe) -> None:
             got="; ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed),
             fix="undo the change, or start a new sweep under another trainer.run_name",
         )
+
+
+def _check_inputs(session: Session, study: Study) -> None:
+    """Refuse inputs that changed since the sweep began, or record the new ones and say what they are."""
+    changes = trials.changed_inputs(session.sweep_dir)
+    if changes and study.finished:
+        raise UserError("the configurations to confirm were chosen on other inputs",
+                        got="; ".join(map(str, changes)), fix="put them back, or start a new sweep")  # fmt: skip
+    manifest.check_inputs(changes, "sweep", allowed=session.changed_inputs)
+    if changes:
+        trials.accept_inputs(session.sweep_dir)
+        print(f"note: going on with changed inputs: {'; '.join(map(str, changes))}", flush=True)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

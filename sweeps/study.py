@@ -47,6 +47,8 @@ class Study:
         self.plan = plan
         self.stopped: str | None = None
         """Why no further trial is begun although some are left."""
+        self.former: frozenset[int] = frozenset()
+        """Trials on former inputs, which sampler, pruner and the choice of the best leave out."""
         storage = JournalStorage(Journal(journal))
         self._study = optuna.create_study(
             storage=storage,
@@ -66,7 +68,7 @@ class Study:
 
     def swept(self) -> list[FrozenTrial]:
         """Those that sampler and pruner learn from, and the best are chosen from: all but those that confirm."""
-        return self._swept.get_trials(deepcopy=False)
+        return [record for record in self.trials() if not record.user_attrs.get("confirm")]
 
     def describe(self, number: int) -> Trial:
         """What a trial runs."""
@@ -117,7 +119,8 @@ class Study:
     @property
     def best(self) -> tuple[Trial, float] | None:
         """The complete trial with the best value so far, and the value; those that confirm do not compete."""
-        done = [(r.value, r.number) for r in self.swept() if r.state is TrialState.COMPLETE and r.value is not None]
+        done = [(r.value, r.number) for r in self.swept()
+                if r.state is TrialState.COMPLETE and r.value is not None and r.number not in self.former]  # fmt: skip
         if not done:
             return None
         sign = -1 if self.plan.direction == "maximize" else 1
@@ -145,6 +148,7 @@ class Study:
         record = self.trials()[number]
         if not math.isfinite(value) or record.state.is_finished() or record.user_attrs.get("confirm"):
             return None
+        self._swept.left_out = self.former
         trial = optuna.trial.Trial(self._swept, record._trial_id)
         # A resumed trial comes by an evaluation again that it had reported before the kill.
         if step not in record.intermediate_values:
@@ -198,7 +202,8 @@ class Study:
         """The best configurations so far by the mean of all their seeds, as many as are to be confirmed."""
         size, swept = len(self.plan.sweep.seeds), self.swept()
         parts = [swept[i : i + size] for i in range(0, len(swept), size)]
-        values = [[r.value for r in part if r.state is TrialState.COMPLETE and r.value is not None] for part in parts]
+        values = [[r.value for r in part if r.state is TrialState.COMPLETE and r.value is not None
+                   and r.number not in self.former] for part in parts]  # fmt: skip
         sign = -1 if self.plan.direction == "maximize" else 1
         ranked = sorted((sign * statistics.fmean(v), place) for place, v in enumerate(values) if len(v) == size)
         return [place for _, place in ranked[: self.num_to_confirm]]
@@ -229,7 +234,13 @@ class Study:
     def _history(self) -> list[Observation]:
         """One observation per configuration, so that a sampler learns from means over seeds, not from lucky ones."""
         size, trials = len(self.plan.sweep.seeds), self.swept()
-        return [_observation(self.plan, trials[i : i + size]) for i in range(0, len(trials), size)]
+        parts = [trials[i : i + size] for i in range(0, len(trials), size)]
+        return [
+            Observation(self._decoded(part[0]), TrialState.FAIL)
+            if any(record.number in self.former for record in part)
+            else _observation(self.plan, part)
+            for part in parts
+        ]
 
     def _check_same(self) -> None:
         """Hold what must not change against what the study was begun with."""
@@ -255,10 +266,13 @@ class Study:
 
 
 class _Swept(optuna.Study):
-    """The study as sampler and pruner see it: without the trials that confirm."""
+    """The study as the pruner sees it: without the trials that confirm, and those on former inputs."""
+
+    left_out: frozenset[int] = frozenset()
 
     def get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None) -> list[FrozenTrial]:
-        return [t for t in super().get_trials(deepcopy, states) if not t.user_attrs.get("confirm")]
+        found = super().get_trials(deepcopy, states)
+        return [t for t in found if not t.user_attrs.get("confirm") and t.number not in self.left_out]
 
 
 def _run_dir(number: int) -> str:

@@ -141,9 +141,47 @@ def create(plan: Plan, trial: Trial, sweep_dir: RunDir) -> RunDir:
             command=manifest.this_command(),
             trial={"number": trial.number, "configuration": trial.configuration, "seed": trial.seed,
                    "params": trial.params, "confirm": trial.confirm},
+            inputs=manifest.versions(sweep)[-1],
         )  # fmt: skip
         run_dir.create(recipes.to_yaml(own), record)
     return run_dir
+
+
+def changed_inputs(sweep_dir: RunDir) -> list[manifest.Difference]:
+    """What of the sweep's inputs, and of those that its trials name beside them, is another than is recorded."""
+    record = sweep_dir.read_manifest()
+    version = manifest.versions(record)[-1]
+    records = [run_dir.read_manifest() for run_dir in _directories(sweep_dir)]
+    latest = [one for one in records if manifest.versions(one)[-1] == version]
+    return list(dict.fromkeys(change for one in (record, *latest) for change in manifest.changed_inputs(one)))
+
+
+def accept_inputs(sweep_dir: RunDir) -> None:
+    """Record the inputs as they are now, in the sweep's manifest and in those of the trials that go on with them.
+
+    A trial that ended keeps its record, and with it the former inputs, unless none of its own changed.
+    """
+    version = manifest.versions(sweep_dir.read_manifest())[-1]
+    for run_dir in _directories(sweep_dir):
+        record = run_dir.read_manifest()
+        ended = run_dir.status in _ENDED and bool(manifest.changed_inputs(record))
+        if not ended and manifest.versions(record)[-1] >= version:
+            manifest.accept_inputs(run_dir, version + 1)
+    # Last: a kill before it leaves a sweep whose inputs are still the former ones, to be asked about again.
+    manifest.accept_inputs(sweep_dir, version + 1)
+
+
+def on_former_inputs(sweep_dir: RunDir) -> frozenset[int]:
+    """The trials that were trained, in part or whole, on other inputs than the sweep has now."""
+    now = manifest.versions(sweep_dir.read_manifest())[-1:]
+    found = [run_dir for run_dir in _directories(sweep_dir) if manifest.versions(run_dir.read_manifest()) != now]
+    return frozenset(int(run_dir.path.name) for run_dir in found)
+
+
+def _directories(sweep_dir: RunDir) -> list[RunDir]:
+    """The directories of the sweep's trials that have a manifest, by number."""
+    files = sweep_dir.trials.glob("*/manifest.json")
+    return [sweep_dir.trial(int(file.parent.name)) for file in sorted(files) if file.parent.name.isdigit()]
 
 
 def rerun_overrides(plan: Plan, trial: Trial, given: Sequence[str]) -> list[str]:

@@ -122,6 +122,16 @@ def _assert_tokenizer_of(folder: Path, base: str) -> None:
     assert (own.eos_token_id, own.pad_token_id) == (its.eos_token_id, its.pad_token_id)
 
 
+def test_the_card_says_that_the_inputs_changed(trained: Trained, exported: Callable[..., Path]) -> None:
+    whole = trained.run.manifest.read_text()
+    entry = {"different": ["data x: one -> two"], "inputs": {"step": 2}}
+    trained.run.update(resumed=[{"different": ["python: 3.10 -> 3.11"]}, entry])
+    try:
+        assert "| changed inputs | after step 2: `data x: one -> two` |" in (exported() / "README.md").read_text()
+    finally:
+        trained.run.manifest.write_text(whole)
+
+
 def test_the_card_says_what_it_is(trained: Trained, exported: Callable[..., Path]) -> None:
     card = (exported() / "README.md").read_text()
     record = trained.run.read_manifest()
@@ -221,7 +231,6 @@ def test_a_base_that_is_not_the_one_trained_on_is_refused(
             shutil.copy(file, base)
     run = _on_base(trained, base)
     export.plan(run.path, tmp_path / "out")
-    manifest.digest_path.cache_clear()
     (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-4] + b"\0\0\0\1")
     with pytest.raises(UserError, match="changed since the run"):
         export.plan(run.path, tmp_path / "out")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from harness.metrics import MetricsFile
@@ -22,7 +24,9 @@ from tests.integration.conftest import heed_interrupts
 def test_a_stopped_run_goes_on_by_its_directory(
     small_data: list[str], tmp_path: Path, sent: signal.Signals, status: int
 ) -> None:
-    start = [sys.executable, "-m", "harness.run", "recipes/quickstart.yaml", *small_data, "trainer.max_steps=30",
+    source = Path(small_data[0].removeprefix("data.train_data=[").removesuffix("]"))
+    own = [f"data.train_data=[{shutil.copy(source, tmp_path)}]", *small_data[1:]]
+    start = [sys.executable, "-m", "harness.run", "recipes/quickstart.yaml", *own, "trainer.max_steps=30",
              f"trainer.ckpt_path={tmp_path}", "trainer.run_name=run"]  # fmt: skip
     process = subprocess.Popen(
         start, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
@@ -37,9 +41,16 @@ def test_a_stopped_run_goes_on_by_its_directory(
     assert run.read_manifest()["status"] == "RUNNING"
     resume = f"python -m harness.run --resume {run.path}"
     assert (resume in told) == (sent is signal.SIGINT)
-    done = subprocess.run(
-        [sys.executable, *resume.split()[1:]], cwd=PROJECT, capture_output=True, text=True, timeout=120
-    )
+    data = tmp_path / "train.parquet"
+    pd.read_parquet(data).iloc[::-1].to_parquet(data)
+    again = [sys.executable, *resume.split()[1:]]
+    refused = subprocess.run(again, cwd=PROJECT, capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 2
+    assert f"data {data}" in refused.stderr
+    again.append("--changed-inputs")
+    done = subprocess.run(again, cwd=PROJECT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+    assert f"note: going on with changed inputs: data {data}" in done.stdout
+    assert run.read_manifest()["inputs"] == [1, 2]
     assert run.read_manifest()["status"] == "COMPLETE"
     assert [row["step"] for row in MetricsFile(run.metrics).rows()] == list(range(31))

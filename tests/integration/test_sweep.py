@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,6 +194,8 @@ def test_kill_and_interrupt_and_resume(sweeps: Sweeps, interrupted: bool) -> Non
 def test_the_best_is_run_again_on_fresh_seeds_through_a_kill(sweeps: Sweeps) -> None:
     sweep = RunDir(sweeps.root / "confirmed")
     rates = f"sweep.space.{LR}={{choices:[1e-5,1e-3],low:null,high:null,log:null}}"
+    source = Path(sweeps.overrides[0].removeprefix("data.train_data=[").removesuffix("]"))
+    sweeps.overrides[0] = f"data.train_data=[{shutil.copy(source, sweeps.root.parent)}]"
     first = sweeps.new("confirmed", *NOTHING, rates, "sweep.sampler=grid", "sweep.num_trials=2", "trainer.max_steps=16",
                        "trainer.eval_interval=16", "--confirm", "1")  # fmt: skip
     wait_until(lambda: steps_of(sweep.trial(3))[-1:] >= [3], first)
@@ -208,6 +211,15 @@ def test_the_best_is_run_again_on_fresh_seeds_through_a_kill(sweeps: Sweeps) -> 
     assert [steps_of(sweep.trial(number)) for number in (2, 3)] == [list(range(17))] * 2
     assert best["seeds"] == 1  # those that confirm have no part in the choice
     assert len(studied(sweep)) == 4
+
+    # What was chosen on other data is not confirmed.
+    data = sweeps.root.parent / "train.parquet"
+    whole = data.read_bytes()
+    pd.read_parquet(data).iloc[::-1].to_parquet(data)
+    more = ["--resume", str(sweep.path), "--confirm", "2"]
+    assert f"data {data}: sha256:" in finished(sweeps.start(*more), status=2)
+    assert len(studied(sweep)) == 4
+    data.write_bytes(whole)
 
     # A sweep that is complete is given more to do.
     said = finished(sweeps.start("--resume", str(sweep.path), "--confirm", "2"))

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from harness import manifest, run
+from harness import recipe as recipes
+from harness.errors import UserError
 from harness.paths import PROJECT
+from harness.rundir import RunDir
+from tests.recipes import quickstart
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -53,3 +59,20 @@ def test_advice_and_settings_without_effect_are_told(tiny_model_dir: Path) -> No
     notes = [line for line in done.stdout.splitlines() if line.startswith("note: ")]
     assert any("generator.async_engine has no effect here" in note for note in notes)
     assert any("attention" in note and "LoRA Without Regret" in note for note in notes)
+
+
+def test_a_run_goes_on_with_the_data_it_began_with(tiny_model_dir: Path, tmp_path: Path) -> None:
+    data = tmp_path / "train.parquet"
+    shutil.copy(tiny_model_dir / "data" / "train.parquet", data)
+    recipe = quickstart([f"data.train_data=[{data}]", f"trainer.ckpt_path={tmp_path}", "trainer.run_name=run"])
+    recipe.sweep = None
+    run_dir = RunDir(tmp_path / "run")
+    with pytest.raises(UserError, match="a new run has none"):
+        run.main(["quickstart", f"trainer.ckpt_path={tmp_path}", "trainer.run_name=other", "--changed-inputs"])
+    run_dir.create(recipes.to_yaml(recipe), manifest.build(recipe, kind="run", name="run", source="quickstart"))
+    shutil.copy(tiny_model_dir / "data" / "validation.parquet", data)
+    before = run_dir.manifest.read_bytes()
+    with pytest.raises(UserError, match=r"this run began with\n.*data .*train.parquet(.|\n)*--changed-inputs"):
+        run.main(["--resume", str(run_dir.path)])
+    assert run_dir.manifest.read_bytes() == before
+    assert not (tmp_path / "other").exists()

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from analysis import reading
+from analysis import compare, reading, tables
 from analysis.decisions import decisions
 from analysis.experiment import Experiment
 from harness.rundir import Status
@@ -23,6 +24,7 @@ from tests.unit.analysis.synthetic import (
     write_run,
     write_sweep,
 )
+from tests.unit.analysis.test_load import on_inputs
 
 
 def test_what_the_example_sweep_is(experiment: Experiment) -> None:
@@ -225,3 +227,44 @@ def test_standing_counts_every_status(experiment: Experiment) -> None:
 def test_an_axis_that_never_moved_is_no_axis(experiment: Experiment) -> None:
     assert ALPHA in experiment.trials.columns
     assert ALPHA not in experiment.axes
+
+
+def test_inputs_that_changed_are_marked_in_every_table_and_not_mixed(sweep_dir: Path, tmp_path: Path) -> None:
+    changed = Path(shutil.copytree(sweep_dir, tmp_path / "changed"))
+    on_inputs(changed, [2], [2], [2], [2], [1], [1], [1], [1], [1], [2], [1], [1])
+    found = Experiment.open(changed)
+    assert found.best is not None
+    assert found.best.configuration == 1  # configuration 2 scored higher, on other data
+    assert found.best.candidates == 2
+    said = reading.standing(found)
+    assert said.startswith("12 trials: 4 complete, 1 running and 7 on other inputs")
+    assert said.endswith(
+        "Its inputs changed while it ran (data x: one -> two): only trials on inputs 2 are compared, and 7 trials on "
+        "others marked."
+    )
+    for table, title in ((tables.trials([found]), "trial"), (tables.configurations(found), "config")):
+        titles = [column.title for column in table.columns]
+        marks = {row.cells[titles.index(title)]: row.cells[titles.index("inputs")] for row in table.rows}
+        assert marks["0"] == "2"
+        assert marks["5"] == "1"
+    assert marks["4"] == "1, 2"
+    titles = [column.title for column in compare.best_of_each([found, Experiment.open(sweep_dir)]).columns]
+    assert "inputs" in titles
+
+
+def test_where_the_inputs_did_not_change_nothing_is_said_of_them(experiment: Experiment) -> None:
+    assert "inputs" not in reading.standing(experiment)
+    for table in (tables.trials([experiment]), tables.configurations(experiment), compare.best_of_each([experiment])):
+        assert "inputs" not in [column.title for column in table.columns]
+
+
+def test_a_run_that_went_on_with_other_inputs_says_so(tmp_path: Path) -> None:
+    path = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9))
+    on_inputs(path)
+    found = Experiment.open(path)
+    assert reading.standing(found) == (
+        "A single run: complete. Its inputs changed after step 20 (data x: one -> two): its curve is that of two "
+        "experiments."
+    )
+    table = tables.trials([found])
+    assert table.rows[0].cells[[column.title for column in table.columns].index("inputs")] == "1 then 2"

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import io
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pandas as pd
 import pytest
 
 from analysis.load import Tables, load, load_trials, write_results
-from analysis.records import UNREADABLE
+from analysis.records import OTHER_INPUTS, UNREADABLE
 from analysis.rows import param_columns
 from harness.errors import UserError
 from harness.rundir import Status
@@ -348,3 +350,139 @@ def test_a_table_whose_texts_are_damaged_is_refused(sweep_dir: Path, tmp_path: P
     sources.assign(manifest="{").to_parquet(tmp_path / "sources.parquet")
     with pytest.raises(UserError, match=r"a table is damaged(.|\n)*sources\.parquet"):
         Tables.read(tmp_path)
+
+
+def on_inputs(sweep_dir: Path, *inputs: list[int]) -> None:
+    """Have the first trials' manifests say which inputs they were trained on, and the sweep's that they changed."""
+    for number, own in enumerate(inputs):
+        rewrite_manifest(sweep_dir / "trials" / f"{number:04d}", inputs=own)
+    entry = {"time": "2026-01-01T00:00:00Z", "command": [], "different": ["data x: one -> two"], "inputs": {"step": 20}}
+    rewrite_manifest(sweep_dir, inputs=[1, 2], resumed=[entry])
+
+
+def test_only_runs_on_the_newest_inputs_have_a_score(sweep_dir: Path, tmp_path: Path) -> None:
+    """Configuration 2, the best of all, and the runs that were pruned and failed were on the first inputs."""
+    changed = Path(shutil.copytree(sweep_dir, tmp_path / "changed"))
+    on_inputs(changed, [2], [2], [2], [2], [1], [1], [1, 2], [2], [2], [2], [1], [1])
+    tables = load([changed])
+    runs = tables.runs.set_index("number")
+    apart = [4, 5, 6, 10, 11]
+    assert runs.index[runs["status"] == OTHER_INPUTS].tolist() == apart
+    assert runs.loc[apart, ["score", "base", "last"]].isna().all(axis=None)
+    assert runs.loc[[0, 1, 2, 3, 7, 8], "score"].notna().all()
+    assert not runs.loc[apart, "diverged"].any()
+    assert runs.loc[9, "status"] == "RUNNING"
+    assert runs.loc[4, "reason"] == "complete with eval/accuracy 0.9199 on inputs 1"
+    assert str(runs.loc[10, "reason"]).startswith("failed on inputs 1: 3 non-finite")
+    assert runs.loc[6, "inputs"] == "1 then 2"
+    steps = tables.steps.set_index("number")
+    assert set(steps.loc[[4, 6], "status"]) == {OTHER_INPUTS}
+    assert load_trials(changed).set_index("number").loc[4, "inputs"] == "1"
+    assert {"inputs"} <= set(pd.read_csv(io.StringIO(tables.runs.to_csv())).columns)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "compared"),
+    [
+        ([[1], [1], [2]], "2"),
+        ([[1], [1, 2], [2]], "2"),
+        ([[1, 2], [1], [1]], "1 then 2"),  # nothing but a run that went on has ended on the newest
+        ([[1], [1], [1]], None),
+    ],
+)
+def test_which_inputs_are_compared(damaged: Path, inputs: list[list[int]], compared: str | None) -> None:
+    on_inputs(damaged, *inputs)
+    runs = load([damaged]).runs
+    kept = runs[runs["status"] == "COMPLETE"]
+    assert set(kept["inputs"]) == ({compared} if compared else {"1"})
+    assert kept["score"].notna().all()
+
+
+def test_former_inputs_are_compared_while_no_configuration_is_whole_on_the_newest(tmp_path: Path) -> None:
+    trials = [Trial(i // 2, i % 2, params(8, 10.0 ** -(3 + i // 2)), 0.5 + i / 10) for i in range(4)]
+    sweep = write_sweep(tmp_path, Sweep(trials))
+    on_inputs(sweep, [1], [1], [2], [1])
+    runs = load([sweep]).runs
+    assert runs["score"].notna().tolist() == [True, True, False, True]
+    on_inputs(sweep, [1], [1], [2], [2])
+    assert load([sweep]).runs["score"].notna().tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "value", "allowed"),
+    [
+        ("runs", "score", 7.5, "0 to 1"),
+        ("runs", "score", "high", "a finite number"),
+        ("runs", "base", math.inf, "a finite number"),
+        ("runs", "number", 1.5, "a whole number"),
+        ("runs", "confirm", "no", "true or false"),
+        ("runs", "status", "DONE", "one of CREATED"),
+        ("runs", "metric", "eval/acuracy", "a metric"),
+        ("runs", RANK, "high", "a whole number"),
+        ("runs", LR, True, "a finite number"),
+        ("runs", TARGETS, True, "a number or text"),
+        ("runs", "run_dir", None, "text"),
+        ("steps", METRIC, -3.0, "0 to 1"),
+        ("steps", METRIC, True, "a finite number"),
+        ("steps", METRIC, "high", "a finite number"),
+        ("steps", "step", None, "a whole number"),
+        ("samples", "reward", "high", "a finite number"),
+        ("sources", "seeds", "[0, 1.5]", "a list of whole numbers"),
+        ("sources", "manifest", "3", "a manifest"),
+        ("sources", "manifest", '{"git": "abc"}', "a manifest"),
+        ("sources", "manifest", "[" * 100_000, "a manifest"),
+        ("sources", "kind", "trial", "sweep or run"),
+    ],
+)
+def test_a_table_with_a_wrong_value_is_refused_with_its_place(
+    sound: Path, tmp_path: Path, table: str, column: str, value: object, allowed: str
+) -> None:
+    load([sound]).write(tmp_path)
+    file = tmp_path / f"{table}.parquet"
+    found = pd.read_parquet(file)
+    # A parquet file holds one type a column: a value of another takes the column with it.
+    kept = [] if isinstance(value, str | bool) or value is None else found[column].astype(float).tolist()[1:]
+    found[column] = pd.Series([value, *kept] if kept else [value] * len(found))
+    found.to_parquet(file)
+    with pytest.raises(UserError) as caught:
+        Tables.read(tmp_path)
+    assert f"{file}, row 1, column {column}: " in str(caught.value)
+    assert f"allowed: {allowed}" in str(caught.value)
+
+
+def test_a_score_is_what_its_rewards_allow(sound: Path, tmp_path: Path) -> None:
+    """A user's own environment may reward with any number; so may one that the data name."""
+    tables = load([sound])
+    for name, change in (("recipe", {}), ("reward", {"reward": 10.0})):
+        runs = tables.runs.assign(score=7.5)
+        recipe = tables.sources["recipe"].str.replace("env_class: gsm8k", "env_class: my.env")
+        sources = tables.sources.assign(recipe=recipe) if name == "recipe" else tables.sources
+        Tables(runs, tables.steps, tables.samples.assign(**change), sources).write(tmp_path / name)
+        assert (Tables.read(tmp_path / name).runs["score"] == 7.5).all()
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ("7.5", "line 11 of metrics.jsonl: eval/accuracy is 7.5, allowed: 0 to 1"),
+        ("true", "line 11 of metrics.jsonl is damaged: eval/accuracy is true, allowed: a number or null"),
+        ('"high"', 'line 11 of metrics.jsonl is damaged: eval/accuracy is "high", allowed: a number or null'),
+    ],
+)
+def test_a_logged_value_that_cannot_be_is_named(damaged: Path, value: str, why: str) -> None:
+    file = damaged / "trials" / "0001" / "metrics.jsonl"
+    *lines, last = file.read_text().splitlines()
+    row = json.dumps({**json.loads(last), METRIC: "HERE"}).replace('"HERE"', value)
+    file.write_text("\n".join([*lines, row]) + "\n")
+    found = load([damaged]).runs.set_index("number").loc[1]
+    assert why in found["reason"]
+    assert pd.isna(found["last"])
+    assert found["score"] == pytest.approx(0.6, abs=1e-3)  # the result that its manifest records
+
+
+@pytest.mark.parametrize(("value", "why"), [(7.5, "is 7.5, allowed: 0 to 1"), (True, "is True"), ("high", "is 'high'")])
+def test_a_result_that_cannot_be_is_named(damaged: Path, value: object, why: str) -> None:
+    rewrite_manifest(damaged / "trials" / "0001", result={"metrics": {METRIC: value}, "base": {}, "seconds": 1.0})
+    row = load([damaged]).runs.iloc[-1]
+    assert row["status"] == UNREADABLE
+    assert f"manifest: result.metrics.{METRIC} {why}" in row["reason"]

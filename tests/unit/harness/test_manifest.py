@@ -16,6 +16,8 @@ import pytest
 
 from harness import machine, manifest
 from harness import recipe as recipes
+from harness.errors import UserError
+from harness.rundir import RunDir
 from harness.schema import Recipe
 from tests.recipes import quickstart
 
@@ -270,3 +272,75 @@ def test_the_code_is_the_source_that_trains_untracked_files_too(
     machine.code_digest.cache_clear()
     assert len(set(seen[:2])) == 2
     assert set(seen[1:]) == {seen[1]}
+
+
+@pytest.fixture
+def own_inputs(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """A recipe whose model, data and environment module lie in the test's folder: model/, data.jsonl, own/env.py."""
+    (tmp_path / "data.jsonl").write_text("{}\n")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "env.py").write_text("x = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    return quickstart(
+        [f"trainer.policy.model.path={model}", f"data.train_data=[{tmp_path}/data.jsonl]",
+         f"data.val_data=[{tmp_path}/data.jsonl]", "environment.env_class=own.env"]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("file", "said"), [("data.jsonl", "data "), ("own/env.py", "code of own.env"), ("model/config.json", "model ")]
+)
+def test_inputs_that_changed_are_named(own_inputs: Recipe, tmp_path: Path, file: str, said: str) -> None:
+    record = build(own_inputs)
+    assert manifest.changed_inputs(record) == []
+    with (tmp_path / file).open("a") as stream:
+        stream.write("\n")
+    (change,) = manifest.changed_inputs(record)
+    assert change.what.startswith(said)
+    manifest.check_inputs([change], "run", allowed=True)
+    with pytest.raises(UserError, match=r"inputs are not those that this run began with\n(.|\n)*--changed-inputs"):
+        manifest.check_inputs([change], "run", allowed=False)
+
+
+def test_neither_code_nor_packages_are_inputs_nor_what_is_not_known(record: dict[str, Any], tmp_path: Path) -> None:
+    record["code"]["noregret"] = "sha256:other"
+    record["packages"]["numpy"] = "0.0.1"
+    record["model"] = {"path": "owner/name", "digest": None, "revision": "abc123"}  # not in this machine's cache
+    assert manifest.changed_inputs(record) == []
+    record["data"] = {f"{tmp_path}/gone.jsonl": "sha256:" + "a" * 64}
+    assert [change.now for change in manifest.changed_inputs(record)] == [manifest.ABSENT]
+    for key in ("model", "critic", "data", "code"):
+        manifest.changed_inputs({**record, key: "text"})
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_changed_inputs_are_recorded_with_the_step_they_came_at(
+    own_inputs: Recipe, tmp_path: Path, trained: bool
+) -> None:
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.create(recipes.to_yaml(own_inputs), build(own_inputs))
+    if trained:
+        (run_dir.checkpoints / "step_000012").mkdir(parents=True)
+    was = run_dir.read_manifest()["data"]
+    (tmp_path / "data.jsonl").write_text("{}\n{}\n")
+    (change,) = manifest.accept_inputs(run_dir)
+    record = run_dir.read_manifest()
+    assert record["data"] == {name: manifest.digest_path(name) for name in was} != was
+    assert manifest.versions(record) == ([1, 2] if trained else [2])  # without a checkpoint it begins anew
+    (entry,) = record["resumed"]
+    assert entry["different"] == [change]
+    assert (entry["inputs"]["step"], entry["inputs"]["was"]["data"]) == (12 if trained else 0, was)
+    assert manifest.changed_inputs(record) == []
+
+
+@pytest.mark.parametrize("nonsense", [None, 3, [], ["1"], [True], {}])
+def test_a_manifest_without_versions_of_inputs_has_the_first(record: dict[str, Any], nonsense: object) -> None:
+    assert manifest.versions({**record, "inputs": nonsense}) == [1]
+
+
+def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text("one")
+    first = manifest.digest_path(str(file))
+    file.write_text("other")
+    assert manifest.digest_path(str(file)) != first

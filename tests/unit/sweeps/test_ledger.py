@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from harness import recipe as recipes
 from harness.metrics import MetricsFile
 from harness.rundir import RunDir, Status
 from sweeps.ledger import Ledger
@@ -147,6 +148,27 @@ def test_failures_in_a_row_stop_the_sweep(tmp_path: Path, said: io.StringIO) -> 
     ledger.end("d", died=False)
     assert study.counts() == {"FAIL": 4, "COMPLETE": 2}
     assert not study.finished
+
+
+def test_no_trial_begins_once_the_inputs_have_changed(tmp_path: Path, said: io.StringIO) -> None:
+    """Not even one whose directory was made before: it would be trained on what its manifest does not name."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("{}\n")
+    files = {"data.train_data": [str(data)], "data.val_data": [str(data)]}
+    plan, sweep_dir = begin(recipes.with_values(recipe_of(max_concurrent=2), files), tmp_path / "sweep")
+    study = Study(sweep_dir.journal, plan)
+    ledger = Ledger(sweep_dir, study, Progress(study, Console(file=said, width=200)))
+    first = start(ledger, "a")
+    data.write_text("{}\n{}\n")
+    assert ledger.begin("b") is None
+    assert study.stopped is not None
+    assert study.stopped.startswith(f"the sweep's inputs changed: data {data}: sha256:")
+    assert not ledger.over
+    first.move_to(Status.COMPLETE, result={"step": 4})
+    log(first, 4, 0.5)
+    ledger.end("a", died=False)
+    assert ledger.over
+    assert study.trials()[0].value == 0.5
 
 
 def test_a_trial_that_hung_is_told_from_one_that_died(ledger: Ledger) -> None:

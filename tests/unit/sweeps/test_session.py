@@ -6,13 +6,16 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 
+from harness import manifest
 from harness.errors import UserError
 from harness.rundir import Status
 from sweeps import session as sessions
+from sweeps import trials
 from sweeps.locks import held
 from sweeps.session import Session
 from sweeps.study import Study
@@ -25,15 +28,18 @@ Start = Callable[..., Session]
 @pytest.fixture
 def recipe_file(tmp_path: Path) -> Path:
     """A recipe with everything the checks want: a model's config.json and data files."""
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
     rows = [{"prompt": [{"role": "user", "content": "1 + 1?"}], "env_class": "gsm8k",
              "reward_spec": {"method": "rule", "ground_truth": "2"}}] * 4  # fmt: skip
     pd.DataFrame(rows).to_parquet(tmp_path / "data.parquet")
+    pd.DataFrame(rows).to_parquet(tmp_path / "more.parquet")
     recipe = {
         "defaults": ["base", "_self_"],
-        "data": {"train_data": [str(tmp_path / "data.parquet")], "val_data": [str(tmp_path / "data.parquet")]},
-        "trainer": {"policy": {"model": {"path": str(tmp_path)}}, "placement": {"device": "cpu"}, "max_steps": 4,
-                    "train_batch_size": 4, "policy_mini_batch_size": 4, "ckpt_path": str(tmp_path / "runs")},
+        "data": {"train_data": [str(tmp_path / "data.parquet")], "val_data": [str(tmp_path / "more.parquet")]},
+        "trainer": {"policy": {"model": {"path": str(tmp_path / "model")}}, "placement": {"device": "cpu"},
+                    "max_steps": 4, "train_batch_size": 4, "policy_mini_batch_size": 4,
+                    "ckpt_path": str(tmp_path / "runs")},
         "sweep": {"num_trials": 3, "space": {RANK: {"choices": [1, 8]}, LR: {"low": 1e-5, "high": 1e-3, "log": True}}},
     }  # fmt: skip
     file = tmp_path / "mine.yaml"
@@ -173,3 +179,98 @@ def test_a_sweep_with_nothing_left_starts_nothing(begun: Session) -> None:
     sessions.conclude(begun, again, None)
     manifest = begun.sweep_dir.read_manifest()
     assert (manifest["status"], manifest["result"]["counts"]) == ("COMPLETE", {"COMPLETE": 3, "PRUNED": 0, "FAIL": 0})
+
+
+def change(data: Path) -> None:
+    """Leave out the last row of a data file."""
+    pd.read_parquet(data).iloc[:-1].to_parquet(data)
+
+
+def records(session: Session) -> list[dict[str, Any]]:
+    return [session.sweep_dir.trial(number).read_manifest() for number in range(3)]
+
+
+def test_a_sweep_does_not_go_on_with_other_data(recipe_file: Path, begun: Session) -> None:
+    change(recipe_file.parent / "more.parquet")
+    again = sessions.resume(str(begun.sweep_dir.path), None, [], 1)
+    before = begun.sweep_dir.manifest.read_bytes()
+    with pytest.raises(UserError, match=r"not those that this sweep began with\n(.|\n)*data .*more\.parquet: sha256:"):
+        sessions.run(again)
+    assert begun.sweep_dir.manifest.read_bytes() == before
+    assert Study(begun.sweep_dir.journal, begun.plan).num_to_confirm == 0
+
+
+def test_a_sweep_that_is_told_to_goes_on_with_other_data(
+    recipe_file: Path, begun: Session, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(recipe_file.parent / "more.parquet")
+    again = sessions.resume(str(begun.sweep_dir.path), None, [], changed_inputs=True)
+    study = Study(begun.sweep_dir.journal, begun.plan)
+    sessions._check_inputs(again, study)
+    assert "note: going on with changed inputs: data " in capsys.readouterr().out
+    sessions._check_inputs(sessions.resume(str(begun.sweep_dir.path), None, []), study)  # asked once for each change
+    assert capsys.readouterr().out == ""
+
+
+def test_a_finished_sweep_needs_no_data(recipe_file: Path, begun: Session) -> None:
+    study = Study(begun.sweep_dir.journal, begun.plan)
+    while (trial := study.ask()) is not None:
+        study.complete(trial.number, 0.5, 4)
+    change(recipe_file.parent / "more.parquet")
+    assert sessions.run(sessions.resume(str(begun.sweep_dir.path), None, [])).finished
+    for allowed in (False, True):
+        with pytest.raises(UserError, match="chosen on other inputs"):
+            sessions.run(sessions.resume(str(begun.sweep_dir.path), None, [], 1, changed_inputs=allowed))
+
+
+def test_trials_know_which_inputs_they_were_trained_on(recipe_file: Path, begun: Session) -> None:
+    plan, sweep_dir = begun.plan, begun.sweep_dir
+    study = Study(sweep_dir.journal, plan)
+    asked = [study.ask() for _ in range(3)]
+    ended, trained, _ = [trials.create(plan, trial, sweep_dir) for trial in asked if trial is not None]
+    for run_dir in (ended, trained):
+        run_dir.move_to(Status.RUNNING)
+        (run_dir.checkpoints / "step_000002").mkdir(parents=True)
+    ended.move_to(Status.COMPLETE)
+    kept = ended.manifest.read_bytes()
+    data = recipe_file.parent / "more.parquet"
+    was = manifest.digest_path(str(data))
+    change(data)
+    assert [one.was[:19] for one in trials.changed_inputs(sweep_dir)] == [str(was)[:19]]
+    trials.accept_inputs(sweep_dir)
+    assert ended.manifest.read_bytes() == kept
+    assert trials.changed_inputs(sweep_dir) == []
+    assert [one["inputs"] for one in records(begun)] == [[1], [1, 2], [2]]
+    digests = [one["data"][str(data)] for one in records(begun)]
+    assert digests == [was, *[manifest.digest_path(str(data))] * 2]
+    assert sweep_dir.read_manifest()["inputs"] == [1, 2]
+    assert trials.on_former_inputs(sweep_dir) == {0, 1}
+    # Those made from now on are of the new inputs, and a trial that has ended stays of the first.
+    change(data)
+    trials.accept_inputs(sweep_dir)
+    assert [one["inputs"] for one in records(begun)] == [[1], [1, 2, 3], [3]]
+    assert trials.on_former_inputs(sweep_dir) == {0, 1}
+
+
+def test_data_that_are_an_axis_are_compared_too(recipe_file: Path) -> None:
+    """What one trial was trained on has changed; the others' inputs have not."""
+    folder = recipe_file.parent
+    axis = [f"sweep.space.{LR}=null", f"sweep.space.{RANK}=null", "sweep.sampler=grid", "sweep.seeds=[0,1]",
+            f"sweep.space={{data.train_data: {{choices: [[{folder}/data.parquet], [{folder}/other.parquet]]}}}}",
+            ]  # fmt: skip
+    pd.read_parquet(folder / "data.parquet").to_parquet(folder / "other.parquet")
+    session = sessions.start(str(recipe_file), ["trainer.run_name=axis", *axis])
+    study = Study(session.sweep_dir.journal, session.plan)
+    for _ in range(3):
+        trial = study.ask()
+        assert trial is not None
+        run_dir = trials.create(session.plan, trial, session.sweep_dir)
+        run_dir.move_to(Status.RUNNING)
+        run_dir.move_to(Status.COMPLETE)
+    pd.read_parquet(folder / "other.parquet").iloc[::-1].to_parquet(folder / "other.parquet")
+    (found,) = trials.changed_inputs(session.sweep_dir)
+    assert "other.parquet" in found.what
+    trials.accept_inputs(session.sweep_dir)
+    swept = [one["trial"]["params"]["data.train_data"][0].endswith("other.parquet") for one in records(session)]
+    assert [one["inputs"] for one in records(session)] == [[1] if other else [2] for other in swept]
+    assert 0 < sum(swept) < 3

@@ -117,3 +117,30 @@ def test_a_kill_while_confirming_repeats_nothing(tmp_path: Path) -> None:
     assert (under_way.number, under_way.confirm) == (5, True)
     again.complete(under_way.number, 0.5, STEPS)
     assert [(t.number, t.configuration, t.seed) for t in fill(again, by_rank)] == [(6, 0, 2), (7, 0, 3)]
+
+
+def test_trials_on_former_inputs_teach_nothing(tmp_path: Path) -> None:
+    """Their scores are another experiment's: neither pruner nor sampler nor the choice of the best looks at them."""
+    settings: dict[str, Any] = {"sampler": "grid", "num_trials": 3, "seeds": [0, 1],
+                                "pruner": {"name": "median", "n_startup_trials": 1}}  # fmt: skip
+    space = {RANK: {"choices": [1, 8, 32]}}
+    study = study_of(tmp_path, space, **settings)
+    for trial in fill(study, by_rank, most=4):
+        assert trial.params[RANK] in (1, 8)
+    study.former = frozenset({0, 1, 2, 3})
+    assert study.best is None
+    assert [(seen.params[RANK], seen.value) for seen in study._history()] == [(1, None), (8, None)]
+    asked = study.ask()
+    assert asked is not None
+    assert asked.params[RANK] == 32  # what was tried is not tried again
+    assert study.report(asked.number, STEPS, 0.1) is None
+    study.complete(asked.number, 0.1, STEPS)
+    fill(study, by_rank)
+    study.confirm_best(1)
+    assert {trial.params[RANK] for trial in fill(study, by_rank)} == {32}
+    # The same evaluation is pruned where the former trials count.
+    again = study_of(tmp_path / "again", space, **settings)
+    fill(again, by_rank, most=4)
+    asked = again.ask()
+    assert asked is not None
+    assert again.report(asked.number, STEPS, 0.1) is not None
