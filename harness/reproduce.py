@@ -87,7 +87,7 @@ def _of_gpu(planned: Reproduction) -> str | None:
 
 def _train(planned: Reproduction, options: argparse.Namespace) -> int:
     """Train again, with a line per step and one at the first that departs; the last step trained."""
-    from sweeps.locks import held
+    from harness.locks import held
 
     print(f"run {shown(planned.run_dir.path)}\nloading the model and starting the engine ...", flush=True)
     with held(planned.run_dir.path / ".lock"):

@@ -155,6 +155,10 @@ def _check_same(recipe: Recipe, run_dir: RunDir) -> None:
     record = run_dir.sound_manifest()
     if record["kind"] == "sweep":
         raise UserError("this directory holds a sweep", got=run_dir.path, fix="choose another trainer.run_name")
+    if record["kind"] == "trial":
+        raise UserError("this directory holds a trial of a sweep, whose journal would not hear of it", got=run_dir.path,
+                        fix=f"{invocation('sweep')} --resume {shown(run_dir.path.parents[1])}, or a run of its own: "
+                            f"{invocation('run')} --from {shown(run_dir.path)}")  # fmt: skip
     same = recipes.is_digest(record["recipe"]["digest"], recipe)
     if record["status"] in (Status.COMPLETE.value, Status.PRUNED.value) and not (same and _only_lacks_verdict(record)):
         raise UserError(f"this run is {record['status']} already", got=run_dir.path,
@@ -179,7 +183,7 @@ def _tell_end(recipe: Recipe, run_dir: RunDir) -> None:
 
 
 def _train(recipe: Recipe, run_dir: RunDir) -> None:
-    from sweeps.locks import held
+    from harness.locks import held
 
     place = shown(run_dir.path)
     with held(run_dir.path / ".lock") as mine:

@@ -16,7 +16,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from harness.errors import UserError
+from harness.errors import UserError, machine_error
 from harness.schema import Recipe
 
 
@@ -303,9 +303,13 @@ class RunDir:
         write_json(self.manifest, {**self.read_manifest(), **values})
 
     def fail(self, error: Exception) -> None:
-        """Move to FAILED, with the exception on one line as the reason; on a full disk the status stays as it was."""
+        """Move to FAILED, with the exception on one line as the reason; to RUNNING where the machine failed.
+
+        On a full disk the manifest may stay as it was.
+        """
+        status = Status.RUNNING if machine_error(error, writes=[self.path]) else Status.FAILED
         with contextlib.suppress(OSError):
-            self.move_to(Status.FAILED, reason=one_line(error))
+            self.move_to(status, reason=one_line(error))
 
     def tidy(self) -> None:
         """Clear what kills amid writing left; for the one process that writes here."""

@@ -9,19 +9,27 @@ from typing import Any
 from optuna.trial import TrialState
 
 from harness import recipe as recipes
+from harness.errors import NO_MEMORY, MachineError, machine_error
 from harness.rundir import RunDir, Status
 from harness.schema import Recipe
 from sweeps import trials
 from sweeps.places import Hubs, Places
 from sweeps.progress import Progress
 from sweeps.study import Study, Trial
-from sweeps.watch import hung
+from sweeps.watch import hung, oom_kills
 
 DIED = "the trial's process died: killed, out of memory, or crashed"
 
-
 # Trials that were asked for and wait for a place.
 MOST_WAITING = 8
+
+
+class Stop(BaseException):
+    """Ends a sweep at once, its running trials left RUNNING. No Exception, which Tune would take for a trial's."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+        super().__init__(str(error))
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +54,8 @@ class Ledger:
         self._numbers: dict[str, int] = {}
         self._waiting: list[_Waiting] = []
         self._failed: set[int] = set()
+        self._machine: dict[str, MachineError] = {}
+        self._oom_kills = oom_kills()
         self._began = time.monotonic()
         self._before: float = sweep_dir.read_manifest().get("seconds", 0.0)
 
@@ -111,16 +121,32 @@ class Ledger:
             self.sweep_dir.trial(number).move_to(Status.PRUNED, reason=reason)
         return reason is not None
 
-    def end(self, tune_id: str, *, died: bool) -> None:
-        """Record how a trial ended, from what its directory says."""
+    def note(self, tune_id: str, error: Exception | None) -> None:
+        """Keep what ended a trial's process, where that was the machine; `end` is called next."""
+        machine = None if error is None else machine_error(error)
+        if machine is not None:
+            self._machine[tune_id] = machine
+
+    def end(self, tune_id: str, *, died: bool, machine: MachineError | None = None) -> None:
+        """Record how a trial ended, from what its directory says.
+
+        Raises Stop where not the trial but the machine failed: it stays RUNNING, for the next resume.
+        """
         number = self._numbers.pop(tune_id)
         run_dir = self.sweep_dir.trial(number)
+        machine = machine or self._machine.pop(tune_id, None)
+        if machine is not None:
+            self._stop(run_dir, machine)
         in_a_pack = self._places.leave(number, run_dir)
         if died and in_a_pack and run_dir.status in (Status.CREATED, Status.RUNNING):
             # A companion may have brought its process down: alone it shows whether it was its own doing.
             self._waiting.append(self._wait(self.study.describe(number), run_dir, alone=True))
             self.progress.displaced(number)
             return
+        before, self._oom_kills = self._oom_kills, oom_kills()
+        if died and self._oom_kills > before and run_dir.status in (Status.CREATED, Status.RUNNING):
+            self._stop(run_dir, MachineError(NO_MEMORY, got=f"{run_dir.path}: the kernel ended the trial's process",
+                                             fix="free memory, or lower sweep.max_concurrent"))  # fmt: skip
         value, step = trials.final_value(run_dir, self.study.plan.sweep.metric)
         if run_dir.status is Status.COMPLETE:
             reason = self.study.complete(number, value, step)
@@ -133,6 +159,15 @@ class Ledger:
         self.progress.ended(number, value)
         self._count_failures(number)
         self.stamp()
+
+    def _stop(self, run_dir: RunDir, machine: MachineError) -> None:
+        """Stop the sweep, but for a trial that needs more memory than there is: alone again, it fails by itself."""
+        said = [str(entry.get("reason")) for entry in run_dir.read_manifest()["status_history"]]
+        if machine.what == NO_MEMORY and any(reason.startswith(NO_MEMORY) for reason in said):
+            run_dir.move_to(Status.FAILED, reason=f"{NO_MEMORY} a second time: {machine.got}")
+            return
+        run_dir.fail(machine)
+        raise Stop(machine)
 
     def _why(self, run_dir: RunDir) -> str:
         """What ended a trial's process without a word from the trainer."""

@@ -10,7 +10,8 @@ from typing import Any
 from harness import manifest
 from harness import recipe as recipes
 from harness.cli import invocation
-from harness.errors import UserError
+from harness.errors import MachineError, UserError, machine_error
+from harness.locks import held
 from harness.paths import shown
 from harness.rundir import RunDir, Status, place, write_text
 from harness.schema import Recipe
@@ -20,7 +21,6 @@ from rltrain.parallel import address_of, uses_gpus, visible_gpus
 from rltrain.preflight import check_run
 from sweeps import plan as plans
 from sweeps import trials, tune
-from sweeps.locks import held
 from sweeps.plan import Plan
 from sweeps.progress import Progress
 from sweeps.space import PLACES
@@ -79,8 +79,8 @@ def resume(directory: str | None, source: str | None, overrides: Sequence[str], 
 def run(session: Session, actor: Callable[[], type] | None = None) -> Study:
     """Run what the sweep has left; its study afterwards. Raises UserError when another process is at it.
 
-    KeyboardInterrupt, SIGTERM too, leaves the sweep RUNNING; any other failure FAILED with the reason. Both can be
-    resumed.
+    KeyboardInterrupt, SIGTERM too, and a failure of the machine (MachineError) leave the sweep RUNNING; any other
+    failure FAILED with the reason. All can be resumed.
     """
     sweep_dir = session.sweep_dir
     with held(sweep_dir.path / ".lock") as owned:
@@ -97,7 +97,13 @@ def run(session: Session, actor: Callable[[], type] | None = None) -> Study:
         try:
             tune.run(sweep_dir, study, Progress(study), actor)
         except Exception as error:
-            sweep_dir.move_to(Status.FAILED, reason=f"{type(error).__name__}: {str(error).strip()[:200]}")
+            sweep_dir.fail(error)
+            if (machine := machine_error(error, writes=[sweep_dir.path])) is not None:
+                again = f"{invocation('sweep')} --resume {shown(sweep_dir.path)}"
+                raise MachineError(
+                    f"the machine failed, not a trial, and the sweep has stopped: {machine.what}", got=machine.got,
+                    fix=f"{machine.fix}, then go on with: {again}; its trials go on from their checkpoints",
+                ) from error  # fmt: skip
             raise
         return study
 

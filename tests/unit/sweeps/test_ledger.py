@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import math
+from itertools import count
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from harness.errors import NO_MEMORY, MachineError
 from harness.metrics import MetricsFile
 from harness.rundir import RunDir, Status
-from sweeps.ledger import Ledger
+from sweeps import ledger as ledgers
+from sweeps.ledger import Ledger, Stop
 from sweeps.progress import Progress
 from sweeps.study import Study
 from tests.unit.sweeps.curves import begin, recipe_of
@@ -102,6 +105,35 @@ def test_a_trial_whose_process_died(ledger: Ledger) -> None:
     assert run_dir.status is Status.FAILED
     assert "the trial's process died" in run_dir.read_manifest()["reason"]
     assert ledger.study.trials()[0].state.name == "FAIL"
+
+
+def test_a_failure_of_the_machine_stops_the_sweep_and_its_trial_goes_on_later(ledger: Ledger) -> None:
+    run_dir = start(ledger, "a")
+    with pytest.raises(Stop) as stop:
+        ledger.end("a", died=False, machine=MachineError("a file cannot be written", fix="make room"))
+    assert "make room" in str(stop.value.error)
+    start(ledger, "b")
+    ledger.note("b", RuntimeError("The actor died because its node has died."))
+    with pytest.raises(Stop, match="a node of the Ray cluster was lost"):
+        ledger.end("b", died=True)
+    assert run_dir.status is Status.RUNNING
+    assert ledger.study.counts() == {"RUNNING": 2}
+    again = Ledger(ledger.sweep_dir, Study(ledger.sweep_dir.journal, ledger.study.plan), ledger.progress)
+    assert start(again, "c").path == run_dir.path
+
+
+def test_a_trial_that_the_kernel_ends_twice_for_want_of_memory_fails(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kills = count(1 << 40)
+    monkeypatch.setattr(ledgers, "oom_kills", lambda: next(kills))  # no test may have the kernel kill
+    run_dir = start(ledger, "a")
+    with pytest.raises(Stop, match=NO_MEMORY):
+        ledger.end("a", died=True)
+    again = Ledger(ledger.sweep_dir, Study(ledger.sweep_dir.journal, ledger.study.plan), ledger.progress)
+    assert start(again, "b").path == run_dir.path
+    again.end("b", died=True)
+    assert again.study.trials()[0].user_attrs["reason"].startswith(f"{NO_MEMORY} a second time")
 
 
 def test_a_trial_whose_metric_is_nan(ledger: Ledger) -> None:

@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 
 from harness.errors import UserError
+from harness.locks import held
 from harness.rundir import Status
 from sweeps import session as sessions
-from sweeps.locks import held
 from sweeps.session import Session
 from sweeps.study import Study
 from sweeps.trials import packs_at_once

@@ -9,11 +9,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from optuna.storages.journal._file import BaseJournalFileLock
 
-
-class KernelLock(BaseJournalFileLock):
-    """A lock on a file of its own, usable for Optuna's journal: the journal's own locks outlive a killed process."""
+class KernelLock:
+    """A lock on a file of its own, or on a folder. It belongs to this process alone, not to the children it forks."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -21,7 +19,8 @@ class KernelLock(BaseJournalFileLock):
 
     def acquire(self, seconds: float | None = None) -> bool:
         """Wait for the lock, at most `seconds`; whether it was had."""
-        descriptor = os.open(self._path, os.O_CREAT | os.O_RDWR, 0o644)
+        flags = os.O_RDONLY if self._path.is_dir() else os.O_CREAT | os.O_RDWR
+        descriptor = os.open(self._path, flags, 0o644)
         deadline = None if seconds is None else time.monotonic() + seconds
         while not _try(descriptor):
             if deadline is not None and time.monotonic() >= deadline:
@@ -29,11 +28,27 @@ class KernelLock(BaseJournalFileLock):
                 return False
             time.sleep(0.01)
         self._descriptor = descriptor
+        _HELD.add(descriptor)
         return True
 
     def release(self) -> None:
         """Let the next one in."""
+        _HELD.discard(self._descriptor)
         os.close(self._descriptor)
+
+
+# Descriptors of the locks that this process holds.
+_HELD: set[int] = set()
+
+
+def _let_go_in_child() -> None:
+    """A forked child has its parent's descriptors, and with them its locks: it would keep them when the parent dies."""
+    for descriptor in _HELD:
+        os.close(descriptor)
+    _HELD.clear()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 @contextlib.contextmanager
