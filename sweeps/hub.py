@@ -17,7 +17,7 @@ from harness.errors import MachineError, machine_error
 from harness.locks import KernelLock
 from harness.rundir import RunDir, Status
 from rltrain.parallel import needs_workers
-from rltrain.quiet import quiet_libraries, redirect_output
+from rltrain.quiet import exits_are_failures, quiet_libraries, redirect_output
 from sweeps.watch import stop_watching, watch
 
 if TYPE_CHECKING:
@@ -116,10 +116,11 @@ class Hub:
 
     def _work(self) -> None:
         try:
-            quiet_libraries()
-            crew = self._start()
-            while True:
-                self._turn(crew)
+            with exits_are_failures():  # else this thread would end, and the trials wait for ever
+                quiet_libraries()
+                crew = self._start()
+                while True:
+                    self._turn(crew)
         except Exception as error:
             traceback.print_exc()
             # What is nobody's own hits everyone: alone, each shows whether it was its doing.
@@ -212,7 +213,8 @@ class Hub:
     def _own_failure(self, crew: Crew, seat: Seat) -> Iterator[None]:
         """What fails inside is the seat's failure alone, where the others can go on without it."""
         try:
-            yield
+            with exits_are_failures():
+                yield
         except Exception as error:
             if not crew.contains_failures:
                 raise
