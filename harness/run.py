@@ -53,11 +53,16 @@ def main(argv: list[str]) -> int:
     if options.gpu_memory is not None:
         raise UserError("--gpu-memory is for --dry-run: a run takes the GPUs that are there", got=options.gpu_memory)
     recipe, run_dir = _resumed(options) if options.resume else _started(options)
-    if _only_lacks_verdict(run_dir.sound_manifest()):
-        _tell_end(recipe, run_dir)
-    else:
-        _train(recipe, run_dir)
-    met = _as_expected(recipe, run_dir)
+    with run_dir.locked("another process is training this run"):
+        if options.resume:
+            _check_same(recipes.read(run_dir.recipe), run_dir)  # as it was left: another process may have ended it
+        else:
+            _make(recipe, run_dir, options)
+        if _only_lacks_verdict(run_dir.sound_manifest()):
+            _tell_end(recipe, run_dir)
+        else:
+            _train(recipe, run_dir)
+        met = _as_expected(recipe, run_dir)
     print(_summary(run_dir, shown(run_dir.path)))
     return 0 if met or not options.check else UNMET
 
@@ -73,23 +78,31 @@ def _take(options: argparse.Namespace) -> None:
 
 
 def _started(options: argparse.Namespace) -> tuple[Recipe, RunDir]:
-    source, overrides = options.recipe, options.overrides
+    """The recipe of a run, and where it goes. Nothing is made yet."""
     recipe = _composed(options)
-    _print_notes(recipe, overrides)
+    _print_notes(recipe, options.overrides)
     cores = (os.cpu_count() or 1) // num_processes(recipe)
     recipe.trainer.num_threads = recipe.trainer.num_threads or max(1, cores)
     _check(recipe)
     run_dir = place(recipe, options.name)
     if run_dir.manifest.exists():
         _check_same(recipe, run_dir)
+    return recipe, run_dir
+
+
+def _make(recipe: Recipe, run_dir: RunDir, options: argparse.Namespace) -> None:
+    """Make the run's directory, or see that the one there is this run's: another start may just have made it."""
+    if run_dir.manifest.exists():
+        _check_same(recipe, run_dir)
         if recipe.trainer.max_tokens_per_microbatch == "auto":
             stored = recipes.read(run_dir.recipe)
             recipe.trainer.max_tokens_per_microbatch = stored.trainer.max_tokens_per_microbatch
     else:
-        record = manifest.build(recipe, kind="run", name=run_dir.path.name, source=str(source), overrides=overrides,
-                                command=manifest.this_command())  # fmt: skip
+        record = manifest.build(
+            recipe, kind="run", name=run_dir.path.name, source=str(options.recipe), overrides=options.overrides,
+            command=manifest.this_command(),
+        )  # fmt: skip
         run_dir.create(recipes.to_yaml(recipe), record)
-    return recipe, run_dir
 
 
 def _composed(options: argparse.Namespace) -> Recipe:
@@ -183,20 +196,14 @@ def _tell_end(recipe: Recipe, run_dir: RunDir) -> None:
 
 
 def _train(recipe: Recipe, run_dir: RunDir) -> None:
-    from harness.locks import held
-
     place = shown(run_dir.path)
-    with held(run_dir.path / ".lock") as mine:
-        if not mine:
-            raise UserError("another process is training this run", got=place,
-                            fix="wait for it, or choose another trainer.run_name")  # fmt: skip
-        _note_resumption(recipe, run_dir)
-        print(f"run {place}", flush=True)
-        try:
-            _follow(recipe, run_dir)
-        except KeyboardInterrupt:
-            print(f"stopped; go on with: {invocation('run')} --resume {place}", file=sys.stderr)
-            raise
+    _note_resumption(recipe, run_dir)
+    print(f"run {place}", flush=True)
+    try:
+        _follow(recipe, run_dir)
+    except KeyboardInterrupt:
+        print(f"stopped; go on with: {invocation('run')} --resume {place}", file=sys.stderr)
+        raise
 
 
 def _note_resumption(recipe: Recipe, run_dir: RunDir) -> None:

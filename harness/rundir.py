@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError, machine_error
+from harness.locks import held
+from harness.paths import shown
 from harness.schema import Recipe
 
 
@@ -237,6 +239,21 @@ class RunDir:
         """The directory of a sweep's trial."""
         return RunDir(self.trials / f"{number:04d}")
 
+    @contextlib.contextmanager
+    def locked(self, taken: str) -> Iterator[None]:
+        """Hold the directory's lock inside, which goes before all that is written there; makes the directory.
+
+        Raises UserError, saying `taken`, when another process holds it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        with held(self.path / ".lock") as mine:
+            if not mine:
+                raise UserError(taken, got=shown(self.path), fix="wait for it, or choose another trainer.run_name")
+            yield
+
     def create(self, recipe_yaml: str, manifest: dict[str, Any]) -> None:
         """Make the directory with recipe and manifest, status CREATED; raises UserError when it cannot be written."""
         try:
@@ -251,11 +268,14 @@ class RunDir:
                 },
             )
         except OSError as error:
-            raise UserError(
-                "cannot write the run directory",
-                got=f"{self.path}: {error.strerror}",
-                fix="name another place with trainer.ckpt_path=...",
-            ) from None
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(
+            "cannot write the run directory",
+            got=f"{self.path}: {error.strerror}",
+            fix="name another place with trainer.ckpt_path=...",
+        )
 
     def read_manifest(self) -> dict[str, Any]:
         """The manifest; raises UserError when there is none or it is damaged."""

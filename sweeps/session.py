@@ -11,7 +11,6 @@ from harness import manifest
 from harness import recipe as recipes
 from harness.cli import invocation
 from harness.errors import MachineError, UserError, machine_error
-from harness.locks import held
 from harness.paths import shown
 from harness.rundir import RunDir, Status, place, write_text
 from harness.schema import Recipe
@@ -33,6 +32,7 @@ FREE = frozenset({*PLACES, "trainer.logger", "sweep.num_trials", "sweep.max_conc
 SETTLED = ("trainer.num_threads", "sweep.max_concurrent", "sweep.pack_size")
 # The pruner is free too; the others the study compares, and says better what changed.
 STUDIED = ("sweep.pruner", "sweep.space", "sweep.metric", "sweep.seeds")
+RUNS_ALREADY = "another process is running this sweep"
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,22 @@ def start(source: str, overrides: Sequence[str], confirm: int | None = None) -> 
     recipe = recipes.load(source, overrides)
     plan = plans.build(recipe)
     sweep_dir = place(recipe, source)
-    if sweep_dir.manifest.exists():
-        raise UserError("this directory exists", got=shown(sweep_dir.path),
-                        fix=f"go on with --resume {shown(sweep_dir.path)}, or choose another "
-                            "trainer.run_name")  # fmt: skip
+    _check_new(sweep_dir)
     session = _session(recipe, plan, sweep_dir, confirm)
     recipe = session.plan.recipe
     record = manifest.build(recipe, kind="sweep", name=sweep_dir.path.name, source=source, overrides=overrides,
                             command=manifest.this_command())  # fmt: skip
-    sweep_dir.create(recipes.to_yaml(recipe), record)
+    with sweep_dir.locked(RUNS_ALREADY):
+        _check_new(sweep_dir)  # another start may have made it meanwhile
+        sweep_dir.create(recipes.to_yaml(recipe), record)
     return session
+
+
+def _check_new(sweep_dir: RunDir) -> None:
+    if sweep_dir.manifest.exists():
+        raise UserError("this directory exists", got=shown(sweep_dir.path),
+                        fix=f"go on with --resume {shown(sweep_dir.path)}, or choose another "
+                            "trainer.run_name")  # fmt: skip
 
 
 def resume(directory: str | None, source: str | None, overrides: Sequence[str], confirm: int | None = None) -> Session:
@@ -83,9 +89,7 @@ def run(session: Session, actor: Callable[[], type] | None = None) -> Study:
     failure FAILED with the reason. All can be resumed.
     """
     sweep_dir = session.sweep_dir
-    with held(sweep_dir.path / ".lock") as owned:
-        if not owned:
-            raise UserError("another process is running this sweep", got=shown(sweep_dir.path))
+    with sweep_dir.locked(RUNS_ALREADY):
         study = Study(sweep_dir.journal, session.plan)
         if session.confirm is not None:
             study.confirm_best(session.confirm)

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from harness import run
+from harness.errors import UserError
+from harness.locks import held
 from harness.paths import PROJECT
 
 
@@ -53,3 +56,10 @@ def test_advice_and_settings_without_effect_are_told(tiny_model_dir: Path) -> No
     notes = [line for line in done.stdout.splitlines() if line.startswith("note: ")]
     assert any("generator.async_engine has no effect here" in note for note in notes)
     assert any("attention" in note and "LoRA Without Regret" in note for note in notes)
+
+
+def test_nothing_is_made_in_a_directory_that_another_start_has(tiny_model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with held(tmp_path / "run" / ".lock"), pytest.raises(UserError, match="another process is training this run"):
+        run.main(["recipes/quickstart.yaml", f"trainer.ckpt_path={tmp_path}", "trainer.run_name=run"])
+    assert [file.name for file in (tmp_path / "run").iterdir()] == [".lock"]
