@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 class KernelLock:
-    """A lock on a file of its own, or on a folder. It belongs to this process alone, not to the children it forks."""
+    """A lock on a file of its own. It belongs to this process alone, not to the children that it forks."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -19,8 +19,7 @@ class KernelLock:
 
     def acquire(self, seconds: float | None = None) -> bool:
         """Wait for the lock, at most `seconds`; whether it was had."""
-        flags = os.O_RDONLY if self._path.is_dir() else os.O_CREAT | os.O_RDWR
-        descriptor = os.open(self._path, flags, 0o644)
+        descriptor = os.open(self._path, os.O_CREAT | os.O_RDWR, 0o644)
         deadline = None if seconds is None else time.monotonic() + seconds
         while not _try(descriptor):
             if deadline is not None and time.monotonic() >= deadline:

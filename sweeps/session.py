@@ -125,7 +125,7 @@ def conclude(session: Session, study: Study, best: dict[str, Any] | None) -> Non
 
 def _session(recipe: Recipe, plan: Plan, sweep_dir: RunDir, confirm: int | None) -> Session:
     check_run(recipes.with_values(recipe, {"sweep": None}))
-    gpus = _gpus(recipe, sweep_dir)
+    gpus = _gpus(recipe)
     settled = Plan(trials.settle(recipe, gpus), plan.space, plan.first_trials)
     _check_places(settled.recipe)
     for one in trials.largest(settled):
@@ -133,13 +133,13 @@ def _session(recipe: Recipe, plan: Plan, sweep_dir: RunDir, confirm: int | None)
     return Session(settled, sweep_dir, confirm)
 
 
-def _gpus(recipe: Recipe, sweep_dir: RunDir) -> Gpus | None:
+def _gpus(recipe: Recipe) -> Gpus | None:
     """The GPUs to plan for; a cluster is asked for its own where the recipe leaves the packs to them."""
     assert recipe.sweep is not None
     address, sizes = address_of(recipe), (recipe.sweep.max_concurrent, recipe.sweep.pack_size)
     if address is None or None not in sizes or not uses_gpus(recipe):
         return gpus_to_plan_for(recipe, None)
-    return gpus_of(address, sweep_dir.path)
+    return gpus_of(address)
 
 
 def _check_places(recipe: Recipe) -> None:

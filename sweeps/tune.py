@@ -34,7 +34,7 @@ def run(sweep_dir: RunDir, study: Study, progress: Progress, actor: Callable[[],
     packed = actor is None and (trials.trials_per_place(recipe) > 1 or not needs_workers(recipe))
     ledger = Ledger(sweep_dir, study, progress, RayHubs(recipe, sweep_dir) if packed else None)
     try:
-        with _cluster(recipe, sweep_dir.path) as scratch, terminable(), progress:
+        with _cluster(recipe) as scratch, terminable(), progress:
             ledger.prepare()
             _fit(ledger, actor or trial_actor, trials.ASKS if packed else trials.place_bundles(recipe), scratch)
     except Stop as stop:
@@ -44,14 +44,14 @@ def run(sweep_dir: RunDir, study: Study, progress: Progress, actor: Callable[[],
             ledger.stamp()
 
 
-def _cluster(recipe: Recipe, owner: Path) -> contextlib.AbstractContextManager[Path]:
+def _cluster(recipe: Recipe) -> contextlib.AbstractContextManager[Path]:
     """Ray with room for all trials that run at once; yields the folder for Tune's own files."""
     places, needs = trials.packs_at_once(recipe), trials.place_bundles(recipe)
     cpus, gpus = (places * sum(bundle.get(kind, 0.0) for bundle in needs) for kind in ("CPU", "GPU"))
     asking = trials.trials_at_once(recipe) * trials.ASKS[0]["CPU"]
     # Tune would start its trials' processes one after another.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(trials.trials_at_once(recipe))
-    return cluster(owner, cpus=cpus + asking, gpus=gpus, threads=trials.cpus_per_trial(recipe),
+    return cluster(cpus=cpus + asking, gpus=gpus, threads=trials.cpus_per_trial(recipe),
                    address=address_of(recipe), scratch="tune")  # fmt: skip
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import re
+import threading
+import time
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 from rich.console import Console
 
@@ -18,7 +21,7 @@ from sweeps.study import Study
 from tests.unit.sweeps.curves import DIES, FULL, HANGS, IS_NAN, RAISES, RANK, begin, curve_actor, recipe_of
 
 
-def test_every_way_a_trial_can_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_way_a_trial_can_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rays_folder: Path) -> None:
     for name in cluster.QUIET | cluster.LOOPBACK:
         monkeypatch.delenv(name, raising=False)
     recipe = recipe_of({RANK: {"choices": [8, 1, RAISES, DIES, IS_NAN, 9, HANGS, FULL]}}, sampler="grid",
@@ -61,4 +64,24 @@ def test_every_way_a_trial_can_end(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert pids[4] == pids[5]
     # Threads as in the recipe, the working directory as it was.
     assert all(f"threads 1 cwd {Path.cwd()}" in log for log in logs)
-    assert not cluster._scratch(sweep_dir.path).exists()
+    assert cluster.folders() == []
+
+
+@pytest.mark.slow
+def test_a_sweep_hears_at_once_that_ray_has_died(tmp_path: Path, rays_folder: Path) -> None:
+    plan, sweep_dir = begin(recipe_of({RANK: {"choices": [HANGS]}}, num_trials=1, stall_seconds=300), tmp_path / "s")
+    study = Study(sweep_dir.journal, plan)
+
+    def kill() -> None:
+        while "pid" not in (sweep_dir.trial(0).log.read_text() if sweep_dir.trial(0).log.exists() else ""):
+            time.sleep(0.1)
+        next(one for one in psutil.Process().children() if one.name() == "gcs_server").kill()
+
+    threading.Thread(target=kill, daemon=True).start()
+    before = time.monotonic()
+    with pytest.raises(MachineError, match="its process gcs_server was ended"):
+        tune.run(sweep_dir, study, Progress(study, Console(file=io.StringIO())), curve_actor)
+    assert time.monotonic() - before < 55  # Ray itself would end this process after 60 s
+    assert study.trials()[0].state.name == "RUNNING"
+    assert sweep_dir.trial(0).status is Status.RUNNING
+    assert cluster.folders() == []

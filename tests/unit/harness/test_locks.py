@@ -40,12 +40,12 @@ def test_a_child_does_not_keep_its_dead_parents_lock(tmp_path: Path) -> None:
 
 
 def test_a_child_that_ends_leaves_its_parent_the_lock(tmp_path: Path) -> None:
-    lock = KernelLock(tmp_path)  # a folder has one too
+    lock = KernelLock(tmp_path / ".lock")
     assert lock.acquire(0)
     child = os.fork()
     if child == 0:
         os._exit(0)
     os.waitpid(child, 0)
-    assert not KernelLock(tmp_path).acquire(0)
+    assert not KernelLock(tmp_path / ".lock").acquire(0)
     lock.release()
-    assert KernelLock(tmp_path).acquire(0)
+    assert KernelLock(tmp_path / ".lock").acquire(0)
