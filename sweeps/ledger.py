@@ -54,6 +54,7 @@ class Ledger:
         self._numbers: dict[str, int] = {}
         self._waiting: list[_Waiting] = []
         self._failed: set[int] = set()
+        self._total_steps: dict[int, int] = {}
         self._machine: dict[str, MachineError] = {}
         self._oom_kills = oom_kills()
         self._began = time.monotonic()
@@ -114,6 +115,7 @@ class Ledger:
     def report(self, tune_id: str, step: int, total_steps: int, value: float | None) -> bool:
         """Record an evaluation; whether the pruner stops the trial."""
         number = self._numbers[tune_id]
+        self._total_steps[number] = total_steps
         self.progress.evaluated(number, step, total_steps, value)
         # Step 0 is the base model, the same in every trial: nothing to prune by.
         reason = self.study.report(number, step, value) if value is not None and step > 0 else None
@@ -140,6 +142,7 @@ class Ledger:
         in_a_pack = self._places.leave(number, run_dir)
         if died and in_a_pack and run_dir.status in (Status.CREATED, Status.RUNNING):
             # A companion may have brought its process down: alone it shows whether it was its own doing.
+            self._fall_behind(number)
             self._waiting.append(self._wait(self.study.describe(number), run_dir, alone=True))
             self.progress.displaced(number)
             return
@@ -159,6 +162,14 @@ class Ledger:
         self.progress.ended(number, value)
         self._count_failures(number)
         self.stamp()
+
+    def _fall_behind(self, number: int) -> None:
+        """Note how far the running trials are, for the pruner: this one goes on when others may have ended."""
+        running = [record.number for record in self.study.trials() if record.state is TrialState.RUNNING]
+        steps = {one: trials.last_step(self.sweep_dir.trial(one)) for one in running}
+        totals = {one: self._total_steps.get(one) for one in running if one != number}
+        left = {one: None if total is None else total - steps[one] for one, total in totals.items()}
+        self.study.fall_behind(number, steps[number], left)
 
     def _stop(self, run_dir: RunDir, machine: MachineError) -> None:
         """Stop the sweep, but for a trial that needs more memory than there is: alone again, it fails by itself."""

@@ -14,6 +14,7 @@ from harness.errors import NO_MEMORY, MachineError
 from harness.metrics import MetricsFile
 from harness.rundir import RunDir, Status
 from sweeps import ledger as ledgers
+from sweeps import trials
 from sweeps.ledger import Ledger, Stop
 from sweeps.progress import Progress
 from sweeps.study import Study
@@ -219,3 +220,49 @@ def test_trials_whose_pack_died_go_on_alone_and_are_judged_by_that(tmp_path: Pat
     assert study.counts() == {"FAIL": 1, "COMPLETE": 2}
     assert ledger.begin("f") is None
     assert ledger.over
+
+
+def fates(folder: Path, *, lost: bool) -> list[str]:
+    """How six trials end that train three in a pack, each at its value; `lost`: the pack's process dies at step 2."""
+    values = [0.9, 0.5, 0.7, 0.6, 0.8, 0.4]
+    pruner = {"name": "median", "n_startup_trials": 1}
+    plan, sweep_dir = begin(recipe_of(num_trials=6, max_concurrent=1, pack_size=3, pruner=pruner), folder)
+    study, hubs = Study(sweep_dir.journal, plan), Processes()
+    ledger = Ledger(sweep_dir, study, Progress(study, Console(file=io.StringIO())), hubs)
+    names, steps = count(), dict.fromkeys(range(6), 0)
+    trained: dict[str, int] = {}
+
+    def advance(name: str) -> None:
+        """One step of a trial, and its evaluation."""
+        number, run_dir = trained[name], sweep_dir.trial(trained[name])
+        steps[number] += 1
+        if steps[number] > trials.last_step(run_dir):  # else it was logged before its process died
+            log(run_dir, steps[number], values[number])
+        if steps[number] == 4:
+            run_dir.move_to(Status.COMPLETE, result={"step": 4})
+        elif not ledger.report(name, steps[number], 4, values[number]):
+            return
+        del trained[name]
+        ledger.end(name, died=False)
+
+    while True:
+        while (config := ledger.begin(name := f"tune{next(names)}")) is not None:
+            run_dir = RunDir(config["run_dir"])
+            run_dir.move_to(Status.RUNNING)
+            trained[name] = int(run_dir.path.name)
+        if not trained:
+            return [record.state.name for record in study.trials()]
+        for name in list(trained):
+            advance(name)
+        if lost and steps[0] == 2:
+            lost = False
+            hubs.close("hub0")
+            for name in list(trained):
+                steps[trained.pop(name)] = 0  # no checkpoint: it goes on from the start
+                ledger.end(name, died=True)
+
+
+def test_a_lost_pack_changes_nothing_in_what_the_pruner_decides(tmp_path: Path) -> None:
+    undisturbed = fates(tmp_path / "whole", lost=False)
+    assert undisturbed == ["COMPLETE"] * 3 + ["PRUNED", "COMPLETE", "PRUNED"]
+    assert fates(tmp_path / "lost", lost=True) == undisturbed
