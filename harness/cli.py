@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
+import select
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from harness.errors import UserError
-
-# A full disk, a quota, a file-size limit, a read-only or somebody else's directory, a broken disk.
-UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
-
+from harness.errors import UserError, machine_error
 
 SCRIPT = "noregret"
 GPU_MEMORY = "plan for GPUs that are not here: GiB of each that the recipe asks for (80), or so many of so much (8x80)"
@@ -40,10 +37,13 @@ class Parser(argparse.ArgumentParser):
 def run_command(main: Callable[[list[str]], int]) -> NoReturn:
     """Run a command's `main(argv)` to its exit status, and show errors without a traceback.
 
-    Bad input exits 2, as do files that cannot be written; Ctrl-C exits 130.
+    Bad input exits 2, as does a failure of the machine (a full disk); Ctrl-C exits 130, a closed output 141.
     """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt_once)
     try:
         status = main(sys.argv[1:])
+        sys.stdout.flush()
     except UserError as error:
         print(error, file=sys.stderr)
         status = 2
@@ -51,18 +51,30 @@ def run_command(main: Callable[[list[str]], int]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         status = 130
     except BrokenPipeError:
-        # The reader of our output has gone (| head): not an error, and nothing more can be said on stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
+        if not _reader_gone():
             raise
-        print(
-            UserError(
-                "a file cannot be written", got=f"{error.filename}: {error.strerror}",
-                fix="make room or allow it, then go on with --resume: what was saved is as it was",
-            ),
-            file=sys.stderr,
-        )  # fmt: skip
+        # As a program that SIGPIPE ends (| head): what it was asked for is not done, and nothing more can be said.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 128 + signal.SIGPIPE
+    except OSError as error:
+        machine = machine_error(error, writes=["/"])
+        if machine is None:
+            raise
+        fix = f"{machine.fix}, then go on with --resume: what was saved is as it was"
+        print(UserError(machine.what, got=machine.got, fix=fix), file=sys.stderr)
         status = 2
     sys.exit(status)
+
+
+def interrupt_once(sent: int, _: object) -> NoReturn:
+    """Handle a signal that stops a command: further ones, and Ctrl-C, do not break off its tidying up."""
+    for one in (sent, signal.SIGINT):
+        signal.signal(one, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _reader_gone() -> bool:
+    """Whether who read our output has closed it; else a pipe broke elsewhere, in a reward or a library."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

@@ -29,15 +29,16 @@ def main(argv: list[str]) -> int:
     reproduce.check(planned)
     if options.check_only:
         return 0 if agrees else DEPARTS
-    reproduce.begin(planned)
-    try:
-        step = _train(planned, options)
-    except KeyboardInterrupt:
-        print(f"stopped, nothing is compared  {shown(planned.run_dir.path)}", file=sys.stderr)
-        raise
-    except Exception as error:
-        return _tell_failure(planned, error)
-    return _conclude(planned, step, options.tolerance)
+    with planned.run_dir.locked("another process writes to this output"):
+        reproduce.begin(planned)
+        try:
+            step = _train(planned, options)
+        except KeyboardInterrupt:
+            print(f"stopped, nothing is compared  {shown(planned.run_dir.path)}", file=sys.stderr)
+            raise
+        except Exception as error:
+            return _tell_failure(planned, error)
+        return _conclude(planned, step, options.tolerance)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -87,14 +88,11 @@ def _of_gpu(planned: Reproduction) -> str | None:
 
 def _train(planned: Reproduction, options: argparse.Namespace) -> int:
     """Train again, with a line per step and one at the first that departs; the last step trained."""
-    from sweeps.locks import held
-
     print(f"run {shown(planned.run_dir.path)}\nloading the model and starting the engine ...", flush=True)
-    with held(planned.run_dir.path / ".lock"):
-        from rltrain.quiet import quiet_libraries
+    from rltrain.quiet import quiet_libraries
 
-        quiet_libraries()
-        return _follow(planned, options)
+    quiet_libraries()
+    return _follow(planned, options)
 
 
 def _follow(planned: Reproduction, options: argparse.Namespace) -> int:

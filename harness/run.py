@@ -55,11 +55,18 @@ def main(argv: list[str]) -> int:
     if options.gpu_memory is not None:
         raise UserError("--gpu-memory is for --dry-run: a run takes the GPUs that are there", got=options.gpu_memory)
     recipe, run_dir = _resumed(options) if options.resume else _started(options)
-    if _only_lacks_verdict(run_dir.sound_manifest()):
-        _tell_end(recipe, run_dir)
-    else:
-        _train(recipe, run_dir, changed_inputs=options.changed_inputs)
-    met = _as_expected(recipe, run_dir)
+    with run_dir.locked("another process is training this run"):
+        if options.resume:
+            _check_same(
+                recipes.read(run_dir.recipe), run_dir, options.changed_inputs
+            )  # as it was left: another process may have ended it
+        else:
+            _make(recipe, run_dir, options)
+        if _only_lacks_verdict(run_dir.sound_manifest()):
+            _tell_end(recipe, run_dir)
+        else:
+            _train(recipe, run_dir, changed_inputs=options.changed_inputs)
+        met = _as_expected(recipe, run_dir)
     print(_summary(run_dir, shown(run_dir.path)))
     return 0 if met or not options.check else UNMET
 
@@ -75,13 +82,20 @@ def _take(options: argparse.Namespace) -> None:
 
 
 def _started(options: argparse.Namespace) -> tuple[Recipe, RunDir]:
-    source, overrides = options.recipe, options.overrides
+    """The recipe of a run, and where it goes. Nothing is made yet."""
     recipe = _composed(options)
-    _print_notes(recipe, overrides)
+    _print_notes(recipe, options.overrides)
     cores = (os.cpu_count() or 1) // num_processes(recipe)
     recipe.trainer.num_threads = recipe.trainer.num_threads or max(1, cores)
     _check(recipe)
     run_dir = place(recipe, options.name)
+    if run_dir.manifest.exists():
+        _check_same(recipe, run_dir, options.changed_inputs)
+    return recipe, run_dir
+
+
+def _make(recipe: Recipe, run_dir: RunDir, options: argparse.Namespace) -> None:
+    """Make the run's directory, or see that the one there is this run's: another start may just have made it."""
     if run_dir.manifest.exists():
         _check_same(recipe, run_dir, options.changed_inputs)
         if recipe.trainer.max_tokens_per_microbatch == "auto":
@@ -90,10 +104,11 @@ def _started(options: argparse.Namespace) -> tuple[Recipe, RunDir]:
     else:
         if options.changed_inputs:
             raise UserError("--changed-inputs is for --resume: a new run has none that could have changed")
-        record = manifest.build(recipe, kind="run", name=run_dir.path.name, source=str(source), overrides=overrides,
-                                command=manifest.this_command())  # fmt: skip
+        record = manifest.build(
+            recipe, kind="run", name=run_dir.path.name, source=str(options.recipe), overrides=options.overrides,
+            command=manifest.this_command(),
+        )  # fmt: skip
         run_dir.create(recipes.to_yaml(recipe), record)
-    return recipe, run_dir
 
 
 def _composed(options: argparse.Namespace) -> Recipe:
@@ -159,6 +174,10 @@ def _check_same(recipe: Recipe, run_dir: RunDir, changed_inputs: bool) -> None:
     record = run_dir.sound_manifest()
     if record["kind"] == "sweep":
         raise UserError("this directory holds a sweep", got=run_dir.path, fix="choose another trainer.run_name")
+    if record["kind"] == "trial":
+        raise UserError("this directory holds a trial of a sweep, whose journal would not hear of it", got=run_dir.path,
+                        fix=f"{invocation('sweep')} --resume {shown(run_dir.path.parents[1])}, or a run of its own: "
+                            f"{invocation('run')} --from {shown(run_dir.path)}")  # fmt: skip
     same = recipes.is_digest(record["recipe"]["digest"], recipe)
     if record["status"] in (Status.COMPLETE.value, Status.PRUNED.value) and not (same and _only_lacks_verdict(record)):
         raise UserError(f"this run is {record['status']} already", got=run_dir.path,
@@ -185,22 +204,16 @@ def _tell_end(recipe: Recipe, run_dir: RunDir) -> None:
 
 
 def _train(recipe: Recipe, run_dir: RunDir, *, changed_inputs: bool) -> None:
-    from sweeps.locks import held
-
     place = shown(run_dir.path)
-    with held(run_dir.path / ".lock") as mine:
-        if not mine:
-            raise UserError("another process is training this run", got=place,
-                            fix="wait for it, or choose another trainer.run_name")  # fmt: skip
-        if changed_inputs and (changes := manifest.accept_inputs(run_dir)):
-            print(f"note: going on with changed inputs: {'; '.join(changes)}")
-        _note_resumption(recipe, run_dir)
-        print(f"run {place}", flush=True)
-        try:
-            _follow(recipe, run_dir)
-        except KeyboardInterrupt:
-            print(f"stopped; go on with: {invocation('run')} --resume {place}", file=sys.stderr)
-            raise
+    if changed_inputs and (changes := manifest.accept_inputs(run_dir)):
+        print(f"note: going on with changed inputs: {'; '.join(changes)}")
+    _note_resumption(recipe, run_dir)
+    print(f"run {place}", flush=True)
+    try:
+        _follow(recipe, run_dir)
+    except KeyboardInterrupt:
+        print(f"stopped; go on with: {invocation('run')} --resume {place}", file=sys.stderr)
+        raise
 
 
 def _note_resumption(recipe: Recipe, run_dir: RunDir) -> None:

@@ -16,7 +16,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from harness.errors import UserError
+from harness.errors import UserError, machine_error
+from harness.locks import held
+from harness.paths import shown
 from harness.schema import Recipe
 
 
@@ -237,6 +239,21 @@ class RunDir:
         """The directory of a sweep's trial."""
         return RunDir(self.trials / f"{number:04d}")
 
+    @contextlib.contextmanager
+    def locked(self, taken: str) -> Iterator[None]:
+        """Hold the directory's lock inside, which goes before all that is written there; makes the directory.
+
+        Raises UserError, saying `taken`, when another process holds it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        with held(self.path / ".lock") as mine:
+            if not mine:
+                raise UserError(taken, got=shown(self.path), fix="wait for it, or choose another trainer.run_name")
+            yield
+
     def create(self, recipe_yaml: str, manifest: dict[str, Any]) -> None:
         """Make the directory with recipe and manifest, status CREATED; raises UserError when it cannot be written."""
         try:
@@ -251,11 +268,14 @@ class RunDir:
                 },
             )
         except OSError as error:
-            raise UserError(
-                "cannot write the run directory",
-                got=f"{self.path}: {error.strerror}",
-                fix="name another place with trainer.ckpt_path=...",
-            ) from None
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(
+            "cannot write the run directory",
+            got=f"{self.path}: {error.strerror}",
+            fix="name another place with trainer.ckpt_path=...",
+        )
 
     def read_manifest(self) -> dict[str, Any]:
         """The manifest; raises UserError when there is none or it is damaged."""
@@ -303,9 +323,13 @@ class RunDir:
         write_json(self.manifest, {**self.read_manifest(), **values})
 
     def fail(self, error: Exception) -> None:
-        """Move to FAILED, with the exception on one line as the reason; on a full disk the status stays as it was."""
+        """Move to FAILED, with the exception on one line as the reason; to RUNNING where the machine failed.
+
+        On a full disk the manifest may stay as it was.
+        """
+        status = Status.RUNNING if machine_error(error, writes=[self.path]) else Status.FAILED
         with contextlib.suppress(OSError):
-            self.move_to(Status.FAILED, reason=one_line(error))
+            self.move_to(status, reason=one_line(error))
 
     def tidy(self) -> None:
         """Clear what kills amid writing left; for the one process that writes here."""

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import math
 import os
 import secrets
 import shutil
+import signal
+import stat
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 import psutil  # type: ignore[import-untyped]
 
-from harness.errors import UserError
+from harness.errors import MachineError, UserError
+from harness.locks import KernelLock, held
 from harness.paths import INSTALLED, PROJECT
 from rltrain.fit import Gpus, visible_memory
 
@@ -45,16 +49,20 @@ TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TO
 LOOPBACK_ADDRESS = "127.0.0.1"
 STARTS = 3
 ASK_SECONDS = 60
+# Ray's processes on this machine that no other can do without, and how often to look whether they run.
+RAYS_OWN = ("gcs_server", "raylet")
+WATCH_SECONDS = 1.0
 OBJECT_STORE_BYTES = 100 * 2**20
 # For what engines in processes of their own are sent: whole models in parts of some 500 MiB.
 LARGE_STORE_BYTES = 2 * 2**30
+# In a folder of Ray's: held by the command that has it up.
+LOCK = ".lock"
 # A socket's path has at most 107 bytes, of which Ray's own part takes about 70.
 LONGEST_ROOT = 30
 
 
 @contextlib.contextmanager
 def cluster(
-    owner: Path,
     *,
     cpus: float,
     gpus: float,
@@ -65,40 +73,38 @@ def cluster(
 ) -> Iterator[Path]:
     """Ray is up inside, with room for so many CPUs and GPUs; yields a folder. Nothing of either is left afterwards.
 
-    `owner` is the directory of the run or sweep that it is for, `threads` those of each process, `address` that of a
-    running cluster, None for this machine alone, `store` the bytes for objects. The caller holds the owner's lock.
+    `threads` are those of each process, `address` that of a running cluster, None for this machine alone, `store` the
+    bytes for objects. What killed commands left is cleared away first. Raises MachineError where Ray itself dies.
     """
     os.environ.update(QUIET if address else QUIET | this_machine())
     if not address:
         keep_to_loopback()
-    root = _scratch(owner)
-    _clear(root)
-    _make_private(root)
-    (root / scratch).mkdir()
-    import ray
+    clear_left_over()
+    with _own_folder() as root:
+        (root / scratch).mkdir()
+        import ray
 
-    logging.getLogger("ray").setLevel(logging.CRITICAL)
-    options = {
-        "log_to_driver": False,
-        "configure_logging": False,
-        "runtime_env": {"env_vars": worker_environment(threads)},
-    }
-    try:
-        _start(options | ({"address": address} if address else _alone(root, cpus, gpus, store)))
-        yield root / scratch
-    finally:
-        ray.shutdown()
-        shutil.rmtree(root, ignore_errors=True)
+        logging.getLogger("ray").setLevel(logging.CRITICAL)
+        options = {
+            "log_to_driver": False,
+            "configure_logging": False,
+            "runtime_env": {"env_vars": worker_environment(threads)},
+        }
+        try:
+            _start(options | ({"address": address} if address else _alone(root, cpus, gpus, store)))
+            with _watched():
+                yield root / scratch
+        finally:
+            ray.shutdown()
 
 
-def gpus_of(address: str, owner: Path) -> Gpus:
+def gpus_of(address: str) -> Gpus:
     """The GPUs of a running cluster's machines, and the memory of one of them where it can be asked.
 
-    `owner` is the directory of the sweep that asks. Raises UserError where no cluster answers.
+    Raises UserError where no cluster answers.
     """
     try:
-        # A folder of this process's own: the sweep may be running, and nothing of that is to be cleared away.
-        with cluster(owner / f"asking-{os.getpid()}", cpus=0, gpus=0, threads=1, address=address):
+        with cluster(cpus=0, gpus=0, threads=1, address=address):
             import ray
 
             machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -145,14 +151,29 @@ def keep_to_loopback() -> None:
         os.environ.setdefault(name, value)
 
 
-def _clear(root: Path) -> None:
-    """End and remove what a killed process left of this owner; its lock is held, so nothing else uses it.
+def folders() -> list[Path]:
+    """The folders of this user's commands that have Ray up, and of killed ones that had."""
+    return [folder for folder in _temporary().glob(f"{_prefix()}{'?' * 8}") if _is_ours(folder)]
+
+
+def clear_left_over() -> None:
+    """End and remove what killed commands of this user left, whichever sweep they ran and wherever that is now.
 
     Most of Ray dies with the process that started it, but its agents linger for minutes.
     """
+    for folder in folders():
+        # Whoever has it up holds its lock.
+        with contextlib.suppress(OSError), held(folder / LOCK) as free:
+            if free:
+                _clear(folder)
+
+
+def _clear(root: Path) -> None:
+    """Remove a folder, and end the processes that write there."""
     # Of macOS's /tmp, a link, open files have the real path.
     real = root.resolve()
-    old = [process for process in psutil.process_iter() if root.exists() and _writes_under(process, real)]
+    others = (process for process in psutil.process_iter() if process.pid != os.getpid())  # it holds the lock
+    old = [process for process in others if _writes_under(process, real)]
     for process in old:
         with contextlib.suppress(psutil.Error):
             process.kill()
@@ -160,13 +181,79 @@ def _clear(root: Path) -> None:
     shutil.rmtree(root, ignore_errors=True)
 
 
-def _make_private(root: Path) -> None:
-    """Make a folder that no other user can enter; raises UserError where one has put something in its place."""
+@contextlib.contextmanager
+def _own_folder() -> Iterator[Path]:
+    """A new folder that no other user can enter, locked for as long as it is in use, and removed afterwards."""
     try:
-        root.mkdir(mode=0o700)
+        root, lock = _new_folder()
     except OSError as error:
-        raise UserError("cannot make Ray's folder", got=f"{root}: {error.strerror}",
-                        fix="remove what is there, or set TMPDIR") from None  # fmt: skip
+        raise UserError("cannot make Ray's folder", got=f"{error.filename}: {error.strerror}",
+                        fix="set TMPDIR to a folder that can be written") from None  # fmt: skip
+    try:
+        yield root
+    finally:
+        _clear(root)
+        lock.release()
+
+
+def _new_folder() -> tuple[Path, KernelLock]:
+    while True:
+        root = Path(tempfile.mkdtemp(prefix=_prefix(), dir=_temporary()))
+        lock = KernelLock(root / LOCK)
+        # Until it is locked, another command may clear it away.
+        with contextlib.suppress(FileNotFoundError):
+            if lock.acquire(0):
+                if (root / LOCK).exists():
+                    return root, lock
+                lock.release()
+
+
+@contextlib.contextmanager
+def _watched() -> Iterator[None]:
+    """Raise MachineError inside, within seconds, when a process of Ray's own dies: Ray itself is silent for a minute.
+
+    Nothing is watched in a thread other than the main one, nor of a cluster that was there before.
+    """
+    own = {process: process.name() for process in psutil.Process().children() if process.name() in RAYS_OWN}
+    if not own or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt  # Ray, which may be waiting, lets no other exception of a signal's pass
+
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(WATCH_SECONDS):
+            if not all(_runs(process) for process in own):
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
+                return
+
+    before = signal.signal(signal.SIGUSR2, interrupt)
+    watcher = threading.Thread(target=look, name="watch over Ray", daemon=True)
+    watcher.start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        dead = ", ".join(name for process, name in own.items() if not _runs(process))
+        if not dead:
+            raise
+        raise MachineError(
+            "Ray has died", got=f"its process {dead} was ended, or crashed", fix="see whether memory ran out"
+        ) from None
+    finally:
+        ended.set()
+        watcher.join()
+        signal.signal(signal.SIGUSR2, before)
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Whether a child of this process has not ended; one that nobody has waited for yet has."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
 
 
 def _writes_under(process: psutil.Process, root: Path) -> bool:
@@ -215,10 +302,20 @@ def worker_environment(threads: int, more: Mapping[str, str] | None = None) -> d
     }
 
 
-def _scratch(owner: Path) -> Path:
-    """A short path of this owner's own, the same each time, so that a resumed sweep clears what a killed one left."""
+def _temporary() -> Path:
+    """Where Ray's folders go: the system's place for them, or /tmp where the path of that is too long."""
     root = Path(tempfile.gettempdir())
-    if len(str(root)) > LONGEST_ROOT:
-        root = Path("/tmp")
-    own = hashlib.sha256(str(owner).encode()).hexdigest()[:10]
-    return root / f"noregret-{os.getuid()}-{own}"
+    return root if len(str(root)) <= LONGEST_ROOT else Path("/tmp")
+
+
+def _prefix() -> str:
+    return f"noregret-{os.getuid()}-"
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether it is a folder, no link, that this user made."""
+    try:
+        status = folder.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()

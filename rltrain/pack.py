@@ -31,6 +31,7 @@ from rltrain.member import Member, sync_tolerance, total_steps
 from rltrain.out_of_memory import release
 from rltrain.policy import Policy
 from rltrain.problems import Problem, load_problems
+from rltrain.quiet import exits_are_failures
 from rltrain.ranks import Ranks
 from rltrain.seeding import stream_seed
 from rltrain.sync.base import build_sync
@@ -152,7 +153,8 @@ class Pack:
         if member in self.failures:
             return None
         try:
-            return work(self, *args, **kw)
+            with exits_are_failures():
+                return work(self, *args, **kw)
         except torch.AcceleratorError:
             raise  # the GPU is of no more use to this process
         except Exception as error:

@@ -1,11 +1,13 @@
-"""Keep the libraries' start-up chatter off the console, and what nobody needs out of memory."""
+"""Keep libraries and rewards from what is not theirs: the console, memory for what nobody needs, the exit status."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -36,3 +38,18 @@ def redirect_output(log: Path) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
+
+
+@contextlib.contextmanager
+def exits_are_failures() -> Iterator[None]:
+    """Raise RuntimeError where a reward or a library calls `sys.exit`: a run cut short must not end with status 0.
+
+    So does any other exception that `except Exception` would let pass, an interrupt aside.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, (Exception, KeyboardInterrupt, GeneratorExit)):
+            raise
+        what = f"sys.exit({error.code!r}) was called" if isinstance(error, SystemExit) else f"{error!r} was raised"
+        raise RuntimeError(f"{what} in the middle of training") from error

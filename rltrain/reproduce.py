@@ -62,7 +62,7 @@ def plan(directory: str | Path, output: str | Path | None = None) -> Reproductio
     default = Path(Trainer().ckpt_path) / f"{name_of(original)}-reproduced-{datetime.now():%Y%m%d-%H%M%S}"
     run_dir = RunDir(output or default)
     if run_dir.path.exists():
-        raise UserError("the output exists already", got=shown(run_dir.path), fix="name a folder that does not exist")
+        raise _exists(run_dir)
     place = {"trainer.ckpt_path": str(run_dir.path.parent), "trainer.run_name": run_dir.path.name}
     recipe = recipes.with_values(recipes.read(original.recipe), place)
     now = manifest.build(recipe, kind="run", name=run_dir.path.name, source=shown(original.recipe),
@@ -70,6 +70,10 @@ def plan(directory: str | Path, output: str | Path | None = None) -> Reproductio
     if isinstance(was.get("recipe"), dict) and recipes.is_digest(str(was["recipe"].get("digest")), recipe):
         now["recipe"]["digest"] = was["recipe"]["digest"]
     return Reproduction(original, was, int(rows[-1]["step"]), recipe, run_dir, now)
+
+
+def _exists(run_dir: RunDir) -> UserError:
+    return UserError("the output exists already", got=shown(run_dir.path), fix="name a folder that does not exist")
 
 
 def check(planned: Reproduction) -> None:
@@ -88,7 +92,9 @@ def check(planned: Reproduction) -> None:
 
 
 def begin(planned: Reproduction) -> None:
-    """Make the repetition's directory; raises UserError when it cannot be written."""
+    """Make the repetition's directory; UserError when it cannot be written, or another repetition has just made it."""
+    if planned.run_dir.manifest.exists():
+        raise _exists(planned.run_dir)
     planned.run_dir.create(recipes.to_yaml(planned.recipe), planned.now)
 
 

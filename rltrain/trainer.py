@@ -24,6 +24,7 @@ from rltrain.model import adapter_statistics
 from rltrain.pack import Pack
 from rltrain.parallel import dtype_of, needs_workers
 from rltrain.passes import settle_passes
+from rltrain.quiet import exits_are_failures
 from rltrain.report import Report
 from rltrain.scored import Rollout
 from rltrain.step import train_step
@@ -269,7 +270,8 @@ def finish(member: Member) -> None:
 def recorded_failure(run_dir: RunDir) -> Iterator[None]:
     """Record an exception as the run's FAILED status with its reason, and let it go on."""
     try:
-        yield
+        with exits_are_failures():
+            yield
     except Exception as error:
         run_dir.fail(error)
         raise

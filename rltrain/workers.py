@@ -43,7 +43,7 @@ def run_on_workers(recipe: Recipe, run_dir: RunDir) -> Iterator[Report]:
             cpus, gpus = (sum(bundle[kind] for bundle in needs) for kind in ("CPU", "GPU"))
             store = OBJECT_STORE_BYTES if recipe.trainer.placement.colocate_all else LARGE_STORE_BYTES
             stack.enter_context(
-                cluster(run_dir.path, cpus=cpus, gpus=gpus, threads=_threads(recipe), address=address_of(recipe),
+                cluster(cpus=cpus, gpus=gpus, threads=_threads(recipe), address=address_of(recipe),
                         store=store)
             )  # fmt: skip
         group = _current_group() if inside else None

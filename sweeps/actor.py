@@ -9,6 +9,7 @@ import ray
 from ray.tune import Trainable
 
 from harness import recipe as recipes
+from harness.errors import MachineError, machine_error
 from harness.rundir import RunDir
 from harness.sinks import Sinks
 from rltrain.quiet import redirect_output
@@ -35,7 +36,10 @@ class TrialActor(Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        """Train up to the next evaluation: step, total_steps, value of the metric if logged, done."""
+        """Train up to the next evaluation: step, total_steps, value of the metric if logged, done.
+
+        Where not the trial but the machine failed, `machine` is the error that says so, and the trial is done here.
+        """
         run_dir = RunDir(self._trial["run_dir"])
         try:
             if self._reports is None:
@@ -50,10 +54,17 @@ class TrialActor(Trainable):
                     return {"step": report.step, "total_steps": report.total_steps, "done": report.done,
                             "value": report.metrics.get(self._trial["metric"])}  # fmt: skip
             return {"step": 0, "total_steps": 0, "done": True, "value": None}
-        except ray.exceptions.RayActorError:
+        except ray.exceptions.RayTaskError as error:
+            if not isinstance(error.cause, MachineError):
+                raise
+            return _ended_by(error.cause)
+        except ray.exceptions.RayActorError as error:
+            if (machine := machine_error(error)) is not None:
+                return _ended_by(machine)
             raise  # the hub's process died, which may have been another's doing
         except Exception as error:
-            record(run_dir, error)
+            if (machine := record(run_dir, error)) is not None:
+                return _ended_by(machine)
             raise
 
     def cleanup(self) -> None:
@@ -98,3 +109,7 @@ class TrialActor(Trainable):
         if self._sinks is not None:
             self._sinks.close()
             self._sinks = None
+
+
+def _ended_by(machine: MachineError) -> dict[str, Any]:
+    return {"step": 0, "total_steps": 0, "done": True, "value": None, "machine": machine}

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness import recipe as recipes
+from harness.errors import MachineError, machine_error
+from harness.locks import KernelLock
 from harness.rundir import RunDir, Status
 from rltrain.parallel import needs_workers
-from rltrain.quiet import quiet_libraries, redirect_output
-from sweeps.locks import KernelLock
+from rltrain.quiet import exits_are_failures, quiet_libraries, redirect_output
 from sweeps.watch import stop_watching, watch
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ class Seat:
     stage: Stage = Stage.JOINING
     reports: list[Report] = field(default_factory=list)
     lock: KernelLock | None = None
+    machine: MachineError | None = None
+    """What of the machine failed, where that ended the trial here."""
 
     def add(self, report: Report) -> None:
         """Keep a report, and see what it means."""
@@ -84,7 +87,10 @@ class Hub:
         threading.Thread(target=self._work, name="training", daemon=True).start()
 
     def advance(self, path: str) -> list[Report]:
-        """Train a run up to its next evaluation, or its end: the reports since the last one. None at all: it failed."""
+        """Train a run up to its next evaluation, or its end: the reports since the last one. None at all: it failed.
+
+        Raises MachineError where not the run but the machine failed.
+        """
         with self._changed:
             seat = self._seats.setdefault(path, Seat(RunDir(path)))
             if seat.stage is Stage.WAITING:
@@ -93,6 +99,8 @@ class Hub:
             self._changed.wait_for(lambda: seat.stage in (Stage.WAITING, Stage.ENDED))
             if seat.stage is Stage.ENDED:
                 self._seats.pop(path, None)
+            if seat.machine is not None:
+                raise seat.machine
             reports, seat.reports = seat.reports, []
             return reports
 
@@ -108,10 +116,11 @@ class Hub:
 
     def _work(self) -> None:
         try:
-            quiet_libraries()
-            crew = self._start()
-            while True:
-                self._turn(crew)
+            with exits_are_failures():  # else this thread would end, and the trials wait for ever
+                quiet_libraries()
+                crew = self._start()
+                while True:
+                    self._turn(crew)
         except Exception as error:
             traceback.print_exc()
             # What is nobody's own hits everyone: alone, each shows whether it was its doing.
@@ -204,7 +213,8 @@ class Hub:
     def _own_failure(self, crew: Crew, seat: Seat) -> Iterator[None]:
         """What fails inside is the seat's failure alone, where the others can go on without it."""
         try:
-            yield
+            with exits_are_failures():
+                yield
         except Exception as error:
             if not crew.contains_failures:
                 raise
@@ -220,14 +230,19 @@ def own(run_dir: RunDir) -> KernelLock:
 
 
 def fail(seat: Seat, error: Exception) -> None:
-    """A run has failed: its process is told nothing more, its directory says why."""
-    record(seat.run_dir, error)
+    """A run has failed, or the machine under it: its process is told nothing more, its directory says why."""
+    seat.machine = record(seat.run_dir, error)
     seat.reports, seat.stage = [], Stage.ENDED
 
 
-def record(run_dir: RunDir, error: Exception) -> None:
-    """Write an error's traceback to the log, and its reason to the manifest unless the trainer did."""
-    with run_dir.log.open("a") as log:
+def record(run_dir: RunDir, error: Exception) -> MachineError | None:
+    """Write an error's traceback to the log, and its reason to the manifest unless the trainer did.
+
+    Returns what of the machine failed, None where it was the run: the disk may be full, and the directory not say so.
+    """
+    with contextlib.suppress(OSError), run_dir.log.open("a") as log:
         log.write("".join(traceback.format_exception(error)))
-    if run_dir.status not in (Status.FAILED, Status.COMPLETE):
+    machine = machine_error(error, writes=[run_dir.path])
+    if machine is None and run_dir.status not in (Status.FAILED, Status.COMPLETE):
         run_dir.fail(error)
+    return machine

@@ -12,8 +12,8 @@ from typing import Any
 from optuna.storages.journal import JournalFileBackend
 
 from harness.errors import UserError
+from harness.locks import KernelLock
 from harness.rundir import named, sync
-from sweeps.locks import KernelLock
 
 _SEALED = re.compile(rb'(.*),"sha256":"([0-9a-f]{16})"}\n', re.DOTALL)
 
@@ -34,7 +34,7 @@ class Journal(JournalFileBackend):
         self._own_lock = KernelLock(path.with_name(f"{path.name}.lock"))
         self._total = hashlib.sha256()
         self._size = 0
-        super().__init__(str(path), lock_obj=self._own_lock)
+        super().__init__(str(path), lock_obj=self._own_lock)  # type: ignore[arg-type]
         sync(path.parent)
         self._own_lock.acquire()
         try:

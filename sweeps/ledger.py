@@ -9,6 +9,7 @@ from typing import Any
 from optuna.trial import TrialState
 
 from harness import recipe as recipes
+from harness.errors import NO_MEMORY, MachineError, machine_error
 from harness.manifest import changed_inputs
 from harness.rundir import RunDir, Status
 from harness.schema import Recipe
@@ -16,13 +17,20 @@ from sweeps import trials
 from sweeps.places import Hubs, Places
 from sweeps.progress import Progress
 from sweeps.study import Study, Trial
-from sweeps.watch import hung
+from sweeps.watch import hung, oom_kills
 
 DIED = "the trial's process died: killed, out of memory, or crashed"
 
-
 # Trials that were asked for and wait for a place.
 MOST_WAITING = 8
+
+
+class Stop(BaseException):
+    """Ends a sweep at once, its running trials left RUNNING. No Exception, which Tune would take for a trial's."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+        super().__init__(str(error))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +55,9 @@ class Ledger:
         self._numbers: dict[str, int] = {}
         self._waiting: list[_Waiting] = []
         self._failed: set[int] = set()
+        self._total_steps: dict[int, int] = {}
+        self._machine: dict[str, MachineError] = {}
+        self._oom_kills = oom_kills()
         self._began = time.monotonic()
         self._record = sweep_dir.read_manifest()
         self._before: float = self._record.get("seconds", 0.0)
@@ -112,6 +123,7 @@ class Ledger:
     def report(self, tune_id: str, step: int, total_steps: int, value: float | None) -> bool:
         """Record an evaluation; whether the pruner stops the trial."""
         number = self._numbers[tune_id]
+        self._total_steps[number] = total_steps
         self.progress.evaluated(number, step, total_steps, value)
         # Step 0 is the base model, the same in every trial: nothing to prune by.
         reason = self.study.report(number, step, value) if value is not None and step > 0 else None
@@ -119,16 +131,33 @@ class Ledger:
             self.sweep_dir.trial(number).move_to(Status.PRUNED, reason=reason)
         return reason is not None
 
-    def end(self, tune_id: str, *, died: bool) -> None:
-        """Record how a trial ended, from what its directory says."""
+    def note(self, tune_id: str, error: Exception | None) -> None:
+        """Keep what ended a trial's process, where that was the machine; `end` is called next."""
+        machine = None if error is None else machine_error(error)
+        if machine is not None:
+            self._machine[tune_id] = machine
+
+    def end(self, tune_id: str, *, died: bool, machine: MachineError | None = None) -> None:
+        """Record how a trial ended, from what its directory says.
+
+        Raises Stop where not the trial but the machine failed: it stays RUNNING, for the next resume.
+        """
         number = self._numbers.pop(tune_id)
         run_dir = self.sweep_dir.trial(number)
+        machine = machine or self._machine.pop(tune_id, None)
+        if machine is not None:
+            self._stop(run_dir, machine)
         in_a_pack = self._places.leave(number, run_dir)
         if died and in_a_pack and run_dir.status in (Status.CREATED, Status.RUNNING):
             # A companion may have brought its process down: alone it shows whether it was its own doing.
+            self._fall_behind(number)
             self._waiting.append(self._wait(self.study.describe(number), run_dir, alone=True))
             self.progress.displaced(number)
             return
+        before, self._oom_kills = self._oom_kills, oom_kills()
+        if died and self._oom_kills > before and run_dir.status in (Status.CREATED, Status.RUNNING):
+            self._stop(run_dir, MachineError(NO_MEMORY, got=f"{run_dir.path}: the kernel ended the trial's process",
+                                             fix="free memory, or lower sweep.max_concurrent"))  # fmt: skip
         value, step = trials.final_value(run_dir, self.study.plan.sweep.metric)
         if run_dir.status is Status.COMPLETE:
             reason = self.study.complete(number, value, step)
@@ -141,6 +170,23 @@ class Ledger:
         self.progress.ended(number, value)
         self._count_failures(number)
         self.stamp()
+
+    def _fall_behind(self, number: int) -> None:
+        """Note how far the running trials are, for the pruner: this one goes on when others may have ended."""
+        running = [record.number for record in self.study.trials() if record.state is TrialState.RUNNING]
+        steps = {one: trials.last_step(self.sweep_dir.trial(one)) for one in running}
+        totals = {one: self._total_steps.get(one) for one in running if one != number}
+        left = {one: None if total is None else total - steps[one] for one, total in totals.items()}
+        self.study.fall_behind(number, steps[number], left)
+
+    def _stop(self, run_dir: RunDir, machine: MachineError) -> None:
+        """Stop the sweep, but for a trial that needs more memory than there is: alone again, it fails by itself."""
+        said = [str(entry.get("reason")) for entry in run_dir.read_manifest()["status_history"]]
+        if machine.what == NO_MEMORY and any(reason.startswith(NO_MEMORY) for reason in said):
+            run_dir.move_to(Status.FAILED, reason=f"{NO_MEMORY} a second time: {machine.got}")
+            return
+        run_dir.fail(machine)
+        raise Stop(machine)
 
     def _why(self, run_dir: RunDir) -> str:
         """What ended a trial's process without a word from the trainer."""

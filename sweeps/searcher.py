@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from sweeps.ledger import Ledger
+from sweeps.ledger import Ledger, Stop
 
 
 class StudySearcher(Searcher):
@@ -19,12 +21,14 @@ class StudySearcher(Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial's config; None while there is no place for one, FINISHED when none is left or running."""
-        config = self._ledger.begin(trial_id)
-        return Searcher.FINISHED if config is None and self._ledger.over else config
+        with _past_tune():
+            config = self._ledger.begin(trial_id)
+            return Searcher.FINISHED if config is None and self._ledger.over else config
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Record the end of a trial."""
-        self._ledger.end(trial_id, died=error)
+        with _past_tune():
+            self._ledger.end(trial_id, died=error, machine=(result or {}).get("machine"))
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the study's journal is the state."""
@@ -42,5 +46,19 @@ class PrunerScheduler(FIFOScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Go on or stop after an evaluation."""
-        pruned = self._ledger.report(trial.trial_id, result["step"], result["total_steps"], result["value"])
+        with _past_tune():
+            pruned = self._ledger.report(trial.trial_id, result["step"], result["total_steps"], result["value"])
         return TrialScheduler.STOP if pruned else TrialScheduler.CONTINUE
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """Hear what ended a trial's process, before the searcher is told that it died."""
+        self._ledger.note(trial.trial_id, trial.get_pickled_error())
+
+
+@contextlib.contextmanager
+def _past_tune() -> Iterator[None]:
+    """End the sweep with an error of its own (a journal that cannot be written): Tune would take it for a trial's."""
+    try:
+        yield
+    except Exception as error:
+        raise Stop(error) from error

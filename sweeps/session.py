@@ -10,7 +10,7 @@ from typing import Any
 from harness import manifest
 from harness import recipe as recipes
 from harness.cli import invocation
-from harness.errors import UserError
+from harness.errors import MachineError, UserError, machine_error
 from harness.paths import shown
 from harness.rundir import RunDir, Status, place, write_text
 from harness.schema import Recipe
@@ -20,7 +20,6 @@ from rltrain.parallel import address_of, uses_gpus, visible_gpus
 from rltrain.preflight import check_run
 from sweeps import plan as plans
 from sweeps import trials, tune
-from sweeps.locks import held
 from sweeps.plan import Plan
 from sweeps.progress import Progress
 from sweeps.space import PLACES
@@ -33,6 +32,7 @@ FREE = frozenset({*PLACES, "trainer.logger", "sweep.num_trials", "sweep.max_conc
 SETTLED = ("trainer.num_threads", "sweep.max_concurrent", "sweep.pack_size")
 # The pruner is free too; the others the study compares, and says better what changed.
 STUDIED = ("sweep.pruner", "sweep.space", "sweep.metric", "sweep.seeds")
+RUNS_ALREADY = "another process is running this sweep"
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,22 @@ def start(source: str, overrides: Sequence[str], confirm: int | None = None) -> 
     recipe = recipes.load(source, overrides)
     plan = plans.build(recipe)
     sweep_dir = place(recipe, source)
-    if sweep_dir.manifest.exists():
-        raise UserError("this directory exists", got=shown(sweep_dir.path),
-                        fix=f"go on with --resume {shown(sweep_dir.path)}, or choose another "
-                            "trainer.run_name")  # fmt: skip
+    _check_new(sweep_dir)
     session = _session(recipe, plan, sweep_dir, confirm)
     recipe = session.plan.recipe
     record = manifest.build(recipe, kind="sweep", name=sweep_dir.path.name, source=source, overrides=overrides,
                             command=manifest.this_command())  # fmt: skip
-    sweep_dir.create(recipes.to_yaml(recipe), record)
+    with sweep_dir.locked(RUNS_ALREADY):
+        _check_new(sweep_dir)  # another start may have made it meanwhile
+        sweep_dir.create(recipes.to_yaml(recipe), record)
     return session
+
+
+def _check_new(sweep_dir: RunDir) -> None:
+    if sweep_dir.manifest.exists():
+        raise UserError("this directory exists", got=shown(sweep_dir.path),
+                        fix=f"go on with --resume {shown(sweep_dir.path)}, or choose another "
+                            "trainer.run_name")  # fmt: skip
 
 
 def resume(
@@ -91,13 +97,11 @@ def run(session: Session, actor: Callable[[], type] | None = None) -> Study:
 
     Raises UserError when another process is at it, and for inputs that changed unless `session.changed_inputs`.
 
-    KeyboardInterrupt, SIGTERM too, leaves the sweep RUNNING; any other failure FAILED with the reason. Both can be
-    resumed.
+    KeyboardInterrupt, SIGTERM too, and a failure of the machine (MachineError) leave the sweep RUNNING; any other
+    failure FAILED with the reason. All can be resumed.
     """
     sweep_dir = session.sweep_dir
-    with held(sweep_dir.path / ".lock") as owned:
-        if not owned:
-            raise UserError("another process is running this sweep", got=shown(sweep_dir.path))
+    with sweep_dir.locked(RUNS_ALREADY):
         study = Study(sweep_dir.journal, session.plan)
         study.former = trials.on_former_inputs(sweep_dir)
         trials.reconcile(study, sweep_dir)
@@ -114,7 +118,13 @@ def run(session: Session, actor: Callable[[], type] | None = None) -> Study:
         try:
             tune.run(sweep_dir, study, Progress(study), actor)
         except Exception as error:
-            sweep_dir.move_to(Status.FAILED, reason=f"{type(error).__name__}: {str(error).strip()[:200]}")
+            sweep_dir.fail(error)
+            if (machine := machine_error(error, writes=[sweep_dir.path])) is not None:
+                again = f"{invocation('sweep')} --resume {shown(sweep_dir.path)}"
+                raise MachineError(
+                    f"the machine failed, not a trial, and the sweep has stopped: {machine.what}", got=machine.got,
+                    fix=f"{machine.fix}, then go on with: {again}; its trials go on from their checkpoints",
+                ) from error  # fmt: skip
             raise
         return study
 
@@ -132,7 +142,7 @@ def conclude(session: Session, study: Study, best: dict[str, Any] | None) -> Non
 
 def _session(recipe: Recipe, plan: Plan, sweep_dir: RunDir, confirm: int | None) -> Session:
     check_run(recipes.with_values(recipe, {"sweep": None}))
-    gpus = _gpus(recipe, sweep_dir)
+    gpus = _gpus(recipe)
     settled = Plan(trials.settle(recipe, gpus), plan.space, plan.first_trials)
     _check_places(settled.recipe)
     for one in trials.largest(settled):
@@ -140,13 +150,13 @@ def _session(recipe: Recipe, plan: Plan, sweep_dir: RunDir, confirm: int | None)
     return Session(settled, sweep_dir, confirm)
 
 
-def _gpus(recipe: Recipe, sweep_dir: RunDir) -> Gpus | None:
+def _gpus(recipe: Recipe) -> Gpus | None:
     """The GPUs to plan for; a cluster is asked for its own where the recipe leaves the packs to them."""
     assert recipe.sweep is not None
     address, sizes = address_of(recipe), (recipe.sweep.max_concurrent, recipe.sweep.pack_size)
     if address is None or None not in sizes or not uses_gpus(recipe):
         return gpus_to_plan_for(recipe, None)
-    return gpus_of(address, sweep_dir.path)
+    return gpus_of(address)
 
 
 def _check_places(recipe: Recipe) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,6 +149,8 @@ class Study:
         if not math.isfinite(value) or record.state.is_finished() or record.user_attrs.get("confirm"):
             return None
         self._swept.left_out = self.former
+        behind = record.user_attrs.get("behind")
+        self._swept.running = _running_still(behind, step, len(self.trials())) if behind else frozenset()
         trial = optuna.trial.Trial(self._swept, record._trial_id)
         # A resumed trial comes by an evaluation again that it had reported before the kill.
         if step not in record.intermediate_values:
@@ -156,8 +158,19 @@ class Study:
         if not trial.should_prune():
             return None
         reason = f"pruned at step {step}: {self.plan.sweep.metric} {value:.4g} by {type(self._study.pruner).__name__}"
+        reason += ", alone after its pack's process had died" if behind else ""
         self._finish(number, TrialState.PRUNED, reason=reason)
         return reason
+
+    def fall_behind(self, number: int, step: int, left: Mapping[int, int | None]) -> None:
+        """Have a trial that goes on alone from `step`, later than the others, judged by what it would have seen there.
+
+        `left` are the steps that each other running trial still had to make, None where that is not known. Equal steps
+        count as equally late, so that what the pruner decides does not depend on who has to wait for a place.
+        """
+        ends = {str(other): None if steps is None else step + steps for other, steps in left.items()}
+        attributes = {"begun": len(self.trials()), "ends": ends}
+        optuna.trial.Trial(self._study, self.trials()[number]._trial_id).set_user_attr("behind", attributes)
 
     def complete(self, number: int, value: float | None, step: int) -> str | None:
         """Record the final value; a missing or non-finite one is a failure, whose reason is returned."""
@@ -270,9 +283,21 @@ class _Swept(optuna.Study):
 
     left_out: frozenset[int] = frozenset()
 
+    running: frozenset[int] = frozenset()
+    """Trials that count as running, although they may have ended."""
+
     def get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None) -> list[FrozenTrial]:
+        out = self.left_out if states is None or TrialState.RUNNING in states else self.left_out | self.running
         found = super().get_trials(deepcopy, states)
-        return [t for t in found if not t.user_attrs.get("confirm") and t.number not in self.left_out]
+        return [t for t in found if not t.user_attrs.get("confirm") and t.number not in out]
+
+
+def _running_still(behind: dict[str, Any], step: int, count: int) -> frozenset[int]:
+    """Of `count` trials, those that would not have ended when one that fell behind was at a step."""
+    ends = {int(number): end for number, end in behind["ends"].items()}
+    # Of two trials of a pack one may have logged a step that the other had not when their process died.
+    running = {number for number, end in ends.items() if end is None or step <= end + 1}
+    return frozenset(running | set(range(behind["begun"], count)))
 
 
 def _run_dir(number: int) -> str:

@@ -192,6 +192,13 @@ def rerun_overrides(plan: Plan, trial: Trial, given: Sequence[str]) -> list[str]
     return kept + [recipes.override_for(key, value) for key, value in values.items()]
 
 
+def last_step(run_dir: RunDir) -> int:
+    """The last step that a run has logged; 0 before the first, and where the log is damaged."""
+    log = MetricsFile(run_dir.metrics)
+    rows = log.rows() if log.damage() is None else []
+    return int(rows[-1]["step"]) if rows else 0
+
+
 def final_value(run_dir: RunDir, metric: str) -> tuple[float | None, int]:
     """The last value that a run logged of a metric, None if it logged none; and its last step."""
     rows = MetricsFile(run_dir.metrics).rows()

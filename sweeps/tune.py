@@ -7,14 +7,15 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from harness.cli import interrupt_once
 from harness.rundir import RunDir
 from harness.schema import Recipe
 from rltrain.cluster import cluster
 from rltrain.parallel import address_of, needs_workers
 from sweeps import trials
-from sweeps.ledger import Ledger
+from sweeps.ledger import Ledger, Stop
 from sweeps.progress import Progress
 from sweeps.study import Study
 
@@ -26,27 +27,31 @@ if TYPE_CHECKING:
 def run(sweep_dir: RunDir, study: Study, progress: Progress, actor: Callable[[], type] | None = None) -> None:
     """Run every trial that the study has left; `actor` makes the Trainable, by default the trainer's.
 
-    A failed trial is recorded and not tried again. KeyboardInterrupt leaves the running ones RUNNING, to be resumed.
+    A failed trial is recorded and not tried again. KeyboardInterrupt, a failure of the machine (MachineError) and a
+    journal that cannot be written (OSError) leave the running ones RUNNING, to be resumed.
     """
     recipe = study.plan.recipe
     packed = actor is None and (trials.trials_per_place(recipe) > 1 or not needs_workers(recipe))
     ledger = Ledger(sweep_dir, study, progress, RayHubs(recipe, sweep_dir) if packed else None)
     try:
-        with _cluster(recipe, sweep_dir.path) as scratch, terminable(), progress:
+        with _cluster(recipe) as scratch, terminable(), progress:
             ledger.prepare()
             _fit(ledger, actor or trial_actor, trials.ASKS if packed else trials.place_bundles(recipe), scratch)
+    except Stop as stop:
+        raise stop.error from None
     finally:
-        ledger.stamp()
+        with contextlib.suppress(OSError):  # a full disk has been said already
+            ledger.stamp()
 
 
-def _cluster(recipe: Recipe, owner: Path) -> contextlib.AbstractContextManager[Path]:
+def _cluster(recipe: Recipe) -> contextlib.AbstractContextManager[Path]:
     """Ray with room for all trials that run at once; yields the folder for Tune's own files."""
     places, needs = trials.packs_at_once(recipe), trials.place_bundles(recipe)
     cpus, gpus = (places * sum(bundle.get(kind, 0.0) for bundle in needs) for kind in ("CPU", "GPU"))
     asking = trials.trials_at_once(recipe) * trials.ASKS[0]["CPU"]
     # Tune would start its trials' processes one after another.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(trials.trials_at_once(recipe))
-    return cluster(owner, cpus=cpus + asking, gpus=gpus, threads=trials.cpus_per_trial(recipe),
+    return cluster(cpus=cpus + asking, gpus=gpus, threads=trials.cpus_per_trial(recipe),
                    address=address_of(recipe), scratch="tune")  # fmt: skip
 
 
@@ -149,11 +154,8 @@ def _fit(ledger: Ledger, actor: Callable[[], type], needs: list[dict[str, float]
 def terminable() -> Iterator[None]:
     """SIGTERM stops the sweep as Ctrl-C does: a preempted machine's sweep is resumed elsewhere."""
 
-    def interrupt(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
-
     # Only now: starting Ray puts its own handler in place, which ends the process where it stands.
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = signal.signal(signal.SIGTERM, interrupt_once)
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 from pathlib import Path
@@ -31,3 +32,13 @@ def hung(log: Path) -> bool:
     with log.open("rb") as file:
         file.seek(max(0, os.path.getsize(log) - _LAST_BYTES))
         return any(line.startswith(_TOLD) for line in file.read().splitlines())
+
+
+def oom_kills() -> int:
+    """How many processes the kernel has ended for want of memory, as far as it says so."""
+    counts = [0]
+    for place in ("/proc/vmstat", "/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control"):
+        with contextlib.suppress(OSError):
+            lines = Path(place).read_text().splitlines()
+            counts += [int(line.split()[1]) for line in lines if line.startswith("oom_kill ")]
+    return sum(counts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
@@ -38,6 +39,14 @@ def tiny_model_dir() -> Path:
     if not (TINY_MODEL / "config.json").is_file():
         pytest.skip("the embedded model is absent: make it with `python -m harness.prepare tiny_gsm`")
     return TINY_MODEL
+
+
+@pytest.fixture
+def rays_folder(monkeypatch: pytest.MonkeyPatch) -> Generator[Path]:
+    """A folder for temporary files that no other test uses, with a path short enough for Ray's sockets."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -55,7 +55,7 @@ def engine(
     """An engine that serves both adapters, in all slots it has."""
     with contextlib.ExitStack() as stack:
         if request.param == "remote":
-            stack.enter_context(ray_for_two(tmp_path_factory.mktemp("ray")))
+            stack.enter_context(ray_for_two())
         engine = start(request.param, model, base_dir)
         stack.callback(engine.close)
         sync = DiskSync(tmp_path_factory.mktemp("adapters"))

@@ -144,7 +144,7 @@ class Stories:
             tensor_parallel_size = 1
             if kind == "remote":
                 tensor_parallel_size = 2
-                self._ray.enter_context(ray_for_two(self._root))
+                self._ray.enter_context(ray_for_two())
             self._engine = start(
                 kind, model, self._base_dir, max_lora_rank=max_lora_rank, tensor_parallel_size=tensor_parallel_size
             )

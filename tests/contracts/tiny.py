@@ -94,9 +94,9 @@ def start(
     return start_engines(recipe, options)
 
 
-def ray_for_two(owner: Path) -> contextlib.AbstractContextManager[object]:
+def ray_for_two() -> contextlib.AbstractContextManager[object]:
     """Ray on this machine, with two CPUs to give away; "remote" engines must be closed before it ends."""
-    return cluster(owner, cpus=2, gpus=0, threads=1, address=None)
+    return cluster(cpus=2, gpus=0, threads=1, address=None)
 
 
 def name_of(kind: Kind) -> str:

@@ -32,7 +32,7 @@ LONGEST = 240.0
 MARK = "NOREGRET_FAULTS_MARK"
 # What a run imports before its first step; Ray reads its settings when it is imported, so each fork does that itself.
 MODULES = (
-    "rltrain.trainer", "rltrain.pack", "rltrain.preflight", "rltrain.engines.transformers", "sweeps.locks", "peft",
+    "rltrain.trainer", "rltrain.pack", "rltrain.preflight", "rltrain.engines.transformers", "harness.locks", "peft",
     "sweeps.dry_run", "transformers.models.qwen2.modeling_qwen2", "transformers.models.qwen2.tokenization_qwen2",
     "harness.run", "harness.sweep", "sweeps.session", "analysis.report", "optuna", "pyarrow.parquet",
 )  # fmt: skip

@@ -12,7 +12,6 @@ import pytest
 from analysis.load import load_trials
 from harness import sweep
 from harness.rundir import RunDir, Status
-from rltrain import cluster
 from tests.faults.cases import ALONE, FAILURES, MOODS
 from tests.faults.compare import rows, study
 from tests.faults.conftest import Record
@@ -21,17 +20,16 @@ MOOD, LR = "environment.env_class", "trainer.policy.optimizer_config.lr"
 RATES = [1e-4 * (place + 1) for place in range(len(MOODS))]
 
 
-def processes(sweep_dir: Path) -> set[int]:
-    """Processes below this one, and those that Ray started for this sweep, whoever their parent is now."""
-    scratch = cluster._scratch(sweep_dir).name
-    rays = [p.pid for p in psutil.process_iter(["cmdline"]) if scratch in " ".join(p.info["cmdline"] or [])]
+def processes(rays_folder: Path) -> set[int]:
+    """Processes below this one, and those that Ray started for this test, whoever their parent is now."""
+    rays = [p.pid for p in psutil.process_iter(["cmdline"]) if str(rays_folder) in " ".join(p.info["cmdline"] or [])]
     return {p.pid for p in psutil.Process().children(recursive=True)} | set(rays)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_trials_that_fail_stay_alone(
-    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], record: Record
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], record: Record, rays_folder: Path
 ) -> None:
     for name in ("train", "validation"):
         data = pd.read_parquet(tiny_model_dir / "data" / f"{name}.parquet").head(8)
@@ -64,9 +62,9 @@ sweep:
 """
     )
     resource_tracker.ensure_running()  # the report's pool of processes starts it, and it stays
-    before = processes(tmp_path / "moods")
+    before = processes(rays_folder)
     assert sweep.main([str(recipe)]) == 0
-    assert processes(tmp_path / "moods") <= before
+    assert processes(rays_folder) <= before
 
     table = load_trials(tmp_path / "moods").set_index("number")
     assert [table.status[number] == "COMPLETE" for number in range(10)] == [mood == "good" for mood in MOODS]

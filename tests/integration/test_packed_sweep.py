@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(600)
 
 RANK, LR, TARGETS = "trainer.policy.model.lora.rank", "trainer.policy.optimizer_config.lr", "trainer.target_modules"
 STEPS, LOSS, ENV = "trainer.max_steps", "trainer.algorithm.policy_loss_type", "environment.env_class"
-GOOD, RAISES = "tests.faults.moods.good", "tests.faults.moods.raises"
+GOOD, RAISES, EXITS = (f"tests.faults.moods.{mood}" for mood in ("good", "raises", "exits"))
 AXES = (RANK, LR, TARGETS, STEPS, LOSS, ENV)
 TRIALS: list[tuple[Any, ...]] = [
     (8, 1e-3, "all-linear", 4, "regular", GOOD),
@@ -27,7 +27,9 @@ TRIALS: list[tuple[Any, ...]] = [
     (4, 1e-3, "mlp", 4, "regular", RAISES),
     (0, 1e-4, "all-linear", 2, "regular", GOOD),
     (16, 3e-3, "mlp", 3, "gspo", GOOD),
+    (2, 1e-3, "mlp", 2, "regular", EXITS),
 ]
+FAILS = {RAISES: f"the reward of {RAISES} raised LookupError", EXITS: f"the reward of {EXITS} raised SystemExit"}
 
 
 def compared(run_dir: RunDir) -> list[dict[str, float]]:
@@ -86,11 +88,11 @@ def test_packed_and_alone_are_the_same_to_the_bit(backend: str, data: list[str],
     trials = [TRIALS[0], *TRIALS[2:]] if backend == "transformers" else [TRIALS[0], TRIALS[4]]
     sweep_dir = packed_sweep(trials, 3, tmp_path, *data, f"generator.backend={backend}")
     said = [sweep_dir.trial(number).read_manifest() for number in range(len(trials))]
-    assert [m["status"] for m in said] == ["FAILED" if values[-1] == RAISES else "COMPLETE" for values in trials]
+    assert [m["status"] for m in said] == ["FAILED" if values[-1] in FAILS else "COMPLETE" for values in trials]
     for number, values in enumerate(trials):
         trial = sweep_dir.trial(number)
-        if values[-1] == RAISES:
-            assert said[number]["reason"].startswith(f"the reward of {RAISES} raised LookupError: no score for")
+        if values[-1] in FAILS:
+            assert said[number]["reason"].startswith(FAILS[values[-1]])
             assert "Traceback" in trial.log.read_text()
             continue
         assert_as_alone(trial, tmp_path / f"alone{number}")

@@ -341,7 +341,7 @@ def test_wandb_inside_a_ray_worker(tmp_path: Path) -> None:
     recipe = recipe_of("wandb")
     runs = [make_run(tmp_path / name, recipe) for name in ("one", "other")]
 
-    with cluster(tmp_path, cpus=1, gpus=0, threads=1, address=None):
+    with cluster(cpus=1, gpus=0, threads=1, address=None):
         import ray
 
         worker = ray.remote(train)

@@ -4,28 +4,41 @@ from __future__ import annotations
 
 import io
 import re
+import threading
+import time
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 from rich.console import Console
 
+from harness.errors import MachineError
+from harness.rundir import Status
 from rltrain import cluster
 from sweeps import tune
 from sweeps.progress import Progress
 from sweeps.study import Study
-from tests.unit.sweeps.curves import DIES, HANGS, IS_NAN, RAISES, RANK, begin, curve_actor, recipe_of
+from tests.unit.sweeps.curves import DIES, FULL, HANGS, IS_NAN, RAISES, RANK, begin, curve_actor, recipe_of
 
 
-def test_every_way_a_trial_can_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_way_a_trial_can_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rays_folder: Path) -> None:
     for name in cluster.QUIET | cluster.LOOPBACK:
         monkeypatch.delenv(name, raising=False)
-    recipe = recipe_of({RANK: {"choices": [8, 1, RAISES, DIES, IS_NAN, 9, HANGS]}}, sampler="grid", num_trials=7,
-                       max_failures=4, stall_seconds=2, max_concurrent=1,
+    recipe = recipe_of({RANK: {"choices": [8, 1, RAISES, DIES, IS_NAN, 9, HANGS, FULL]}}, sampler="grid",
+                       num_trials=8, max_failures=4, stall_seconds=2, max_concurrent=1,
                        pruner={"name": "median", "n_startup_trials": 1})  # fmt: skip
     plan, sweep_dir = begin(recipe, tmp_path / "a sweep's directory with a name that no socket's path could hold")
     study, said = Study(sweep_dir.journal, plan), io.StringIO()
+    with pytest.raises(MachineError, match=f"{sweep_dir.trial(7).checkpoints}: No space left on device"):
+        tune.run(sweep_dir, study, Progress(study, Console(file=said, width=200)), curve_actor)
+    assert sweep_dir.trial(7).status is Status.RUNNING
+    assert study.trials()[7].state.name == "RUNNING"
+    # With room, the next resume takes it up.
+    (sweep_dir.trials / "room").touch()
+    study = Study(sweep_dir.journal, plan)
     tune.run(sweep_dir, study, Progress(study, Console(file=said, width=200)), curve_actor)
     records = study.trials()
+    assert records.pop().state.name == "COMPLETE"
     assert [record.state.name for record in records] == [
         "COMPLETE", "PRUNED", "FAIL", "FAIL", "FAIL", "COMPLETE", "FAIL"]  # fmt: skip
     manifests = [sweep_dir.trial(number).read_manifest() for number in range(7)]
@@ -51,4 +64,24 @@ def test_every_way_a_trial_can_end(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert pids[4] == pids[5]
     # Threads as in the recipe, the working directory as it was.
     assert all(f"threads 1 cwd {Path.cwd()}" in log for log in logs)
-    assert not cluster._scratch(sweep_dir.path).exists()
+    assert cluster.folders() == []
+
+
+@pytest.mark.slow
+def test_a_sweep_hears_at_once_that_ray_has_died(tmp_path: Path, rays_folder: Path) -> None:
+    plan, sweep_dir = begin(recipe_of({RANK: {"choices": [HANGS]}}, num_trials=1, stall_seconds=300), tmp_path / "s")
+    study = Study(sweep_dir.journal, plan)
+
+    def kill() -> None:
+        while "pid" not in (sweep_dir.trial(0).log.read_text() if sweep_dir.trial(0).log.exists() else ""):
+            time.sleep(0.1)
+        next(one for one in psutil.Process().children() if one.name() == "gcs_server").kill()
+
+    threading.Thread(target=kill, daemon=True).start()
+    before = time.monotonic()
+    with pytest.raises(MachineError, match="its process gcs_server was ended"):
+        tune.run(sweep_dir, study, Progress(study, Console(file=io.StringIO())), curve_actor)
+    assert time.monotonic() - before < 55  # Ray itself would end this process after 60 s
+    assert study.trials()[0].state.name == "RUNNING"
+    assert sweep_dir.trial(0).status is Status.RUNNING
+    assert cluster.folders() == []

@@ -62,10 +62,10 @@ def test_two_nodes_train_as_one_process_does(ray_cluster: Any, small_recipe: Mak
         assert second[name] == pytest.approx(first[name], rel=1e-4, abs=1e-5), name
 
 
-def test_a_cluster_says_how_many_gpus_its_machines_have(ray_cluster: Any, tmp_path: Path) -> None:
+def test_a_cluster_says_how_many_gpus_its_machines_have(ray_cluster: Any) -> None:
     for count in (2, 4):
         ray_cluster.add_node(**ONE_CPU | {"num_gpus": count})
     for _ in range(2):  # and may be asked again in the same process
-        gpus = gpus_of(ray_cluster.address, tmp_path)
+        gpus = gpus_of(ray_cluster.address)
         assert sorted(gpus.per_machine) == [0, 2, 4]
         assert gpus.memory is None  # nvidia-smi says nothing of GPUs that are not there

@@ -179,8 +179,9 @@ def test_a_run_directory_holds_data_and_no_code(watched: Watched) -> None:
 def test_ray_leaves_neither_its_folder_nor_its_token(watched: Watched) -> None:
     from rltrain import cluster
 
-    owner = next(watched.folder / name for name in ("sweep", "run") if (watched.folder / name).is_dir())
-    assert not cluster._scratch(owner).exists()
+    said = " ".join(watched.commands)
+    assert cluster._prefix() in said
+    assert not [folder for folder in cluster.folders() if folder.name in said]
     assert not [line for line in watched.commands if "auth" in line.lower() and "token" in line.lower()]
 
 
@@ -193,25 +194,20 @@ def test_the_sweep_and_the_run_are_whole(sweep: Watched, run: Watched) -> None:
 
 
 @pytest.mark.claim("Ray is closed to other users of the machine")
-def test_rays_folder_is_for_its_owner_alone(tmp_path: Path) -> None:
-    from harness.errors import UserError
+def test_rays_folder_is_for_its_owner_alone() -> None:
     from rltrain import cluster
 
-    ours = tmp_path / "ours"
-    cluster._make_private(ours)
-    assert ours.stat().st_mode & 0o777 == 0o700
-    (tmp_path / "theirs").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "theirs")
-    for taken in ("theirs", "link"):
-        with pytest.raises(UserError, match="cannot make Ray's folder"):
-            cluster._make_private(tmp_path / taken)
+    with cluster._own_folder() as ours:
+        assert ours.stat().st_mode & 0o777 == 0o700
+        (link := ours / f"{cluster._prefix()}12345678").symlink_to("/etc")
+        assert not cluster._is_ours(link)
 
 
 SERVE = """
 import sys
 from pathlib import Path
 from rltrain.cluster import cluster
-with cluster(Path(sys.argv[1]), cpus=1, gpus=0, threads=1, address=None):
+with cluster(cpus=1, gpus=0, threads=1, address=None):
     import ray
     print(ray.get_runtime_context().gcs_address, flush=True)
     sys.stdin.read()
@@ -225,13 +221,13 @@ print(ray.get(ray.remote(num_cpus=0)(lambda: "ran").remote(), timeout=60))
 
 @pytest.mark.slow
 @pytest.mark.claim("Ray is closed to other users of the machine")
-def test_ray_lets_in_who_has_its_token_alone(tmp_path: Path) -> None:
+def test_ray_lets_in_who_has_its_token_alone() -> None:
     from rltrain import cluster
 
     token, other = ("0123456789abcdef" * 4, "fedcba9876543210" * 4)
     bare = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     serve = subprocess.Popen(
-        [sys.executable, "-c", SERVE, str(tmp_path)], cwd=PROJECT, env=bare | {"RAY_AUTH_TOKEN": token}, text=True,
+        [sys.executable, "-c", SERVE], cwd=PROJECT, env=bare | {"RAY_AUTH_TOKEN": token}, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     assert serve.stdout is not None

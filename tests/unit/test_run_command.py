@@ -12,6 +12,7 @@ import pytest
 from harness import manifest, run
 from harness import recipe as recipes
 from harness.errors import UserError
+from harness.locks import held
 from harness.paths import PROJECT
 from harness.rundir import RunDir
 from tests.recipes import quickstart
@@ -76,3 +77,10 @@ def test_a_run_goes_on_with_the_data_it_began_with(tiny_model_dir: Path, tmp_pat
         run.main(["--resume", str(run_dir.path)])
     assert run_dir.manifest.read_bytes() == before
     assert not (tmp_path / "other").exists()
+
+
+def test_nothing_is_made_in_a_directory_that_another_start_has(tiny_model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with held(tmp_path / "run" / ".lock"), pytest.raises(UserError, match="another process is training this run"):
+        run.main(["recipes/quickstart.yaml", f"trainer.ckpt_path={tmp_path}", "trainer.run_name=run"])
+    assert [file.name for file in (tmp_path / "run").iterdir()] == [".lock"]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
@@ -14,22 +18,55 @@ import pytest
 from harness.paths import PROJECT
 from rltrain import cluster
 
-HOLD = "import sys, time; file = open(sys.argv[1], 'w'); print('open', flush=True); time.sleep(60)"
+# A command that has Ray's folder, and a process that writes there and outlives it.
+HOLD = """
+import subprocess, sys, time
+from rltrain import cluster
+with cluster._own_folder() as root:
+    left = subprocess.Popen([sys.executable, "-c", "import sys, time; sys.stdout.write('up'); time.sleep(60)"],
+                            stdout=(root / "log").open("w"))
+    print(root, left.pid, flush=True)
+    time.sleep(60)
+"""
 
 
-def test_a_process_left_behind_is_found_through_a_link(tmp_path: Path) -> None:
-    (tmp_path / "real" / "noregret").mkdir(parents=True)
-    (tmp_path / "link").symlink_to(tmp_path / "real")
-    root = tmp_path / "link" / "noregret"
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(root / "log")], stdout=subprocess.PIPE, text=True) as left:
-        assert left.stdout is not None
-        assert left.stdout.readline() == "open\n"
-        cluster._clear(root)
-        # `_clear` has waited for its end.
-        gone = not psutil.pid_exists(left.pid)
-        left.kill()
-    assert gone
-    assert not root.exists()
+@pytest.fixture
+def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for temporary files with a path short enough for Ray, reached through a link as macOS's /tmp is."""
+    real = Path(tempfile.mkdtemp(dir="/tmp"))
+    link = real.with_suffix(".l")
+    link.symlink_to(real)
+    monkeypatch.setenv("TMPDIR", str(link))
+    monkeypatch.setattr(tempfile, "tempdir", str(link))
+    yield link
+    link.unlink()
+    shutil.rmtree(real)
+
+
+@contextlib.contextmanager
+def holding() -> Iterator[tuple[subprocess.Popen[str], Path, int]]:
+    """A command that has Ray's folder: its process, the folder, and the process that writes there."""
+    with subprocess.Popen([sys.executable, "-c", HOLD], cwd=PROJECT, stdout=subprocess.PIPE, text=True) as command:
+        assert command.stdout is not None
+        root, left = command.stdout.readline().split()
+        yield command, Path(root), int(left)
+        command.kill()
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int(left), signal.SIGKILL)
+
+
+def test_the_next_start_clears_what_a_killed_one_left_and_nothing_else(place: Path) -> None:
+    with holding() as (killed, root, left), holding() as (_, other, at_work):
+        assert {root, other} == set(cluster.folders())
+        assert root.stat().st_mode & 0o777 == 0o700
+        killed.kill()
+        killed.wait()
+        (place / f"{cluster._prefix()}12345678").symlink_to("/etc")  # not a folder of ours
+        cluster.clear_left_over()
+        assert not root.exists()
+        assert not psutil.pid_exists(left) or psutil.Process(left).status() == psutil.STATUS_ZOMBIE
+        assert cluster.folders() == [other]
+        assert psutil.Process(at_work).is_running()
 
 
 def test_an_installed_project_is_not_put_before_pythons_own_library(
@@ -51,8 +88,8 @@ def test_workers_find_the_project_and_the_users_modules(monkeypatch: pytest.Monk
     assert environment["OMP_NUM_THREADS"] == "3"
 
 
-def test_rays_directory_is_short_and_the_sweeps_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    one, other = cluster._scratch(tmp_path / "one"), cluster._scratch(tmp_path / "other")
-    assert one != other
+def test_rays_directory_is_short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("deep" * 20)))
-    assert len(str(cluster._scratch(tmp_path / "one"))) < 40
+    with cluster._own_folder() as root:
+        assert len(str(root)) < 40
+    assert not root.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import math
 import os
@@ -33,7 +34,7 @@ SPACE: dict[str, Any] = {
 }
 STEPS, INTERVAL = 4, 1
 # Ranks that make a run fail in a chosen way.
-RAISES, DIES, IS_NAN, HANGS = 13, 14, 15, 16
+RAISES, DIES, IS_NAN, HANGS, FULL = 13, 14, 15, 16, 17
 
 
 def recipe_of(space: dict[str, Any] | None = None, *, steps: int = STEPS, **sweep: Any) -> Recipe:
@@ -78,6 +79,8 @@ def follow(run_dir: RunDir) -> Iterator[Report]:
             os.kill(os.getpid(), signal.SIGKILL)
         if step == 2 and rank == HANGS:
             time.sleep(3600)
+        if step == 2 and rank == FULL and not (run_dir.path.parent / "room").exists():
+            raise OSError(errno.ENOSPC, "No space left on device", str(run_dir.checkpoints))
         row = {"step": step, "eval/accuracy": math.nan if rank == IS_NAN else curve(rank, step)}
         log.append(row)
         if step == total:

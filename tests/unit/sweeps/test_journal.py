@@ -14,9 +14,9 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from harness.errors import UserError
+from harness.locks import KernelLock
 from harness.paths import PROJECT
 from sweeps.journal import Journal
-from sweeps.locks import KernelLock
 
 
 def add(journal: Path, *numbers: int) -> None:
@@ -81,7 +81,7 @@ def test_a_cut_last_line_is_taken_off_but_not_from_a_damaged_file(journal: Path)
 
 def test_lines_of_optunas_own_are_taken_and_covered(journal: Path) -> None:
     lock = KernelLock(journal.with_name("study.journal.lock"))
-    JournalFileBackend(str(journal), lock).append_logs([{"op_code": 5, "trial": 9}])
+    JournalFileBackend(str(journal), lock).append_logs([{"op_code": 5, "trial": 9}])  # type: ignore[arg-type]
     add(journal, 10)
     assert numbers(journal) == [0, 1, 2, 3, 9, 10]
     journal.write_bytes(journal.read_bytes().replace(b'"trial":9}', b'"trial":8}'))

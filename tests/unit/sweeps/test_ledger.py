@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import io
 import math
+from itertools import count
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from harness import recipe as recipes
+from harness.errors import NO_MEMORY, MachineError
 from harness.metrics import MetricsFile
 from harness.rundir import RunDir, Status
-from sweeps.ledger import Ledger
+from sweeps import ledger as ledgers
+from sweeps import trials
+from sweeps.ledger import Ledger, Stop
 from sweeps.progress import Progress
 from sweeps.study import Study
 from tests.unit.sweeps.curves import begin, recipe_of
@@ -103,6 +107,35 @@ def test_a_trial_whose_process_died(ledger: Ledger) -> None:
     assert run_dir.status is Status.FAILED
     assert "the trial's process died" in run_dir.read_manifest()["reason"]
     assert ledger.study.trials()[0].state.name == "FAIL"
+
+
+def test_a_failure_of_the_machine_stops_the_sweep_and_its_trial_goes_on_later(ledger: Ledger) -> None:
+    run_dir = start(ledger, "a")
+    with pytest.raises(Stop) as stop:
+        ledger.end("a", died=False, machine=MachineError("a file cannot be written", fix="make room"))
+    assert "make room" in str(stop.value.error)
+    start(ledger, "b")
+    ledger.note("b", RuntimeError("The actor died because its node has died."))
+    with pytest.raises(Stop, match="a node of the Ray cluster was lost"):
+        ledger.end("b", died=True)
+    assert run_dir.status is Status.RUNNING
+    assert ledger.study.counts() == {"RUNNING": 2}
+    again = Ledger(ledger.sweep_dir, Study(ledger.sweep_dir.journal, ledger.study.plan), ledger.progress)
+    assert start(again, "c").path == run_dir.path
+
+
+def test_a_trial_that_the_kernel_ends_twice_for_want_of_memory_fails(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kills = count(1 << 40)
+    monkeypatch.setattr(ledgers, "oom_kills", lambda: next(kills))  # no test may have the kernel kill
+    run_dir = start(ledger, "a")
+    with pytest.raises(Stop, match=NO_MEMORY):
+        ledger.end("a", died=True)
+    again = Ledger(ledger.sweep_dir, Study(ledger.sweep_dir.journal, ledger.study.plan), ledger.progress)
+    assert start(again, "b").path == run_dir.path
+    again.end("b", died=True)
+    assert again.study.trials()[0].user_attrs["reason"].startswith(f"{NO_MEMORY} a second time")
 
 
 def test_a_trial_whose_metric_is_nan(ledger: Ledger) -> None:
@@ -209,3 +242,49 @@ def test_trials_whose_pack_died_go_on_alone_and_are_judged_by_that(tmp_path: Pat
     assert study.counts() == {"FAIL": 1, "COMPLETE": 2}
     assert ledger.begin("f") is None
     assert ledger.over
+
+
+def fates(folder: Path, *, lost: bool) -> list[str]:
+    """How six trials end that train three in a pack, each at its value; `lost`: the pack's process dies at step 2."""
+    values = [0.9, 0.5, 0.7, 0.6, 0.8, 0.4]
+    pruner = {"name": "median", "n_startup_trials": 1}
+    plan, sweep_dir = begin(recipe_of(num_trials=6, max_concurrent=1, pack_size=3, pruner=pruner), folder)
+    study, hubs = Study(sweep_dir.journal, plan), Processes()
+    ledger = Ledger(sweep_dir, study, Progress(study, Console(file=io.StringIO())), hubs)
+    names, steps = count(), dict.fromkeys(range(6), 0)
+    trained: dict[str, int] = {}
+
+    def advance(name: str) -> None:
+        """One step of a trial, and its evaluation."""
+        number, run_dir = trained[name], sweep_dir.trial(trained[name])
+        steps[number] += 1
+        if steps[number] > trials.last_step(run_dir):  # else it was logged before its process died
+            log(run_dir, steps[number], values[number])
+        if steps[number] == 4:
+            run_dir.move_to(Status.COMPLETE, result={"step": 4})
+        elif not ledger.report(name, steps[number], 4, values[number]):
+            return
+        del trained[name]
+        ledger.end(name, died=False)
+
+    while True:
+        while (config := ledger.begin(name := f"tune{next(names)}")) is not None:
+            run_dir = RunDir(config["run_dir"])
+            run_dir.move_to(Status.RUNNING)
+            trained[name] = int(run_dir.path.name)
+        if not trained:
+            return [record.state.name for record in study.trials()]
+        for name in list(trained):
+            advance(name)
+        if lost and steps[0] == 2:
+            lost = False
+            hubs.close("hub0")
+            for name in list(trained):
+                steps[trained.pop(name)] = 0  # no checkpoint: it goes on from the start
+                ledger.end(name, died=True)
+
+
+def test_a_lost_pack_changes_nothing_in_what_the_pruner_decides(tmp_path: Path) -> None:
+    undisturbed = fates(tmp_path / "whole", lost=False)
+    assert undisturbed == ["COMPLETE"] * 3 + ["PRUNED", "COMPLETE", "PRUNED"]
+    assert fates(tmp_path / "lost", lost=True) == undisturbed

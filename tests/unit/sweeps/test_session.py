@@ -12,11 +12,12 @@ import pandas as pd
 import pytest
 
 from harness import manifest
+from harness import recipe as recipes
 from harness.errors import UserError
+from harness.locks import held
 from harness.rundir import Status
 from sweeps import session as sessions
 from sweeps import trials
-from sweeps.locks import held
 from sweeps.session import Session
 from sweeps.study import Study
 from sweeps.trials import packs_at_once
@@ -168,6 +169,23 @@ def test_one_process_at_a_time(begun: Session) -> None:
         assert owned
         with pytest.raises(UserError, match="another process"):
             sessions.run(begun)
+
+
+def test_of_two_starts_with_one_name_one_makes_the_sweep(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build, made = manifest.build, list[Session]()
+
+    def late(*args: Any, **values: Any) -> dict[str, Any]:
+        # The other start comes when this one has seen that there is no such sweep, and has not made it yet.
+        monkeypatch.setattr(manifest, "build", build)
+        made.append(sessions.start(str(recipe_file), ["trainer.run_name=first", "seed=4"]))
+        return build(*args, **values)
+
+    monkeypatch.setattr(manifest, "build", late)
+    with pytest.raises(UserError, match="this directory exists"):
+        sessions.start(str(recipe_file), ["trainer.run_name=first", "seed=3"])
+    stored = recipes.read(made[0].sweep_dir.recipe)
+    assert stored.seed == 4
+    assert recipes.is_digest(made[0].sweep_dir.read_manifest()["recipe"]["digest"], stored)
 
 
 def test_a_sweep_with_nothing_left_starts_nothing(begun: Session) -> None:

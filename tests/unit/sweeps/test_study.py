@@ -202,14 +202,14 @@ def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path: Path) -> None:
 
 def test_a_killed_process_leaves_no_lock_behind(tmp_path: Path) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from sweeps.locks import KernelLock\n"
+        "import sys, time; from pathlib import Path; from harness.locks import KernelLock\n"
         "KernelLock(Path(sys.argv[1])).acquire(); print('held', flush=True); time.sleep(600)"
     )
     lock = tmp_path / "study.journal.lock"
     holder = subprocess.Popen([sys.executable, "-c", script, str(lock)], cwd=PROJECT, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
-    from sweeps.locks import held
+    from harness.locks import held
 
     with held(lock) as owned:
         assert not owned

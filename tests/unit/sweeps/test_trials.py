@@ -10,6 +10,7 @@ import pytest
 from optuna.trial import TrialState
 
 from harness import recipe as recipes
+from harness import run
 from harness.errors import UserError
 from harness.metrics import MetricsFile
 from harness.rundir import Status
@@ -193,3 +194,16 @@ def test_a_trial_of_several_processes_holds_a_place_for_each() -> None:
 def _on_gpus(recipe: Recipe, *, ranks: int) -> Recipe:
     return recipes.with_values(recipe, {"trainer.placement.device": "cuda", "generator.num_inference_engines": ranks,
                                         "trainer.placement.policy_num_gpus_per_node": ranks})  # fmt: skip
+
+
+def test_a_trial_is_resumed_with_its_sweep_alone(tmp_path: Path) -> None:
+    plan, sweep_dir = begin(recipe_of(), tmp_path / "sweep")
+    trial = Study(sweep_dir.journal, plan).ask()
+    assert trial is not None
+    run_dir = trials.create(plan, trial, sweep_dir)
+    run_dir.move_to(Status.FAILED, reason="no luck")
+    before = run_dir.manifest.read_bytes()
+    for arguments in (["--resume", str(run_dir.path)], ["--resume", str(run_dir.path), "trainer.num_threads=2"]):
+        with pytest.raises(UserError, match=f"harness.sweep --resume {sweep_dir.path}"):
+            run.main(arguments)
+    assert run_dir.manifest.read_bytes() == before

@@ -9,11 +9,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from optuna.storages.journal._file import BaseJournalFileLock
 
-
-class KernelLock(BaseJournalFileLock):
-    """A lock on a file of its own, usable for Optuna's journal: the journal's own locks outlive a killed process."""
+class KernelLock:
+    """A lock on a file of its own. It belongs to this process alone, not to the children that it forks."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -29,11 +27,27 @@ class KernelLock(BaseJournalFileLock):
                 return False
             time.sleep(0.01)
         self._descriptor = descriptor
+        _HELD.add(descriptor)
         return True
 
     def release(self) -> None:
         """Let the next one in."""
+        _HELD.discard(self._descriptor)
         os.close(self._descriptor)
+
+
+# Descriptors of the locks that this process holds.
+_HELD: set[int] = set()
+
+
+def _let_go_in_child() -> None:
+    """A forked child has its parent's descriptors, and with them its locks: it would keep them when the parent dies."""
+    for descriptor in _HELD:
+        os.close(descriptor)
+    _HELD.clear()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 @contextlib.contextmanager
