@@ -15,6 +15,7 @@ from harness import recipe as recipes
 from harness.errors import UserError
 from harness.recipe_keys import known_keys
 from harness.schema import Recipe
+from sweeps import axes
 
 Params = dict[str, Any]
 Distribution = CategoricalDistribution | IntDistribution | FloatDistribution
@@ -142,8 +143,10 @@ def from_recipe(recipe: Recipe) -> Space:
     plain = recipes.with_values(recipe, {"sweep": None})
     for key, spec in specs.items():
         _check_key(plain, key)
+        axes.check_kind(key, recipe.sweep.metric)
         _check_form(key, spec)
     values = _values(plain, specs)
+    axes.check_effect(values, plain)
     return Space(tuple(_axis(key, specs[key], values[key]) for key in specs))
 
 
