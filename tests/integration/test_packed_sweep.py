@@ -18,9 +18,10 @@ from rltrain.trainer import run
 pytestmark = pytest.mark.timeout(600)
 
 RANK, LR, TARGETS = "trainer.policy.model.lora.rank", "trainer.policy.optimizer_config.lr", "trainer.target_modules"
-STEPS, LOSS, ENV = "trainer.max_steps", "trainer.algorithm.policy_loss_type", "environment.env_class"
-GOOD, RAISES = "tests.faults.moods.good", "tests.faults.moods.raises"
-AXES = (RANK, LR, TARGETS, STEPS, LOSS, ENV)
+STEPS, LOSS, DATA = "trainer.max_steps", "trainer.algorithm.policy_loss_type", "data.train_data"
+# Training files by the environment that their rows name.
+GOOD, RAISES = "good", "raises"
+AXES = (RANK, LR, TARGETS, STEPS, LOSS, DATA)
 TRIALS: list[tuple[Any, ...]] = [
     (8, 1e-3, "all-linear", 4, "regular", GOOD),
     (1, 1e-2, "attention", 2, "regular", GOOD),
@@ -44,6 +45,8 @@ def packed_sweep(trials: list[tuple[Any, ...]], pack_size: int, folder: Path, *o
     space: dict[str, Any] = {
         key: {"choices": sorted({values[i] for values in trials}, key=str)} for i, key in enumerate(AXES)
     }
+    trials = [(*values[:-1], [str(folder / f"{values[-1]}.parquet")]) for values in trials]
+    space[DATA] = {"choices": [[str(folder / f"{name}.parquet")] for name in space[DATA]["choices"]]}
     space[LR] = {"low": 1e-4, "high": 1e-2, "log": True}
     recipe = folder / "packed.yaml"
     recipe.write_text(yaml.safe_dump({
@@ -59,13 +62,13 @@ def packed_sweep(trials: list[tuple[Any, ...]], pack_size: int, folder: Path, *o
 
 @pytest.fixture
 def data(small_data: list[str], tmp_path: Path) -> list[str]:
-    """Overrides for little data whose rows do not name their environment: they would not heed the axis."""
-    own = []
-    for override in small_data[:2]:
-        key, _, file = override.rstrip("]").partition("=[")
-        pd.read_parquet(file).drop(columns="env_class").to_parquet(tmp_path / Path(file).name)
-        own.append(f"{key}=[{tmp_path / Path(file).name}]")
-    return [*small_data[2:], *own]
+    """Overrides for little data, and the training files of the axis."""
+    key, _, file = small_data[0].rstrip("]").partition("=[")
+    assert key == DATA
+    for name in (GOOD, RAISES):
+        rows = pd.read_parquet(file).assign(env_class=f"tests.faults.moods.{name}")
+        rows.to_parquet(tmp_path / f"{name}.parquet")
+    return small_data
 
 
 def assert_as_alone(trial: RunDir, folder: Path) -> None:
