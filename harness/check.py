@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", help="key=value, e.g. trainer.max_steps=16")
     parser.add_argument("--seeds", metavar="0,1", help="default: the recipe's sweep.seeds, or 0,1")
     options = parser.parse_intermixed_args(argv)
-    recipe = recipes.load(options.recipe, options.overrides)
+    recipe = recipes.load(options.recipe, options.overrides, sweeps=False)
     if not recipe.expect:
         raise UserError("the recipe expects nothing", got=options.recipe,
                         fix="add an expect: block, e.g. expect: {eval/accuracy: {min: 0.9}}")  # fmt: skip

@@ -95,7 +95,7 @@ def _started(options: argparse.Namespace) -> tuple[Recipe, RunDir]:
 def _composed(options: argparse.Namespace) -> Recipe:
     if options.recipe is None:
         raise UserError("no recipe was given", fix=f"{invocation('run')} recipes/quickstart.yaml")
-    recipe = recipes.load(options.recipe, options.overrides)
+    recipe = recipes.load(options.recipe, options.overrides, sweeps=False)
     recipe.sweep = None
     return recipe
 
