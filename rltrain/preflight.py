@@ -15,6 +15,12 @@ from rltrain.data import load_examples
 from rltrain.engines.arguments import check_engine_args
 from rltrain.envs import get_env
 from rltrain.parallel import address_of, check_placement, uses_gpus
+from rltrain.targets import check_adapters
+
+TO_SAFETENSORS = (
+    'for weights you trust: python -c "from transformers import AutoModelForCausalLM as M; '
+    "M.from_pretrained('FOLDER').save_pretrained('FOLDER')\", and remove the .bin files"
+)
 
 
 def check_run(recipe: Recipe) -> None:
@@ -25,6 +31,7 @@ def check_run(recipe: Recipe) -> None:
     _check_sync(recipe)
     if recipe.trainer.algorithm.advantage_estimator is AdvantageEstimator["gae"]:
         _check_critic(recipe)
+    check_adapters(recipe)
     _check_sync_path(recipe)
     _check_resumption(recipe)
     get_env(recipe.environment.env_class)
@@ -102,6 +109,9 @@ def _check_model(recipe: Recipe, key: str, path: str) -> None:
         raise UserError("the model's config.json is damaged", got=f"{found}: no mapping, but {type(config).__name__}")
     if isinstance(limit := config.get("max_position_embeddings"), int):
         check_context(recipe, limit)
+    if not any(found.glob("*.safetensors")) and any(found.glob("*.bin")):
+        raise UserError(f"{key} holds its weights as a pickle, which can run code when it is read: it is not loaded",
+                        got=next(found.glob("*.bin")), allowed="*.safetensors", fix=TO_SAFETENSORS)  # fmt: skip
 
 
 def _check_sync_path(recipe: Recipe) -> None:

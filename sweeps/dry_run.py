@@ -13,6 +13,7 @@ from harness.paths import locate
 from harness.schema import LoRA, Recipe, Sampler
 from harness.validate import num_processes, sync_mode, target_modules
 from rltrain.fit import Gpus, check_fit, memory_table
+from rltrain.targets import check_adapters
 from sweeps import trials
 from sweeps.estimate import Cost, Pace, costs, count_rows, pace, run_cost
 from sweeps.plan import Plan, preview
@@ -27,6 +28,7 @@ def describe(plan: Plan, source: str, gpus: Gpus | None = None, *, confirm: int 
 
     `gpus` are those to plan for, None where it uses none.
     """
+    check_adapters(plan.recipe)
     again = min(confirm, plan.num_configurations) * len(plan.fresh_seeds)
     # Of a cluster nothing is known before it is reached.
     known = gpus is None or gpus.count > 0
@@ -56,6 +58,7 @@ def _as_the_cluster_has(plan: Plan) -> str:
 
 def describe_run(recipe: Recipe, source: str, gpus: Gpus | None = None) -> str:
     """What one run would do: what is trained how and where, what `gpus` will hold of it, and its cost."""
+    check_adapters(recipe)
     held = "" if gpus is None else memory_table(recipe, gpus)
     parts = [_run_settings(recipe, source), held, _run_cost(recipe), _missing(recipe)]
     return "\n\n".join(part for part in parts if part)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from harness import recipe as recipes
 from harness.errors import UserError
 from harness.recipe_keys import AXIS_FIELDS, axes_in, known_keys
 from harness.schema import Recipe
+from rltrain.targets import check_modules, stored_modules
 from sweeps import axes
 
 Params = dict[str, Any]
@@ -146,6 +147,7 @@ def from_recipe(recipe: Recipe) -> Space:
         _check_form(key, spec)
     values = _values(plain, specs)
     axes.check_effect(values, plain)
+    _check_modules(plain, values)
     return Space(tuple(_axis(key, specs[key], values[key]) for key in specs))
 
 
@@ -199,6 +201,19 @@ def _check_key(plain: Recipe, key: str) -> None:
             recipes.with_values(plain, {key: None})
         except UserError as error:
             raise UserError("sweep.space names an unknown key", got=key, fix=error.fix) from None
+
+
+def _check_modules(plain: Recipe, values: Mapping[str, Sequence[Any]]) -> None:
+    """Raise UserError for target modules that the model has not: each trial would fail, after its engine started."""
+    for key in values:
+        if key.endswith(("target_modules", "exclude_modules")):
+            role = plain.trainer.critic if key.startswith("trainer.critic.") else plain.trainer.policy
+            path = role.model.path or plain.trainer.policy.model.path
+            swept = {"trainer.policy.model.path", "trainer.critic.model.path"} & set(values)
+            there = None if swept else stored_modules(path)
+            for value in values[key]:
+                if there is not None:
+                    check_modules(f"sweep.space: {key}", value, there)
 
 
 def _check_form(key: str, spec: Any) -> None:

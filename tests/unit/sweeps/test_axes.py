@@ -129,7 +129,7 @@ def test_a_key_that_another_one_overrides_is_no_axis() -> None:
     assert refused(axis, **own, **GAE) == ""  # the critic's are the trainer's still
     assert "whose own target_modules is null" in refused(axis, **own, **GAE, **{f"{CRITIC}.model.lora.rank": 0})
     for key in ("grpo_norm_by_std", "loss_reduction"):
-        choices = [True, False] if key == "grpo_norm_by_std" else ["token_mean", "sequence_mean"]
+        choices: list[Any] = [True, False] if key == "grpo_norm_by_std" else ["token_mean", "sequence_mean"]
         axis = {f"{ALGORITHM}.{key}": {"choices": choices}}
         assert refused(axis) == ""
         assert "has no effect here" in refused(axis, **{f"{ALGORITHM}.policy_loss_type": "dr_grpo"})
