@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -36,8 +37,10 @@ def main(argv: list[str]) -> int:
     for seed in seeds:
         own = [f"seed={seed}", "trainer.seed=null", recipes.override_for("trainer.ckpt_path", str(root)),
                f"trainer.run_name=seed{seed}"]  # fmt: skip
-        status = _train([options.recipe, *options.overrides, *own])
-        if status:
+        status = _train([options.recipe, *options.overrides, *own, "--check"])
+        if status not in (0, run.UNMET):
+            with contextlib.suppress(OSError):
+                root.rmdir()  # empty where the run was refused
             return status
     rows = [MetricsFile(RunDir(root / f"seed{seed}").metrics).rows() for seed in seeds]
     verdicts = judge(recipe.expect, rows)

@@ -59,7 +59,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, sweeps: bool = True
     values: dict[str, Any] = OmegaConf.to_container(composed)  # type: ignore[assignment]
     recipe = from_dict(values, source=str(path), overridden=given)
     if sweeps and recipe.sweep is not None:
-        plain: Any = OmegaConf.to_container(OmegaConf.merge(_schema(), values), enum_to_str=True)
+        plain: Any = OmegaConf.to_container(OmegaConf.merge(_schema(), _one_as_list(values)), enum_to_str=True)
         check_interpolations(plain, recipe.sweep.space)
     return _without_vllm(recipe) if _vllm_is_left_out() else recipe
 

@@ -90,6 +90,10 @@ CASES: list[tuple[list[str], str]] = [
     ([*RUN, "data.train_data=[HERE/half.jsonl]"], "not valid JSON"),
     ([*RUN, "data.train_data=[HERE/table.csv]"], "unknown kind of data file"),
     ([*RUN, "data.val_data=[HERE]"], "data file not found"),
+    ([*RUN, "--dry-run", "trainer.train_batch_size=4096", "trainer.policy_mini_batch_size=4096"],
+     "fewer problems than one batch"),
+    ([*SWEEP, "--dry-run", "trainer.train_batch_size=4096", "trainer.policy_mini_batch_size=4096"],
+     "fewer problems than one batch"),
     ([*RUN, "trainer.train_batch_size=4096", "trainer.policy_mini_batch_size=4096"], "fewer problems than one batch"),
     # Models, checkpoints and places.
     ([*RUN, "trainer.policy.model.path=HERE"], "holds no config.json"),
