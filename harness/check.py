@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", help="key=value, e.g. trainer.max_steps=16")
     parser.add_argument("--seeds", metavar="0,1", help="default: the recipe's sweep.seeds, or 0,1")
     options = parser.parse_intermixed_args(argv)
-    recipe = recipes.load(options.recipe, options.overrides)
+    recipe = recipes.load(options.recipe, options.overrides, sweeps=False)
     if not recipe.expect:
         raise UserError("the recipe expects nothing", got=options.recipe,
                         fix="add an expect: block, e.g. expect: {eval/accuracy: {min: 0.9}}")  # fmt: skip
@@ -36,8 +37,10 @@ def main(argv: list[str]) -> int:
     for seed in seeds:
         own = [f"seed={seed}", "trainer.seed=null", recipes.override_for("trainer.ckpt_path", str(root)),
                f"trainer.run_name=seed{seed}"]  # fmt: skip
-        status = _train([options.recipe, *options.overrides, *own])
-        if status:
+        status = _train([options.recipe, *options.overrides, *own, "--check"])
+        if status not in (0, run.UNMET):
+            with contextlib.suppress(OSError):
+                root.rmdir()  # empty where the run was refused
             return status
     rows = [MetricsFile(RunDir(root / f"seed{seed}").metrics).rows() for seed in seeds]
     verdicts = judge(recipe.expect, rows)

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from harness import machine
 from harness.errors import UserError, nearest
 from harness.paths import RECIPES
-from harness.recipe_keys import WITHOUT_EFFECT, check_key, keys_given
+from harness.recipe_keys import WITHOUT_EFFECT, check_interpolations, check_key, keys_given, set_values
 from harness.schema import Backend, Device, Recipe
 from harness.validate import check, check_plain, described, names_of
 
@@ -31,14 +31,16 @@ if TYPE_CHECKING:
 # What others call a value that has another name here, and is too unlike it for a guess.
 RENAMED_VALUES = {"gpu": "cuda", "fp32": "float32", "ppo": "gae"}
 
+COMMAND_LINE = "the command line"
 # What stands before a stored recipe's own checksum, in its last line.
 _SUM = "# sha256 "
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load(path: str | Path, overrides: Sequence[str] = (), *, sweeps: bool = True) -> Recipe:
     """The recipe in a YAML file with command-line overrides applied, validated; raises UserError on anything wrong.
 
-    Where vLLM has no build, `generator.backend` is that of the engine that stands in for it.
+    Where vLLM has no build, `generator.backend` is that of the engine that stands in for it. With `sweeps` an
+    interpolation must not read a key that the sweep varies; one run alone has one value of each.
     """
     # Here, not above: a sweep's many processes only read recipes that were composed before.
     from hydra import compose, initialize_config_dir
@@ -46,15 +48,19 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     file = find(path)
     overrides = [override for override in overrides if not _without_effect(override)]
-    for override in overrides:
-        _check_override(override)
+    given = _values_of(overrides)
     try:
         _check_file(file)
         with initialize_config_dir(str(file.parent), version_base="1.3"):
             composed = compose(file.stem, [f"hydra.searchpath=[file://{RECIPES}]", *(f"++{o}" for o in overrides)])
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError, OSError) as error:
-        raise UserError(f"cannot compose the recipe {path}", got=_first_line(error), fix="correct the YAML") from None
-    recipe = from_dict(OmegaConf.to_container(composed), source=str(path))  # type: ignore[arg-type]
+        fix = "correct the override" if "merging override" in str(error) else "correct the YAML"
+        raise UserError(f"cannot compose the recipe {path}", got=_first_line(error), fix=fix) from None
+    values: dict[str, Any] = OmegaConf.to_container(composed)  # type: ignore[assignment]
+    recipe = from_dict(values, source=str(path), overridden=given)
+    if sweeps and recipe.sweep is not None:
+        plain: Any = OmegaConf.to_container(OmegaConf.merge(_schema(), _one_as_list(values)), enum_to_str=True)
+        check_interpolations(plain, recipe.sweep.space)
     return _without_vllm(recipe) if _vllm_is_left_out() else recipe
 
 
@@ -112,8 +118,11 @@ def read(path: Path) -> Recipe:
     return from_dict(values, source=str(path))
 
 
-def from_dict(values: dict[str, Any], *, source: str = "the recipe") -> Recipe:
-    """A validated recipe from plain nested values; raises UserError naming the key at fault."""
+def from_dict(values: dict[str, Any], *, source: str = "the recipe", overridden: Iterable[str] = ()) -> Recipe:
+    """A validated recipe from plain nested values; raises UserError naming the key at fault, and where it was set.
+
+    That is `source`, and the command line for the keys that are `overridden`.
+    """
     check_plain(values, source)
     for key in keys_given(values):
         check_key(key, source)
@@ -123,6 +132,9 @@ def from_dict(values: dict[str, Any], *, source: str = "the recipe") -> Recipe:
         merged = OmegaConf.merge(_schema(), _without_defaults(values, _defaults()))
         recipe = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
+        key = str(error.full_key or "").partition("[")[0]
+        if any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in overridden):
+            source = COMMAND_LINE
         raise _value_error(error, source) from None
     assert isinstance(recipe, Recipe)
     check(recipe)
@@ -131,23 +143,23 @@ def from_dict(values: dict[str, Any], *, source: str = "the recipe") -> Recipe:
 
 def with_values(recipe: Recipe, values: dict[str, Any]) -> Recipe:
     """A copy of a recipe with dotted keys set to plain values, validated again."""
-    plain = to_dict(recipe)
-    for key, value in values.items():
+    for key in values:
         check_key(key, "these values")
-        *groups, leaf = key.split(".")
-        group = plain
-        for name in groups:
-            if group.get(name) is None:
-                group[name] = {}
-            group = group[name]
-        group[leaf] = value
-    return from_dict(plain)
+    return from_dict(set_values(to_dict(recipe), values))
 
 
 def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     """A copy of a recipe with command-line overrides applied, validated again."""
+    values = _values_of(overrides)
+    return from_dict(set_values(to_dict(recipe), values), overridden=values)
+
+
+def _values_of(overrides: Sequence[str]) -> dict[str, Any]:
+    """What command-line overrides set, by dotted key; raises UserError for one that no recipe can hold."""
     parsed = [_check_override(override) for override in overrides]
-    return with_values(recipe, {str(one.key_or_group): one.value() for one in parsed})
+    values = {str(one.key_or_group): one.value() for one in parsed}
+    check_plain(values, COMMAND_LINE)
+    return values
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -288,7 +300,7 @@ def _check_override(override: str) -> Override:
         raise UserError("every key already exists: overrides neither add nor delete", got=override, allowed="key=value")
     if parsed.is_sweep_override():
         raise UserError("an override has one value", got=override, fix="name several values under sweep.space")
-    check_key(str(parsed.key_or_group), "the command line")
+    check_key(str(parsed.key_or_group), COMMAND_LINE)
     return parsed
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import functools
+import json
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from harness.errors import UserError, nearest
 from harness.schema import Recipe
@@ -28,6 +33,20 @@ RENAMED = {
     "trainer.bf16": "trainer.policy.model.dtype",
     "generator.model_dtype": "trainer.policy.model.dtype",
 }
+
+# The last part of a key as PEFT, TRL, verl and transformers name it, where that is too unlike ours for a guess.
+OTHER_NAMES = {
+    "learning_rate": "lr", "lora_rank": "rank", "lora_r": "rank", "r": "rank", "beta": "kl_loss_coef",
+    "batch_size": "train_batch_size", "num_train_epochs": "epochs", "num_generations": "n_samples_per_prompt",
+    "max_new_tokens": "max_generate_length", "max_completion_length": "max_generate_length",
+    "max_tokens": "max_generate_length", "model_name_or_path": "path", "model_path": "path", "steps": "max_steps",
+    "num_steps": "max_steps", "eval_steps": "eval_interval", "save_steps": "ckpt_interval", "output_dir": "ckpt_path",
+}  # fmt: skip
+
+# No value of any key.
+_OTHER = "\0"
+# What makes a mapping under `sweep.space` an axis.
+AXIS_FIELDS = ("choices", "low", "high", "log", "step")
 
 # Settings of SkyRL's guide that there is nothing to set for here: taken on the command line, and left out.
 WITHOUT_EFFECT = {
@@ -82,9 +101,85 @@ def check_key(key: str, source: str) -> None:
     raise UserError(f"unknown key in {source}", got=key, fix=hint)
 
 
+def axes_in(space: Mapping[str, Any]) -> dict[str, Any]:
+    """Each axis of `sweep.space` as it is written, by key.
+
+    Overrides arrive nested where YAML has dotted keys; an axis set to null is taken out.
+    """
+    axes: dict[str, Any] = {}
+    for key, axis in _flat_axes(space, ""):
+        if isinstance(axis, Mapping) and isinstance(axes.get(key), Mapping):
+            axis = {**axes[key], **axis}
+        axes[key] = axis
+    return {key: axis for key, axis in axes.items() if axis is not None}
+
+
+def _flat_axes(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in node.items():
+        key = f"{prefix}{name}"
+        group = isinstance(value, Mapping) and value and key not in known_keys()
+        # A group of keys holds groups or axes; a mapping with a field of an axis is an axis, even of an unknown key.
+        if group and not set(value) & set(AXIS_FIELDS):
+            yield from _flat_axes(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def set_values(plain: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Set dotted keys of nested values, in place, and return these."""
+    for key, value in values.items():
+        *groups, leaf = key.split(".")
+        group = plain
+        for name in groups:
+            if group.get(name) is None:
+                group[name] = {}
+            group = group[name]
+        group[leaf] = value
+    return plain
+
+
+def check_interpolations(plain: dict[str, Any], space: dict[str, Any]) -> None:
+    """Raise UserError for an interpolation that reads a key that the sweep varies.
+
+    The recipe is resolved before there are trials, so that each of them would have the value of the recipe's own key.
+    `plain` has every key, interpolations as they are written. Every way to read a key (relative, through another key,
+    as a part of a group or of a text) shows when the key has another value.
+    """
+    if "${" not in json.dumps(plain):
+        return
+    resolved = OmegaConf.to_container(OmegaConf.create(plain), resolve=True)
+    for key in (*axes_in(space), "seed", "trainer.seed"):
+        other = OmegaConf.create(set_values(copy.deepcopy(plain), {key: _OTHER}))
+        try:
+            reader = _first_difference(OmegaConf.to_container(other, resolve=True), resolved, key)
+        except OmegaConfBaseException as error:  # it reads a key below the swept one
+            reader = str(error.full_key)
+        if reader is not None:
+            by = "sweep.seeds" if key.endswith("seed") else "sweep.space"
+            written: Any = plain
+            for name in reader.split("."):
+                written = written.get(name, written) if isinstance(written, dict) else written
+            raise UserError(
+                f"{reader} reads {key}, which {by} varies: it would be the same in all trials",
+                got=written,
+                fix="write the value out; an axis of its own, and pairs of values in sweep.first_trials, vary both",
+            )
+
+
+def _first_difference(one: Any, other: Any, but: str, key: str = "") -> str | None:
+    """The dotted key of the first value in which two nested ones differ, the key `but` aside; None: in none."""
+    if key == but or one == other:
+        return None
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return key
+    found = (_first_difference(one[name], other.get(name), but, f"{key}.{name}" if key else name) for name in one)
+    return next((name for name in found if name is not None), None)
+
+
 def _meant(key: str) -> str | None:
     """The known key or group that an unknown one is near to: whole, and in its last name; never a group it is in."""
-    last = _last(key)
+    last = OTHER_NAMES.get(_last(key), _last(key))
+    key = key.removesuffix(_last(key)) + last
     others = [other for other in (*known_keys(), *_sections()) if not key.startswith(f"{other}.")]
     same = [other for other in others if _last(other) == last]
     if same:

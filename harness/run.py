@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
 from harness import manifest, metrics, rerun, sinks
@@ -13,6 +15,7 @@ from harness import recipe as recipes
 from harness.cli import GPU_MEMORY, Parser, invocation, run_command
 from harness.errors import UserError
 from harness.expect import judge
+from harness.locks import held
 from harness.paths import shown
 from harness.rundir import RunDir, Status, place
 from harness.schema import Logger, Recipe
@@ -27,7 +30,16 @@ MOVABLE = (
     "generator.gpu_memory_utilization", "ray.address",
 )  # fmt: skip
 
+# What may be given besides and leaves the recipe the one that its expectations are about.
+SAME_RECIPE = (
+    *MOVABLE, "trainer.run_name", "trainer.ckpt_path", "trainer.resume_mode", "trainer.project_name",
+    "trainer.samples_per_dump", "trainer.max_ckpts_to_keep", "seed", "trainer.seed", "sweep",
+)  # fmt: skip
+
 UNMET = 3
+# What a launch leaves that ended before its first step.
+LAUNCHED = {"recipe.yaml", "manifest.json", ".lock", "log.txt", "tensorboard", "wandb", "study.journal",
+            "study.journal.lock", "packs"}  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
@@ -45,7 +57,9 @@ def main(argv: list[str]) -> int:
                         "environment module changed; manifest and report say so")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print what would be trained, where, and the cost")
     parser.add_argument("--gpu-memory", metavar="GIB", help=f"with --dry-run: {GPU_MEMORY}")
-    parser.add_argument("--check", action="store_true", help="exit with 3 when the recipe's expectations are not met")
+    parser.add_argument(
+        "--check", action="store_true", help="judge the recipe's expectations, overridden or not; exit with 3 if unmet"
+    )
     options = parser.parse_intermixed_args(argv)
     options.name = options.recipe
     if options.taken:
@@ -55,20 +69,29 @@ def main(argv: list[str]) -> int:
     if options.gpu_memory is not None:
         raise UserError("--gpu-memory is for --dry-run: a run takes the GPUs that are there", got=options.gpu_memory)
     recipe, run_dir = _resumed(options) if options.resume else _started(options)
+    try:
+        met = _train_or_tell(recipe, run_dir, options)
+    except UserError:
+        if options.resume is None:
+            clear_launch(run_dir)
+        raise
+    print(_summary(run_dir, shown(run_dir.path)))
+    return 0 if met or not options.check else UNMET
+
+
+def _train_or_tell(recipe: Recipe, run_dir: RunDir, options: argparse.Namespace) -> bool:
+    """Train what is left of the run, with its directory locked, and judge it; whether it is as expected."""
     with run_dir.locked("another process is training this run"):
         if options.resume:
-            _check_same(
-                recipes.read(run_dir.recipe), run_dir, options.changed_inputs
-            )  # as it was left: another process may have ended it
+            # As it was left: another process may have ended it meanwhile.
+            _check_same(recipes.read(run_dir.recipe), run_dir, options.changed_inputs)
         else:
             _make(recipe, run_dir, options)
         if _only_lacks_verdict(run_dir.sound_manifest()):
             _tell_end(recipe, run_dir)
         else:
             _train(recipe, run_dir, changed_inputs=options.changed_inputs)
-        met = _as_expected(recipe, run_dir)
-    print(_summary(run_dir, shown(run_dir.path)))
-    return 0 if met or not options.check else UNMET
+        return _as_expected(recipe, run_dir, options.check)
 
 
 def _take(options: argparse.Namespace) -> None:
@@ -114,7 +137,7 @@ def _make(recipe: Recipe, run_dir: RunDir, options: argparse.Namespace) -> None:
 def _composed(options: argparse.Namespace) -> Recipe:
     if options.recipe is None:
         raise UserError("no recipe was given", fix=f"{invocation('run')} recipes/quickstart.yaml")
-    recipe = recipes.load(options.recipe, options.overrides)
+    recipe = recipes.load(options.recipe, options.overrides, sweeps=False)
     recipe.sweep = None
     return recipe
 
@@ -216,6 +239,13 @@ def _train(recipe: Recipe, run_dir: RunDir, *, changed_inputs: bool) -> None:
         raise
 
 
+def clear_launch(run_dir: RunDir) -> None:
+    """Remove the directory of what bad input ended before its first step: it holds nothing, and its name is free."""
+    with held(run_dir.path / ".lock") as mine:
+        if mine and set(os.listdir(run_dir.path)) <= LAUNCHED:
+            shutil.rmtree(run_dir.path)
+
+
 def _note_resumption(recipe: Recipe, run_dir: RunDir) -> None:
     """Keep how a run is gone on with, and what differs from when it was made."""
     record = run_dir.read_manifest()
@@ -236,13 +266,31 @@ def _follow(recipe: Recipe, run_dir: RunDir) -> None:
             told.report(report.total_steps, report.metrics)
 
 
-def _as_expected(recipe: Recipe, run_dir: RunDir) -> bool:
-    """Judge what the recipe expects by this one run, print it, and write it to the manifest."""
-    verdicts = judge(recipe.expect, [metrics.MetricsFile(run_dir.metrics).rows()])
+def _as_expected(recipe: Recipe, run_dir: RunDir, asked: bool) -> bool:
+    """Judge what the recipe expects by this one run, print it, and write it to the manifest.
+
+    Expectations are the recipe's as it is: of one with overrides they are judged only if that is `asked`.
+    """
+    others = [] if asked else overridden(run_dir)
+    if any(word.startswith("expect") for word in others):  # expectations of its own
+        others = []
+    verdicts = judge({} if others else recipe.expect, [metrics.MetricsFile(run_dir.metrics).rows()])
     run_dir.update(expect=[verdict.record() for verdict in verdicts])
     for verdict in verdicts:
         print(verdict)
+    if others and recipe.expect:
+        print(f"what the recipe expects is not judged: it was overridden ({', '.join(others)}); --check judges it")
     return all(verdict.met for verdict in verdicts)
+
+
+def overridden(run_dir: RunDir) -> list[str]:
+    """The overrides that made another experiment of a run's recipe file; those of a run whose recipe it took too."""
+    record = run_dir.read_manifest()["recipe"]
+    given = [word for word in record.get("overrides") or () if not word.startswith(SAME_RECIPE)]
+    file = Path(record["source"])
+    taken = RunDir(file.parent)
+    inherits = file.name == taken.recipe.name and taken.manifest.exists() and taken.path != run_dir.path
+    return given + (overridden(taken) if inherits else [])
 
 
 def _summary(run_dir: RunDir, place: str) -> str:

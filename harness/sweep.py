@@ -12,6 +12,7 @@ from harness import recipe as recipes
 from harness.cli import GPU_MEMORY, Parser, invocation, run_command
 from harness.errors import UserError
 from harness.paths import RECIPES, shown
+from harness.run import clear_launch
 from harness.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> int:
     else:
         session = sessions.resume(options.resume or None, options.recipe, options.overrides, options.confirm,
                                   changed_inputs=options.changed_inputs)  # fmt: skip
-    return _run(session)
+    return _run(session, new=options.resume is None)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -97,7 +98,7 @@ def _dry_run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _run(session: Session) -> int:
+def _run(session: Session, *, new: bool) -> int:
     from sweeps import session as sessions
     from sweeps.trials import at_a_time
 
@@ -110,6 +111,10 @@ def _run(session: Session) -> int:
         study = sessions.run(session)
     except KeyboardInterrupt:
         print(f"stopped; go on with: {invocation('sweep')} --resume {place}", file=sys.stderr)
+        raise
+    except UserError:
+        if new:
+            clear_launch(session.sweep_dir)
         raise
     if study.exhausted:
         print(f"the space is exhausted after {len(study.swept())} runs: sweep.num_trials asks for more")

@@ -94,5 +94,7 @@ def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
 
 def can_pack(config: Any) -> bool:
     """Whether each layer's attention is this one, over all of a sequence."""
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    # Without a list of its layers a model with a window (Mistral) has it in each.
+    window = getattr(config, "sliding_window", None) is not None
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
     return config._attn_implementation == NAME and kinds == {"full_attention"}

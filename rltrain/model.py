@@ -20,17 +20,14 @@ from harness.validate import check_context, exclude_modules, num_processes, targ
 from rltrain import attention
 from rltrain.batch import Batch
 from rltrain.logprobs import token_logprobs
-from rltrain.lora import LoRALinear
+from rltrain.lora import LoRALinear, base_model
 from rltrain.memory import checkpoints
 from rltrain.parallel import device_of, dtype_of
+from rltrain.preflight import TO_SAFETENSORS
+from rltrain.targets import MODULE_SETS, Modules, check_adapters, check_modules, modules
 
 # A model's folder or repository may hold Python code of its own: it is never run, nor is anybody asked.
 NO_CODE = {"trust_remote_code": False}
-# Named sets for architectures of the Llama family (Qwen2, Qwen3, Llama, Mistral).
-MODULE_SETS = {
-    "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
-    "mlp": ["gate_proj", "up_proj", "down_proj"],
-}
 
 
 def model_folder(path: str) -> str:
@@ -44,6 +41,7 @@ def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     path = recipe.trainer.policy.model.path
     full = recipe.trainer.policy.model.lora.rank == 0
     model = load_model(path, recipe, key="trainer.policy.model.path", full=full)
+    check_adapters(recipe, modules_of(model))
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_folder(path), **NO_CODE)
     except Exception as error:  # tokenizers raises nothing narrower
@@ -72,32 +70,67 @@ def load_model(path: str, recipe: Recipe, *, key: str, full: bool) -> PreTrained
     dtype = torch.float32 if full else dtype_of(recipe)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
-            model_folder(path), dtype=dtype, attn_implementation=attention.NAME, output_loading_info=True, **NO_CODE
-        )
+            model_folder(path), dtype=dtype, attn_implementation=attention.NAME, output_loading_info=True,
+            use_safetensors=True, **NO_CODE,
+        )  # fmt: skip
     except Exception as error:  # what a damaged or foreign file leads to is of every kind
         raise _cannot_load(key, path, error) from error
     if found["missing_keys"]:
         raise UserError(f"{key} lacks weights of its architecture: they would be random",
                         got=f"{path}: {len(found['missing_keys'])} missing, {sorted(found['missing_keys'])[0]} first",
                         fix="check config.json against the weights")  # fmt: skip
+    _check_dropout(key, path, model)
     model.computes_in = dtype_of(recipe)
     model.requires_grad_(False).eval()
     if num_processes(recipe) == 1:  # else FSDP moves it, each rank its part: no GPU need hold it whole
         model.to(device_of(recipe))
+    _check_finite(key, path, model)
     if checkpoints(recipe, on_gpu=device_of(recipe).type == "cuda"):
         # To keep the state of the random numbers costs time, and only dropout draws any.
-        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": _drops(recipe, model)})
+        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": _drops(recipe)})
         model.disable_input_require_grads()  # a frozen embedding's output has no gradient, and needs none
     return model
 
 
-def _drops(recipe: Recipe, model: PreTrainedModel) -> bool:
-    adapters = [role.model.lora.dropout for role in (recipe.trainer.policy, recipe.trainer.critic)]
-    return any(rate > 0 for rate in (*adapters, getattr(model.config, "attention_dropout", 0.0) or 0.0))
+def _drops(recipe: Recipe) -> bool:
+    return any(role.model.lora.dropout > 0 for role in (recipe.trainer.policy, recipe.trainer.critic))
+
+
+def _check_dropout(key: str, path: str, model: PreTrainedModel) -> None:
+    """Raise UserError for a base that trains with dropout: what was sampled without it has other probabilities."""
+    rates = (
+        (f"{name}.{attribute}", value)
+        for name, module in model.named_modules()
+        for attribute, value in vars(module).items()
+        if "drop" in attribute or (attribute == "p" and isinstance(module, torch.nn.Dropout))
+    )
+    first = next((f"{name}={rate:g}" for name, rate in rates if isinstance(rate, float) and rate > 0), None)
+    if first is not None:
+        config = model.config.to_dict().items()
+        keys = [name for name, value in config if "drop" in name and isinstance(value, float) and value > 0]
+        raise UserError(
+            f"{key} has dropout: the log-probabilities that train it would not be those that it sampled with",
+            got=f"{path}: {first}", allowed="0", fix=f"set to 0 in its config.json: {', '.join(keys)}",
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def _check_finite(key: str, path: str, model: PreTrainedModel) -> None:
+    """Raise UserError for weights that are NaN or infinite: every log-probability would be NaN."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter.sum(dtype=torch.float32)):
+            bad = int((~torch.isfinite(parameter)).sum())
+            raise UserError(f"{key} holds weights that are NaN or infinite",
+                            got=f"{path}: {bad} of {parameter.numel()} in {name}",
+                            fix="take another copy of the model: nothing can be trained from these")  # fmt: skip
 
 
 def _cannot_load(key: str, path: str, error: Exception) -> UserError:
     first = next(iter(str(error).strip().splitlines()), "")
+    if "no file named" in first and "safetensors" in first:
+        return UserError(f"{key} holds no weights as safetensors", got=f"{path}: {first}",
+                         allowed="*.safetensors: a pickle can run code when it is read",
+                         fix=TO_SAFETENSORS)  # fmt: skip
     return UserError(
         f"cannot load {key}", got=f"{path}: {type(error).__name__}: {first}", allowed="a local folder or a hub name"
     )
@@ -121,7 +154,9 @@ def lora_config(recipe: Recipe, lora: LoRA) -> LoraConfig:
 
 def add_adapter(model: PreTrainedModel | PeftModel, name: str, config: LoraConfig, seed: int) -> PeftModel:
     """Put a fresh adapter on the base, its A drawn from `seed`; raises UserError when a target names no module."""
-    _check_targets(model, config)
+    there = modules_of(model)
+    check_modules("trainer.target_modules", config.target_modules, there)
+    check_modules("trainer.exclude_modules", config.exclude_modules, there)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if isinstance(model, PeftModel):
@@ -134,17 +169,13 @@ def add_adapter(model: PreTrainedModel | PeftModel, name: str, config: LoraConfi
     return model
 
 
-def _check_targets(model: torch.nn.Module, config: LoraConfig) -> None:
-    """A target that matches nothing would be dropped in silence."""
-    if not isinstance(config.target_modules, (list, set)):
-        return
-    names = {name.replace(".base_layer", "") for name, _ in model.named_modules()}
-    for target in config.target_modules:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            leaves = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-            leaves -= {"base_layer", "default", "lora_A", "lora_B"}
-            raise UserError("trainer.target_modules names no module of the model", got=target,
-                            allowed=", ".join(sorted(leaves)))  # fmt: skip
+def modules_of(model: Any) -> Modules:
+    """The modules of a model, whatever adapters are on it."""
+    named = {name.replace(".base_layer", ""): module for name, module in base_model(model).named_modules()}
+    named = {name: module for name, module in named.items() if ".lora_" not in name}
+    weights = {name: getattr(module, "weight", None) for name, module in named.items()}
+    matrices = {name for name, weight in weights.items() if isinstance(weight, torch.Tensor) and weight.ndim > 1}
+    return modules(matrices, named.keys() - matrices)
 
 
 def adapter_layers(model: torch.nn.Module, name: str) -> dict[str, LoraLayer]:

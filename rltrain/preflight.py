@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
+import http.client
 import json
 import os
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from harness import machine
@@ -16,6 +22,13 @@ from rltrain.engines.arguments import check_engine_args
 from rltrain.envs import Env, get_env
 from rltrain.parallel import address_of, check_placement, uses_gpus
 from rltrain.problems import check_truth, messages, reward_of
+from rltrain.targets import check_adapters
+
+HUB_SECONDS = 5.0
+TO_SAFETENSORS = (
+    'for weights you trust: python -c "from transformers import AutoModelForCausalLM as M; '
+    "M.from_pretrained('FOLDER').save_pretrained('FOLDER')\", and remove the .bin files"
+)
 
 
 def check_run(recipe: Recipe) -> None:
@@ -30,6 +43,7 @@ def check_run(recipe: Recipe) -> None:
     _check_sync(recipe)
     if recipe.trainer.algorithm.advantage_estimator is AdvantageEstimator["gae"]:
         _check_critic(recipe)
+    check_adapters(recipe)
     _check_sync_path(recipe)
     _check_resumption(recipe)
     get_env(recipe.environment.env_class)
@@ -48,12 +62,76 @@ def check_run(recipe: Recipe) -> None:
                 reward_of(tried[name], example, example.ground_truth)
             check_truth(tried[name], example)
         sizes[key] = len(examples)
-    if sizes["train_data"] < recipe.trainer.train_batch_size:
-        raise UserError(
-            "data.train_data holds fewer problems than one batch",
-            got=f"{sizes['train_data']} problems, trainer.train_batch_size={recipe.trainer.train_batch_size}",
-            fix=f"trainer.train_batch_size={sizes['train_data']} or less",
-        )
+    check_batch(sizes["train_data"], recipe.trainer.train_batch_size)
+    if address_of(recipe) is None:
+        _check_hub(recipe)
+
+
+def check_batch(problems: int, batch: int) -> None:
+    """Raise UserError for training data that do not fill a batch: a run of no steps."""
+    if problems < batch:
+        raise UserError("data.train_data holds fewer problems than one batch",
+                        got=f"{problems} problems, trainer.train_batch_size={batch}",
+                        fix=f"trainer.train_batch_size={problems} or less")  # fmt: skip
+
+
+def count_rows(paths: Sequence[str]) -> int | None:
+    """Rows of data files together, without reading them whole; None when one is missing or cannot be read."""
+    counts = [_rows(path) for path in paths]
+    return sum(count for count in counts if count is not None) if counts and None not in counts else None
+
+
+def _rows(name: str) -> int | None:
+    path = locate(name)
+    # Not a device or a pipe, which may have no end.
+    if path is None or not path.is_file():
+        return None
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        if path.suffix == ".parquet":
+            return int(pq.ParquetFile(path).metadata.num_rows)
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            return sum(1 for line in file if line.strip())
+    except (OSError, EOFError, zlib.error, pa.ArrowException):
+        return None
+
+
+def _check_hub(recipe: Recipe) -> None:
+    """Raise UserError for models of a hub that cannot be reached: its library tries again for a minute, for each file.
+
+    A cluster's machines have a network and a cache of their own.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    roles = {"policy": recipe.trainer.policy.model.path}
+    if recipe.trainer.algorithm.advantage_estimator is AdvantageEstimator["gae"]:
+        roles["critic"] = recipe.trainer.critic.model.path or roles["policy"]
+    for role, name in roles.items():
+        if locate(name) is not None:
+            continue
+        cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _unreachable(constants.ENDPOINT)
+        if why is not None and not (cached and constants.HF_HUB_OFFLINE):
+            local = f"trainer.{role}.model.path=FOLDER names a local copy"
+            raise UserError(
+                f"trainer.{role}.model.path is a hub's, and the hub cannot be reached",
+                got=f"{name}: {why}",
+                allowed="a local folder with config.json, or a model in the hub's cache",
+                fix=f"HF_HUB_OFFLINE=1 takes the copy in the cache, or {local}" if cached else local,
+            )
+
+
+def _unreachable(endpoint: str) -> str | None:
+    """Why a server does not answer, None where it does, whatever it says."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=HUB_SECONDS).close()
+    except urllib.error.HTTPError:
+        return None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return f"{endpoint}: {getattr(error, 'reason', error)}"
+    return None
 
 
 def _check_engine(recipe: Recipe) -> None:
@@ -113,6 +191,9 @@ def _check_model(recipe: Recipe, key: str, path: str) -> None:
         raise UserError("the model's config.json is damaged", got=f"{found}: no mapping, but {type(config).__name__}")
     if isinstance(limit := config.get("max_position_embeddings"), int):
         check_context(recipe, limit)
+    if not any(found.glob("*.safetensors")) and any(found.glob("*.bin")):
+        raise UserError(f"{key} holds its weights as a pickle, which can run code when it is read: it is not loaded",
+                        got=next(found.glob("*.bin")), allowed="*.safetensors", fix=TO_SAFETENSORS)  # fmt: skip
 
 
 def _check_sync_path(recipe: Recipe) -> None:

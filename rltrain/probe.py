@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from rltrain.sync.proof import SyncError
+from rltrain.sync.proof import NOT_FINITE, SyncError
 
 # Sequences whose log-probabilities are computed again with the adapter off: enough to tell, too few to cost.
 PROBE_ROWS = 8
@@ -21,7 +23,9 @@ def certain(engine: torch.Tensor, trainer: torch.Tensor, tolerance: float) -> bo
 
 def check_gap(mean: float, largest: float, tolerance: float) -> None:
     """The same bound over all of a batch; raises SyncError when the mean gap (nats) is above it."""
-    if not mean <= tolerance:
+    if not math.isfinite(mean):
+        raise SyncError(NOT_FINITE)
+    if mean > tolerance:
         raise SyncError(
             f"the engine did not sample from the trainer's weights: mean |log-probability difference| {mean:.2e} nats "
             f"over the batch, tolerance {tolerance:.2e} (largest difference {largest:.2e})"

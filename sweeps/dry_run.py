@@ -13,8 +13,10 @@ from harness.paths import locate
 from harness.schema import LoRA, Recipe, Sampler
 from harness.validate import num_processes, sync_mode, target_modules
 from rltrain.fit import Gpus, check_fit, memory_table
+from rltrain.preflight import check_batch, count_rows
+from rltrain.targets import check_adapters
 from sweeps import trials
-from sweeps.estimate import Cost, Pace, costs, count_rows, pace, run_cost
+from sweeps.estimate import Cost, Pace, costs, pace, run_cost
 from sweeps.plan import Plan, preview
 from sweeps.space import short_names, show
 from sweeps.trials import at_a_time, trials_at_once
@@ -27,6 +29,7 @@ def describe(plan: Plan, source: str, gpus: Gpus | None = None, *, confirm: int 
 
     `gpus` are those to plan for, None where it uses none.
     """
+    check_adapters(plan.recipe)
     again = min(confirm, plan.num_configurations) * len(plan.fresh_seeds)
     # Of a cluster nothing is known before it is reached.
     known = gpus is None or gpus.count > 0
@@ -56,6 +59,9 @@ def _as_the_cluster_has(plan: Plan) -> str:
 
 def describe_run(recipe: Recipe, source: str, gpus: Gpus | None = None) -> str:
     """What one run would do: what is trained how and where, what `gpus` will hold of it, and its cost."""
+    check_adapters(recipe)
+    if (problems := count_rows(recipe.data.train_data)) is not None:
+        check_batch(problems, recipe.trainer.train_batch_size)
     held = "" if gpus is None else memory_table(recipe, gpus)
     parts = [_run_settings(recipe, source), held, _run_cost(recipe), _missing(recipe)]
     return "\n\n".join(part for part in parts if part)

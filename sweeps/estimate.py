@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import gzip
 import itertools
 import json
 import math
 import os
 import re
 import statistics
-import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +17,7 @@ from harness.errors import UserError
 from harness.paths import locate
 from harness.schema import Device, Recipe
 from harness.shapes import shape_of
+from rltrain.preflight import count_rows
 from sweeps.plan import Plan
 from sweeps.space import Params
 
@@ -103,12 +101,6 @@ def cost(recipe: Recipe, num_train: int | None, num_val: int | None) -> Cost:
     return Cost(steps, training, counted, trained + evaluated, _flops(recipe, trained, evaluated))
 
 
-def count_rows(paths: Sequence[str]) -> int | None:
-    """Rows of data files together, without reading them whole; None when one is missing or cannot be read."""
-    counts = [_rows(path) for path in paths]
-    return sum(count for count in counts if count is not None) if counts and None not in counts else None
-
-
 def pace(plan: Plan, source: str) -> Pace | None:
     """How fast earlier runs and trials of the same recipe file were; None when there are none."""
     root = Path(plan.recipe.trainer.ckpt_path)
@@ -123,23 +115,6 @@ def pace(plan: Plan, source: str) -> Pace | None:
             if same and record["status"] == "COMPLETE":
                 paces.append(float(record["result"]["seconds"] / record["result"]["step"]))
     return Pace(statistics.median(paces), len(paces)) if paces else None
-
-
-def _rows(name: str) -> int | None:
-    path = locate(name)
-    # Not a device or a pipe, which may have no end.
-    if path is None or not path.is_file():
-        return None
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        if path.suffix == ".parquet":
-            return int(pq.ParquetFile(path).metadata.num_rows)
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            return sum(1 for line in file if line.strip())
-    except (OSError, EOFError, zlib.error, pa.ArrowException):
-        return None
 
 
 def _flops(recipe: Recipe, trained: int, evaluated: int) -> float | None:

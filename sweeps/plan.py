@@ -19,6 +19,7 @@ from harness import recipe as recipes
 from harness.errors import UserError, nearest
 from harness.schema import Recipe, Sampler, Sweep
 from harness.validate import check
+from rltrain.preflight import check_batch, count_rows
 from sweeps.pruner import build_pruner
 from sweeps.space import Params, Space, from_recipe, identity, show
 
@@ -109,6 +110,7 @@ def build(recipe: Recipe) -> Plan:
     space = from_recipe(recipe)
     plan = Plan(recipe, space, _first_trials(recipe, space))
     _check_metric(recipe, plan.sweep.metric)
+    _check_batches(recipe, space)
     build_pruner(recipe)
     if plan.sweep.sampler is Sampler.grid and space.size is None:
         axis = next(axis for axis in space.axes if axis.values() is None)
@@ -120,6 +122,17 @@ def build(recipe: Recipe) -> Plan:
             raise UserError(f"sweep.first_trials[{place}]: {refusal.what}", got=refusal.got, allowed=refusal.allowed,
                             fix=refusal.fix)  # fmt: skip
     return plan
+
+
+def _check_batches(recipe: Recipe, space: Space) -> None:
+    """Every training file that is there must fill the largest batch: a trial that it does not fill would fail."""
+    data, batch = ([recipes.get(recipe, key)] for key in ("data.train_data", "trainer.train_batch_size"))
+    for axis in space.axes:
+        data = list(axis.bounds()) if axis.key == "data.train_data" else data
+        batch = list(axis.bounds()) if axis.key == "trainer.train_batch_size" else batch
+    for problems in map(count_rows, data):
+        if problems is not None:
+            check_batch(problems, max(batch))
 
 
 def _check_metric(recipe: Recipe, metric: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +13,15 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from harness import recipe as recipes
 from harness.errors import UserError
-from harness.recipe_keys import known_keys
+from harness.recipe_keys import AXIS_FIELDS, axes_in, known_keys
 from harness.schema import Recipe
+from rltrain.targets import check_modules, stored_modules
+from sweeps import axes
 
 Params = dict[str, Any]
 Distribution = CategoricalDistribution | IntDistribution | FloatDistribution
 FORMS = "{choices: [...]} or {low, high, log, step}"
 PLACES = ("trainer.run_name", "trainer.ckpt_path", "trainer.resume_mode")
-_FIELDS = ("choices", "low", "high", "log", "step")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +139,15 @@ def from_recipe(recipe: Recipe) -> Space:
             "the recipe sweeps nothing: sweep.space names no key",
             fix="add sweep.space, e.g. trainer.policy.model.lora.rank: {choices: [1, 8, 32]}",
         )
-    specs = _specs(recipe.sweep.space)
+    specs = axes_in(recipe.sweep.space)
     plain = recipes.with_values(recipe, {"sweep": None})
     for key, spec in specs.items():
         _check_key(plain, key)
+        axes.check_kind(key, recipe.sweep.metric)
         _check_form(key, spec)
     values = _values(plain, specs)
+    axes.check_effect(values, plain)
+    _check_modules(plain, values)
     return Space(tuple(_axis(key, specs[key], values[key]) for key in specs))
 
 
@@ -182,27 +186,6 @@ def short_names(keys: list[str]) -> dict[str, str]:
     return {key: key for key in keys}
 
 
-def _specs(space: Mapping[str, Any]) -> dict[str, Any]:
-    """Axis by key. Overrides arrive nested where YAML has dotted keys; an axis set to null is taken out."""
-    specs: dict[str, Any] = {}
-    for key, spec in _flat(space, ""):
-        if isinstance(spec, Mapping) and isinstance(specs.get(key), Mapping):
-            spec = {**specs[key], **spec}
-        specs[key] = spec
-    return {key: spec for key, spec in specs.items() if spec is not None}
-
-
-def _flat(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, value in node.items():
-        key = f"{prefix}{name}"
-        group = isinstance(value, Mapping) and value and key not in known_keys()
-        # A group of keys holds groups or axes; a mapping with a field of an axis is an axis, even of an unknown key.
-        if group and not set(value) & set(_FIELDS):
-            yield from _flat(value, f"{key}.")
-        else:
-            yield key, value
-
-
 def _check_key(plain: Recipe, key: str) -> None:
     example = "a recipe key such as trainer.policy.model.lora.rank"
     if key == "sweep" or key.startswith("sweep."):
@@ -220,11 +203,24 @@ def _check_key(plain: Recipe, key: str) -> None:
             raise UserError("sweep.space names an unknown key", got=key, fix=error.fix) from None
 
 
+def _check_modules(plain: Recipe, values: Mapping[str, Sequence[Any]]) -> None:
+    """Raise UserError for target modules that the model has not: each trial would fail, after its engine started."""
+    for key in values:
+        if key.endswith(("target_modules", "exclude_modules")):
+            role = plain.trainer.critic if key.startswith("trainer.critic.") else plain.trainer.policy
+            path = role.model.path or plain.trainer.policy.model.path
+            swept = {"trainer.policy.model.path", "trainer.critic.model.path"} & set(values)
+            there = None if swept else stored_modules(path)
+            for value in values[key]:
+                if there is not None:
+                    check_modules(f"sweep.space: {key}", value, there)
+
+
 def _check_form(key: str, spec: Any) -> None:
     if not isinstance(spec, Mapping):
         raise UserError(f"sweep.space: {key} is no axis", got=spec, allowed=FORMS)
     given = {name for name, value in spec.items() if value is not None}
-    unknown = set(spec) - set(_FIELDS)
+    unknown = set(spec) - set(AXIS_FIELDS)
     if unknown:
         raise UserError(f"sweep.space: {key} has an unknown field", got=", ".join(sorted(unknown)), allowed=FORMS)
     listed, ranged = "choices" in given, bool(given & {"low", "high", "log", "step"})

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+# What a comparison with NaN says nothing about.
+NOT_FINITE = "log-probabilities are NaN or infinite: the model's weights or activations are no finite numbers any more"
+
 
 class SyncError(RuntimeError):
     """The engine does not serve the weights that were published to it."""
@@ -35,6 +38,8 @@ def check_sync(
     others = [trainer_on] if trainer_off is None else [trainer_on, trainer_off]
     if engine.numel() == 0 or any(other.shape != engine.shape for other in others):
         raise ValueError(f"log-probabilities of the same tokens are wanted, got {[len(x) for x in (engine, *others)]}")
+    if not all(torch.isfinite(one).all() for one in (engine, *others)):
+        raise SyncError(f"{'trainer' if torch.isfinite(engine).all() else 'engine'}: {NOT_FINITE}")
     difference = (engine - trainer_on).abs()
     gap = SyncGap(
         engine=difference.mean().item(),
@@ -42,7 +47,6 @@ def check_sync(
         adapter=None if trainer_off is None else (trainer_on - trainer_off).abs().mean().item(),
     )
     to_base = None if trainer_off is None else (engine - trainer_off).abs().mean().item()
-    # `not <=` rather than `>`: a NaN is out of step too.
     if gap.adapter is not None and to_base is not None and gap.adapter > tolerance and not gap.engine < to_base:
         raise SyncError(
             f"the engine serves the base model, not the adapter: its log-probabilities differ by {to_base:.2e} "

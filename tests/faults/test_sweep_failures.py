@@ -16,7 +16,7 @@ from tests.faults.cases import ALONE, FAILURES, MOODS
 from tests.faults.compare import rows, study
 from tests.faults.conftest import Record
 
-MOOD, LR = "environment.env_class", "trainer.policy.optimizer_config.lr"
+DATA, LR = "data.train_data", "trainer.policy.optimizer_config.lr"
 RATES = [1e-4 * (place + 1) for place in range(len(MOODS))]
 
 
@@ -31,16 +31,19 @@ def processes(rays_folder: Path) -> set[int]:
 def test_trials_that_fail_stay_alone(
     tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], record: Record, rays_folder: Path
 ) -> None:
-    for name in ("train", "validation"):
-        data = pd.read_parquet(tiny_model_dir / "data" / f"{name}.parquet").head(8)
-        data.drop(columns="env_class").to_parquet(tmp_path / f"{name}.parquet")
+    held_out, training = (
+        pd.read_parquet(tiny_model_dir / "data" / f"{name}.parquet").head(8) for name in ("validation", "train")
+    )
+    held_out.to_parquet(tmp_path / "validation.parquet")
+    for mood in dict.fromkeys(MOODS):
+        training.assign(env_class=f"tests.faults.moods.{mood}").to_parquet(tmp_path / f"{mood}.parquet")
     recipe = tmp_path / "moods.yaml"
-    first = [f"{{{MOOD}: tests.faults.moods.{mood}, {LR}: {rate}}}" for mood, rate in zip(MOODS, RATES, strict=True)]
-    kinds = ", ".join(f"tests.faults.moods.{mood}" for mood in dict.fromkeys(MOODS))
+    files = {mood: f"[{tmp_path}/{mood}.parquet]" for mood in MOODS}
+    first = [f"{{{DATA}: {files[mood]}, {LR}: {rate}}}" for mood, rate in zip(MOODS, RATES, strict=True)]
     recipe.write_text(
         f"""
 defaults: [quickstart, _self_]
-data: {{train_data: [{tmp_path}/train.parquet], val_data: [{tmp_path}/validation.parquet]}}
+data: {{train_data: {files["good"]}, val_data: [{tmp_path}/validation.parquet]}}
 trainer:
   {{train_batch_size: 2, policy_mini_batch_size: 2, max_steps: 2, eval_interval: 1,
     ckpt_path: {tmp_path}, run_name: moods}}
@@ -57,7 +60,7 @@ sweep:
     trainer.policy.model.lora.rank: null
     trainer.policy.model.lora.alpha: null
     trainer.target_modules: null
-    {MOOD}: {{choices: [{kinds}]}}
+    {DATA}: {{choices: [{", ".join(files.values())}]}}
     {LR}: {{low: 1.0e-5, high: 1.0e-2, log: true}}
 """
     )

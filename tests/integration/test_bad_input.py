@@ -38,6 +38,9 @@ CASES: list[tuple[list[str], str]] = [
     ([*RUN, "data.train_data=3"], "data.train_data cannot take this value"),
     ([*RUN, "data.train_data=[1]"], "data file not found"),
     ([*RUN, "trainer.target_modules='(q_proj'"], "no regex"),
+    ([*RUN, "trainer.target_modules=attn"], "did you mean attention for attn?"),
+    ([*RUN, "--dry-run", "trainer.target_modules=[q_proj,wk]"], "got:     wk"),
+    ([*RUN, "trainer.policy.model.path=HERE/pickled"], "holds its weights as a pickle"),
     ([*RUN, "trainer.strategy=fsdp"], "did you mean fsdp2?"),
     ([*RUN, "trainer.policy.model.dtype=BF16"], "did you mean bfloat16?"),
     ([*RUN, f"{PLACEMENT}.device=gpu"], "did you mean cuda?"),
@@ -94,6 +97,10 @@ CASES: list[tuple[list[str], str]] = [
     ([*RUN, ANSWERS, f"{MOOD}.nan"], "returned nan"),
     ([*RUN, "data.train_data=[HERE/table.csv]"], "unknown kind of data file"),
     ([*RUN, "data.val_data=[HERE]"], "data file not found"),
+    ([*RUN, "--dry-run", "trainer.train_batch_size=4096", "trainer.policy_mini_batch_size=4096"],
+     "fewer problems than one batch"),
+    ([*SWEEP, "--dry-run", "trainer.train_batch_size=4096", "trainer.policy_mini_batch_size=4096"],
+     "fewer problems than one batch"),
     ([*RUN, "trainer.train_batch_size=4096", "trainer.policy_mini_batch_size=4096"], "fewer problems than one batch"),
     # Models, checkpoints and places.
     ([*RUN, "trainer.policy.model.path=HERE"], "holds no config.json"),
@@ -116,6 +123,10 @@ CASES: list[tuple[list[str], str]] = [
     (["run", "HERE/bomb.yaml"], "too many values"),
     (["run", "HERE/deep.yaml"], "cannot compose"),
     # Sweeps.
+    ([*SWEEP, "sweep.space={generator.max_input_length:{choices:[32,64]}}"], "how trials are measured"),
+    ([*SWEEP, "sweep.space={trainer.critic.optimizer_config.lr:{choices:[1e-4,1e-3]}}"], "has no effect here"),
+    ([*SWEEP, f"{LORA}.alpha='${{{LORA}.rank}}'"], f"{LORA}.alpha reads {LORA}.rank"),
+    ([*SWEEP, "sweep.space={trainer.target_modules:{choices:[mlp,attn]}}"], "did you mean attention for attn?"),
     ([*SWEEP, "sweep.seeds=[0,0]"], "different numbers"),
     ([*SWEEP, "sweep.seeds=[]"], "at least one"),
     ([*SWEEP, "sweep.seeds=[-1]"], "different numbers >= 0"),
@@ -199,6 +210,9 @@ def write_files(here: Path) -> None:
     (here / "table.csv").write_text("prompt,answer\n")
     (here / "model").mkdir()
     (here / "model" / "config.json").write_text("[]")
+    (here / "pickled").mkdir()
+    (here / "pickled" / "config.json").write_text("{}")
+    (here / "pickled" / "pytorch_model.bin").write_bytes(b"PK")
     (here / "list.yaml").write_text("- trainer\n")
     (here / "latin.yaml").write_bytes(b"trainer: {project_name: caf\xe9}\n")
     (here / "twice.yaml").write_text("defaults: [quickstart, _self_]\nseed: 1\nseed: 2\n")

@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from harness import check, run
+from harness import recipe as recipes
 from harness.errors import UserError
 from harness.logfiles import event_steps
 from harness.paths import PROJECT
@@ -19,6 +21,7 @@ from rltrain import trainer
 from rltrain.member import Member
 from rltrain.trainer import finish
 from tests.integration.conftest import heed_interrupts
+from tests.recipes import quickstart
 
 TINY = ["generator.backend=transformers", "trainer.max_steps=1", "trainer.train_batch_size=2",
         "trainer.policy_mini_batch_size=2", "generator.n_samples_per_prompt=2", "trainer.eval_before_train=false",
@@ -26,8 +29,11 @@ TINY = ["generator.backend=transformers", "trainer.max_steps=1", "trainer.train_
 
 
 def recipe_file(folder: Path, expect: str) -> str:
+    """A tiny run's recipe, of the quickstart's values."""
     file = folder / "mine.yaml"
-    file.write_text(f"defaults: [quickstart, _self_]\nexpect: {expect}\n")
+    values = recipes.to_dict(quickstart(TINY))
+    values["expect"] |= yaml.safe_load(expect)
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
     return str(file)
 
 
@@ -36,7 +42,7 @@ def test_every_seed_is_trained_and_the_mean_is_judged(
 ) -> None:
     # Two tokens are too few for an answer: the accuracy is 0 for every seed.
     file = recipe_file(tmp_path, "{eval/accuracy: {min: 0, max: 0.1}, completions/mean_length: {min: 1000}}")
-    arguments = [file, *TINY, f"trainer.ckpt_path={tmp_path}", "trainer.run_name=checked", "--seeds", "3,4"]
+    arguments = [file, f"trainer.ckpt_path={tmp_path}", "trainer.run_name=checked", "--seeds", "3,4"]
     assert check.main(arguments) == 3
     said = capsys.readouterr().out
     assert "met: eval/accuracy 0 (2 seeds, 95% 0 to 0), expected >= 0 and <= 0.1" in said
@@ -69,7 +75,7 @@ def test_what_stops_it_stops_its_run(tiny_model_dir: Path, tmp_path: Path, sent:
     file = recipe_file(tmp_path, "{eval/accuracy: {min: 0}}")
     batches = ["trainer.eval_batch_size=512", "trainer.micro_train_batch_size_per_gpu=8",
                "trainer.micro_forward_batch_size_per_gpu=8", "trainer.max_tokens_per_microbatch=null"]  # fmt: skip
-    start = [sys.executable, "-m", "harness.check", file, *TINY, *batches, "trainer.max_steps=1000",
+    start = [sys.executable, "-m", "harness.check", file, *batches, "trainer.max_steps=1000",
              "trainer.eval_interval=0", f"trainer.ckpt_path={tmp_path}", "trainer.run_name=stopped"]  # fmt: skip
     process = subprocess.Popen(
         start, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
@@ -87,11 +93,25 @@ def test_what_stops_it_stops_its_run(tiny_model_dir: Path, tmp_path: Path, sent:
 
 
 @pytest.mark.parametrize(("flags", "status"), [([], 0), (["--check"], 3)])
-def test_a_run_says_what_it_did_not_show(tiny_model_dir: Path, tmp_path: Path, flags: list[str], status: int) -> None:
+def test_a_run_says_what_it_did_not_show(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], status: int
+) -> None:
     file = recipe_file(tmp_path, "{eval/accuracy: {min: 0.5}}")
-    arguments = [file, *TINY, f"trainer.ckpt_path={tmp_path}", "trainer.run_name=run", *flags]
+    arguments = [file, f"trainer.ckpt_path={tmp_path}", "trainer.run_name=run", *flags]
     assert run.main(arguments) == status
     assert RunDir(tmp_path / "run").read_manifest()["expect"][0]["met"] is False
+    assert "NOT MET" in capsys.readouterr().out
+
+    # Another experiment is not what the expectations are about, nor is one that takes its recipe; a seed is no other.
+    rate = "trainer.policy.optimizer_config.lr=1e-5"
+    other = [file, rate, f"trainer.ckpt_path={tmp_path}", "trainer.run_name=other", *flags]
+    assert run.main(other) == status
+    taken = ["--from", str(tmp_path / "other"), "seed=5", f"trainer.ckpt_path={tmp_path}", "trainer.run_name=taken"]
+    assert run.main([*taken, *flags]) == status
+    said = capsys.readouterr().out
+    assert said.count(f"is not judged: it was overridden ({rate})") == (0 if flags else 2)
+    assert said.count("NOT MET") == (2 if flags else 0)
+    assert bool(RunDir(tmp_path / "taken").read_manifest()["expect"]) == bool(flags)
 
 
 @pytest.mark.parametrize("flags", [["--check"], []])
@@ -101,7 +121,7 @@ def test_a_run_killed_before_its_verdict_gets_it_without_training_again(
 ) -> None:  # fmt: skip
     file = recipe_file(tmp_path, "{eval/accuracy: {min: 0.5}}")
     logger = "trainer.logger=[console,tensorboard]"
-    start = [file, *TINY, logger, f"trainer.ckpt_path={tmp_path}", "trainer.run_name=run"]
+    start = [file, logger, f"trainer.ckpt_path={tmp_path}", "trainer.run_name=run"]
 
     def killed(member: Member) -> None:
         finish(member)

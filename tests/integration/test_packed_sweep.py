@@ -18,9 +18,10 @@ from rltrain.trainer import run
 pytestmark = pytest.mark.timeout(600)
 
 RANK, LR, TARGETS = "trainer.policy.model.lora.rank", "trainer.policy.optimizer_config.lr", "trainer.target_modules"
-STEPS, LOSS, ENV = "trainer.max_steps", "trainer.algorithm.policy_loss_type", "environment.env_class"
-GOOD, RAISES, EXITS = (f"tests.faults.moods.{mood}" for mood in ("good", "raises", "exits"))
-AXES = (RANK, LR, TARGETS, STEPS, LOSS, ENV)
+STEPS, LOSS, DATA = "trainer.max_steps", "trainer.algorithm.policy_loss_type", "data.train_data"
+# Training files by the environment that their rows name.
+GOOD, RAISES, EXITS = "good", "raises", "exits"
+AXES = (RANK, LR, TARGETS, STEPS, LOSS, DATA)
 TRIALS: list[tuple[Any, ...]] = [
     (8, 1e-3, "all-linear", 4, "regular", GOOD),
     (1, 1e-2, "attention", 2, "regular", GOOD),
@@ -29,7 +30,10 @@ TRIALS: list[tuple[Any, ...]] = [
     (16, 3e-3, "mlp", 3, "gspo", GOOD),
     (2, 1e-3, "mlp", 2, "regular", EXITS),
 ]
-FAILS = {RAISES: f"the reward of {RAISES} raised LookupError", EXITS: f"the reward of {EXITS} raised SystemExit"}
+FAILS = {
+    RAISES: "the reward of tests.faults.moods.raises raised LookupError",
+    EXITS: "the reward of tests.faults.moods.exits raised SystemExit",
+}
 
 
 def compared(run_dir: RunDir) -> list[dict[str, float]]:
@@ -46,6 +50,8 @@ def packed_sweep(trials: list[tuple[Any, ...]], pack_size: int, folder: Path, *o
     space: dict[str, Any] = {
         key: {"choices": sorted({values[i] for values in trials}, key=str)} for i, key in enumerate(AXES)
     }
+    trials = [(*values[:-1], [str(folder / f"{values[-1]}.parquet")]) for values in trials]
+    space[DATA] = {"choices": [[str(folder / f"{name}.parquet")] for name in space[DATA]["choices"]]}
     space[LR] = {"low": 1e-4, "high": 1e-2, "log": True}
     recipe = folder / "packed.yaml"
     recipe.write_text(yaml.safe_dump({
@@ -61,13 +67,13 @@ def packed_sweep(trials: list[tuple[Any, ...]], pack_size: int, folder: Path, *o
 
 @pytest.fixture
 def data(small_data: list[str], tmp_path: Path) -> list[str]:
-    """Overrides for little data whose rows do not name their environment: they would not heed the axis."""
-    own = []
-    for override in small_data[:2]:
-        key, _, file = override.rstrip("]").partition("=[")
-        pd.read_parquet(file).drop(columns="env_class").to_parquet(tmp_path / Path(file).name)
-        own.append(f"{key}=[{tmp_path / Path(file).name}]")
-    return [*small_data[2:], *own]
+    """Overrides for little data, and the training files of the axis."""
+    key, _, file = small_data[0].rstrip("]").partition("=[")
+    assert key == DATA
+    for name in (GOOD, RAISES, EXITS):
+        rows = pd.read_parquet(file).assign(env_class=f"tests.faults.moods.{name}")
+        rows.to_parquet(tmp_path / f"{name}.parquet")
+    return small_data
 
 
 def assert_as_alone(trial: RunDir, folder: Path) -> None:
@@ -119,5 +125,5 @@ def test_one_whose_companion_failed_on_two_ranks_goes_on_alone(data: list[str], 
     sweep_dir = packed_sweep([TRIALS[0], TRIALS[2]], 2, tmp_path, *data, *RANKS)
     said = [sweep_dir.trial(number).read_manifest() for number in range(2)]
     assert [m["status"] for m in said] == ["COMPLETE", "FAILED"]
-    assert said[1]["reason"].startswith(f"the reward of {RAISES} raised LookupError: no score for")
-    assert set(members(sweep_dir.trial(0))) == {1.0}
+    assert said[1]["reason"].startswith(FAILS[RAISES])
+    assert set(members(sweep_dir.trial(0))[1:]) == {1.0}

@@ -32,7 +32,7 @@ def _run(folder: Path, name: str, *overrides: str) -> tuple[RunDir, str]:
 @pytest.fixture(scope="module")
 def quickstart(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, str]:
     """The quickstart's run, at three quarters of its length."""
-    short = ["trainer.max_steps=24", "trainer.eval_interval=24"]
+    short = ["trainer.max_steps=24", "trainer.eval_interval=24", "--check"]
     return _run(tmp_path_factory.mktemp("quickstart"), "run", *short)
 
 

@@ -281,8 +281,8 @@ def test_a_vllm_run_is_reproduced(train: Callable[..., RunDir], capsys: Capture,
 def test_a_sweep_repeats_itself_and_its_trials_are_reproduced_outside_ray(
     small_data: list[str], tmp_path: Path, capsys: Capture
 ) -> None:
-    # One trial that completes and one that is pruned, of two ranks that the engine pads alike.
-    space = "sweep.space={trainer.policy.model.lora.rank:{choices:[2,4]},trainer.eval_interval:{choices:[4,2]}}"
+    # One trial that completes and one that is pruned at step 2, of two ranks that the engine pads alike.
+    space = "sweep.space={trainer.policy.model.lora.rank:{choices:[2,4]},trainer.max_steps:{choices:[2,4]}}"
     overrides = [
         *small_data, LEARNS, f"trainer.ckpt_path={tmp_path}", space, "sweep.first_trials=[]", "sweep.num_trials=4",
         "sweep.max_concurrent=1", "sweep.seeds=[0]", "sweep.sampler=grid",

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from harness import manifest
+from harness import manifest, run
 from harness import recipe as recipes
+from harness.errors import UserError
+from harness.locks import held
 from harness.paths import PROJECT
 from harness.rundir import RunDir, Status
 from tests.recipes import quickstart
@@ -35,6 +40,30 @@ def test_a_finished_run_is_not_overwritten(tiny_model_dir: Path, tmp_path: Path)
     other = _run("--resume", str(tmp_path / "run"))
     assert other.returncode == 2
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == kept
+
+
+def test_a_launch_that_is_refused_leaves_nothing(tiny_model_dir: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model_dir, tmp_path / "model", ignore=shutil.ignore_patterns("data")))
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][0] = math.nan
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    arguments = ["quickstart", *TINY, "trainer.logger=[console,tensorboard]", f"trainer.policy.model.path={model}",
+                 f"trainer.ckpt_path={tmp_path}", "trainer.run_name=run"]  # fmt: skip
+    with pytest.raises(UserError, match="NaN or infinite"):  # found when the directory is there
+        run.main(arguments)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="NaN or infinite"):
+        run.main(arguments)
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    record = RunDir(tmp_path / "run")
+    with held(record.path / ".lock"):  # another process trains it
+        (tmp_path / "run" / "notes.txt").unlink()
+        run.clear_launch(record)
+    assert record.manifest.exists()
+    run.clear_launch(record)
+    assert not record.path.exists()
 
 
 @pytest.mark.slow

@@ -31,8 +31,9 @@ from tests.integration.conftest import heed_interrupts
 pytestmark = pytest.mark.timeout(600)
 
 RANK, LR = "trainer.policy.model.lora.rank", "trainer.policy.optimizer_config.lr"
+TARGETS = "trainer.target_modules"
 # Takes the recipe's own axes away.
-NOTHING = [f"sweep.space.{key}=null" for key in (RANK, "trainer.policy.model.lora.alpha", LR)]
+NOTHING = [f"sweep.space.{key}=null" for key in (RANK, "trainer.policy.model.lora.alpha", LR, TARGETS)]
 NOTHING += ["sweep.first_trials=[]", "sweep.pruner=null"]
 MARK = "NOREGRET_TEST_MARK"
 
@@ -56,6 +57,14 @@ class Sweeps:
     def new(self, name: str, *overrides: str) -> subprocess.Popen[str]:
         """A new sweep of the quickstart recipe, made small."""
         return self.start("quickstart", *self.overrides, f"trainer.run_name={name}", *overrides)
+
+    def training_files(self) -> tuple[str, str]:
+        """The training file, and one like it whose rows are scored by a reward that raises."""
+        file = self.overrides[0].rstrip("]").partition("=[")[2]
+        self.root.mkdir(exist_ok=True)
+        failing = self.root / "raises.parquet"
+        pd.read_parquet(file).assign(env_class="tests.faults.moods.raises").to_parquet(failing)
+        return file, str(failing)
 
     def left_over(self) -> list[int]:
         """Processes that still carry the mark."""
@@ -107,11 +116,9 @@ def rows_of(run: RunDir) -> list[dict[str, float]]:
 
 @pytest.mark.slow
 def test_complete_pruned_and_failed_trials(sweeps: Sweeps) -> None:
-    # A grid of 2 x 2: runs that evaluate at step 2 are pruned there; a target that names no module fails.
-    space = (
-        "sweep.space={trainer.eval_interval:{choices:[4,2]},"
-        "trainer.target_modules:{choices:[attention,[no_such_module]]}}"
-    )
+    # A grid of 2 x 2: a run of 4 steps is pruned at step 2, where one of 2 has ended; a reward with a bug fails.
+    good, failing = sweeps.training_files()
+    space = f"sweep.space={{data.train_data:{{choices:[[{good}],[{failing}]]}},trainer.max_steps:{{choices:[2,4]}}}}"
     process = sweeps.new("all", *NOTHING, space, "sweep.sampler=grid", "sweep.num_trials=4",
                          "sweep.pruner={name:threshold,lower:2.0}")  # fmt: skip
     said = finished(process)
@@ -119,11 +126,11 @@ def test_complete_pruned_and_failed_trials(sweeps: Sweeps) -> None:
     assert [m["status"] for m in manifests(sweep)] == ["COMPLETE", "PRUNED", "FAILED", "FAILED"]
     assert [trial.state.name for trial in studied(sweep)] == ["COMPLETE", "PRUNED", "FAIL", "FAIL"]
     _, pruned, failed, _ = manifests(sweep)
-    assert failed["reason"].startswith("trainer.target_modules names no module of the model got: no_such_module")
+    assert failed["reason"].startswith("LookupError: no score for")
     assert "Traceback" in sweep.trial(2).log.read_text()
     assert pruned["reason"].startswith("pruned at step 2: eval/accuracy")
     assert steps_of(sweep.trial(1)) == [0, 1, 2]
-    assert steps_of(sweep.trial(0)) == [0, 1, 2, 3, 4]
+    assert steps_of(sweep.trial(0)) == [0, 1, 2]
 
     record = sweep.read_manifest()
     assert record["status"] == "COMPLETE"
@@ -139,7 +146,7 @@ def test_complete_pruned_and_failed_trials(sweeps: Sweeps) -> None:
 
 @pytest.mark.slow
 def test_a_sweep_of_failures_exits_1(sweeps: Sweeps) -> None:
-    only = "sweep.space={trainer.target_modules:{choices:[[no_such_module]]}}"
+    only = f"sweep.space={{data.train_data:{{choices:[[{sweeps.training_files()[1]}]]}}}}"
     said = finished(sweeps.new("none", *NOTHING, only, "sweep.num_trials=1"), status=1)
     assert "1 failed" in said
     assert RunDir(sweeps.root / "none").status.value == "FAILED"

@@ -13,7 +13,7 @@ import pytest
 from harness.errors import UserError
 from harness.schema import Data
 from rltrain.data import Example, load_examples, read_rows, write_rows
-from sweeps.estimate import count_rows
+from rltrain.preflight import count_rows
 
 
 def row(number: int) -> dict[str, Any]:

@@ -60,6 +60,10 @@ def test_users_recipe_outside_the_project_inherits_base(tmp_path: Path) -> None:
         ("trainer.policy.model.lora.rnak=3", "did you mean trainer.policy.model.lora.rank?"),
         ("generator.inference_engine.num_engines=2", "did you mean generator.num_inference_engines?"),
         ("lr=1e-3", "did you mean trainer.policy.optimizer_config.lr?"),
+        ("learning_rate=1e-3", "did you mean trainer.policy.optimizer_config.lr?"),
+        ("trainer.critic.learning_rate=1e-3", "did you mean trainer.critic.optimizer_config.lr?"),
+        ("lora_r=8", "did you mean trainer.policy.model.lora.rank?"),
+        ("max_new_tokens=64", "did you mean generator.sampling_params.max_generate_length?"),
         ("trainer.policy.model.lora.rank=abc", "trainer.policy.model.lora.rank cannot take this value"),
         ("trainer.policy.model.lora.rank=-1", ">= 0 and <= 512"),
         ("trainer.policy.optimizer_config.lr=nan", "out of range"),
@@ -86,6 +90,76 @@ def test_a_wrong_override_is_explained(override: str, told: str | None) -> None:
     with pytest.raises(UserError) as caught:
         recipes.load("quickstart", [override])
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("trainer.policy.model.lora.rank=abc", "trainer.policy.model.lora.rank"),
+        ("trainer.policy.optimizer_config.lr=inf", "trainer.policy.optimizer_config.lr"),
+        ("trainer.logger=[printer]", "trainer.logger"),
+        ("sweep.seeds=[a]", "sweep.seeds"),
+        ("trainer.project_name='${nowhere}'", "trainer.project_name"),
+    ],
+)
+def test_a_mistake_is_blamed_on_where_it_was_made(tmp_path: Path, override: str, key: str) -> None:
+    with pytest.raises(UserError) as caught:
+        recipes.load("quickstart", [override])
+    assert f"the command line: {key}" in str(caught.value)
+    assert "quickstart" not in str(caught.value)
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({"defaults": ["quickstart", "_self_"]}) + "trainer: {max_steps: many}\n")
+    with pytest.raises(UserError, match=f"{file}: trainer.max_steps cannot take this value"):
+        recipes.load(file, ["trainer.policy.model.lora.rank=3"])
+    with pytest.raises(UserError, match=r"the command line: trainer\.max_steps cannot take this value"):
+        recipes.with_overrides(quickstart(), ["trainer.max_steps=many"])
+
+
+RANK, ALPHA = "trainer.policy.model.lora.rank", "trainer.policy.model.lora.alpha"
+SWEPT = f"  space: {{{RANK}: {{choices: [2, 8]}}, generator.engine_args: {{choices: [{{a: 1}}, {{a: 2}}]}}}}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "reader", "key"),
+    [
+        (f"trainer: {{policy: {{model: {{lora: {{alpha: '${{{RANK}}}'}}}}}}}}", ALPHA, RANK),
+        ("trainer: {policy: {model: {lora: {alpha: '${.rank}'}}}}", ALPHA, RANK),
+        ("trainer: {policy: {model: {lora: {alpha: '${..lora.rank}'}}}}", ALPHA, RANK),
+        (f"trainer: {{project_name: 'rank-${{{RANK}}}'}}", "trainer.project_name", RANK),
+        (f"trainer: {{project_name: '${{.critic.model.path}}', critic: {{model: {{path: 'x${{{RANK}}}'}}}}}}",
+         "trainer.critic.model.path", RANK),
+        ("trainer: {max_steps: '${generator.engine_args.a}'}", "trainer.max_steps", "generator.engine_args"),
+        ("trainer: {project_name: 'seed-${seed}'}", "trainer.project_name", "seed"),
+        ("generator: {engine_args: {lora: '${trainer.policy.model.lora}'}}", "generator.engine_args.lora.rank", RANK),
+        (f"  space: {{{ALPHA}: {{choices: [8, '${{{RANK}}}']}}, {RANK}: {{choices: [2, 8]}}}}",
+         f"sweep.space.{ALPHA}.choices", RANK),
+        (f"  space: {{{ALPHA}: {{low: '${{{RANK}}}', high: 64}}, {RANK}: {{choices: [2, 8]}}}}",
+         f"sweep.space.{ALPHA}.low", RANK),
+        (f"  first_trials: [{{{RANK}: 2, {ALPHA}: '${{{RANK}}}'}}]\n{SWEPT}", "sweep.first_trials", RANK),
+    ],
+)  # fmt: skip
+def test_an_interpolation_of_a_swept_key_is_refused(tmp_path: Path, text: str, reader: str, key: str) -> None:
+    file, own = tmp_path / "mine.yaml", text.startswith(" ")
+    head = "defaults: [base, _self_]\n"
+    file.write_text(f"{head}sweep:\n{text if own else SWEPT}\n{'' if own else text}\n")
+    given = [MODEL, "generator.engine_args={a:1}"] if "engine_args: {lora" not in text else [MODEL]
+    with pytest.raises(UserError) as caught:
+        recipes.load(file, given)
+    assert f"{reader} reads {key}, which sweep.{'seeds' if key == 'seed' else 'space'} varies" in str(caught.value)
+    assert "${" in str(caught.value)
+    if "critic" not in text and "engine_args: {lora" not in text:
+        assert recipes.load(file, given, sweeps=False)
+
+
+def test_other_interpolations_are_resolved(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    text = f"trainer: {{max_steps: '${{trainer.train_batch_size}}', critic_mini_batch_size: '${{{RANK}}}'}}\n"
+    off = f"sweep: {{space: {{{RANK}: null, {ALPHA}: {{choices: [8, '${{trainer.max_steps}}']}}}}}}\n"
+    file.write_text(f"defaults: [base, _self_]\n{text}{off}")
+    recipe = recipes.load(file, [MODEL])
+    assert (recipe.trainer.max_steps, recipe.trainer.critic_mini_batch_size) == (128, 32)
+    assert recipe.sweep is not None
+    assert recipe.sweep.space[ALPHA] == {"choices": [8, 128]}
 
 
 @pytest.mark.parametrize(

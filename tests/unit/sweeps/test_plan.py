@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from optuna.trial import TrialState
 
+from harness import recipe as recipes
 from harness.errors import UserError
 from sweeps import plan as plans
 from sweeps.plan import Observation, Plan, propose
@@ -140,3 +142,17 @@ def test_a_metric_that_cannot_be_optimised_is_refused(metric: str, said: str) ->
     with pytest.raises(UserError) as caught:
         plan_of(metric=metric)
     assert said in str(caught.value)
+
+
+def test_training_data_must_fill_the_largest_batch(tmp_path: Path) -> None:
+    files = []
+    for rows in (128, 200):
+        files.append(str(tmp_path / f"{rows}.jsonl"))
+        Path(files[-1]).write_text("{}\n" * rows)
+    batches = {BATCH: {"choices": [128, 192]}, MINI: {"choices": [64]}}
+    enough = {"data.train_data": {"choices": [[files[1]], files]}}
+    assert plan_of(batches | enough).space.size == 4
+    with pytest.raises(UserError, match=r"fewer problems than one batch\n  got:     128 problems.*=192"):
+        plan_of(batches | {"data.train_data": {"choices": [[file] for file in files]}})
+    with pytest.raises(UserError, match="fewer problems than one batch"):
+        plans.build(recipes.with_values(recipe_of(batches), {"data.train_data": files[:1]}))
