@@ -150,7 +150,8 @@ def by_configuration(
     columns = ["configuration", *param_columns(trials), "n", "whole", "mean", "fresh", "score", "sd", "min", "max"]
     table = pd.DataFrame(rows, columns=[*columns, "low", "high", "source", "last", "statuses"])
     table["whole"] = table["whole"].astype(bool)
-    ascending, confirmed = direction == "minimize", table["fresh"].notna()
+    ascending = direction == "minimize"
+    confirmed = table["fresh"].notna()
     ranks = table["score"].where(table["whole"]).groupby(confirmed).rank(method="min", ascending=ascending)
     table["rank"] = (ranks + int(confirmed.sum()) * ~confirmed).astype("Int64")
     return table.sort_values(["whole", "rank", "mean", "configuration"], ascending=[False, True, ascending, True],

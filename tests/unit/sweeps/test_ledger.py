@@ -186,13 +186,13 @@ def test_failures_in_a_row_stop_the_sweep(tmp_path: Path, said: io.StringIO) -> 
 def test_no_trial_begins_once_the_inputs_have_changed(tmp_path: Path, said: io.StringIO) -> None:
     """Not even one whose directory was made before: it would be trained on what its manifest does not name."""
     data = tmp_path / "data.jsonl"
-    data.write_text("{}\n")
+    data.write_text("{}\n" * 128)
     files = {"data.train_data": [str(data)], "data.val_data": [str(data)]}
     plan, sweep_dir = begin(recipes.with_values(recipe_of(max_concurrent=2), files), tmp_path / "sweep")
     study = Study(sweep_dir.journal, plan)
     ledger = Ledger(sweep_dir, study, Progress(study, Console(file=said, width=200)))
     first = start(ledger, "a")
-    data.write_text("{}\n{}\n")
+    data.write_text("{}\n" * 129)
     assert ledger.begin("b") is None
     assert study.stopped is not None
     assert study.stopped.startswith(f"the sweep's inputs changed: data {data}: sha256:")
