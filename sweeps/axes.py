@@ -19,7 +19,8 @@ POLICY, CRITIC = "trainer.policy.model.lora", "trainer.critic.model.lora"
 # Keys that end in a point stand for all keys below them.
 RULER = (
     "data.val_data", "data.question_column", "data.answer_column", "generator.eval_sampling_params.",
-    "generator.eval_n_samples_per_prompt", "generator.max_input_length", "trainer.max_prompt_length", "trainer.eval_interval", "environment.env_class",
+    "generator.eval_n_samples_per_prompt", "generator.max_input_length", "trainer.max_prompt_length",
+    "trainer.eval_interval", "environment.env_class",
 )  # fmt: skip
 RECORDS = (
     "trainer.logger", "trainer.project_name", "trainer.max_ckpts_to_keep", "trainer.samples_per_dump",

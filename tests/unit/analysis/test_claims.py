@@ -170,6 +170,17 @@ def test_flops_are_arithmetic_on_the_adapters_size() -> None:
     assert verdict.effect == pytest.approx(2 / 3 + 64 * 7680 / 750_000)
     small = drawn()
     assert CLAIMS["7"].verdict(only(small, small.rank <= 4)).verdict == HOLDS
+    # What is said of sizes goes by parameters: a higher rank on fewer modules may be the smaller adapter.
+    within_margin = max(size for rank in (1, 4, 16) if (size := rank * 7680 / 750_000) <= 0.1 * 2 / 3)
+    assert f"up to {within_margin:.1%} of the model's parameters are within the margin" in verdict.reading
+    assert "of rank 64, has 65.5% of them and takes 1.32" in verdict.reading
+
+
+def test_no_margin_is_widened_to_settle_a_claim() -> None:
+    near = by_rank({1: {"height": 0.9}}).draw(np.random.default_rng(0), curves=True)
+    for verdict in judge(near):
+        assert "margin, or" not in verdict.settle
+        assert "larger margin" not in verdict.settle
 
 
 @pytest.fixture(scope="module")
