@@ -67,8 +67,9 @@ class Arm:
         self.bad = np.zeros(len(rates), bool)
         self.bad[cell[bad[known]]] = True
         self.runs = int(known.sum())
-        fresh = confirm[known] & np.isfinite(score[known])
-        self.fresh = [score[known][fresh & (cell == number)].tolist() for number in range(len(rates))]
+        fresh_seeds, fresh_place = np.unique(seed[known & confirm], return_inverse=True)
+        self.fresh: Floats = np.full((len(rates), len(fresh_seeds)), math.nan)
+        self.fresh[cell[~swept], fresh_place] = score[known][~swept]
         counts = np.isfinite(self.scores).sum(1)
         sums = np.where(np.isfinite(self.scores), self.scores, 0.0).sum(1)
         self.counts = counts
@@ -131,8 +132,12 @@ class Arm:
         variance, df = self.noise(self.good)
         if df == 0 or not self.eligible.any():
             return None
-        fresh = confirmed(self.fresh[self.top], self.top, variance, df)
-        held = fresh or held_out(self.scores, self.eligible, variance, df)
+        again = self.eligible & np.isfinite(self.fresh).all(1) & (self.fresh.shape[1] > 1)
+        if again.sum() > 1:  # the fresh seeds say which rate is the best
+            held = held_out(self.fresh, again, variance, df)
+        else:
+            own = self.fresh[self.top][np.isfinite(self.fresh[self.top])]
+            held = confirmed(own.tolist(), self.top, variance, df) or held_out(self.scores, self.eligible, variance, df)
         if held is None:
             return None
         chance, grid = held.estimate.se**2, (self.headroom / 2) ** 2

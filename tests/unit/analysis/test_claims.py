@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from analysis.claims import CLAIMS, contexts, evidence, judge, judge_tables
+from analysis.claims.arm import Arm
 from analysis.claims.claim import FAILS, HOLDS, UNKNOWN
 from analysis.claims.evidence import ALL, Evidence
 from analysis.load import Tables, load
@@ -123,28 +124,39 @@ def test_a_grid_that_is_too_coarse_for_full_fine_tuning_is_said() -> None:
     assert verdict.settle.startswith("add learning rates between")
 
 
-def test_fresh_seeds_count_in_place_of_those_that_chose() -> None:
-    whole = drawn()
-    one = whole.rank == 1
-    chosen = whole.arm(one)
+def confirmed(found: Evidence, scores: dict[int, float]) -> Arm:
+    """Rank 1's arm, with three fresh seeds at its best rate (0) and at rates so many places from it."""
+    one = found.rank == 1
+    chosen = found.arm(one)
     assert chosen is not None
-    rate = whole.lr[one][np.argmin(np.abs(np.log10(whole.lr[one]) - chosen.log_lr[chosen.top]))]
-    fresh = one & (whole.lr == rate)
-    again = only(whole, np.arange(len(fresh)) >= 0)
-    joined = {
-        field.name: np.concatenate([getattr(again, field.name), getattr(again, field.name)[fresh]])
-        for field in fields(again)
-        if isinstance(getattr(again, field.name), np.ndarray) and len(getattr(again, field.name)) == len(fresh)
+    parts = {
+        field.name: [getattr(found, field.name)]
+        for field in fields(found)
+        if isinstance(getattr(found, field.name), np.ndarray) and len(getattr(found, field.name)) == len(one)
     }
-    extra = int(fresh.sum())
-    joined["confirm"][-extra:] = True
-    joined["seed"][-extra:] += 100
-    joined["score"][-extra:] = BASE + 0.5 * GAIN
-    confirmed = replace(again, **joined).arm(joined["rank"] == 1)
-    assert confirmed is not None
-    assert confirmed.peak is not None
-    assert confirmed.peak.value == pytest.approx(BASE + 0.5 * GAIN + confirmed.headroom)
-    assert confirmed.seeds == 3
+    for place, score in scores.items():
+        again = one & np.isclose(np.log10(found.lr), chosen.log_lr[chosen.top + place])
+        changed = {"confirm": True, "score": score, "seed": 100 + found.seed[again]}
+        for name, columns in parts.items():
+            columns.append(np.full_like(columns[0][again], changed[name]) if name in changed else columns[0][again])
+    joined: dict[str, Any] = {name: np.concatenate(columns) for name, columns in parts.items()}
+    arm = replace(found, **joined).arm(joined["rank"] == 1)
+    assert arm is not None
+    assert arm.peak is not None
+    return arm
+
+
+def test_fresh_seeds_count_in_place_of_those_that_chose() -> None:
+    arm = confirmed(drawn(), {0: BASE + 0.5 * GAIN})
+    assert arm.peak is not None
+    assert arm.peak.value == pytest.approx(BASE + 0.5 * GAIN + arm.headroom)
+    assert arm.seeds == 3
+
+
+def test_fresh_seeds_say_which_rate_is_an_arms_best() -> None:
+    arm = confirmed(drawn(), {0: BASE + 0.5 * GAIN, 1: BASE + 0.9 * GAIN})
+    assert arm.peak is not None
+    assert arm.peak.value == pytest.approx(BASE + 0.9 * GAIN + arm.headroom)
 
 
 def test_diverged_and_pruned_runs_tell_against_their_rate_and_are_never_the_best() -> None:
