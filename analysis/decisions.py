@@ -18,7 +18,7 @@ from harness import metrics
 Verdict = Literal["best", "tied", "open", "not tested"]
 UNTESTED: Verdict = "not tested"
 MEANINGS: dict[Verdict, str] = {
-    "best": "every other value tested is worse",
+    "best": "every other value tested is worse; of learning rates, the next on either side of the range",
     "tied": "no value tested is better by a tenth of what training gained; the cheapest of those is named",
     "open": "the runs do not settle it; what would is named",
     "not tested": "every run used the same value",
@@ -130,16 +130,18 @@ def _same_otherwise(runs: pd.DataFrame, row: pd.Series, others: Sequence[str]) -
 
 
 def _rate(experiment: Experiment, question: Question, row: pd.Series, found: Comparison, cost: str) -> Decision:
-    """Decide a learning rate as a range: from the lowest to the highest that is not worse than the winner's."""
-    near = [float(level.value) for level in found.levels if level.standing != "worse"]
-    low, high, tested = min(near), max(near), [float(level.value) for level in found.levels]
-    chosen = float(found.chosen.value)
-    value = labels.lr(chosen) if len(near) == 1 else f"{labels.lr(low)} to {labels.lr(high)}"
+    """Decide a learning rate as a range around the winner's, which ends before the next that is worse on each side."""
+    tested, chosen = [float(level.value) for level in found.levels], float(found.chosen.value)
+    place, worse = tested.index(chosen), [level.standing == "worse" for level in found.levels]
+    first = next((at + 1 for at in reversed(range(place)) if worse[at]), 0)
+    last = next((at - 1 for at in range(place, len(tested)) if worse[at]), len(tested) - 1)
+    value = labels.lr(chosen)
+    if first < last:
+        value = f"{labels.lr(tested[first])} to {labels.lr(tested[last])} (highest score at {value})"
     evidence = _evidence(experiment, question, found)
-    if len(near) > 1:
-        value += f" (highest score at {labels.lr(chosen)})"
-    sure = found.chosen.score is not None and not found.chosen.collapsed and not found.of("better", "unstable")
-    bounded = sure and low > tested[0] and high < tested[-1]
+    ahead = any(level.standing in ("better", "unstable") for level in found.levels[first : last + 1])
+    sure = found.chosen.score is not None and not found.chosen.collapsed and not ahead
+    bounded = sure and first > 0 and last < len(tested) - 1
     verdict: Verdict = "best" if bounded else found.verdict
     edge = chosen in (tested[0], tested[-1])
     settle, line = SETTLED, None
@@ -259,9 +261,11 @@ def _evidence(experiment: Experiment, question: Question, found: Comparison) -> 
     elif first.score is None:
         text = f"{name} reached {labels.score(experiment.metric, first.mean)} with one seed: chance is not known. "
     parts = [_beside(experiment, question, found, level) for level in rest[:MOST_VALUES]]
-    more = [level for level in rest[MOST_VALUES:] if level.standing != "worse"]
-    tail = f"; {len(rest) - MOST_VALUES} more" if len(rest) > MOST_VALUES else ""
-    tail += f", {len(more)} of them not told apart" if more else " are worse" if tail and first.score else ""
+    more, tail = rest[MOST_VALUES:], ""
+    if more:
+        left = sum(level.standing != "worse" for level in more)
+        are = "is" if len(more) == 1 else "are"
+        tail = f"; {len(more)} more {are} worse" if not left else f"; of {len(more)} more {left} not told apart"
     return f"{labels.capital(text)}{'; '.join(parts)}{tail}."
 
 

@@ -132,7 +132,7 @@ def _decision_method() -> str:
         "average: at most 5% of sweeps call a value worse that is not. A value is worse where its interval excludes "
         f"the winner's, and tied where it lies within {GAIN_SHARE:.0%} of what training gained. One that was never "
         "tried beside the winner's other settings, nor over learning rates of its own, is not judged. A learning rate "
-        "is decided as a range, outside of which every rate tested is worse."
+        "is decided as a range around the winner's, which ends where the next rate tested is worse."
     )
 
 
