@@ -141,7 +141,8 @@ def legend(figure: Figure, handles: Sequence[Artist], look: Look) -> None:
     """A legend beside the axes, or on a narrow page below them; none without handles."""
     if handles and look.narrow:
         for handle in handles:
-            handle.set_label(textwrap.fill(str(handle.get_label()), NARROW_LABEL))
+            label = textwrap.fill(str(handle.get_label()), NARROW_LABEL, max_lines=3, placeholder=" …")
+            handle.set_label(label)
         figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize="small")
     elif handles:
         figure.legend(handles=handles, loc="outside right upper", fontsize="small")

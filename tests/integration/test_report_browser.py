@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +14,7 @@ from matplotlib.image import imread
 
 from analysis.report import read, write, write_report
 from harness.rundir import Status
-from tests.integration.browser import CHROMIUM, Browser, Page, Proxy, watched
+from tests.integration.browser import CHROMIUM, Browser, Page, Proxy, violations, watched
 from tests.unit.analysis.synthetic import Sweep, Trial, example, params, write_sweep
 
 HOSTILE = (
@@ -258,12 +256,12 @@ def test_figures_say_what_is_pointed_at(report: Path, browser: Browser) -> None:
                 told = json.loads(page.run(f"{image}.closest('figure').dataset.tells"))
                 trace = next(one for one in told["traces"] if told["texts"][one[0]].startswith("trial 4: rank 8,"))
                 x, y = trace[-4:-2] if width == 1280 else trace[-2:]
-                _point(page, image, x, y)
+                page.point_at(image, x, y)
                 assert page.run(_TOLD) == [told["texts"][trace[0]], told["texts"][trace[-5]]]
                 box = page.run("document.querySelector('.tip').getBoundingClientRect().toJSON()")
                 assert 0 <= box["left"] < box["right"] <= width
                 assert box["top"] >= 0
-                _point(page, image, 2, 998)
+                page.point_at(image, 2, 998)
                 assert page.run(_TOLD) is None, "nothing is near the corner"
 
 
@@ -288,7 +286,7 @@ def test_a_hostile_setting_is_only_text_to_a_pointer(browser: Browser, proxy: Pr
         page.run(f"{image}.scrollIntoView({{block: 'center'}})")
         told = json.loads(page.run(f"{image}.closest('figure').dataset.tells"))
         trace = next(one for one in told["traces"] if HOSTILE in told["texts"][one[0]])
-        _point(page, image, *trace[-4:-2])
+        page.point_at(image, *trace[-4:-2])
         assert HOSTILE in page.run(_TOLD)[0]
         assert page.run("document.title") != "ran"
     assert len(proxy.from_pages) == before
@@ -359,37 +357,19 @@ def test_a_page_of_what_has_ended_does_not_load_itself_again(report: Path) -> No
 def test_axe_finds_nothing(pages: dict[str, Path], browser: Browser, kind: str, width: int, dark: bool) -> None:
     with browser.page(pages[kind].as_uri(), width=width, dark=dark) as page:
         page.run(_OPEN_ALL)
-        assert _violations(page) == []
+        assert violations(page) == []
 
 
 def test_axe_would_have_found_something(browser: Browser, tmp_path: Path) -> None:
     path = tmp_path / "bad.html"
     path.write_text("<!doctype html><title>bad</title><img src='data:,'><p style='color: #ccc'>faint</p>")
     with browser.page(path.as_uri()) as page:
-        assert {found.split(":")[0] for found in _violations(page)} >= {"image-alt", "color-contrast", "html-has-lang"}
-
-
-def _violations(page: Page) -> list[str]:
-    """What axe-core finds wrong, best practices included: rule and element each."""
-    package = importlib.util.find_spec("axe_playwright_python")
-    if package is None or package.origin is None:
-        pytest.skip("axe-core is not installed: pip install --no-deps axe-playwright-python")
-    page.run((Path(package.origin).parent / "axe.min.js").read_text() + "; true")
-    found: dict[str, Any] = page.run("axe.run(document, {resultTypes: ['violations']})")
-    return [f"{one['id']}: {node['html'][:200]}" for one in found["violations"] for node in one["nodes"]]
+        assert {found.split(":")[0] for found in violations(page)} >= {"image-alt", "color-contrast", "html-has-lang"}
 
 
 # What a figure says just now: of what, and what; null where it says nothing.
 _TOLD = """(tip => tip && !tip.hidden ? [tip.children[0].textContent, tip.children[1].textContent] : null)(
     document.querySelector('.tip'))"""
-
-
-def _point(page: Page, image: str, x: float, y: float) -> None:
-    """Move the mouse over a picture, to thousandths of its width and height."""
-    left, top, width, height = page.run(
-        f"(({{left, top, width, height}}) => [left, top, width, height])({image}.getBoundingClientRect())"
-    )
-    page.call("Input.dispatchMouseEvent", type="mouseMoved", x=left + x * width / 1000, y=top + y * height / 1000)
 
 
 def _column(page: Page, title: str) -> int:

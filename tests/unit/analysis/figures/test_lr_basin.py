@@ -94,6 +94,13 @@ def test_a_pointer_is_told_of_every_run_and_of_the_means(experiment: Experiment)
     assert len(told) == 12 + 2
 
 
+def test_a_long_label_is_broken_in_the_legend_of_a_narrow_page(experiment: Experiment) -> None:
+    draw, source = partial(lr_basin.draw, lr_basin.data(experiment)[0].data), "range of 2 seeds or 95% interval over"
+    wide, narrow = (render(draw, Look(narrow=narrow)).decode() for narrow in (False, True))
+    assert (source in wide, source in narrow) == (True, False)
+    assert ">interval over 512 problems<" in narrow
+
+
 def test_a_run_without_a_score_tells_so_at_the_foot() -> None:
     trials: list[dict[str, object]] = [{"lr": lr, "score": 0.5} for lr in (1e-4, 1e-3)]
     lost = {"lr": 1e-1, "status": "FAILED", "diverged": True}
