@@ -8,7 +8,7 @@ from analysis import bars, compare, labels, page, reading, rerun, stats, tables
 from analysis.decisions import MEANINGS, decisions
 from analysis.experiment import Experiment
 from analysis.next_step import next_step
-from analysis.verdicts import claims
+from analysis.verdicts import Claims, claims
 
 # So many of the best configurations stand in a pull request.
 TOP = 5
@@ -51,11 +51,13 @@ def part(experiment: Experiment) -> dict[str, Any]:
 
 def single(experiment: Experiment) -> dict[str, Any]:
     """The page of one run or sweep."""
+    found, own = claims([experiment]), part(experiment)
     return {
-        **part(experiment),
+        **own,
         "compare": False,
-        "claims": claims([experiment]),
+        "claims": found if found and found.judged else None,
         "trials": tables.trials([experiment]),
+        "method": [*own["method"], *_unjudged(found)],
     }
 
 
@@ -74,7 +76,10 @@ def comparison(experiments: list[Experiment]) -> dict[str, Any]:
         "chance in the problems and in sampling; chance in training shows in the intervals over seeds."
     )
     judged = "Claims are judged on the runs of all that differ only in what the claims vary, whichever they belong to."
-    lines = dict.fromkeys([paired, judged, *(line for one in parts for line in one["method"])])
+    found = claims(experiments)
+    shown = found if found and found.judged else None
+    leading = [paired, judged] if shown else [paired]
+    lines = dict.fromkeys([*leading, *(line for one in parts for line in one["method"]), *_unjudged(found)])
     return {
         "name": f"{labels.plural(len(experiments), 'experiment')} compared",
         "compare": True,
@@ -84,7 +89,17 @@ def comparison(experiments: list[Experiment]) -> dict[str, Any]:
         "parts": parts,
         "best_of_each": compare.best_of_each(experiments),
         "pairs": compare.pairs(experiments),
-        "claims": claims(experiments),
+        "claims": shown,
         "trials": tables.trials(experiments),
         "method": list(lines),
     }
+
+
+def _unjudged(found: Claims | None) -> list[str]:
+    """A sentence in the claims' place where none of them can be judged."""
+    if found is None or found.judged:
+        return []
+    count = labels.plural(len(found.rows), "claim")
+    return [
+        f"None of the {count} of LoRA Without Regret can be judged by these runs: docs/claims.md says what each takes."
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import re
 import signal
@@ -17,7 +18,7 @@ from typing import Any
 
 from analysis.experiment import Experiment
 from analysis.figures import Figure, Plot, all_figures
-from analysis.figures.theme import Look, darkened, render, render_both
+from analysis.figures.theme import Look, PlacedTrace, darkened, render, render_all
 from harness.rundir import write_bytes
 
 _SIZE = re.compile(rb'viewBox="[\d.]+ [\d.]+ ([\d.]+) ([\d.]+)"')
@@ -71,16 +72,41 @@ def _end_with_parent() -> None:
 
 
 def _draw(figure: Figure, plot: Plot, folder: Path, prefix: str) -> Drawing:
-    """A plot as a PNG file, and with its four drawings (light or dark, wide or narrow) as data URIs and their sizes."""
+    """A plot as a PNG file, and with its four drawings (light or dark, wide or narrow) as data URIs and their sizes.
+
+    `tells` is what it tells to a pointer (see `_tells`); empty where it tells nothing.
+    """
     draw = partial(figure.draw, plot.data)
-    wide, png = render_both(draw, Look())
-    write_bytes(folder / f"{prefix}{plot.name}.png", png)
-    found: Drawing = {}
-    for narrow, light in ((False, wide), (True, render(draw, Look(narrow=True)))):
-        dark = render(draw, Look(True, narrow)) if figure.dark_apart else darkened(light)
-        width = "narrow" if narrow else "wide"
+    wide, narrow = render_all(draw, Look()), render_all(draw, Look(narrow=True), png=False)
+    assert wide.png is not None
+    write_bytes(folder / f"{prefix}{plot.name}.png", wide.png)
+    found: Drawing = {"id": f"{prefix}figure-{plot.name}", "name": f"{prefix}{plot.name}", "front": figure.front}
+    for width, light in (("wide", wide.svg), ("narrow", narrow.svg)):
+        dark = render(draw, Look(True, width == "narrow")) if figure.dark_apart else darkened(light)
         found |= {f"light_{width}": _uri(light), f"dark_{width}": _uri(dark), f"{width}_size": _size(light)}
-    return {"name": f"{prefix}{plot.name}", "title": plot.title, "reading": plot.reading, "alt": plot.alt, **found}
+    words = {"title": plot.title, "reading": plot.reading, "alt": plot.alt}
+    return {**found, **words, "tells": _tells(wide.traces, narrow.traces)}
+
+
+def _tells(wide: Sequence[PlacedTrace], narrow: Sequence[PlacedTrace]) -> str:
+    """A figure's traces as JSON: `texts`, each once, and `traces` of places in them and on the pictures.
+
+    A trace is a flat list: its subject's text, and for each place its text, then x and y on the wide and on the narrow
+    picture.
+    """
+    known: dict[str, int] = {}
+
+    def number(text: str) -> int:
+        return known.setdefault(text, len(known))
+
+    traces = []
+    for one, other in zip(wide, narrow, strict=True):
+        row = [number(one.about)]
+        for text, at, narrow_at in zip(one.texts, one.places, other.places, strict=True):
+            row += [number(text), *at, *narrow_at]
+        if len(row) > 1:
+            traces.append(row)
+    return json.dumps({"texts": list(known), "traces": traces}, separators=(",", ":")) if traces else ""
 
 
 def _uri(svg: bytes) -> str:

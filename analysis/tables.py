@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -13,6 +13,10 @@ from analysis.experiment import Experiment
 from harness import metrics
 from harness.rundir import Status
 
+# Columns of trials that are left out, and said once, where all rows have the same.
+SAID_ONCE = ("seed", "steps")
+# A trial's settings past so many columns stand together in one: the table fits a page of 1280 pixels.
+MOST_AXES = 5
 # A reason longer than this is cut in the table; the manifest has all of it.
 SHOWN_REASON = 300
 Sort = float | str | None
@@ -54,10 +58,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table ready for a template."""
+    """A table ready for a template; `same` names what all rows have in common and no column shows."""
 
     columns: list[Column]
     rows: list[Row]
+    same: str = ""
 
     def top(self, count: int) -> Table:
         """The first rows alone."""
@@ -91,19 +96,22 @@ def configurations(experiment: Experiment) -> Table:
 def trials(experiments: Sequence[Experiment]) -> Table:
     """Every trial with how it ended; the last score of one that did not complete is in brackets: it does not count.
 
-    Several experiments' trials stand one after another, with a column for which they belong to.
+    Several experiments' trials stand one after another, with a column for which they belong to; what only some of them
+    swept stands together in one column. What all have in common of `SAID_ONCE` is in `same`.
     """
     one, many = experiments[0], len(experiments) > 1
     swept = many or one.is_sweep
     axes = list(dict.fromkeys(key for experiment in experiments for key in experiment.axes))
+    apart = [key for key in axes if all(key in experiment.axes for experiment in experiments)][:MOST_AXES]
+    together = [key for key in axes if key not in apart]
     names = {labels.metric(experiment.metric) for experiment in experiments}
     lead = [Column("sweep", lambda row: str(row["name"]), words=True)] if many else []
     columns = [
         *lead,
         *([_count("trial", "number")] if swept else []),
         Column(names.pop() if len(names) == 1 else "score", _final, sort=number("score")),
-        *_axes(axes),
-        *([_count("config", "configuration")] if swept else []),
+        *_axes(apart),
+        *([Column("other settings", _settings(together), words=True)] if together else []),
         _count("seed", "seed"),
         Column("best (step)", _peak, sort=number("best")),
         _count("steps", "step"),
@@ -116,9 +124,22 @@ def trials(experiments: Sequence[Experiment]) -> Table:
         best = experiment.best_trial()
         winners |= set() if best is None else {(experiment.directory, best["run_dir"])}
     done = Status.COMPLETE.value
-    return _table(
+    table = _table(
         columns, rows, lambda row: (row["directory"], row["run_dir"]) in winners, lambda row: row["status"] != done
     )
+    return _said_once(table) if swept else table
+
+
+def _said_once(table: Table) -> Table:
+    values = {place: {row.cells[place] for row in table.rows} for place in range(len(table.columns))}
+    once = [p for p, column in enumerate(table.columns) if column.title in SAID_ONCE and len(values[p]) == 1]
+    kept = [place for place in range(len(table.columns)) if place not in once]
+    rows = [
+        replace(row, cells=[row.cells[place] for place in kept], sort=[row.sort[place] for place in kept])
+        for row in table.rows
+    ]
+    same = labels.listed([f"{table.columns[place].title} {values[place].pop()}" for place in once])
+    return Table([table.columns[place] for place in kept], rows, same)
 
 
 def _inputs(experiments: Sequence[Experiment], of: Callable[[pd.Series], Iterable[Any]]) -> list[Column]:
@@ -169,6 +190,14 @@ def _axis_cell(key: str) -> Callable[[pd.Series], str]:
         rank = row.get(labels.RANK)
         values = {labels.RANK: None if pd.isna(rank) else rank}
         return labels.value(key, None if pd.isna(row.get(key)) else row[key]) if labels.matters(key, values) else "–"
+
+    return cell
+
+
+def _settings(keys: Sequence[str]) -> Callable[[pd.Series], str]:
+    def cell(row: pd.Series) -> str:
+        known = {key: row[key] for key in keys if pd.notna(row.get(key)) and _axis_cell(key)(row) != "–"}
+        return labels.settings(known) or "–"
 
     return cell
 

@@ -40,6 +40,11 @@ class Claims:
     counts: list[tuple[str, int]]
     rows: list[Judged]
 
+    @property
+    def judged(self) -> bool:
+        """Whether these runs have enough to test any claim."""
+        return any(row.effect for row in self.rows)
+
 
 def claims(experiments: Sequence[Experiment]) -> Claims | None:
     """The claims on the runs of one or more experiments, those of one context; None where there are no such runs."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.figure import Figure as Canvas
 
 from analysis.experiment import Experiment
-from analysis.figures.theme import Look
+from analysis.figures.theme import Look, Trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +29,14 @@ class Plot:
 class Figure:
     """A figure: `data` gives the plots an experiment has enough for (often one or none), `draw` draws one's data.
 
+    `draw` returns what the page tells when a pointer is near, if anything. `front`: the page shows it unfolded.
     `dark_apart`: its drawing for a dark page differs by more than the theme's colours.
     """
 
     order: int
     data: Callable[[Experiment], list[Plot]]
-    draw: Callable[[Any, Canvas, Look], None]
+    draw: Callable[[Any, Canvas, Look], Sequence[Trace] | None]
+    front: bool = False
     dark_apart: bool = False
 
 

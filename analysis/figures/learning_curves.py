@@ -18,7 +18,8 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocat
 from analysis import labels
 from analysis.experiment import Experiment
 from analysis.figures import Figure, Plot
-from analysis.figures.theme import Look, base_line, category_styles, rank_styles, status_style
+from analysis.figures.marks import run_names
+from analysis.figures.theme import Look, Trace, base_line, category_styles, rank_styles, status_style
 from harness import metrics
 
 # What a curve is drawn against, and how it reads on its axis.
@@ -30,6 +31,7 @@ class Curves:
     """`lines` has run_dir, number, status, score, shade (the learning rate when `log`, else a category), and `costs`.
 
     `costs` are those of step, tokens, flops and seconds that are known; where runs were `packed` seconds are a pack's.
+    `names` says what each run is, by its run_dir.
     """
 
     lines: pd.DataFrame
@@ -41,6 +43,7 @@ class Curves:
     best_name: str | None
     metric: str
     packed: bool
+    names: dict[str, str]
 
 
 def data(experiment: Experiment) -> list[Plot]:
@@ -59,7 +62,9 @@ def data(experiment: Experiment) -> list[Plot]:
     costs = tuple(cost for cost in COSTS if lines[cost].max() > 0)
     members = experiment.tables.steps.get("perf/members")
     packed = members is not None and bool((members > 1).any())
-    curves = Curves(lines, costs, shade, shade == labels.LR, experiment.base, run_dir, name, metric, packed)
+    curves = Curves(
+        lines, costs, shade, shade == labels.LR, experiment.base, run_dir, name, metric, packed, run_names(experiment)
+    )
     against = labels.listed([COSTS[cost] for cost in costs])
     what = f"{labels.metric(metric)} against {against}, {labels.plural(lines['run_dir'].nunique(), 'run')}"
     reading = _reading(experiment, curves)
@@ -78,7 +83,7 @@ def _lines(steps: pd.DataFrame, metric: str) -> pd.DataFrame:
     return found.dropna(subset=[metric]).rename(columns={metric: "score"}).reset_index(drop=True)
 
 
-def draw(curves: Curves, figure: Canvas, look: Look) -> None:
+def draw(curves: Curves, figure: Canvas, look: Look) -> list[Trace]:
     """A panel per cost; one line a run, coloured by learning rate (log scale) or category; the best is thick."""
     count = len(curves.costs)
     columns = 1 if look.narrow or count == 1 else 2
@@ -86,8 +91,9 @@ def draw(curves: Curves, figure: Canvas, look: Look) -> None:
     figure.set_size_inches(look.size[0], height)
     panels = figure.subplots(-(-count // columns), columns, sharey=True, squeeze=False).ravel()
     colour_of = _colours(curves, figure, list(panels), look)
+    traces = []
     for place, (cost, axes) in enumerate(zip(curves.costs, panels, strict=False)):
-        _panel(axes, curves, cost, colour_of, look)
+        traces += _panel(axes, curves, cost, colour_of, look)
         if (place + 1) % columns == 0 or place == count - 1:
             base_line(axes, curves.base, f"base\n{labels.score(curves.metric, curves.base)}", look)
         else:
@@ -95,9 +101,11 @@ def draw(curves: Curves, figure: Canvas, look: Look) -> None:
     for axes in panels[count:]:
         axes.set_visible(False)
     figure.supylabel(labels.metric(curves.metric), fontsize="medium", color=look.colours["ink"])
+    return traces
 
 
-def _panel(axes: Axes, curves: Curves, cost: str, colour_of: Callable[[Any], Any], look: Look) -> None:
+def _panel(axes: Axes, curves: Curves, cost: str, colour_of: Callable[[Any], Any], look: Look) -> list[Trace]:
+    name, traces = labels.metric(curves.metric), []
     for run_dir, line in curves.lines.dropna(subset=[cost]).groupby("run_dir"):
         style, marker = status_style(str(line["status"].iloc[0]))
         colour, best = colour_of(line["shade"].iloc[0]), run_dir == curves.best
@@ -107,11 +115,15 @@ def _panel(axes: Axes, curves: Curves, cost: str, colour_of: Callable[[Any], Any
             axes.plot(used, scores, color=look.colours["ink"], linewidth=4.4, zorder=3.9)
         if marker:
             axes.plot(used[-1:], scores[-1:], marker, color=colour, markerfacecolor="none", markersize=6, zorder=5)
+        shown = zip(line["step"], scores, strict=True)
+        texts = [f"step {step}: {name} {labels.score(curves.metric, score)}" for step, score in shown]
+        traces.append(Trace(curves.names[str(run_dir)], texts, used, scores, axes.transData))
     axes.set_xlabel(COSTS[cost] + (" (of the whole pack)" if cost == "seconds" and curves.packed else ""))
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(4 if look.narrow else 6))
     if cost != "step":
         axes.xaxis.set_major_formatter(EngFormatter(sep="") if cost != "flops" else FuncFormatter(_power))
+    return traces
 
 
 def _power(value: float, _: int) -> str:
@@ -190,4 +202,4 @@ def _spent(curves: Curves, row: pd.Series) -> str:
     return f" ({', '.join(known)})" if known else ""
 
 
-FIGURE = Figure(order=20, data=data, draw=draw, dark_apart=True)
+FIGURE = Figure(order=20, data=data, draw=draw, front=True, dark_apart=True)

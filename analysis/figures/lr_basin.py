@@ -11,26 +11,29 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
-from matplotlib.transforms import blended_transform_factory
+from matplotlib.transforms import Transform, blended_transform_factory
 
 from analysis import labels
 from analysis.experiment import Experiment
 from analysis.figures import Figure, Plot
 from analysis.figures.cells import configurations, each
-from analysis.figures.theme import Look, base_line, legend, log_axis, rank_styles
+from analysis.figures.marks import run_names
+from analysis.figures.theme import Look, Trace, base_line, legend, log_axis, rank_styles
 from analysis.reading import rate_words
 from analysis.stats import Basin
 from harness.rundir import Status
 
 # Ranks that share a rate are drawn side by side, over this share of the distance to the next rate.
 DODGE = 0.3
+# How high a run without a score stands, as a share of the axes.
+FOOT = 0.02
 # Of more ranks than these the reading gives the scores without their intervals, which are in the figure.
 MOST_INTERVALS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """`points` has a run each: rank, lr, score (the last one seen where it did not complete), status, diverged.
+    """`points` has a run each: rank, lr, score (the last one seen where it did not complete), status, diverged, name.
 
     `lines` has each rank's best configuration at each rate: rank, lr, mean, low, high, n. `tops` the best of these
     that is whole, with `edge`: `lowest` or `highest` where no rate was tested beyond it.
@@ -58,6 +61,7 @@ def data(experiment: Experiment) -> list[Plot]:
             "score": runs["score"].fillna(runs["last"]),
             "status": runs["status"],
             "diverged": diverged,
+            "name": runs["run_dir"].map(run_names(experiment)),
         }
     )
     points = points[points["score"].notna() | diverged].reset_index(drop=True)
@@ -127,17 +131,21 @@ def _span(rates: pd.Series) -> str:
     return " to ".join(dict.fromkeys([labels.lr(rates.min()), labels.lr(rates.max())]))
 
 
-def draw(rates: Rates, figure: Canvas, look: Look) -> None:
+def draw(rates: Rates, figure: Canvas, look: Look) -> list[Trace]:
     """A point per run; a line per rank through its best configuration at each rate; the good rates as a band."""
     axes = figure.add_subplot()
     axes.set_xscale("log")
     ranks = sorted(set(rates.points["rank"]))
     styles = rank_styles(ranks, look)
+    runs, means = [], []
     for rank, shift in zip(ranks, _shifts(rates.points, ranks), strict=True):
         colour, marker = styles[rank]
         points = rates.points[rates.points["rank"] == rank]
         _points(axes, points, shift, colour, marker)
-        _line(axes, rates.lines[rates.lines["rank"] == rank], set(points["lr"]), shift, colour)
+        line = rates.lines[rates.lines["rank"] == rank]
+        _line(axes, line, set(points["lr"]), shift, colour)
+        runs += _run_traces(axes, points, shift, rates.metric)
+        means.append(_mean_trace(axes, line, shift, rates))
         for top in each(rates.tops[rates.tops["rank"] == rank].dropna(subset=["edge"])):
             ahead = 1 if top.edge == "highest" else -1
             offset: dict[str, Any] = {
@@ -156,6 +164,32 @@ def draw(rates: Rates, figure: Canvas, look: Look) -> None:
     axes.set_xlabel("learning rate (log scale)")
     axes.set_ylabel(labels.metric(rates.metric))
     legend(figure, _handles(rates, ranks, look), look)
+    return [*runs, *means]
+
+
+def _run_traces(axes: Axes, points: pd.DataFrame, shift: float, metric: str) -> list[Trace]:
+    """A trace of one place for each run."""
+    traces = []
+    for point in each(points):
+        lost = not math.isfinite(point.score)
+        text = "no score" if lost else f"{labels.metric(metric)} {labels.score(metric, point.score)}"
+        if point.status != Status.COMPLETE.value:
+            text = f"{point.status.lower()}, {'no score' if lost else f'last {text}'}"
+        text = f"diverged: {text}" if point.diverged else text
+        place = _foot(axes) if lost else axes.transData
+        traces.append(Trace(point.name, [text], [point.lr * shift], [FOOT if lost else point.score], place))
+    return traces
+
+
+def _mean_trace(axes: Axes, line: pd.DataFrame, shift: float, rates: Rates) -> Trace:
+    """A rank's line of means."""
+    texts = []
+    for row in each(line):
+        low, mean, high = (labels.score(rates.metric, end) for end in (row.low, row.mean, row.high))
+        text = f"learning rate {labels.lr(row.lr)}: mean {mean} of {labels.plural(row.n, 'seed')}"
+        texts.append(text if row.low != row.low else f"{text}, {low} to {high}")
+    about = labels.setting(labels.RANK, line["rank"].iloc[0]) if len(line) else ""
+    return Trace(about, texts, (line["lr"] * shift).tolist(), line["mean"].tolist(), axes.transData)
 
 
 def _shifts(points: pd.DataFrame, ranks: list[int]) -> list[float]:
@@ -180,10 +214,15 @@ def _points(axes: Axes, group: pd.DataFrame, shift: float, colour: str, marker: 
     ]
     for mask, style in looks:
         axes.scatter(group.loc[mask, "lr"] * shift, group.loc[mask, "score"], zorder=3, **style)
-    # A run that diverged before it was ever evaluated has a rate but no score: it stands at the foot.
-    foot = blended_transform_factory(axes.transData, axes.transAxes)
     lost = group.loc[wild & ~seen, "lr"] * shift
-    axes.scatter(lost, [0.02] * len(lost), marker="X", s=64, color=colour, linewidths=0, transform=foot, zorder=3)
+    axes.scatter(
+        lost, [FOOT] * len(lost), marker="X", s=64, color=colour, linewidths=0, transform=_foot(axes), zorder=3
+    )
+
+
+def _foot(axes: Axes) -> Transform:
+    """Where a run stands that diverged before it was ever evaluated: at its rate, and at `FOOT` of the height."""
+    return blended_transform_factory(axes.transData, axes.transAxes)
 
 
 def _line(axes: Axes, found: pd.DataFrame, tested: set[float], shift: float, colour: str) -> None:
@@ -245,4 +284,4 @@ def _handles(rates: Rates, ranks: list[int], look: Look) -> list[Line2D]:
     return handles
 
 
-FIGURE = Figure(order=10, data=data, draw=draw)
+FIGURE = Figure(order=10, data=data, draw=draw, front=True)

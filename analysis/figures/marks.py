@@ -9,7 +9,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
+from analysis import labels
 from analysis.claims.evidence import Evidence
+from analysis.experiment import Experiment
 from harness import metrics
 
 # How far beyond the scores, as a share of their span, the end of a wide interval still widens the axis.
@@ -58,3 +60,14 @@ def fit_scores(axes: Axes, points: pd.DataFrame, base: float | None, metric: str
     if metrics.lookup(metric).unit == "share":
         low, high = max(low, -0.03), min(high, 1.03)
     axes.set_ylim(low, high)
+
+
+def run_names(experiment: Experiment) -> dict[str, str]:
+    """What a pointer is told that a run is, by its directory: its trial, what was swept, and its seed."""
+    names = {}
+    for _, run in experiment.tables.runs.iterrows():
+        swept = labels.settings({key: run[key] for key in experiment.axes if pd.notna(run[key])})
+        said = [swept, "" if pd.isna(run["seed"]) else f"seed {int(run['seed'])}"]
+        name = "the run" if pd.isna(run["number"]) else f"trial {int(run['number'])}"
+        names[str(run["run_dir"])] = f"{name}: {', '.join(part for part in said if part)}"
+    return names

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import Colormap, ListedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.transforms import Transform
 from PIL import Image, ImageColor
 
 from harness.rundir import Status
@@ -32,6 +34,8 @@ OKABE_ITO = {
 MARKERS = ("o", "s", "^", "D", "v", "P")
 # Sharp at the width of a page; at 150 the same figures take a third more bytes.
 DPI = 120
+# Letters in a line of a legend's label on a narrow page, of which two stand side by side.
+NARROW_LABEL = 26
 SCHEMES = {
     False: {"paper": "#ffffff", "ink": "#22272c", "soft": "#66707a", "rule": "#d9dde1", "good": "#e4f1e6"},
     True: {"paper": "#1c2126", "ink": "#e6e9ec", "soft": "#9aa4ae", "rule": "#3a424a", "good": "#23352a"},
@@ -60,6 +64,42 @@ class Look:
         """Viridis without the end that fades into this page."""
         low, high = (0.22, 1.0) if self.dark else (0.0, 0.86)
         return ListedColormap(mpl.colormaps["viridis"](np.linspace(low, high, 256)))
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What the page tells of a curve or a point when a pointer is near: what it is of, and a text for each place.
+
+    `x` and `y` are in the coordinates of `place`, for most an axes' `transData`. Neighbours are joined by a line.
+    """
+
+    about: str
+    texts: Sequence[str]
+    x: Sequence[float]
+    y: Sequence[float]
+    place: Transform
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedTrace:
+    """A trace whose places are thousandths of the picture's width and height, from its top left corner."""
+
+    about: str
+    texts: list[str]
+    places: list[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A figure as SVG and, if asked for, as PNG, with what it tells to a pointer."""
+
+    svg: bytes
+    png: bytes | None
+    traces: list[PlacedTrace]
+
+
+# Draws on a figure; returns what the page tells when a pointer is near, if anything.
+Draw = Callable[[Figure, Look], Sequence[Trace] | None]
 
 
 def status_style(status: str) -> tuple[Any, Any]:
@@ -100,6 +140,9 @@ def log_axis(axis: Axis, look: Look, span: tuple[float, float], words: Callable[
 def legend(figure: Figure, handles: Sequence[Artist], look: Look) -> None:
     """A legend beside the axes, or on a narrow page below them; none without handles."""
     if handles and look.narrow:
+        for handle in handles:
+            label = textwrap.fill(str(handle.get_label()), NARROW_LABEL, max_lines=3, placeholder=" …")
+            handle.set_label(label)
         figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize="small")
     elif handles:
         figure.legend(handles=handles, loc="outside right upper", fontsize="small")
@@ -122,17 +165,19 @@ def base_line(axes: Axes, base: float | None, text: str, look: Look) -> None:
     )
 
 
-def render(draw: Callable[[Figure, Look], None], look: Look) -> bytes:
+def render(draw: Draw, look: Look) -> bytes:
     """A figure as SVG; equal data gives equal bytes."""
-    with _settings(look):
-        return _svg(_drawn(draw, look))
+    return render_all(draw, look, png=False).svg
 
 
-def render_both(draw: Callable[[Figure, Look], None], look: Look) -> tuple[bytes, bytes]:
-    """A figure as SVG and as PNG, drawn and laid out once; equal data gives equal bytes."""
+def render_all(draw: Draw, look: Look, *, png: bool = True) -> Rendered:
+    """A figure in every form, drawn and laid out once; equal data gives equal bytes."""
     with _settings(look):
-        figure = _drawn(draw, look)
-        return _svg(figure), _png(figure, look)
+        figure = Figure(figsize=look.size, dpi=DPI, layout="constrained")
+        traces = draw(figure, look) or []
+        svg = _svg(figure)  # lays it out, after which places are known
+        placed = [_placed(figure, trace) for trace in traces]
+        return Rendered(svg, _png(figure, look) if png else None, placed)
 
 
 def darkened(svg: bytes) -> bytes:
@@ -140,10 +185,15 @@ def darkened(svg: bytes) -> bytes:
     return _COLOUR.sub(lambda found: _DARK.get(found[0], found[0]), svg)
 
 
-def _drawn(draw: Callable[[Figure, Look], None], look: Look) -> Figure:
-    figure = Figure(figsize=look.size, dpi=DPI, layout="constrained")
-    draw(figure, look)
-    return figure
+def _placed(figure: Figure, trace: Trace) -> PlacedTrace:
+    points = trace.place.transform(np.column_stack([trace.x, trace.y]).astype(float))
+    shares = figure.transFigure.inverted().transform(points)
+    places = [
+        (text, (round(1000 * x), round(1000 * (1 - y))))
+        for text, (x, y) in zip(trace.texts, shares.tolist(), strict=True)
+        if math.isfinite(x) and math.isfinite(y)
+    ]
+    return PlacedTrace(trace.about, [text for text, _ in places], [place for _, place in places])
 
 
 def _svg(figure: Figure) -> bytes:

@@ -1,5 +1,6 @@
 "use strict";
-// Copy buttons, sorting, filtering, and a live page's reload. Everything on the page can be read without it.
+// Copy buttons, sorting, filtering, folded sections, what figures tell, and a live page's reload. Everything on the
+// page can be read without it.
 (() => {
   const all = (selector, within = document) => [...within.querySelectorAll(selector)];
   document.documentElement.classList.add("scripted");
@@ -104,19 +105,122 @@
     apply();
   }
 
+  // Folded sections: a link opens what it leads to, and printing opens all.
+  function reveal(hash) {
+    const target = hash.length > 1 ? document.getElementById(decodeURIComponent(hash.slice(1))) : null;
+    let fold = target?.querySelector(":scope > .fold") ?? target?.closest("details");
+    for (; fold; fold = fold.parentElement.closest("details")) fold.open = true;
+    return target;
+  }
+
+  function openForPrinting() {
+    const closed = all("details:not([open])");
+    closed.forEach((one) => { one.open = true; });
+    addEventListener("afterprint", () => closed.forEach((one) => { one.open = false; }), { once: true });
+  }
+
+  // Figures: near a curve or a point, say what it is. Distances are in CSS pixels.
+  const NEAR = 24;
+  const ON = 8;
+  const tip = document.createElement("div");
+  tip.className = "tip";
+  tip.hidden = true;
+  tip.setAttribute("aria-hidden", "true");  // the table of trials has all of it
+  tip.append(document.createElement("strong"), document.createElement("span"), document.createElement("i"));
+
+  function placesOf(image) {
+    const figure = image.closest("figure");
+    figure.told ??= JSON.parse(figure.dataset.tells);
+    const box = image.getBoundingClientRect();
+    const at = matchMedia("(max-width: 600px)").matches ? 3 : 1;
+    return figure.told.traces.map(([about, ...flat]) => {
+      const places = [];
+      for (let i = 0; i < flat.length; i += 5) {
+        const [x, y] = [flat[i + at] * box.width / 1000, flat[i + at + 1] * box.height / 1000];
+        places.push({ about: figure.told.texts[about], text: figure.told.texts[flat[i]], x, y });
+      }
+      return places;
+    });
+  }
+
+  // The end of the nearest line that is nearer; a place that is pointed at itself comes before any line.
+  function nearest(traces, x, y) {
+    let best = { distance: NEAR };
+    const offer = (place, distance) => { if (distance < best.distance) best = { place, distance }; };
+    for (const places of traces) {
+      places.forEach((end, index) => {
+        const away = Math.hypot(end.x - x, end.y - y);
+        offer(end, away <= ON ? away - NEAR : away);
+        if (index === 0) return;
+        const start = places[index - 1];
+        const [dx, dy] = [end.x - start.x, end.y - start.y];
+        const along = ((x - start.x) * dx + (y - start.y) * dy) / (dx * dx + dy * dy || 1);
+        if (along < 0 || along > 1) return;
+        offer(along > 0.5 ? end : start, Math.hypot(start.x + along * dx - x, start.y + along * dy - y));
+      });
+    }
+    return best.place;
+  }
+
+  function tell(image, place) {
+    const figure = image.closest("figure");
+    const [box, outer] = [image.getBoundingClientRect(), figure.getBoundingClientRect()];
+    const [heading, line, spot] = tip.children;
+    heading.textContent = place.about;
+    line.textContent = place.text;
+    tip.hidden = false;
+    figure.append(tip);
+    const [x, y] = [box.left - outer.left + place.x, box.top - outer.top + place.y];
+    const left = Math.max(0, Math.min(x - tip.offsetWidth / 2, outer.width - tip.offsetWidth));
+    const above = y - tip.offsetHeight - 12;
+    const top = outer.top + above < 0 ? y + 12 : above;
+    tip.style.left = `${left}px`;
+    tip.style.top = `${top}px`;
+    spot.style.left = `${x - left}px`;
+    spot.style.top = `${y - top}px`;
+  }
+
+  function point(event) {
+    const image = event.target.closest?.("figure[data-tells] img");
+    const box = image?.getBoundingClientRect();
+    const place = image && nearest(placesOf(image), event.clientX - box.left, event.clientY - box.top);
+    if (place) tell(image, place);
+    else tip.hidden = true;
+  }
+
+  // With a keyboard, the arrows go from place to place.
+  function makeTelling(image) {
+    let index = -1;
+    const go = (step) => {
+      const places = placesOf(image).flat();
+      index = (index + step + places.length) % places.length;
+      tell(image, places[index]);
+      say(`${places[index].about}, ${places[index].text}`);
+    };
+    image.tabIndex = 0;
+    image.addEventListener("blur", () => { tip.hidden = true; });
+    image.addEventListener("keydown", (event) => {
+      const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+      if (event.key === "Escape") tip.hidden = true;
+      if (!step) return;
+      event.preventDefault();
+      go(index < 0 && step < 0 ? 0 : step);
+    });
+  }
+
   // A live page loads itself again, and comes back to where its reader was. What is kept lives in this tab's history.
   const nameOf = (control) => control.id || control.textContent;
   const namesakes = (name) => all("a, button, input, select, summary, [tabindex]").filter((one) => nameOf(one) === name);
 
   function remember() {
-    const shown = (part) => part.getClientRects().length > 0;
+    const shown = (part) => part.checkVisibility?.() ?? part.getClientRects().length > 0;
     const place = all("main section[id], main h3[id]").findLast((part) => shown(part) && part.getBoundingClientRect().top <= 1);
     const name = nameOf(document.activeElement);
     return {
       fields: all("input, select").map((field) => [field.id, field.value]),
       sorts: all("table[id]").map((table) => {
         const head = all("th[aria-sort]", table).find((one) => one.getAttribute("aria-sort") !== "none");
-        return [table.id, head?.cellIndex, head?.getAttribute("aria-sort")];
+        return [table.id, head?.textContent, head?.getAttribute("aria-sort")];
       }),
       open: all("details[id]").map((one) => [one.id, one.open]),
       scrolled: all(".scroll[id]").map((one) => [one.id, one.scrollLeft, one.scrollTop]),
@@ -132,9 +236,10 @@
       if (field && (field.tagName !== "SELECT" || [...field.options].some((one) => one.value === value))) field.value = value;
     });
     all("[data-filters]").forEach((tools) => tools.dispatchEvent(new Event("apply")));
-    kept.sorts.forEach(([id, column, direction]) => {
+    kept.sorts.forEach(([id, title, direction]) => {  // by title, as a column may have come or gone
       const table = find(id);
-      if (table && column !== undefined && column < table.tHead.rows[0].cells.length) sort(table, column, direction);
+      const head = table && all("th[aria-sort]", table).find((one) => one.textContent === title);
+      if (head) sort(table, head.cellIndex, direction);
     });
     kept.open.forEach(([id, open]) => { if (find(id)) find(id).open = open; });
     kept.scrolled.forEach(([id, left, top]) => find(id)?.scrollTo(left, top));
@@ -166,7 +271,14 @@
     document.addEventListener("click", (event) => {
       const button = event.target.closest("button.copy");
       if (button) copy(button);
+      const link = event.target.closest('a[href^="#"]');
+      if (link) reveal(link.hash);
     });
+    all("figure[data-tells] img").forEach(makeTelling);
+    addEventListener("pointermove", point);
+    addEventListener("pointerdown", point);
+    addEventListener("hashchange", () => reveal(location.hash)?.scrollIntoView());
+    addEventListener("beforeprint", openForPrinting);
     const live = document.getElementById("live");
     const kept = history.state?.kept;
     if (kept) {
@@ -174,6 +286,8 @@
       recall(kept);
       addEventListener("load", () => recall(kept), { once: true });  // once more, now that pictures have their height
       history.replaceState(null, "");
+    } else {
+      reveal(location.hash)?.scrollIntoView();
     }
     if (live) keepFresh(live.querySelector("button"), Number(live.dataset.seconds));
   });

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import fcntl
+import importlib.util
 import json
 import os
 import re
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser") if (found := shutil.which(name))), None)
 FLAGS = (
@@ -148,6 +151,13 @@ class Page:
                 extra = {"text": text} if text and kind == "keyDown" else {}
                 self.call("Input.dispatchKeyEvent", type=kind, key=key, code=name, windowsVirtualKeyCode=code, **extra)
 
+    def point_at(self, element: str, x: float, y: float) -> None:
+        """Move the mouse over an element (JavaScript), to thousandths of its width and height."""
+        left, top, width, height = self.run(
+            f"(({{left, top, width, height}}) => [left, top, width, height])({element}.getBoundingClientRect())"
+        )
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=left + x * width / 1000, y=top + y * height / 1000)
+
     def size(self, width: int, height: int) -> None:
         """Make the tab this large, in CSS pixels."""
         self.call(
@@ -207,6 +217,16 @@ def watched(profile: Path) -> Iterator[tuple[Browser, Proxy]]:
         finally:
             proxy.shutdown()
             thread.join()
+
+
+def violations(page: Page) -> list[str]:
+    """What axe-core finds wrong, best practices included: rule and element each."""
+    package = importlib.util.find_spec("axe_playwright_python")
+    if package is None or package.origin is None:
+        pytest.skip("axe-core is not installed: pip install --no-deps axe-playwright-python")
+    page.run((Path(package.origin).parent / "axe.min.js").read_text() + "; true")
+    found: dict[str, Any] = page.run("axe.run(document, {resultTypes: ['violations']})")
+    return [f"{one['id']}: {node['html'][:200]}" for one in found["violations"] for node in one["nodes"]]
 
 
 def _scheme(dark: bool) -> str:

@@ -20,12 +20,13 @@ from analysis.experiment import Experiment
 from analysis.figures import Figure, Plot, all_figures, learning_curves
 from analysis.figures.theme import (
     OKABE_ITO,
+    Draw,
     Look,
     category_styles,
     darkened,
     rank_styles,
     render,
-    render_both,
+    render_all,
 )
 from harness.rundir import Status
 from tests.unit.analysis import worlds
@@ -118,9 +119,19 @@ class TestContract:
 
     def test_equal_data_gives_equal_bytes(self, figure: Figure, plots: Callable[[Figure], list[Plot]]) -> None:
         draw = partial(figure.draw, plots(figure)[0].data)
-        both = render_both(draw, Look())
-        assert render_both(draw, Look()) == both
-        assert render(draw, Look()) == both[0]
+        every = render_all(draw, Look())
+        assert render_all(draw, Look()) == every
+        assert render(draw, Look()) == every.svg
+
+    def test_what_it_tells_is_on_the_picture(self, figure: Figure, plots: Callable[[Figure], list[Plot]]) -> None:
+        draw = partial(figure.draw, plots(figure)[0].data)
+        wide, narrow = (render_all(draw, Look(narrow=narrow), png=False).traces for narrow in (False, True))
+        assert bool(wide) == figure.front
+        told = [[(trace.about, trace.texts) for trace in traces] for traces in (wide, narrow)]
+        assert told[0] == told[1], "the page has one list of texts for both"
+        for trace in (*wide, *narrow):
+            assert len(trace.texts) == len(trace.places)
+            assert all(0 < x < 1000 and 0 < y < 1000 for x, y in trace.places)
 
     def test_nothing_to_show_is_no_plot(self, figure: Figure, unfinished: list[Experiment]) -> None:
         assert figure.data(unfinished[0]) == []
@@ -171,9 +182,11 @@ def test_a_palette_keeps_categories_and_shades() -> None:
     assert max(off) <= 8
 
 
-def png(draw: Callable[[Canvas, Look], None], look: Look) -> Image.Image:
+def png(draw: Draw, look: Look) -> Image.Image:
     """The PNG that is drawn, opened."""
-    return Image.open(io.BytesIO(render_both(draw, look)[1]))
+    drawn = render_all(draw, look).png
+    assert drawn is not None
+    return Image.open(io.BytesIO(drawn))
 
 
 def test_no_two_categories_look_the_same() -> None:

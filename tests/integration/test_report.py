@@ -4,18 +4,21 @@ import base64
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 from matplotlib.image import imread
 
-from analysis import page, report, tables
+from analysis import content, markup, page, report, tables
 from analysis.experiment import Experiment
 from analysis.load import Tables
 from analysis.report import write_report
 from harness.errors import UserError
 from harness.rundir import Status
+from tests.unit.analysis import worlds
 from tests.unit.analysis.figures.made import made
+from tests.unit.analysis.simulation import Arm, World
 from tests.unit.analysis.synthetic import Sweep, Trial, example, params, rewrite_manifest, write_run, write_sweep
 
 HOSTILE = "<script>document.title = 'ran'</script><img src=http://example.com/x.png> | ``` ![x](http://example.com/y) 7"
@@ -58,18 +61,45 @@ def test_the_page_answers_first_and_then_shows_why(html: Page) -> None:
         "Run the winner again",
         "python -m harness.run",
         "Which rank?",
-        "Configurations, best first",
-        "Learning rates: too low, good, too high",
-        "Figures",
-        "LoRA Without Regret, claim by claim",
+        "Score against learning rate",
+        "Learning curves",
         "Every trial, whatever became of it",
         "The same problems, before and after",
+        "Configurations, best first",
+        "Learning rates: too low, good, too high",
+        "More figures",
         "How this was computed",
         "Provenance",
     ]
     body = html.text[html.text.index(order[0]) :]  # past the list of contents
     places = [body.index(text) for text in order]
     assert places == sorted(places)
+
+
+def test_the_answer_decisions_curves_and_trials_are_open_and_the_rest_is_folded(written: Path) -> None:
+    text = (written / "index.html").read_text()
+    folded = re.findall(r'<section id="([^"]+)" class="folded">\n<details id="([^"]+)" class="fold">', text)
+    assert [section for section, _ in folded] == [
+        "problems", "configurations", "rates", "more-figures", "method", "provenance",
+    ]  # fmt: skip
+    assert all(fold == f"{section}-fold" for section, fold in folded), "a live page keeps open what has an id"
+    assert re.findall(r'<section id="([^"]+)"(?! class="folded")', text) == ["answer", "decisions", "figures", "trials"]
+    front = text[text.index('<section id="figures">') : text.index('<section id="trials">')]
+    assert re.findall(r'<h3 id="([^"]+)">', front) == ["figure-lr_basin", "figure-learning_curves"]
+    assert all(f'<a href="#{section}">' in text for section, _ in folded)
+    assert "<details open" not in text
+
+
+def test_claims_stand_only_where_one_can_be_judged(written: Path) -> None:
+    text = (written / "index.html").read_text()
+    assert 'id="claims"' not in text
+    assert text.count("None of the 13 claims of LoRA Without Regret can be judged by these runs") == 1
+    found = content.single(worlds.experiment(World((Arm(1), Arm(8)), seeds=3, rates=4, failures=0.0)))
+    beside: dict[str, Any] = {"figures": [], "refresh": None, "downloads": [], "redraw": ""}
+    judged = markup.fill("report.html.j2", {**found, **beside})
+    assert '<section id="claims" class="folded">' in judged
+    assert re.search(r'claim by claim</h2>\n <span class="inside">.*\d+ cannot tell</span>', judged)
+    assert "can be judged by these runs" not in judged
 
 
 def test_the_page_loads_nothing_and_runs_nothing(html: Page) -> None:
@@ -103,7 +133,7 @@ def test_markdown_says_the_same_and_its_pictures_exist(written: Path, html: Page
 
 def test_markdown_tables_are_whole(written: Path) -> None:
     blocks = re.findall(r"(?:^\|.*\|$\n?)+", (written / "report.md").read_text(), flags=re.MULTILINE)
-    assert len(blocks) == 3, "decisions, configurations, claims"
+    assert len(blocks) == 2, "decisions, configurations"
     for block in blocks:
         widths = {len(re.findall(r"(?<!\\)\|", line)) for line in block.strip().splitlines()}
         assert len(widths) == 1
@@ -174,7 +204,6 @@ def test_all_trials_are_listed_with_how_they_ended(experiment: Experiment) -> No
         "rank",
         "learning rate",
         "target modules",
-        "config",
         "seed",
         "best (step)",
         "steps",
@@ -194,6 +223,24 @@ def test_all_trials_are_listed_with_how_they_ended(experiment: Experiment) -> No
     assert table.rows[10].status == "FAILED"
     assert table.rows[4].number == 4
     assert str(table.rows[4].command).startswith("python -m harness.run ")
+
+
+def test_what_all_trials_have_in_common_is_said_once() -> None:
+    trials = [{"rank": rank, "score": 0.5, "step": 32} for rank in (1, 8)]
+    table = tables.trials([made(trials)])
+    assert table.same == "seed 0 and steps 32"
+    assert not {"seed", "steps"} & {column.title for column in table.columns}
+    assert {len(row.cells) for row in table.rows} == {len(row.sort) for row in table.rows} == {len(table.columns)}
+    assert tables.trials([made([*trials, {"rank": 64, "score": 0.5, "seed": 1, "step": 8}])]).same == ""
+
+
+def test_settings_that_only_some_experiments_swept_stand_together() -> None:
+    first = made([{"rank": rank, "score": 0.5, "alpha": rank * 4.0} for rank in (1, 8)])
+    second = made([{"rank": rank, "score": 0.5} for rank in (1, 8)])
+    table = tables.trials([first, second])
+    titles = [column.title for column in table.columns]
+    assert titles[:5] == ["sweep", "trial", "held-out accuracy", "rank", "other settings"]
+    assert [row.cells[4] for row in table.rows] == ["alpha 4", "alpha 32", "alpha 32", "alpha 32"]
 
 
 def test_configurations_are_ranked_and_the_unranked_say_why(experiment: Experiment) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from analysis.experiment import Experiment
 from analysis.figures import learning_curves
-from analysis.figures.theme import Look, render
+from analysis.figures.theme import Look, render, render_all
 from tests.unit.analysis import worlds
 from tests.unit.analysis.figures.made import made
 from tests.unit.analysis.simulation import Arm, World
@@ -52,6 +52,17 @@ def test_half_of_the_gain_is_read_off_the_best_curve() -> None:
     step = int(best[best["score"] >= half]["step"].iloc[0])
     assert f"has half of its gain by step {step} ({step * 8}k tokens," in plot.reading
     assert "after 32 (256k tokens, " in plot.reading
+
+
+def test_a_pointer_is_told_which_trial_a_curve_is_and_its_scores(experiment: Experiment) -> None:
+    draw = partial(learning_curves.draw, learning_curves.data(experiment)[0].data)
+    traces = render_all(draw, Look(), png=False).traces
+    assert len(traces) == 2 * 12, "a trace per cost and run"
+    trace = traces[4]
+    assert trace.about == "trial 4: rank 8, learning rate 1e-3, target modules all-linear, seed 0"
+    assert (trace.texts[0], trace.texts[-1]) == ("step 0: held-out accuracy 0.291", "step 50: held-out accuracy 0.920")
+    assert trace.places == sorted(trace.places), "steps go to the right"
+    assert trace.places[0][1] > trace.places[-1][1], "and scores up"
 
 
 @pytest.mark.parametrize("members", [1.0, 4.0])

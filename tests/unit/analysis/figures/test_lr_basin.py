@@ -10,7 +10,7 @@ import pytest
 from analysis.experiment import Experiment
 from analysis.figures import lr_basin
 from analysis.figures.cells import each
-from analysis.figures.theme import Look, render
+from analysis.figures.theme import Look, render, render_all
 from tests.unit.analysis import worlds
 from tests.unit.analysis.figures.made import made
 from tests.unit.analysis.simulation import by_rank
@@ -82,6 +82,32 @@ def test_a_run_that_diverged_before_its_first_evaluation_is_shown() -> None:
     assert plot.data.points["score"].isna().sum() == 2
     assert "2 of 4 runs diverged: full fine-tuning at 1e-1 and LoRA at 1e-1." in plot.reading
     assert b"diverged" in render(partial(lr_basin.draw, plot.data), Look())
+
+
+def test_a_pointer_is_told_of_every_run_and_of_the_means(experiment: Experiment) -> None:
+    draw = partial(lr_basin.draw, lr_basin.data(experiment)[0].data)
+    told = {trace.about: trace.texts for trace in render_all(draw, Look(), png=False).traces}
+    settings = "rank 8, learning rate 1e-2, target modules all-linear"
+    assert told[f"trial 10: {settings}, seed 0"] == ["diverged: failed, last held-out accuracy 0.990"]
+    assert told["trial 4: rank 8, learning rate 1e-3, target modules all-linear, seed 0"] == ["held-out accuracy 0.920"]
+    assert told["rank 8"][-1] == "learning rate 1e-3: mean 0.910 of 2 seeds, 0.900 to 0.920"
+    assert len(told) == 12 + 2
+
+
+def test_a_long_label_is_broken_in_the_legend_of_a_narrow_page(experiment: Experiment) -> None:
+    draw, source = partial(lr_basin.draw, lr_basin.data(experiment)[0].data), "range of 2 seeds or 95% interval over"
+    wide, narrow = (render(draw, Look(narrow=narrow)).decode() for narrow in (False, True))
+    assert (source in wide, source in narrow) == (True, False)
+    assert ">interval over 512 problems<" in narrow
+
+
+def test_a_run_without_a_score_tells_so_at_the_foot() -> None:
+    trials: list[dict[str, object]] = [{"lr": lr, "score": 0.5} for lr in (1e-4, 1e-3)]
+    lost = {"lr": 1e-1, "status": "FAILED", "diverged": True}
+    traces = render_all(partial(lr_basin.draw, rates(made([*trials, lost]))), Look(), png=False).traces
+    foot = next(trace for trace in traces if trace.about.startswith("trial 2"))
+    assert foot.texts == ["diverged: failed, no score"]
+    assert foot.places[0][1] > max(y for trace in traces[:2] for _, y in trace.places)
 
 
 def test_a_simulated_sweeps_lines_peak_at_its_best_rates() -> None:
