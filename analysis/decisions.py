@@ -170,7 +170,9 @@ def _untested(experiment: Experiment, question: Question, row: pd.Series, name: 
     values = _to_try(experiment, question, row)
     seeds = experiment.seeds if experiment.is_sweep else _seeds(experiment, 3)
     line = _grid(experiment, question, row, values, seeds) if values else None
-    tried = labels.listed([_named(question, value, False) for value in values])
+    # A mini-batch is set in prompts, and asked for in sequences.
+    group = lookup(experiment.recipe, "generator.n_samples_per_prompt") if question.column == "batch_size" else 1
+    tried = labels.listed([_named(question, value * group if group != 1 else value) for value in values])
     cost = _cost_of(experiment.tables.runs[experiment.tables.runs["run_dir"] == row["run_dir"]])
     settle = f"Run a sweep over {tried}." if values else "Run a sweep over it."
     return Decision(question.text, name, UNTESTED, labels.capital(evidence) + ".", cost, settle, line)
@@ -294,13 +296,14 @@ def _beside(experiment: Experiment, question: Question, found: Comparison, level
 
 
 def _cost(question: Question, taken: Level, found: Comparison, runs: pd.DataFrame) -> str:
-    """What the value's runs cost, and the cheapest other's where that differs."""
-    text = _cost_of(_done(found, taken, runs))
+    """What runs of the value cost, and of the cheapest other where that differs: medians."""
+    text = f"{labels.capital(_named(question, taken.value))}: {_cost_of(_done(found, taken, runs))}"
     others = [level for level in found.levels if level is not taken]
     cheapest = min(others, key=lambda level: _load(_done(found, level, runs)))
     if question.column in ("rank", "targets", "batch_size"):
-        return f"{text}; {_named(question, cheapest.value)}: {_cost_of(_done(found, cheapest, runs))}"
-    return f"{text}; no value costs more than another"
+        text += f"; {_named(question, cheapest.value)}: {_cost_of(_done(found, cheapest, runs))}"
+        return f"{text} (medians of each value's runs)."
+    return f"{text} (medians of its runs); no value costs more than another."
 
 
 def _done(found: Comparison, level: Level, runs: pd.DataFrame) -> pd.DataFrame:
@@ -335,10 +338,10 @@ def _taken(question: Question, value: Any) -> str:
     return _named(question, value)
 
 
-def _named(question: Question, value: Any, unit: bool = True) -> str:
+def _named(question: Question, value: Any) -> str:
     """A value in words: `rank 8`, `1e-3`, `mlp`, `128 sequences`."""
     if question.column == "batch_size":
-        return f"{int(value)} sequences" if unit else f"{int(value)} prompts an update"
+        return f"{int(value)} sequences"
     if question.column in ("lr", "targets"):
         return labels.lr(float(value)) if question.column == "lr" else str(value)
     key = RANK if question.column == "rank" else ALPHA

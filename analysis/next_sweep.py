@@ -24,7 +24,7 @@ def command(experiment: Experiment, row: pd.Series, space: Mapping[str, Sequence
     fixed = {key: _plain(row[key]) for key in swept if key not in space and pd.notna(row[key])}
     set_here = {*fixed, *space}
     kept = [one for one in given if (key := one.partition("=")[0]) not in set_here and not key.startswith("sweep.")]
-    axes = [f"{key}:{_axis(values, key in swept)}" for key, values in space.items()]
+    axes = [f"{key}:{_axis(values, _range_of(experiment, key))}" for key, values in space.items()]
     gone = [f"{key}:null" for key in fixed]
     count = math.prod(len(values) for values in space.values())
     own = [
@@ -64,10 +64,16 @@ def _seeds(seeds: Sequence[int]) -> str:
     return f"sweep.seeds={json.dumps(list(seeds), separators=(',', ':'))}"
 
 
-def _axis(values: Sequence[Any], swept: bool) -> str:
+def _range_of(experiment: Experiment, key: str) -> list[str]:
+    """The fields by which a sweep's recipe gives a range for a key."""
+    spec = ((experiment.recipe.get("sweep") or {}).get("space") or {}).get(key) or {}
+    return [name for name in ("low", "high", "log", "step") if name in spec]
+
+
+def _axis(values: Sequence[Any], instead_of: Sequence[str]) -> str:
     """Choices in Hydra's grammar; what a range said of the same key is taken out."""
     choices = recipes.override_for("choices", [_plain(value) for value in values]).replace("=", ":", 1)
-    return f"{{{choices}{',low:null,high:null,log:null,step:null' if swept else ''}}}"
+    return f"{{{','.join([choices, *(f'{name}:null' for name in instead_of)])}}}"
 
 
 def _plain(value: Any) -> Any:

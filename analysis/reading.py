@@ -278,10 +278,12 @@ def _seeds(experiment: Experiment, first: pd.Series) -> str:
     could = f"{could_collapse(count):.0%}"
     if count == 1:
         return f"It has one seed: how far seeds differ is not known, and up to {could} of them could collapse."
-    low, high = (labels.score(experiment.metric, first[name]) for name in ("min", "max"))
-    text = f"Its {first['n']} seeds gave {low} to {high}. " if first["n"] > 1 else ""
+    kind, prefix = ("fresh seeds", "fresh_") if best.confirmed else ("seeds", "")
+    low, high = (labels.score(experiment.metric, first[f"{prefix}{name}"]) for name in ("min", "max"))
+    text = f"Its {best.seeds} {kind} gave {low} to {high}. "
+    together = f"{count} seeds, those of the sweep included," if best.confirmed else f"{count} seeds"
     return (
-        f"{text}None of its {count} seeds collapsed: with 95% confidence at most {could} would"
+        f"{text}None of its {together} collapsed: with 95% confidence at most {could} would"
         + (f"; {seeds_to_bound(COLLAPSE_BOUND)} such seeds bound that at {COLLAPSE_BOUND:.0%}."
            if count < seeds_to_bound(COLLAPSE_BOUND) else ".")
     )  # fmt: skip
@@ -326,7 +328,7 @@ def _unranked(experiment: Experiment) -> list[str]:
     few = labels.plural(len(waiting), "more configuration")
     what = "did not complete" if len(experiment.seeds) == 1 else "did not complete on every seed"
     what += " of the same inputs" if experiment.inputs_changed else ""
-    return [f"{few} {what} and cannot win; the table shows why."]
+    return [f"{few} {what} and cannot win; the table of configurations shows why."]
 
 
 def range_words(experiment: Experiment, low: float, high: float) -> str:

@@ -116,7 +116,8 @@ def by_configuration(
     """One row per configuration, best first: mean, sd, min, max, spread (low, high), n of the seeds COMPLETE.
 
     `whole` marks those with all `seeds` COMPLETE; the others follow, unranked (`rank` is NA). `fresh` is the mean over
-    fresh seeds, where two or more were run and all are COMPLETE; it ranks before the means of the sweep, and `score` is
+    fresh seeds, with the least and the largest, where two or more were run and all are COMPLETE; it ranks before the
+    means of the sweep, and `score` is
     it or the mean. `last` is the mean of the last scores seen, whatever the status. Equal scores are ordered by
     configuration number and share a rank.
     """
@@ -136,6 +137,8 @@ def by_configuration(
                 "whole": whole,
                 "mean": mean,
                 "fresh": float(np.mean(fresh)) if known else math.nan,
+                "fresh_min": min(fresh) if known else math.nan,
+                "fresh_max": max(fresh) if known else math.nan,
                 "score": float(np.mean(fresh)) if known else mean,
                 "sd": float(np.std(scores, ddof=1)) if len(scores) > 1 else math.nan,
                 "min": min(scores, default=math.nan),
@@ -147,8 +150,9 @@ def by_configuration(
                 "statuses": ", ".join(f"{n} {str(s).lower()}" for s, n in group["status"].value_counts().items()),
             }
         )
-    columns = ["configuration", *param_columns(trials), "n", "whole", "mean", "fresh", "score", "sd", "min", "max"]
-    table = pd.DataFrame(rows, columns=[*columns, "low", "high", "source", "last", "statuses"])
+    columns = ["configuration", *param_columns(trials), "n", "whole", "mean", "fresh", "fresh_min", "fresh_max"]
+    columns += ["score", "sd", "min", "max", "low", "high", "source", "last", "statuses"]
+    table = pd.DataFrame(rows, columns=columns)
     table["whole"] = table["whole"].astype(bool)
     ascending = direction == "minimize"
     confirmed = table["fresh"].notna()

@@ -75,14 +75,13 @@ def configurations(experiment: Experiment) -> Table:
     With several seeds a row has their range, with one the interval over the held-out problems.
     """
     score, many = _score(experiment), len(experiment.seeds) > 1
-    columns = [
-        _count("place", "rank"),
-        Column(labels.metric(experiment.metric), lambda row: score(row["mean"]), sort=number("mean")),
-    ]
-    if experiment.configurations["fresh"].notna().any():
+    again = bool(experiment.configurations["fresh"].notna().any())
+    name = labels.metric(experiment.metric) + (" in the sweep" if again else "")
+    columns = [_count("place", "rank"), Column(name, lambda row: score(row["mean"]), sort=number("mean"))]
+    if again:
         columns.append(Column("on fresh seeds", lambda row: score(row["fresh"]), sort=number("fresh")))
     columns += _axes(experiment.axes)
-    title = "seeds' range" if many else "95% interval"
+    title = ("range in the sweep" if again else "seeds' range") if many else "95% interval"
     columns.append(Column(title, lambda row: _range(score, row["low"], row["high"]), sort=number("low"), drawn=True))
     columns.append(_count("config", "configuration"))
     runs = experiment.tables.runs

@@ -241,6 +241,8 @@ def _train(recipe: Recipe, run_dir: RunDir, *, changed_inputs: bool) -> None:
 
 def clear_launch(run_dir: RunDir) -> None:
     """Remove the directory of what bad input ended before its first step: it holds nothing, and its name is free."""
+    if not run_dir.path.is_dir():
+        return
     with held(run_dir.path / ".lock") as mine:
         if mine and set(os.listdir(run_dir.path)) <= LAUNCHED:
             shutil.rmtree(run_dir.path)

@@ -70,8 +70,8 @@ def _is_the_machines(error: BaseException) -> bool:
     """Whether an exception in a reward is none of its doing: a full disk, or Ray's exit at SIGTERM."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return isinstance(error, SystemExit) and frames[-1].f_globals.get("__name__", "").startswith("ray.")
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return isinstance(error, SystemExit) and any(name.startswith("ray.") for name in modules)
 
 
 def _name(env: Env) -> str:
