@@ -104,7 +104,9 @@ def _within(key: str, section: str) -> bool:
 
 def _diverged(record: Record, metric: str, maximize: bool) -> bool:
     """Whether the run failed on non-finite numbers, or ended with less than half (a loss: twice) the base's score."""
-    if record.status == Status.FAILED.value and _NON_FINITE.search(record.reason or ""):
+    reason = record.reason or ""
+    # What a reward could not score is quoted there, whatever words it has.
+    if record.status == Status.FAILED.value and _NON_FINITE.search(reason) and not reason.startswith("the reward of "):
         return True
     logged = [(row["step"], row[metric]) for row in record.rows if metric in row and row[metric] == row[metric]]
     if len(logged) < 2 or logged[0][0] != 0:

@@ -38,7 +38,7 @@ def next_step(experiment: Experiment, decisions: list[Decision]) -> Next:
     confirmed = bool(experiment.tables.runs["confirm"].fillna(False).any())
     if ranking is not None and not confirmed and (near := len(ranking.others) - len(ranking.of("worse"))):
         count = min(near + 1, MOST_CONFIRMED)
-        why = f"The best {labels.plural(count, 'configuration')} are not told apart. Run each again on fresh seeds."
+        why = f"{near + 1} configurations are not told apart. Run the best {count} again on fresh seeds."
         return Next(why, next_sweep.confirm(experiment, count))
     asked: dict[Verdict, str] = {"open": "is left open", UNTESTED: "was not asked"}
     for verdict, why in asked.items():

@@ -26,10 +26,6 @@ class Interval:
     high: float
     source: str
 
-    def overlaps(self, other: Interval) -> bool:
-        """Whether the two have a point in common."""
-        return self.low <= other.high and other.low <= self.high
-
 
 @dataclass(frozen=True, slots=True)
 class Best:

@@ -268,7 +268,7 @@ def test_rivals_are_run_again_on_fresh_seeds(tmp_path: Path) -> None:
     path = write_sweep(tmp_path, Sweep(trials))
     found = Experiment.open(path)
     then = next_step(found, decisions(found))
-    assert then.why.startswith("The best 2 configurations are not told apart")
+    assert then.why.startswith("2 configurations are not told apart. Run the best 2 again")
     assert shlex.split(str(then.command))[2:] == ["harness.sweep", "--resume", str(path), "--confirm", "2"]
 
 

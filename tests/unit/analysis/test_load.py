@@ -234,6 +234,12 @@ def test_a_runs_facts_are_its_recipes(sweep_dir: Path) -> None:
     assert runs["source"].str.endswith("tiny.yaml").all()
 
 
+def test_a_reward_that_failed_on_a_completion_is_no_divergence(tmp_path: Path) -> None:
+    reason = "the reward of mine raised ValueError: no number: completion 'the inf of nan' for problem 3"
+    path = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9, Status.FAILED, reason, last_step=10))
+    assert not load([path]).runs["diverged"].any()
+
+
 def test_parameters_are_those_the_adapter_holds(damaged: Path) -> None:
     adapter = damaged / "trials" / "0001" / "adapter" / "final"
     adapter.mkdir(parents=True)
