@@ -232,19 +232,6 @@ def checked(command: str) -> tuple[Recipe, space.Space]:
     return recipe, space.from_recipe(recipe)
 
 
-def test_commands_that_settle_are_sweeps_that_start(experiment: Experiment) -> None:
-    lines = {one.question: one.command for one in decisions(experiment) if one.command}
-    assert len(lines) >= 3
-    for line in lines.values():
-        recipe, swept = checked(line)
-        assert recipe.sweep is not None
-        assert len(swept.axes) == 1, "one question at a time, all else the winner's"
-        assert recipe.sweep.num_trials == len(swept.axes[0].values() or ())
-        if swept.axes[0].key != LR:
-            assert recipe.trainer.policy.optimizer_config.lr == 1e-3
-    assert [axis.key for axis in checked(str(lines["Which alpha?"]))[1].axes] == ["trainer.policy.model.lora.alpha"]
-
-
 def test_a_rate_at_the_edge_is_the_next_to_run(tmp_path: Path) -> None:
     trials = [Trial(i, s, params(8, lr), 0.5 + i / 8) for i, lr in enumerate((1e-4, 3e-4, 1e-3)) for s in (0, 1)]
     found = Experiment.open(write_sweep(tmp_path, Sweep(trials, overrides=["trainer.run_name=this_one"])))
