@@ -1,4 +1,4 @@
-"""What each column of the report's tables may hold, and the first value that it may not."""
+"""Validation of the report's tables: the allowed values of each column, and errors that name the first other one."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def check_shares(tables: dict[str, pd.DataFrame], recipes: dict[str, dict[str, A
 
 
 def _kind(name: str, column: str, table: pd.DataFrame) -> tuple[str, Callable[[Any], bool]]:
-    """What a column may hold, in words and as a test of one value."""
+    """Return a column's allowed values, in words and as a test of one value."""
     if column == "status":
         return f"one of {', '.join(STATUSES)}", lambda value: value in STATUSES
     if column == "metric":

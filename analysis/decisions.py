@@ -23,7 +23,7 @@ MEANINGS: dict[Verdict, str] = {
     "open": "the runs do not settle it; what would is named",
     "not tested": "every run used the same value",
 }
-"""What the verdicts mean; the 5% that they may be wrong in is for each question."""
+"""Meanings of the verdicts. Each question has its own error rate of 5%."""
 SETTLED = "Settled for this model, task and length."
 # More seeds than this are no advice, nor more values in a sentence.
 MOST_SEEDS, MOST_VALUES = 12, 4
@@ -203,7 +203,7 @@ def _to_try(experiment: Experiment, question: Question, row: pd.Series) -> list[
 
 
 def _settle(experiment: Experiment, question: Question, row: pd.Series, found: Comparison) -> tuple[str, str]:
-    """What would tell the values apart that are not, and its command."""
+    """Return what would settle an open question, and the command that runs it."""
     left = found.of("better", "unstable", "open")
     unfair, unstable = [level for level in left if not level.fair], [level for level in left if level.collapsed]
     count = len(experiment.seeds)
@@ -259,7 +259,7 @@ def _evidence(experiment: Experiment, question: Question, found: Comparison) -> 
     name = _named(question, first.value)
     text = f"Against {name}, the winner's: "
     if first.collapsed:
-        text = f"{name} is unstable: {first.collapsed} of its {first.seeds} seeds collapsed. "
+        text = f"{name} is unstable: {first.collapsed} of its {first.tried} seeds collapsed. "
     elif first.score is None:
         text = f"{name} reached {labels.score(experiment.metric, first.mean)} with one seed: chance is not known. "
     parts = [_beside(experiment, question, found, level) for level in rest[:MOST_VALUES]]
@@ -274,7 +274,7 @@ def _evidence(experiment: Experiment, question: Question, found: Comparison) -> 
 def _beside(experiment: Experiment, question: Question, found: Comparison, level: Level) -> str:
     name = _named(question, level.value)
     if level.standing == "unstable":
-        return f"{name} is unstable, {level.collapsed} of {level.seeds} seeds collapsed"
+        return f"{name} is unstable, {level.collapsed} of {level.tried} seeds collapsed"
     if not level.fair:
         return f"{name} was tried only beside other settings"
     lead = found.chosen.mean - level.mean if level.ahead is None else level.ahead.value
@@ -296,7 +296,7 @@ def _beside(experiment: Experiment, question: Question, found: Comparison, level
 
 
 def _cost(question: Question, taken: Level, found: Comparison, runs: pd.DataFrame) -> str:
-    """What runs of the value cost, and of the cheapest other where that differs: medians."""
+    """Return the median costs of the value's runs, and of the cheapest other value's where they differ."""
     text = f"{labels.capital(_named(question, taken.value))}: {_cost_of(_done(found, taken, runs))}"
     others = [level for level in found.levels if level is not taken]
     cheapest = min(others, key=lambda level: _load(_done(found, level, runs)))

@@ -42,8 +42,8 @@ class Level:
 
     `mean` and `score` are in the metric's own direction; `score` (None without two seeds) is free of the choice of the
     best configuration. `ahead` is how far the chosen value is ahead, with its simultaneous 95% interval. `seeds` is
-    how many the score rests on, `collapsed` how many of the best configuration's seeds collapsed. `fair`: it was tried
-    beside the chosen value's other settings.
+    how many the score rests on, `collapsed` how many of the best configuration's `tried` seeds, fresh ones included,
+    collapsed. `fair`: it was tried beside the chosen value's other settings.
     """
 
     value: Any
@@ -54,6 +54,7 @@ class Level:
     configurations: int
     seeds: int
     collapsed: int
+    tried: int
     fair: bool
     standing: Standing
 
@@ -156,6 +157,11 @@ class _Scores:
         return cls(scores, fresh, cells, whole, confirmed, collapsed, means, stable & (means >= low + COMPETING * gain),
                    gain)  # fmt: skip
 
+    @property
+    def stable(self) -> Mask:
+        """Which configurations have all seeds of the sweep, none of them collapsed."""
+        return self.whole & (self.collapsed == 0)
+
     def noise(self, values: NDArray[Any]) -> _Noise:
         """Chance between seeds, pooled over the competing configurations, and by value.
 
@@ -164,7 +170,7 @@ class _Scores:
         squares: dict[Any, float] = {}
         counts: dict[Any, int] = {}
         for value in pd.unique(values[self.whole]):
-            mine = self.whole & (self.collapsed == 0) & (values == value)
+            mine = self.stable & (values == value)
             # A value that nowhere competes still has noise of its own.
             for cell in np.flatnonzero(mine & self.competing if (mine & self.competing).any() else mine):
                 for scores in (self.swept[cell], self.fresh[cell]) if self.confirmed[cell] else (self.swept[cell],):
@@ -178,10 +184,10 @@ class _Scores:
         return _Noise(total / df, total**2 / sum(squares[value] ** 2 / counts[value] for value in pooled), own)
 
     def held(self, among: Mask, variance: float, df: float) -> Held | None:
-        """The score of the best of some configurations, free of the choice of it; None without two seeds.
+        """Return the best score among some configurations, corrected for selection bias; None without two seeds.
 
-        On fresh seeds, among those that have them, else on the sweep's; where there is a choice, each seed scores the
-        configuration that the other seeds choose.
+        It is taken on fresh seeds where some of them have these, else on the sweep's seeds. Where there is a choice,
+        each seed scores the configuration that the other seeds choose.
         """
         kind, table, rows = "fresh seeds", self.fresh, among & self.confirmed
         if not rows.any():
@@ -214,20 +220,20 @@ def compare_values(
         return None
     chosen, values = cells[cells.index == winner].iloc[0], cells[column].to_numpy()
     noise = scores.noise(values)
-    stable = scores.whole & (scores.collapsed == 0)
     found: dict[Any, tuple[Mask, Held | None, bool]] = {}
     for value in sorted(pd.unique(values[scores.whole])):
         mask = scores.whole & (values == value)
         alike = value == chosen[column] or column == "configuration"
         fair = alike or _fair(column, cells[mask], scores.means[mask], chosen, others)
         # Configurations of which a seed collapsed are not averaged: what they score is a matter of luck.
-        found[value] = mask, scores.held(mask & stable, noise.of(value), noise.df), fair
+        found[value] = mask, scores.held(mask & scores.stable, noise.of(value), noise.df), fair
     judged = sum(held is not None and fair for _, held, fair in found.values())
     reach = _reach(judged, noise.df) if judged > 1 else math.inf
     margin, first, levels = GAIN_SHARE * scores.gain, found[chosen[column]][1], []
     for value, (mask, held, fair) in found.items():
         top = int(np.where(mask, scores.means, -np.inf).argmax())
-        collapsed = 0 if (mask & stable).any() else int(scores.collapsed[top])
+        collapsed = 0 if (mask & scores.stable).any() else int(scores.collapsed[top])
+        tried = int(np.isfinite([*scores.swept[top], *scores.fresh[top]]).sum())
         ahead, span = None, None
         if first is not None and held is not None and value != chosen[column]:
             gap = first.estimate.value - held.estimate.value
@@ -240,7 +246,8 @@ def compare_values(
         levels.append(
             Level(
                 value, sign * float(scores.means[top]), None if held is None else held.estimate.scaled(sign), ahead,
-                span, int(mask.sum()), len(held.chosen) if held else scores.swept.shape[1], collapsed, fair, standing,
+                span, int(mask.sum()), len(held.chosen) if held else scores.swept.shape[1], collapsed, tried, fair,
+                standing,
             )
         )  # fmt: skip
     return Comparison(column, next(one for one in levels if one.standing == "chosen"), tuple(levels), margin, judged)
@@ -262,14 +269,6 @@ def expected(runs: pd.DataFrame, floor: float | None, *, maximize: bool) -> Held
     top = values[int(np.where(among, scores.means, -np.inf).argmax())]
     held = scores.held(among, noise.of(top), noise.df)
     return held and Held(held.estimate.scaled(sign), held.chosen, held.how)
-
-
-def collapsed_seeds(runs: pd.DataFrame, configuration: int, floor: float | None, *, maximize: bool) -> tuple[int, int]:
-    """Return how many of a configuration's seeds collapsed, and how many it has, fresh ones included."""
-    scores = _Scores.of(runs, floor, 1.0 if maximize else -1.0)
-    place = scores.cells.index.get_loc(configuration)
-    known = np.isfinite(np.concatenate([scores.swept[place], scores.fresh[place]]))
-    return int(scores.collapsed[place]), int(known.sum())
 
 
 def could_collapse(seeds: int) -> float:

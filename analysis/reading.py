@@ -10,7 +10,7 @@ import pandas as pd
 from analysis import labels, stats, stats_seeds
 from analysis.experiment import Experiment
 from analysis.labels import LR, MAIN_KEYS, RANK, TARGETS
-from analysis.levels import COLLAPSE_BOUND, collapsed_seeds, could_collapse, seeds_to_bound
+from analysis.levels import COLLAPSE_BOUND, could_collapse, seeds_to_bound
 from analysis.records import OTHER_INPUTS, lookup
 from analysis.stats_tests import Estimate
 from harness import metrics
@@ -269,10 +269,11 @@ def _clear_of_base(experiment: Experiment, score: float) -> str:
 
 def _seeds(experiment: Experiment, first: pd.Series) -> str:
     """How far the winner's seeds differ, whether one collapsed, and how many still could."""
-    best = experiment.best
+    best, ranking = experiment.best, experiment.ranking
     assert best is not None
-    runs, maximize = experiment.tables.runs, experiment.direction == "maximize"
-    collapsed, count = collapsed_seeds(runs, best.configuration, experiment.base, maximize=maximize)
+    if ranking is None:
+        return ""
+    collapsed, count = ranking.chosen.collapsed, ranking.chosen.tried
     if collapsed:
         return f"It is unstable: {collapsed} of its {count} seeds collapsed, and lost more than half of the gain."
     could = f"{could_collapse(count):.0%}"

@@ -17,6 +17,7 @@ from harness.errors import UserError
 from harness.schema import Recipe
 from rltrain.data import Chat, Example, is_chat, load_examples
 from rltrain.envs import Env, get_env, offers
+from rltrain.quiet import is_rays_exit
 
 LARGEST_REWARD = 1e9
 """float32 holds the squares of rewards of this size, and their sum over a batch."""
@@ -70,8 +71,7 @@ def _is_the_machines(error: BaseException) -> bool:
     """Whether an exception in a reward is none of its doing: a full disk, or Ray's exit at SIGTERM."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return isinstance(error, SystemExit) and any(name.startswith("ray.") for name in modules)
+    return is_rays_exit(error)
 
 
 def _name(env: Env) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,12 +45,18 @@ def redirect_output(log: Path) -> None:
 def exits_are_failures() -> Iterator[None]:
     """Raise RuntimeError where a reward or a library calls `sys.exit`: a run cut short must not end with status 0.
 
-    So does any other exception that `except Exception` would let pass, an interrupt aside.
+    So does any other exception that `except Exception` would let pass, an interrupt and Ray's own exit aside.
     """
     try:
         yield
     except BaseException as error:
-        if isinstance(error, (Exception, KeyboardInterrupt, GeneratorExit)):
+        if isinstance(error, (Exception, KeyboardInterrupt, GeneratorExit)) or is_rays_exit(error):
             raise
         what = f"sys.exit({error.code!r}) was called" if isinstance(error, SystemExit) else f"{error!r} was raised"
         raise RuntimeError(f"{what} in the middle of training") from error
+
+
+def is_rays_exit(error: BaseException) -> bool:
+    """Whether an exception is the exit by which Ray ends its processes at SIGTERM, wherever their main thread is."""
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return isinstance(error, SystemExit) and any(name.startswith("ray.") for name in modules)

@@ -63,7 +63,7 @@ def fit_scores(axes: Axes, points: pd.DataFrame, base: float | None, metric: str
 
 
 def run_names(experiment: Experiment) -> dict[str, str]:
-    """What a pointer is told that a run is, by its directory: its trial, what was swept, and its seed."""
+    """Return a name for each run, by its directory, for tooltips: its trial, swept settings and seed."""
     names = {}
     for _, run in experiment.tables.runs.iterrows():
         swept = labels.settings({key: run[key] for key in experiment.axes if pd.notna(run[key])})

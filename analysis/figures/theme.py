@@ -68,7 +68,7 @@ class Look:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """What the page tells of a curve or a point when a pointer is near: what it is of, and a text for each place.
+    """A curve or point with tooltips: `about` names its subject, and `texts` has a line for each place.
 
     `x` and `y` are in the coordinates of `place`, for most an axes' `transData`. Neighbours are joined by a line.
     """

@@ -15,6 +15,7 @@ from rltrain.data import Example
 from rltrain.envs import Env, get_env
 from rltrain.preflight import check_run
 from rltrain.problems import LARGEST_REWARD, check_truth, messages, reward_of
+from rltrain.quiet import exits_are_failures
 from tests.recipes import quickstart
 
 EXAMPLE = Example([{"role": "user", "content": "6 * 7?"}], "", "42", 3, "6 * 7?", "sums.jsonl, row 4")
@@ -119,6 +120,8 @@ def test_an_interrupt_and_rays_exit_are_not_the_rewards_doing(module: Any, monke
 
     with pytest.raises(SystemExit):
         reward_of(Interrupted(), EXAMPLE, "")
+    with pytest.raises(SystemExit), exits_are_failures():
+        handler["sigterm_handler"]()
 
 
 def test_without_a_prompt_function_a_question_is_one_message(module: Any) -> None:
