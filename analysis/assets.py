@@ -1,4 +1,6 @@
-"""The page's one script, and the hash by which the page's content security policy lets it, and nothing else, run."""
+"""The page's one script, and the hash by which the page's content security policy lets it, and
+nothing else, run.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Validation of the report's tables: the allowed values of each column, and errors that name the first other one."""
+"""Validation of the report's tables: the allowed values of each column, and errors that name the
+first other one.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,9 @@ from pandas.api.types import is_bool_dtype, is_numeric_dtype, is_scalar
 from analysis import rows, sources
 from analysis.labels import ALPHA, LR, RANK
 from analysis.records import SHARES, STATUSES, rewards_are_shares, wrong_types
-from harness import metrics
-from harness.cli import invocation
-from harness.errors import UserError
+from harness.config import metrics
+from harness.core.cli import invocation
+from harness.core.errors import UserError
 
 _TEXTS = {
     "runs": (*rows.KEY, *rows.WORDS),
@@ -31,15 +33,27 @@ _WHOLE = {
     "samples": ("number", "configuration", "seed", "step", "index"),
     "sources": ("problems",),
 }
-_REAL = {"runs": rows.REAL, "steps": ("flops", "seconds"), "samples": ("reward",), "sources": sources.REAL}
-_FLAGS = {"runs": rows.FLAGS, "steps": ("confirm",), "samples": ("confirm",), "sources": ("maximize",)}
+_REAL = {
+    "runs": rows.REAL,
+    "steps": ("flops", "seconds"),
+    "samples": ("reward",),
+    "sources": sources.REAL,
+}
+_FLAGS = {
+    "runs": rows.FLAGS,
+    "steps": ("confirm",),
+    "samples": ("confirm",),
+    "sources": ("maximize",),
+}
 # Without these a row belongs to nothing.
 _NEVER_EMPTY = (*rows.KEY, "step")
 _METRICS = {"score", "base", "best", "last"}
 
 
 def check(name: str, table: pd.DataFrame, file: Path) -> None:
-    """Raise UserError naming file, row, column and value where a table (`runs`, `steps`, …) holds what it may not."""
+    """Raise UserError naming file, row, column and value where a table (`runs`, `steps`, …) holds
+    what it may not.
+    """
     for column in map(str, table.columns):
         allowed, holds = _kind(name, column, table)
         values = table[column]
@@ -51,7 +65,11 @@ def check_sources(table: pd.DataFrame, file: Path) -> None:
     """Raise UserError where a directory's manifest or seeds are not what a page is made from."""
     for column, allowed, fault in (
         ("manifest", "a manifest as JSON", lambda found: next(wrong_types(found), None)),
-        ("seeds", "a list of whole numbers as JSON", lambda found: None if all(map(_is_whole, found)) else "no seeds"),
+        (
+            "seeds",
+            "a list of whole numbers as JSON",
+            lambda found: None if all(map(_is_whole, found)) else "no seeds",
+        ),
     ):
         kind = dict if column == "manifest" else list
         for number, text in enumerate(table[column], 1):
@@ -64,21 +82,41 @@ def check_sources(table: pd.DataFrame, file: Path) -> None:
                 raise _error(f"{file}, row {number}, column {column}: {why}", allowed)
 
 
-def check_shares(tables: dict[str, pd.DataFrame], recipes: dict[str, dict[str, Any]], folder: Path) -> None:
-    """Raise UserError for an accuracy that is no share although every reward of its directory is one."""
+def check_shares(
+    tables: dict[str, pd.DataFrame], recipes: dict[str, dict[str, Any]], folder: Path
+) -> None:
+    """Raise UserError for an accuracy that is no share although every reward of its directory is
+    one.
+    """
     runs, steps, samples = (tables[name] for name in ("runs", "steps", "samples"))
     for directory, recipe in recipes.items():
         own = [part.loc[part["directory"] == directory] for part in (steps, samples)]
-        ends = [end for part in own if "reward" in part for end in (part["reward"].min(), part["reward"].max())]
+        ends = [
+            end
+            for part in own
+            if "reward" in part
+            for end in (part["reward"].min(), part["reward"].max())
+        ]
         if not rewards_are_shares(recipe, ends):
             continue
         for name, table in (("runs", runs), ("steps", steps)):
             here = table["directory"] == directory
             for column in map(str, table.columns):
-                judged = here & table["metric"].map(_is_share) if name == "runs" and column in _METRICS else here
+                judged = (
+                    here & table["metric"].map(_is_share)
+                    if name == "runs" and column in _METRICS
+                    else here
+                )
                 if _is_share(column) or (name == "runs" and column in _METRICS):
-                    good = table[column].astype(float).between(0, 1) | table[column].isna() | ~judged
-                    _refuse_first(table[column], good, "0 to 1, as its rewards are", folder / f"{name}.parquet")
+                    good = (
+                        table[column].astype(float).between(0, 1) | table[column].isna() | ~judged
+                    )
+                    _refuse_first(
+                        table[column],
+                        good,
+                        "0 to 1, as its rewards are",
+                        folder / f"{name}.parquet",
+                    )
 
 
 def _kind(name: str, column: str, table: pd.DataFrame) -> tuple[str, Callable[[Any], bool]]:
@@ -103,7 +141,9 @@ def _kind(name: str, column: str, table: pd.DataFrame) -> tuple[str, Callable[[A
 
 
 def _held(values: pd.Series, holds: Callable[[Any], bool]) -> pd.Series:
-    """Which values a test holds for; those of a column of numbers together, for a table of steps has many."""
+    """Which values a test holds for; those of a column of numbers together, for a table of steps
+    has many.
+    """
     if holds in (_is_finite, _is_whole) and is_numeric_dtype(values) and not is_bool_dtype(values):
         numbers = values.to_numpy(float, na_value=math.nan)
         whole = numbers == np.floor(numbers) if holds is _is_whole else True
@@ -117,17 +157,25 @@ def _refuse_first(values: pd.Series, good: pd.Series, allowed: str, file: Path) 
     if bool(good.all()):
         return
     place = int(np.flatnonzero(~good.to_numpy(bool))[0])
-    raise _error(f"{file}, row {place + 1}, column {values.name}: {_shown(values.iloc[place])}", allowed)
+    raise _error(
+        f"{file}, row {place + 1}, column {values.name}: {_shown(values.iloc[place])}", allowed
+    )
 
 
 def _error(got: str, allowed: str) -> UserError:
-    return UserError("a table is damaged", got=got, allowed=allowed,
-                     fix=f"write it again: {invocation('report')} DIR")  # fmt: skip
+    return UserError(
+        "a table is damaged",
+        got=got,
+        allowed=allowed,
+        fix=f"write it again: {invocation('report')} DIR",
+    )
 
 
 def _shown(value: Any) -> str:
     empty = is_scalar(value) and pd.isna(value)
-    return "nothing" if empty else repr(value.item() if isinstance(value, np.generic) else value)[:100]
+    return (
+        "nothing" if empty else repr(value.item() if isinstance(value, np.generic) else value)[:100]
+    )
 
 
 def _is_anything(_: Any) -> bool:
@@ -139,7 +187,9 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool | np.bool)
+    real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(
+        value, bool | np.bool
+    )
     return real and math.isfinite(value)
 
 

@@ -1,4 +1,6 @@
-"""Several runs or sweeps beside each other: the best of each, and how two of these did on the same problems."""
+"""Several runs or sweeps beside each other: the best of each, and how two of these did on the same
+problems.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,16 @@ from analysis.decisions import winner_row
 from analysis.experiment import Experiment
 from analysis.stats_questions import Paired, outcomes, paired_difference
 from analysis.stats_tests import ALPHA
-from harness import metrics
+from harness.config import metrics
 
 Verdict = Literal["better", "worse", "cannot tell", "not comparable"]
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The first's winner less the second's, problem by problem, with its 95% interval; empty where there is none."""
+    """The first's winner less the second's, problem by problem, with its 95% interval; empty where
+    there is none.
+    """
 
     first: str
     second: str
@@ -42,18 +46,32 @@ def names(experiments: Sequence[Experiment]) -> list[str]:
 
 
 def best_of_each(experiments: Sequence[Experiment]) -> tables.Table:
-    """A row per experiment: its winner, that one's score with its interval, the base's, and what a run of it cost."""
-    rows = pd.DataFrame([_row(name, one) for name, one in zip(names(experiments), experiments, strict=True)])
+    """A row per experiment: its winner, that one's score with its interval, the base's, and what a
+    run of it cost.
+    """
+    rows = pd.DataFrame(
+        [_row(name, one) for name, one in zip(names(experiments), experiments, strict=True)]
+    )
     titles = {labels.metric(experiment.metric) for experiment in experiments}
     columns = [
         tables.Column("sweep", lambda row: row["name"], words=True),
         tables.Column("winner", lambda row: row["winner"] or "no winner", words=True),
-        tables.Column(titles.pop() if len(titles) == 1 else "score", _scored("score"), sort=tables.number("score")),
-        tables.Column("expected when run again", _scored("expected"), sort=tables.number("expected")),
+        tables.Column(
+            titles.pop() if len(titles) == 1 else "score",
+            _scored("score"),
+            sort=tables.number("score"),
+        ),
+        tables.Column(
+            "expected when run again", _scored("expected"), sort=tables.number("expected")
+        ),
         tables.Column("95% interval", lambda row: row["interval"], sort=tables.number("score")),
         tables.Column("base", _scored("base"), sort=tables.number("base")),
-        tables.Column("parameters", lambda row: _count(row["parameters"]), sort=tables.number("parameters")),
-        tables.Column("time a run", lambda row: _time(row["seconds"]), sort=tables.number("seconds")),
+        tables.Column(
+            "parameters", lambda row: _count(row["parameters"]), sort=tables.number("parameters")
+        ),
+        tables.Column(
+            "time a run", lambda row: _time(row["seconds"]), sort=tables.number("seconds")
+        ),
         tables.Column("trials", lambda row: str(row["trials"]), sort=tables.number("trials")),
     ]
     if any(experiment.inputs_changed for experiment in experiments):
@@ -73,17 +91,24 @@ def best_of_each(experiments: Sequence[Experiment]) -> tables.Table:
 
 
 def pairs(experiments: Sequence[Experiment]) -> list[Pair]:
-    """The leading experiment's winner against each other's, on the held-out problems that both kept samples of."""
+    """The leading experiment's winner against each other's, on the held-out problems that both kept
+    samples of.
+    """
     leader = _leader(experiments)
     if leader is None:
         return []
     called = names(experiments)
     others = [place for place in range(len(experiments)) if place != leader]
-    return [_pair(called[leader], called[other], experiments[leader], experiments[other]) for other in others]
+    return [
+        _pair(called[leader], called[other], experiments[leader], experiments[other])
+        for other in others
+    ]
 
 
 def answers(experiment: Experiment) -> pd.DataFrame:
-    """The winning configuration's rewards per problem and seed, with each problem's text; empty without samples."""
+    """The winning configuration's rewards per problem and seed, with each problem's text; empty
+    without samples.
+    """
     row, samples = winner_row(experiment), experiment.tables.samples
     if row is None or samples.empty:
         return pd.DataFrame(columns=["index", "seed", "reward", "question"])
@@ -99,14 +124,18 @@ def answers(experiment: Experiment) -> pd.DataFrame:
 
 def _pair(name: str, against: str, first: Experiment, second: Experiment) -> Pair:
     if first.metric != second.metric:
-        why = f"{name} is judged by {labels.metric(first.metric)}, {against} by {labels.metric(second.metric)}."
+        why = (
+            f"{name} is judged by {labels.metric(first.metric)}, {against} by "
+            f"{labels.metric(second.metric)}."
+        )
         return Pair(name, against, "", "", 0, 0, "not comparable", why)
     if winner_row(second) is None:
         return Pair(name, against, "", "", 0, 0, "not comparable", f"{against} has no winner.")
     found = _paired(answers(first), answers(second))
     if found is None:
         why = (
-            "They kept no samples of the same held-out problems (trainer.samples_per_dump): only their scores compare."
+            "They kept no samples of the same held-out problems "
+            "(trainer.samples_per_dump): only their scores compare."
         )
         return Pair(name, against, "", "", 0, 0, "not comparable", why)
     low, high = found.effect.interval(ALPHA / 2)
@@ -118,38 +147,62 @@ def _pair(name: str, against: str, first: Experiment, second: Experiment) -> Pai
         "not comparable": "",
     }[verdict]
     seeds = (
-        f"{labels.plural(found.seeds, 'seed')} each" if found.seeds > 1 else "one seed each, or seeds taken together"
+        f"{labels.plural(found.seeds, 'seed')} each"
+        if found.seeds > 1
+        else "one seed each, or seeds taken together"
     )
     text = (
-        f"On {labels.plural(found.questions, 'problem')} that both answered ({seeds}) the rewards differ by "
-        f"{found.effect.value:+.3f} on average ({low:+.3f} to {high:+.3f}): {says}. Chance in training is not in this "
+        f"On {labels.plural(found.questions, 'problem')} that both answered ({seeds}) the "
+        "rewards differ by "
+        f"{found.effect.value:+.3f} on average ({low:+.3f} to {high:+.3f}): {says}. Chance "
+        "in training is not in this "
         "interval."
     )
     return Pair(
-        name, against, f"{found.effect.value:+.3f} reward", f"{low:+.3f} to {high:+.3f}", found.questions, found.seeds,
-        verdict, text,
-    )  # fmt: skip
+        name,
+        against,
+        f"{found.effect.value:+.3f} reward",
+        f"{low:+.3f} to {high:+.3f}",
+        found.questions,
+        found.seeds,
+        verdict,
+        text,
+    )
 
 
 def _paired(first: pd.DataFrame, second: pd.DataFrame) -> Paired | None:
-    """The difference on the problems whose text is the same in both; over seeds together where none is shared."""
+    """The difference on the problems whose text is the same in both; over seeds together where none
+    is shared.
+    """
     if first.empty or second.empty:
         return None
-    texts = first.drop_duplicates("index").merge(second.drop_duplicates("index"), on="index", suffixes=("", "_second"))
+    texts = first.drop_duplicates("index").merge(
+        second.drop_duplicates("index"), on="index", suffixes=("", "_second")
+    )
     same = set(texts.loc[texts["question"] == texts["question_second"], "index"])
     parts = [part[part["index"].isin(same)] for part in (first, second)]
     if not set(parts[0]["seed"]) & set(parts[1]["seed"]):
-        parts = [part.groupby("index")["reward"].mean().reset_index().assign(seed=0) for part in parts]
+        parts = [
+            part.groupby("index")["reward"].mean().reset_index().assign(seed=0) for part in parts
+        ]
     return paired_difference(*parts)
 
 
 def _leader(experiments: Sequence[Experiment]) -> int | None:
-    """The place of the experiment with the best score, among those judged by the first winner's metric."""
-    won = [(place, row) for place, one in enumerate(experiments) if (row := winner_row(one)) is not None]
+    """The place of the experiment with the best score, among those judged by the first winner's
+    metric.
+    """
+    won = [
+        (place, row)
+        for place, one in enumerate(experiments)
+        if (row := winner_row(one)) is not None
+    ]
     if not won:
         return None
     metric = experiments[won[0][0]].metric
-    scores = {place: _score(experiments[place]) for place, _ in won if experiments[place].metric == metric}
+    scores = {
+        place: _score(experiments[place]) for place, _ in won if experiments[place].metric == metric
+    }
     best = max if experiments[won[0][0]].direction == "maximize" else min
     return best(scores, key=lambda place: scores[place])
 
@@ -173,7 +226,14 @@ def _row(name: str, experiment: Experiment) -> dict[str, object]:
         "expected": None if held is None else held.estimate.value,
     }
     if row is None:
-        return {**known, "winner": "", "score": None, "interval": "–", "parameters": None, "seconds": None}
+        return {
+            **known,
+            "winner": "",
+            "score": None,
+            "interval": "–",
+            "parameters": None,
+            "seconds": None,
+        }
     trial = experiment.best_trial()
     assert trial is not None
     values = labels.settings(reading.settings_of(experiment, trial))

@@ -62,7 +62,9 @@ def single(experiment: Experiment) -> dict[str, Any]:
 
 
 def comparison(experiments: list[Experiment]) -> dict[str, Any]:
-    """The page of several: the best of each, these against each other, all runs' claims, and each one's own part."""
+    """The page of several: the best of each, these against each other, all runs' claims, and each
+    one's own part.
+    """
     called = compare.names(experiments)
     parts = [
         {**part(experiment), "name": name, "anchor": f"sweep-{number}"}
@@ -71,15 +73,23 @@ def comparison(experiments: list[Experiment]) -> dict[str, Any]:
     better = dict.fromkeys(one["better"] for one in parts)
     counted = sum(len(experiment.trials) for experiment in experiments)
     paired = (
-        "The best of each is compared with the leading one on held-out problems that both kept samples of: the mean "
-        "difference in reward per problem, with errors clustered by problem (Miller 2024) and a 95% interval. It holds "
-        "chance in the problems and in sampling; chance in training shows in the intervals over seeds."
+        "The best of each is compared with the leading one on held-out problems that both "
+        "kept samples of: the mean "
+        "difference in reward per problem, with errors clustered by problem (Miller 2024) "
+        "and a 95% interval. It holds "
+        "chance in the problems and in sampling; chance in training shows in the "
+        "intervals over seeds."
     )
-    judged = "Claims are judged on the runs of all that differ only in what the claims vary, whichever they belong to."
+    judged = (
+        "Claims are judged on the runs of all that differ only in what the claims "
+        "vary, whichever they belong to."
+    )
     found = claims(experiments)
     shown = found if found and found.judged else None
     leading = [paired, judged] if shown else [paired]
-    lines = dict.fromkeys([*leading, *(line for one in parts for line in one["method"]), *_unjudged(found)])
+    lines = dict.fromkeys(
+        [*leading, *(line for one in parts for line in one["method"]), *_unjudged(found)]
+    )
     return {
         "name": f"{labels.plural(len(experiments), 'experiment')} compared",
         "compare": True,
@@ -101,5 +111,8 @@ def _unjudged(found: Claims | None) -> list[str]:
         return []
     count = labels.plural(len(found.rows), "claim")
     return [
-        f"None of the {count} of LoRA Without Regret can be judged by these runs: docs/claims.md says what each takes."
+        (
+            f"None of the {count} of LoRA Without Regret can be judged by these runs: "
+            "docs/claims.md says what each takes."
+        )
     ]

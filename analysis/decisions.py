@@ -1,4 +1,6 @@
-"""The questions a user has, each with a value to use, how sure that is, what it costs, and what would settle it."""
+"""The questions a user has, each with a value to use, how sure that is, what it costs, and what
+would settle it.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,15 @@ from analysis.experiment import Experiment
 from analysis.labels import ALPHA, LR, RANK, TARGETS
 from analysis.levels import Comparison, Level, compare_values, is_full, matched
 from analysis.records import lookup
-from harness import metrics
+from harness.config import metrics
 
 Verdict = Literal["best", "tied", "open", "not tested"]
 UNTESTED: Verdict = "not tested"
 MEANINGS: dict[Verdict, str] = {
-    "best": "every other value tested is worse; of learning rates, the next on either side of the range",
-    "tied": "no value tested is better by a tenth of what training gained; the cheapest of those is named",
+    "best": "every other value tested is worse; of learning rates, the next on either "
+    "side of the range",
+    "tied": "no value tested is better by a tenth of what training gained; the cheapest "
+    "of those is named",
     "open": "the runs do not settle it; what would is named",
     "not tested": "every run used the same value",
 }
@@ -32,7 +36,8 @@ _MINI_BATCH = "trainer.policy_mini_batch_size"
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """One question answered as far as the runs go: `next` says what would settle it, `command` runs that.
+    """One question answered as far as the runs go: `next` says what would settle it, `command` runs
+    that.
 
     `at_edge`: the value is the last tested on its side, so that the best may lie beyond.
     """
@@ -49,7 +54,9 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A setting: its column of `Tables.runs`, the recipe keys that set it, what belongs to it, and values to try."""
+    """A setting: its column of `Tables.runs`, the recipe keys that set it, what belongs to it, and
+    values to try.
+    """
 
     text: str
     column: str
@@ -65,26 +72,38 @@ QUESTIONS = (
     Question("Which rank?", "rank", (RANK,)),
     Question("Which alpha?", "alpha", (ALPHA,)),
     Question("Which learning rate?", "lr", (LR,)),
-    Question("Which target modules?", "targets", (TARGETS, "trainer.policy.model.lora.target_modules")),
-    Question("Which batch size?", "batch_size", (_MINI_BATCH, "generator.n_samples_per_prompt"),
-             ("trainer.train_batch_size", "trainer.max_steps", "trainer.epochs")),
-)  # fmt: skip
+    Question(
+        "Which target modules?", "targets", (TARGETS, "trainer.policy.model.lora.target_modules")
+    ),
+    Question(
+        "Which batch size?",
+        "batch_size",
+        (_MINI_BATCH, "generator.n_samples_per_prompt"),
+        ("trainer.train_batch_size", "trainer.max_steps", "trainer.epochs"),
+    ),
+)
 
 
 def winner_row(experiment: Experiment) -> pd.Series | None:
-    """The winning configuration's row of `Tables.runs`, or the run's own once complete; None when there is none."""
+    """The winning configuration's row of `Tables.runs`, or the run's own once complete; None when
+    there is none.
+    """
     trial = experiment.best_trial()
     runs = experiment.tables.runs
     return None if trial is None else runs[runs["run_dir"] == trial["run_dir"]].iloc[0]
 
 
 def decisions(experiment: Experiment) -> list[Decision]:
-    """A row per question; none without a winner. Full fine-tuning has neither alpha nor target modules to ask for."""
+    """A row per question; none without a winner. Full fine-tuning has neither alpha nor target
+    modules to ask for.
+    """
     row = winner_row(experiment)
     if row is None:
         return []
     asked = [one for one in QUESTIONS if one.column not in ("alpha", "targets") or not is_full(row)]
-    return [_decide(experiment, question, row) for question in asked if pd.notna(row[question.column])]
+    return [
+        _decide(experiment, question, row) for question in asked if pd.notna(row[question.column])
+    ]
 
 
 def _decide(experiment: Experiment, question: Question, row: pd.Series) -> Decision:
@@ -93,13 +112,22 @@ def _decide(experiment: Experiment, question: Question, row: pd.Series) -> Decis
         return _untested(experiment, question, row, name)
     runs = experiment.tables.runs
     # An adapter's alpha and targets are not full fine-tuning's, nor are its learning rates.
-    alike = runs if question.column in ("rank", "batch_size") else runs[(runs["full"] == row["full"]).fillna(False)]
+    alike = (
+        runs
+        if question.column in ("rank", "batch_size")
+        else runs[(runs["full"] == row["full"]).fillna(False)]
+    )
     others = [key for key in experiment.axes if key not in (*question.keys, *question.with_it)]
     if question.column == "lr":
         alike, others = _same_otherwise(alike, row, others)
     number = int(row["configuration"])
     found = compare_values(
-        alike, question.column, number, others, experiment.base, maximize=experiment.direction == "maximize"
+        alike,
+        question.column,
+        number,
+        others,
+        experiment.base,
+        maximize=experiment.direction == "maximize",
     )
     if found is None or len(found.levels) < 2:
         return _alone(experiment, question, row, name)
@@ -111,16 +139,26 @@ def _decide(experiment: Experiment, question: Question, row: pd.Series) -> Decis
         settle, line = _settle(experiment, question, row, found)
     else:
         settle, line = SETTLED, None
-    return Decision(question.text, _taken(question, take.value), found.verdict, evidence, cost, settle, line)
+    return Decision(
+        question.text, _taken(question, take.value), found.verdict, evidence, cost, settle, line
+    )
 
 
 def _cheapest(found: Comparison, runs: pd.DataFrame) -> Level:
-    """Of the values that are tied, the one with fewest trained parameters; the chosen one where that is no less."""
-    return min([found.chosen, *found.of("tied")], key=lambda level: _load(_done(found, level, runs)))
+    """Of the values that are tied, the one with fewest trained parameters; the chosen one where
+    that is no less.
+    """
+    return min(
+        [found.chosen, *found.of("tied")], key=lambda level: _load(_done(found, level, runs))
+    )
 
 
-def _same_otherwise(runs: pd.DataFrame, row: pd.Series, others: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
-    """The runs with the winner's other settings, or, where these have fewer than three rates, with its main ones."""
+def _same_otherwise(
+    runs: pd.DataFrame, row: pd.Series, others: Sequence[str]
+) -> tuple[pd.DataFrame, list[str]]:
+    """The runs with the winner's other settings, or, where these have fewer than three rates, with
+    its main ones.
+    """
     main = [key for key in others if key in (RANK, TARGETS)]
     for keys in (list(others), main):
         same = runs[matched(runs, row, keys)]
@@ -129,17 +167,25 @@ def _same_otherwise(runs: pd.DataFrame, row: pd.Series, others: Sequence[str]) -
     return runs[matched(runs, row, others)], list(others)
 
 
-def _rate(experiment: Experiment, question: Question, row: pd.Series, found: Comparison, cost: str) -> Decision:
-    """Decide a learning rate as a range around the winner's, which ends before the next that is worse on each side."""
+def _rate(
+    experiment: Experiment, question: Question, row: pd.Series, found: Comparison, cost: str
+) -> Decision:
+    """Decide a learning rate as a range around the winner's, which ends before the next that is
+    worse on each side.
+    """
     tested, chosen = [float(level.value) for level in found.levels], float(found.chosen.value)
     place, worse = tested.index(chosen), [level.standing == "worse" for level in found.levels]
     first = next((at + 1 for at in reversed(range(place)) if worse[at]), 0)
     last = next((at - 1 for at in range(place, len(tested)) if worse[at]), len(tested) - 1)
     value = labels.lr(chosen)
     if first < last:
-        value = f"{labels.lr(tested[first])} to {labels.lr(tested[last])} (highest score at {value})"
+        value = (
+            f"{labels.lr(tested[first])} to {labels.lr(tested[last])} (highest score at {value})"
+        )
     evidence = _evidence(experiment, question, found)
-    ahead = any(level.standing in ("better", "unstable") for level in found.levels[first : last + 1])
+    ahead = any(
+        level.standing in ("better", "unstable") for level in found.levels[first : last + 1]
+    )
     sure = found.chosen.score is not None and not found.chosen.collapsed and not ahead
     bounded = sure and first > 0 and last < len(tested) - 1
     verdict: Verdict = "best" if bounded else found.verdict
@@ -157,7 +203,9 @@ def _rate(experiment: Experiment, question: Question, row: pd.Series, found: Com
 
 
 def _beyond(tested: list[float], high: bool) -> tuple[list[float], str]:
-    """Rates from one end of the tested ones on, as far apart as those there, and which end that is."""
+    """Rates from one end of the tested ones on, as far apart as those there, and which end
+    that is.
+    """
     step = min(max(tested[-1] / tested[-2] if high else tested[1] / tested[0], 2.0), 10.0)
     if high:
         return [float(f"{tested[-1] * step**power:.3g}") for power in (0, 1, 2)], "highest"
@@ -171,11 +219,19 @@ def _untested(experiment: Experiment, question: Question, row: pd.Series, name: 
     seeds = experiment.seeds if experiment.is_sweep else _seeds(experiment, 3)
     line = _grid(experiment, question, row, values, seeds) if values else None
     # A mini-batch is set in prompts, and asked for in sequences.
-    group = lookup(experiment.recipe, "generator.n_samples_per_prompt") if question.column == "batch_size" else 1
-    tried = labels.listed([_named(question, value * group if group != 1 else value) for value in values])
+    group = (
+        lookup(experiment.recipe, "generator.n_samples_per_prompt")
+        if question.column == "batch_size"
+        else 1
+    )
+    tried = labels.listed(
+        [_named(question, value * group if group != 1 else value) for value in values]
+    )
     cost = _cost_of(experiment.tables.runs[experiment.tables.runs["run_dir"] == row["run_dir"]])
     settle = f"Run a sweep over {tried}." if values else "Run a sweep over it."
-    return Decision(question.text, name, UNTESTED, labels.capital(evidence) + ".", cost, settle, line)
+    return Decision(
+        question.text, name, UNTESTED, labels.capital(evidence) + ".", cost, settle, line
+    )
 
 
 def _alone(experiment: Experiment, question: Question, row: pd.Series, name: str) -> Decision:
@@ -183,7 +239,9 @@ def _alone(experiment: Experiment, question: Question, row: pd.Series, name: str
     runs = experiment.tables.runs
     values = sorted(runs.loc[runs["configuration"].notna(), question.column].dropna().unique())
     line = _grid(experiment, question, row, values, experiment.seeds)
-    evidence = "No other value has a configuration that is complete on every seed and can be compared."
+    evidence = (
+        "No other value has a configuration that is complete on every seed and can be compared."
+    )
     cost = _cost_of(runs[runs["run_dir"] == row["run_dir"]])
     settle = "Run them again beside the winner's other settings."
     return Decision(question.text, name, "open", evidence, cost, settle, line)
@@ -202,18 +260,29 @@ def _to_try(experiment: Experiment, question: Question, row: pd.Series) -> list[
     return [float(f"{float(value) * by:.2g}") for by in (1 / factor, 1.0, factor)]
 
 
-def _settle(experiment: Experiment, question: Question, row: pd.Series, found: Comparison) -> tuple[str, str]:
+def _settle(
+    experiment: Experiment, question: Question, row: pd.Series, found: Comparison
+) -> tuple[str, str]:
     """Return what would settle an open question, and the command that runs it."""
     left = found.of("better", "unstable", "open")
-    unfair, unstable = [level for level in left if not level.fair], [level for level in left if level.collapsed]
+    unfair, unstable = (
+        [level for level in left if not level.fair],
+        [level for level in left if level.collapsed],
+    )
     count = len(experiment.seeds)
     if found.chosen.collapsed or unstable:
         count = min(2 * count, MOST_SEEDS)
         who = [found.chosen, *unstable] if found.chosen.collapsed else unstable
-        why = f"Run {labels.plural(count, 'seed')}: seeds of {_list(question, who)} collapsed, and few show how often."
+        why = (
+            f"Run {labels.plural(count, 'seed')}: seeds of {_list(question, who)} "
+            "collapsed, and few show how often."
+        )
     elif any(level.score is None for level in (found.chosen, *left)):
         count = max(3, count)
-        why = f"Run {labels.plural(count, 'seed')} of each: with one, chance in training is not known."
+        why = (
+            f"Run {labels.plural(count, 'seed')} of each: with one, chance in training "
+            "is not known."
+        )
     elif unfair:
         why = f"Run {_list(question, unfair)} beside the winner's other settings."
     else:
@@ -229,11 +298,21 @@ def _settle(experiment: Experiment, question: Question, row: pd.Series, found: C
         why = f"Run {_named(question, full[0])} at learning rates of its own."
         own = pd.concat([row.drop(RANK), pd.Series({RANK: full[0]})])
         return why, next_sweep.command(experiment, own, {LR: rates}, _seeds(experiment, count))
-    return why, _grid(experiment, question, row, [one for one in values if one not in full], _seeds(experiment, count))
+    return why, _grid(
+        experiment,
+        question,
+        row,
+        [one for one in values if one not in full],
+        _seeds(experiment, count),
+    )
 
 
 def _grid(
-    experiment: Experiment, question: Question, row: pd.Series, values: Sequence[Any], seeds: Sequence[int]
+    experiment: Experiment,
+    question: Question,
+    row: pd.Series,
+    values: Sequence[Any],
+    seeds: Sequence[int],
 ) -> str:
     """The command of a sweep over values of one setting, all others the winner's."""
     if any(key in experiment.axes for key in question.with_it):
@@ -242,7 +321,9 @@ def _grid(
     key = next(iter(question.swept_keys(experiment)), question.keys[0])
     if question.column in ("targets", "batch_size") and key in row.index:
         # Where a column is not the key's own value: the key's values of the runs that have it.
-        table = experiment.tables.runs.drop_duplicates(question.column).set_index(question.column)[key]
+        table = experiment.tables.runs.drop_duplicates(question.column).set_index(question.column)[
+            key
+        ]
         values = [table.get(value, value) for value in values]
     return next_sweep.command(experiment, row, {key: list(dict.fromkeys(values))}, seeds)
 
@@ -255,19 +336,29 @@ def _seeds(experiment: Experiment, count: int) -> list[int]:
 
 def _evidence(experiment: Experiment, question: Question, found: Comparison) -> str:
     """How far each other value is from the chosen one, nearest first."""
-    first, rest = found.chosen, sorted(found.others, key=lambda level: abs(level.mean - found.chosen.mean))
+    first, rest = (
+        found.chosen,
+        sorted(found.others, key=lambda level: abs(level.mean - found.chosen.mean)),
+    )
     name = _named(question, first.value)
     text = f"Against {name}, the winner's: "
     if first.collapsed:
         text = f"{name} is unstable: {first.collapsed} of its {first.tried} seeds collapsed. "
     elif first.score is None:
-        text = f"{name} reached {labels.score(experiment.metric, first.mean)} with one seed: chance is not known. "
+        text = (
+            f"{name} reached {labels.score(experiment.metric, first.mean)} with one "
+            "seed: chance is not known. "
+        )
     parts = [_beside(experiment, question, found, level) for level in rest[:MOST_VALUES]]
     more, tail = rest[MOST_VALUES:], ""
     if more:
         left = sum(level.standing != "worse" for level in more)
         are = "is" if len(more) == 1 else "are"
-        tail = f"; {len(more)} more {are} worse" if not left else f"; of {len(more)} more {left} not told apart"
+        tail = (
+            f"; {len(more)} more {are} worse"
+            if not left
+            else f"; of {len(more)} more {left} not told apart"
+        )
     return f"{labels.capital(text)}{'; '.join(parts)}{tail}."
 
 
@@ -296,7 +387,9 @@ def _beside(experiment: Experiment, question: Question, found: Comparison, level
 
 
 def _cost(question: Question, taken: Level, found: Comparison, runs: pd.DataFrame) -> str:
-    """Return the median costs of the value's runs, and of the cheapest other value's where they differ."""
+    """Return the median costs of the value's runs, and of the cheapest other value's where they
+    differ.
+    """
     text = f"{labels.capital(_named(question, taken.value))}: {_cost_of(_done(found, taken, runs))}"
     others = [level for level in found.levels if level is not taken]
     cheapest = min(others, key=lambda level: _load(_done(found, level, runs)))
@@ -319,11 +412,17 @@ def _load(runs: pd.DataFrame) -> float:
 def _cost_of(runs: pd.DataFrame) -> str:
     """Parameters, time and tokens of some runs, by their medians."""
     parts = []
-    for column, words in (("parameters", "{} trained parameters"), ("seconds", "{} a run"), ("tokens", "{} tokens")):
+    for column, words in (
+        ("parameters", "{} trained parameters"),
+        ("seconds", "{} a run"),
+        ("tokens", "{} tokens"),
+    ):
         known = runs[column].dropna()
         if len(known):
             middle = float(known.median())
-            parts.append(words.format(metrics.duration(middle) if column == "seconds" else f"{middle:,.0f}"))
+            parts.append(
+                words.format(metrics.duration(middle) if column == "seconds" else f"{middle:,.0f}")
+            )
     return ", ".join(parts) or "unknown"
 
 

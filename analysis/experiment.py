@@ -18,9 +18,9 @@ from analysis.records import THEN, parsed_recipe
 from analysis.rows import as_trials, param_columns
 from analysis.sources import DEFAULT_METRIC
 from analysis.stats_seeds import Held
-from harness import metrics
-from harness.errors import UserError
-from harness.rundir import Status
+from harness.config import metrics
+from harness.core.errors import UserError
+from harness.records.run_dir import Status
 
 if TYPE_CHECKING:
     from analysis.claims.evidence import Evidence
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A run or sweep as its tables say it was: its own rows alone, whatever has become of its directory."""
+    """A run or sweep as its tables say it was: its own rows alone, whatever has become of its
+    directory.
+    """
 
     tables: Tables
 
@@ -39,10 +41,16 @@ class Experiment:
 
     @classmethod
     def of(cls, tables: Tables, directory: str | None = None) -> Experiment:
-        """One directory of some tables, by the name recorded there; None: the only one. Raises UserError if absent."""
+        """One directory of some tables, by the name recorded there; None: the only one. Raises
+        UserError if absent.
+        """
         known = tables.sources["directory"].tolist()
         if directory not in known if directory is not None else len(known) != 1:
-            raise UserError("the tables hold no such directory", got=directory or "no name", allowed=", ".join(known))
+            raise UserError(
+                "the tables hold no such directory",
+                got=directory or "no name",
+                allowed=", ".join(known),
+            )
         return cls(tables.of([directory or known[0]]))
 
     @cached_property
@@ -93,7 +101,9 @@ class Experiment:
 
     @cached_property
     def problems(self) -> int | None:
-        """Held-out problems behind each score; None where unknown, or where no score is a share of right answers."""
+        """Held-out problems behind each score; None where unknown, or where no score is a share of
+        right answers.
+        """
         problems, shares = (
             self.source["problems"],
             self.metric == DEFAULT_METRIC or self.metric.startswith("eval/pass@"),
@@ -102,7 +112,11 @@ class Experiment:
             return None
         samples = (self.recipe.get("generator") or {}).get("eval_n_samples_per_prompt") or 1
         total = int(problems) if self.metric != DEFAULT_METRIC else int(problems) * samples
-        found = [float(share) for name in (self.metric, f"base/{self.metric}") for share in self.trials[name].dropna()]
+        found = [
+            float(share)
+            for name in (self.metric, f"base/{self.metric}")
+            for share in self.trials[name].dropna()
+        ]
         return int(problems) if stats.counts_right_answers(found, total) else None
 
     @cached_property
@@ -117,7 +131,9 @@ class Experiment:
 
     @cached_property
     def evidence(self) -> Evidence | None:
-        """The runs that differ only in what the claims vary, where there are most of them; None without runs."""
+        """The runs that differ only in what the claims vary, where there are most of them; None
+        without runs.
+        """
         from analysis.claims.evidence import evidence
 
         return evidence(self.tables.runs, self.tables.steps)
@@ -134,7 +150,9 @@ class Experiment:
 
     @cached_property
     def inputs_changed(self) -> bool:
-        """Whether data, model or environment module changed while it ran: its runs then name theirs in `inputs`."""
+        """Whether data, model or environment module changed while it ran: its runs then name theirs
+        in `inputs`.
+        """
         runs = self.tables.runs
         known = set(runs["inputs"].dropna()) if "inputs" in runs.columns else set()
         return len(known) > 1 or any(THEN in one for one in known)
@@ -147,11 +165,15 @@ class Experiment:
     @cached_property
     def configurations(self) -> pd.DataFrame:
         """One row per configuration, best first (see `stats.by_configuration`)."""
-        return stats.by_configuration(self.trials, self.metric, self.direction, self.seeds, self.problems)
+        return stats.by_configuration(
+            self.trials, self.metric, self.direction, self.seeds, self.problems
+        )
 
     @cached_property
     def best(self) -> stats.Best | None:
-        """The winning configuration (see `stats.best_configuration`), or None when none has all its seeds complete."""
+        """The winning configuration (see `stats.best_configuration`), or None when none has all its
+        seeds complete.
+        """
         return stats.best_configuration(self.trials, self.metric, self.direction, self.seeds)
 
     @cached_property
@@ -160,13 +182,19 @@ class Experiment:
         if not self.is_sweep or self.best is None:
             return None
         return compare_values(
-            self.tables.runs, "configuration", self.best.configuration, [], self.base,
+            self.tables.runs,
+            "configuration",
+            self.best.configuration,
+            [],
+            self.base,
             maximize=self.direction == "maximize",
-        )  # fmt: skip
+        )
 
     @cached_property
     def expected(self) -> Held | None:
-        """The winner's score as it would be seen again, corrected for selection bias; None with one seed."""
+        """The winner's score as it would be seen again, corrected for selection bias; None with one
+        seed.
+        """
         if not self.is_sweep or self.best is None:
             return None
         return expected(self.tables.runs, self.base, maximize=self.direction == "maximize")
@@ -185,23 +213,35 @@ class Experiment:
     @cached_property
     def base_interval(self) -> stats.Interval | None:
         """The interval of the base's score over the held-out problems."""
-        return stats.wilson(self.base, self.problems) if self.base is not None and self.problems else None
+        return (
+            stats.wilson(self.base, self.problems)
+            if self.base is not None and self.problems
+            else None
+        )
 
     def better(self, first: float, second: float) -> bool:
         """Whether the first score is the better one."""
         return first > second if self.direction == "maximize" else first < second
 
     def best_trial(self) -> pd.Series | None:
-        """The winning configuration's best trial, or the run's own row once complete; None when there is none."""
+        """The winning configuration's best trial, or the run's own row once complete; None when
+        there is none.
+        """
         rows = self.complete
         if self.is_sweep:
-            rows = rows[rows["configuration"] == self.best.configuration] if self.best else rows.iloc[:0]
+            rows = (
+                rows[rows["configuration"] == self.best.configuration]
+                if self.best
+                else rows.iloc[:0]
+            )
         if rows.empty:
             return None
         return rows.sort_values(self.metric, ascending=self.direction == "minimize").iloc[0]
 
     def basin(self, *ranks: int) -> stats.Basin | None:
-        """Learning rates too low, good and too high at these ranks (all when none is named); None without evidence."""
+        """Learning rates too low, good and too high at these ranks (all when none is named); None
+        without evidence.
+        """
         if LR not in self.trials.columns:
             return None
         # A run that was pruned or diverged has no score, and tells against its rate all the same.

@@ -6,8 +6,8 @@ import json
 import math
 from typing import Any
 
-from harness import metrics
-from harness.errors import visible
+from harness.config import metrics
+from harness.core.errors import visible
 
 RANK = "trainer.policy.model.lora.rank"
 ALPHA = "trainer.policy.model.lora.alpha"
@@ -53,13 +53,17 @@ def setting(name: str, given: Any) -> str:
 
 
 def matters(name: str, values: dict[str, Any]) -> bool:
-    """Whether a key has any effect beside these others: full fine-tuning has neither alpha nor target modules."""
+    """Whether a key has any effect beside these others: full fine-tuning has neither alpha nor
+    target modules.
+    """
     return not (name in (ALPHA, TARGETS) and values.get(RANK) == 0)
 
 
 def settings(values: dict[str, Any]) -> str:
     """Several keys and values in running text: `rank 8, alpha 32, learning rate 3e-4`."""
-    return ", ".join(setting(name, given) for name, given in values.items() if matters(name, values))
+    return ", ".join(
+        setting(name, given) for name, given in values.items() if matters(name, values)
+    )
 
 
 def lr(given: float) -> str:
@@ -69,7 +73,9 @@ def lr(given: float) -> str:
 
 
 def score(name: str, given: float | None) -> str:
-    """A metric's value: three decimals for a share, else four digits; an en dash where there is none."""
+    """A metric's value: three decimals for a share, else four digits; an en dash where there is
+    none.
+    """
     if given is None or not math.isfinite(given):
         return "–"
     return f"{given:.3f}" if metrics.lookup(name).unit == "share" else f"{given:.4g}"
@@ -78,7 +84,11 @@ def score(name: str, given: float | None) -> str:
 def signed(name: str, given: float) -> str:
     """A difference of a metric's values with its sign: `+0.012`."""
     # Plus 0.0, for what rounds to nothing has no sign.
-    return f"{round(given, 3) + 0.0:+.3f}" if metrics.lookup(name).unit == "share" else f"{given + 0.0:+.4g}"
+    return (
+        f"{round(given, 3) + 0.0:+.3f}"
+        if metrics.lookup(name).unit == "share"
+        else f"{given + 0.0:+.4g}"
+    )
 
 
 def listed(parts: list[str], last: str = "and") -> str:

@@ -1,4 +1,6 @@
-"""The values of one setting compared, each at its best configuration; all pairs are tested together."""
+"""The values of one setting compared, each at its best configuration; all pairs are tested
+together.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,16 @@ from analysis.stats_tests import ALPHA, POWER, Estimate
 
 Standing = Literal["chosen", "worse", "tied", "better", "unstable", "open"]
 Verdict = Literal["best", "tied", "open"]
-# Seeds differ otherwise where training hardly works: chance is pooled over what keeps this share of the best gain.
+# Seeds differ otherwise where training hardly works: chance is pooled over what keeps this share of
+# the best gain.
 COMPETING = 0.75
 # A difference below this share of what training gained is no difference (as for the claims).
 GAIN_SHARE = 0.1
 # Adapters whose trained parameters differ by less than this share are of equal size.
 EQUAL_SIZE = 0.05
-# A seed has collapsed when it lost this share of what the best seed of its configuration gained, and by far more
-# than the seeds of other configurations differ: so many of their standard deviations.
+# A seed has collapsed when it lost this share of what the best seed of its configuration gained,
+# and by far more than the seeds of other configurations differ: so many of their standard
+# deviations.
 COLLAPSE_SHARE, COLLAPSE_SPREAD = 0.5, 6.0
 # Seeds that the page asks for: with none collapsed, they bound the share of seeds that collapse.
 COLLAPSE_BOUND = 0.2
@@ -40,10 +44,11 @@ Mask = NDArray[np.bool_]
 class Level:
     """A value of a setting, by the score of its best configuration.
 
-    `mean` and `score` are in the metric's own direction; `score` (None without two seeds) is free of the choice of the
-    best configuration. `ahead` is how far the chosen value is ahead, with its simultaneous 95% interval. `seeds` is
-    how many the score rests on, `collapsed` how many of the best configuration's `tried` seeds, fresh ones included,
-    collapsed. `fair`: it was tried beside the chosen value's other settings.
+    `mean` and `score` are in the metric's own direction; `score` (None without two seeds) is free
+    of the choice of the best configuration. `ahead` is how far the chosen value is ahead, with its
+    simultaneous 95% interval. `seeds` is how many the score rests on, `collapsed` how many of the
+    best configuration's `tried` seeds, fresh ones included, collapsed. `fair`: it was tried beside
+    the chosen value's other settings.
     """
 
     value: Any
@@ -61,7 +66,8 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A setting's values in order, one of them chosen; `margin` is the difference that would matter.
+    """A setting's values in order, one of them chosen; `margin` is the difference that would
+    matter.
 
     `judged` is how many values are tested against each other.
     """
@@ -89,7 +95,9 @@ class Comparison:
         return "tied" if self.of("tied") else "best"
 
     def seeds_needed(self, level: Level, most: int) -> int | None:
-        """Return with how many seeds a level would be told apart, or tied, in 4 of 5 sweeps; None above `most`."""
+        """Return with how many seeds a level would be told apart, or tied, in 4 of 5 sweeps; None
+        above `most`.
+        """
         if level.ahead is None or not level.ahead.se:
             return None
         gap = abs(level.ahead.value)
@@ -104,7 +112,9 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class _Noise:
-    """The variance of one score between seeds: pooled, with its degrees of freedom, and each value's own."""
+    """The variance of one score between seeds: pooled, with its degrees of freedom, and each
+    value's own.
+    """
 
     pooled: float
     df: float
@@ -117,10 +127,12 @@ class _Noise:
 
 @dataclass(frozen=True)
 class _Scores:
-    """A sweep's scores, higher is better: `swept` and `fresh` `[configurations, seeds]`, NaN where there is none.
+    """A sweep's scores, higher is better: `swept` and `fresh` `[configurations, seeds]`, NaN where
+    there is none.
 
-    `cells` has a row of settings for each configuration. `whole`: it has all seeds of the sweep; `confirmed`: all
-    fresh seeds, two or more; `collapsed`: how many of its seeds collapsed; `competing`: it kept most of the best gain.
+    `cells` has a row of settings for each configuration. `whole`: it has all seeds of the sweep;
+    `confirmed`: all fresh seeds, two or more; `collapsed`: how many of its seeds collapsed;
+    `competing`: it kept most of the best gain.
     """
 
     swept: Floats
@@ -135,13 +147,20 @@ class _Scores:
 
     @classmethod
     def of(cls, runs: pd.DataFrame, floor: float | None, sign: float) -> _Scores:
-        """Read `Tables.runs`; a run that diverged without a score counts as having gained nothing."""
+        """Read `Tables.runs`; a run that diverged without a score counts as having gained
+        nothing.
+        """
         known = runs[runs["configuration"].notna()].assign(score=sign * runs["score"])
         if floor is not None and "diverged" in known:
             diverged = known["score"].isna() & known["diverged"].fillna(False).astype(bool)
             known["score"] = known["score"].mask(diverged, sign * floor)
         again = known["confirm"].astype(bool)
-        cells = known[~again].drop_duplicates("configuration").set_index("configuration", drop=False).sort_index()
+        cells = (
+            known[~again]
+            .drop_duplicates("configuration")
+            .set_index("configuration", drop=False)
+            .sort_index()
+        )
         scores, fresh = (_table(rows, cells.index) for rows in (known[~again], known[again]))
         whole = np.asarray(np.isfinite(scores).all(axis=1))
         confirmed = np.asarray(np.isfinite(fresh).all(axis=1) & whole & (fresh.shape[1] > 1))
@@ -154,8 +173,17 @@ class _Scores:
         stable = whole & (collapsed == 0)
         best = float(means[stable if stable.any() else whole].max(initial=low))
         gain = max(0.0, best - low)
-        return cls(scores, fresh, cells, whole, confirmed, collapsed, means, stable & (means >= low + COMPETING * gain),
-                   gain)  # fmt: skip
+        return cls(
+            scores,
+            fresh,
+            cells,
+            whole,
+            confirmed,
+            collapsed,
+            means,
+            stable & (means >= low + COMPETING * gain),
+            gain,
+        )
 
     @property
     def stable(self) -> Mask:
@@ -165,29 +193,44 @@ class _Scores:
     def noise(self, values: NDArray[Any]) -> _Noise:
         """Chance between seeds, pooled over the competing configurations, and by value.
 
-        The pooled variance has Satterthwaite's degrees of freedom, as values may differ in noise (Box 1954).
+        The pooled variance has Satterthwaite's degrees of freedom, as values may differ in noise
+        (Box 1954).
         """
         squares: dict[Any, float] = {}
         counts: dict[Any, int] = {}
         for value in pd.unique(values[self.whole]):
             mine = self.stable & (values == value)
             # A value that nowhere competes still has noise of its own.
-            for cell in np.flatnonzero(mine & self.competing if (mine & self.competing).any() else mine):
-                for scores in (self.swept[cell], self.fresh[cell]) if self.confirmed[cell] else (self.swept[cell],):
-                    squares[value] = squares.get(value, 0.0) + float(((scores - scores.mean()) ** 2).sum())
+            for cell in np.flatnonzero(
+                mine & self.competing if (mine & self.competing).any() else mine
+            ):
+                for scores in (
+                    (self.swept[cell], self.fresh[cell])
+                    if self.confirmed[cell]
+                    else (self.swept[cell],)
+                ):
+                    squares[value] = squares.get(value, 0.0) + float(
+                        ((scores - scores.mean()) ** 2).sum()
+                    )
                     counts[value] = counts.get(value, 0) + len(scores) - 1
         own = {value: squares[value] / count for value, count in counts.items() if count}
         pooled = [value for value in own if (self.competing & (values == value)).any()]
-        total, df = sum(squares[value] for value in pooled), float(sum(counts[value] for value in pooled))
+        total, df = (
+            sum(squares[value] for value in pooled),
+            float(sum(counts[value] for value in pooled)),
+        )
         if not df or not total:
             return _Noise(0.0, df, own)
-        return _Noise(total / df, total**2 / sum(squares[value] ** 2 / counts[value] for value in pooled), own)
+        return _Noise(
+            total / df, total**2 / sum(squares[value] ** 2 / counts[value] for value in pooled), own
+        )
 
     def held(self, among: Mask, variance: float, df: float) -> Held | None:
-        """Return the best score among some configurations, corrected for selection bias; None without two seeds.
+        """Return the best score among some configurations, corrected for selection bias; None
+        without two seeds.
 
-        It is taken on fresh seeds where some of them have these, else on the sweep's seeds. Where there is a choice,
-        each seed scores the configuration that the other seeds choose.
+        It is taken on fresh seeds where some of them have these, else on the sweep's seeds. Where
+        there is a choice, each seed scores the configuration that the other seeds choose.
         """
         kind, table, rows = "fresh seeds", self.fresh, among & self.confirmed
         if not rows.any():
@@ -197,21 +240,30 @@ class _Scores:
             return None
         if rows.sum() > 1:
             found = held_out(table, rows, variance, df)
-            return found and Held(found.estimate, found.chosen, f"{count} {kind}, each scoring what the others choose")
+            return found and Held(
+                found.estimate, found.chosen, f"{count} {kind}, each scoring what the others choose"
+            )
         cell = int(rows.argmax())
         estimate = Estimate(float(table[cell].mean()), math.sqrt(variance / count), df)
         return Held(estimate, (cell,) * count, f"{count} {kind}")
 
 
 def compare_values(
-    runs: pd.DataFrame, column: str, winner: int, others: Sequence[str], floor: float | None, *, maximize: bool
+    runs: pd.DataFrame,
+    column: str,
+    winner: int,
+    others: Sequence[str],
+    floor: float | None,
+    *,
+    maximize: bool,
 ) -> Comparison | None:
-    """Compare the values of a column with that of the winning configuration; None where that has no score.
+    """Compare the values of a column with that of the winning configuration; None where that has no
+    score.
 
-    Intervals of all differences between values hold together with 95% (Tukey 1949, Kramer 1956), so that at most 5% of
-    sweeps call a value worse that is not. `others` are the other swept settings' columns: a value that was tried only
-    with others than the winner's stays open, whatever it scored. `floor` is the base's score; the margin is a share of
-    the gain.
+    Intervals of all differences between values hold together with 95% (Tukey 1949, Kramer 1956), so
+    that at most 5% of sweeps call a value worse that is not. `others` are the other swept settings'
+    columns: a value that was tried only with others than the winner's stays open, whatever it
+    scored. `floor` is the base's score; the margin is a share of the gain.
     """
     sign = 1.0 if maximize else -1.0
     scores = _Scores.of(runs[runs[column].notna()], floor, sign)
@@ -225,7 +277,8 @@ def compare_values(
         mask = scores.whole & (values == value)
         alike = value == chosen[column] or column == "configuration"
         fair = alike or _fair(column, cells[mask], scores.means[mask], chosen, others)
-        # Configurations of which a seed collapsed are not averaged: what they score is a matter of luck.
+        # Configurations of which a seed collapsed are not averaged: what they score is a matter of
+        # luck.
         found[value] = mask, scores.held(mask & scores.stable, noise.of(value), noise.df), fair
     judged = sum(held is not None and fair for _, held, fair in found.values())
     reach = _reach(judged, noise.df) if judged > 1 else math.inf
@@ -245,18 +298,34 @@ def compare_values(
             standing = "unstable" if collapsed else _standing(span, margin) if fair else "open"
         levels.append(
             Level(
-                value, sign * float(scores.means[top]), None if held is None else held.estimate.scaled(sign), ahead,
-                span, int(mask.sum()), len(held.chosen) if held else scores.swept.shape[1], collapsed, tried, fair,
+                value,
+                sign * float(scores.means[top]),
+                None if held is None else held.estimate.scaled(sign),
+                ahead,
+                span,
+                int(mask.sum()),
+                len(held.chosen) if held else scores.swept.shape[1],
+                collapsed,
+                tried,
+                fair,
                 standing,
             )
-        )  # fmt: skip
-    return Comparison(column, next(one for one in levels if one.standing == "chosen"), tuple(levels), margin, judged)
+        )
+    return Comparison(
+        column,
+        next(one for one in levels if one.standing == "chosen"),
+        tuple(levels),
+        margin,
+        judged,
+    )
 
 
 def expected(runs: pd.DataFrame, floor: float | None, *, maximize: bool) -> Held | None:
-    """Return the best configuration's score as it would be seen again, free of having been picked by it.
+    """Return the best configuration's score as it would be seen again, free of having been picked
+    by it.
 
-    In the metric's own direction; None without two seeds, or where a seed of every configuration collapsed.
+    In the metric's own direction; None without two seeds, or where a seed of every configuration
+    collapsed.
     """
     sign = 1.0 if maximize else -1.0
     scores = _Scores.of(runs, floor, sign)
@@ -272,7 +341,9 @@ def expected(runs: pd.DataFrame, floor: float | None, *, maximize: bool) -> Held
 
 
 def could_collapse(seeds: int) -> float:
-    """Return the largest share of collapsing seeds that leaves `seeds` seeds without one in 5% of cases."""
+    """Return the largest share of collapsing seeds that leaves `seeds` seeds without one in 5% of
+    cases.
+    """
     return 1 - ALPHA ** (1 / seeds)
 
 
@@ -282,11 +353,15 @@ def seeds_to_bound(share: float) -> int:
 
 
 def matched(cells: pd.DataFrame, chosen: pd.Series, others: Sequence[str]) -> pd.Series:
-    """Which configurations have the chosen one's other settings; full fine-tuning has neither alpha nor targets."""
+    """Which configurations have the chosen one's other settings; full fine-tuning has neither alpha
+    nor targets.
+    """
     same = pd.Series(True, index=cells.index)
     full = cells["full"].astype("boolean").fillna(False) | is_full(chosen)
     for key in others:
-        equal = (cells[key] == chosen[key]).fillna(False).astype(bool) | (cells[key].isna() & pd.isna(chosen[key]))
+        equal = (cells[key] == chosen[key]).fillna(False).astype(bool) | (
+            cells[key].isna() & pd.isna(chosen[key])
+        )
         same &= equal | full if key in (ALPHA_KEY, TARGETS) else equal
     return same
 
@@ -297,14 +372,22 @@ def is_full(row: pd.Series) -> bool:
 
 
 def _fair(
-    column: str, cells: pd.DataFrame, means: NDArray[np.float64], chosen: pd.Series, others: Sequence[str]
+    column: str,
+    cells: pd.DataFrame,
+    means: NDArray[np.float64],
+    chosen: pd.Series,
+    others: Sequence[str],
 ) -> bool:
-    """Whether a value had its chance beside the chosen one's other settings: at the same learning rate or its own best.
+    """Whether a value had its chance beside the chosen one's other settings: at the same learning
+    rate or its own best.
 
-    Where a value has its own best rate its alpha is free as well, which does little but scale the rate.
+    Where a value has its own best rate its alpha is free as well, which does little but scale the
+    rate.
     """
     if LR in others:
-        beside = cells[_beside(column, cells, chosen, [key for key in others if key not in (LR, ALPHA_KEY)])]
+        beside = cells[
+            _beside(column, cells, chosen, [key for key in others if key not in (LR, ALPHA_KEY)])
+        ]
         rates, at = beside[LR].astype(float), means[cells.index.isin(beside.index)]
         if rates.nunique() > 2 and rates.min() < float(rates.to_numpy()[at.argmax()]) < rates.max():
             return True
@@ -313,17 +396,25 @@ def _fair(
     return bool((_beside(column, cells, chosen, others) & alike).any())
 
 
-def _beside(column: str, cells: pd.DataFrame, chosen: pd.Series, others: Sequence[str]) -> pd.Series:
-    """Which configurations have the chosen one's other settings; target modules at equal rank or equal parameters."""
+def _beside(
+    column: str, cells: pd.DataFrame, chosen: pd.Series, others: Sequence[str]
+) -> pd.Series:
+    """Which configurations have the chosen one's other settings; target modules at equal rank or
+    equal parameters.
+    """
     same = matched(cells, chosen, others)
     if column == "targets" and RANK in others:
         equal = (cells["parameters"] / chosen["parameters"] - 1.0).abs() < EQUAL_SIZE
-        same |= equal.fillna(False).astype(bool) & matched(cells, chosen, [key for key in others if key != RANK])
+        same |= equal.fillna(False).astype(bool) & matched(
+            cells, chosen, [key for key in others if key != RANK]
+        )
     return same
 
 
 def _reach(values: int, df: float) -> float:
-    """How many standard errors the interval of each difference reaches, so that all hold together with 95%."""
+    """How many standard errors the interval of each difference reaches, so that all hold together
+    with 95%.
+    """
     return float(qsturng(1 - ALPHA, values, df)) / math.sqrt(2)
 
 
@@ -347,16 +438,23 @@ def _table(runs: pd.DataFrame, numbers: pd.Index) -> Floats:
 
 
 def _collapsed(scores: Floats, low: float) -> NDArray[np.int64]:
-    """How many seeds of each configuration collapsed, `[configurations, seeds]` -> `[configurations]`."""
+    """How many seeds of each configuration collapsed, `[configurations, seeds]` ->
+    `[configurations]`.
+    """
     known = np.isfinite(scores)
     best = np.where(known, scores, -np.inf).max(axis=1, initial=-np.inf)
     drops = np.where(known, best[:, None] - np.where(known, scores, 0.0), 0.0)
     spreads = np.array(
-        [row[mask].std(ddof=1) if mask.sum() > 1 else math.nan for row, mask in zip(scores, known, strict=True)]
+        [
+            row[mask].std(ddof=1) if mask.sum() > 1 else math.nan
+            for row, mask in zip(scores, known, strict=True)
+        ]
     )
     count = np.zeros(len(scores), dtype=np.int64)
     for cell, drop in enumerate(drops):
         others = np.delete(spreads, cell)
         spread = float(np.median(others[np.isfinite(others)])) if np.isfinite(others).any() else 0.0
-        count[cell] = int((drop > max(COLLAPSE_SHARE * (best[cell] - low), COLLAPSE_SPREAD * spread)).sum())
+        count[cell] = int(
+            (drop > max(COLLAPSE_SHARE * (best[cell] - low), COLLAPSE_SPREAD * spread)).sum()
+        )
     return count

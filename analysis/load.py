@@ -1,4 +1,6 @@
-"""Run and sweep directories as tidy pandas tables. Facts come from the files' contents, never from names."""
+"""Run and sweep directories as tidy pandas tables. Facts come from the files' contents, never from
+names.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,9 @@ import pandas as pd
 from analysis import columns, rows, sources
 from analysis.records import OTHER_INPUTS, Record, check_own, parsed_recipe, read_records
 from analysis.rerun import Commands
-from harness.cli import invocation
-from harness.errors import UserError
-from harness.rundir import RunDir, write_bytes
+from harness.core.cli import invocation
+from harness.core.errors import UserError
+from harness.records.run_dir import RunDir, write_bytes
 
 _KEY, _LEAD = rows.KEY, list(rows.IDENTITY)
 _SAMPLE = ("step", "phase", "index", "question", "ground_truth", "completion", "reward")
@@ -34,8 +36,9 @@ TABLES = tuple(f"{name}.parquet" for name in _NEEDED)
 class Tables:
     """Any number of runs and sweeps as tidy tables; a run is (`directory`, `run_dir`) in each.
 
-    `runs`: a row per run, whatever became of it. `steps`: a row per run and logged step. `samples`: a row per kept
-    completion (step, phase, index, reward, …). `sources`: a row per directory (see `sources.source_row`).
+    `runs`: a row per run, whatever became of it. `steps`: a row per run and logged step. `samples`:
+    a row per kept completion (step, phase, index, reward, …). `sources`: a row per directory (see
+    `sources.source_row`).
     """
 
     runs: pd.DataFrame
@@ -44,13 +47,17 @@ class Tables:
     sources: pd.DataFrame
 
     def write(self, folder: str | Path) -> None:
-        """Write the tables as parquet files, each whole or not at all: with these alone a report can be redrawn."""
+        """Write the tables as parquet files, each whole or not at all: with these alone a report
+        can be redrawn.
+        """
         for part in fields(self):
             write_bytes(Path(folder) / f"{part.name}.parquet", _parquet(getattr(self, part.name)))
 
     @classmethod
     def read(cls, folder: str | Path) -> Tables:
-        """Read what `write` wrote; raises UserError when a table is missing, damaged or none of these."""
+        """Read what `write` wrote; raises UserError when a table is missing, damaged or none of
+        these.
+        """
         found = {}
         for part in fields(cls):
             file = Path(folder) / f"{part.name}.parquet"
@@ -60,11 +67,17 @@ class Tables:
                 raise UserError("a table cannot be read", got=f"{file}: {error}") from None
             missing = [name for name in _NEEDED[part.name] if name not in found[part.name].columns]
             if missing:
-                raise UserError("a table lacks columns", got=f"{file}: no {', '.join(missing)}",
-                                fix=f"write it again: {invocation('report')} DIR")  # fmt: skip
+                raise UserError(
+                    "a table lacks columns",
+                    got=f"{file}: no {', '.join(missing)}",
+                    fix=f"write it again: {invocation('report')} DIR",
+                )
             columns.check(part.name, found[part.name], file)
         columns.check_sources(found["sources"], Path(folder) / "sources.parquet")
-        recipes = {row["directory"]: parsed_recipe(row["recipe"] or "") for _, row in found["sources"].iterrows()}
+        recipes = {
+            row["directory"]: parsed_recipe(row["recipe"] or "")
+            for _, row in found["sources"].iterrows()
+        }
         columns.check_shares(found, recipes, Path(folder))
         return cls(**found)
 
@@ -77,27 +90,37 @@ class Tables:
             new = [name for name in part.sources["directory"] if name not in known]
             known.update(new)
             kept.append(part if len(new) == len(part.sources) else part.of(new))
-        return cls(*(_concat([getattr(part, field.name) for part in kept]) for field in fields(cls)))
+        return cls(
+            *(_concat([getattr(part, field.name) for part in kept]) for field in fields(cls))
+        )
 
     def of(self, directories: Iterable[str]) -> Tables:
-        """The rows of some directories, without the columns of recipe keys and metrics that none of them has."""
+        """The rows of some directories, without the columns of recipe keys and metrics that none of
+        them has.
+        """
         wanted = list(directories)
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
         chosen = {name: table[table["directory"].isin(wanted)] for name, table in parts.items()}
         for name in ("runs", "steps"):
             table = chosen[name].dropna(axis="columns", how="all")
-            own = [column for column in chosen[name].columns if column in table.columns or not _is_open(name, column)]
+            own = [
+                column
+                for column in chosen[name].columns
+                if column in table.columns or not _is_open(name, column)
+            ]
             chosen[name] = chosen[name][own]
         return Tables(**{name: table.reset_index(drop=True) for name, table in chosen.items()})
 
 
 def load(directories: Iterable[str | Path]) -> Tables:
-    """The tables of any number of run and sweep directories; raises UserError for one that is neither.
+    """The tables of any number of run and sweep directories; raises UserError for one that is
+    neither.
 
-    Columns of `runs`: `directory`, `run_dir`, number, configuration, seed, status, confirm (a re-run on a fresh seed),
-    reason, `metric`, `maximize`, `score` (NaN unless COMPLETE, so that no unfinished run is taken for a finished one),
-    `last`, `best`, `best_step`, `base`, `step`, `seconds`, `created`, `started`, `ended` (seconds since 1970, UTC),
-    `tokens`, `flops`, `episodes`, `update_seconds` (its own share of a pack's), `problems`, `command`, `facts.facts`',
+    Columns of `runs`: `directory`, `run_dir`, number, configuration, seed, status, confirm (a
+    re-run on a fresh seed), reason, `metric`, `maximize`, `score` (NaN unless COMPLETE, so that no
+    unfinished run is taken for a finished one), `last`, `best`, `best_step`, `base`, `step`,
+    `seconds`, `created`, `started`, `ended` (seconds since 1970, UTC), `tokens`, `flops`,
+    `episodes`, `update_seconds` (its own share of a pack's), `problems`, `command`, `facts.facts`',
     one per swept recipe key of any sweep, and one per other final metric.
     """
     places = list(dict.fromkeys(Path(directory).resolve() for directory in directories))
@@ -110,7 +133,11 @@ def _load(directory: Path) -> Tables:
     commands = Commands(directory)
     lead = {"directory": source["directory"]}
     found = [
-        {**lead, **rows.run_row(record, directory, source["metric"]), "command": commands.command(record)}
+        {
+            **lead,
+            **rows.run_row(record, directory, source["metric"]),
+            "command": commands.command(record),
+        }
         for record in records
     ]
     runs, steps = pd.DataFrame(found), _steps(records).assign(**lead)
@@ -126,7 +153,8 @@ def _load(directory: Path) -> Tables:
         runs = pd.DataFrame(columns=[*lead, *rows.COLUMNS])
     samples = _samples(directory, records).assign(**lead)
     parts = runs, steps, samples, _source_table(source)
-    # As they are read again, so that a report from the directory and one from its tables are the same.
+    # As they are read again, so that a report from the directory and one from its tables are the
+    # same.
     return Tables(*(pd.read_parquet(io.BytesIO(_parquet(part))) for part in parts))
 
 
@@ -163,11 +191,16 @@ def _source_table(source: dict[str, object]) -> pd.DataFrame:
 
 def _steps(records: list[Record]) -> pd.DataFrame:
     """One row per run and step, with every metric logged."""
-    found = [{**record.identity(), "run_dir": record.run_dir, **row} for record in records for row in record.rows]
+    found = [
+        {**record.identity(), "run_dir": record.run_dir, **row}
+        for record in records
+        for row in record.rows
+    ]
     table = pd.DataFrame(found, columns=None if found else [*_LEAD, "run_dir", "step"])
     for name in ("number", "configuration", "seed", "step"):
         table[name] = table[name].astype("Int64")
-    # A step logged twice is a run that was killed between its log and its checkpoint: the later row stands.
+    # A step logged twice is a run that was killed between its log and its checkpoint: the later row
+    # stands.
     table = table.drop_duplicates(["run_dir", "step"], keep="last")
     return table.sort_values(["number", "run_dir", "step"], ignore_index=True)
 
@@ -197,16 +230,20 @@ def _samples(directory: Path, records: list[Record]) -> pd.DataFrame:
 
 
 def load_trials(directory: str | Path) -> pd.DataFrame:
-    """One row per trial of a sweep, or a run's one row; failed, pruned, running and damaged ones kept.
+    """One row per trial of a sweep, or a run's one row; failed, pruned, running and damaged ones
+    kept.
 
-    Columns as `rows.as_trials` says. Raises UserError when `directory` is neither a run nor a sweep.
+    Columns as `rows.as_trials` says. Raises UserError when `directory` is neither a run nor a
+    sweep.
     """
     tables = load([directory])
     return rows.as_trials(tables.runs, str(tables.sources["metric"].iloc[0]))
 
 
 def write_results(directory: str | Path, trials: pd.DataFrame) -> None:
-    """Write a table of trials as a directory's `results.parquet` and `results.csv`, each whole or not at all."""
+    """Write a table of trials as a directory's `results.parquet` and `results.csv`, each whole or
+    not at all.
+    """
     run = RunDir(directory)
     write_bytes(run.results, _parquet(trials))
     write_bytes(run.results.with_suffix(".csv"), trials.to_csv(index=False).encode())

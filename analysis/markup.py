@@ -1,4 +1,6 @@
-"""How templates are filled: HTML that is only ever text, and Markdown that cannot leave its place."""
+"""How templates are filled: HTML that is only ever text, and Markdown that cannot leave
+its place.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def _environment() -> Environment:
 
 
 def _markdown_cell(text: object) -> str:
-    """Text that can neither leave its Markdown table cell nor become a link, an image, code or HTML."""
+    """Text that can neither leave its Markdown table cell nor become a link, an image, code or
+    HTML.
+    """
     escaped = re.sub(r"([\\`*\[\]|<])", r"\\\1", str(text).replace("&", "&amp;"))
     return " ".join(escaped.split())
 

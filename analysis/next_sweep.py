@@ -12,18 +12,26 @@ import pandas as pd
 
 from analysis.experiment import Experiment
 from analysis.rows import param_columns
-from harness import recipe as recipes
+from harness.config import recipe as recipes
 
 NAME = "trainer.run_name"
 
 
-def command(experiment: Experiment, row: pd.Series, space: Mapping[str, Sequence[Any]], seeds: Sequence[int]) -> str:
-    """`python -m harness.sweep ...` over a grid of `space`, all else as in a run's `row`, quoted for a shell."""
+def command(
+    experiment: Experiment, row: pd.Series, space: Mapping[str, Sequence[Any]], seeds: Sequence[int]
+) -> str:
+    """`python -m harness.sweep ...` over a grid of `space`, all else as in a run's `row`, quoted
+    for a shell.
+    """
     source, given = _written(experiment)
     swept = param_columns(experiment.tables.runs)
     fixed = {key: _plain(row[key]) for key in swept if key not in space and pd.notna(row[key])}
     set_here = {*fixed, *space}
-    kept = [one for one in given if (key := one.partition("=")[0]) not in set_here and not key.startswith("sweep.")]
+    kept = [
+        one
+        for one in given
+        if (key := one.partition("=")[0]) not in set_here and not key.startswith("sweep.")
+    ]
     axes = [f"{key}:{_axis(values, _range_of(experiment, key))}" for key, values in space.items()]
     gone = [f"{key}:null" for key in fixed]
     count = math.prod(len(values) for values in space.values())
@@ -48,14 +56,20 @@ def again(experiment: Experiment, seeds: Sequence[int]) -> str:
 
 def confirm(experiment: Experiment, count: int) -> str:
     """The command that runs a sweep's best configurations again on fresh seeds."""
-    return shlex.join(["python", "-m", "harness.sweep", "--resume", experiment.directory, "--confirm", str(count)])
+    return shlex.join(
+        ["python", "-m", "harness.sweep", "--resume", experiment.directory, "--confirm", str(count)]
+    )
 
 
 def _written(experiment: Experiment) -> tuple[str, list[str]]:
-    """The recipe file and the overrides that an experiment was started with, but for its name: another's now."""
+    """The recipe file and the overrides that an experiment was started with, but for its name:
+    another's now.
+    """
     written = experiment.manifest.get("recipe") or {}
     source = str(written.get("source") or f"{experiment.directory}/recipe.yaml")
-    given = [str(one) for one in written.get("overrides") or [] if not str(one).startswith(f"{NAME}=")]
+    given = [
+        str(one) for one in written.get("overrides") or [] if not str(one).startswith(f"{NAME}=")
+    ]
     named = (experiment.recipe.get("trainer") or {}).get("run_name")
     return source, [*given, f"{NAME}=null"] if named else given
 
@@ -72,7 +86,9 @@ def _range_of(experiment: Experiment, key: str) -> list[str]:
 
 def _axis(values: Sequence[Any], instead_of: Sequence[str]) -> str:
     """Choices in Hydra's grammar; what a range said of the same key is taken out."""
-    choices = recipes.override_for("choices", [_plain(value) for value in values]).replace("=", ":", 1)
+    choices = recipes.override_for("choices", [_plain(value) for value in values]).replace(
+        "=", ":", 1
+    )
     return f"{{{','.join([choices, *(f'{name}:null' for name in instead_of)])}}}"
 
 

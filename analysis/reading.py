@@ -13,8 +13,8 @@ from analysis.labels import LR, MAIN_KEYS, RANK, TARGETS
 from analysis.levels import COLLAPSE_BOUND, could_collapse, seeds_to_bound
 from analysis.records import OTHER_INPUTS, lookup
 from analysis.stats_tests import Estimate
-from harness import metrics
-from harness.rundir import Status
+from harness.config import metrics
+from harness.records.run_dir import Status
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +38,27 @@ def answer(experiment: Experiment) -> Answer:
         return _no_answer(experiment)
     values = settings_of(experiment, trial)
     kept = {key: value for key, value in values.items() if labels.matters(key, values)}
-    shown = [(labels.key(key), labels.value(key, value), key in experiment.axes) for key, value in kept.items()]
+    shown = [
+        (labels.key(key), labels.value(key, value), key in experiment.axes)
+        for key, value in kept.items()
+    ]
     if experiment.is_sweep:
         return _sweep_answer(experiment, values, shown)
     score = float(trial[experiment.metric])
     found = stats.spread([score], experiment.problems)
     title = (
-        f"{labels.capital(labels.settings(values))} reached {_scored(experiment, score, found)}{_against(experiment)}."
+        f"{labels.capital(labels.settings(values))} reached "
+        f"{_scored(experiment, score, found)}{_against(experiment)}."
     )
-    return Answer(title, shown, _tiles(experiment, score, found, 1), [_clear_of_base(experiment, score)])
+    return Answer(
+        title, shown, _tiles(experiment, score, found, 1), [_clear_of_base(experiment, score)]
+    )
 
 
 def settings_of(experiment: Experiment, trial: pd.Series) -> dict[str, Any]:
-    """Rank, alpha, learning rate and target modules of a trial, swept or not, then its other swept keys."""
+    """Rank, alpha, learning rate and target modules of a trial, swept or not, then its other swept
+    keys.
+    """
     recipe = experiment.recipe
     values: dict[str, Any] = {}
     for key in (*MAIN_KEYS, *experiment.axes):
@@ -62,18 +70,28 @@ def settings_of(experiment: Experiment, trial: pd.Series) -> dict[str, Any]:
 
 
 def winner_interval(experiment: Experiment) -> tuple[float, float] | None:
-    """The 95% interval of the winner's score: over its seeds, else over the problems; None where there is no basis."""
+    """The 95% interval of the winner's score: over its seeds, else over the problems; None where
+    there is no basis.
+    """
     if experiment.expected is not None:
         return ends(experiment, experiment.expected.estimate)
     trial = experiment.best_trial()
-    found = None if trial is None else stats.spread([float(trial[experiment.metric])], experiment.problems)
+    found = (
+        None
+        if trial is None
+        else stats.spread([float(trial[experiment.metric])], experiment.problems)
+    )
     return None if found is None or len(experiment.seeds) > 1 else (found.low, found.high)
 
 
 def ends(experiment: Experiment, estimate: Estimate) -> tuple[float, float]:
     """The 95% interval of a score by Student's t; that of a share stays within 0 and 1."""
     low, high = estimate.interval(0.025)
-    return (max(low, 0.0), min(high, 1.0)) if metrics.lookup(experiment.metric).unit == "share" else (low, high)
+    return (
+        (max(low, 0.0), min(high, 1.0))
+        if metrics.lookup(experiment.metric).unit == "share"
+        else (low, high)
+    )
 
 
 def rate_words(basin: stats.Basin) -> str:
@@ -88,7 +106,9 @@ def rate_words(basin: stats.Basin) -> str:
 
 
 def rate_rows(experiment: Experiment) -> list[dict[str, str]]:
-    """The learning-rate table: a row per rank, with what was too low, good, best and too high there."""
+    """The learning-rate table: a row per rank, with what was too low, good, best and too high
+    there.
+    """
     if LR not in experiment.axes:
         return []
     ranks: list[int | None] = [None]
@@ -102,7 +122,13 @@ def rate_rows(experiment: Experiment) -> list[dict[str, str]]:
         name = "all trials" if rank is None else labels.setting(RANK, rank)
         best = labels.lr(basin.best) if basin.best is not None else "none rose above the base"
         cells = {"too_low": basin.too_low, "good": basin.good, "too_high": basin.too_high}
-        rows.append({"rank": name, "best": best, **{k: _span(v) if v else "none seen" for k, v in cells.items()}})
+        rows.append(
+            {
+                "rank": name,
+                "best": best,
+                **{k: _span(v) if v else "none seen" for k, v in cells.items()},
+            }
+        )
     return rows
 
 
@@ -112,39 +138,66 @@ def standing(experiment: Experiment) -> str:
     changed = _changed_inputs(experiment)
     if not experiment.is_sweep:
         return f"A single run: {str(experiment.source['status']).lower()}.{changed}"
-    parts = [f"{int(counts[status])} {str(status).lower()}" for status in sorted(counts.index, key=_status_order)]
-    text = f"{labels.plural(len(experiment.trials), 'trial')}: {labels.listed(parts)}" if parts else "No trial yet"
+    parts = [
+        f"{int(counts[status])} {str(status).lower()}"
+        for status in sorted(counts.index, key=_status_order)
+    ]
+    text = (
+        f"{labels.plural(len(experiment.trials), 'trial')}: {labels.listed(parts)}"
+        if parts
+        else "No trial yet"
+    )
     if pd.notna(experiment.source["seconds"]):
         text += f", in {metrics.duration(float(experiment.source['seconds']))}"
-    text += "." if experiment.finished else ". The sweep has not ended: this page shows what there is so far."
+    text += (
+        "."
+        if experiment.finished
+        else ". The sweep has not ended: this page shows what there is so far."
+    )
     return f"{text}{changed}"
 
 
 def _changed_inputs(experiment: Experiment) -> str:
-    """Which trials were trained on which inputs, as one more sentence; empty where the inputs did not change."""
+    """Which trials were trained on which inputs, as one more sentence; empty where the inputs did
+    not change.
+    """
     if not experiment.inputs_changed:
         return ""
-    entries = [entry for entry in experiment.manifest.get("resumed") or [] if isinstance(entry, dict)]
+    entries = [
+        entry for entry in experiment.manifest.get("resumed") or [] if isinstance(entry, dict)
+    ]
     found = [entry for entry in entries if isinstance(entry.get("inputs"), dict)]
     what = "; ".join(str(change) for entry in found for change in entry.get("different") or [])
     what = f" ({what})" if what else ""
     if not experiment.is_sweep:
         steps = [str(entry["inputs"].get("step")) for entry in found]
-        return f" Its inputs changed after step {labels.listed(steps)}{what}: its curve is that of two experiments."
+        return (
+            f" Its inputs changed after step {labels.listed(steps)}{what}: its curve is "
+            "that of two experiments."
+        )
     runs = experiment.tables.runs
     apart = int((runs["status"] == OTHER_INPUTS).sum())
     compared = labels.listed(sorted(runs.loc[runs["score"].notna(), "inputs"].unique()))
-    kept = f"only trials on inputs {compared} are compared" if compared else "no trial is complete yet"
-    return f" Its inputs changed while it ran{what}: {kept}, and {labels.plural(apart, 'trial')} on others marked."
+    kept = (
+        f"only trials on inputs {compared} are compared" if compared else "no trial is complete yet"
+    )
+    return (
+        f" Its inputs changed while it ran{what}: {kept}, and "
+        f"{labels.plural(apart, 'trial')} on others marked."
+    )
 
 
-def _sweep_answer(experiment: Experiment, values: dict[str, Any], shown: list[tuple[str, str, bool]]) -> Answer:
+def _sweep_answer(
+    experiment: Experiment, values: dict[str, Any], shown: list[tuple[str, str, bool]]
+) -> Answer:
     best, ranked = experiment.best, experiment.configurations[experiment.configurations["whole"]]
     assert best is not None
     first = ranked.iloc[0]
     one = stats.spread([best.score], experiment.problems) if best.seeds == 1 else None
     reached = f"{_scored(experiment, best.score, one)}{_against(experiment)}."
-    won = f"shares first place with {labels.plural(len(best.ties), 'other')}" if best.ties else "won"
+    won = (
+        f"shares first place with {labels.plural(len(best.ties), 'other')}" if best.ties else "won"
+    )
     if best.confirmed:
         won = f"{'scored best' if not best.ties else won} on {best.seeds} fresh seeds"
     title = f"Of {len(ranked)} configurations, {labels.settings(values)} {won}: {reached}"
@@ -159,7 +212,9 @@ def _sweep_answer(experiment: Experiment, values: dict[str, Any], shown: list[tu
         *_edge(experiment, values),
         *_unranked(experiment),
     ]
-    return Answer(title, shown, _tiles(experiment, best.score, one, best.seeds), [s for s in sentences if s])
+    return Answer(
+        title, shown, _tiles(experiment, best.score, one, best.seeds), [s for s in sentences if s]
+    )
 
 
 def _overturned(experiment: Experiment, ranked: pd.DataFrame) -> list[str]:
@@ -172,9 +227,16 @@ def _overturned(experiment: Experiment, ranked: pd.DataFrame) -> list[str]:
     who = labels.settings({key: leader[key] for key in experiment.axes})
     led = labels.score(experiment.metric, leader["mean"])
     if pd.isna(leader["fresh"]):
-        return [f"{labels.capital(who)} led the sweep with {led} and was not run on the fresh seeds: confirm more."]
+        return [
+            (
+                f"{labels.capital(who)} led the sweep with {led} and was not run on the fresh "
+                "seeds: confirm more."
+            )
+        ]
     fresh = labels.score(experiment.metric, leader["fresh"])
-    return [f"The fresh seeds overturn the sweep: {who} led it with {led} and scored {fresh} on them."]
+    return [
+        f"The fresh seeds overturn the sweep: {who} led it with {led} and scored {fresh} on them."
+    ]
 
 
 def _no_answer(experiment: Experiment) -> Answer:
@@ -193,8 +255,13 @@ def _no_answer(experiment: Experiment) -> Answer:
         return Answer(title, [], [], ["No trial has completed."])
     first = leading.iloc[0]
     values = labels.settings({key: first[key] for key in experiment.axes})
-    score = f"{labels.score(experiment.metric, first['mean'])} on {first['n']} of {len(experiment.seeds)} seeds"
-    return Answer(title, [], [], [f"The best so far is {values or 'the only configuration'}, with {score}."])
+    score = (
+        f"{labels.score(experiment.metric, first['mean'])} on {first['n']} of "
+        f"{len(experiment.seeds)} seeds"
+    )
+    return Answer(
+        title, [], [], [f"The best so far is {values or 'the only configuration'}, with {score}."]
+    )
 
 
 def _scored(experiment: Experiment, score: float, found: stats.Interval | None) -> str:
@@ -209,7 +276,9 @@ def _interval_words(experiment: Experiment, found: stats.Interval) -> str:
 
 def _against(experiment: Experiment) -> str:
     base = experiment.base
-    return f", against the base's {labels.score(experiment.metric, base)}" if base is not None else ""
+    return (
+        f", against the base's {labels.score(experiment.metric, base)}" if base is not None else ""
+    )
 
 
 def _tiles(
@@ -218,22 +287,37 @@ def _tiles(
     name, base, held = labels.metric(experiment.metric), experiment.base, experiment.expected
     kind = "fresh seeds" if experiment.best is not None and experiment.best.confirmed else "seeds"
     note = _interval_words(experiment, found) if found else "no interval: one seed"
-    tiles = [(name, labels.score(experiment.metric, score), f"mean of {seeds} {kind}" if seeds > 1 else note)]
+    tiles = [
+        (
+            name,
+            labels.score(experiment.metric, score),
+            f"mean of {seeds} {kind}" if seeds > 1 else note,
+        )
+    ]
     if base is not None:
         there = experiment.base_interval
         gain = labels.score(experiment.metric, score - base)
-        tiles.append(("base model", labels.score(experiment.metric, base),
-                      _interval_words(experiment, there) if there else ""))  # fmt: skip
+        tiles.append(
+            (
+                "base model",
+                labels.score(experiment.metric, base),
+                _interval_words(experiment, there) if there else "",
+            )
+        )
         tiles.append(("change", gain if gain.startswith("-") else f"+{gain}", "trained − base"))
     if held is not None:
         value = labels.score(experiment.metric, held.estimate.value)
-        tiles.append(("expected when run again", value, f"95% interval {_held_range(experiment, held)}"))
+        tiles.append(
+            ("expected when run again", value, f"95% interval {_held_range(experiment, held)}")
+        )
     return tiles
 
 
 def _held_range(experiment: Experiment, held: stats_seeds.Held) -> str:
     """The 95% interval of what is expected when run again."""
-    return " to ".join(labels.score(experiment.metric, end) for end in ends(experiment, held.estimate))
+    return " to ".join(
+        labels.score(experiment.metric, end) for end in ends(experiment, held.estimate)
+    )
 
 
 def _again(experiment: Experiment, ranked: pd.DataFrame) -> str:
@@ -242,7 +326,8 @@ def _again(experiment: Experiment, ranked: pd.DataFrame) -> str:
     if held is not None:
         value = labels.score(experiment.metric, held.estimate.value)
         return (
-            f"Run again, expect {value} (95% interval {_held_range(experiment, held)}), corrected for selection bias "
+            f"Run again, expect {value} (95% interval {_held_range(experiment, held)}), "
+            "corrected for selection bias "
             f"(winner's curse). It rests on {held.how}."
         )
     if len(ranked) < 4 or not problems or ranked["n"].max() > 1:
@@ -250,7 +335,10 @@ def _again(experiment: Experiment, ranked: pd.DataFrame) -> str:
     means = [float(mean) for mean in ranked["mean"]]
     variance = float(ranked["mean"].mean()) * (1 - float(ranked["mean"].mean())) / problems
     drawn = labels.score(experiment.metric, stats_seeds.shrunken(means, variance)[0])
-    return f"Run again, expect about {drawn}, corrected for selection bias (winner's curse). One seed: no interval."
+    return (
+        f"Run again, expect about {drawn}, corrected for selection bias (winner's "
+        "curse). One seed: no interval."
+    )
 
 
 def _clear_of_base(experiment: Experiment, score: float) -> str:
@@ -275,19 +363,29 @@ def _seeds(experiment: Experiment, first: pd.Series) -> str:
         return ""
     collapsed, count = ranking.chosen.collapsed, ranking.chosen.tried
     if collapsed:
-        return f"It is unstable: {collapsed} of its {count} seeds collapsed, and lost more than half of the gain."
+        return (
+            f"It is unstable: {collapsed} of its {count} seeds collapsed, and lost more "
+            "than half of the gain."
+        )
     could = f"{could_collapse(count):.0%}"
     if count == 1:
-        return f"It has one seed: how far seeds differ is not known, and up to {could} of them could collapse."
+        return (
+            f"It has one seed: how far seeds differ is not known, and up to {could} of "
+            "them could collapse."
+        )
     kind, prefix = ("fresh seeds", "fresh_") if best.confirmed else ("seeds", "")
-    low, high = (labels.score(experiment.metric, first[f"{prefix}{name}"]) for name in ("min", "max"))
+    low, high = (
+        labels.score(experiment.metric, first[f"{prefix}{name}"]) for name in ("min", "max")
+    )
     text = f"Its {best.seeds} {kind} gave {low} to {high}. "
-    together = f"{count} seeds, those of the sweep included," if best.confirmed else f"{count} seeds"
-    return (
-        f"{text}None of its {together} collapsed: with 95% confidence at most {could} would"
-        + (f"; {seeds_to_bound(COLLAPSE_BOUND)} such seeds bound that at {COLLAPSE_BOUND:.0%}."
-           if count < seeds_to_bound(COLLAPSE_BOUND) else ".")
-    )  # fmt: skip
+    together = (
+        f"{count} seeds, those of the sweep included," if best.confirmed else f"{count} seeds"
+    )
+    return f"{text}None of its {together} collapsed: with 95% confidence at most {could} would" + (
+        f"; {seeds_to_bound(COLLAPSE_BOUND)} such seeds bound that at {COLLAPSE_BOUND:.0%}."
+        if count < seeds_to_bound(COLLAPSE_BOUND)
+        else "."
+    )
 
 
 def _runner_up(experiment: Experiment, ranked: pd.DataFrame) -> list[str]:
@@ -299,20 +397,30 @@ def _runner_up(experiment: Experiment, ranked: pd.DataFrame) -> list[str]:
     behind = f"is {gap} behind" if first["score"] != second["score"] else "ties with it"
     if pd.isna(second["fresh"]) and pd.notna(first["fresh"]):
         behind = "was not run on the fresh seeds"
-    text = f"The runner-up ({labels.settings({key: second[key] for key in experiment.axes})}) {behind}"
+    text = (
+        f"The runner-up ({labels.settings({key: second[key] for key in experiment.axes})}) {behind}"
+    )
     if ranking.chosen.score is None:
-        return [f"{text}. One seed does not tell configurations apart: chance in training is not known."]
+        return [
+            f"{text}. One seed does not tell configurations apart: chance in training is not known."
+        ]
     near = len(ranking.others) - len(ranking.of("worse"))
     if not near:
         return [f"{text}. Every other configuration is told apart from the winner."]
     others = labels.plural(len(ranked) - 1, "other configuration")
-    return [f"{text}. {near} of {others} {'is' if near == 1 else 'are'} not told apart from the winner."]
+    return [
+        f"{text}. {near} of {others} {'is' if near == 1 else 'are'} not told apart from the winner."
+    ]
 
 
 def _edge(experiment: Experiment, values: dict[str, Any]) -> list[str]:
     if LR not in experiment.axes:
         return []
-    basin = experiment.basin(int(values[RANK])) if RANK in experiment.trials.columns else experiment.basin()
+    basin = (
+        experiment.basin(int(values[RANK]))
+        if RANK in experiment.trials.columns
+        else experiment.basin()
+    )
     if basin is None or basin.best is None or len(basin.tested) < 2:
         return []
     at = " at this rank" if RANK in experiment.trials.columns else ""
@@ -338,7 +446,11 @@ def range_words(experiment: Experiment, low: float, high: float) -> str:
 
 
 def _span(rates: tuple[float, ...]) -> str:
-    return labels.lr(rates[0]) if len(rates) == 1 else f"{labels.lr(rates[0])} to {labels.lr(rates[-1])}"
+    return (
+        labels.lr(rates[0])
+        if len(rates) == 1
+        else f"{labels.lr(rates[0])} to {labels.lr(rates[-1])}"
+    )
 
 
 def _status_order(status: str) -> int:

@@ -1,4 +1,6 @@
-"""What one run directory's files say, damage included. Facts come from the files' contents, never from names."""
+"""What one run directory's files say, damage included. Facts come from the files' contents, never
+from names.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
-from harness import metrics
-from harness.errors import UserError
-from harness.manifest import versions
-from harness.rundir import RunDir, Status
+from harness.core.errors import UserError
+from harness.records.manifest import versions
+from harness.records.metrics_file import MetricsFile
+from harness.records.run_dir import RunDir, Status
 
 # A directory whose status cannot be known: not a state a run is ever in.
 UNREADABLE = "UNREADABLE"
@@ -29,7 +31,8 @@ THEN = " then "
 SHARES = ("eval/accuracy", "eval/mean@", "eval/pass@")
 # A swept key names a column and a figure's file.
 _KEY = re.compile(r"(?=.{3,200}$)[A-Za-z_]\w*(\.\w+)+", re.ASCII)
-# PyYAML's parser in C takes a tenth of the time, but what is nested deep enough overflows its stack: only short texts.
+# PyYAML's parser in C takes a tenth of the time, but what is nested deep enough overflows its
+# stack: only short texts.
 _SHORT = 20_000 if yaml.__with_libyaml__ else 0
 # The parts of a manifest that the tables are made from, each of this type or absent.
 _STRUCTURE: dict[str, type] = {
@@ -59,7 +62,9 @@ _STRUCTURE: dict[str, type] = {
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What one run directory's files say; `reason` is why the run did not complete, or what could not be read."""
+    """What one run directory's files say; `reason` is why the run did not complete, or what could
+    not be read.
+    """
 
     run_dir: str
     status: str
@@ -70,7 +75,9 @@ class Record:
 
     @property
     def trial(self) -> dict[str, Any]:
-        """Number, configuration, seed and params of a sweep's trial, and `confirm` where it re-runs a leading one."""
+        """Number, configuration, seed and params of a sweep's trial, and `confirm` where it re-runs
+        a leading one.
+        """
         return self.manifest.get("trial") or {}
 
     def identity(self) -> dict[str, Any]:
@@ -96,7 +103,9 @@ class Record:
 
     @property
     def inputs(self) -> str:
-        """Which states of its inputs the run was trained on, by number: "1" unless they changed, "1 then 2"."""
+        """Which states of its inputs the run was trained on, by number: "1" unless they changed, "1
+        then 2".
+        """
         return THEN.join(map(str, versions(self.manifest)))
 
     @property
@@ -109,14 +118,20 @@ class Record:
 
 
 def check_own(run: RunDir, *paths: Path) -> None:
-    """Raise UserError for a path of a run directory that leads out of it, by a link: a report shows what it reads."""
+    """Raise UserError for a path of a run directory that leads out of it, by a link: a report shows
+    what it reads.
+    """
     for path in paths:
         if not path.resolve().is_relative_to(run.path):
-            raise UserError("a link leads out of the run directory", got=path, fix="put a copy in its place")
+            raise UserError(
+                "a link leads out of the run directory", got=path, fix="put a copy in its place"
+            )
 
 
 def read_records(directory: str | Path) -> list[Record]:
-    """A record per trial of a sweep, or a run's own; raises UserError when `directory` is neither."""
+    """A record per trial of a sweep, or a run's own; raises UserError when `directory` is
+    neither.
+    """
     run = RunDir(directory)
     check_own(run, run.manifest, run.recipe, run.trials)
     manifest = run.read_manifest()
@@ -149,11 +164,16 @@ def read_record(run: RunDir, name: str) -> Record:
         return Record(name, UNREADABLE, f"manifest: {problem}", recipe=recipe)
     reason = manifest.get("reason")
     try:
-        rows = metrics.MetricsFile(run.metrics).rows()
-        result = {f"result.{part}": (manifest.get("result") or {}).get(part) or {} for part in ("metrics", "base")}
+        rows = MetricsFile(run.metrics).rows()
+        result = {
+            f"result.{part}": (manifest.get("result") or {}).get(part) or {}
+            for part in ("metrics", "base")
+        }
         logged = [(f"line {number} of metrics.jsonl: ", row) for number, row in enumerate(rows, 1)]
         stored = [(f"manifest: {part}.", row) for part, row in result.items()]
-        wrong = [f"{where}{fault}" for where, row in (*stored, *logged) if (fault := _no_share(row))]
+        wrong = [
+            f"{where}{fault}" for where, row in (*stored, *logged) if (fault := _no_share(row))
+        ]
         if wrong and rewards_are_shares(recipe, _rewards(run, rows)):
             if wrong[0].startswith("manifest"):
                 return Record(name, UNREADABLE, wrong[0], recipe=recipe)
@@ -164,7 +184,9 @@ def read_record(run: RunDir, name: str) -> Record:
 
 
 def read_recipe(directory: str | Path) -> dict[str, Any]:
-    """The resolved recipe as plain values, whatever version of the schema wrote it; empty when it cannot be read."""
+    """The resolved recipe as plain values, whatever version of the schema wrote it; empty when it
+    cannot be read.
+    """
     return parsed_recipe(recipe_text(RunDir(directory)))
 
 
@@ -180,7 +202,11 @@ def recipe_text(run: RunDir) -> str:
 def parsed_recipe(text: str) -> dict[str, Any]:
     """A resolved recipe's plain values; empty for damaged YAML."""
     try:
-        values = yaml.load(text, Loader=yaml.CSafeLoader) if len(text) <= _SHORT else yaml.safe_load(text)
+        values = (
+            yaml.load(text, Loader=yaml.CSafeLoader)
+            if len(text) <= _SHORT
+            else yaml.safe_load(text)
+        )
     except (ValueError, RecursionError, yaml.YAMLError):
         return {}
     return values if isinstance(values, dict) else {}
@@ -195,7 +221,9 @@ def lookup(values: dict[str, Any], key: str) -> Any:
 
 
 def times_of(manifest: dict[str, Any]) -> dict[str, float | None]:
-    """When a run was made, `started` (first RUNNING) and `ended` (in a final status), in seconds since 1970, UTC."""
+    """When a run was made, `started` (first RUNNING) and `ended` (in a final status), in seconds
+    since 1970, UTC.
+    """
     history = manifest.get("status_history") or []
     running = next((entry for entry in history if entry["status"] == Status.RUNNING.value), None)
     ended = history and manifest.get("status") not in (Status.CREATED.value, Status.RUNNING.value)
@@ -252,18 +280,24 @@ def wrong_types(manifest: dict[str, Any]) -> Iterator[str]:
     for path, allowed in _STRUCTURE.items():
         value = lookup(manifest, path)
         flag = isinstance(value, bool) and allowed is not bool
-        if value is not None and (flag or not isinstance(value, int | float if allowed is float else allowed)):
+        if value is not None and (
+            flag or not isinstance(value, int | float if allowed is float else allowed)
+        ):
             yield f"{path} is {type(value).__name__}, expected {allowed.__name__}"
     for part in ("result.metrics", "result.base"):
         for name, value in (lookup(manifest, part) or {}).items():
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int | float)
+            ):
                 yield f"{part}.{name} is {value!r:.60}, allowed: a number or null"
     for name in (manifest.get("trial") or {}).get("params") or {}:
         if not _KEY.fullmatch(name):
             yield f"trial.params names {name[:100]!r}, which is no recipe key"
     for entry in manifest.get("status_history") or []:
         if not (
-            isinstance(entry, dict) and isinstance(entry.get("status"), str) and isinstance(entry.get("time"), str)
+            isinstance(entry, dict)
+            and isinstance(entry.get("status"), str)
+            and isinstance(entry.get("time"), str)
         ):
             yield f"status_history holds {entry!r}"
 

@@ -1,4 +1,6 @@
-"""The report of runs and sweeps: one self-contained HTML page, the same in short in Markdown, and the tables."""
+"""The report of runs and sweeps: one self-contained HTML page, the same in short in Markdown, and
+the tables.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ from analysis.drawings import draw_all
 from analysis.experiment import Experiment
 from analysis.load import TABLES, Tables, load
 from analysis.records import check_own
-from harness.errors import UserError
-from harness.rundir import RunDir, write_text
+from harness.core.errors import UserError
+from harness.records.run_dir import RunDir, write_text
 
 # Where the tables lie beside the page, and how they make it again from there.
 FOLDER = "tables"
@@ -37,7 +39,8 @@ class Report:
 def read(directories: Sequence[str | Path]) -> list[Experiment]:
     """The experiments of runs', sweeps' and tables' folders; raises UserError for anything else."""
     tables = Tables.joined(
-        Tables.read(directory) if holds_tables(directory) else load([directory]) for directory in directories
+        Tables.read(directory) if holds_tables(directory) else load([directory])
+        for directory in directories
     )
     return [Experiment.of(tables, str(directory)) for directory in tables.sources["directory"]]
 
@@ -48,9 +51,14 @@ def holds_tables(directory: str | Path) -> bool:
 
 
 def write_report(
-    directory: str | Path, output: str | Path | None = None, *, refresh: int | None = None, processes: int = 1
+    directory: str | Path,
+    output: str | Path | None = None,
+    *,
+    refresh: int | None = None,
+    processes: int = 1,
 ) -> Report:
-    """Write the report of a run, a sweep or a folder of tables into `output` (default: the directory's `report/`).
+    """Write the report of a run, a sweep or a folder of tables into `output` (default: the
+    directory's `report/`).
 
     Raises UserError when `directory` is none of these. `refresh` and `processes` as in `write`.
     """
@@ -62,11 +70,15 @@ def write_report(
     return write(experiments, folder, refresh=refresh, processes=processes)
 
 
-def write(experiments: list[Experiment], folder: Path, *, refresh: int | None = None, processes: int = 1) -> Report:
-    """Write `index.html`, `report.md`, the figures' PNGs, `trials.csv` and the tables; several experiments on one page.
+def write(
+    experiments: list[Experiment], folder: Path, *, refresh: int | None = None, processes: int = 1
+) -> Report:
+    """Write `index.html`, `report.md`, the figures' PNGs, `trials.csv` and the tables; several
+    experiments on one page.
 
-    The page loads nothing from anywhere. It is made from the tables alone: the same tables give the same bytes.
-    `refresh`: it loads itself again after so many seconds. `processes`: how many draw its figures.
+    The page loads nothing from anywhere. It is made from the tables alone: the same tables give the
+    same bytes. `refresh`: it loads itself again after so many seconds. `processes`: how many draw
+    its figures.
     """
     if not experiments:
         raise UserError("there is nothing to report", got="tables without a run or sweep")
@@ -81,7 +93,9 @@ def write(experiments: list[Experiment], folder: Path, *, refresh: int | None = 
     else:
         found, template = content.comparison(experiments), "compare"
         prefixes = [f"{one['anchor']}-" for one in found["parts"]]
-        drawn = draw_all(dict(zip(prefixes, experiments, strict=True)), folder / "figures", processes)
+        drawn = draw_all(
+            dict(zip(prefixes, experiments, strict=True)), folder / "figures", processes
+        )
         for one, prefix in zip(found["parts"], prefixes, strict=True):
             one["figures"] = drawn[prefix]
         answer = "\n".join(f"{one['name']}: {one['answer'].text()}" for one in found["parts"])
@@ -93,9 +107,11 @@ def write(experiments: list[Experiment], folder: Path, *, refresh: int | None = 
 
 
 def lean(experiments: Sequence[Experiment]) -> Tables:
-    """The experiments' tables with the samples that a report uses: of evaluations, all text but what is shown dropped.
+    """The experiments' tables with the samples that a report uses: of evaluations, all text but
+    what is shown dropped.
 
-    Kept are the last evaluation of each run, and of the runs whose completions are shown the first, with their text.
+    Kept are the last evaluation of each run, and of the runs whose completions are shown the first,
+    with their text.
     """
     parts = [experiment.tables for experiment in experiments]
     for place, experiment in enumerate(experiments):
@@ -106,7 +122,11 @@ def lean(experiments: Sequence[Experiment]) -> Tables:
         own = held["run_dir"] == shown
         last = held["step"] == held.groupby("run_dir")["step"].transform("max")
         kept = held[last | (own & (held["step"] == 0))].copy()
-        texts = [name for name in ("question", "ground_truth", "completion") if name in kept.columns]
+        texts = [
+            name for name in ("question", "ground_truth", "completion") if name in kept.columns
+        ]
         kept.loc[kept["run_dir"] != shown, texts] = None
-        parts[place] = Tables(parts[place].runs, parts[place].steps, kept.reset_index(drop=True), parts[place].sources)
+        parts[place] = Tables(
+            parts[place].runs, parts[place].steps, kept.reset_index(drop=True), parts[place].sources
+        )
     return Tables.joined(parts)

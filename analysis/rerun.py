@@ -14,10 +14,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from analysis.records import Record
-from harness import recipe as recipes
-from harness.errors import UserError
-from harness.paths import shown
-from harness.schema import Trainer
+from harness.config import recipe as recipes
+from harness.config.schema import Trainer
+from harness.core.errors import UserError
+from harness.core.paths import shown
 
 if TYPE_CHECKING:
     from analysis.experiment import Experiment
@@ -30,22 +30,28 @@ def command(experiment: Experiment, run_dir: str) -> str:
 
 
 class Commands:
-    """`python -m harness.run ...` for the runs of a directory, quoted for a shell: each composes to that very recipe.
+    """`python -m harness.run ...` for the runs of a directory, quoted for a shell: each composes to
+    that very recipe.
 
-    That is the recipe file with the overrides the manifest records; where they no longer give the same recipe (the file
-    has changed or gone), the run's own saved recipe is named instead.
+    That is the recipe file with the overrides the manifest records; where they no longer give the
+    same recipe (the file has changed or gone), the run's own saved recipe is named instead.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        # By recipe file and keys overridden: a recipe that was composed in full, and the run's own that it equals.
+        # By recipe file and keys overridden: a recipe that was composed in full, and the run's own
+        # that it equals.
         self._composed: dict[tuple[str, frozenset[str]], dict[str, Any] | None] = {}
 
     def command(self, record: Record) -> str:
         """The command of one run."""
         written = record.manifest.get("recipe") or {}
-        source, overrides = str(written.get("source")), [str(override) for override in written.get("overrides") or []]
-        # A recipe file inside the directory is none that a person keeps: it came with what is reported.
+        source, overrides = (
+            str(written.get("source")),
+            [str(override) for override in written.get("overrides") or []],
+        )
+        # A recipe file inside the directory is none that a person keeps: it came with what is
+        # reported.
         own = Path(os.path.abspath(source)).is_relative_to(self._directory.resolve())
         if own or not self._gives(source, overrides, record.recipe):
             source = shown((self._directory / record.run_dir / "recipe.yaml").resolve())
@@ -54,10 +60,11 @@ class Commands:
         return shlex.join(["python", "-m", "harness.run", source, *overrides])
 
     def _gives(self, source: str, overrides: Sequence[str], resolved: dict[str, Any]) -> bool:
-        """Whether a recipe file with these overrides is the very experiment a resolved recipe describes.
+        """Whether a recipe file with these overrides is the very experiment a resolved recipe
+        describes.
 
-        Composing takes a tenth of a second: of runs that override the same keys only the first is composed, where the
-        others differ from it in these keys alone, as their overrides say.
+        Composing takes a tenth of a second: of runs that override the same keys only the first is
+        composed, where the others differ from it in these keys alone, as their overrides say.
         """
         keys = (source, frozenset(override.partition("=")[0] for override in overrides))
         if keys not in self._composed:
@@ -66,7 +73,9 @@ class Commands:
         if first is None or first is resolved:
             return first is not None
         expected = copy.deepcopy(first)
-        as_said = all(_set(expected, override) for override in overrides) and _content(expected) == _content(resolved)
+        as_said = all(_set(expected, override) for override in overrides) and _content(
+            expected
+        ) == _content(resolved)
         return as_said or _composes(source, overrides, resolved)
 
 
@@ -80,7 +89,9 @@ def _composes(source: str, overrides: Sequence[str], resolved: dict[str, Any]) -
 
 
 def _set(values: dict[str, Any], override: str) -> bool:
-    """Set an override's key in a resolved recipe; False where it has no such key or the override cannot be read."""
+    """Set an override's key in a resolved recipe; False where it has no such key or the override
+    cannot be read.
+    """
     *groups, leaf = override.partition("=")[0].split(".")
     group: Any = values
     for name in groups:
@@ -100,10 +111,20 @@ def _value(override: str) -> Any:
 
 
 def _content(resolved: dict[str, Any]) -> dict[str, Any]:
-    """What a recipe's digest is of: all but its sweep, its name and place, and where and how well it is to run."""
+    """What a recipe's digest is of: all but its sweep, its name and place, and where and how well
+    it is to run.
+    """
     trainer = resolved.get("trainer")
     if not isinstance(trainer, dict):
         return {}
-    own = {name: value for name, value in trainer.items() if name not in ("run_name", "ckpt_path", "resume_mode")}
-    rest = {name: value for name, value in resolved.items() if name not in ("sweep", "ray", "expect", "trainer")}
+    own = {
+        name: value
+        for name, value in trainer.items()
+        if name not in ("run_name", "ckpt_path", "resume_mode")
+    }
+    rest = {
+        name: value
+        for name, value in resolved.items()
+        if name not in ("sweep", "ray", "expect", "trainer")
+    }
     return {**rest, "trainer": own}

@@ -1,4 +1,6 @@
-"""What a run or sweep directory is as a whole: the row of `Tables.sources`, from which a page can be made again."""
+"""What a run or sweep directory is as a whole: the row of `Tables.sources`, from which a page can
+be made again.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,10 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from analysis.records import Record, parsed_recipe, recipe_text, times_of
-from harness import metrics
-from harness.manifest import digest_path
-from harness.paths import locate, shown
-from harness.rundir import RunDir
+from harness.config import metrics
+from harness.core.paths import locate, shown
+from harness.records.manifest import digest_path
+from harness.records.run_dir import RunDir
 
 DEFAULT_METRIC = "eval/accuracy"
 DATA_FILES = (".parquet", ".jsonl", ".json")
@@ -23,7 +25,9 @@ COLUMNS = (*WORDS, "maximize", "problems", *REAL)
 
 
 def source_row(directory: Path, manifest: dict[str, Any], records: list[Record]) -> dict[str, Any]:
-    """A directory's name, kind, status, times, metric, seeds, held-out problems, manifest (JSON) and recipe (YAML)."""
+    """A directory's name, kind, status, times, metric, seeds, held-out problems, manifest (JSON)
+    and recipe (YAML).
+    """
     run = RunDir(directory)
     text = recipe_text(run)
     recipe = parsed_recipe(text)
@@ -42,7 +46,9 @@ def source_row(directory: Path, manifest: dict[str, Any], records: list[Record])
         "status": status,
         "reason": reason,
         "metric": metric,
-        "seeds": json.dumps(seeds or sorted({record.seed for record in records if record.seed is not None})),
+        "seeds": json.dumps(
+            seeds or sorted({record.seed for record in records if record.seed is not None})
+        ),
         "manifest": json.dumps(manifest),
         "recipe": text,
         "maximize": metrics.direction(metric) == "maximize",
@@ -66,11 +72,17 @@ def _seeds(recipe: dict[str, Any]) -> list[int] | None:
     """The seeds that a sweep's recipe names; None where it names none, or nonsense."""
     sweep = recipe.get("sweep")
     seeds = sweep.get("seeds") if isinstance(sweep, dict) else None
-    return seeds if isinstance(seeds, list) and all(isinstance(seed, int) for seed in seeds) else None
+    return (
+        seeds if isinstance(seeds, list) and all(isinstance(seed, int) for seed in seeds) else None
+    )
 
 
-def _problems(manifest: dict[str, Any], recipe: dict[str, Any], records: list[Record]) -> int | None:
-    """Held-out problems of every run: as logged, else as many as the data files hold; None where runs differ."""
+def _problems(
+    manifest: dict[str, Any], recipe: dict[str, Any], records: list[Record]
+) -> int | None:
+    """Held-out problems of every run: as logged, else as many as the data files hold; None where
+    runs differ.
+    """
     logged = {number for record in records if (number := problems_of(record)) is not None}
     if logged:
         return logged.pop() if len(logged) == 1 else None
@@ -85,18 +97,26 @@ def problems_of(record: Record) -> int | None:
 
 
 def _counted(manifest: dict[str, Any], recipe: dict[str, Any]) -> int | None:
-    """Held-out problems counted in the very files the run used; None where one is gone or has changed."""
+    """Held-out problems counted in the very files the run used; None where one is gone or has
+    changed.
+    """
     names = (recipe.get("data") or {}).get("val_data") or []
     counts = [_rows(name, manifest) for name in names]
-    return sum(count for count in counts if count is not None) or None if None not in counts else None
+    return (
+        sum(count for count in counts if count is not None) or None if None not in counts else None
+    )
 
 
 def _rows(name: str, manifest: dict[str, Any]) -> int | None:
-    """Rows of a data file that still is the one the manifest names; None when it is gone or has changed.
+    """Rows of a data file that still is the one the manifest names; None when it is gone or has
+    changed.
 
     The name is the run directory's: any other file, a device or a pipe is not opened for it.
     """
-    found, recorded = locate(name) if isinstance(name, str) else None, (manifest.get("data") or {}).get(name)
+    found, recorded = (
+        locate(name) if isinstance(name, str) else None,
+        (manifest.get("data") or {}).get(name),
+    )
     if found is None or not recorded or not found.is_file() or found.suffix not in DATA_FILES:
         return None
     if digest_path(name) != recorded:

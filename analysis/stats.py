@@ -11,8 +11,8 @@ import pandas as pd
 from scipy import stats
 
 from analysis.rows import param_columns
-from harness.metrics import Direction
-from harness.rundir import Status
+from harness.config.metrics import Direction
+from harness.records.run_dir import Status
 
 # A learning rate is good when it keeps this share of the best gain over the base.
 GOOD_SHARE = 0.9
@@ -29,9 +29,11 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """The winning configuration and the score that it won by: over fresh seeds where it was confirmed.
+    """The winning configuration and the score that it won by: over fresh seeds where it was
+    confirmed.
 
-    `seeds` is how many that score rests on; `ties` have the same score; `leader` had the best mean in the sweep.
+    `seeds` is how many that score rests on; `ties` have the same score; `leader` had the best mean
+    in the sweep.
     """
 
     configuration: int
@@ -47,7 +49,8 @@ class Best:
 class Basin:
     """Learning rates tested, split by how much of the best gain over the base they kept.
 
-    `good` runs from the lowest to the highest that kept `GOOD_SHARE` of it; empty when none rose above the base.
+    `good` runs from the lowest to the highest that kept `GOOD_SHARE` of it; empty when none rose
+    above the base.
     """
 
     best: float | None
@@ -72,9 +75,11 @@ def wilson(share: float, problems: int) -> Interval:
 
 
 def spread(scores: Sequence[float], problems: int | None) -> Interval | None:
-    """The range of a configuration's seeds, or Wilson's interval over the held-out problems of a single one.
+    """The range of a configuration's seeds, or Wilson's interval over the held-out problems of a
+    single one.
 
-    `problems` is None for a score that is not a share of right answers; None comes back when there is no basis.
+    `problems` is None for a score that is not a share of right answers; None comes back when there
+    is no basis.
     """
     if len(scores) > 1:
         return Interval(min(scores), max(scores), f"range of {len(scores)} seeds")
@@ -82,12 +87,17 @@ def spread(scores: Sequence[float], problems: int | None) -> Interval | None:
 
 
 def counts_right_answers(shares: Sequence[float], samples: int) -> bool:
-    """Whether each share is a whole number of right answers out of `samples`, so that a binomial interval applies."""
-    return all(abs(share * samples - round(share * samples)) < 0.01 and 0 <= share <= 1 for share in shares)
+    """Whether each share is a whole number of right answers out of `samples`, so that a binomial
+    interval applies.
+    """
+    return all(
+        abs(share * samples - round(share * samples)) < 0.01 and 0 <= share <= 1 for share in shares
+    )
 
 
 def complete(trials: pd.DataFrame, metric: str, *, confirm: bool = False) -> pd.DataFrame:
-    """The trials that ran to their end and have a score: the only ones that count; the last of a repeated seed.
+    """The trials that ran to their end and have a score: the only ones that count; the last of a
+    repeated seed.
 
     `confirm`: those that ran a leading configuration again on fresh seeds; else those of the sweep.
     """
@@ -107,14 +117,19 @@ def fresh_seeds(trials: pd.DataFrame) -> set[int]:
 
 
 def by_configuration(
-    trials: pd.DataFrame, metric: str, direction: Direction, seeds: Sequence[int], problems: int | None = None
+    trials: pd.DataFrame,
+    metric: str,
+    direction: Direction,
+    seeds: Sequence[int],
+    problems: int | None = None,
 ) -> pd.DataFrame:
-    """One row per configuration, best first: mean, sd, min, max, spread (low, high), n of the seeds COMPLETE.
+    """One row per configuration, best first: mean, sd, min, max, spread (low, high), n of the seeds
+    COMPLETE.
 
-    `whole` marks those with all `seeds` COMPLETE; the others follow, unranked (`rank` is NA). `fresh` is the mean over
-    fresh seeds, with the least and the largest, where two or more were run and all are COMPLETE; it ranks before the
-    means of the sweep, and `score` is
-    it or the mean. `last` is the mean of the last scores seen, whatever the status. Equal scores are ordered by
+    `whole` marks those with all `seeds` COMPLETE; the others follow, unranked (`rank` is NA).
+    `fresh` is the mean over fresh seeds, with the least and the largest, where two or more were run
+    and all are COMPLETE; it ranks before the means of the sweep, and `score` is it or the mean.
+    `last` is the mean of the last scores seen, whatever the status. Equal scores are ordered by
     configuration number and share a rank.
     """
     rows, again = [], fresh_seeds(trials)
@@ -143,19 +158,38 @@ def by_configuration(
                 "high": found.high if found else math.nan,
                 "source": found.source if found else None,
                 "last": float(group[f"last/{metric}"].mean()),
-                "statuses": ", ".join(f"{n} {str(s).lower()}" for s, n in group["status"].value_counts().items()),
+                "statuses": ", ".join(
+                    f"{n} {str(s).lower()}" for s, n in group["status"].value_counts().items()
+                ),
             }
         )
-    columns = ["configuration", *param_columns(trials), "n", "whole", "mean", "fresh", "fresh_min", "fresh_max"]
+    columns = [
+        "configuration",
+        *param_columns(trials),
+        "n",
+        "whole",
+        "mean",
+        "fresh",
+        "fresh_min",
+        "fresh_max",
+    ]
     columns += ["score", "sd", "min", "max", "low", "high", "source", "last", "statuses"]
     table = pd.DataFrame(rows, columns=columns)
     table["whole"] = table["whole"].astype(bool)
     ascending = direction == "minimize"
     confirmed = table["fresh"].notna()
-    ranks = table["score"].where(table["whole"]).groupby(confirmed).rank(method="min", ascending=ascending)
+    ranks = (
+        table["score"]
+        .where(table["whole"])
+        .groupby(confirmed)
+        .rank(method="min", ascending=ascending)
+    )
     table["rank"] = (ranks + int(confirmed.sum()) * ~confirmed).astype("Int64")
-    return table.sort_values(["whole", "rank", "mean", "configuration"], ascending=[False, True, ascending, True],
-                             ignore_index=True)  # fmt: skip
+    return table.sort_values(
+        ["whole", "rank", "mean", "configuration"],
+        ascending=[False, True, ascending, True],
+        ignore_index=True,
+    )
 
 
 def best_configuration(
@@ -163,10 +197,12 @@ def best_configuration(
 ) -> Best | None:
     """The best configuration among those with all seeds COMPLETE; None when there is none.
 
-    By the mean over fresh seeds where some were run again on them, else over the sweep's. `seeds` defaults to every
-    seed of the sweep in the table.
+    By the mean over fresh seeds where some were run again on them, else over the sweep's. `seeds`
+    defaults to every seed of the sweep in the table.
     """
-    wanted = sorted(set(trials["seed"].dropna()) - fresh_seeds(trials)) if seeds is None else list(seeds)
+    wanted = (
+        sorted(set(trials["seed"].dropna()) - fresh_seeds(trials)) if seeds is None else list(seeds)
+    )
     ranked = by_configuration(trials, metric, direction, wanted)
     ranked = ranked[ranked["whole"]]
     if ranked.empty:
@@ -176,20 +212,29 @@ def best_configuration(
     leader = ranked.sort_values("mean", ascending=direction == "minimize", kind="stable").iloc[0]
     led = first if first["mean"] == leader["mean"] else leader
     return Best(
-        int(first["configuration"]), float(first["score"]), len(fresh_seeds(trials)) if confirmed else int(first["n"]),
-        len(ranked), tuple(ties), confirmed, int(led["configuration"]),
-    )  # fmt: skip
+        int(first["configuration"]),
+        float(first["score"]),
+        len(fresh_seeds(trials)) if confirmed else int(first["n"]),
+        len(ranked),
+        tuple(ties),
+        confirmed,
+        int(led["configuration"]),
+    )
 
 
 def basin(points: pd.DataFrame, floor: float, direction: Direction) -> Basin:
-    """Split the learning rates of `points` (columns lr, score, finished) into too low, good and too high.
+    """Split the learning rates of `points` (columns lr, score, finished) into too low, good and too
+    high.
 
-    `floor` is the base's score. A pruned trial (not finished) is evidence against its learning rate, never for it;
-    a learning rate stands by its best point, so that a bad choice of another setting does not condemn it.
+    `floor` is the base's score. A pruned trial (not finished) is evidence against its learning
+    rate, never for it; a learning rate stands by its best point, so that a bad choice of another
+    setting does not condemn it.
     """
     sign = 1.0 if direction == "maximize" else -1.0
     tested = tuple(sorted(float(lr) for lr in points["lr"].unique()))
-    gains = ((points["score"] - floor) * sign).where(points["finished"], -math.inf).fillna(-math.inf)
+    gains = (
+        ((points["score"] - floor) * sign).where(points["finished"], -math.inf).fillna(-math.inf)
+    )
     best_of = gains.groupby(points["lr"].astype(float)).max()
     if best_of.empty or best_of.max() <= 0:
         return Basin(None, tested, ())

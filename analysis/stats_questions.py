@@ -1,4 +1,6 @@
-"""Two models on the same held-out problems: paired differences, whose samples of one problem are no fresh evidence."""
+"""Two models on the same held-out problems: paired differences, whose samples of one problem are no
+fresh evidence.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from analysis.stats_tests import Estimate
 
 @dataclass(frozen=True, slots=True)
 class Paired:
-    """The mean difference per problem, first less second, with its clustered error; how much rests on what."""
+    """The mean difference per problem, first less second, with its clustered error; how much rests
+    on what.
+    """
 
     effect: Estimate
     questions: int
@@ -22,7 +26,8 @@ class Paired:
 
 
 def outcomes(samples: pd.DataFrame, last: bool = True) -> pd.DataFrame:
-    """Rewards per run and held-out problem, the mean over a problem's samples: of each run's last evaluation.
+    """Rewards per run and held-out problem, the mean over a problem's samples: of each run's last
+    evaluation.
 
     Columns directory, run_dir, seed, index, reward. `last=False` takes the base's, before training.
     """
@@ -34,10 +39,12 @@ def outcomes(samples: pd.DataFrame, last: bool = True) -> pd.DataFrame:
 
 
 def paired_difference(first: pd.DataFrame, second: pd.DataFrame) -> Paired | None:
-    """Difference in reward on the problems and seeds both answered, errors clustered by problem (Miller 2024).
+    """Difference in reward on the problems and seeds both answered, errors clustered by problem
+    (Miller 2024).
 
-    Each has columns index, seed, reward: a row per problem and seed. The seeds' answers to one problem are one cluster;
-    chance in training is not in this error, only the seeds' own differences show it. None with fewer than two problems.
+    Each has columns index, seed, reward: a row per problem and seed. The seeds' answers to one
+    problem are one cluster; chance in training is not in this error, only the seeds' own
+    differences show it. None with fewer than two problems.
     """
     both = first.merge(second, on=["index", "seed"], suffixes=("_first", "_second"))
     codes = pd.factorize(both["index"])[0]
@@ -47,6 +54,8 @@ def paired_difference(first: pd.DataFrame, second: pd.DataFrame) -> Paired | Non
     gaps = (both["reward_first"] - both["reward_second"]).to_numpy(float)
     fit = OLS(gaps, np.ones(len(gaps))).fit(cov_type="cluster", cov_kwds={"groups": codes})
     varied = both["reward_first"].std() > 0 and both["reward_second"].std() > 0
-    correlation = float(both["reward_first"].corr(both["reward_second"])) if varied else float("nan")
+    correlation = (
+        float(both["reward_first"].corr(both["reward_second"])) if varied else float("nan")
+    )
     effect = Estimate(float(fit.params[0]), float(fit.bse[0]), float(questions - 1))
     return Paired(effect, questions, int(both["seed"].nunique()), correlation)

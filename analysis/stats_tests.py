@@ -1,4 +1,6 @@
-"""Tests of an estimated effect against a stated margin: better, no worse, equivalent; and several at once."""
+"""Tests of an estimated effect against a stated margin: better, no worse, equivalent; and several
+at once.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ POWER = 0.8
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """An effect, its standard error and degrees of freedom; infinite ones and no error: arithmetic, without chance.
+    """An effect, its standard error and degrees of freedom; infinite ones and no error: arithmetic,
+    without chance.
 
     No error with finite ones is too few seeds to have differed: that excludes nothing.
     """
@@ -39,7 +42,9 @@ class Estimate:
         return float(special.stdtr(self.df, (self.value - bound) / self.se))
 
     def interval(self, alpha: float = ALPHA) -> tuple[float, float]:
-        """The 1 - 2 alpha interval: its ends are what the two one-sided tests at `alpha` can exclude."""
+        """The 1 - 2 alpha interval: its ends are what the two one-sided tests at `alpha` can
+        exclude.
+        """
         reach = self.se * float(special.stdtrit(self.df, 1 - alpha)) if self.se else 0.0
         return self.value - reach, self.value + reach
 
@@ -53,7 +58,9 @@ class Estimate:
 
 
 def combined(parts: Sequence[tuple[float, Estimate]]) -> Estimate:
-    """A weighted sum of independent estimates, with Welch and Satterthwaite's degrees of freedom (Welch 1947)."""
+    """A weighted sum of independent estimates, with Welch and Satterthwaite's degrees of freedom
+    (Welch 1947).
+    """
     value = sum(weight * part.value for weight, part in parts)
     variances = [(weight * part.se) ** 2 for weight, part in parts]
     total = sum(variances)
@@ -82,22 +89,35 @@ class Outcome:
 
 
 def no_worse(slack: Estimate) -> Outcome:
-    """Whether an effect is above −margin (non-inferiority), or below it: `slack` is the effect and the margin."""
-    return Outcome(slack.above(0.0), slack.below(0.0), "one-sided t test against −margin (non-inferiority)")
+    """Whether an effect is above −margin (non-inferiority), or below it: `slack` is the effect and
+    the margin.
+    """
+    return Outcome(
+        slack.above(0.0), slack.below(0.0), "one-sided t test against −margin (non-inferiority)"
+    )
 
 
 def better(effect: Estimate, lack: Estimate) -> Outcome:
-    """Whether an effect is above 0, or else smaller than would matter: `lack` is the margin less the effect."""
-    return Outcome(effect.above(0.0), lack.above(0.0), "one-sided t test against 0; against the margin for “not”")
+    """Whether an effect is above 0, or else smaller than would matter: `lack` is the margin less
+    the effect.
+    """
+    return Outcome(
+        effect.above(0.0),
+        lack.above(0.0),
+        "one-sided t test against 0; against the margin for “not”",
+    )
 
 
 def equivalent(over: Estimate, under: Estimate) -> Outcome:
-    """Whether an effect is between two margins: two one-sided tests (TOST, Schuirmann 1987); or outside one of them.
+    """Whether an effect is between two margins: two one-sided tests (TOST, Schuirmann 1987); or
+    outside one of them.
 
     `over` is the effect less the lower margin, `under` the effect less the upper one.
     """
     outside = 2 * min(over.below(0.0), under.above(0.0))
-    return Outcome(max(over.above(0.0), under.below(0.0)), min(1.0, outside), "TOST (two one-sided t tests)")
+    return Outcome(
+        max(over.above(0.0), under.below(0.0)), min(1.0, outside), "TOST (two one-sided t tests)"
+    )
 
 
 def within(effect: Estimate, low: float, high: float) -> Outcome:
@@ -111,9 +131,13 @@ def beyond(effect: Estimate, bound: float) -> Outcome:
 
 
 def every(outcomes: Sequence[Outcome]) -> Outcome:
-    """Whether all of several hold (intersection-union test, Berger 1982), or some does not (Bonferroni)."""
+    """Whether all of several hold (intersection-union test, Berger 1982), or some does not
+    (Bonferroni).
+    """
     fails = min(1.0, len(outcomes) * min(outcome.fails for outcome in outcomes))
-    text = outcomes[0].test + (f", each of {len(outcomes)} at 5% (intersection-union)" if len(outcomes) > 1 else "")
+    text = outcomes[0].test + (
+        f", each of {len(outcomes)} at 5% (intersection-union)" if len(outcomes) > 1 else ""
+    )
     return Outcome(max(outcome.holds for outcome in outcomes), fails, text)
 
 
@@ -122,10 +146,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in multipletests(p_values, method="holm")[1]] if len(p_values) else []
 
 
-def tost(first: Sequence[float], second: Sequence[float], margin: float, *, paired: bool = False) -> float:
-    """p of the null that two samples' means differ by `margin` or more: below 0.05 they are equivalent (TOST).
+def tost(
+    first: Sequence[float], second: Sequence[float], margin: float, *, paired: bool = False
+) -> float:
+    """p of the null that two samples' means differ by `margin` or more: below 0.05 they are
+    equivalent (TOST).
 
-    Welch's t unless `paired`, where the samples are of the same seeds or problems, in the same order.
+    Welch's t unless `paired`, where the samples are of the same seeds or problems, in the same
+    order.
     """
     a, b = np.asarray(first, float), np.asarray(second, float)
     if paired:
@@ -134,7 +162,9 @@ def tost(first: Sequence[float], second: Sequence[float], margin: float, *, pair
 
 
 def seeds_needed(effect: Estimate, bound: float, seeds: int) -> int | None:
-    """Seeds with which this effect would be told from a bound in 4 of 5 sweeps; None when it lies on the bound."""
+    """Seeds with which this effect would be told from a bound in 4 of 5 sweeps; None when it lies
+    on the bound.
+    """
     gap = abs(effect.value - bound)
     if not effect.se or not seeds or gap < 1e-12 or not math.isfinite(gap):
         return None

@@ -47,7 +47,9 @@ class Claims:
 
 
 def claims(experiments: Sequence[Experiment]) -> Claims | None:
-    """The claims on the runs of one or more experiments, those of one context; None where there are no such runs."""
+    """The claims on the runs of one or more experiments, those of one context; None where there are
+    no such runs.
+    """
     tables = Tables.joined([experiment.tables for experiment in experiments])
     found = contexts(tables.runs)
     if not found or not any(experiment.is_sweep for experiment in experiments):
@@ -59,7 +61,10 @@ def claims(experiments: Sequence[Experiment]) -> Claims | None:
         '"Cannot tell" is no verdict on the claim: it says that these runs do not settle it.'
     )
     if left := int(tables.runs["context"].notna().sum()) - used:
-        note += f" {plural(left, 'run')} of another model, task or algorithm cannot be compared with these."
+        note += (
+            f" {plural(left, 'run')} of another model, task or algorithm cannot be "
+            "compared with these."
+        )
     kinds: list[str] = [HOLDS, FAILS, UNKNOWN]
     counts = [(kind, sum(row.verdict == kind for row in rows)) for kind in kinds]
     return Claims(note, counts, rows)
@@ -74,9 +79,18 @@ def _judged(verdict: Verdict) -> Judged:
         if verdict.interval is not None:
             interval = " to ".join(_signed(end) for end in verdict.interval)
     return Judged(
-        verdict.id, verdict.claim, verdict.verdict, effect, interval, verdict.n, verdict.test, verdict.margin,
-        verdict.reading, settle, command[1] if command else None,
-    )  # fmt: skip
+        verdict.id,
+        verdict.claim,
+        verdict.verdict,
+        effect,
+        interval,
+        verdict.n,
+        verdict.test,
+        verdict.margin,
+        verdict.reading,
+        settle,
+        command[1] if command else None,
+    )
 
 
 def _signed(value: float) -> str:

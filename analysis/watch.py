@@ -1,4 +1,6 @@
-"""A live page: the report written again whenever a run or sweep that is under way has something new."""
+"""A live page: the report written again whenever a run or sweep that is under way has something
+new.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from harness.errors import UserError
-from harness.rundir import RunDir, Status
+from harness.core.errors import UserError
+from harness.records.run_dir import RunDir, Status
 
 Written = TypeVar("Written")
-# Drawing takes seconds of a core that the sweep could use: after it comes a rest so many times as long.
+# Drawing takes seconds of a core that the sweep could use: after it comes a rest so many times as
+# long.
 REST = 4
 
 
@@ -22,12 +25,14 @@ def watch_report(
     every: int = 5,
     begun: Callable[[Written], None] | None = None,
 ) -> Written:
-    """Call `write(every)` at each change until all directories' runs have ended or Ctrl-C, then `write(None)`, the page
-    that stays; returns what that gives. `begun` is told of the first. Raises UserError when `every`, in seconds, is not
-    positive.
+    """Call `write(every)` at each change until all directories' runs have ended or Ctrl-C, then
+    `write(None)`, the page that stays; returns what that gives. `begun` is told of the first.
+    Raises UserError when `every`, in seconds, is not positive.
     """
     if every < 1:
-        raise UserError("the page is written again every so many seconds", got=every, allowed="1 or more")
+        raise UserError(
+            "the page is written again every so many seconds", got=every, allowed="1 or more"
+        )
     seen = None
     try:
         while not all(map(_ended, directories)):
@@ -49,7 +54,9 @@ def _ended(directory: Path) -> bool:
 
 
 def _state(directory: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of every record that a page is made from; a file that goes meanwhile is not there."""
+    """Size and time of every record that a page is made from; a file that goes meanwhile is not
+    there.
+    """
     run, found = RunDir(directory), {}
     for folder in (run.path, *sorted(run.trials.glob("*"))):
         for file in (folder / "manifest.json", folder / "metrics.jsonl"):

@@ -1,4 +1,6 @@
-"""`python -m harness.check RECIPE [overrides]`: train a recipe once per seed, and check what it expects of the mean."""
+"""`python -m harness.check RECIPE [overrides]`: train a recipe once per seed, and check what it
+expects of the mean.
+"""
 
 from __future__ import annotations
 
@@ -10,33 +12,52 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from harness import recipe as recipes
 from harness import run
-from harness.cli import Parser, invocation, run_command
-from harness.errors import UserError
-from harness.expect import judge
-from harness.metrics import MetricsFile
-from harness.paths import shown
-from harness.rundir import RunDir, write_json
+from harness.config import recipe as recipes
+from harness.config.expect import judge
+from harness.core.cli import Parser, invocation, run_command
+from harness.core.errors import UserError
+from harness.core.paths import shown
+from harness.records.metrics_file import MetricsFile
+from harness.records.run_dir import RunDir, write_json
 
 
 def main(argv: list[str]) -> int:
-    """Parse, train every seed, judge, print; 3 when an expectation is not met, a run's own status where one fails."""
-    parser = Parser(prog=invocation("check"), description="Train a recipe once per seed, and check its expectations.")
-    parser.add_argument("recipe", help="a recipe with an `expect:` block, e.g. recipes/quickstart.yaml")
+    """Parse, train every seed, judge, print; 3 when an expectation is not met, a run's own status
+    where one fails.
+    """
+    parser = Parser(
+        prog=invocation("check"),
+        description="Train a recipe once per seed, and check its expectations.",
+    )
+    parser.add_argument(
+        "recipe", help="a recipe with an `expect:` block, e.g. recipes/quickstart.yaml"
+    )
     parser.add_argument("overrides", nargs="*", help="key=value, e.g. trainer.max_steps=16")
     parser.add_argument("--seeds", metavar="0,1", help="default: the recipe's sweep.seeds, or 0,1")
     options = parser.parse_intermixed_args(argv)
     recipe = recipes.load(options.recipe, options.overrides, sweeps=False)
     if not recipe.expect:
-        raise UserError("the recipe expects nothing", got=options.recipe,
-                        fix="add an expect: block, e.g. expect: {eval/accuracy: {min: 0.9}}")  # fmt: skip
-    seeds = _seeds(options.seeds) if options.seeds else recipe.sweep.seeds if recipe.sweep else [0, 1]
-    name = recipe.trainer.run_name or f"{Path(options.recipe).stem}-check-{datetime.now():%Y%m%d-%H%M%S}"
+        raise UserError(
+            "the recipe expects nothing",
+            got=options.recipe,
+            fix="add an expect: block, e.g. expect: {eval/accuracy: {min: 0.9}}",
+        )
+    seeds = (
+        _seeds(options.seeds) if options.seeds else recipe.sweep.seeds if recipe.sweep else [0, 1]
+    )
+    name = (
+        recipe.trainer.run_name
+        or f"{Path(options.recipe).stem}-check-{datetime.now():%Y%m%d-%H%M%S}"
+    )
     root = Path(recipe.trainer.ckpt_path) / name
     for seed in seeds:
-        own = [f"seed={seed}", "trainer.seed=null", recipes.override_for("trainer.ckpt_path", str(root)),
-               f"trainer.run_name=seed{seed}"]  # fmt: skip
+        own = [
+            f"seed={seed}",
+            "trainer.seed=null",
+            recipes.override_for("trainer.ckpt_path", str(root)),
+            f"trainer.run_name=seed{seed}",
+        ]
         status = _train([options.recipe, *options.overrides, *own, "--check"])
         if status not in (0, run.UNMET):
             with contextlib.suppress(OSError):
@@ -44,22 +65,35 @@ def main(argv: list[str]) -> int:
             return status
     rows = [MetricsFile(RunDir(root / f"seed{seed}").metrics).rows() for seed in seeds]
     verdicts = judge(recipe.expect, rows)
-    write_json(root / "check.json", {"recipe": options.recipe, "overrides": options.overrides, "seeds": seeds,
-                                     "verdicts": [verdict.record() for verdict in verdicts]})  # fmt: skip
+    write_json(
+        root / "check.json",
+        {
+            "recipe": options.recipe,
+            "overrides": options.overrides,
+            "seeds": seeds,
+            "verdicts": [verdict.record() for verdict in verdicts],
+        },
+    )
     for verdict in verdicts:
         print(verdict)
-    print(f"{sum(v.met for v in verdicts)} of {len(verdicts)} expectations met over {len(seeds)} seeds  {shown(root)}")
+    print(
+        f"{sum(v.met for v in verdicts)} of {len(verdicts)} expectations met over "
+        f"{len(seeds)} seeds  {shown(root)}"
+    )
     return 0 if all(verdict.met for verdict in verdicts) else run.UNMET
 
 
 def _train(arguments: Sequence[str]) -> int:
-    """Train one run in a process of its own and return its exit status, 128 + its number after a signal.
+    """Train one run in a process of its own and return its exit status, 128 + its number after a
+    signal.
 
-    vLLM starts no second engine on a GPU in one process, and gives memory back only when that ends. Ctrl-C and SIGTERM
-    are passed on; after Ctrl-C the run has stopped in order when KeyboardInterrupt is raised.
+    vLLM starts no second engine on a GPU in one process, and gives memory back only when that ends.
+    Ctrl-C and SIGTERM are passed on; after Ctrl-C the run has stopped in order when
+    KeyboardInterrupt is raised.
     """
     sys.stdout.flush()
-    # In a group of its own, so that the terminal's Ctrl-C does not reach the run beside the one that is passed on.
+    # In a group of its own, so that the terminal's Ctrl-C does not reach the run beside the one
+    # that is passed on.
     process = subprocess.Popen([sys.executable, "-m", "harness.run", *arguments], process_group=0)
     before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
@@ -76,7 +110,9 @@ def _train(arguments: Sequence[str]) -> int:
 
 def _seeds(text: str) -> list[int]:
     parts = text.split(",")
-    if not all(part.strip().isdecimal() for part in parts) or len({int(part) for part in parts}) < len(parts):
+    if not all(part.strip().isdecimal() for part in parts) or len(
+        {int(part) for part in parts}
+    ) < len(parts):
         raise UserError("--seeds takes different numbers >= 0", got=text, allowed="0,1,2")
     return [int(part) for part in parts]
 

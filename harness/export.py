@@ -1,31 +1,44 @@
-"""`python -m harness.export RUN [--merged] [--which best] --output DIR`: a run's policy for other programs to load."""
+"""`python -m harness.export RUN [--merged] [--which best] --output DIR`: a run's policy for other
+programs to load.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from harness.cli import Parser, invocation, run_command
-from harness.errors import UserError
-from harness.paths import shown
-from harness.rundir import RunDir
-from rltrain import export
+from harness.core.cli import Parser, invocation, run_command
+from harness.core.errors import UserError
+from harness.core.paths import shown
+from harness.records.run_dir import RunDir
+from rltrain.tools import export
 
 
 def main(argv: list[str]) -> int:
     """Check, export, say what was exported."""
-    parser = Parser(prog=invocation("export"), description="Export a run's policy for transformers, PEFT and vLLM.")
+    parser = Parser(
+        prog=invocation("export"),
+        description="Export a run's policy for transformers, PEFT and vLLM.",
+    )
     parser.add_argument("run", type=Path, help="a run's directory, or a sweep's trial's")
-    parser.add_argument("--merged", action="store_true", help="the base with the adapter merged in, a model of its own")
+    parser.add_argument(
+        "--merged",
+        action="store_true",
+        help="the base with the adapter merged in, a model of its own",
+    )
     parser.add_argument(
         "--which",
         choices=["final", "best"],
         default="final",
         help="the policy after the last step, or at its best evaluation (default: %(default)s)",
     )
-    parser.add_argument("--output", type=Path, required=True, help="the folder to write; it must not exist yet")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="the folder to write; it must not exist yet"
+    )
     arguments = parser.parse_args(argv)
     _refuse_sweep(arguments.run)
-    planned = export.plan(arguments.run, arguments.output, which=arguments.which, merged=arguments.merged)
+    planned = export.plan(
+        arguments.run, arguments.output, which=arguments.which, merged=arguments.merged
+    )
     _write(planned)
     row = planned.evaluated
     scored = f", held-out accuracy {row[export.ACCURACY]:.3f} at step {row['step']}" if row else ""
@@ -40,7 +53,11 @@ def _refuse_sweep(directory: Path) -> None:
     from analysis.experiment import Experiment
 
     best = Experiment.open(directory).best_trial()
-    winner = None if best is None else f"the winning configuration's best trial is {directory / str(best['run_dir'])}"
+    winner = (
+        None
+        if best is None
+        else f"the winning configuration's best trial is {directory / str(best['run_dir'])}"
+    )
     raise UserError(
         "a sweep holds a policy for each trial: name one",
         got=directory,
@@ -50,7 +67,7 @@ def _refuse_sweep(directory: Path) -> None:
 
 
 def _write(planned: export.Export) -> None:
-    from rltrain.quiet import quiet_libraries
+    from rltrain.distributed.process import quiet_libraries
 
     quiet_libraries()
     export.write(planned)

@@ -7,8 +7,8 @@ import sys
 from importlib import metadata
 from typing import NoReturn
 
-from harness.cli import SCRIPT, run_command
-from harness.errors import UserError, nearest
+from harness.core.cli import SCRIPT, run_command
+from harness.core.errors import UserError, nearest
 
 COMMANDS = {
     "run": "train one run of a recipe",
@@ -23,7 +23,9 @@ COMMANDS = {
 
 def script() -> NoReturn:
     """Run the console script: `main` on the process's own arguments."""
-    sys.path.append("")  # the working directory, as with `python -m`: it may hold an environment of the user's own
+    sys.path.append(
+        ""
+    )  # the working directory, as with `python -m`: it may hold an environment of the user's own
     run_command(main)
 
 

@@ -1,4 +1,6 @@
-"""Prepare data, and the tiny model: `python -m harness.prepare {gsm8k,math,tiny_gsm,MODULE} --output-dir DIR`."""
+"""Prepare data, and the tiny model: `python -m harness.prepare {gsm8k,math,tiny_gsm,MODULE}
+--output-dir DIR`.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from harness.cli import Parser, invocation, run_command
-from harness.errors import UserError
+from harness.core.cli import Parser, invocation, run_command
+from harness.core.errors import UserError
 
 
 def main(argv: list[str]) -> int:
@@ -17,7 +19,9 @@ def main(argv: list[str]) -> int:
     try:
         args.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError("cannot use the output folder", got=f"{args.output_dir}: {error.strerror}") from None
+        raise UserError(
+            "cannot use the output folder", got=f"{args.output_dir}: {error.strerror}"
+        ) from None
     if env is None:
         _prepare_tiny_gsm(args)
         return 0
@@ -27,7 +31,9 @@ def main(argv: list[str]) -> int:
 
 
 def _environment(name: str) -> Any:
-    """The environment of a name that has a `prepare` function; raises UserError where there is none."""
+    """The environment of a name that has a `prepare` function; raises UserError where there is
+    none.
+    """
     from rltrain.envs import get_env, offers
 
     env = get_env(name)
@@ -44,11 +50,14 @@ def _environment(name: str) -> Any:
 def _prepare_tiny_gsm(args: argparse.Namespace) -> None:
     from rltrain.envs.tiny_gsm_pretrain import Pretraining, prepare
 
-    settings = Pretraining(steps=args.steps, seed=args.seed, threads=args.threads, eval_problems=args.eval_problems)
+    settings = Pretraining(
+        steps=args.steps, seed=args.seed, threads=args.threads, eval_problems=args.eval_problems
+    )
     card = prepare(args.output_dir, settings)
     held_out = card["held_out"]
     print(
-        f"{args.output_dir}: {card['parameters']:,} parameters, {sum(card['rows'].values()):,} problems, "
+        f"{args.output_dir}: {card['parameters']:,} parameters, "
+        f"{sum(card['rows'].values()):,} problems, "
         f"{card['minutes']} min\n"
         f"held-out accuracy, sampled at temperature 1: {held_out['accuracy']:.3f} "
         f"({held_out['accuracy_when_well_formed']:.3f} when the answer is well formed, "
@@ -57,15 +66,24 @@ def _prepare_tiny_gsm(args: argparse.Namespace) -> None:
 
 
 def _parser(modules: list[str]) -> Parser:
-    """The command's parser; `modules` are environments of the user's own, to be taken as tasks too."""
-    parser = Parser(prog=invocation("prepare"), description="Make data files, or the tiny model, for recipes to use. "
-                    "MODULE is the dotted path of your own environment, if it has a prepare function.")  # fmt: skip
-    tasks = parser.add_subparsers(dest="task", required=True, metavar="{gsm8k,math,tiny_gsm,MODULE}")
+    """The command's parser; `modules` are environments of the user's own, to be taken as
+    tasks too.
+    """
+    parser = Parser(
+        prog=invocation("prepare"),
+        description="Make data files, or the tiny model, for recipes to use. "
+        "MODULE is the dotted path of your own environment, if it has a prepare function.",
+    )
+    tasks = parser.add_subparsers(
+        dest="task", required=True, metavar="{gsm8k,math,tiny_gsm,MODULE}"
+    )
 
     data = {"gsm8k": "GSM8K", "math": "MATH, or files of its or DeepMath's columns,"}
     for task in (*data, *modules):
         what = data.get(task, f"what {task} makes,")
-        parser_of_task = tasks.add_parser(task, help=f"{what} as train.parquet and validation.parquet")
+        parser_of_task = tasks.add_parser(
+            task, help=f"{what} as train.parquet and validation.parquet"
+        )
         parser_of_task.add_argument("--output-dir", type=Path, required=True)
         parser_of_task.add_argument(
             "--source",
@@ -75,13 +93,22 @@ def _parser(modules: list[str]) -> Parser:
             help="JSONL or parquet files named *train* and *test* (default: the hub)",
         )
 
-    tiny_gsm = tasks.add_parser("tiny_gsm", help="word problems, and a tiny base model trained on them from nothing")
+    tiny_gsm = tasks.add_parser(
+        "tiny_gsm", help="word problems, and a tiny base model trained on them from nothing"
+    )
     tiny_gsm.add_argument("--output-dir", type=Path, required=True)
-    tiny_gsm.add_argument("--steps", type=_positive, default=1500, help="optimizer steps (default: %(default)s)")
-    tiny_gsm.add_argument("--seed", type=int, default=0)
-    tiny_gsm.add_argument("--threads", type=_positive, default=2, help="CPU threads (default: %(default)s)")
     tiny_gsm.add_argument(
-        "--eval-problems", type=_positive, default=1024, help="held-out problems to measure on (default: %(default)s)"
+        "--steps", type=_positive, default=1500, help="optimizer steps (default: %(default)s)"
+    )
+    tiny_gsm.add_argument("--seed", type=int, default=0)
+    tiny_gsm.add_argument(
+        "--threads", type=_positive, default=2, help="CPU threads (default: %(default)s)"
+    )
+    tiny_gsm.add_argument(
+        "--eval-problems",
+        type=_positive,
+        default=1024,
+        help="held-out problems to measure on (default: %(default)s)",
     )
     return parser
 

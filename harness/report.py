@@ -1,4 +1,6 @@
-"""`python -m harness.report DIR...`: write the report of sweeps, runs or their tables, and say what it found."""
+"""`python -m harness.report DIR...`: write the report of sweeps, runs or their tables, and say what
+it found.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.cli import Parser, invocation, run_command
-from harness.errors import UserError, nearest, visible
-from harness.rundir import RunDir
+from harness.core.cli import Parser, invocation, run_command
+from harness.core.errors import UserError, nearest, visible
+from harness.records.run_dir import RunDir
 
 if TYPE_CHECKING:
     from analysis.report import Report
@@ -25,7 +27,9 @@ def main(argv: list[str]) -> int:
 
     directories: list[Path] = arguments.directories
     made = [directory for directory in directories if not holds_tables(directory)]
-    sweeps = [directory.resolve() for directory in made if _manifest(directory).get("kind") == "sweep"]
+    sweeps = [
+        directory.resolve() for directory in made if _manifest(directory).get("kind") == "sweep"
+    ]
     folder = arguments.output or _folder(directories, bool(made))
     if arguments.output is None and made == directories and len(directories) == 1:
         check_own(RunDir(directories[0]), folder, folder / "figures", folder / "tables")
@@ -43,8 +47,11 @@ def main(argv: list[str]) -> int:
         else:
             written = watch_report(report, made, every=arguments.watch, begun=_begun)
     except (NotADirectoryError, FileExistsError) as error:
-        raise UserError("cannot write the report", got=f"{error.filename}: {error.strerror}",
-                        fix="name another folder with --output") from None  # fmt: skip
+        raise UserError(
+            "cannot write the report",
+            got=f"{error.filename}: {error.strerror}",
+            fix="name another folder with --output",
+        ) from None
     print(visible(written.answer))
     print(f"report: {written.path}")
     return 0
@@ -55,20 +62,42 @@ def _begun(first: Report) -> None:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(prog=invocation("report"), description="Write the report of sweeps and runs; of several, one page.")
+    parser = Parser(
+        prog=invocation("report"),
+        description="Write the report of sweeps and runs; of several, one page.",
+    )
     where = "a sweep's or a run's directory, or a folder of tables that a report wrote"
     parser.add_argument("directories", type=Path, nargs="+", metavar="DIR", help=where)
-    parser.add_argument("--output", type=Path,
-                        help="where the report goes (default: DIR/report; for tables, the folder they are in; for "
-                             "several, `comparison` beside the first)")  # fmt: skip
-    parser.add_argument("--compare", action="store_true",
-                        help="all on one page, as several DIRs are anyway; an error with one alone")  # fmt: skip
-    parser.add_argument("--watch", nargs="?", const=5, type=int, metavar="SECONDS",
-                        help="write the page again at each change, until what it shows has ended")  # fmt: skip
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="where the report goes (default: DIR/report; for tables, the folder they are in; for "
+        "several, `comparison` beside the first)",
+    )
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="all on one page, as several DIRs are anyway; an error with one alone",
+    )
+    parser.add_argument(
+        "--watch",
+        nargs="?",
+        const=5,
+        type=int,
+        metavar="SECONDS",
+        help="write the page again at each change, until what it shows has ended",
+    )
     arguments = parser.parse_args(argv)
-    if arguments.compare and len(arguments.directories) < 2 and not _tables_of_several(arguments.directories[0]):
-        raise UserError("--compare puts several sweeps or runs on one page", got=arguments.directories[0],
-                        allowed="two or more directories")  # fmt: skip
+    if (
+        arguments.compare
+        and len(arguments.directories) < 2
+        and not _tables_of_several(arguments.directories[0])
+    ):
+        raise UserError(
+            "--compare puts several sweeps or runs on one page",
+            got=arguments.directories[0],
+            allowed="two or more directories",
+        )
     return arguments
 
 
@@ -88,7 +117,9 @@ def _folder(directories: list[Path], made: bool) -> Path:
 
 
 def _manifest(directory: Path) -> dict[str, object]:
-    """The manifest of a run or sweep; raises UserError naming those that lie under runs/ or under `directory`."""
+    """The manifest of a run or sweep; raises UserError naming those that lie under runs/ or under
+    `directory`.
+    """
     from analysis.records import check_own
 
     run = RunDir(directory)
@@ -102,7 +133,9 @@ def _manifest(directory: Path) -> dict[str, object]:
         "not a run or sweep: there is no manifest.json",
         got=directory,
         allowed=", ".join(known) or f"nothing yet: {here}/ holds no run",
-        fix=f"did you mean {guess}?" if guess else "name a directory that a run or a sweep has made",
+        fix=f"did you mean {guess}?"
+        if guess
+        else "name a directory that a run or a sweep has made",
     )
 
 

@@ -1,4 +1,6 @@
-"""`python -m harness.run RECIPE [overrides]`: one training run, its directory, progress and result."""
+"""`python -m harness.run RECIPE [overrides]`: one training run, its directory, progress
+and result.
+"""
 
 from __future__ import annotations
 
@@ -10,55 +12,96 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness import manifest, metrics, rerun, sinks
-from harness import recipe as recipes
-from harness.cli import GPU_MEMORY, Parser, invocation, run_command
-from harness.errors import UserError
-from harness.expect import judge
-from harness.locks import held
-from harness.paths import shown
-from harness.rundir import RunDir, Status, place
-from harness.schema import Logger, Recipe
-from harness.validate import num_processes
+from harness.config import metrics
+from harness.config import recipe as recipes
+from harness.config.expect import judge
+from harness.config.schema import Logger, Recipe
+from harness.config.validate import num_processes
+from harness.core.cli import GPU_MEMORY, Parser, invocation, run_command
+from harness.core.errors import UserError
+from harness.core.locks import held
+from harness.core.paths import shown
+from harness.loggers import sinks
+from harness.records import manifest, rerun
+from harness.records.metrics_file import MetricsFile
+from harness.records.run_dir import RunDir, Status, place
 
-# What may differ where a run goes on: the number of processes and their devices, not what they compute.
+# What may differ where a run goes on: the number of processes and their devices, not what they
+# compute.
 MOVABLE = (
-    "trainer.placement.", "trainer.micro_", "trainer.max_tokens_per_microbatch", "trainer.gradient_checkpointing",
+    "trainer.placement.",
+    "trainer.micro_",
+    "trainer.max_tokens_per_microbatch",
+    "trainer.gradient_checkpointing",
     "trainer.num_threads",
     "trainer.logger",
-    "generator.num_inference_engines", "generator.inference_engine_tensor_parallel_size",
-    "generator.gpu_memory_utilization", "ray.address",
-)  # fmt: skip
+    "generator.num_inference_engines",
+    "generator.inference_engine_tensor_parallel_size",
+    "generator.gpu_memory_utilization",
+    "ray.address",
+)
 
 # What may be given besides and leaves the recipe the one that its expectations are about.
 SAME_RECIPE = (
-    *MOVABLE, "trainer.run_name", "trainer.ckpt_path", "trainer.resume_mode", "trainer.project_name",
-    "trainer.samples_per_dump", "trainer.max_ckpts_to_keep", "seed", "trainer.seed", "sweep",
-)  # fmt: skip
+    *MOVABLE,
+    "trainer.run_name",
+    "trainer.ckpt_path",
+    "trainer.resume_mode",
+    "trainer.project_name",
+    "trainer.samples_per_dump",
+    "trainer.max_ckpts_to_keep",
+    "seed",
+    "trainer.seed",
+    "sweep",
+)
 
 UNMET = 3
 # What a launch leaves that ended before its first step.
-LAUNCHED = {"recipe.yaml", "manifest.json", ".lock", "log.txt", "tensorboard", "wandb", "study.journal",
-            "study.journal.lock", "packs"}  # fmt: skip
+LAUNCHED = {
+    "recipe.yaml",
+    "manifest.json",
+    ".lock",
+    "log.txt",
+    "tensorboard",
+    "wandb",
+    "study.journal",
+    "study.journal.lock",
+    "packs",
+}
 
 
 def main(argv: list[str]) -> int:
     """Parse, check, train, print the result; returns the exit status."""
     parser = Parser(prog=invocation("run"), description="Train one run of a recipe.")
     parser.add_argument("recipe", nargs="?", help="a recipe, e.g. recipes/quickstart.yaml")
-    parser.add_argument("overrides", nargs="*", help="key=value, e.g. trainer.policy.model.lora.rank=8")
     parser.add_argument(
-        "--resume", metavar="DIR", help="go on with the run in this directory; its placement may be overridden"
+        "overrides", nargs="*", help="key=value, e.g. trainer.policy.model.lora.rank=8"
     )
     parser.add_argument(
-        "--from", dest="taken", metavar="DIR", help="a new run with the recipe of the run in this directory"
+        "--resume",
+        metavar="DIR",
+        help="go on with the run in this directory; its placement may be overridden",
     )
-    parser.add_argument("--changed-inputs", action="store_true", help="with --resume: go on although data, model or "
-                        "environment module changed; manifest and report say so")  # fmt: skip
-    parser.add_argument("--dry-run", action="store_true", help="print what would be trained, where, and the cost")
+    parser.add_argument(
+        "--from",
+        dest="taken",
+        metavar="DIR",
+        help="a new run with the recipe of the run in this directory",
+    )
+    parser.add_argument(
+        "--changed-inputs",
+        action="store_true",
+        help="with --resume: go on although data, model or "
+        "environment module changed; manifest and report say so",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would be trained, where, and the cost"
+    )
     parser.add_argument("--gpu-memory", metavar="GIB", help=f"with --dry-run: {GPU_MEMORY}")
     parser.add_argument(
-        "--check", action="store_true", help="judge the recipe's expectations, overridden or not; exit with 3 if unmet"
+        "--check",
+        action="store_true",
+        help="judge the recipe's expectations, overridden or not; exit with 3 if unmet",
     )
     options = parser.parse_intermixed_args(argv)
     options.name = options.recipe
@@ -67,7 +110,10 @@ def main(argv: list[str]) -> int:
     if options.dry_run:
         return _dry_run(options)
     if options.gpu_memory is not None:
-        raise UserError("--gpu-memory is for --dry-run: a run takes the GPUs that are there", got=options.gpu_memory)
+        raise UserError(
+            "--gpu-memory is for --dry-run: a run takes the GPUs that are there",
+            got=options.gpu_memory,
+        )
     recipe, run_dir = _resumed(options) if options.resume else _started(options)
     try:
         met = _train_or_tell(recipe, run_dir, options)
@@ -80,7 +126,9 @@ def main(argv: list[str]) -> int:
 
 
 def _train_or_tell(recipe: Recipe, run_dir: RunDir, options: argparse.Namespace) -> bool:
-    """Train what is left of the run, with its directory locked, and judge it; whether it is as expected."""
+    """Train what is left of the run, with its directory locked, and judge it; whether it is as
+    expected.
+    """
     with run_dir.locked("another process is training this run"):
         if options.resume:
             # As it was left: another process may have ended it meanwhile.
@@ -97,9 +145,15 @@ def _train_or_tell(recipe: Recipe, run_dir: RunDir, options: argparse.Namespace)
 def _take(options: argparse.Namespace) -> None:
     """Put the recipe of another run, to be overridden, in the place of a recipe file."""
     words = [word for word in (options.recipe, *options.overrides) if word is not None]
-    others = ["--resume"] if options.resume is not None else [word for word in words if "=" not in word]
+    others = (
+        ["--resume"] if options.resume is not None else [word for word in words if "=" not in word]
+    )
     if others:
-        raise UserError("--from takes its recipe from a run", got=" ".join(others), allowed="key=value overrides")
+        raise UserError(
+            "--from takes its recipe from a run",
+            got=" ".join(others),
+            allowed="key=value overrides",
+        )
     options.recipe, fresh, options.name = rerun.taken(options.taken)
     options.overrides = [*fresh, *words]
 
@@ -118,7 +172,9 @@ def _started(options: argparse.Namespace) -> tuple[Recipe, RunDir]:
 
 
 def _make(recipe: Recipe, run_dir: RunDir, options: argparse.Namespace) -> None:
-    """Make the run's directory, or see that the one there is this run's: another start may just have made it."""
+    """Make the run's directory, or see that the one there is this run's: another start may just
+    have made it.
+    """
     if run_dir.manifest.exists():
         _check_same(recipe, run_dir, options.changed_inputs)
         if recipe.trainer.max_tokens_per_microbatch == "auto":
@@ -126,11 +182,17 @@ def _make(recipe: Recipe, run_dir: RunDir, options: argparse.Namespace) -> None:
             recipe.trainer.max_tokens_per_microbatch = stored.trainer.max_tokens_per_microbatch
     else:
         if options.changed_inputs:
-            raise UserError("--changed-inputs is for --resume: a new run has none that could have changed")
+            raise UserError(
+                "--changed-inputs is for --resume: a new run has none that could have changed"
+            )
         record = manifest.build(
-            recipe, kind="run", name=run_dir.path.name, source=str(options.recipe), overrides=options.overrides,
+            recipe,
+            kind="run",
+            name=run_dir.path.name,
+            source=str(options.recipe),
+            overrides=options.overrides,
             command=manifest.this_command(),
-        )  # fmt: skip
+        )
         run_dir.create(recipes.to_yaml(recipe), record)
 
 
@@ -143,11 +205,13 @@ def _composed(options: argparse.Namespace) -> Recipe:
 
 
 def _dry_run(options: argparse.Namespace) -> int:
-    from rltrain.fit import check_fit, gpus_to_plan_for
+    from rltrain.tools.fit import check_fit, gpus_to_plan_for
     from sweeps.dry_run import describe_run
 
     if options.resume is not None:
-        raise UserError("--dry-run shows a run before it starts", got="--resume", fix="leave out one of the two")
+        raise UserError(
+            "--dry-run shows a run before it starts", got="--resume", fix="leave out one of the two"
+        )
     recipe = _composed(options)
     gpus = gpus_to_plan_for(recipe, options.gpu_memory)
     print(describe_run(recipe, options.recipe, gpus))
@@ -169,7 +233,8 @@ def _resumed(options: argparse.Namespace) -> tuple[Recipe, RunDir]:
     refused = [word for word in words if not word.startswith(MOVABLE) or "=" not in word]
     if refused:
         raise UserError(
-            "--resume takes its recipe from the run directory; only where and how it computes may change",
+            "--resume takes its recipe from the run directory; only where and how it "
+            "computes may change",
             got=" ".join(refused),
             allowed=", ".join(f"{key}*" if key.endswith((".", "_")) else key for key in MOVABLE),
             fix=f"{invocation('run')} --resume {run_dir.path}",
@@ -183,8 +248,8 @@ def _resumed(options: argparse.Namespace) -> tuple[Recipe, RunDir]:
 
 
 def _check(recipe: Recipe) -> None:
-    from rltrain.fit import gpus_to_plan_for, note_fit
-    from rltrain.preflight import check_run
+    from rltrain.tools.fit import gpus_to_plan_for, note_fit
+    from rltrain.tools.preflight import check_run
 
     check_run(recipe)
     note_fit(recipe, gpus_to_plan_for(recipe, None))
@@ -193,27 +258,45 @@ def _check(recipe: Recipe) -> None:
 
 
 def _check_same(recipe: Recipe, run_dir: RunDir, changed_inputs: bool) -> None:
-    """An existing directory is gone on with, never overwritten: unfinished, and of the same recipe and inputs."""
+    """An existing directory is gone on with, never overwritten: unfinished, and of the same recipe
+    and inputs.
+    """
     record = run_dir.sound_manifest()
     if record["kind"] == "sweep":
-        raise UserError("this directory holds a sweep", got=run_dir.path, fix="choose another trainer.run_name")
+        raise UserError(
+            "this directory holds a sweep", got=run_dir.path, fix="choose another trainer.run_name"
+        )
     if record["kind"] == "trial":
-        raise UserError("this directory holds a trial of a sweep, whose journal would not hear of it", got=run_dir.path,
-                        fix=f"{invocation('sweep')} --resume {shown(run_dir.path.parents[1])}, or a run of its own: "
-                            f"{invocation('run')} --from {shown(run_dir.path)}")  # fmt: skip
+        raise UserError(
+            "this directory holds a trial of a sweep, whose journal would not hear of it",
+            got=run_dir.path,
+            fix=f"{invocation('sweep')} --resume {shown(run_dir.path.parents[1])}, or a "
+            "run of its own: "
+            f"{invocation('run')} --from {shown(run_dir.path)}",
+        )
     same = recipes.is_digest(record["recipe"]["digest"], recipe)
-    if record["status"] in (Status.COMPLETE.value, Status.PRUNED.value) and not (same and _only_lacks_verdict(record)):
-        raise UserError(f"this run is {record['status']} already", got=run_dir.path,
-                        fix="choose another trainer.run_name to run it again")  # fmt: skip
+    if record["status"] in (Status.COMPLETE.value, Status.PRUNED.value) and not (
+        same and _only_lacks_verdict(record)
+    ):
+        raise UserError(
+            f"this run is {record['status']} already",
+            got=run_dir.path,
+            fix="choose another trainer.run_name to run it again",
+        )
     if not same:
-        raise UserError("this directory holds an unfinished run of another recipe", got=run_dir.path,
-                        fix="choose another trainer.run_name")  # fmt: skip
+        raise UserError(
+            "this directory holds an unfinished run of another recipe",
+            got=run_dir.path,
+            fix="choose another trainer.run_name",
+        )
     if not _only_lacks_verdict(record):
         manifest.check_inputs(manifest.changed_inputs(record), "run", allowed=changed_inputs)
 
 
 def _only_lacks_verdict(record: dict[str, Any]) -> bool:
-    """Whether a run was killed after its last step, before its verdict; trials and repetitions never get one."""
+    """Whether a run was killed after its last step, before its verdict; trials and repetitions
+    never get one.
+    """
     ended = record["kind"] == "run" and record["status"] == Status.COMPLETE.value
     return ended and not {"expect", "reproduces"} & record.keys()
 
@@ -221,7 +304,7 @@ def _only_lacks_verdict(record: dict[str, Any]) -> bool:
 def _tell_end(recipe: Recipe, run_dir: RunDir) -> None:
     """Tell the loggers of the last step and the result, which a kill may have kept from them."""
     print(f"run {shown(run_dir.path)} is trained; its verdict was not written")
-    row = metrics.MetricsFile(run_dir.metrics).rows()[-1]
+    row = MetricsFile(run_dir.metrics).rows()[-1]
     with contextlib.closing(sinks.Sinks(recipe, run_dir)) as told:
         told.report(int(row["step"]), row)
 
@@ -240,7 +323,9 @@ def _train(recipe: Recipe, run_dir: RunDir, *, changed_inputs: bool) -> None:
 
 
 def clear_launch(run_dir: RunDir) -> None:
-    """Remove the directory of what bad input ended before its first step: it holds nothing, and its name is free."""
+    """Remove the directory of what bad input ended before its first step: it holds nothing, and its
+    name is free.
+    """
     if not run_dir.path.is_dir():
         return
     with held(run_dir.path / ".lock") as mine:
@@ -259,7 +344,7 @@ def _follow(recipe: Recipe, run_dir: RunDir) -> None:
     """Train, and tell the recipe's loggers of every step."""
     with contextlib.closing(sinks.Sinks(recipe, run_dir)) as told:
         print("loading the model and starting the engine ...", flush=True)
-        from rltrain.quiet import quiet_libraries
+        from rltrain.distributed.process import quiet_libraries
 
         quiet_libraries()
         from rltrain.trainer import run
@@ -271,27 +356,35 @@ def _follow(recipe: Recipe, run_dir: RunDir) -> None:
 def _as_expected(recipe: Recipe, run_dir: RunDir, asked: bool) -> bool:
     """Judge what the recipe expects by this one run, print it, and write it to the manifest.
 
-    Expectations are the recipe's as it is: of one with overrides they are judged only if that is `asked`.
+    Expectations are the recipe's as it is: of one with overrides they are judged only if that is
+    `asked`.
     """
     others = [] if asked else overridden(run_dir)
     if any(word.startswith("expect") for word in others):  # expectations of its own
         others = []
-    verdicts = judge({} if others else recipe.expect, [metrics.MetricsFile(run_dir.metrics).rows()])
+    verdicts = judge({} if others else recipe.expect, [MetricsFile(run_dir.metrics).rows()])
     run_dir.update(expect=[verdict.record() for verdict in verdicts])
     for verdict in verdicts:
         print(verdict)
     if others and recipe.expect:
-        print(f"what the recipe expects is not judged: it was overridden ({', '.join(others)}); --check judges it")
+        print(
+            "what the recipe expects is not judged: it was overridden "
+            f"({', '.join(others)}); --check judges it"
+        )
     return all(verdict.met for verdict in verdicts)
 
 
 def overridden(run_dir: RunDir) -> list[str]:
-    """The overrides that made another experiment of a run's recipe file; those of a run whose recipe it took too."""
+    """The overrides that made another experiment of a run's recipe file; those of a run whose
+    recipe it took too.
+    """
     record = run_dir.read_manifest()["recipe"]
     given = [word for word in record.get("overrides") or () if not word.startswith(SAME_RECIPE)]
     file = Path(record["source"])
     taken = RunDir(file.parent)
-    inherits = file.name == taken.recipe.name and taken.manifest.exists() and taken.path != run_dir.path
+    inherits = (
+        file.name == taken.recipe.name and taken.manifest.exists() and taken.path != run_dir.path
+    )
     return given + (overridden(taken) if inherits else [])
 
 
@@ -299,7 +392,8 @@ def _summary(run_dir: RunDir, place: str) -> str:
     result = run_dir.read_manifest()["result"]
     base = f" (base {result['base']['eval/accuracy']:.3f})" if result["base"] else ""
     return (
-        f"held-out accuracy {result['metrics']['eval/accuracy']:.3f}{base} after {result['step']} steps "
+        f"held-out accuracy {result['metrics']['eval/accuracy']:.3f}{base} after "
+        f"{result['step']} steps "
         f"in {metrics.duration(result['seconds'])}  {place}"
     )
 

@@ -1,4 +1,6 @@
-"""`python -m harness.sweep RECIPE [overrides]`: every trial of a recipe's sweep, its results and its report."""
+"""`python -m harness.sweep RECIPE [overrides]`: every trial of a recipe's sweep, its results and
+its report.
+"""
 
 from __future__ import annotations
 
@@ -8,63 +10,106 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import recipe as recipes
-from harness.cli import GPU_MEMORY, Parser, invocation, run_command
-from harness.errors import UserError
-from harness.paths import RECIPES, shown
+from harness.config import recipe as recipes
+from harness.core.cli import GPU_MEMORY, Parser, invocation, run_command
+from harness.core.errors import UserError
+from harness.core.paths import RECIPES, shown
+from harness.records.run_dir import RunDir
 from harness.run import clear_launch
-from harness.rundir import RunDir
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from analysis.experiment import Experiment
     from sweeps.session import Session
-    from sweeps.study import Study
+    from sweeps.study.study import Study
 
 
 def main(argv: list[str]) -> int:
-    """Parse, check, run the sweep or say what it would do; 0 when a trial completed, 1 when none did."""
+    """Parse, check, run the sweep or say what it would do; 0 when a trial completed, 1 when none
+    did.
+    """
     options = parse(argv)
     if options.dry_run:
         return _dry_run(options)
     if options.gpu_memory is not None:
-        raise UserError("--gpu-memory is for --dry-run: a sweep takes the GPUs there are", got=options.gpu_memory)
+        raise UserError(
+            "--gpu-memory is for --dry-run: a sweep takes the GPUs there are",
+            got=options.gpu_memory,
+        )
     from sweeps import session as sessions
 
     if options.resume is None:
         session = sessions.start(_recipe(options), options.overrides, options.confirm)
     else:
-        session = sessions.resume(options.resume or None, options.recipe, options.overrides, options.confirm,
-                                  changed_inputs=options.changed_inputs)  # fmt: skip
+        session = sessions.resume(
+            options.resume or None,
+            options.recipe,
+            options.overrides,
+            options.confirm,
+            changed_inputs=options.changed_inputs,
+        )
     return _run(session, new=options.resume is None)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Recipe, overrides, `resume` (None, a directory, or "" for the recipe's), `confirm`, `dry_run`, in any order."""
-    parser = Parser(prog=invocation("sweep"), description="Run the sweep of a recipe: sweep.space, over sweep.seeds.")
-    parser.add_argument("arguments", nargs="*", metavar="RECIPE key=value",
-                        help="e.g. recipes/quickstart.yaml sweep.num_trials=24")  # fmt: skip
-    parser.add_argument("--dry-run", action="store_true", help="print the space, the first trials and the cost")
+    """Recipe, overrides, `resume` (None, a directory, or "" for the recipe's), `confirm`,
+    `dry_run`, in any order.
+    """
+    parser = Parser(
+        prog=invocation("sweep"),
+        description="Run the sweep of a recipe: sweep.space, over sweep.seeds.",
+    )
+    parser.add_argument(
+        "arguments",
+        nargs="*",
+        metavar="RECIPE key=value",
+        help="e.g. recipes/quickstart.yaml sweep.num_trials=24",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the space, the first trials and the cost"
+    )
     parser.add_argument("--gpu-memory", metavar="GIB", help=f"with --dry-run: {GPU_MEMORY}")
-    parser.add_argument("--resume", nargs="?", const="", metavar="DIR", help="go on with the sweep in this directory")
-    parser.add_argument("--changed-inputs", action="store_true", help="with --resume: go on although data, model or "
-                        "environment module changed; the report marks which trials were trained on which")  # fmt: skip
-    parser.add_argument("--confirm", type=int, metavar="K", help="at the end run the K best again, on fresh seeds")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="DIR",
+        help="go on with the sweep in this directory",
+    )
+    parser.add_argument(
+        "--changed-inputs",
+        action="store_true",
+        help="with --resume: go on although data, model or "
+        "environment module changed; the report marks which trials were trained on which",
+    )
+    parser.add_argument(
+        "--confirm", type=int, metavar="K", help="at the end run the K best again, on fresh seeds"
+    )
     options = parser.parse_intermixed_args(argv)
     if options.confirm is not None and options.confirm < 1:
-        raise UserError("--confirm is how many of the best to run again", got=options.confirm, allowed=">= 1")
+        raise UserError(
+            "--confirm is how many of the best to run again", got=options.confirm, allowed=">= 1"
+        )
     if options.changed_inputs and options.resume is None:
-        raise UserError("--changed-inputs is for --resume: a new sweep has none that could have changed")
+        raise UserError(
+            "--changed-inputs is for --resume: a new sweep has none that could have changed"
+        )
     words = list(options.arguments)
     # `--resume` takes the next word, whichever of the three it is.
-    if options.resume and not Path(options.resume).is_dir() and ("=" in options.resume or _is_recipe(options.resume)):
+    if (
+        options.resume
+        and not Path(options.resume).is_dir()
+        and ("=" in options.resume or _is_recipe(options.resume))
+    ):
         words.insert(0, options.resume)
         options.resume = ""
     named = [word for word in words if "=" not in word]
     options.overrides = [word for word in words if "=" in word]
     if len(named) > 1:
-        raise UserError("one recipe at a time", got=" ".join(named), allowed="RECIPE and key=value overrides")
+        raise UserError(
+            "one recipe at a time", got=" ".join(named), allowed="RECIPE and key=value overrides"
+        )
     options.recipe = named[0] if named else None
     return options
 
@@ -80,11 +125,16 @@ def _recipe(options: argparse.Namespace) -> str:
 
 
 def _dry_run(options: argparse.Namespace) -> int:
-    from rltrain.fit import gpus_to_plan_for
-    from sweeps import dry_run, plan
+    from rltrain.tools.fit import gpus_to_plan_for
+    from sweeps import dry_run
+    from sweeps.study import plan
 
     if options.resume is not None:
-        raise UserError("--dry-run shows a sweep before it starts", got="--resume", fix="leave out one of the two")
+        raise UserError(
+            "--dry-run shows a sweep before it starts",
+            got="--resume",
+            fix="leave out one of the two",
+        )
     source = _recipe(options)
     recipe = recipes.load(source, options.overrides)
     gpus = gpus_to_plan_for(recipe, options.gpu_memory)
@@ -100,13 +150,16 @@ def _dry_run(options: argparse.Namespace) -> int:
 
 def _run(session: Session, *, new: bool) -> int:
     from sweeps import session as sessions
-    from sweeps.trials import at_a_time
+    from sweeps.study.trials import at_a_time
 
     place = shown(session.sweep_dir.path)
     for note in recipes.engine_notes(session.plan.recipe):
         print(f"note: {note}")
     again = f", then the best {session.confirm} again on fresh seeds" if session.confirm else ""
-    print(f"sweep {place}: {session.plan.num_runs} runs{again}, {at_a_time(session.plan.recipe)}", flush=True)
+    print(
+        f"sweep {place}: {session.plan.num_runs} runs{again}, {at_a_time(session.plan.recipe)}",
+        flush=True,
+    )
     try:
         study = sessions.run(session)
     except KeyboardInterrupt:
@@ -117,7 +170,10 @@ def _run(session: Session, *, new: bool) -> int:
             clear_launch(session.sweep_dir)
         raise
     if study.exhausted:
-        print(f"the space is exhausted after {len(study.swept())} runs: sweep.num_trials asks for more")
+        print(
+            f"the space is exhausted after {len(study.swept())} runs: sweep.num_trials "
+            "asks for more"
+        )
     return _finish(session, study, place)
 
 
@@ -140,7 +196,10 @@ def _finish(session: Session, study: Study, place: str) -> int:
     counts = study.counts()
     if study.stopped:
         print(f"stopped: {study.stopped}; go on with: {invocation('sweep')} --resume {place}")
-    print(f"{counts['COMPLETE']} complete, {counts['PRUNED']} pruned, {counts['FAIL']} failed  {place}")
+    print(
+        f"{counts['COMPLETE']} complete, {counts['PRUNED']} pruned, {counts['FAIL']} "
+        f"failed  {place}"
+    )
     print(f"report: {place}/report/index.html")
     return 0 if counts["COMPLETE"] and not study.stopped else 1
 
@@ -152,8 +211,14 @@ def _best(experiment: Experiment, trial: pd.Series | None) -> dict[str, Any] | N
         return None
     number = int(trial["number"])
     params = RunDir(experiment.path).trial(number).read_manifest()["trial"]["params"]
-    return {"configuration": best.configuration, "params": params, "metric": experiment.metric, "mean": best.score,
-            "seeds": best.seeds, "trial": number}  # fmt: skip
+    return {
+        "configuration": best.configuration,
+        "params": params,
+        "metric": experiment.metric,
+        "mean": best.score,
+        "seeds": best.seeds,
+        "trial": number,
+    }
 
 
 if __name__ == "__main__":

@@ -181,8 +181,7 @@ def _product(device: str) -> str | None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("environment", choices=("cpu", "gpu"))
     parser.add_argument("--torch", choices=("auto", "pypi"), default="auto", help="as install.py's")

@@ -313,8 +313,7 @@ def install(variant: str, folder: Path, torch: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("cpu", "gpu", "uv"))
     parser.add_argument("folder", nargs="?", type=Path, help="of the environment (cpu, gpu)")

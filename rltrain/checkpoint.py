@@ -1,4 +1,6 @@
-"""Checkpoints of a member: written whole or not at all, independent of how many processes wrote them."""
+"""Checkpoints of a member: written whole or not at all, independent of how many processes wrote
+them.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from harness.errors import UserError
-from harness.rundir import RunDir, damage, remove_folder, whole_folder
-from rltrain.learner import Learner
+from harness.core.errors import UserError
+from harness.records.run_dir import RunDir, damage, remove_folder, whole_folder
+from rltrain.algorithms.learner import Learner
+from rltrain.distributed.process_group import Ranks, full, like
 from rltrain.member import Member
-from rltrain.ranks import Ranks, full, like
 
 COMPLETE = "COMPLETE"
 STATE = "state.json"
@@ -28,38 +30,53 @@ _FILES = {"policy": ("weights", "optimizer"), "critic": ("critic", "critic_optim
 def save(member: Member, ranks: Ranks) -> None:
     """Write `checkpoints/step_NNNNNN/` and remove the oldest beyond `trainer.max_ckpts_to_keep`.
 
-    Only what training changes is in it: adapters (or all weights, rank 0), value head, optimizers, counters. Random
-    streams, the data's order and the learning rate follow from seed and counters, so there is no state of theirs.
+    Only what training changes is in it: adapters (or all weights, rank 0), value head, optimizers,
+    counters. Random streams, the data's order and the learning rate follow from seed and counters,
+    so there is no state of theirs.
     """
     tensors: dict[str, dict[str, torch.Tensor]] = {}
     for learner in member.learners:
         weights, optimizer = _FILES[learner.name]
         tensors[weights] = {name: full(p.detach()) for name, p in _named(learner)}
-        tensors[optimizer] = {name: full(value) for name, value in _optimizer_tensors(learner).items()}
+        tensors[optimizer] = {
+            name: full(value) for name, value in _optimizer_tensors(learner).items()
+        }
     state = {
-        "step": member.step, "batches": member.batches, "num_tokens": member.num_tokens, "best": member.best,
+        "step": member.step,
+        "batches": member.batches,
+        "num_tokens": member.num_tokens,
+        "best": member.best,
         "bad_steps": {learner.name: learner.bad_steps for learner in member.learners},
-    }  # fmt: skip
+    }
     ranks.once(lambda: _write(member, tensors, state))
 
 
-def _write(member: Member, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping[str, Any]) -> None:
+def _write(
+    member: Member, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping[str, Any]
+) -> None:
     root = member.run_dir.checkpoints
     with whole_folder(root / f"step_{member.step:06d}") as new:
         for name, values in tensors.items():
-            save_file({key: value.cpu().contiguous() for key, value in values.items()}, new / f"{name}.safetensors")
+            save_file(
+                {key: value.cpu().contiguous() for key, value in values.items()},
+                new / f"{name}.safetensors",
+            )
         # A checkpoint is of use with the rows that were logged before it, and no others.
-        (new / STATE).write_text(json.dumps({**state, "metrics": member.metrics.mark()}, indent=2) + "\n")
+        (new / STATE).write_text(
+            json.dumps({**state, "metrics": member.metrics.mark()}, indent=2) + "\n"
+        )
         (new / COMPLETE).touch()
     for old in _steps(root)[: -member.recipe.trainer.max_ckpts_to_keep]:
         remove_folder(old)
 
 
 def find(member: Member) -> Path | None:
-    """The checkpoint to go on from: the run's own latest that is sound, else the one `trainer.resume_mode` names.
+    """The checkpoint to go on from: the run's own latest that is sound, else the one
+    `trainer.resume_mode` names.
 
-    One of the run's own that is named is gone back to. What is damaged, and what comes after the step gone on from, is
-    said and set aside. Raises UserError for a named one that is not sound. For the one process that writes the run.
+    One of the run's own that is named is gone back to. What is damaged, and what comes after the
+    step gone on from, is said and set aside. Raises UserError for a named one that is not sound.
+    For the one process that writes the run.
     """
     run_dir, mode = member.run_dir, member.recipe.trainer.resume_mode or "none"
     run_dir.tidy()
@@ -75,7 +92,9 @@ def find(member: Member) -> Path | None:
 
 
 def _latest_sound(member: Member) -> Path | None:
-    """The run's latest checkpoint that is as it was written, like its rows and the best adapter it knows of."""
+    """The run's latest checkpoint that is as it was written, like its rows and the best adapter it
+    knows of.
+    """
     run_dir, found, faults = member.run_dir, None, []
     lost_rows, lost_best = member.metrics.damage(), math.inf
     for path in reversed(_steps(run_dir.checkpoints)):
@@ -87,7 +106,11 @@ def _latest_sound(member: Member) -> Path | None:
             if lost_best == math.inf and state["best"] is not None and _best_is_lost(run_dir):
                 lost_best = state["best"]["step"]
             # The best adapter of a later step is made again on the way to it.
-            why = rows or (f"it needs adapter/best, of step {lost_best}" if state["step"] >= lost_best else None)
+            why = rows or (
+                f"it needs adapter/best, of step {lost_best}"
+                if state["step"] >= lost_best
+                else None
+            )
         if why is None:
             found = path
             break
@@ -113,18 +136,25 @@ def _asked_for(member: Member, path: Path) -> Path:
     """The checkpoint that `trainer.resume_mode` names, if it is sound."""
     fix = "name another, or resume with trainer.resume_mode=latest; nothing was changed"
     if not path.is_dir() or not (path / STATE).exists():
-        raise UserError("trainer.resume_mode names no whole checkpoint", got=path,
-                        allowed="latest, none, or a folder checkpoints/step_NNNNNN")  # fmt: skip
+        raise UserError(
+            "trainer.resume_mode names no whole checkpoint",
+            got=path,
+            allowed="latest, none, or a folder checkpoints/step_NNNNNN",
+        )
     why = damage(path)
     if why is None and path.parent == member.run_dir.checkpoints:
         why = member.metrics.damage(json.loads((path / STATE).read_text())["metrics"])
     if why is not None:
-        raise UserError("trainer.resume_mode names a damaged checkpoint", got=f"{path}: {why}", fix=fix)
+        raise UserError(
+            "trainer.resume_mode names a damaged checkpoint", got=f"{path}: {why}", fix=fix
+        )
     return path
 
 
 def load(member: Member, path: Path) -> None:
-    """Put a member where a checkpoint left it; raises UserError when the checkpoint is of another shape."""
+    """Put a member where a checkpoint left it; raises UserError when the checkpoint is of another
+    shape.
+    """
     state: dict[str, Any] = json.loads((path / STATE).read_text())
     read: list[tuple[Learner, dict[str, torch.Tensor]]] = []
     for learner in member.learners:
@@ -135,7 +165,8 @@ def load(member: Member, path: Path) -> None:
             raise UserError(
                 f"the checkpoint does not fit this recipe's {learner.name} (rank, target modules)",
                 got=path,
-                fix="resume with the recipe it was written with, or start anew with trainer.resume_mode=none",
+                fix="resume with the recipe it was written with, or start anew with "
+                "trainer.resume_mode=none",
             )
         read.append((learner, weights))
     for learner, weights in read:
@@ -150,8 +181,12 @@ def load(member: Member, path: Path) -> None:
 
 
 def _named(learner: Learner) -> list[tuple[str, torch.nn.Parameter]]:
-    """Parameters by a name without the adapter's own, so that a checkpoint fits whatever the member is called."""
-    return [(name.replace(f".{learner.adapter}.", "."), p) for name, p in learner.parameters.items()]
+    """Parameters by a name without the adapter's own, so that a checkpoint fits whatever the member
+    is called.
+    """
+    return [
+        (name.replace(f".{learner.adapter}.", "."), p) for name, p in learner.parameters.items()
+    ]
 
 
 def _optimizer_tensors(learner: Learner) -> dict[str, torch.Tensor]:
@@ -171,11 +206,16 @@ def _load_optimizer(learner: Learner, tensors: dict[str, torch.Tensor]) -> None:
         if name in by_name:
             # AdamW counts steps in a tensor on the CPU; the moments lie as the parameter does.
             learner.optimizer.state[parameter] = {
-                kind: value if value.dim() == 0 else like(value, parameter) for kind, value in by_name[name].items()
+                kind: value if value.dim() == 0 else like(value, parameter)
+                for kind, value in by_name[name].items()
             }
 
 
 def _steps(root: Path) -> list[Path]:
     """The folders of checkpoints, earliest first."""
-    found = [(int(m[1]), p) for p in root.iterdir() if (m := _STEP.fullmatch(p.name))] if root.is_dir() else []
+    found = (
+        [(int(m[1]), p) for p in root.iterdir() if (m := _STEP.fullmatch(p.name))]
+        if root.is_dir()
+        else []
+    )
     return [path for _, path in sorted(found)]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from harness.rundir import RunDir
-from harness.schema import Recipe
+from harness.config.schema import Recipe
+from harness.records.run_dir import RunDir
 from rltrain.member import Member
 from rltrain.pack import Pack
 from rltrain.report import Report
@@ -15,10 +15,14 @@ from rltrain.trainer import Course, Step, advance
 
 
 class Crew(Protocol):
-    """Who trains a pack's runs: the process that asks, or a group of ranks in step (`rltrain.workers`)."""
+    """Who trains a pack's runs: the process that asks, or a group of ranks in step
+    (`rltrain.worker_group`).
+    """
 
     contains_failures: bool
-    """Whether a run that fails leaves the others going on; if not, a failure is the end of the crew."""
+    """Whether a run that fails leaves the others going on; if not, a failure is the end of the
+    crew.
+    """
 
     def take_in(self, recipe: Recipe, run_dir: RunDir) -> list[Report]:
         """A run joins the pack and is brought to where its training begins; the reports of that."""
@@ -27,7 +31,9 @@ class Crew(Protocol):
         """One step of these runs; `take` has what came of it, also where one fails."""
 
     def take(self, run_dir: RunDir) -> Report:
-        """A run's report of the step it made, when what is due after it is done; raises what made the run fail."""
+        """A run's report of the step it made, when what is due after it is done; raises what made
+        the run fail.
+        """
 
     def let_go(self, run_dir: RunDir) -> None:
         """A run leaves the pack, if it is in it."""
@@ -57,7 +63,9 @@ class LocalCrew:
         self._failures, self._pack.failures = self._pack.failures, {}
 
     def take(self, run_dir: RunDir) -> Report:
-        """A run's report of the step it made, when what is due after it is done; raises what made the run fail."""
+        """A run's report of the step it made, when what is due after it is done; raises what made
+        the run fail.
+        """
         member = self._members[run_dir.path]
         if member in self._failures:
             raise self._failures[member]

@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from harness.metrics import MetricsFile
-from harness.rundir import RunDir
-from harness.schema import Recipe, Sampling
-from rltrain import parallel
-from rltrain.credit import Credit
-from rltrain.critic import Critic
-from rltrain.learner import Learner
-from rltrain.policy import Policy
-from rltrain.problems import Problem
-from rltrain.seeding import permutation
+from harness.config.schema import Recipe, Sampling
+from harness.records.metrics_file import MetricsFile
+from harness.records.run_dir import RunDir
+from rltrain.algorithms.credit import Credit
+from rltrain.algorithms.critic import Critic
+from rltrain.algorithms.learner import Learner
+from rltrain.algorithms.policy import Policy
+from rltrain.data.seeding import permutation
+from rltrain.distributed import placement as parallel
+from rltrain.envs.problems import Problem
 from rltrain.sync.base import Sync
 
 DEFAULT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -26,8 +26,9 @@ DEFAULT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 class Member:
     """One training run in a pack: what it trains, its data, counters and directory.
 
-    `max_tokens` are those of one of its passes at most. `batches` counts the batches of problems drawn so far: the
-    data's cursor, which runs ahead of `step` where dynamic sampling draws several for one step.
+    `max_tokens` are those of one of its passes at most. `batches` counts the batches of problems
+    drawn so far: the data's cursor, which runs ahead of `step` where dynamic sampling draws several
+    for one step.
     """
 
     name: str
@@ -55,23 +56,37 @@ class Member:
 
     @property
     def learners(self) -> list[Learner]:
-        """What is trained, in the order it is: the critic first, so that its loss is of the values that were used."""
+        """What is trained, in the order it is: the critic first, so that its loss is of the values
+        that were used.
+        """
         return [self.policy] if self.critic is None else [self.critic, self.policy]
 
     @property
     def needs_old_logprobs(self) -> bool:
-        """Whether updates see another policy than the one that sampled (several a step, or dropout), or rewards KL."""
+        """Whether updates see another policy than the one that sampled (several a step, or
+        dropout), or rewards KL.
+        """
         trainer = self.recipe.trainer
-        updates = trainer.update_epochs_per_batch * (trainer.train_batch_size // trainer.policy_mini_batch_size)
-        return updates > 1 or trainer.policy.model.lora.dropout > 0 or trainer.algorithm.use_kl_in_reward
+        updates = trainer.update_epochs_per_batch * (
+            trainer.train_batch_size // trainer.policy_mini_batch_size
+        )
+        return (
+            updates > 1
+            or trainer.policy.model.lora.dropout > 0
+            or trainer.algorithm.use_kl_in_reward
+        )
 
     @property
     def total_steps(self) -> int:
-        """`trainer.max_steps` if set, else whole batches in `trainer.epochs` passes over the data."""
+        """`trainer.max_steps` if set, else whole batches in `trainer.epochs` passes over
+        the data.
+        """
         return total_steps(self.recipe, len(self.problems))
 
     def limit_passes(self, tokens: int) -> None:
-        """Have passes of at most so many tokens from now on, for one ran out of memory; the manifest keeps it."""
+        """Have passes of at most so many tokens from now on, for one ran out of memory; the
+        manifest keeps it.
+        """
         self.max_tokens = tokens
         earlier = self.run_dir.read_manifest().get("out_of_memory", [])
         self.run_dir.update(out_of_memory=[*earlier, {"step": self.step + 1, "tokens": tokens}])
@@ -86,7 +101,9 @@ class Member:
 
 
 def total_steps(recipe: Recipe, num_problems: int) -> int:
-    """`trainer.max_steps` if set, else whole batches in `trainer.epochs` passes over so many problems."""
+    """`trainer.max_steps` if set, else whole batches in `trainer.epochs` passes over so many
+    problems.
+    """
     trainer = recipe.trainer
     return trainer.max_steps or trainer.epochs * (num_problems // trainer.train_batch_size)
 
@@ -94,7 +111,8 @@ def total_steps(recipe: Recipe, num_problems: int) -> int:
 def sync_tolerance(recipe: Recipe) -> float:
     """The mean gap between engine and trainer that fails the run, in nats.
 
-    Top-p and top-k renormalise the engine's log-probabilities: with them no gap is the sync's fault, unless one is set.
+    Top-p and top-k renormalise the engine's log-probabilities: with them no gap is the sync's
+    fault, unless one is set.
     """
     if recipe.trainer.sync_tolerance is None and truncates(recipe.generator.sampling_params):
         return math.inf
@@ -102,5 +120,7 @@ def sync_tolerance(recipe: Recipe) -> float:
 
 
 def truncates(sampling: Sampling) -> bool:
-    """Whether top-p or top-k is on: the engine's log-probabilities are then not those of the whole distribution."""
+    """Whether top-p or top-k is on: the engine's log-probabilities are then not those of the whole
+    distribution.
+    """
     return sampling.top_p < 1 or sampling.top_k > 0

@@ -1,19 +1,20 @@
-"""Out of memory in a pass: what was computed is computed again from its start, in smaller passes."""
+"""Out of memory in a pass: what was computed is computed again from its start, in smaller
+passes.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
 
-from rltrain.batch import Batch
+from rltrain.data.batch import Batch
+from rltrain.distributed.device_memory import free_memory, release
+from rltrain.distributed.process_group import Ranks
 from rltrain.member import Member
-from rltrain.ranks import Ranks
 
 T = TypeVar("T")
 
@@ -21,7 +22,9 @@ RETRIES = 4
 
 
 class PassTooLarge(RuntimeError):
-    """A pass ran out of memory; `tokens` are those of the largest pass planned, `sequences` those in it."""
+    """A pass ran out of memory; `tokens` are those of the largest pass planned, `sequences` those
+    in it.
+    """
 
     def __init__(self, passes: Sequence[Batch], reason: str) -> None:
         largest = max(passes, key=lambda one: one.packed_tokens)
@@ -30,14 +33,17 @@ class PassTooLarge(RuntimeError):
         if self.sequences > 1:
             helps = f"trainer.max_tokens_per_microbatch={self.tokens // 2}"
         super().__init__(
-            f"out of memory in a pass over {self.sequences} sequences, {self.tokens} tokens: {reason}; what would "
+            f"out of memory in a pass over {self.sequences} sequences, {self.tokens} "
+            f"tokens: {reason}; what would "
             f"help: {helps}"
         )
 
 
 @contextlib.contextmanager
 def checked(passes: Sequence[Batch]) -> Iterator[None]:
-    """Raise PassTooLarge where one of these passes runs out of memory; nothing keeps its tensors alive."""
+    """Raise PassTooLarge where one of these passes runs out of memory; nothing keeps its tensors
+    alive.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -47,10 +53,11 @@ def checked(passes: Sequence[Batch]) -> Iterator[None]:
 
 
 def with_smaller_passes(member: Member, ranks: Ranks, attempt: Callable[[], T]) -> T:
-    """Call `attempt`; where a pass is too large, again with passes of half the tokens, at most four times.
+    """Call `attempt`; where a pass is too large, again with passes of half the tokens, at most four
+    times.
 
-    `attempt` must begin anew each time, and cut its passes by `member.max_tokens`. What fails with one sequence in a
-    pass, or on one of several ranks, which would wait for it, is raised.
+    `attempt` must begin anew each time, and cut its passes by `member.max_tokens`. What fails with
+    one sequence in a pass, or on one of several ranks, which would wait for it, is raised.
     """
     for _ in range(RETRIES):
         try:
@@ -61,20 +68,10 @@ def with_smaller_passes(member: Member, ranks: Ranks, attempt: Callable[[], T]) 
             tokens = max(1, error.tokens // 2)
         free_memory()
         member.limit_passes(tokens)
-        print(f"out of memory at step {member.step + 1}: passes have at most {tokens} tokens from now on",
-              file=sys.stderr, flush=True)  # fmt: skip
+        print(
+            f"out of memory at step {member.step + 1}: passes have at most {tokens} tokens "
+            "from now on",
+            file=sys.stderr,
+            flush=True,
+        )
     return attempt()
-
-
-def free_memory() -> None:
-    """Give back what nobody holds any more, PyTorch's cached blocks too."""
-    gc.collect()
-    torch.cuda.empty_cache()  # nothing, where CUDA has not started
-
-
-def release(error: BaseException) -> None:
-    """Clear the local variables that an error's traceback keeps alive, tensors among them; its text stays whole."""
-    chain: BaseException | None = error
-    while chain is not None:
-        traceback.clear_frames(chain.__traceback__)
-        chain = chain.__cause__ or chain.__context__

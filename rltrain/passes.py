@@ -1,12 +1,14 @@
-"""How many tokens a run's passes have, settled before its first step and written into its recipe."""
+"""How many tokens a run's passes have, settled before its first step and written into its
+recipe.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from harness import recipe as recipes
-from harness.rundir import write_text
-from rltrain.batch import Batch, collate
+from harness.config import recipe as recipes
+from harness.records.run_dir import write_text
+from rltrain.data.batch import Batch, collate
 from rltrain.member import Member
 from rltrain.out_of_memory import with_smaller_passes
 from rltrain.pack import Pack
@@ -16,10 +18,11 @@ KEY = "trainer.max_tokens_per_microbatch"
 
 
 def settle_passes(pack: Pack, member: Member) -> None:
-    """Where the recipe leaves the tokens of a pass open, see that a pass of so many fits, and write their number down.
+    """Where the recipe leaves the tokens of a pass open, see that a pass of so many fits, and write
+    their number down.
 
-    A resumed run and a repetition then compute the same. Only a GPU tells that its memory is full, by an error; there
-    one pass is made for real, unless an earlier member's was as large.
+    A resumed run and a repetition then compute the same. Only a GPU tells that its memory is full,
+    by an error; there one pass is made for real, unless an earlier member's was as large.
     """
     if member.recipe.trainer.max_tokens_per_microbatch != "auto":
         return
@@ -33,18 +36,26 @@ def settle_passes(pack: Pack, member: Member) -> None:
 
 
 def try_pass(pack: Pack, member: Member) -> None:
-    """Forward and backward over one pass of the longest sequences there may be; too large, it is made smaller."""
+    """Forward and backward over one pass of the longest sequences there may be; too large, it is
+    made smaller.
+    """
     for learner in member.learners:
         learner.activate()
         with_smaller_passes(
-            member, pack.ranks,
-            lambda: accumulate_gradients(pack, MiniBatch(member, learner, 0, _longest(pack, member))),  # noqa: B023
-        )  # fmt: skip
+            member,
+            pack.ranks,
+            lambda: accumulate_gradients(
+                pack,
+                MiniBatch(member, learner, 0, _longest(pack, member)),  # noqa: B023
+            ),
+        )
         learner.optimizer.zero_grad()
 
 
 def _longest(pack: Pack, member: Member) -> Batch:
-    """Sequences of the greatest length, one prompt each, as many as a pass has room for; all tokens train."""
+    """Sequences of the greatest length, one prompt each, as many as a pass has room for; all tokens
+    train.
+    """
     generator, token = member.recipe.generator, pack.stop_token_ids[0]
     prompt, length = generator.max_input_length, generator.sampling_params.max_generate_length
     assert member.max_tokens is not None

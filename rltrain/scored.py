@@ -9,16 +9,18 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from harness.rundir import write_bytes
-from rltrain.batch import Batch, collate
+from harness.records.run_dir import write_bytes
+from rltrain.data.batch import Batch, collate
 from rltrain.engines.base import Sample
+from rltrain.envs.problems import Problem
 from rltrain.member import Member
-from rltrain.problems import Problem
 
 
 @dataclass(slots=True)
 class Rollout:
-    """One member's scored samples: `problems` `[P]`, `samples` and `completions` `[P][G]`, `rewards` `[P, G]`."""
+    """One member's scored samples: `problems` `[P]`, `samples` and `completions` `[P][G]`,
+    `rewards` `[P, G]`.
+    """
 
     member: Member
     problems: list[Problem]
@@ -44,7 +46,9 @@ class Rollout:
 
     @property
     def cut(self) -> torch.Tensor:
-        """Whether each completion was ended by the length limit, `[B]`, by the engine's finish reason."""
+        """Whether each completion was ended by the length limit, `[B]`, by the engine's finish
+        reason.
+        """
         return torch.tensor([sample.finish_reason == "length" for sample in self.flat_samples])
 
     def signal(self) -> list[int]:
@@ -75,7 +79,9 @@ class Rollout:
 
     def statistics(self) -> dict[str, float]:
         """Rewards and lengths as metrics."""
-        std = self.rewards.std(dim=1) if self.rewards.shape[1] > 1 else torch.zeros(len(self.rewards))
+        std = (
+            self.rewards.std(dim=1) if self.rewards.shape[1] > 1 else torch.zeros(len(self.rewards))
+        )
         return {
             "reward": float(self.rewards.mean()),
             "reward_std": float(std.mean()),
@@ -98,12 +104,19 @@ class Rollout:
         """Write the first `limit` samples as parquet."""
         rows = [
             {
-                "step": step, "phase": phase, "index": problem.example.index, "question": problem.example.question,
-                "ground_truth": problem.example.ground_truth, "completion": text, "reward": float(reward),
-                "num_tokens": len(sample.token_ids), "finish_reason": sample.finish_reason,
+                "step": step,
+                "phase": phase,
+                "index": problem.example.index,
+                "question": problem.example.question,
+                "ground_truth": problem.example.ground_truth,
+                "completion": text,
+                "reward": float(reward),
+                "num_tokens": len(sample.token_ids),
+                "finish_reason": sample.finish_reason,
             }
             for problem, samples, texts, rewards in zip(
-                self.problems, self.samples, self.completions, self.rewards, strict=True)
+                self.problems, self.samples, self.completions, self.rewards, strict=True
+            )
             for sample, text, reward in zip(samples, texts, rewards, strict=True)
-        ]  # fmt: skip
+        ]
         write_bytes(path, pd.DataFrame(rows[:limit]).to_parquet())

@@ -9,16 +9,16 @@ from typing import TypeVar
 
 import torch
 
-from rltrain.batch import Batch, micro_batches, shares, training_parts
-from rltrain.learner import Learner, Row, Statistics
+from rltrain.algorithms.learner import Learner, Row, Statistics
+from rltrain.algorithms.objective import RATIO_MAX
+from rltrain.algorithms.policy import GAP_MAX
+from rltrain.data.batch import Batch, micro_batches, shares, training_parts
+from rltrain.data.seeding import stream_seed
 from rltrain.member import Member
-from rltrain.objective import RATIO_MAX
 from rltrain.out_of_memory import checked, with_smaller_passes
 from rltrain.pack import Pack
-from rltrain.policy import GAP_MAX
 from rltrain.rollout import rollout
 from rltrain.scored import Rollout
-from rltrain.seeding import stream_seed
 
 T = TypeVar("T")
 
@@ -26,11 +26,17 @@ MAXIMA = (GAP_MAX, RATIO_MAX)
 
 
 def train_step(pack: Pack, members: Sequence[Member]) -> dict[Member, Row]:
-    """One step of these members: roll out, score, update, publish; the metrics of each that did not fail."""
+    """One step of these members: roll out, score, update, publish; the metrics of each that did not
+    fail.
+    """
     rollouts_M = rollout(pack, members)
     with pack.engine_asleep():
-        batches_M = present(pack.attempt(scored.member, prepare, scored, stats) for scored, stats in rollouts_M)
-        updates = present(pack.attempt(mini.member, update, mini) for mini in minibatches(batches_M))
+        batches_M = present(
+            pack.attempt(scored.member, prepare, scored, stats) for scored, stats in rollouts_M
+        )
+        updates = present(
+            pack.attempt(mini.member, update, mini) for mini in minibatches(batches_M)
+        )
     pack.publish(members)
     return collect_stats(pack, batches_M, updates)
 
@@ -71,7 +77,9 @@ class Update:
 
 @torch.no_grad()
 def prepare(pack: Pack, scored: Rollout, stats: Row) -> Prepared:
-    """Old and reference log-probabilities, values, advantages, and the proof that the engine sampled this policy."""
+    """Old and reference log-probabilities, values, advantages, and the proof that the engine
+    sampled this policy.
+    """
     member = scored.member
     batch = scored.batch(pack.stop_token_ids[0])
     with pack.timer.span("logprobs"):
@@ -87,17 +95,27 @@ def prepare(pack: Pack, scored: Rollout, stats: Row) -> Prepared:
     stats |= member.credit(batch, scored.rewards, scored.cut)
     member.step_tokens = int(batch.mask.sum() + batch.prompt_mask.sum())
     member.num_tokens += member.step_tokens
-    return Prepared(member, batch, scored.rewards.shape[1], stats | {"num_tokens": member.num_tokens})
+    return Prepared(
+        member, batch, scored.rewards.shape[1], stats | {"num_tokens": member.num_tokens}
+    )
 
 
 @torch.no_grad()
-def over_rows(pack: Pack, member: Member, batch: Batch, compute: Callable[[Batch], torch.Tensor]) -> torch.Tensor:
-    """`compute` over a batch in micro-batches, `[B, T]`, zeros where there is no token; the ranks share the rows."""
+def over_rows(
+    pack: Pack, member: Member, batch: Batch, compute: Callable[[Batch], torch.Tensor]
+) -> torch.Tensor:
+    """`compute` over a batch in micro-batches, `[B, T]`, zeros where there is no token; the ranks
+    share the rows.
+    """
     ranks, size = pack.ranks, member.recipe.trainer.micro_forward_batch_size_per_gpu
 
     def attempt() -> torch.Tensor:
-        plans = [micro_batches(batch, own, size, member.max_tokens) for own in shares(range(len(batch)), ranks.size)]
-        # A sharded model computes on all ranks at once: one that has no rows left computes some without keeping them.
+        plans = [
+            micro_batches(batch, own, size, member.max_tokens)
+            for own in shares(range(len(batch)), ranks.size)
+        ]
+        # A sharded model computes on all ranks at once: one that has no rows left computes some
+        # without keeping them.
         own = plans[ranks.rank] + [[]] * (max(map(len, plans)) - len(plans[ranks.rank]))
         passes = [batch.take(rows or [0]) for rows in own]
         with checked(passes):
@@ -112,18 +130,26 @@ def over_rows(pack: Pack, member: Member, batch: Batch, compute: Callable[[Batch
 
 
 def minibatches(batches_M: Iterable[Prepared]) -> Iterator[MiniBatch]:
-    """Each member's mini-batches for each of its learners in turn, `update_epochs_per_batch` times over."""
+    """Each member's mini-batches for each of its learners in turn, `update_epochs_per_batch` times
+    over.
+    """
     for prepared in batches_M:
         member, batch = prepared.member, prepared.batch
         for learner in member.learners:
             size = learner.mini_batch_size * prepared.group
-            starts = list(range(0, len(batch), size)) * member.recipe.trainer.update_epochs_per_batch
+            starts = (
+                list(range(0, len(batch), size)) * member.recipe.trainer.update_epochs_per_batch
+            )
             for place, start in enumerate(starts):
-                yield MiniBatch(member, learner, place, batch.take(range(start, min(start + size, len(batch)))))
+                yield MiniBatch(
+                    member, learner, place, batch.take(range(start, min(start + size, len(batch))))
+                )
 
 
 def update(pack: Pack, mini: MiniBatch) -> Update:
-    """Forward, loss and backward over micro-batches, then one optimizer step; none where nothing is to be learned."""
+    """Forward, loss and backward over micro-batches, then one optimizer step; none where nothing is
+    to be learned.
+    """
     learner, member, ranks = mini.learner, mini.member, pack.ranks
     learner.activate()
     with pack.timer.span("update" if learner is member.policy else learner.name):
@@ -137,11 +163,17 @@ def update(pack: Pack, mini: MiniBatch) -> Update:
 
 
 def accumulate_gradients(pack: Pack, mini: MiniBatch) -> Row:
-    """Forward, loss and backward over a mini-batch's micro-batches, from its start; this rank's statistics."""
+    """Forward, loss and backward over a mini-batch's micro-batches, from its start; this rank's
+    statistics.
+    """
     learner, member, ranks = mini.learner, mini.member, pack.ranks
     learner.optimizer.zero_grad()
     # Dropout draws from the process's generator: its masks are a named stream like any other.
-    torch.manual_seed(stream_seed(member.recipe.seed, "dropout", learner.name, member.step, mini.place, ranks.rank))
+    torch.manual_seed(
+        stream_seed(
+            member.recipe.seed, "dropout", learner.name, member.step, mini.place, ranks.rank
+        )
+    )
     totals, size = learner.totals(mini.batch), member.recipe.trainer.micro_train_batch_size_per_gpu
     parts = training_parts(mini.batch, size, member.max_tokens, learner.moves(mini.batch), ranks)
     stats: Statistics = {}
@@ -168,8 +200,12 @@ def add_up(stats: Statistics, seen: Statistics) -> None:
         stats[name] = value
 
 
-def collect_stats(pack: Pack, batches_M: list[Prepared], updates: list[Update]) -> dict[Member, Row]:
-    """Each member's metrics of the step; what several updates saw is averaged, skipped updates are summed."""
+def collect_stats(
+    pack: Pack, batches_M: list[Prepared], updates: list[Update]
+) -> dict[Member, Row]:
+    """Each member's metrics of the step; what several updates saw is averaged, skipped updates are
+    summed.
+    """
     shared = pack.timer.take() | {"perf/members": float(len(batches_M))}
     rows = {}
     for prepared in (one for one in batches_M if one.member not in pack.failures):

@@ -1,4 +1,6 @@
-"""A run from resume to its last step: step, log, evaluate, checkpoint; a report after every step."""
+"""A run from resume to its last step: step, log, evaluate, checkpoint; a report after
+every step.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +15,18 @@ from pathlib import Path
 
 import torch
 
-from harness.errors import UserError
-from harness.rundir import RunDir, Status, damage, whole_folder
-from harness.schema import Recipe
+from harness.config.schema import Recipe
+from harness.core.errors import UserError
+from harness.records.run_dir import RunDir, Status, damage, whole_folder
 from rltrain import checkpoint
+from rltrain.distributed.placement import dtype_of, needs_workers
+from rltrain.distributed.process import exits_are_failures
 from rltrain.evaluate import evaluate
-from rltrain.flops import step_flops
 from rltrain.member import Member
-from rltrain.model import adapter_statistics
+from rltrain.models.flops import step_flops
+from rltrain.models.loading import adapter_statistics
 from rltrain.pack import Pack
-from rltrain.parallel import dtype_of, needs_workers
 from rltrain.passes import settle_passes
-from rltrain.quiet import exits_are_failures
 from rltrain.report import Report
 from rltrain.scored import Rollout
 from rltrain.step import train_step
@@ -35,12 +37,13 @@ ACCURACY = "eval/accuracy"
 
 
 def run(recipe: Recipe, run_dir: RunDir) -> Iterator[Report]:
-    """Train a run to its end, in this process or on a worker group as its placement says; a report after every step.
+    """Train a run to its end, in this process or on a worker group as its placement says; a report
+    after every step.
 
     Any failure is recorded.
     """
     if needs_workers(recipe):
-        from rltrain.workers import run_on_workers
+        from rltrain.worker_group import run_on_workers
 
         yield from run_on_workers(recipe, run_dir)
         return
@@ -55,13 +58,17 @@ def run(recipe: Recipe, run_dir: RunDir) -> Iterator[Report]:
 
 
 def train(pack: Pack, member: Member) -> Generator[Report]:
-    """`training`, with any failure recorded as the run's status. A consumer that stops early leaves it RUNNING."""
+    """`training`, with any failure recorded as the run's status. A consumer that stops early leaves
+    it RUNNING.
+    """
     with recorded_failure(member.run_dir):
         yield from training(pack, member)
 
 
 def training(pack: Pack, member: Member) -> Generator[Report]:
-    """Train a member to its end, from its last checkpoint if it has one; yields a report after every step."""
+    """Train a member to its end, from its last checkpoint if it has one; yields a report after
+    every step.
+    """
     course = Course(pack, member)
     yield from course.begin()
     while not course.done:
@@ -70,14 +77,18 @@ def training(pack: Pack, member: Member) -> Generator[Report]:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What came of a member's step: its metrics and, where an evaluation was due, the samples of that."""
+    """What came of a member's step: its metrics and, where an evaluation was due, the samples of
+    that.
+    """
 
     row: dict[str, float]
     scored: Rollout | None
 
 
 def advance(pack: Pack, members: Sequence[Member]) -> dict[Member, Step]:
-    """One step of these members, and together the evaluations that are due; those that fail are missing."""
+    """One step of these members, and together the evaluations that are due; those that fail are
+    missing.
+    """
     start = time.perf_counter()
     rows = train_step(pack, members)
     seconds = time.perf_counter() - start
@@ -98,7 +109,8 @@ def advance(pack: Pack, members: Sequence[Member]) -> dict[Member, Step]:
 
 
 class Course:
-    """A member's way through its run: everything but the training steps themselves, which a pack's members share.
+    """A member's way through its run: everything but the training steps themselves, which a pack's
+    members share.
 
     The run's status goes to RUNNING, and to COMPLETE at the end. The first rank alone writes.
     """
@@ -115,7 +127,9 @@ class Course:
         return self._member.step >= self._member.total_steps
 
     def begin(self) -> Iterator[Report]:
-        """Resume; then the base's evaluation, or the last row of a run that was killed after its last step."""
+        """Resume; then the base's evaluation, or the last row of a run that was killed after its
+        last step.
+        """
         pack, member = self._pack, self._member
         pack.ranks.once(lambda: member.run_dir.move_to(Status.RUNNING))
         self._before = member.run_dir.read_manifest().get("seconds", 0.0)
@@ -137,7 +151,8 @@ class Course:
         if step.scored is not None:
             row = row | keep_evaluation(pack, member, row, step.scored)
         report = log(pack, member, row)
-        # Logged before it is saved: a kill in between repeats the step, the other way round it would lose the row.
+        # Logged before it is saved: a kill in between repeats the step, the other way round it
+        # would lose the row.
         if due(member, member.recipe.trainer.ckpt_interval):
             with pack.timer.span("checkpoint"):
                 checkpoint.save(member, pack.ranks)
@@ -169,7 +184,9 @@ def resume(pack: Pack, member: Member) -> None:
 
 
 def due(member: Member, interval: int) -> bool:
-    """Whether something done every `interval` steps is due now; always at the last step, never before it at 0."""
+    """Whether something done every `interval` steps is due now; always at the last step, never
+    before it at 0.
+    """
     return member.step == member.total_steps or (interval > 0 and member.step % interval == 0)
 
 
@@ -181,8 +198,12 @@ def log(pack: Pack, member: Member, row: dict[str, float]) -> Report:
     return Report(member.step, member.total_steps, row)
 
 
-def keep_evaluation(pack: Pack, member: Member, row: dict[str, float], scored: Rollout) -> dict[str, float]:
-    """Keep samples of an evaluation, and the adapter when it is the best so far; metrics of the adapter."""
+def keep_evaluation(
+    pack: Pack, member: Member, row: dict[str, float], scored: Rollout
+) -> dict[str, float]:
+    """Keep samples of an evaluation, and the adapter when it is the best so far; metrics of the
+    adapter.
+    """
     trainer = member.recipe.trainer
     if pack.ranks.first:
         path = member.run_dir.eval_samples(member.step)
@@ -193,7 +214,9 @@ def keep_evaluation(pack: Pack, member: Member, row: dict[str, float], scored: R
 
 
 def keep_adapter(pack: Pack, member: Member, accuracy: float) -> None:
-    """Write `adapter/best` when the score is the best so far, and `adapter/final` at the last step."""
+    """Write `adapter/best` when the score is the best so far, and `adapter/final` at the
+    last step.
+    """
     folders = []
     if member.best is None or accuracy > member.best[ACCURACY]:
         member.best = {"step": member.step, ACCURACY: accuracy}
@@ -216,7 +239,9 @@ def restore_final(pack: Pack, member: Member) -> None:
 
 
 def write_policy(pack: Pack, member: Member, folder: Path) -> None:
-    """The adapter in PEFT's format; the whole model in transformers' when all weights were trained."""
+    """The adapter in PEFT's format; the whole model in transformers' when all weights were
+    trained.
+    """
     if member.recipe.trainer.policy.model.lora.rank > 0:
         write_adapter(pack.model, member.name, folder, pack.ranks.once)
         return
@@ -236,7 +261,12 @@ def performance(pack: Pack, member: Member, row: dict[str, float]) -> dict[str, 
     recipe = member.recipe
     samples = recipe.trainer.train_batch_size * recipe.generator.n_samples_per_prompt
     samples *= int(row.get("num_sampled_batches", 1))
-    forwards = 1 + member.needs_old_logprobs + (member.policy.reference is not None) + (member.critic is not None)
+    forwards = (
+        1
+        + member.needs_old_logprobs
+        + (member.policy.reference is not None)
+        + (member.critic is not None)
+    )
     full = recipe.trainer.policy.model.lora.rank == 0
     flops = step_flops(pack.num_parameters, member.step_tokens, forwards=forwards, full=full)
     if pack.device.type == "cuda":
@@ -258,7 +288,11 @@ def finish(member: Member) -> None:
     last, first = rows[-1], rows[0]
     result = {
         "step": member.step,
-        "metrics": {name: value for name, value in last.items() if name.startswith("eval/") and math.isfinite(value)},
+        "metrics": {
+            name: value
+            for name, value in last.items()
+            if name.startswith("eval/") and math.isfinite(value)
+        },
         "base": {ACCURACY: first[ACCURACY]} if first["step"] == 0 else None,
         "best": member.best,
         "seconds": member.run_dir.read_manifest()["seconds"],

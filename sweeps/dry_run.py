@@ -1,31 +1,35 @@
-"""What `--dry-run` says: the space, the first trials and the cost. Imports neither torch nor vllm nor ray."""
+"""What `--dry-run` says: the space, the first trials and the cost. Imports neither torch nor vllm
+nor ray.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 
-from harness import recipe as recipes
-from harness.advice import advise
-from harness.cli import invocation
-from harness.metrics import duration
-from harness.paths import locate
-from harness.schema import LoRA, Recipe, Sampler
-from harness.validate import num_processes, sync_mode, target_modules
-from rltrain.fit import Gpus, check_fit, memory_table
-from rltrain.preflight import check_batch, count_rows
-from rltrain.targets import check_adapters
-from sweeps import trials
-from sweeps.estimate import Cost, Pace, costs, pace, run_cost
-from sweeps.plan import Plan, preview
-from sweeps.space import short_names, show
-from sweeps.trials import at_a_time, trials_at_once
+from harness.config import recipe as recipes
+from harness.config.advice import advise
+from harness.config.metrics import duration
+from harness.config.schema import LoRA, Recipe, Sampler
+from harness.config.validate import num_processes, sync_mode, target_modules
+from harness.core.cli import invocation
+from harness.core.paths import locate
+from rltrain.distributed.gpus import Gpus
+from rltrain.models.targets import check_adapters
+from rltrain.tools.fit import check_fit, memory_table
+from rltrain.tools.preflight import check_batch, count_rows
+from sweeps.cost import Cost, Pace, costs, pace, run_cost
+from sweeps.study import trials
+from sweeps.study.plan import Plan, preview
+from sweeps.study.space import short_names, show
+from sweeps.study.trials import at_a_time, trials_at_once
 
 SHOWN = 8
 
 
 def describe(plan: Plan, source: str, gpus: Gpus | None = None, *, confirm: int = 0) -> str:
-    """The whole text of a sweep; `confirm` is how many of the best configurations are to run again on fresh seeds.
+    """The whole text of a sweep; `confirm` is how many of the best configurations are to run again
+    on fresh seeds.
 
     `gpus` are those to plan for, None where it uses none.
     """
@@ -33,9 +37,16 @@ def describe(plan: Plan, source: str, gpus: Gpus | None = None, *, confirm: int 
     again = min(confirm, plan.num_configurations) * len(plan.fresh_seeds)
     # Of a cluster nothing is known before it is reached.
     known = gpus is None or gpus.count > 0
-    settled = Plan(trials.settle(plan.recipe, gpus), plan.space, plan.first_trials) if known else plan
+    settled = (
+        Plan(trials.settle(plan.recipe, gpus), plan.space, plan.first_trials) if known else plan
+    )
     parts = [
-        _settings(settled, source, again, at_a_time(settled.recipe) if known else _as_the_cluster_has(plan)),
+        _settings(
+            settled,
+            source,
+            again,
+            at_a_time(settled.recipe) if known else _as_the_cluster_has(plan),
+        ),
         _space(plan),
         _first_trials(plan),
         *([] if gpus is None else [memory_table(one, gpus) for one in trials.largest(settled)]),
@@ -54,11 +65,17 @@ def check_fits(plan: Plan, gpus: Gpus | None) -> None:
 
 def _as_the_cluster_has(plan: Plan) -> str:
     packs = plan.sweep.max_concurrent
-    return f"in {packs} packs" if packs else "in as many packs as the GPUs hold (--gpu-memory 8x80 shows it for those)"
+    return (
+        f"in {packs} packs"
+        if packs
+        else "in as many packs as the GPUs hold (--gpu-memory 8x80 shows it for those)"
+    )
 
 
 def describe_run(recipe: Recipe, source: str, gpus: Gpus | None = None) -> str:
-    """What one run would do: what is trained how and where, what `gpus` will hold of it, and its cost."""
+    """What one run would do: what is trained how and where, what `gpus` will hold of it, and its
+    cost.
+    """
     check_adapters(recipe)
     if (problems := count_rows(recipe.data.train_data)) is not None:
         check_batch(problems, recipe.trainer.train_batch_size)
@@ -70,7 +87,10 @@ def describe_run(recipe: Recipe, source: str, gpus: Gpus | None = None) -> str:
 def notes(recipe: Recipe, overrides: Sequence[str]) -> list[str]:
     """What a user should know before a start: overrides without effect, and advice."""
     advice = advise(recipe, num_problems=count_rows(recipe.data.train_data))
-    return [f"note: {note}" for note in [*recipes.notes(overrides), *recipes.engine_notes(recipe), *advice]]
+    return [
+        f"note: {note}"
+        for note in [*recipes.notes(overrides), *recipes.engine_notes(recipe), *advice]
+    ]
 
 
 def _run_settings(recipe: Recipe, source: str) -> str:
@@ -82,15 +102,30 @@ def _run_settings(recipe: Recipe, source: str) -> str:
     engines = "inside the training processes"
     if not trainer.placement.colocate_all:
         engines = (
-            f"apart: {generator.num_inference_engines} x {generator.inference_engine_tensor_parallel_size} devices"
+            f"apart: {generator.num_inference_engines} x "
+            f"{generator.inference_engine_tensor_parallel_size} devices"
         )
     losses = f"{algorithm.advantage_estimator.name}, {algorithm.policy_loss_type.name} loss"
     batch = f"{trainer.train_batch_size} prompts x {generator.n_samples_per_prompt} samples"
-    place = f"{num_processes(recipe)} on {trainer.placement.device.name}; {generator.backend.name} engines {engines}"
+    place = (
+        f"{num_processes(recipe)} on {trainer.placement.device.name}; "
+        f"{generator.backend.name} engines {engines}"
+    )
     rows = [
         ["model", policy.model.path],
         ["policy", _learner(recipe, policy.model.lora, policy.optimizer_config.lr)],
-        *([["critic", f"{_learner(recipe, critic.model.lora, critic.optimizer_config.lr)}, on {critic_path}"]] * ppo),
+        *(
+            [
+                [
+                    "critic",
+                    (
+                        f"{_learner(recipe, critic.model.lora, critic.optimizer_config.lr)}, "
+                        f"on {critic_path}"
+                    ),
+                ]
+            ]
+            * ppo
+        ),
         ["algorithm", losses + (f", {algorithm.kl_estimator.name} KL in the {kl}" if kl else "")],
         ["batch", f"{batch}, {trainer.policy_mini_batch_size} prompts an update"],
         ["processes", f"{place}, sync {sync_mode(policy.model.lora).name}"],
@@ -112,15 +147,23 @@ def _run_cost(recipe: Recipe) -> str:
     return (
         "cost: unknown until the data is there"
         if found is None
-        else "cost\n" + _table([[name, text(take(found))] for name, take, text in _cost_lines([found])])
+        else "cost\n"
+        + _table([[name, text(take(found))] for name, take, text in _cost_lines([found])])
     )
 
 
 def _settings(plan: Plan, source: str, again: int, at_once: str) -> str:
     sweep, size = plan.sweep, plan.space.size
     seeds = len(sweep.seeds)
-    runs = f"{plan.num_configurations} configurations x {seeds} seed{'s' * (seeds > 1)} = {plan.num_runs} runs"
-    pruner = "none" if sweep.pruner is None else " ".join(f"{k}={show(v)}" for k, v in sweep.pruner.items())
+    runs = (
+        f"{plan.num_configurations} configurations x {seeds} seed{'s' * (seeds > 1)} = "
+        f"{plan.num_runs} runs"
+    )
+    pruner = (
+        "none"
+        if sweep.pruner is None
+        else " ".join(f"{k}={show(v)}" for k, v in sweep.pruner.items())
+    )
     rows = [
         ["runs", f"{runs}, {at_once}"],
         ["metric", f"{sweep.metric}, {plan.direction}"],
@@ -132,7 +175,15 @@ def _settings(plan: Plan, source: str, again: int, at_once: str) -> str:
         best, fresh = again // len(plan.fresh_seeds), ", ".join(map(str, plan.fresh_seeds))
         rows.append(["confirm", f"the best {best} again, on seeds {fresh}: {again} runs more"])
     if size is not None and size < sweep.num_trials:
-        rows.append(["note", f"the space has no more than {size} configurations: sweep.num_trials={sweep.num_trials}"])
+        rows.append(
+            [
+                "note",
+                (
+                    f"the space has no more than {size} configurations: "
+                    f"sweep.num_trials={sweep.num_trials}"
+                ),
+            ]
+        )
     return f"sweep of {source}\n{_table(rows)}"
 
 
@@ -148,7 +199,12 @@ def _first_trials(plan: Plan) -> str:
     rows = [["trials" if seeds > 1 else "trial", *names.values()]]
     for place, params in enumerate(preview(plan, SHOWN)):
         first, last = place * seeds, (place + 1) * seeds - 1
-        rows.append([f"{first}-{last}" if last > first else str(first), *(show(params[key]) for key in names)])
+        rows.append(
+            [
+                f"{first}-{last}" if last > first else str(first),
+                *(show(params[key]) for key in names),
+            ]
+        )
     fixed = plan.sweep.sampler is not Sampler.tpe
     return f"first trials{'' if fixed else ' (later ones depend on results)'}\n{_table(rows)}"
 
@@ -159,20 +215,34 @@ def _costs(plan: Plan, source: str, runs: int) -> str:
         return "cost: unknown until the data is there"
     rows = [["", "a run", f"all {runs}"]]
     for name, take, text in _cost_lines(found):
-        rows.append([name, _span([text(take(c)) for c in found]), _span([text(take(c) * runs) for c in found])])
+        rows.append(
+            [
+                name,
+                _span([text(take(c)) for c in found]),
+                _span([text(take(c) * runs) for c in found]),
+            ]
+        )
     return "cost" + "\n" + _table([*rows, _time(plan, found, pace(plan, source), runs)])
 
 
-def _cost_lines(found: Sequence[Cost]) -> list[tuple[str, Callable[[Cost], float], Callable[[float], str]]]:
+def _cost_lines(
+    found: Sequence[Cost],
+) -> list[tuple[str, Callable[[Cost], float], Callable[[float], str]]]:
     """What is counted of a run: its name, how it is taken from a cost, and how it is written."""
     lines: list[tuple[str, Callable[[Cost], float], Callable[[float], str]]] = [
         ("steps", lambda c: c.steps, _count),
         ("training samples", lambda c: c.training_samples, _count),
-        ("evaluation samples", lambda c: math.nan if c.evaluation_samples is None else c.evaluation_samples, _count),
+        (
+            "evaluation samples",
+            lambda c: math.nan if c.evaluation_samples is None else c.evaluation_samples,
+            _count,
+        ),
         ("tokens, at most", lambda c: c.tokens, _count),
     ]
     if found[-1].flops is not None:
-        lines.append(("FLOPs, at most, roughly", lambda c: c.flops or 0.0, lambda value: f"{value:.0e}"))
+        lines.append(
+            ("FLOPs, at most, roughly", lambda c: c.flops or 0.0, lambda value: f"{value:.0e}")
+        )
     return lines
 
 
@@ -183,14 +253,22 @@ def _time(plan: Plan, found: Sequence[Cost], speed: Pace | None, runs: int) -> l
     together = min(trials_at_once(plan.recipe), runs)
     source = f"(median of {speed.num_runs} earlier run{'s' * (speed.num_runs > 1)})"
     total = _span([duration(seconds * runs / together) for seconds in a_run])
-    return ["time", f"about {_span([duration(seconds) for seconds in a_run])}", f"about {total} {source}"]
+    return [
+        "time",
+        f"about {_span([duration(seconds) for seconds in a_run])}",
+        f"about {total} {source}",
+    ]
 
 
 def _missing(recipe: Recipe) -> str:
     """Files that will be needed and are not there yet."""
-    data = [path for path in (*recipe.data.train_data, *recipe.data.val_data) if locate(path) is None]
+    data = [
+        path for path in (*recipe.data.train_data, *recipe.data.val_data) if locate(path) is None
+    ]
     lines = [f"  {path}" for path in data]
-    return "\n".join([f"data still to be prepared ({invocation('prepare')})", *lines]) if lines else ""
+    return (
+        "\n".join([f"data still to be prepared ({invocation('prepare')})", *lines]) if lines else ""
+    )
 
 
 def _count(value: float) -> str:
@@ -206,5 +284,8 @@ def _span(texts: Sequence[str]) -> str:
 def _table(rows: Sequence[Sequence[str]]) -> str:
     """Rows as aligned columns."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    ]
     return "\n".join(f"  {line}".rstrip() for line in lines)

@@ -1,4 +1,6 @@
-"""A sweep from its first to its last trial, over as many processes as it takes: start, resume, run, conclude."""
+"""A sweep from its first to its last trial, over as many processes as it takes: start, resume, run,
+conclude.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +9,40 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from harness import manifest
-from harness import recipe as recipes
-from harness.cli import invocation
-from harness.errors import MachineError, UserError, machine_error
-from harness.paths import shown
-from harness.rundir import RunDir, Status, place, write_text
-from harness.schema import Recipe
-from rltrain.cluster import gpus_of
-from rltrain.fit import Gpus, gpus_to_plan_for, note_fit
-from rltrain.parallel import address_of, uses_gpus, visible_gpus
-from rltrain.preflight import check_run
-from sweeps import plan as plans
-from sweeps import trials, tune
-from sweeps.plan import Plan
-from sweeps.progress import Progress
-from sweeps.space import PLACES
-from sweeps.study import Study
+from harness.config import recipe as recipes
+from harness.config.schema import Recipe
+from harness.core.cli import invocation
+from harness.core.errors import MachineError, UserError, machine_error
+from harness.core.paths import shown
+from harness.records import manifest
+from harness.records.run_dir import RunDir, Status, place, write_text
+from rltrain.distributed.cluster import gpus_of
+from rltrain.distributed.gpus import Gpus
+from rltrain.distributed.placement import address_of, uses_gpus, visible_gpus
+from rltrain.tools.fit import gpus_to_plan_for, note_fit
+from rltrain.tools.preflight import check_run
+from sweeps.execution import tune
+from sweeps.study import plan as plans
+from sweeps.study import trials
+from sweeps.study.plan import Plan
+from sweeps.study.progress import Progress
+from sweeps.study.space import PLACES
+from sweeps.study.study import Study
 
-# What a resumed sweep may set anew; anything else would make its later trials another experiment than its first.
-FREE = frozenset({*PLACES, "trainer.logger", "sweep.num_trials", "sweep.max_concurrent", "sweep.pack_size",
-                  "sweep.sampler", "sweep.max_failures", "sweep.stall_seconds"})  # fmt: skip
+# What a resumed sweep may set anew; anything else would make its later trials another experiment
+# than its first.
+FREE = frozenset(
+    {
+        *PLACES,
+        "trainer.logger",
+        "sweep.num_trials",
+        "sweep.max_concurrent",
+        "sweep.pack_size",
+        "sweep.sampler",
+        "sweep.max_failures",
+        "sweep.stall_seconds",
+    }
+)
 # What a sweep chooses when it begins, where its recipe does not say.
 SETTLED = ("trainer.num_threads", "sweep.max_concurrent", "sweep.pack_size")
 # The pruner is free too; the others the study compares, and says better what changed.
@@ -42,21 +57,33 @@ class Session:
     plan: Plan
     sweep_dir: RunDir
     confirm: int | None = None
-    """How many of the best configurations are to run again on fresh seeds; None: as many as asked for before."""
+    """How many of the best configurations are to run again on fresh seeds; None: as many as asked
+    for before.
+    """
     changed_inputs: bool = False
-    """Whether to go on although data, model or environment module are others than when the sweep began."""
+    """Whether to go on although data, model or environment module are others than when the sweep
+    began.
+    """
 
 
 def start(source: str, overrides: Sequence[str], confirm: int | None = None) -> Session:
-    """A new sweep's directory; raises UserError for anything wrong, and for a directory that exists."""
+    """A new sweep's directory; raises UserError for anything wrong, and for a directory that
+    exists.
+    """
     recipe = recipes.load(source, overrides)
     plan = plans.build(recipe)
     sweep_dir = place(recipe, source)
     _check_new(sweep_dir)
     session = _session(recipe, plan, sweep_dir, confirm)
     recipe = session.plan.recipe
-    record = manifest.build(recipe, kind="sweep", name=sweep_dir.path.name, source=source, overrides=overrides,
-                            command=manifest.this_command())  # fmt: skip
+    record = manifest.build(
+        recipe,
+        kind="sweep",
+        name=sweep_dir.path.name,
+        source=source,
+        overrides=overrides,
+        command=manifest.this_command(),
+    )
     with sweep_dir.locked(RUNS_ALREADY):
         _check_new(sweep_dir)  # another start may have made it meanwhile
         sweep_dir.create(recipes.to_yaml(recipe), record)
@@ -65,9 +92,11 @@ def start(source: str, overrides: Sequence[str], confirm: int | None = None) -> 
 
 def _check_new(sweep_dir: RunDir) -> None:
     if sweep_dir.manifest.exists():
-        raise UserError("this directory exists", got=shown(sweep_dir.path),
-                        fix=f"go on with --resume {shown(sweep_dir.path)}, or choose another "
-                            "trainer.run_name")  # fmt: skip
+        raise UserError(
+            "this directory exists",
+            got=shown(sweep_dir.path),
+            fix=f"go on with --resume {shown(sweep_dir.path)}, or choose another trainer.run_name",
+        )
 
 
 def resume(
@@ -78,15 +107,22 @@ def resume(
     *,
     changed_inputs: bool = False,
 ) -> Session:
-    """A sweep begun earlier, by its directory or by recipe and `trainer.run_name`; UserError if it is another now."""
+    """A sweep begun earlier, by its directory or by recipe and `trainer.run_name`; UserError if it
+    is another now.
+    """
     recipe = None if source is None else recipes.load(source, overrides)
     sweep_dir = RunDir(directory) if directory else _by_name(recipe, source)
     record = sweep_dir.sound_manifest()
     if record["kind"] != "sweep":
-        raise UserError(f"this is the directory of a {record['kind']}", got=shown(sweep_dir.path),
-                        fix=f"{invocation('run')} --resume goes on with a run")  # fmt: skip
+        raise UserError(
+            f"this is the directory of a {record['kind']}",
+            got=shown(sweep_dir.path),
+            fix=f"{invocation('run')} --resume goes on with a run",
+        )
     stored = recipes.read(sweep_dir.recipe)
-    recipe = recipes.load(sweep_dir.recipe, overrides) if recipe is None else _as_settled(recipe, stored)
+    recipe = (
+        recipes.load(sweep_dir.recipe, overrides) if recipe is None else _as_settled(recipe, stored)
+    )
     _check_same(recipe, stored)
     session = _session(recipe, plans.build(recipe), sweep_dir, confirm)
     return replace(session, changed_inputs=changed_inputs)
@@ -95,10 +131,11 @@ def resume(
 def run(session: Session, actor: Callable[[], type] | None = None) -> Study:
     """Run what the sweep has left; its study afterwards.
 
-    Raises UserError when another process is at it, and for inputs that changed unless `session.changed_inputs`.
+    Raises UserError when another process is at it, and for inputs that changed unless
+    `session.changed_inputs`.
 
-    KeyboardInterrupt, SIGTERM too, and a failure of the machine (MachineError) leave the sweep RUNNING; any other
-    failure FAILED with the reason. All can be resumed.
+    KeyboardInterrupt, SIGTERM too, and a failure of the machine (MachineError) leave the sweep
+    RUNNING; any other failure FAILED with the reason. All can be resumed.
     """
     sweep_dir = session.sweep_dir
     with sweep_dir.locked(RUNS_ALREADY):
@@ -122,9 +159,11 @@ def run(session: Session, actor: Callable[[], type] | None = None) -> Study:
             if (machine := machine_error(error, writes=[sweep_dir.path])) is not None:
                 again = f"{invocation('sweep')} --resume {shown(sweep_dir.path)}"
                 raise MachineError(
-                    f"the machine failed, not a trial, and the sweep has stopped: {machine.what}", got=machine.got,
-                    fix=f"{machine.fix}, then go on with: {again}; its trials go on from their checkpoints",
-                ) from error  # fmt: skip
+                    f"the machine failed, not a trial, and the sweep has stopped: {machine.what}",
+                    got=machine.got,
+                    fix=f"{machine.fix}, then go on with: {again}; its trials go on from "
+                    "their checkpoints",
+                ) from error
             raise
         return study
 
@@ -134,8 +173,11 @@ def conclude(session: Session, study: Study, best: dict[str, Any] | None) -> Non
     sweep_dir, counts = session.sweep_dir, study.counts()
     reason = study.stopped or (None if counts["COMPLETE"] else "no trial completed")
     status = Status.COMPLETE if reason is None else Status.FAILED
-    result = {"counts": {name: counts[name] for name in ("COMPLETE", "PRUNED", "FAIL")}, "best": best,
-              "seconds": sweep_dir.read_manifest().get("seconds", 0.0)}  # fmt: skip
+    result = {
+        "counts": {name: counts[name] for name in ("COMPLETE", "PRUNED", "FAIL")},
+        "best": best,
+        "seconds": sweep_dir.read_manifest().get("seconds", 0.0),
+    }
     if sweep_dir.status is not status:
         sweep_dir.move_to(status, reason=reason, result=result)
 
@@ -151,7 +193,9 @@ def _session(recipe: Recipe, plan: Plan, sweep_dir: RunDir, confirm: int | None)
 
 
 def _gpus(recipe: Recipe) -> Gpus | None:
-    """The GPUs to plan for; a cluster is asked for its own where the recipe leaves the packs to them."""
+    """The GPUs to plan for; a cluster is asked for its own where the recipe leaves the packs to
+    them.
+    """
     assert recipe.sweep is not None
     address, sizes = address_of(recipe), (recipe.sweep.max_concurrent, recipe.sweep.pack_size)
     if address is None or None not in sizes or not uses_gpus(recipe):
@@ -164,23 +208,33 @@ def _check_places(recipe: Recipe) -> None:
     packs = trials.packs_at_once(recipe)
     wanted, there = trials.gpus_per_place(recipe) * packs, visible_gpus()
     if packs > 1 and wanted > there and address_of(recipe) is None:
-        raise UserError("not enough GPUs for sweep.max_concurrent", got=f"{wanted} asked, {there} there",
-                        fix="sweep.max_concurrent=null takes those that are there")  # fmt: skip
+        raise UserError(
+            "not enough GPUs for sweep.max_concurrent",
+            got=f"{wanted} asked, {there} there",
+            fix="sweep.max_concurrent=null takes those that are there",
+        )
 
 
 def _by_name(recipe: Recipe | None, source: str | None) -> RunDir:
     if recipe is None or source is None:
-        raise UserError("which sweep is to be resumed?", fix=f"{invocation('sweep')} --resume runs/NAME")
+        raise UserError(
+            "which sweep is to be resumed?", fix=f"{invocation('sweep')} --resume runs/NAME"
+        )
     if recipe.trainer.run_name is None:
         root = Path(recipe.trainer.ckpt_path)
         known = sorted(str(file.parent) for file in root.glob("*/study.journal"))
-        raise UserError("which sweep of this recipe is to be resumed?", allowed=", ".join(known) or f"none in {root}",
-                        fix="name its directory after --resume")  # fmt: skip
+        raise UserError(
+            "which sweep of this recipe is to be resumed?",
+            allowed=", ".join(known) or f"none in {root}",
+            fix="name its directory after --resume",
+        )
     return place(recipe, source)
 
 
 def _as_settled(recipe: Recipe, stored: Recipe) -> Recipe:
-    """A recipe file's recipe with what the sweep settled when it began: this machine may have others to give."""
+    """A recipe file's recipe with what the sweep settled when it began: this machine may have
+    others to give.
+    """
     open_keys = [key for key in SETTLED if recipes.get(recipe, key) is None]
     return recipes.with_values(recipe, {key: recipes.get(stored, key) for key in open_keys})
 
@@ -198,11 +252,16 @@ def _check_same(recipe: Recipe, stored: Recipe) -> None:
 
 
 def _check_inputs(session: Session, study: Study) -> None:
-    """Refuse inputs that changed since the sweep began, or record the new ones and say what they are."""
+    """Refuse inputs that changed since the sweep began, or record the new ones and say what they
+    are.
+    """
     changes = trials.changed_inputs(session.sweep_dir)
     if changes and study.finished:
-        raise UserError("the configurations to confirm were chosen on other inputs",
-                        got="; ".join(map(str, changes)), fix="put them back, or start a new sweep")  # fmt: skip
+        raise UserError(
+            "the configurations to confirm were chosen on other inputs",
+            got="; ".join(map(str, changes)),
+            fix="put them back, or start a new sweep",
+        )
     manifest.check_inputs(changes, "sweep", allowed=session.changed_inputs)
     if changes:
         trials.accept_inputs(session.sweep_dir)
@@ -212,5 +271,9 @@ def _check_inputs(session: Session, study: Study) -> None:
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        flat |= (
+            _flat(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{name}": value}
+        )
     return flat

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.paths import PROJECT
+from harness.core.paths import PROJECT
 
 TINY_MODEL = PROJECT / "rltrain" / "assets" / "tiny_gsm"
 TESTS = PROJECT / "tests"
@@ -25,11 +25,16 @@ _LOADED = pytest.StashKey[frozenset[str]]()
 
 @pytest.fixture(scope="session")
 def gsm8k_dir() -> Path:
-    """Folder with GSM8K's `train.jsonl` and `test.jsonl`: $NOREGRET_GSM8K, else ../shared/data/gsm8k; skips without."""
+    """Folder with GSM8K's `train.jsonl` and `test.jsonl`: $NOREGRET_GSM8K, else
+    ../shared/data/gsm8k; skips without.
+    """
     configured = os.environ.get("NOREGRET_GSM8K")
     folder = Path(configured) if configured else PROJECT.parent / "shared" / "data" / "gsm8k"
     if not (folder / "test.jsonl").is_file():
-        pytest.skip(f"GSM8K is not in {folder}: set NOREGRET_GSM8K to a folder with its train.jsonl and test.jsonl")
+        pytest.skip(
+            f"GSM8K is not in {folder}: set NOREGRET_GSM8K to a folder with its "
+            "train.jsonl and test.jsonl"
+        )
     return folder
 
 
@@ -37,20 +42,26 @@ def gsm8k_dir() -> Path:
 def tiny_model_dir() -> Path:
     """Folder of the embedded tiny causal LM with its tokenizer; skips without."""
     if not (TINY_MODEL / "config.json").is_file():
-        pytest.skip("the embedded model is absent: make it with `python -m harness.prepare tiny_gsm`")
+        pytest.skip(
+            "the embedded model is absent: make it with `python -m harness.prepare tiny_gsm`"
+        )
     return TINY_MODEL
 
 
 @pytest.fixture
 def rays_folder(monkeypatch: pytest.MonkeyPatch) -> Generator[Path]:
-    """A folder for temporary files that no other test uses, with a path short enough for Ray's sockets."""
+    """A folder for temporary files that no other test uses, with a path short enough for Ray's
+    sockets.
+    """
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         monkeypatch.setattr(tempfile, "tempdir", folder)
         yield Path(folder)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked `gpu` where torch sees no CUDA device; `NOREGRET_GPU_TESTS=cpu` runs them on the CPU."""
+    """Skip the tests marked `gpu` where torch sees no CUDA device; `NOREGRET_GPU_TESTS=cpu` runs
+    them on the CPU.
+    """
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and "NOREGRET_GPU_TESTS" not in os.environ and not _has_cuda():
         for item in marked:
@@ -58,7 +69,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _has_cuda() -> bool:
-    if not any(Path(name).exists() for name in ("/dev/nvidiactl", "/dev/dxg", "/proc/driver/nvidia")):
+    if not any(
+        Path(name).exists() for name in ("/dev/nvidiactl", "/dev/dxg", "/proc/driver/nvidia")
+    ):
         return False
     import torch  # only now: collecting the light tests must stay quick
 
@@ -105,4 +118,7 @@ def _is_fast(path: Path) -> bool:
 
 
 def _explanation(loaded: frozenset[str]) -> str:
-    return f"tests/unit is the fast tier, and this loaded {', '.join(sorted(loaded))}; move it to tests/integration"
+    return (
+        f"tests/unit is the fast tier, and this loaded {', '.join(sorted(loaded))}; "
+        "move it to tests/integration"
+    )

@@ -2,10 +2,11 @@
 
     python -m tests.planted [--tier fast|standard] [--only NAME ...] [--output FILE]
 
-Each fault of `planted_faults.yaml` is planted in a copy of the working tree, where the tests
-that are likely to notice it run, then, where these pass, all others; the first failure ends it. A failure counts only
-where the same file of tests passes without the fault. Results are kept in `runs/planted.json` and
-not made again while source and tests stay as they are, so that a stopped run goes on.
+Each fault of `planted_faults.yaml` is planted in a copy of the working tree, where the tests that
+are likely to notice it run, then, where these pass, all others; the first failure ends it. A
+failure counts only where the same file of tests passes without the fault. Results are kept in
+`runs/planted.json` and not made again while source and tests stay as they are, so that a stopped
+run goes on.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import yaml
 
-from harness.cli import Parser, run_command
-from harness.errors import UserError, nearest
-from harness.metrics import duration
-from harness.paths import PROJECT
-from harness.rundir import write_json, write_text
+from harness.config.metrics import duration
+from harness.core.cli import Parser, run_command
+from harness.core.errors import UserError, nearest
+from harness.core.paths import PROJECT
+from harness.records.run_dir import write_json, write_text
 
 DATA = Path(__file__).with_name("planted_faults.yaml")
 PACKAGES = ("harness", "rltrain", "sweeps", "analysis")
@@ -236,10 +237,7 @@ class Planting:
         return Result(file, tier, area, seconds, hung)
 
     def _first_failure(
-        self,
-        tree: Path,
-        fault: Fault,
-        tiers: Sequence[str],
+        self, tree: Path, fault: Fault, tiers: Sequence[str]
     ) -> tuple[str | None, str | None]:
         """Return the tier and the file of tests that notice a planted fault first."""
         for tier, tests in self.calls(fault, tiers):

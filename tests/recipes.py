@@ -1,4 +1,6 @@
-"""The quickstart recipe for tests that need one: composed once in a process, for Hydra takes a tenth of a second."""
+"""The quickstart recipe for tests that need one: composed once in a process, for Hydra takes a
+tenth of a second.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,8 @@ import copy
 import functools
 from collections.abc import Sequence
 
-from harness import recipe as recipes
-from harness.schema import Recipe
+from harness.config import recipe as recipes
+from harness.config.schema import Recipe
 
 
 def quickstart(overrides: Sequence[str] = ()) -> Recipe:
@@ -17,4 +19,8 @@ def quickstart(overrides: Sequence[str] = ()) -> Recipe:
 
 @functools.cache
 def _quickstart(overrides: tuple[str, ...]) -> Recipe:
-    return recipes.with_overrides(_quickstart(()), overrides) if overrides else recipes.load("quickstart")
+    return (
+        recipes.with_overrides(_quickstart(()), overrides)
+        if overrides
+        else recipes.load("quickstart")
+    )

@@ -1,4 +1,6 @@
-"""One arm of a comparison over learning rates: its best score, its best rate and its basin, each with its error."""
+"""One arm of a comparison over learning rates: its best score, its best rate and its basin, each
+with its error.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,12 @@ from analysis.stats_seeds import confirmed, held_out
 from analysis.stats_tests import Estimate
 
 Floats = NDArray[np.float64]
-# The basin is what keeps this share of the gain: its walls are steep there, so noise hardly moves its ends.
+# The basin is what keeps this share of the gain: its walls are steep there, so noise hardly moves
+# its ends.
 BASIN_SHARE = 0.75
-# Where a basin's end falls between two tested rates, its place is uncertain by this share of their distance (measured
-# on bell-shaped and cliff-edged basins at random offsets from the grid: 0.06 to 0.12).
+# Where a basin's end falls between two tested rates, its place is uncertain by this share of their
+# distance (measured on bell-shaped and cliff-edged basins at random offsets from the grid: 0.06 to
+# 0.12).
 GRID_ERROR = 0.12
 # A gain of less than this many standard errors is no gain to speak of.
 LEARNED = 5.0
@@ -26,7 +30,9 @@ LEARNED = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Basin:
-    """A located basin in log10 of learning rate: per seed its ends `[K]`, and the distance of the rates around each."""
+    """A located basin in log10 of learning rate: per seed its ends `[K]`, and the distance of the
+    rates around each.
+    """
 
     left: Floats
     right: Floats
@@ -45,17 +51,28 @@ class Basin:
 
     @property
     def grid_error(self) -> float:
-        """The standard error of the middle that the grid's coarseness leaves; of the width it is twice that."""
+        """The standard error of the middle that the grid's coarseness leaves; of the width it is
+        twice that.
+        """
         return GRID_ERROR * math.hypot(self.left_step, self.right_step) / 2
 
 
 class Arm:
-    """Scores by learning rate and seed, `[L, K]`; higher is better. Cells with a `bad` run are never chosen."""
+    """Scores by learning rate and seed, `[L, K]`; higher is better. Cells with a `bad` run are
+    never chosen.
+    """
 
     def __init__(
-        self, lr: Floats, seed: Floats, score: Floats, bad: NDArray[np.bool_], fallback: Floats,
-        confirm: NDArray[np.bool_], *, base: float,
-    ) -> None:  # fmt: skip
+        self,
+        lr: Floats,
+        seed: Floats,
+        score: Floats,
+        bad: NDArray[np.bool_],
+        fallback: Floats,
+        confirm: NDArray[np.bool_],
+        *,
+        base: float,
+    ) -> None:
         """From runs in any order, a column each `[N]`; a seed run again counts as run last."""
         known = np.isfinite(lr) & (np.isfinite(score) | bad)
         rates, cell = np.unique(lr[known], return_inverse=True)
@@ -75,7 +92,11 @@ class Arm:
         self.counts = counts
         self.eligible = (counts > 0) & ~self.bad
         self.means: Floats = np.where(self.eligible, sums / np.maximum(counts, 1), -np.inf)
-        self.floor = base if math.isfinite(base) else float(np.min(self.means, initial=np.inf, where=self.eligible))
+        self.floor = (
+            base
+            if math.isfinite(base)
+            else float(np.min(self.means, initial=np.inf, where=self.eligible))
+        )
         self._cell, self._place, self._fallback = cell[swept], place, fallback[known][swept]
         self._bad_runs = bad[known][swept]
 
@@ -100,7 +121,9 @@ class Arm:
         return self.eligible & (self.means >= self.floor + GOOD_SHARE * self.gain)
 
     def noise(self, cells: NDArray[np.bool_]) -> tuple[float, float]:
-        """The variance of one score between seeds, pooled over some cells, and its degrees of freedom."""
+        """The variance of one score between seeds, pooled over some cells, and its degrees of
+        freedom.
+        """
         chosen = cells & (self.counts > 1)
         df = float((self.counts[chosen] - 1).sum())
         if df == 0:
@@ -117,7 +140,9 @@ class Arm:
 
     @property
     def edge(self) -> str | None:
-        """`lowest` or `highest` where the best of the tested rates is the last on that side; None within the grid."""
+        """`lowest` or `highest` where the best of the tested rates is the last on that side; None
+        within the grid.
+        """
         tested = len(self.means)
         if tested > 1 and 0 < self.top < tested - 1:
             return None
@@ -125,9 +150,11 @@ class Arm:
 
     @cached_property
     def peak(self) -> Estimate | None:
-        """The score at the best rate, free of the choice: on fresh seeds if any, else on held-out ones; None for one.
+        """The score at the best rate, free of the choice: on fresh seeds if any, else on held-out
+        ones; None for one.
 
-        The best rate may lie between tested ones: `headroom` is counted in, with half of it as an error.
+        The best rate may lie between tested ones: `headroom` is counted in, with half of it as an
+        error.
         """
         variance, df = self.noise(self.good)
         if df == 0 or not self.eligible.any():
@@ -137,7 +164,9 @@ class Arm:
             held = held_out(self.fresh, again, variance, df)
         else:
             own = self.fresh[self.top][np.isfinite(self.fresh[self.top])]
-            held = confirmed(own.tolist(), self.top, variance, df) or held_out(self.scores, self.eligible, variance, df)
+            held = confirmed(own.tolist(), self.top, variance, df) or held_out(
+                self.scores, self.eligible, variance, df
+            )
         if held is None:
             return None
         chance, grid = held.estimate.se**2, (self.headroom / 2) ** 2
@@ -146,10 +175,12 @@ class Arm:
 
     @cached_property
     def headroom(self) -> float:
-        """How far the score may rise above the best cell between it and its neighbours: what a finer grid may find.
+        """How far the score may rise above the best cell between it and its neighbours: what a
+        finer grid may find.
 
-        By parabolas through three cells; of two that cover a gap the flatter one, which a plateau or a cliff bears out.
-        A cell counts for half the gain at least: a parabola across a cliff would rise without reason.
+        By parabolas through three cells; of two that cover a gap the flatter one, which a plateau
+        or a cliff bears out. A cell counts for half the gain at least: a parabola across a cliff
+        would rise without reason.
         """
         if self.edge is not None:
             return 0.0
@@ -159,7 +190,9 @@ class Arm:
         return max(0.0, *rises)
 
     def _rise(self, heights: Floats, low: int) -> float:
-        """How far the flatter parabola rises above the best cell in the gap from cell `low` to the next."""
+        """How far the flatter parabola rises above the best cell in the gap from cell `low` to the
+        next.
+        """
         x, rises = self.log_lr, []
         for first in (low - 1, low):
             if first < 0 or first + 2 >= len(x):
@@ -169,12 +202,16 @@ class Arm:
             bend = ((w - v) / (c - b) - up) / (c - a)
             summit = (a + b) / 2 - up / (2 * bend) if bend < 0 else math.inf
             within = x[low] < summit < x[low + 1]
-            rises.append(u + (summit - a) * (up + bend * (summit - b)) - heights[self.top] if within else 0.0)
+            rises.append(
+                u + (summit - a) * (up + bend * (summit - b)) - heights[self.top] if within else 0.0
+            )
         return float(min(rises))
 
     @cached_property
     def ends(self) -> tuple[Floats, Floats, float, float]:
-        """Per seed where the basin ends left and right `[K]`, NaN where the grid does first; the rates' steps there."""
+        """Per seed where the basin ends left and right `[K]`, NaN where the grid does first; the
+        rates' steps there.
+        """
         curves, level = self._curves(), self.floor + BASIN_SHARE * self.gain
         left, left_step = _end(self.log_lr[self.top :: -1], curves[self.top :: -1], level)
         right, right_step = _end(self.log_lr[self.top :], curves[self.top :], level)
@@ -182,28 +219,46 @@ class Arm:
 
     @property
     def basin(self) -> Basin | None:
-        """The basin, where the arm learned and both its ends are within the grid on every seed; else None."""
+        """The basin, where the arm learned and both its ends are within the grid on every seed;
+        else None.
+        """
         if self.seeds < 2 or not self.learned:
             return None
         left, right, left_step, right_step = self.ends
-        return Basin(left, right, left_step, right_step) if np.isfinite(left + right).all() else None
+        return (
+            Basin(left, right, left_step, right_step) if np.isfinite(left + right).all() else None
+        )
 
     @property
     def steps_across(self) -> float | None:
-        """The basin's width in steps of the tested rates at its ends; None where it is not located."""
+        """The basin's width in steps of the tested rates at its ends; None where it is not
+        located.
+        """
         found = self.basin
-        return None if found is None else float(found.widths.mean()) / ((found.left_step + found.right_step) / 2)
+        return (
+            None
+            if found is None
+            else float(found.widths.mean()) / ((found.left_step + found.right_step) / 2)
+        )
 
     def _curves(self) -> Floats:
-        """Scores `[L, K]` without gaps: a bad run at what it ended with, a missing one at its cell's mean."""
+        """Scores `[L, K]` without gaps: a bad run at what it ended with, a missing one at its
+        cell's mean.
+        """
         curves = self.scores.copy()
-        fall = np.where(np.isfinite(self._fallback), np.minimum(self._fallback, self.means[self.top]), self.floor)
+        fall = np.where(
+            np.isfinite(self._fallback),
+            np.minimum(self._fallback, self.means[self.top]),
+            self.floor,
+        )
         curves[self._cell[self._bad_runs], self._place[self._bad_runs]] = fall[self._bad_runs]
         return np.where(np.isfinite(curves), curves, np.nanmean(curves, axis=1, keepdims=True))
 
 
 def _end(x: Floats, curves: Floats, level: float) -> tuple[Floats, float]:
-    """Where curves `[L, K]` first fall below a level, going outward from their first cell, by linear interpolation."""
+    """Where curves `[L, K]` first fall below a level, going outward from their first cell, by
+    linear interpolation.
+    """
     below = curves < level
     below[0] = False
     found = np.full(curves.shape[1], math.nan)
@@ -218,21 +273,31 @@ def _end(x: Floats, curves: Floats, level: float) -> tuple[Floats, float]:
 
 
 def centre(basins: Sequence[Basin], variance: float) -> Estimate:
-    """The best rate's log10 as the basins' middle, with chance between seeds and the grid's coarseness in its error.
+    """The best rate's log10 as the basins' middle, with chance between seeds and the grid's
+    coarseness in its error.
 
-    `variance` of one seed's middle may be pooled over more arms. Arms on one grid err alike by its coarseness, so that
-    this part of the error does not shrink with their number.
+    `variance` of one seed's middle may be pooled over more arms. Arms on one grid err alike by its
+    coarseness, so that this part of the error does not shrink with their number.
     """
     centres = np.concatenate([basin.centres for basin in basins])
-    chance, grid = variance / len(centres), float(np.mean([basin.grid_error for basin in basins])) ** 2
+    chance, grid = (
+        variance / len(centres),
+        float(np.mean([basin.grid_error for basin in basins])) ** 2,
+    )
     df = float(len(centres) - len(basins))
     return Estimate(float(centres.mean()), math.sqrt(chance + grid), _df(chance, df, grid))
 
 
 def width(basin: Basin) -> Estimate:
-    """The basin's width in decades, with chance between seeds and the grid's coarseness in its error."""
+    """The basin's width in decades, with chance between seeds and the grid's coarseness in its
+    error.
+    """
     chance, grid = float(basin.widths.var(ddof=1)) / len(basin.widths), (2 * basin.grid_error) ** 2
-    return Estimate(float(basin.widths.mean()), math.sqrt(chance + grid), _df(chance, len(basin.widths) - 1, grid))
+    return Estimate(
+        float(basin.widths.mean()),
+        math.sqrt(chance + grid),
+        _df(chance, len(basin.widths) - 1, grid),
+    )
 
 
 def pooled_centre_noise(basins: Sequence[Basin]) -> float:

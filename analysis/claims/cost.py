@@ -16,10 +16,12 @@ TOLERANCE = 0.1
 
 
 def two_thirds_of_the_flops(e: Evidence) -> Finding | Block:
-    """7: FLOPs of a forward and backward pass, from the parameters: (4N + 6a) / 6N for N of the model, a trained.
+    """7: FLOPs of a forward and backward pass, from the parameters: (4N + 6a) / 6N for N of the
+    model, a trained.
 
-    LoRA's backward pass skips the gradients of the N frozen weights (2 of 6 FLOPs a parameter and token) and adds the
-    adapter's own 6; attention's products, alike in both, are left out. Arithmetic: no chance is in it.
+    LoRA's backward pass skips the gradients of the N frozen weights (2 of 6 FLOPs a parameter and
+    token) and adds the adapter's own 6; attention's products, alike in both, are left out.
+    Arithmetic: no chance is in it.
     """
     known = e.lora & np.isfinite(e.parameters)
     if not known.any() or not math.isfinite(e.model_parameters):
@@ -31,23 +33,41 @@ def two_thirds_of_the_flops(e: Evidence) -> Finding | Block:
     low, high = CLAIMED * (1 - TOLERANCE), CLAIMED * (1 + TOLERANCE)
     judged = every([within(effect, low, high) for effect in effects])
     outcome = Outcome(judged.holds, judged.fails, "arithmetic on the counted parameters")
-    shares = [size / e.model_parameters for (_, size), ratio in ratios.items() if low <= ratio <= high]
+    shares = [
+        size / e.model_parameters for (_, size), ratio in ratios.items() if low <= ratio <= high
+    ]
     span = f"up to {max(shares):.1%} of the model's parameters" if shares else "of no size tried"
     reading = (
-        f"A pass takes {min(ratios.values()):.2f} to {max(ratios.values()):.2f} of full fine-tuning's FLOPs. Adapters "
+        f"A pass takes {min(ratios.values()):.2f} to {max(ratios.values()):.2f} of full "
+        "fine-tuning's FLOPs. Adapters "
         f"{span} are within the margin; the one furthest from 2/3, of rank {furthest[0]}, has "
-        f"{furthest[1] / e.model_parameters:.1%} of them and takes {ratios[furthest]:.2f}.{_measured(e)}"
+        f"{furthest[1] / e.model_parameters:.1%} of them and takes "
+        f"{ratios[furthest]:.2f}.{_measured(e)}"
     )
     return Finding(
-        Estimate(ratios[furthest], 0.0, math.inf), "of full fine-tuning's FLOPs", outcome, f"2/3 ± {TOLERANCE:.0%}",
-        high, int(known.sum()), 0, reading,
-    )  # fmt: skip
+        Estimate(ratios[furthest], 0.0, math.inf),
+        "of full fine-tuning's FLOPs",
+        outcome,
+        f"2/3 ± {TOLERANCE:.0%}",
+        high,
+        int(known.sum()),
+        0,
+        reading,
+    )
 
 
 def _measured(e: Evidence) -> str:
-    """The measured time of the updates per token, which other costs than FLOPs enter; nothing where it is not known."""
-    times = {arm: e.update_seconds[mask & np.isfinite(e.update_seconds)] for arm, mask in (("l", e.lora), ("f", e.full))
-             if len(e.update_seconds)}  # fmt: skip
+    """The measured time of the updates per token, which other costs than FLOPs enter; nothing where
+    it is not known.
+    """
+    times = {
+        arm: e.update_seconds[mask & np.isfinite(e.update_seconds)]
+        for arm, mask in (("l", e.lora), ("f", e.full))
+        if len(e.update_seconds)
+    }
     if not times or not len(times["l"]) or not len(times["f"]):
         return ""
-    return f" Updates took {np.median(times['l']) / np.median(times['f']):.2f} of its time per token (median of runs)."
+    return (
+        f" Updates took {np.median(times['l']) / np.median(times['f']):.2f} of its time "
+        "per token (median of runs)."
+    )

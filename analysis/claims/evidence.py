@@ -1,4 +1,6 @@
-"""What the claims are judged on: one comparable set of runs as columns, and its arms, each over learning rates."""
+"""What the claims are judged on: one comparable set of runs as columns, and its arms, each over
+learning rates.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from analysis.claims.arm import Arm
-from harness.rundir import Status
+from harness.records.run_dir import Status
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -34,11 +36,12 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Runs that differ only in what claims vary, a column each `[N]`; scores are oriented so that higher is better.
+    """Runs that differ only in what claims vary, a column each `[N]`; scores are oriented so that
+    higher is better.
 
-    `score` is NaN unless COMPLETE. `bad` runs tell against their learning rate: diverged, or pruned, at `fallback`.
-    `targets` is ALL, ATTENTION, MLP or another code, a place in `target_names`; `scale` is alpha / rank.
-    `curves` `[N, T]` is the training reward.
+    `score` is NaN unless COMPLETE. `bad` runs tell against their learning rate: diverged, or
+    pruned, at `fallback`. `targets` is ALL, ATTENTION, MLP or another code, a place in
+    `target_names`; `scale` is alpha / rank. `curves` `[N, T]` is the training reward.
     """
 
     rank: Floats
@@ -84,7 +87,9 @@ class Evidence:
         return [int(rank) for rank in np.unique(self.rank[where])]
 
     def strata(self, where: Mask, *keys: Column) -> Iterator[Mask]:
-        """Parts of some runs that agree in `keys`: most ranks first, then most runs, then all layers and alpha 32."""
+        """Parts of some runs that agree in `keys`: most ranks first, then most runs, then all
+        layers and alpha 32.
+        """
         if not where.any():
             return
         table = np.column_stack([getattr(self, key)[where] for key in keys])
@@ -97,8 +102,13 @@ class Evidence:
             mask = np.zeros(len(where), bool)
             mask[places[inverse.reshape(-1) == number]] = True
             usual = dict(zip(keys, found[number], strict=True))
-            order = (-len(np.unique(self.rank[mask])), -int(mask.sum()), usual.get("targets", ALL) != ALL,
-                     abs(math.log(usual.get("alpha", 32.0) / 32.0)), number)  # fmt: skip
+            order = (
+                -len(np.unique(self.rank[mask])),
+                -int(mask.sum()),
+                usual.get("targets", ALL) != ALL,
+                abs(math.log(usual.get("alpha", 32.0) / 32.0)),
+                number,
+            )
             parts.append((order, mask))
         yield from (mask for _, mask in sorted(parts, key=lambda part: part[0]))
 
@@ -114,12 +124,19 @@ class Evidence:
         if not np.isfinite(self.score[where]).any():
             return None
         return Arm(
-            self.lr[where], self.seed[where], self.score[where], self.bad[where], self.fallback[where],
-            self.confirm[where], base=self.base,
-        )  # fmt: skip
+            self.lr[where],
+            self.seed[where],
+            self.score[where],
+            self.bad[where],
+            self.fallback[where],
+            self.confirm[where],
+            base=self.base,
+        )
 
     def level(self, arm: Arm) -> Level:
-        """An arm's best score as the metric counts it, free of the choice; with one seed its best mean as it is."""
+        """An arm's best score as the metric counts it, free of the choice; with one seed its best
+        mean as it is.
+        """
         if arm.peak is None:
             best = float(arm.means[arm.top]) if arm.eligible.any() else math.nan
             return Level(self.sign * best, math.nan, math.nan)
@@ -133,18 +150,24 @@ class Evidence:
 
 
 def contexts(runs: pd.DataFrame) -> list[str]:
-    """The contexts of a table of runs, the one with most runs first: only within one are runs comparable."""
+    """The contexts of a table of runs, the one with most runs first: only within one are runs
+    comparable.
+    """
     return [str(name) for name in runs["context"].dropna().value_counts().index]
 
 
-def evidence(runs: pd.DataFrame, steps: pd.DataFrame, context: str | None = None) -> Evidence | None:
+def evidence(
+    runs: pd.DataFrame, steps: pd.DataFrame, context: str | None = None
+) -> Evidence | None:
     """The runs of a context (by default the one with most) as evidence; None without runs."""
     known = contexts(runs)
     if not known:
         return None
     rows = runs[runs["context"] == (context or known[0])].sort_values(["directory", "number"])
     sign = 1.0 if bool(rows["maximize"].iloc[0]) else -1.0
-    bad = _flag(rows["diverged"]) | (rows["status"] == Status.PRUNED.value).to_numpy(bool, na_value=False)
+    bad = _flag(rows["diverged"]) | (rows["status"] == Status.PRUNED.value).to_numpy(
+        bool, na_value=False
+    )
     others = sorted(set(rows["targets"].dropna()) - set(_TARGETS))
     codes = {name: float(place) for place, name in enumerate((*_TARGETS, *others))}
     score = sign * _real(rows["score"])
@@ -179,7 +202,9 @@ def _curves(rows: pd.DataFrame, steps: pd.DataFrame) -> Floats:
     if "reward" not in steps.columns or steps.empty:
         return np.full((len(rows), 0), math.nan)
     logged = steps[steps["reward"].notna() & (steps["step"] > 0)]
-    table = logged.pivot_table(index=["directory", "run_dir"], columns="step", values="reward", aggfunc="last")
+    table = logged.pivot_table(
+        index=["directory", "run_dir"], columns="step", values="reward", aggfunc="last"
+    )
     wanted = pd.MultiIndex.from_frame(rows[["directory", "run_dir"]])
     return table.reindex(wanted).to_numpy(float)
 

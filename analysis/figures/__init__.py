@@ -16,7 +16,9 @@ from analysis.figures.theme import Look, Trace
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """What a figure's data function found: its place on the page, what it shows in words, and what to draw."""
+    """What a figure's data function found: its place on the page, what it shows in words, and what
+    to draw.
+    """
 
     name: str
     title: str
@@ -27,10 +29,11 @@ class Plot:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A figure: `data` gives the plots an experiment has enough for (often one or none), `draw` draws one's data.
+    """A figure: `data` gives the plots an experiment has enough for (often one or none), `draw`
+    draws one's data.
 
-    `draw` returns what the page tells when a pointer is near, if anything. `front`: the page shows it unfolded.
-    `dark_apart`: its drawing for a dark page differs by more than the theme's colours.
+    `draw` returns what the page tells when a pointer is near, if anything. `front`: the page shows
+    it unfolded. `dark_apart`: its drawing for a dark page differs by more than the theme's colours.
     """
 
     order: int
@@ -42,5 +45,10 @@ class Figure:
 
 def all_figures() -> list[Figure]:
     """Every `FIGURE` that a module of this package defines, in the page's order."""
-    modules = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
-    return sorted((m.FIGURE for m in modules if hasattr(m, "FIGURE")), key=lambda figure: figure.order)
+    modules = [
+        importlib.import_module(f"{__name__}.{found.name}")
+        for found in pkgutil.iter_modules(__path__)
+    ]
+    return sorted(
+        (m.FIGURE for m in modules if hasattr(m, "FIGURE")), key=lambda figure: figure.order
+    )

@@ -1,4 +1,6 @@
-"""What larger batches cost LoRA and full fine-tuning: score at the best learning rate against batch size."""
+"""What larger batches cost LoRA and full fine-tuning: score at the best learning rate against batch
+size.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,11 @@ from analysis.figures.theme import Look, base_line, legend, rank_styles
 
 @dataclass(frozen=True, slots=True)
 class Batches:
-    """`points`: rank (0 full fine-tuning), batch (sequences an update), score with low and high (95%), seeds, rates.
+    """`points`: rank (0 full fine-tuning), batch (sequences an update), score with low and high
+    (95%), seeds, rates.
 
-    `costs`: rank, cost (from the smallest batch to the largest, positive where it hurts) with low and high; intervals
-    are NaN with one seed.
+    `costs`: rank, cost (from the smallest batch to the largest, positive where it hurts) with low
+    and high; intervals are NaN with one seed.
     """
 
     points: pd.DataFrame
@@ -37,14 +40,19 @@ class Batches:
 
 
 def data(experiment: Experiment) -> list[Plot]:
-    """The first stratum (target modules, alpha) that ran at two batch sizes; none where the batch was not varied."""
+    """The first stratum (target modules, alpha) that ran at two batch sizes; none where the batch
+    was not varied.
+    """
     e = experiment.evidence
     if e is None:
         return []
     for stratum in e.strata(e.lora, "targets", "alpha"):
         found = by_batch(e, stratum).items()
         # An arm whose every learning rate has a diverged run has no score.
-        scored = {size: {rank: arm for rank, arm in arms.items() if arm.eligible.any()} for size, arms in found}
+        scored = {
+            size: {rank: arm for rank, arm in arms.items() if arm.eligible.any()}
+            for size, arms in found
+        }
         sizes = {size: arms for size, arms in scored.items() if arms}
         if len(sizes) > 1:
             return [_plot(experiment, e, sizes)]
@@ -52,7 +60,9 @@ def data(experiment: Experiment) -> list[Plot]:
 
 
 def draw(batches: Batches, figure: Canvas, look: Look) -> None:
-    """A line per rank and for full fine-tuning over batch sizes (log scale), a mark with its interval at each."""
+    """A line per rank and for full fine-tuning over batch sizes (log scale), a mark with its
+    interval at each.
+    """
     axes = figure.add_subplot()
     axes.set_xscale("log", base=2)
     ranks = sorted(batches.points["rank"].unique())
@@ -74,7 +84,10 @@ def draw(batches: Batches, figure: Canvas, look: Look) -> None:
     axes.set_xlabel("sequences an update (log scale)")
     axes.set_ylabel(labels.metric(batches.metric))
     handles = [
-        Line2D([], [], color=styles[r][0], marker=styles[r][1], label=labels.setting(labels.RANK, r)) for r in ranks
+        Line2D(
+            [], [], color=styles[r][0], marker=styles[r][1], label=labels.setting(labels.RANK, r)
+        )
+        for r in ranks
     ]
     legend(figure, handles, look)
 
@@ -84,8 +97,17 @@ def _plot(experiment: Experiment, e: Evidence, sizes: dict[float, dict[int, Arm]
     for size, arms in sizes.items():
         for rank, arm in arms.items():
             level = e.level(arm)
-            rows.append({"rank": rank, "batch": size, "score": level.value, "low": level.low, "high": level.high,
-                         "seeds": arm.seeds, "rates": int(arm.eligible.sum())})  # fmt: skip
+            rows.append(
+                {
+                    "rank": rank,
+                    "batch": size,
+                    "score": level.value,
+                    "low": level.low,
+                    "high": level.high,
+                    "seeds": arm.seeds,
+                    "rates": int(arm.eligible.sum()),
+                }
+            )
     points = pd.DataFrame(rows).sort_values(["rank", "batch"], ignore_index=True)
     small, large = min(sizes), max(sizes)
     shared = sorted(set(sizes[small]) & set(sizes[large]))
@@ -95,9 +117,20 @@ def _plot(experiment: Experiment, e: Evidence, sizes: dict[float, dict[int, Arm]
     )
     batches = Batches(points, costs, experiment.base, experiment.metric)
     runs = experiment.tables.runs
-    reading = _reading(batches, (small, large), sorted(set(runs["budget"].dropna()))) + agreeing(e, runs)
-    alt = f"Line chart of {labels.metric(experiment.metric)} against batch size at {len(sizes)} sizes, a line per rank."
-    return Plot("batch_size", "Batch size: what LoRA and full fine-tuning bear", reading, f"{alt} {reading}", batches)
+    reading = _reading(batches, (small, large), sorted(set(runs["budget"].dropna()))) + agreeing(
+        e, runs
+    )
+    alt = (
+        f"Line chart of {labels.metric(experiment.metric)} against batch size at "
+        f"{len(sizes)} sizes, a line per rank."
+    )
+    return Plot(
+        "batch_size",
+        "Batch size: what LoRA and full fine-tuning bear",
+        reading,
+        f"{alt} {reading}",
+        batches,
+    )
 
 
 def _cost(e: Evidence, rank: int, small: Arm, large: Arm) -> dict[str, float]:
@@ -113,7 +146,11 @@ def _reading(batches: Batches, ends: tuple[float, float], budgets: list[str]) ->
     if batches.costs.empty:
         return "No rank has scores at both the smallest and the largest batch."
     each = [_in_words(row, batches.metric) for _, row in batches.costs.iterrows()]
-    length = f"All ran {budgets[0]}" if len(budgets) == 1 else f"Lengths differ ({labels.listed(budgets)})"
+    length = (
+        f"All ran {budgets[0]}"
+        if len(budgets) == 1
+        else f"Lengths differ ({labels.listed(budgets)})"
+    )
     return (
         f"Going from {ends[0]:g} to {ends[1]:g} sequences an update costs {labels.listed(each)} "
         f"({tuned(batches.points)}). {length}."

@@ -1,4 +1,6 @@
-"""The best learning rate against rank, its exponent against theory's, and its ratio to full fine-tuning's."""
+"""The best learning rate against rank, its exponent against theory's, and its ratio to full
+fine-tuning's.
+"""
 
 from __future__ import annotations
 
@@ -38,12 +40,13 @@ EXPONENTS = {"0": 0.0, "−1/4": -0.25, "−1/2": -0.5}
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """Where the best learning rate lies, per rank (0 full fine-tuning), with `fixed` (alpha or alpha/rank) the same.
+    """Where the best learning rate lies, per rank (0 full fine-tuning), with `fixed` (alpha or
+    alpha/rank) the same.
 
-    `points`: rank, rate, low, high (95%), located, seeds; where the basin is not located `rate` is the best of the
-    tested ones, without an interval. `exponent` is rank's in the rate, over `fitted` ranks; `ratio` LoRA's rate over
-    full fine-tuning's in log10. None where they cannot be told. `unlocated`
-    has the ranks by the reason why their best rate is not known.
+    `points`: rank, rate, low, high (95%), located, seeds; where the basin is not located `rate` is
+    the best of the tested ones, without an interval. `exponent` is rank's in the rate, over
+    `fitted` ranks; `ratio` LoRA's rate over full fine-tuning's in log10. None where they cannot be
+    told. `unlocated` has the ranks by the reason why their best rate is not known.
     """
 
     points: pd.DataFrame
@@ -55,17 +58,27 @@ class Best:
 
 
 def data(experiment: Experiment) -> list[Plot]:
-    """Up to two plots, with the same alpha and with the same alpha/rank, for the ranks that share it."""
+    """Up to two plots, with the same alpha and with the same alpha/rank, for the ranks that share
+    it.
+    """
     e = experiment.evidence
     found = [] if e is None else [(fixed, best_rates(e, fixed)) for fixed in ("alpha", "scale")]
     note = left_out(experiment.tables.runs)
-    return [_plot(best, "" if fixed == "alpha" else "_scaled", note) for fixed, best in found if best is not None]
+    return [
+        _plot(best, "" if fixed == "alpha" else "_scaled", note)
+        for fixed, best in found
+        if best is not None
+    ]
 
 
 def best_rates(e: Evidence, fixed: Literal["alpha", "scale"]) -> Best | None:
-    """The best rates at the setting with most ranks; None where fewer than two ranks have been over two rates."""
+    """The best rates at the setting with most ranks; None where fewer than two ranks have been over
+    two rates.
+    """
     for stratum in e.strata(e.lora, "batch", "budget", "targets", fixed):
-        arms = {rank: arm for rank, arm in e.arms(stratum, e.ranks(stratum)).items() if _chosen(arm)}
+        arms = {
+            rank: arm for rank, arm in e.arms(stratum, e.ranks(stratum)).items() if _chosen(arm)
+        }
         if len(arms) > 1:
             value = float(getattr(e, fixed)[stratum][0])
             words = f"alpha {value:g}" if fixed == "alpha" else f"alpha {value:g} × rank"
@@ -88,7 +101,11 @@ def _found(e: Evidence, stratum: Mask, arms: dict[int, Arm], fixed: str) -> Best
     points = pd.DataFrame([_point(rank, arm, located.get(rank)) for rank, arm in shown.items()])
     fitted = tuple(rank for rank in sorted(usual.best) if rank >= FROM_RANK)
     spans = bool(fitted) and math.log2(fitted[-1] / fitted[0]) >= MIN_OCTAVES
-    ratio = difference(usual.together(list(usual.best)), whole.best[0]) if usual.best and whole.best else None
+    ratio = (
+        difference(usual.together(list(usual.best)), whole.best[0])
+        if usual.best and whole.best
+        else None
+    )
     return Best(
         points=points,
         fixed=fixed,
@@ -112,14 +129,29 @@ def _unlocated(arms: dict[int, Arm]) -> dict[str, list[int]]:
 def _point(rank: int, arm: Arm, best: Estimate | None) -> dict[str, float | int | bool]:
     middle = float(arm.log_lr[arm.top]) if best is None else best.value
     low, high = (math.nan, math.nan) if best is None else best.interval(0.025)
-    return {"rank": rank, "rate": 10**middle, "low": 10**low, "high": 10**high, "located": best is not None,
-            "seeds": arm.seeds}  # fmt: skip
+    return {
+        "rank": rank,
+        "rate": 10**middle,
+        "low": 10**low,
+        "high": 10**high,
+        "located": best is not None,
+        "seeds": arm.seeds,
+    }
 
 
 def _plot(best: Best, suffix: str, note: str) -> Plot:
     reading = _reading(best) + note
-    alt = f"Chart of the best learning rate of each rank, on log scales, with intervals, at {best.fixed}. {reading}"
-    return Plot(f"best_lr_by_rank{suffix}", f"Best learning rate by rank, at {best.fixed}", reading, alt, best)
+    alt = (
+        "Chart of the best learning rate of each rank, on log scales, with intervals, "
+        f"at {best.fixed}. {reading}"
+    )
+    return Plot(
+        f"best_lr_by_rank{suffix}",
+        f"Best learning rate by rank, at {best.fixed}",
+        reading,
+        alt,
+        best,
+    )
 
 
 def _reading(best: Best) -> str:
@@ -131,17 +163,23 @@ def _reading(best: Best) -> str:
         sides = (inside, "within"), ([name for name in EXPONENTS if name not in inside], "outside")
         told = ", ".join(f"{labels.listed(names)} {where}" for names, where in sides if names)
         parts.append(
-            f"At {best.fixed} the best rate goes as rank to the power {_signed(best.exponent.value)} (95% "
-            f"{_signed(low)} to {_signed(high)}, ranks {best.fitted[0]} to {best.fitted[-1]}, {seeds}): {told} that."
+            f"At {best.fixed} the best rate goes as rank to the power "
+            f"{_signed(best.exponent.value)} (95% "
+            f"{_signed(low)} to {_signed(high)}, ranks {best.fitted[0]} to "
+            f"{best.fitted[-1]}, {seeds}): {told} that."
         )
     else:
-        why = f"ranks from {FROM_RANK} on with a located best rate do not span a factor of {2**MIN_OCTAVES:g}"
+        why = (
+            f"ranks from {FROM_RANK} on with a located best rate do not span a factor of "
+            f"{2**MIN_OCTAVES:g}"
+        )
         parts.append(f"At {best.fixed} no exponent of rank can be fitted: {why}.")
     if best.ratio is not None:
         low, high = best.ratio.interval(0.025)
         where = "within" if low <= math.log10(LORA_OVER_FULL) <= high else "outside"
         parts.append(
-            f"LoRA's best rate is {10**best.ratio.value:.1f} times full fine-tuning's (95% {10**low:.1f} to "
+            f"LoRA's best rate is {10**best.ratio.value:.1f} times full fine-tuning's (95% "
+            f"{10**low:.1f} to "
             f"{10**high:.1f}; {LORA_OVER_FULL:g} is {where})."
         )
     for why, ranks in best.unlocated.items():
@@ -155,7 +193,9 @@ def _signed(value: float) -> str:
 
 
 def draw(best: Best, figure: Canvas, look: Look) -> None:
-    """A mark and an interval per rank, full fine-tuning apart; theory's slopes through the fit's middle."""
+    """A mark and an interval per rank, full fine-tuning apart; theory's slopes through the fit's
+    middle.
+    """
     axes = figure.add_subplot()
     axes.set_yscale("log")
     points = best.points.sort_values("rank", ignore_index=True)
@@ -169,13 +209,25 @@ def draw(best: Best, figure: Canvas, look: Look) -> None:
         colour, marker = styles[point.rank]
         face = colour if point.located else "none"
         size = 14 if marker == "*" else 8
-        axes.plot(places[point.rank], point.rate, marker, color=colour, markerfacecolor=face, markersize=size, zorder=4)
+        axes.plot(
+            places[point.rank],
+            point.rate,
+            marker,
+            color=colour,
+            markerfacecolor=face,
+            markersize=size,
+            zorder=4,
+        )
         if point.located:
-            axes.vlines(places[point.rank], point.low, point.high, color=colour, linewidth=2, zorder=3)
+            axes.vlines(
+                places[point.rank], point.low, point.high, color=colour, linewidth=2, zorder=3
+            )
     if not points["located"].all():
         ink = look.colours["soft"]
         words = "best tested, not located"
-        handles.append(Line2D([], [], color=ink, marker="o", markerfacecolor="none", linestyle="", label=words))
+        handles.append(
+            Line2D([], [], color=ink, marker="o", markerfacecolor="none", linestyle="", label=words)
+        )
     values = points[["rate", "low", "high"]].to_numpy(float)
     log_axis(axes.yaxis, look, (float(np.nanmin(values)), float(np.nanmax(values))), labels.lr)
     names = {0: "full"} | {rank: f"{rank}" for rank in places if rank}
@@ -208,9 +260,13 @@ def _slopes(axes: Axes, best: Best, look: Look) -> list[Line2D]:
         rates = 10 ** (y.mean() + value * math.log10(2) * (ends - x.mean()))
         # The fit is wide and pale, so that a slope of theory's that it falls on stays visible.
         alpha = 0.3 if name == "fit" else 1.0
-        axes.plot(ends, rates, color=colour, alpha=alpha, linestyle=style, linewidth=width, zorder=2)
+        axes.plot(
+            ends, rates, color=colour, alpha=alpha, linestyle=style, linewidth=width, zorder=2
+        )
         text = f"fit: rank^{_signed(value)}" if name == "fit" else f"rank^{name}"
-        handles.append(Line2D([], [], color=colour, alpha=alpha, linestyle=style, linewidth=width, label=text))
+        handles.append(
+            Line2D([], [], color=colour, alpha=alpha, linestyle=style, linewidth=width, label=text)
+        )
     return handles
 
 

@@ -1,4 +1,6 @@
-"""Training reward of the ranks at the same rates and seeds: whether the first part is the same for all."""
+"""Training reward of the ranks at the same rates and seeds: whether the first part is the same for
+all.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,12 @@ from analysis.figures.theme import Look, legend, rank_styles
 
 @dataclass(frozen=True, slots=True)
 class Curves:
-    """`curves`: rank, step, reward (mean over `blocks` of a rate and a seed), smooth (a running mean of that).
+    """`curves`: rank, step, reward (mean over `blocks` of a rate and a seed), smooth (a running
+    mean of that).
 
-    `leads`: rank, lead (its reward in the first `steps` less the other ranks'), low, high (90%, as two one-sided tests
-    at 5% have it; NaN with one block). `margin` is what differs by less is the same.
+    `leads`: rank, lead (its reward in the first `steps` less the other ranks'), low, high (90%, as
+    two one-sided tests at 5% have it; NaN with one block). `margin` is what differs by less is the
+    same.
     """
 
     curves: pd.DataFrame
@@ -38,14 +42,19 @@ class Curves:
 
 
 def data(experiment: Experiment) -> list[Plot]:
-    """The ranks that share rates at which each is good; none where there is no early part to see."""
+    """The ranks that share rates at which each is good; none where there is no early part
+    to see.
+    """
     e = experiment.evidence
     early = None if e is None else early_curves(e)
     if early is None or isinstance(early, Block):
         return []
     curves = by_rank(early)
     reading = _reading(curves) + left_out(experiment.tables.runs)
-    alt = f"Line chart of training reward against step, a line per rank, and a chart of early differences. {reading}"
+    alt = (
+        "Line chart of training reward against step, a line per rank, and a chart of "
+        f"early differences. {reading}"
+    )
     return [Plot("early_curves", "Early training curves by rank", reading, alt, curves)]
 
 
@@ -78,7 +87,8 @@ def _reading(curves: Curves) -> str:
     found = curves.leads
     furthest = found.iloc[int(found["lead"].abs().to_numpy().argmax())]
     text = (
-        f"In the first {curves.steps} steps, half the rise, rank {furthest['rank']:.0f} is farthest from the other "
+        f"In the first {curves.steps} steps, half the rise, rank {furthest['rank']:.0f} is "
+        "farthest from the other "
         f"ranks: {furthest['lead']:+.3f}".replace("-", "−")
     )
     same = f"±{curves.margin:.3f} ({CURVE_SHARE:.0%} of the early rise)"
@@ -94,7 +104,9 @@ def _reading(curves: Curves) -> str:
         who = labels.listed([f"rank {rank}" for rank in beyond["rank"]])
         verdict = f"{who} is beyond {same}: not the same"
     else:
-        verdict = f"not every rank's interval is within {same}: whether they are the same cannot be told"
+        verdict = (
+            f"not every rank's interval is within {same}: whether they are the same cannot be told"
+        )
     return f"{text}; {verdict}. {_parting(curves)}"
 
 
@@ -102,13 +114,16 @@ def _parting(curves: Curves) -> str:
     last = curves.curves[curves.curves["step"] > curves.curves["step"].max() - SMOOTHING]
     ends = last.groupby("rank")["reward"].mean()
     return (
-        f"In the last {SMOOTHING} steps they are {ends.max() - ends.min():.3f} apart, rank {ends.idxmax()} the highest "
+        f"In the last {SMOOTHING} steps they are {ends.max() - ends.min():.3f} apart, rank "
+        f"{ends.idxmax()} the highest "
         f"and rank {ends.idxmin()} the lowest."
     )
 
 
 def draw(curves: Curves, figure: Canvas, look: Look) -> None:
-    """Left (or above) the curves, the early part shaded; right (or below) each rank's early lead and the margin."""
+    """Left (or above) the curves, the early part shaded; right (or below) each rank's early lead
+    and the margin.
+    """
     if look.narrow:
         figure.set_size_inches(look.size[0], 5.6)
         left, right = figure.subplots(2, 1, height_ratios=[1.6, 1])
@@ -120,14 +135,22 @@ def draw(curves: Curves, figure: Canvas, look: Look) -> None:
         left.plot(line["step"], line["reward"], color=colour, linewidth=0.8, alpha=0.35, zorder=2)
         left.plot(line["step"], line["smooth"], color=colour, linewidth=1.8, zorder=3)
     left.axvspan(0, curves.steps + 0.5, color=look.colours["good"], zorder=0, linewidth=0)
-    left.annotate("early", (0, 1.0), xycoords=("data", "axes fraction"), xytext=(3, 4), textcoords="offset points",
-                  color=look.colours["soft"])  # fmt: skip
+    left.annotate(
+        "early",
+        (0, 1.0),
+        xycoords=("data", "axes fraction"),
+        xytext=(3, 4),
+        textcoords="offset points",
+        color=look.colours["soft"],
+    )
     left.set_xlim(left=0, right=float(curves.curves["step"].max()))
     left.set_xlabel("optimizer step")
     left.set_ylabel("training reward")
     _leads(right, curves, styles, look)
     ranks = curves.leads["rank"]
-    handles = [Line2D([], [], color=styles[r][0], marker=styles[r][1], label=f"rank {r}") for r in ranks]
+    handles = [
+        Line2D([], [], color=styles[r][0], marker=styles[r][1], label=f"rank {r}") for r in ranks
+    ]
     legend(figure, handles, look)
 
 
@@ -142,8 +165,15 @@ def _leads(axes: Axes, curves: Curves, styles: dict[int, tuple[str, str]], look:
     axes.set_yticks(range(len(curves.leads)), [f"{rank}" for rank in curves.leads["rank"]])
     axes.margins(y=0.15)
     axes.grid(axis="y", visible=False)
-    axes.annotate("the same", (0, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 4), ha="center",
-                  textcoords="offset points", color=look.colours["soft"])  # fmt: skip
+    axes.annotate(
+        "the same",
+        (0, 1.0),
+        xycoords=("data", "axes fraction"),
+        xytext=(0, 4),
+        ha="center",
+        textcoords="offset points",
+        color=look.colours["soft"],
+    )
     axes.set_xlabel("early reward less other ranks'")
     axes.set_ylabel("rank")
 

@@ -1,4 +1,6 @@
-"""Health of training over steps: small multiples of the leading configurations, whatever of them was logged."""
+"""Health of training over steps: small multiples of the leading configurations, whatever of them
+was logged.
+"""
 
 from __future__ import annotations
 
@@ -32,17 +34,21 @@ TITLES = {
     "lora/norm_B": "‖B‖",
     "lora/effective_rank": "effective rank of BA",
 }
-# The mean gap of log-probabilities at which the engine no longer samples the policy that is trained.
+# The mean gap of log-probabilities at which the engine no longer samples the policy that is
+# trained.
 LARGEST_GAP = 0.02
-# An entropy below this share of its beginning has collapsed; more groups without signal than this waste the batch.
+# An entropy below this share of its beginning has collapsed; more groups without signal than this
+# waste the batch.
 COLLAPSED, WASTED = 0.1, 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """`lines`: configuration, metric, step, mean over seeds with the smallest (low) and largest (high), thinned out.
+    """`lines`: configuration, metric, step, mean over seeds with the smallest (low) and largest
+    (high), thinned out.
 
-    `names` has the configurations in words, the best first; -1 is a single run. `ranked`: the first has all its seeds.
+    `names` has the configurations in words, the best first; -1 is a single run. `ranked`: the first
+    has all its seeds.
     """
 
     lines: pd.DataFrame
@@ -56,7 +62,9 @@ class Health:
 
 
 def data(experiment: Experiment) -> list[Plot]:
-    """What was logged of `TITLES` at two steps or more by the leading configurations; none where nothing was."""
+    """What was logged of `TITLES` at two steps or more by the leading configurations; none where
+    nothing was.
+    """
     steps = experiment.steps
     leading = _leading(experiment)
     table = steps.assign(configuration=steps["configuration"].fillna(-1).astype(int))
@@ -80,11 +88,15 @@ def data(experiment: Experiment) -> list[Plot]:
 
 
 def draw(health: Health, figure: Canvas, look: Look) -> None:
-    """A small chart per metric; a line per configuration, its band from the smallest to the largest of its seeds."""
+    """A small chart per metric; a line per configuration, its band from the smallest to the largest
+    of its seeds.
+    """
     shown = health.metrics()
     columns = min(2 if look.narrow else 3, len(shown))
     rows = math.ceil(len(shown) / columns)
-    figure.set_size_inches(look.size[0], (1.45 if look.narrow else 1.75) * rows + 0.3 * len(health.names) + 0.5)
+    figure.set_size_inches(
+        look.size[0], (1.45 if look.narrow else 1.75) * rows + 0.3 * len(health.names) + 0.5
+    )
     styles = category_styles(list(health.names), look)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
     for place, axes in enumerate(grid.flat):
@@ -92,12 +104,17 @@ def draw(health: Health, figure: Canvas, look: Look) -> None:
             axes.remove()
             continue
         _panel(axes, health, shown[place], styles)
-        axes.set_title(TITLES[shown[place]], fontsize="x-small" if look.narrow else "small", loc="left")
+        axes.set_title(
+            TITLES[shown[place]], fontsize="x-small" if look.narrow else "small", loc="left"
+        )
         if place + columns >= len(shown):
             axes.set_xlabel("optimizer step", fontsize="small")
             axes.tick_params(labelbottom=True)
     wide = 44 if look.narrow else 120
-    texts = {name: textwrap.fill(words, wide, break_on_hyphens=False) for name, words in health.names.items()}
+    texts = {
+        name: textwrap.fill(words, wide, break_on_hyphens=False)
+        for name, words in health.names.items()
+    }
     handles = [Line2D([], [], color=styles[name][0], label=text) for name, text in texts.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=1, fontsize="small")
 
@@ -107,8 +124,16 @@ def _panel(axes: Axes, health: Health, metric: str, styles: dict[int, tuple[str,
     for place, name in enumerate(health.names):
         line = lines[lines["configuration"] == name].sort_values("step")
         colour, front = styles[name][0], 3 + len(health.names) - place
-        axes.fill_between(line["step"], line["low"], line["high"], color=colour, alpha=0.18, linewidth=0)
-        axes.plot(line["step"], line["mean"], color=colour, linewidth=2.0 if place == 0 else 1.1, zorder=front)
+        axes.fill_between(
+            line["step"], line["low"], line["high"], color=colour, alpha=0.18, linewidth=0
+        )
+        axes.plot(
+            line["step"],
+            line["mean"],
+            color=colour,
+            linewidth=2.0 if place == 0 else 1.1,
+            zorder=front,
+        )
     if metric.startswith(_GAP) and 0 < 10 * lines["low"].min() < lines["high"].max():
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(numticks=4))
@@ -116,22 +141,32 @@ def _panel(axes: Axes, health: Health, metric: str, styles: dict[int, tuple[str,
     elif lines["low"].min() >= 0:
         axes.set_ylim(0, 1.07 * float(lines["high"].max()) or 1.0)
     if metric.startswith(_GAP):
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: labels.lr(value) if value else "0"))
+        axes.yaxis.set_major_formatter(
+            FuncFormatter(lambda value, _: labels.lr(value) if value else "0")
+        )
     axes.tick_params(labelsize="x-small")
 
 
 def _thinned(lines: pd.DataFrame) -> pd.DataFrame:
-    """At most about `MAX_POINTS` steps a line: neighbouring ones as their mean, from their smallest to largest."""
+    """At most about `MAX_POINTS` steps a line: neighbouring ones as their mean, from their smallest
+    to largest.
+    """
     span = lines["step"].max() - lines["step"].min() + 1
     steps = lines.groupby(["configuration", "metric"])["step"].transform("size").max()
     width = math.ceil(span / MAX_POINTS) if steps > MAX_POINTS else 1
-    groups = lines.groupby(["configuration", "metric", (lines["step"] - lines["step"].min()) // width])
-    table = groups.agg(step=("step", "max"), mean=("mean", "mean"), low=("low", "min"), high=("high", "max"))
+    groups = lines.groupby(
+        ["configuration", "metric", (lines["step"] - lines["step"].min()) // width]
+    )
+    table = groups.agg(
+        step=("step", "max"), mean=("mean", "mean"), low=("low", "min"), high=("high", "max")
+    )
     return table.reset_index(["configuration", "metric"]).reset_index(drop=True)
 
 
 def _leading(experiment: Experiment) -> dict[int, str]:
-    """The leading configurations in words, best first, those with all seeds before others; of a run, the run."""
+    """The leading configurations in words, best first, those with all seeds before others; of a
+    run, the run.
+    """
     if not experiment.is_sweep:
         return {-1: "the run"}
     names = {}
@@ -143,13 +178,25 @@ def _leading(experiment: Experiment) -> dict[int, str]:
 
 
 def _reading(health: Health) -> str:
-    """How the best configuration went, from the first tenth of its logged steps to the last; and what stands out."""
+    """How the best configuration went, from the first tenth of its logged steps to the last; and
+    what stands out.
+    """
     first = next(iter(health.names))
-    who = "the run" if first == -1 else f"configuration {first}{', the best,' if health.ranked else ''}"
+    who = (
+        "the run"
+        if first == -1
+        else f"configuration {first}{', the best,' if health.ranked else ''}"
+    )
     parts = [text for metric in health.metrics() if (text := _course(health, first, metric))]
-    said = f"From the first to the last tenth of its steps {who} went: {labels.listed(parts)}." if parts else ""
+    said = (
+        f"From the first to the last tenth of its steps {who} went: {labels.listed(parts)}."
+        if parts
+        else ""
+    )
     off = _standing_out(health)
-    return f"{said} {f'To look at: {labels.listed(off)}.' if off else 'Nothing stands out.'}".strip()
+    return (
+        f"{said} {f'To look at: {labels.listed(off)}.' if off else 'Nothing stands out.'}".strip()
+    )
 
 
 def _course(health: Health, name: int, metric: str) -> str | None:
@@ -163,8 +210,12 @@ def _course(health: Health, name: int, metric: str) -> str | None:
 
 
 def _ends(health: Health, name: int, metric: str) -> tuple[float, float] | None:
-    """The means of the first and the last tenth of a configuration's logged steps; None where it logged none."""
-    mine = health.lines[(health.lines["configuration"] == name) & (health.lines["metric"] == metric)]
+    """The means of the first and the last tenth of a configuration's logged steps; None where it
+    logged none.
+    """
+    mine = health.lines[
+        (health.lines["configuration"] == name) & (health.lines["metric"] == metric)
+    ]
     if mine.empty:
         return None
     values = mine.sort_values("step")["mean"].to_numpy(float)
@@ -176,8 +227,13 @@ def _standing_out(health: Health) -> list[str]:
     """What is no good sign in any of the configurations, each as a phrase."""
     left, wasted, apart = {}, {}, {}
     for name in health.names:
-        entropy, groups = _ends(health, name, "entropy"), _ends(health, name, "frac_reward_zero_std")
-        mine = health.lines[(health.lines["configuration"] == name) & (health.lines["metric"] == f"{_GAP}/mean")]
+        entropy, groups = (
+            _ends(health, name, "entropy"),
+            _ends(health, name, "frac_reward_zero_std"),
+        )
+        mine = health.lines[
+            (health.lines["configuration"] == name) & (health.lines["metric"] == f"{_GAP}/mean")
+        ]
         if entropy and entropy[1] < COLLAPSED * entropy[0]:
             left[name] = entropy[1] / entropy[0]
         if groups and groups[1] > WASTED:
@@ -186,17 +242,26 @@ def _standing_out(health: Health) -> list[str]:
             apart[name] = float(mine["high"].max())
     found = []
     if left:
-        found.append(f"entropy fell to as little as {min(left.values()):.0%} of its beginning{_of(left)}")
+        found.append(
+            f"entropy fell to as little as {min(left.values()):.0%} of its beginning{_of(left)}"
+        )
     if wasted:
-        found.append(f"up to {max(wasted.values()):.0%} of the groups gave no signal at the end{_of(wasted)}")
+        found.append(
+            f"up to {max(wasted.values()):.0%} of the groups gave no signal at the end{_of(wasted)}"
+        )
     if apart:
-        found.append(f"sampler and trainer were up to {max(apart.values()):.2g} nats a token apart{_of(apart)}")
+        found.append(
+            f"sampler and trainer were up to {max(apart.values()):.2g} nats a token "
+            f"apart{_of(apart)}"
+        )
     return found
 
 
 def _of(names: Iterable[int]) -> str:
     known = [str(name) for name in names if name != -1]
-    return f" (configuration{'s' if len(known) > 1 else ''} {labels.listed(known)})" if known else ""
+    return (
+        f" (configuration{'s' if len(known) > 1 else ''} {labels.listed(known)})" if known else ""
+    )
 
 
 FIGURE = Figure(order=55, data=data, draw=draw)

@@ -1,4 +1,6 @@
-"""Which setting mattered how much: shares of the scores' variance, and of what tells the best tenth; the seed's own."""
+"""Which setting mattered how much: shares of the scores' variance, and of what tells the best
+tenth; the seed's own.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,8 @@ FEW = 30
 class Shares:
     """`table`: key (dotted, or seed), fanova, ped_anova, largest first; from `runs` scored runs.
 
-    `interactions` is what no key explains alone, `noise` the share between runs that differ in their seed alone (NaN
-    where no two do).
+    `interactions` is what no key explains alone, `noise` the share between runs that differ in
+    their seed alone (NaN where no two do).
     """
 
     table: pd.DataFrame
@@ -39,7 +41,9 @@ class Shares:
 
 
 def data(experiment: Experiment) -> list[Plot]:
-    """The shares of every swept key and the seed; none with too few scored runs, or equal scores."""
+    """The shares of every swept key and the seed; none with too few scored runs, or equal
+    scores.
+    """
     runs = experiment.tables.runs
     scored = runs[~runs["confirm"].astype(bool) & runs["score"].notna()]
     table = importance(scored, experiment.axes, experiment.direction)
@@ -65,12 +69,33 @@ def draw(shares: Shares, figure: Canvas, look: Look) -> None:
         axes.barh(places[:-1] + shift, values, 0.34, color=colour, label=name, zorder=3)
         for place, value in zip(places[:-1] + shift, values, strict=True):
             text = f"{value:.0%}" if math.isfinite(value) else "–"
-            axes.annotate(text, (value if math.isfinite(value) else 0.0, place), (3, 0), textcoords="offset points",
-                          va="center", fontsize="small")  # fmt: skip
-    axes.barh(places[-1] - 0.19, shares.interactions, 0.34, color=styles["fanova"][0], alpha=0.55, hatch="///",
-              edgecolor=look.colours["paper"], linewidth=0, zorder=3)  # fmt: skip
-    axes.annotate(f"{shares.interactions:.0%}", (shares.interactions, places[-1] - 0.19), (3, 0),
-                  textcoords="offset points", va="center", fontsize="small")  # fmt: skip
+            axes.annotate(
+                text,
+                (value if math.isfinite(value) else 0.0, place),
+                (3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize="small",
+            )
+    axes.barh(
+        places[-1] - 0.19,
+        shares.interactions,
+        0.34,
+        color=styles["fanova"][0],
+        alpha=0.55,
+        hatch="///",
+        edgecolor=look.colours["paper"],
+        linewidth=0,
+        zorder=3,
+    )
+    axes.annotate(
+        f"{shares.interactions:.0%}",
+        (shares.interactions, places[-1] - 0.19),
+        (3, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize="small",
+    )
     axes.set_yticks(places, [*names, "in combination"])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
@@ -87,15 +112,24 @@ def _name(key: str) -> str:
 def _reading(shares: Shares) -> str:
     settings = shares.table[shares.table["key"] != SEED]
     each = [f"{_name(row['key'])} {row['fanova']:.0%}" for _, row in settings.iterrows()]
-    parts = [f"Of the variance of {shares.runs} scores, alone: {labels.listed(each)}"] if each else []
+    parts = (
+        [f"Of the variance of {shares.runs} scores, alone: {labels.listed(each)}"] if each else []
+    )
     parts.append(f"{shares.interactions:.0%} lies in combinations")
     if math.isfinite(shares.noise):
         parts.append(f"{shares.noise:.0%} is chance between seeds")
     text = f"{'; '.join(parts)}."
     seed = shares.table.loc[shares.table["key"] == SEED, "fanova"]
-    weak = [_name(row["key"]) for _, row in settings.iterrows() if len(seed) and row["fanova"] <= seed.iloc[0]]
+    weak = [
+        _name(row["key"])
+        for _, row in settings.iterrows()
+        if len(seed) and row["fanova"] <= seed.iloc[0]
+    ]
     if weak:
-        text += f" Not told from chance: {labels.listed(weak)}, no more than the seed's {seed.iloc[0]:.0%}."
+        text += (
+            f" Not told from chance: {labels.listed(weak)}, no more than the seed's "
+            f"{seed.iloc[0]:.0%}."
+        )
     if shares.runs < FEW:
         text += f" Rough, with only {shares.runs} runs."
     return text

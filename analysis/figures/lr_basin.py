@@ -1,4 +1,6 @@
-"""Final score against learning rate, a line per rank: where rates are too low and too high, and where runs diverge."""
+"""Final score against learning rate, a line per rank: where rates are too low and too high, and
+where runs diverge.
+"""
 
 from __future__ import annotations
 
@@ -21,22 +23,25 @@ from analysis.figures.marks import run_names
 from analysis.figures.theme import Look, Trace, base_line, legend, log_axis, rank_styles
 from analysis.reading import rate_words
 from analysis.stats import Basin
-from harness.rundir import Status
+from harness.records.run_dir import Status
 
 # Ranks that share a rate are drawn side by side, over this share of the distance to the next rate.
 DODGE = 0.3
 # How high a run without a score stands, as a share of the axes.
 FOOT = 0.02
-# Of more ranks than these the reading gives the scores without their intervals, which are in the figure.
+# Of more ranks than these the reading gives the scores without their intervals, which are in the
+# figure.
 MOST_INTERVALS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """`points` has a run each: rank, lr, score (the last one seen where it did not complete), status, diverged, name.
+    """`points` has a run each: rank, lr, score (the last one seen where it did not complete),
+    status, diverged, name.
 
-    `lines` has each rank's best configuration at each rate: rank, lr, mean, low, high, n. `tops` the best of these
-    that is whole, with `edge`: `lowest` or `highest` where no rate was tested beyond it.
+    `lines` has each rank's best configuration at each rate: rank, lr, mean, low, high, n. `tops`
+    the best of these that is whole, with `edge`: `lowest` or `highest` where no rate was tested
+    beyond it.
     """
 
     points: pd.DataFrame
@@ -74,19 +79,28 @@ def data(experiment: Experiment) -> list[Plot]:
     source = labels.listed([str(name) for name in sources], "or") if len(sources) else None
     rates = Rates(points, lines, tops, basin, experiment.base, experiment.metric, source)
     reading = _reading(experiment, rates)
-    what = f"{labels.metric(experiment.metric)} against learning rate on a log scale, a line per rank"
+    what = (
+        f"{labels.metric(experiment.metric)} against learning rate on a log scale, a line per rank"
+    )
     alt = f"Line and scatter chart of {what}, {labels.plural(len(points), 'run')}. {reading}"
     return [Plot("lr_basin", "Score against learning rate", reading, alt, rates)]
 
 
 def _lines(experiment: Experiment, points: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The best configuration of each rank at each rate, and the best of these that has all its seeds."""
+    """The best configuration of each rank at each rate, and the best of these that has all its
+    seeds.
+    """
     table = configurations(experiment)
     lines = table.drop_duplicates(["rank", "lr"]).sort_values(["rank", "lr"], ignore_index=True)
     tops = table[table["whole"]].drop_duplicates("rank").sort_values("rank", ignore_index=True)
-    finished = points["status"].isin([Status.COMPLETE.value, Status.PRUNED.value]) | points["diverged"]
+    finished = (
+        points["status"].isin([Status.COMPLETE.value, Status.PRUNED.value]) | points["diverged"]
+    )
     tested = points[finished].groupby("rank")["lr"].agg(["min", "max"])
-    edges = [_edge(float(lr), *tested.loc[rank]) for rank, lr in zip(tops["rank"], tops["lr"], strict=True)]
+    edges = [
+        _edge(float(lr), *tested.loc[rank])
+        for rank, lr in zip(tops["rank"], tops["lr"], strict=True)
+    ]
     names = ["rank", "lr", "mean", "low", "high", "n"]
     return lines[names], tops[names].assign(edge=pd.Series(edges, index=tops.index, dtype=object))
 
@@ -104,7 +118,8 @@ def _reading(experiment: Experiment, rates: Rates) -> str:
     if len(rates.tops):
         told = len(rates.tops) <= MOST_INTERVALS
         bests = [
-            f"{labels.setting(labels.RANK, top.rank)} {labels.lr(top.lr)} ({labels.score(metric, top.mean)}"
+            f"{labels.setting(labels.RANK, top.rank)} {labels.lr(top.lr)} "
+            f"({labels.score(metric, top.mean)}"
             + (
                 f", {labels.score(metric, top.low)} to {labels.score(metric, top.high)})"
                 if told and top.low == top.low
@@ -114,16 +129,26 @@ def _reading(experiment: Experiment, rates: Rates) -> str:
         ]
         interval = f", in brackets the {rates.source}" if told and rates.source else ""
         seeds = sorted(set(rates.tops["n"]))
-        count = labels.plural(seeds[0], "seed") if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
+        count = (
+            labels.plural(seeds[0], "seed")
+            if len(seeds) == 1
+            else f"{seeds[0]} to {seeds[-1]} seeds"
+        )
         parts.append(f"Best rate tested, mean over {count}{interval}: {labels.listed(bests)}.")
     wild = rates.points[rates.points["diverged"]]
     if len(wild):
         sides = [("full fine-tuning", wild[wild["rank"] == 0]), ("LoRA", wild[wild["rank"] > 0])]
         where = [f"{who} at {_span(side['lr'])}" for who, side in sides if len(side)]
-        parts.append(f"{len(wild)} of {labels.plural(len(rates.points), 'run')} diverged: {labels.listed(where)}.")
+        parts.append(
+            f"{len(wild)} of {labels.plural(len(rates.points), 'run')} diverged: "
+            f"{labels.listed(where)}."
+        )
     for edge, group in rates.tops.dropna(subset=["edge"]).groupby("edge"):
         who = labels.listed([labels.setting(labels.RANK, rank) for rank in group["rank"]])
-        parts.append(f"Warning: the best of {who} is the {edge} rate tested, so the true best may lie beyond.")
+        parts.append(
+            f"Warning: the best of {who} is the {edge} rate tested, so the true best may "
+            "lie beyond."
+        )
     return " ".join(parts)
 
 
@@ -132,7 +157,9 @@ def _span(rates: pd.Series) -> str:
 
 
 def draw(rates: Rates, figure: Canvas, look: Look) -> list[Trace]:
-    """A point per run; a line per rank through its best configuration at each rate; the good rates as a band."""
+    """A point per run; a line per rank through its best configuration at each rate; the good rates
+    as a band.
+    """
     axes = figure.add_subplot()
     axes.set_xscale("log")
     ranks = sorted(set(rates.points["rank"]))
@@ -153,12 +180,20 @@ def draw(rates: Rates, figure: Canvas, look: Look) -> list[Trace]:
                 "textcoords": "offset points",
                 "annotation_clip": False,
             }
-            arrow = {"arrowstyle": "<|-", "color": colour, "shrinkA": 0, "shrinkB": 6, "linewidth": 1.4}
+            arrow = {
+                "arrowstyle": "<|-",
+                "color": colour,
+                "shrinkA": 0,
+                "shrinkB": 6,
+                "linewidth": 1.4,
+            }
             axes.annotate("", (top.lr * shift, top.mean), arrowprops=arrow, zorder=6, **offset)
     span = float(rates.points["lr"].min()), float(rates.points["lr"].max())
     axes.set_xlim(span[0] / 1.35, span[1] * 1.35)
     if rates.basin:
-        _bands(axes, rates.basin, "good for LoRA" if 0 in ranks and len(ranks) > 1 else "good", look)
+        _bands(
+            axes, rates.basin, "good for LoRA" if 0 in ranks and len(ranks) > 1 else "good", look
+        )
     base_line(axes, rates.base, f"base\n{labels.score(rates.metric, rates.base)}", look)
     log_axis(axes.xaxis, look, span, labels.lr)
     axes.set_xlabel("learning rate (log scale)")
@@ -172,12 +207,16 @@ def _run_traces(axes: Axes, points: pd.DataFrame, shift: float, metric: str) -> 
     traces = []
     for point in each(points):
         lost = not math.isfinite(point.score)
-        text = "no score" if lost else f"{labels.metric(metric)} {labels.score(metric, point.score)}"
+        text = (
+            "no score" if lost else f"{labels.metric(metric)} {labels.score(metric, point.score)}"
+        )
         if point.status != Status.COMPLETE.value:
             text = f"{point.status.lower()}, {'no score' if lost else f'last {text}'}"
         text = f"diverged: {text}" if point.diverged else text
         place = _foot(axes) if lost else axes.transData
-        traces.append(Trace(point.name, [text], [point.lr * shift], [FOOT if lost else point.score], place))
+        traces.append(
+            Trace(point.name, [text], [point.lr * shift], [FOOT if lost else point.score], place)
+        )
     return traces
 
 
@@ -193,7 +232,9 @@ def _mean_trace(axes: Axes, line: pd.DataFrame, shift: float, rates: Rates) -> T
 
 
 def _shifts(points: pd.DataFrame, ranks: list[int]) -> list[float]:
-    """Factors on the rate that put ranks which share rates side by side; 1 where they share none."""
+    """Factors on the rate that put ranks which share rates side by side; 1 where they
+    share none.
+    """
     rates = np.unique(points["lr"])
     shared = points.groupby("lr")["rank"].nunique()
     if len(ranks) < 2 or len(rates) < 2 or (shared > 1).sum() < 2:
@@ -207,8 +248,14 @@ def _points(axes: Axes, group: pd.DataFrame, shift: float, colour: str, marker: 
     failed, seen = group["status"] == Status.FAILED.value, group["score"].notna()
     size = 80 if marker == "*" else 36
     looks: list[tuple[pd.Series, dict[str, Any]]] = [
-        (done & ~wild, {"marker": marker, "s": size, "color": colour, "alpha": 0.6, "linewidths": 0}),
-        (~done & ~failed & ~wild, {"marker": marker, "s": size, "facecolors": "none", "edgecolors": colour}),
+        (
+            done & ~wild,
+            {"marker": marker, "s": size, "color": colour, "alpha": 0.6, "linewidths": 0},
+        ),
+        (
+            ~done & ~failed & ~wild,
+            {"marker": marker, "s": size, "facecolors": "none", "edgecolors": colour},
+        ),
         (failed & ~wild, {"marker": "x", "s": 40, "color": colour}),
         (wild & seen, {"marker": "X", "s": 64, "color": colour, "linewidths": 0}),
     ]
@@ -216,17 +263,28 @@ def _points(axes: Axes, group: pd.DataFrame, shift: float, colour: str, marker: 
         axes.scatter(group.loc[mask, "lr"] * shift, group.loc[mask, "score"], zorder=3, **style)
     lost = group.loc[wild & ~seen, "lr"] * shift
     axes.scatter(
-        lost, [FOOT] * len(lost), marker="X", s=64, color=colour, linewidths=0, transform=_foot(axes), zorder=3
+        lost,
+        [FOOT] * len(lost),
+        marker="X",
+        s=64,
+        color=colour,
+        linewidths=0,
+        transform=_foot(axes),
+        zorder=3,
     )
 
 
 def _foot(axes: Axes) -> Transform:
-    """Where a run stands that diverged before it was ever evaluated: at its rate, and at `FOOT` of the height."""
+    """Where a run stands that diverged before it was ever evaluated: at its rate, and at `FOOT` of
+    the height.
+    """
     return blended_transform_factory(axes.transData, axes.transAxes)
 
 
 def _line(axes: Axes, found: pd.DataFrame, tested: set[float], shift: float, colour: str) -> None:
-    """The means and their intervals; the line breaks at rates that were tested and have no score."""
+    """The means and their intervals; the line breaks at rates that were tested and have no
+    score.
+    """
     line = found.set_index("lr").reindex(sorted(tested)).reset_index()
     rates, means = line["lr"].to_numpy() * shift, line["mean"].to_numpy()
     axes.plot(rates, means, color=colour, linewidth=1.6, zorder=2)
@@ -236,7 +294,9 @@ def _line(axes: Axes, found: pd.DataFrame, tested: set[float], shift: float, col
 
 
 def _bands(axes: Axes, basin: Basin, good: str, look: Look) -> None:
-    """Shade the good rates and name what lies on either side; band edges are halfway (in log) to the next rate."""
+    """Shade the good rates and name what lies on either side; band edges are halfway (in log) to
+    the next rate.
+    """
     low, high = axes.get_xlim()
     tested = min(low, basin.tested[0]), max(high, basin.tested[-1])
     axes.set_xlim(*tested)
@@ -250,20 +310,31 @@ def _bands(axes: Axes, basin: Basin, good: str, look: Look) -> None:
     for words, start, end in spans:
         # In shares of the axes' width: a label wider than its part would run into the next.
         letters = math.log(end / start) / room / (0.026 if look.narrow else 0.013)
-        text = next((text for text in (words, words.removesuffix(" for LoRA")) if len(text) < letters), None)
+        text = next(
+            (text for text in (words, words.removesuffix(" for LoRA")) if len(text) < letters), None
+        )
         if text:
             place: dict[str, Any] = {
                 "xycoords": ("data", "axes fraction"),
                 "xytext": (0, 4),
                 "textcoords": "offset points",
             }
-            axes.annotate(text, (math.sqrt(start * end), 1.0), ha="center", color=look.colours["soft"], **place)
+            axes.annotate(
+                text,
+                (math.sqrt(start * end), 1.0),
+                ha="center",
+                color=look.colours["soft"],
+                **place,
+            )
 
 
 def _handles(rates: Rates, ranks: list[int], look: Look) -> list[Line2D]:
     styles, ink = rank_styles(ranks, look), look.colours["soft"]
     handles = [
-        Line2D([], [], color=styles[r][0], marker=styles[r][1], label=labels.setting(labels.RANK, r)) for r in ranks
+        Line2D(
+            [], [], color=styles[r][0], marker=styles[r][1], label=labels.setting(labels.RANK, r)
+        )
+        for r in ranks
     ]
     points = rates.points[~rates.points["diverged"]]
     statuses = set(points["status"])
@@ -280,7 +351,9 @@ def _handles(rates: Rates, ranks: list[int], look: Look) -> list[Line2D]:
     if rates.source:
         marks.append(("|", ink, rates.source))
     for marker, face, text in marks:
-        handles.append(Line2D([], [], color=ink, marker=marker, markerfacecolor=face, linestyle="", label=text))
+        handles.append(
+            Line2D([], [], color=ink, marker=marker, markerfacecolor=face, linestyle="", label=text)
+        )
     return handles
 
 

@@ -33,7 +33,9 @@ SPREAD, LETTER = 0.35, 0.07
 
 @dataclass(frozen=True, slots=True)
 class Lines:
-    """`trials`: a column per key, score (NaN unless COMPLETE), configuration, best (of the winner); best last."""
+    """`trials`: a column per key, score (NaN unless COMPLETE), configuration, best (of the winner);
+    best last.
+    """
 
     keys: tuple[str, ...]
     trials: pd.DataFrame
@@ -43,7 +45,9 @@ class Lines:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """One axis: each trial's place on it, 0 at the bottom to 1, NaN without a value, and its ticks with names."""
+    """One axis: each trial's place on it, 0 at the bottom to 1, NaN without a value, and its ticks
+    with names.
+    """
 
     places: pd.Series
     ticks: list[tuple[float, str]]
@@ -58,27 +62,47 @@ def data(experiment: Experiment) -> list[Plot]:
         return []
     maximize = experiment.direction == "maximize"
     best = experiment.best.configuration if experiment.best else None
-    trials = swept[[*keys, "score", "configuration"]].assign(best=(swept["configuration"] == best).fillna(False))
+    trials = swept[[*keys, "score", "configuration"]].assign(
+        best=(swept["configuration"] == best).fillna(False)
+    )
     full = runs.loc[trials.index, "full"].fillna(False).astype(bool)
     for key in keys:
         if not labels.matters(key, {labels.RANK: 0}):
             trials[key] = trials[key].mask(full)
-    trials = trials.sort_values(["best", "score"], ascending=[True, maximize], na_position="first", ignore_index=True)
+    trials = trials.sort_values(
+        ["best", "score"], ascending=[True, maximize], na_position="first", ignore_index=True
+    )
     lines = Lines(keys, trials, experiment.metric, maximize)
     reading = _reading(lines)
-    what = f"{labels.plural(len(trials), 'trial')} through {labels.plural(len(keys), 'setting')} to their score"
-    return [Plot("parallel", "All trials at once", reading, f"Parallel coordinates of {what}. {reading}", lines)]
+    what = (
+        f"{labels.plural(len(trials), 'trial')} through "
+        f"{labels.plural(len(keys), 'setting')} to their score"
+    )
+    return [
+        Plot(
+            "parallel",
+            "All trials at once",
+            reading,
+            f"Parallel coordinates of {what}. {reading}",
+            lines,
+        )
+    ]
 
 
 def draw(lines: Lines, figure: Canvas, look: Look) -> None:
-    """A vertical axis per setting and one for the score; colour is the score, grey and dashed has none."""
+    """A vertical axis per setting and one for the score; colour is the score, grey and dashed has
+    none.
+    """
     axes = figure.add_subplot()
     keys = lines.keys[:MAX_AXES]
     scales = [scale(key, lines.trials[key]) for key in keys]
     scores = lines.trials["score"].astype(float)
     low, high = float(scores.min()), float(scores.max())
     span = high - low or 1.0
-    ticks = [(share, labels.score(lines.metric, low + share * span)) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    ticks = [
+        (share, labels.score(lines.metric, low + share * span))
+        for share in (0.0, 0.25, 0.5, 0.75, 1.0)
+    ]
     scales.append(Scale((scores - low) / span, ticks))
     _lines(axes, lines, scales, look)
     room = max(5, int(look.size[0] / len(scales) / LETTER))
@@ -87,7 +111,12 @@ def draw(lines: Lines, figure: Canvas, look: Look) -> None:
         axes.axvline(place, color=look.colours["soft"], linewidth=0.8, zorder=5)
         for at, text in one.ticks:
             name = text if len(text) <= room else f"{text[: room - 1]}…"
-            where: Any = {"xy": (place, at), "xytext": (3, 0), "textcoords": "offset points", "va": "center"}
+            where: Any = {
+                "xy": (place, at),
+                "xytext": (3, 0),
+                "textcoords": "offset points",
+                "va": "center",
+            }
             axes.annotate(name, **where, fontsize="small", zorder=6, bbox=behind)
     names = [labels.key(key) for key in keys]
     axes.set_xticks(range(len(scales)), [*(name.replace(" ", "\n") for name in names), "score"])
@@ -101,21 +130,40 @@ def draw(lines: Lines, figure: Canvas, look: Look) -> None:
 
 
 def _lines(axes: Axes, lines: Lines, scales: list[Scale], look: Look) -> None:
-    """A line per trial through the axes it has a value on, the last of which colours it; the best's in front."""
+    """A line per trial through the axes it has a value on, the last of which colours it; the best's
+    in front.
+    """
     table = np.column_stack([one.places.to_numpy(float) for one in scales])
-    paths = [np.column_stack([np.flatnonzero(np.isfinite(row)), row[np.isfinite(row)]]) for row in table]
+    paths = [
+        np.column_stack([np.flatnonzero(np.isfinite(row)), row[np.isfinite(row)]]) for row in table
+    ]
     best = lines.trials["best"].to_numpy(bool)
     ink, soft, dashes = look.colours["ink"], look.colours["soft"], (0, (3, 2))
     faint = min(1.0, max(0.3, 30 / len(paths)))
     lost = np.isnan(table[:, -1])
-    axes.plot(*_joined(paths, lost), color=soft, linestyle=dashes, linewidth=0.8, alpha=0.6 * faint, zorder=2)
+    axes.plot(
+        *_joined(paths, lost),
+        color=soft,
+        linestyle=dashes,
+        linewidth=0.8,
+        alpha=0.6 * faint,
+        zorder=2,
+    )
     # One line for all of a shade: the page holds hundreds of trials.
     shades = np.round(table[:, -1] * SHADES)
     for shade in np.unique(shades[~lost]):
         colour = look.sequence(shade / SHADES)
-        axes.plot(*_joined(paths, (shades == shade) & ~best), color=colour, linewidth=1.2, alpha=faint, zorder=3)
+        axes.plot(
+            *_joined(paths, (shades == shade) & ~best),
+            color=colour,
+            linewidth=1.2,
+            alpha=faint,
+            zorder=3,
+        )
         axes.plot(*_joined(paths, (shades == shade) & best), color=ink, linewidth=3.4, zorder=3.8)
-        axes.plot(*_joined(paths, (shades == shade) & best), color=colour, linewidth=1.6, zorder=3.9)
+        axes.plot(
+            *_joined(paths, (shades == shade) & best), color=colour, linewidth=1.6, zorder=3.9
+        )
     handles = []
     if best.any():
         handles.append(Line2D([], [], color=ink, linewidth=3.4, label="the best configuration"))
@@ -133,7 +181,9 @@ def _joined(paths: list[Floats], chosen: NDArray[np.bool_]) -> Floats:
 
 
 def scale(key: str, column: pd.Series) -> Scale:
-    """A key's axis: few values as names at equal distances, many numbers as a scale (log where they span 50 times)."""
+    """A key's axis: few values as names at equal distances, many numbers as a scale (log where they
+    span 50 times).
+    """
     names = sorted(column.dropna().unique())
     if len(names) > MAX_NAMES and pd.api.types.is_numeric_dtype(column):
         return _numbers(key, column.astype(float))
@@ -157,17 +207,27 @@ def _numbers(key: str, values: pd.Series) -> Scale:
 
 
 def _reading(lines: Lines) -> str:
-    """What the best trials have in common, key by key; a key of which they have every value says nothing."""
+    """What the best trials have in common, key by key; a key of which they have every value says
+    nothing.
+    """
     scored = lines.trials.dropna(subset=["score"])
     if scored["score"].nunique() == 1:
         return f"All {len(scored)} trials have the same score."
     places = scored["score"].rank(method="min", ascending=not lines.maximize)
     # Those with equal scores are as good as each other.
     top = scored[places <= max(FEWEST_BEST, round(BEST_SHARE * len(scored)))]
-    narrowed = [words for key in lines.keys if (words := _narrowed(key, top[key].dropna(), scored[key].dropna()))]
+    narrowed = [
+        words
+        for key in lines.keys
+        if (words := _narrowed(key, top[key].dropna(), scored[key].dropna()))
+    ]
     of = f"The best {len(top)} of {len(scored)} trials"
     common = labels.listed(narrowed) if narrowed else "nothing in common that the others lack"
-    drawn = f" The first {MAX_AXES} of {len(lines.keys)} settings are drawn." if len(lines.keys) > MAX_AXES else ""
+    drawn = (
+        f" The first {MAX_AXES} of {len(lines.keys)} settings are drawn."
+        if len(lines.keys) > MAX_AXES
+        else ""
+    )
     return f"{of} have {common}.{drawn}"
 
 
@@ -178,7 +238,10 @@ def _narrowed(key: str, top: pd.Series, every: pd.Series) -> str | None:
     if len(all_values) > MAX_NAMES and pd.api.types.is_numeric_dtype(every):
         if values[0] == all_values[0] and values[-1] == all_values[-1]:
             return None
-        ends = [labels.value(key, value) for value in (values[0], values[-1], all_values[0], all_values[-1])]
+        ends = [
+            labels.value(key, value)
+            for value in (values[0], values[-1], all_values[0], all_values[-1])
+        ]
         return f"{labels.key(key)} {ends[0]} to {ends[1]} (of {ends[2]} to {ends[3]})"
     words = labels.listed([labels.value(key, value) for value in values], "or")
     return f"{labels.key(key)} {words} (of {len(all_values)})"

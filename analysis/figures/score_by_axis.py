@@ -1,4 +1,6 @@
-"""Score side by side for each value of an axis with a few values: target modules, rank, alpha, ..."""
+"""Score side by side for each value of an axis with a few values: target modules, rank,
+alpha, ...
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ MAX_VALUES = 8
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    """`points` has value, score of the complete trials; `means` and `tops` (best ranked configuration) go by value."""
+    """`points` has value, score of the complete trials; `means` and `tops` (best ranked
+    configuration) go by value.
+    """
 
     key: str
     points: pd.DataFrame
@@ -31,15 +35,22 @@ class Sides:
 
 
 def data(experiment: Experiment) -> list[Plot]:
-    """A plot per swept key with 2 to 8 values among the complete trials, the learning rate aside."""
+    """A plot per swept key with 2 to 8 values among the complete trials, the learning rate
+    aside.
+    """
     order = [labels.TARGETS, labels.RANK, labels.ALPHA]
-    keys = sorted((k for k in experiment.axes if k != labels.LR), key=lambda k: order.index(k) if k in order else 9)
+    keys = sorted(
+        (k for k in experiment.axes if k != labels.LR),
+        key=lambda k: order.index(k) if k in order else 9,
+    )
     plots = [_plot(experiment, key) for key in keys]
     return [plot for plot in plots if plot is not None]
 
 
 def draw(sides: Sides, figure: Canvas, look: Look) -> None:
-    """A column per value: points are trials, the bar their mean, the diamond the best configuration's mean."""
+    """A column per value: points are trials, the bar their mean, the diamond the best
+    configuration's mean.
+    """
     axes = figure.add_subplot()
     colour = category_styles([0], look)[0][0]
     values = list(sides.means.index)
@@ -48,10 +59,25 @@ def draw(sides: Sides, figure: Canvas, look: Look) -> None:
         scores = sides.points.loc[sides.points["value"] == value, "score"].to_numpy()
         spread = 0.18 * jitter.uniform(-1, 1, len(scores))
         axes.scatter(place + spread, scores, s=26, color=colour, alpha=0.65, linewidths=0, zorder=3)
-        axes.hlines(sides.means[value], place - 0.3, place + 0.3, color=look.colours["ink"], linewidth=2, zorder=4)
+        axes.hlines(
+            sides.means[value],
+            place - 0.3,
+            place + 0.3,
+            color=look.colours["ink"],
+            linewidth=2,
+            zorder=4,
+        )
         if value in sides.tops.index:
             ink = look.colours["ink"]
-            axes.scatter(place, sides.tops[value], marker="D", s=56, facecolors="none", edgecolors=ink, zorder=5)
+            axes.scatter(
+                place,
+                sides.tops[value],
+                marker="D",
+                s=56,
+                facecolors="none",
+                edgecolors=ink,
+                zorder=5,
+            )
     base_line(axes, sides.base, f"base\n{labels.score(sides.metric, sides.base)}", look)
     names = [labels.value(sides.key, value) for value in values]
     axes.set_xticks(range(len(values)), [name.replace(", ", ",\n") for name in names])
@@ -66,7 +92,15 @@ def _legend(figure: Canvas, colour: str, look: Look) -> None:
     ink = look.colours["ink"]
     handles = [
         Line2D([], [], color=colour, marker="o", linestyle="", alpha=0.65, label="a trial"),
-        Line2D([], [], color=ink, marker="D", markerfacecolor="none", linestyle="", label="best configuration"),
+        Line2D(
+            [],
+            [],
+            color=ink,
+            marker="D",
+            markerfacecolor="none",
+            linestyle="",
+            label="best configuration",
+        ),
         Line2D([], [], color=ink, linewidth=2, label="mean of trials"),
     ]
     if look.narrow:
@@ -79,13 +113,20 @@ def _plot(experiment: Experiment, key: str) -> Plot | None:
     metric, done = experiment.metric, _where_it_matters(experiment.complete, key)
     if not 2 <= done[key].nunique() <= MAX_VALUES:
         return None
-    points = pd.DataFrame({"value": done[key], "score": done[metric]}).sort_values(["value", "score"])
+    points = pd.DataFrame({"value": done[key], "score": done[metric]}).sort_values(
+        ["value", "score"]
+    )
     whole = experiment.configurations[experiment.configurations["whole"]]
     ranked = _where_it_matters(whole, key).groupby(key)["mean"]
     tops = ranked.max() if experiment.direction == "maximize" else ranked.min()
-    sides = Sides(key, points, points.groupby("value")["score"].mean(), tops, experiment.base, metric)
+    sides = Sides(
+        key, points, points.groupby("value")["score"].mean(), tops, experiment.base, metric
+    )
     reading = _reading(sides, experiment.direction == "maximize", done)
-    alt = f"Strip chart of {labels.metric(metric)} by {labels.key(key)}: {labels.plural(len(points), 'trial')}."
+    alt = (
+        f"Strip chart of {labels.metric(metric)} by {labels.key(key)}: "
+        f"{labels.plural(len(points), 'trial')}."
+    )
     name, title = f"score_by_{key.replace('.', '_')}", f"Score by {labels.key(key)}"
     return Plot(name, title, reading, f"{alt} {reading}", sides)
 
@@ -110,7 +151,11 @@ def _reading(sides: Sides, maximize: bool, done: pd.DataFrame) -> str:
 
 def _part(sides: Sides, value: Any, count: int) -> str:
     top = labels.score(sides.metric, float(sides.tops[value]))
-    name = labels.value(sides.key, value) if isinstance(value, str) else labels.setting(sides.key, value)
+    name = (
+        labels.value(sides.key, value)
+        if isinstance(value, str)
+        else labels.setting(sides.key, value)
+    )
     return f"{top} with {name} ({labels.plural(count, 'trial')})"
 
 

@@ -1,4 +1,6 @@
-"""Target modules compared where the rest is equal: at the same rank, and at about as many trained parameters."""
+"""Target modules compared where the rest is equal: at the same rank, and at about as many trained
+parameters.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,9 @@ Matched = dict[tuple[float, float], list[Pair]]
 class Placements:
     """Arms that can be compared, each at its own best learning rate; `setting` is what they share.
 
-    `points`: panel, group (its name), targets, rank, parameters, score with low and high (95%, NaN with one seed),
-    seeds, rates. `gaps`: panel, first, second, pairs, gap (first less second, in the metric) with low and high.
+    `points`: panel, group (its name), targets, rank, parameters, score with low and high (95%, NaN
+    with one seed), seeds, rates. `gaps`: panel, first, second, pairs, gap (first less second, in
+    the metric) with low and high.
     """
 
     points: pd.DataFrame
@@ -48,7 +51,9 @@ class Placements:
 
 
 def data(experiment: Experiment) -> list[Plot]:
-    """The pairs of the first stratum (batch size, length, alpha) that has any; none without two sets of modules."""
+    """The pairs of the first stratum (batch size, length, alpha) that has any; none without two
+    sets of modules.
+    """
     e = experiment.evidence
     if e is None:
         return []
@@ -60,7 +65,9 @@ def data(experiment: Experiment) -> list[Plot]:
 
 
 def draw(placements: Placements, figure: Canvas, look: Look) -> None:
-    """A panel per kind of pair; within a group, a mark with its interval per set of target modules."""
+    """A panel per kind of pair; within a group, a mark with its interval per set of target
+    modules.
+    """
     panels = _panels(placements)
     names = list(dict.fromkeys(placements.points["targets"]))
     styles = category_styles(sorted(names), look)
@@ -73,11 +80,16 @@ def draw(placements: Placements, figure: Canvas, look: Look) -> None:
         outer = look.narrow or panel == panels[-1]
         name = f"base\n{labels.score(placements.metric, placements.base)}" if outer else ""
         base_line(axes, placements.base, name, look)
-    handles = [Line2D([], [], color=c, marker=m, linestyle="", label=name) for name, (c, m) in styles.items()]
+    handles = [
+        Line2D([], [], color=c, marker=m, linestyle="", label=name)
+        for name, (c, m) in styles.items()
+    ]
     legend(figure, handles, look)
 
 
-def _panel(axes: Axes, placements: Placements, panel: str, styles: dict[Any, tuple[str, str]]) -> None:
+def _panel(
+    axes: Axes, placements: Placements, panel: str, styles: dict[Any, tuple[str, str]]
+) -> None:
     points = placements.points[placements.points["panel"] == panel]
     groups = list(dict.fromkeys(points["group"]))
     for place, group in enumerate(groups):
@@ -99,26 +111,39 @@ def _spread(count: int) -> list[float]:
 
 def _matched(e: Evidence, stratum: Mask, panel: str) -> Matched:
     codes = np.unique(e.targets[stratum & np.isfinite(e.targets)]).tolist()
-    every = {(one, two): _MATCH[panel](e, stratum, one, two) for one, two in itertools.combinations(codes, 2)}
+    every = {
+        (one, two): _MATCH[panel](e, stratum, one, two)
+        for one, two in itertools.combinations(codes, 2)
+    }
     # An arm whose every learning rate has a diverged run has no score.
     scored = {
-        codes: [pair for pair in pairs if pair.first.arm.eligible.any() and pair.second.arm.eligible.any()]
+        codes: [
+            pair
+            for pair in pairs
+            if pair.first.arm.eligible.any() and pair.second.arm.eligible.any()
+        ]
         for codes, pairs in every.items()
     }
     return {codes: pairs for codes, pairs in scored.items() if pairs}
 
 
 def _plot(experiment: Experiment, e: Evidence, stratum: Mask, found: dict[str, Matched]) -> Plot:
-    points = pd.concat([_points(e, panel, matched) for panel, matched in found.items()], ignore_index=True)
+    points = pd.concat(
+        [_points(e, panel, matched) for panel, matched in found.items()], ignore_index=True
+    )
     gaps = [_gap(e, panel, *item) for panel, matched in found.items() for item in matched.items()]
     setting = f"alpha {e.alpha[stratum][0]:g}"
     if len(np.unique(e.batch[e.lora])) > 1:
         setting += f", {e.batch[stratum][0]:g} sequences a batch"
-    placements = Placements(points, pd.DataFrame(gaps), setting, experiment.base, experiment.metric, e.sign > 0)
+    placements = Placements(
+        points, pd.DataFrame(gaps), setting, experiment.base, experiment.metric, e.sign > 0
+    )
     reading = _reading(placements) + agreeing(e, experiment.tables.runs)
     where = labels.listed([f"at {panel}" for panel in _panels(placements)])
     alt = f"Dot chart of {labels.metric(experiment.metric)} by target modules {where}."
-    return Plot("target_modules", "Target modules, all else equal", reading, f"{alt} {reading}", placements)
+    return Plot(
+        "target_modules", "Target modules, all else equal", reading, f"{alt} {reading}", placements
+    )
 
 
 def _points(e: Evidence, panel: str, matched: Matched) -> pd.DataFrame:
@@ -128,11 +153,21 @@ def _points(e: Evidence, panel: str, matched: Matched) -> pd.DataFrame:
             at, group = _group(panel, pair)
             for code, placed in zip(codes, (pair.first, pair.second), strict=True):
                 level = e.level(placed.arm)
-                rows.append({
-                    "panel": panel, "at": at, "group": group, "targets": e.target_names[int(code)],
-                    "rank": placed.rank, "parameters": placed.parameters, "score": level.value, "low": level.low,
-                    "high": level.high, "seeds": placed.arm.seeds, "rates": int(placed.arm.eligible.sum()),
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "panel": panel,
+                        "at": at,
+                        "group": group,
+                        "targets": e.target_names[int(code)],
+                        "rank": placed.rank,
+                        "parameters": placed.parameters,
+                        "score": level.value,
+                        "low": level.low,
+                        "high": level.high,
+                        "seeds": placed.arm.seeds,
+                        "rates": int(placed.arm.eligible.sum()),
+                    }
+                )
     if not rows:
         return pd.DataFrame()
     table = pd.DataFrame(rows).drop_duplicates(["panel", "group", "targets"])
@@ -152,7 +187,9 @@ def _group(panel: str, pair: Pair) -> tuple[float, str]:
 
 
 def _gap(e: Evidence, panel: str, codes: tuple[float, float], pairs: list[Pair]) -> dict[str, Any]:
-    """The mean gap over pairs, in the metric's own direction; without an interval where an arm has one seed."""
+    """The mean gap over pairs, in the metric's own direction; without an interval where an arm has
+    one seed.
+    """
     found = [gap(pair.first.arm, pair.second.arm) for pair in pairs]
     known = [one for one in found if one is not None]
     if len(known) == len(pairs):
@@ -162,8 +199,15 @@ def _gap(e: Evidence, panel: str, codes: tuple[float, float], pairs: list[Pair])
         mean = Estimate(float(np.mean([one - two for one, two in levels])), math.nan, math.nan)
     first, second = (e.target_names[int(code)] for code in codes)
     low, high = mean.interval(0.025)
-    return {"panel": panel, "first": first, "second": second, "pairs": len(pairs), "gap": mean.value,
-            "low": low, "high": high}  # fmt: skip
+    return {
+        "panel": panel,
+        "first": first,
+        "second": second,
+        "pairs": len(pairs),
+        "gap": mean.value,
+        "low": low,
+        "high": high,
+    }
 
 
 def _panels(placements: Placements) -> list[str]:
@@ -174,7 +218,9 @@ def _reading(placements: Placements) -> str:
     parts = []
     for panel, gaps in placements.gaps.groupby("panel", sort=False):
         first = _ahead(gaps, placements.maximize)
-        parts.append(f"At {panel} {first} is {labels.listed(_against(gaps, first, placements.metric))}.")
+        parts.append(
+            f"At {panel} {first} is {labels.listed(_against(gaps, first, placements.metric))}."
+        )
     return f"{' '.join(parts)} All with {placements.setting}, {tuned(placements.points)}."
 
 
@@ -203,7 +249,11 @@ def _count(parameters: float) -> str:
     """A number of parameters to two digits: `37k`, `1.2M`."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if parameters >= size:
-            return f"{parameters / size:.2g}{unit}" if parameters < 100 * size else f"{parameters / size:.0f}{unit}"
+            return (
+                f"{parameters / size:.2g}{unit}"
+                if parameters < 100 * size
+                else f"{parameters / size:.0f}{unit}"
+            )
     return f"{parameters:.0f}"
 
 

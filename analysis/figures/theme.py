@@ -1,4 +1,6 @@
-"""How every figure looks: light or dark, wide or narrow, colours that colour-blind readers can tell apart."""
+"""How every figure looks: light or dark, wide or narrow, colours that colour-blind readers can tell
+apart.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Transform
 from PIL import Image, ImageColor
 
-from harness.rundir import Status
+from harness.records.run_dir import Status
 
-# Okabe and Ito (2008), in the order that shows best on a light and on a dark page; no black, no yellow on white.
+# Okabe and Ito (2008), in the order that shows best on a light and on a dark page; no black, no
+# yellow on white.
 OKABE_ITO = {
     False: ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
     True: ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00"),
@@ -37,8 +40,20 @@ DPI = 120
 # Letters in a line of a legend's label on a narrow page, of which two stand side by side.
 NARROW_LABEL = 26
 SCHEMES = {
-    False: {"paper": "#ffffff", "ink": "#22272c", "soft": "#66707a", "rule": "#d9dde1", "good": "#e4f1e6"},
-    True: {"paper": "#1c2126", "ink": "#e6e9ec", "soft": "#9aa4ae", "rule": "#3a424a", "good": "#23352a"},
+    False: {
+        "paper": "#ffffff",
+        "ink": "#22272c",
+        "soft": "#66707a",
+        "rule": "#d9dde1",
+        "good": "#e4f1e6",
+    },
+    True: {
+        "paper": "#1c2126",
+        "ink": "#e6e9ec",
+        "soft": "#9aa4ae",
+        "rule": "#3a424a",
+        "good": "#23352a",
+    },
 }
 
 
@@ -68,9 +83,11 @@ class Look:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A curve or point with tooltips: `about` names its subject, and `texts` has a line for each place.
+    """A curve or point with tooltips: `about` names its subject, and `texts` has a line for each
+    place.
 
-    `x` and `y` are in the coordinates of `place`, for most an axes' `transData`. Neighbours are joined by a line.
+    `x` and `y` are in the coordinates of `place`, for most an axes' `transData`. Neighbours are
+    joined by a line.
     """
 
     about: str
@@ -82,7 +99,9 @@ class Trace:
 
 @dataclass(frozen=True, slots=True)
 class PlacedTrace:
-    """A trace whose places are thousandths of the picture's width and height, from its top left corner."""
+    """A trace whose places are thousandths of the picture's width and height, from its top left
+    corner.
+    """
 
     about: str
     texts: list[str]
@@ -103,36 +122,54 @@ Draw = Callable[[Figure, Look], Sequence[Trace] | None]
 
 
 def status_style(status: str) -> tuple[Any, Any]:
-    """Line style and end marker by status: pruned and running are hollow (dashed), failed is a cross (dotted)."""
+    """Line style and end marker by status: pruned and running are hollow (dashed), failed is a
+    cross (dotted).
+    """
     if status == Status.COMPLETE.value:
         return "-", ""
     return (":", "x") if status == Status.FAILED.value else ("--", "o")
 
 
 def category_styles(values: Sequence[Any], look: Look) -> dict[Any, tuple[str, str]]:
-    """A colour and a marker for each category, in order; past six the colours come again with other markers."""
+    """A colour and a marker for each category, in order; past six the colours come again with other
+    markers.
+    """
     colours, count = OKABE_ITO[look.dark], len(MARKERS)
-    return {value: (colours[i % count], MARKERS[(i + i // count) % count]) for i, value in enumerate(values)}
+    return {
+        value: (colours[i % count], MARKERS[(i + i // count) % count])
+        for i, value in enumerate(values)
+    }
 
 
 def rank_styles(ranks: Sequence[Any], look: Look) -> dict[Any, tuple[str, str]]:
-    """A colour and a marker for each rank, in every figure the same; full fine-tuning (0) has the ink's and a star.
+    """A colour and a marker for each rank, in every figure the same; full fine-tuning (0) has the
+    ink's and a star.
 
     More ranks than there are colours go along the sequence, from the lowest to the highest.
     """
     adapters = sorted(rank for rank in ranks if rank)
     styles = category_styles(adapters, look)
     if len(adapters) > len(MARKERS):
-        shades = [to_hex(look.sequence(place / (len(adapters) - 1))) for place in range(len(adapters))]
-        styles = {rank: (shade, styles[rank][1]) for rank, shade in zip(adapters, shades, strict=True)}
+        shades = [
+            to_hex(look.sequence(place / (len(adapters) - 1))) for place in range(len(adapters))
+        ]
+        styles = {
+            rank: (shade, styles[rank][1]) for rank, shade in zip(adapters, shades, strict=True)
+        }
     return {0: (look.colours["ink"], "*"), None: category_styles([0], look)[0], **styles}
 
 
-def log_axis(axis: Axis, look: Look, span: tuple[float, float], words: Callable[[float], str]) -> None:
-    """Ticks of an axis on a log scale; `span` is the lowest and highest value: fewer decades get more ticks."""
+def log_axis(
+    axis: Axis, look: Look, span: tuple[float, float], words: Callable[[float], str]
+) -> None:
+    """Ticks of an axis on a log scale; `span` is the lowest and highest value: fewer decades get
+    more ticks.
+    """
     decades = math.log10(span[1] / span[0])
     wide = decades > (2.5 if look.narrow else 4.5)
-    axis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 3.0) if decades > 1 else (1.0, 2.0, 5.0)))
+    axis.set_major_locator(
+        LogLocator(subs=(1.0,) if wide else (1.0, 3.0) if decades > 1 else (1.0, 2.0, 5.0))
+    )
     axis.set_major_formatter(FuncFormatter(lambda value, _: words(value)))
     axis.set_minor_formatter(NullFormatter())
 
@@ -141,7 +178,9 @@ def legend(figure: Figure, handles: Sequence[Artist], look: Look) -> None:
     """A legend beside the axes, or on a narrow page below them; none without handles."""
     if handles and look.narrow:
         for handle in handles:
-            label = textwrap.fill(str(handle.get_label()), NARROW_LABEL, max_lines=3, placeholder=" …")
+            label = textwrap.fill(
+                str(handle.get_label()), NARROW_LABEL, max_lines=3, placeholder=" …"
+            )
             handle.set_label(label)
         figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize="small")
     elif handles:
@@ -149,7 +188,9 @@ def legend(figure: Figure, handles: Sequence[Artist], look: Look) -> None:
 
 
 def base_line(axes: Axes, base: float | None, text: str, look: Look) -> None:
-    """The base model's level as a line with its name outside, at the right, where no data can cover it."""
+    """The base model's level as a line with its name outside, at the right, where no data can cover
+    it.
+    """
     if base is None:
         return
     axes.axhline(base, color=look.colours["soft"], linestyle=(0, (1, 2)), linewidth=1.2, zorder=1)
@@ -181,7 +222,9 @@ def render_all(draw: Draw, look: Look, *, png: bool = True) -> Rendered:
 
 
 def darkened(svg: bytes) -> bytes:
-    """The drawing for a dark page of a light one, whose colours are all of the theme: half the time of another one."""
+    """The drawing for a dark page of a light one, whose colours are all of the theme: half the time
+    of another one.
+    """
     return _COLOUR.sub(lambda found: _DARK.get(found[0], found[0]), svg)
 
 
@@ -228,7 +271,9 @@ def _dark_by_light() -> dict[bytes, bytes]:
     for look in (Look(), Look(dark=True)):
         shades = [to_hex(look.sequence(place)) for place in range(look.sequence.N)]
         pages.append([*look.colours.values(), *OKABE_ITO[look.dark], *shades])
-    return {light.lower().encode(): dark.lower().encode() for light, dark in zip(*pages, strict=True)}
+    return {
+        light.lower().encode(): dark.lower().encode() for light, dark in zip(*pages, strict=True)
+    }
 
 
 _COLOUR = re.compile(rb"#[0-9a-f]{6}\b")

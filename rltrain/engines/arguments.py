@@ -1,10 +1,12 @@
-"""`generator.engine_args`: which arguments of vLLM a recipe may set. Imports neither torch nor vllm."""
+"""`generator.engine_args`: which arguments of vLLM a recipe may set. Imports neither torch nor
+vllm.
+"""
 
 from __future__ import annotations
 
-from harness import machine
-from harness.errors import UserError, nearest
-from harness.schema import Recipe
+from harness.config.schema import Recipe
+from harness.core import machine
+from harness.core.errors import UserError, nearest
 
 OF_KEYS = {
     "model": "trainer.policy.model.path",
@@ -22,15 +24,22 @@ OF_KEYS = {
 }
 """Arguments that a key of the recipe sets, and that key."""
 
-OF_ENGINE = frozenset({
-    "distributed_executor_backend", "generation_config", "logprobs_mode", "skip_tokenizer_init", "worker_cls",
-    "worker_extension_cls",
-})  # fmt: skip
+OF_ENGINE = frozenset(
+    {
+        "distributed_executor_backend",
+        "generation_config",
+        "logprobs_mode",
+        "skip_tokenizer_init",
+        "worker_cls",
+        "worker_extension_cls",
+    }
+)
 """Arguments that the engine needs as it sets them."""
 
 
 def check_engine_args(recipe: Recipe) -> None:
-    """Raise UserError for a name in `generator.engine_args` that vLLM does not know, or that is set elsewhere.
+    """Raise UserError for a name in `generator.engine_args` that vLLM does not know, or that is set
+    elsewhere.
 
     Where vLLM is not installed its names are not known, and only the others are checked.
     """
@@ -38,10 +47,20 @@ def check_engine_args(recipe: Recipe) -> None:
     for name in recipe.generator.engine_args:
         got = f"generator.engine_args.{name}"
         if name in OF_KEYS:
-            raise UserError("a key of the recipe sets this argument of vLLM", got=got, fix=f"set {OF_KEYS[name]}")
+            raise UserError(
+                "a key of the recipe sets this argument of vLLM",
+                got=got,
+                fix=f"set {OF_KEYS[name]}",
+            )
         if name in OF_ENGINE:
-            raise UserError("the engine itself sets this argument of vLLM", got=got, fix="leave it out")
+            raise UserError(
+                "the engine itself sets this argument of vLLM", got=got, fix="leave it out"
+            )
         if known and name not in known:
             near = nearest(name, known - OF_KEYS.keys() - OF_ENGINE)
-            raise UserError("vLLM has no argument of this name", got=got, allowed="the fields of vllm.EngineArgs",
-                            fix=f"did you mean {near}?" if near else "leave it out")  # fmt: skip
+            raise UserError(
+                "vLLM has no argument of this name",
+                got=got,
+                allowed="the fields of vllm.EngineArgs",
+                fix=f"did you mean {near}?" if near else "leave it out",
+            )

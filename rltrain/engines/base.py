@@ -1,4 +1,6 @@
-"""What a rollout engine is: requests in, samples out, adapters and weights loaded; and the registry of engines."""
+"""What a rollout engine is: requests in, samples out, adapters and weights loaded; and the registry
+of engines.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from harness.errors import UserError
-from harness.schema import Backend, Recipe, Sampling
+from harness.config.schema import Backend, Recipe, Sampling
+from harness.core.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
-# Each module has `build(recipe, model, options) -> Engine`; imported only when wanted, for vLLM takes seconds.
+# Each module has `build(recipe, model, options) -> Engine`; imported only when wanted, for vLLM
+# takes seconds.
 ENGINES: dict[Backend, str] = {
     Backend.vllm: "rltrain.engines.vllm",
     Backend.transformers: "rltrain.engines.transformers",
@@ -27,7 +30,9 @@ WEIGHTS_AT_ONCE = 512 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """`n` samples wanted for one prompt, drawn from `member`'s adapter; None: from the base model."""
+    """`n` samples wanted for one prompt, drawn from `member`'s adapter; None: from the
+    base model.
+    """
 
     prompt_token_ids: Sequence[int]
     n: int
@@ -40,8 +45,9 @@ class Request:
 class Sample:
     """One completion. `finish_reason` is "stop" (its last token is the EOS) or "length".
 
-    `logprobs[t]` is the log-probability of `token_ids[t]` under the distribution it was drawn from: temperature, top-k
-    and top-p applied. At temperature 0 the token is the likeliest, and its log-probability that of temperature 1.
+    `logprobs[t]` is the log-probability of `token_ids[t]` under the distribution it was drawn from:
+    temperature, top-k and top-p applied. At temperature 0 the token is the likeliest, and its
+    log-probability that of temperature 1.
     """
 
     token_ids: list[int]
@@ -51,7 +57,9 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What an engine must know besides the recipe. `max_lora_rank` 0: no adapters, weights come by `load_weights`."""
+    """What an engine must know besides the recipe. `max_lora_rank` 0: no adapters, weights come by
+    `load_weights`.
+    """
 
     model_path: str
     dtype: torch.dtype
@@ -67,28 +75,40 @@ class Engine(Protocol):
     """True: samples from the trainer's own modules, so there is nothing to sync."""
 
     def generate(self, requests: Sequence[Request]) -> list[list[Sample]]:
-        """Samples `[P][G]` in the order of the requests; a sample depends on its weights, prompt, seed, place in G and
-        sampling only. Raises UserError for a member with no adapter here and for a prompt that is too long."""
+        """Samples `[P][G]` in the order of the requests; a sample depends on its weights, prompt,
+        seed, place in G and sampling only. Raises UserError for a member with no adapter here and
+        for a prompt that is too long.
+        """
 
     def load_adapter(self, member: str, version: int, path: Path) -> None:
-        """Serve `member` from the PEFT folder `path` from now on; its earlier version is dropped."""
+        """Serve `member` from the PEFT folder `path` from now on; its earlier version is
+        dropped.
+        """
 
     def load_adapter_tensors(
         self, member: str, version: int, tensors: dict[str, torch.Tensor], config: dict[str, Any]
     ) -> None:
-        """As `load_adapter`, from tensors under PEFT's names and PEFT's configuration; both are left as they are."""
+        """As `load_adapter`, from tensors under PEFT's names and PEFT's configuration; both are
+        left as they are.
+        """
 
     def drop_adapter(self, member: str) -> None:
         """Forget the member's adapter; a member that has none is no error."""
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Replace the model's weights: all of them, under the names of the base model's `state_dict`."""
+        """Replace the model's weights: all of them, under the names of the base model's
+        `state_dict`.
+        """
 
     def use_model(self, model: Any) -> None:
-        """Where weights are shared: sample from this model from now on (the trainer's changes with its adapters)."""
+        """Where weights are shared: sample from this model from now on (the trainer's changes with
+        its adapters).
+        """
 
     def sleep(self) -> None:
-        """Give accelerator memory back until `wake`; nothing to do where engine and trainer do not compete for it."""
+        """Give accelerator memory back until `wake`; nothing to do where engine and trainer do not
+        compete for it.
+        """
 
     def wake(self) -> None:
         """Make ready to generate again after `sleep`."""
@@ -105,9 +125,15 @@ def build_engine(recipe: Recipe, model: Any, options: EngineOptions) -> Engine:
 
 
 def stop_token_ids(model: Any, tokenizer: Any = None) -> tuple[int, ...]:
-    """The ids that end a completion: EOS of the model's generation config and config, and of the tokenizer, sorted."""
+    """The ids that end a completion: EOS of the model's generation config and config, and of the
+    tokenizer, sorted.
+    """
     ids: set[int] = set()
-    for owner in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
+    for owner in (
+        getattr(model, "generation_config", None),
+        getattr(model, "config", None),
+        tokenizer,
+    ):
         eos = getattr(owner, "eos_token_id", None)
         if eos is not None:
             ids.update([eos] if isinstance(eos, int) else eos)
@@ -115,7 +141,9 @@ def stop_token_ids(model: Any, tokenizer: Any = None) -> tuple[int, ...]:
 
 
 def sample_seed(seed: int, index: int) -> int:
-    """The seed of the `index`-th sample of a request, below 2^63; hashed, so that no two share a stream."""
+    """The seed of the `index`-th sample of a request, below 2^63; hashed, so that no two share a
+    stream.
+    """
     digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -123,7 +151,9 @@ def sample_seed(seed: int, index: int) -> int:
 def in_parts(
     weights: Iterable[tuple[str, torch.Tensor]], limit: int = WEIGHTS_AT_ONCE
 ) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """The same weights as lists of at most `limit` bytes each; one tensor that is larger makes a list of its own."""
+    """The same weights as lists of at most `limit` bytes each; one tensor that is larger makes a
+    list of its own.
+    """
     part: list[tuple[str, torch.Tensor]] = []
     size = 0
     for name, tensor in weights:
@@ -157,3 +187,7 @@ def unknown_member(member: str, known: Iterable[str]) -> UserError:
         allowed=", ".join(sorted(known)) or "none is loaded",
         fix="publish the member's adapter to the engine before it generates",
     )
+
+
+class SyncError(RuntimeError):
+    """The engine does not serve the weights that were published to it."""

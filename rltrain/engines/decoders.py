@@ -9,16 +9,20 @@ from typing import Any, Protocol
 import torch
 from peft import PeftModel
 
-from rltrain.engines import llama
 from rltrain.engines.base import unknown_member
-from rltrain.model import adapter_off
+from rltrain.engines.cpu import decoder as llama
+from rltrain.models.loading import adapter_off
 
 
 class Decoder(Protocol):
-    """One batch of sequences while they are decoded; every prompt is computed once, whatever samples it has."""
+    """One batch of sequences while they are decoded; every prompt is computed once, whatever
+    samples it has.
+    """
 
     def prefill(self, prompts: Sequence[Sequence[int]], prompt_of_N: torch.Tensor) -> torch.Tensor:
-        """Take the prompts, and for each of N sequences which of them it continues (ascending); logits `[N, V]`."""
+        """Take the prompts, and for each of N sequences which of them it continues (ascending);
+        logits `[N, V]`.
+        """
 
     def step(self, token_N: torch.Tensor) -> torch.Tensor:
         """Continue every sequence by its token; logits `[N, V]`."""
@@ -51,11 +55,15 @@ class ModelDecoder:
         self._cache: Any = None
 
     def prefill(self, prompts: Sequence[Sequence[int]], prompt_of_N: torch.Tensor) -> torch.Tensor:
-        """Logits `[N, V]` after the prompts; keys and values are repeated for each sample of a prompt."""
+        """Logits `[N, V]` after the prompts; keys and values are repeated for each sample of a
+        prompt.
+        """
         self._cache = None
         width = max(map(len, prompts))
         device = self._model.device
-        ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+        ids = torch.tensor(
+            [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device
+        )
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         mask = (torch.arange(width, device=device) >= (width - lengths)[:, None]).long()
         logits = self._forward(ids, mask, (mask.cumsum(dim=-1) - 1).clamp(min=0))
@@ -77,11 +85,17 @@ class ModelDecoder:
         """Keys and values of these rows, in this order; a row may be taken more than once."""
         self._cache.batch_select_indices(rows)
 
-    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def _forward(
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
         output = self._model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self._cache, use_cache=True,
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
             logits_to_keep=1,
-        )  # fmt: skip
+        )
         self._cache = output.past_key_values
         logits: torch.Tensor = output.logits[:, -1]
         return logits
@@ -89,7 +103,9 @@ class ModelDecoder:
 
 @contextlib.contextmanager
 def _serving(model: Any, member: str | None) -> Iterator[None]:
-    """Eval mode with the member's adapter on (None: off); modes, flags and active adapters come back afterwards."""
+    """Eval mode with the member's adapter on (None: off); modes, flags and active adapters come
+    back afterwards.
+    """
     training = [module for module in model.modules() if module.training]
     requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.eval()

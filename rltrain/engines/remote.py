@@ -1,4 +1,6 @@
-"""Engines in processes of their own: Ray actors that each build one, and the engine that divides work among them."""
+"""Engines in processes of their own: Ray actors that each build one, and the engine that divides
+work among them.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +8,34 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from harness.errors import UserError
-from harness.schema import Recipe
-from rltrain import parallel
-from rltrain.engines.base import Engine, EngineOptions, Request, Sample, build_engine, in_parts
-from rltrain.quiet import quiet_libraries
-from rltrain.sync.proof import SyncError
+from harness.config.schema import Recipe
+from harness.core.errors import UserError
+from rltrain.distributed import placement as parallel
+from rltrain.distributed.process import quiet_libraries
+from rltrain.engines.base import (
+    Engine,
+    EngineOptions,
+    Request,
+    Sample,
+    SyncError,
+    build_engine,
+    in_parts,
+)
 
 if TYPE_CHECKING:
     import torch
 
 OURS = (UserError, SyncError)
-"""Errors that leave an actor as they are; others come as Ray's, which hold the actor's traceback."""
+"""Errors that leave an actor as they are; others come as Ray's, which hold the actor's traceback.
+"""
 
 
 class EngineInParts(Engine, Protocol):
     """An engine that takes new weights part by part, for no message holds a whole model."""
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], *, last: bool = True) -> None:
+    def load_weights(
+        self, weights: Iterable[tuple[str, torch.Tensor]], *, last: bool = True
+    ) -> None:
         """As the engine's, in one call or in several of which the last has `last` set."""
 
 
@@ -37,7 +49,8 @@ class EngineServer:
         engine = build_engine(recipe, None, options)
         if engine.shares_weights:
             raise UserError(
-                "an engine that samples from the trainer's own modules cannot run in a process of its own",
+                "an engine that samples from the trainer's own modules cannot run in a "
+                "process of its own",
                 got=f"generator.backend={recipe.generator.backend.name}",
                 fix="set generator.backend=vllm, or trainer.placement.colocate_all=true",
             )
@@ -49,7 +62,9 @@ class EngineServer:
 
 
 class RemoteEngines:
-    """Engines behind actor handles as one: every engine serves the same weights, and each a share of the prompts."""
+    """Engines behind actor handles as one: every engine serves the same weights, and each a share
+    of the prompts.
+    """
 
     shares_weights = False
 
@@ -57,11 +72,14 @@ class RemoteEngines:
         self._actors = list(actors)
 
     def generate(self, requests: Sequence[Request]) -> list[list[Sample]]:
-        """Samples `[P][G]` in the order of the requests; prompts go round robin, all samples of one to one engine."""
+        """Samples `[P][G]` in the order of the requests; prompts go round robin, all samples of one
+        to one engine.
+        """
         count = len(self._actors)
         shares = [list(requests[i::count]) for i in range(min(count, len(requests)))]
         parts = _results(
-            actor.call.remote("generate", share) for actor, share in zip(self._actors, shares, strict=False)
+            actor.call.remote("generate", share)
+            for actor, share in zip(self._actors, shares, strict=False)
         )
         return [parts[i % count][i // count] for i in range(len(requests))]
 
@@ -83,11 +101,15 @@ class RemoteEngines:
         self._all("drop_adapter", member)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Replace the weights, part by part: at most one part (`in_parts`) of them is in Ray's store at a time."""
+        """Replace the weights, part by part: at most one part (`in_parts`) of them is in Ray's
+        store at a time.
+        """
         import ray
 
         for part in in_parts(weights):
-            self._all("load_weights", ray.put([(name, tensor.cpu()) for name, tensor in part]), last=False)
+            self._all(
+                "load_weights", ray.put([(name, tensor.cpu()) for name, tensor in part]), last=False
+            )
         self._all("load_weights", [])
 
     def use_model(self, model: Any) -> None:
@@ -125,9 +147,11 @@ def start_engines(
     first_bundle: int = 0,
     env: Mapping[str, str] | None = None,
 ) -> RemoteEngines:
-    """`count` engines (`generator.num_inference_engines`), each in an actor with the CPUs and GPUs that it uses.
+    """`count` engines (`generator.num_inference_engines`), each in an actor with the CPUs and GPUs
+    that it uses.
 
-    In a placement group engine i takes bundle `first_bundle` + i. Ray must be up; this waits until all engines are.
+    In a placement group engine i takes bundle `first_bundle` + i. Ray must be up; this waits until
+    all engines are.
     """
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -142,7 +166,9 @@ def start_engines(
     actors = []
     for i in range(recipe.generator.num_inference_engines if count is None else count):
         if placement_group is not None:
-            settings["scheduling_strategy"] = PlacementGroupSchedulingStrategy(placement_group, first_bundle + i)
+            settings["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+                placement_group, first_bundle + i
+            )
         actors.append(ray.remote(EngineServer).options(**settings).remote())
     try:
         _results(actor.start.remote(recipe, options) for actor in actors)

@@ -10,32 +10,39 @@ from typing import Any
 
 import torch
 
-from harness.schema import Recipe
+from harness.config.schema import Recipe
+from rltrain.distributed.device_memory import free_memory, release
 from rltrain.engines.base import EngineOptions, Request, Sample, check_prompts, sample_seed
 from rltrain.engines.decoders import Decoder, decoder
-from rltrain.engines.drawing import Drawing, uniform_numbers
-from rltrain.out_of_memory import free_memory, release
+from rltrain.engines.sampling import Drawing, uniform_numbers
 
 COMPACTION = 0.8
-"""Finished sequences leave the batch when no more than this share of it is left: leaving copies the others' keys."""
+"""Finished sequences leave the batch when no more than this share of it is left: leaving copies the
+others' keys.
+"""
 
 
 def build(recipe: Recipe, model: Any, options: EngineOptions) -> TransformersEngine:
     """An engine on the trainer's model itself."""
     generator = recipe.generator
-    return TransformersEngine(model, options.stop_token_ids, generator.max_input_length, generator.max_num_seqs)
+    return TransformersEngine(
+        model, options.stop_token_ids, generator.max_input_length, generator.max_num_seqs
+    )
 
 
 class TransformersEngine:
-    """Samples from the trainer's modules, one batch per member and sampling parameters, each prompt computed once.
+    """Samples from the trainer's modules, one batch per member and sampling parameters, each prompt
+    computed once.
 
-    Adapters and weights are those the trainer holds this moment: what loads and drops them has nothing to do, and
-    neither have `sleep` and `wake`.
+    Adapters and weights are those the trainer holds this moment: what loads and drops them has
+    nothing to do, and neither have `sleep` and `wake`.
     """
 
     shares_weights = True
 
-    def __init__(self, model: Any, stop_token_ids: Sequence[int], max_input_length: int, max_num_seqs: int) -> None:
+    def __init__(
+        self, model: Any, stop_token_ids: Sequence[int], max_input_length: int, max_num_seqs: int
+    ) -> None:
         self._model = model
         self._stop_token_ids = torch.tensor(sorted(stop_token_ids), dtype=torch.long)
         self._max_input_length = max_input_length
@@ -45,7 +52,8 @@ class TransformersEngine:
     def generate(self, requests: Sequence[Request]) -> list[list[Sample]]:
         """Samples `[P][G]` in the order of the requests. Raises UserError as the protocol says.
 
-        Where a batch runs out of memory, all are drawn again in batches of half as many sequences, from then on.
+        Where a batch runs out of memory, all are drawn again in batches of half as many sequences,
+        from then on.
         """
         check_prompts(requests, self._max_input_length)
         while True:
@@ -58,18 +66,27 @@ class TransformersEngine:
                 release(error)
             free_memory()
             self._max_num_seqs = count // 2
-            print(f"out of memory: {self._max_num_seqs} sequences are sampled at a time from now on",
-                  file=sys.stderr, flush=True)  # fmt: skip
+            print(
+                f"out of memory: {self._max_num_seqs} sequences are sampled at a time from now on",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _samples(self, requests: Sequence[Request]) -> list[list[Sample]]:
         wanted: dict[tuple[str | None, tuple[Any, ...]], list[tuple[int, int]]] = defaultdict(list)
         for p, request in enumerate(requests):
             sampling = request.sampling
-            key = (sampling.max_generate_length, sampling.temperature, sampling.top_p, sampling.top_k)
+            key = (
+                sampling.max_generate_length,
+                sampling.temperature,
+                sampling.top_p,
+                sampling.top_k,
+            )
             wanted[request.member, key].extend((p, g) for g in range(request.n))
         samples: dict[tuple[int, int], Sample] = {}
         for (member, _), places in wanted.items():
-            # Neighbours of like length waste little padding; the sort is stable and changes no sample.
+            # Neighbours of like length waste little padding; the sort is stable and changes no
+            # sample.
             places.sort(key=lambda place: len(requests[place[0]].prompt_token_ids))
             with decoder(self._model, member) as serving:
                 for start in range(0, len(places), self._max_num_seqs):
@@ -108,7 +125,9 @@ class TransformersEngine:
     def _batch(
         self, requests: Sequence[Request], places: Sequence[tuple[int, int]], decoder: Decoder
     ) -> Iterator[Sample]:
-        """One batch, all of one member and one Sampling, in the order of the places; a prompt's are neighbours."""
+        """One batch, all of one member and one Sampling, in the order of the places; a prompt's are
+        neighbours.
+        """
         sampling, device = requests[places[0][0]].sampling, self._model.device
         index_of = {p: index for index, p in enumerate(dict.fromkeys(p for p, _ in places))}
         prompt_of_N = torch.tensor([index_of[p] for p, _ in places], device=device)
@@ -120,7 +139,9 @@ class TransformersEngine:
     def _decode(
         self, decoder: Decoder, logits_NV: torch.Tensor, uniform_NT: torch.Tensor, drawing: Drawing
     ) -> Iterator[Sample]:
-        """Samples until each has ended; sequences that have are left out of the batch now and then."""
+        """Samples until each has ended; sequences that have are left out of the batch now
+        and then.
+        """
         count, longest = uniform_NT.shape
         rows = torch.arange(count, device=uniform_NT.device)
         token_NT = torch.zeros(count, longest, dtype=torch.long, device=uniform_NT.device)
@@ -141,6 +162,8 @@ class TransformersEngine:
                 rows, token, running = rows[running], token[running], running[running]
             logits_NV = decoder.step(token)
         stop = set(self._stop_token_ids.tolist())
-        for ids, logprobs, length in zip(token_NT.tolist(), logprob_NT.tolist(), length_N.tolist(), strict=True):
+        for ids, logprobs, length in zip(
+            token_NT.tolist(), logprob_NT.tolist(), length_N.tolist(), strict=True
+        ):
             reason = "stop" if ids[length - 1] in stop else "length"
             yield Sample(ids[:length], logprobs[:length], reason)

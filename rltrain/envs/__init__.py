@@ -1,4 +1,6 @@
-"""Environments: one module each, with its reward and what else it offers. A new file here registers itself."""
+"""Environments: one module each, with its reward and what else it offers. A new file here registers
+itself.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import importlib
 import pkgutil
 from typing import Protocol, cast
 
-from harness.errors import UserError, nearest
+from harness.core.errors import UserError, nearest
 
 
 class Env(Protocol):
@@ -15,10 +17,12 @@ class Env(Protocol):
 
     A module may also offer
 
-    - `prompt(question) -> list[dict[str, str]]`: the chat messages for a question; without it, one user message,
-    - `can_score(ground_truth) -> bool`: whether any completion can score against this truth; without it, all can,
-    - `prepare(source, output_dir) -> dict[str, int]`: writes the data files for `harness.prepare`, and returns the
-      rows of each split. `source` None: the environment's own source.
+    - `prompt(question) -> list[dict[str, str]]`: the chat messages for a question; without it, one
+      user message,
+    - `can_score(ground_truth) -> bool`: whether any completion can score against this truth;
+      without it, all can,
+    - `prepare(source, output_dir) -> dict[str, int]`: writes the data files for `harness.prepare`,
+      and returns the rows of each split. `source` None: the environment's own source.
     """
 
     def reward(self, completion: str, ground_truth: str) -> float:
@@ -29,12 +33,16 @@ class Env(Protocol):
 def env_names() -> tuple[str, ...]:
     """Names of the built-in environments."""
     found = (module.name for module in pkgutil.iter_modules(__path__))
-    return tuple(name for name in found if offers(importlib.import_module(f"{__name__}.{name}"), "reward"))
+    return tuple(
+        name for name in found if offers(importlib.import_module(f"{__name__}.{name}"), "reward")
+    )
 
 
 @functools.cache
 def get_env(env_class: str) -> Env:
-    """The environment of a built-in name or of a dotted module path; raises UserError when there is none."""
+    """The environment of a built-in name or of a dotted module path; raises UserError when there is
+    none.
+    """
     if "." not in env_class:
         names = env_names()
         if env_class not in names:
@@ -42,17 +50,22 @@ def get_env(env_class: str) -> Env:
             raise UserError(
                 "unknown environment",
                 got=f"env_class={env_class}",
-                allowed=f"{', '.join(names)}, or the dotted path of your own module, as in my_package.my_env",
+                allowed=f"{', '.join(names)}, or the dotted path of your own module, as in "
+                "my_package.my_env",
                 fix=f"did you mean {near}?" if near else None,
             )
         return cast(Env, importlib.import_module(f"{__name__}.{env_class}"))
     try:
         module = importlib.import_module(env_class)
-    except (Exception, SystemExit) as error:  # the user's own module may fail in any way while it is imported
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # the user's own module may fail in any way while it is imported
         raise UserError(
             "cannot import the environment module",
             got=f"env_class={env_class}: {type(error).__name__}: {error}",
-            fix="check the path, and run from the folder that holds the package or add it to PYTHONPATH",
+            fix="check the path, and run from the folder that holds the package or add it "
+            "to PYTHONPATH",
         ) from error
     if not offers(module, "reward"):
         raise UserError(

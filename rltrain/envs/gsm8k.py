@@ -1,4 +1,6 @@
-"""GSM8K: grade-school math, scored on the number after the last `####` (Cobbe et al. 2021, arXiv:2110.14168)."""
+"""GSM8K: grade-school math, scored on the number after the last `####` (Cobbe et al. 2021,
+arXiv:2110.14168).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from harness.errors import UserError
+from harness.core.errors import UserError
 
 PROMPT_SUFFIX = 'Let\'s think step by step and output the final answer after "####".'
 MARKER = "####"
@@ -25,7 +27,8 @@ def prompt(question: str) -> list[dict[str, str]]:
 
 
 def reward(completion: str, ground_truth: str) -> float:
-    """1.0 where the number after the completion's last `####` equals the ground truth as a number, else 0.0.
+    """1.0 where the number after the completion's last `####` equals the ground truth as a number,
+    else 0.0.
 
     The ground truth is a number, or a worked solution that ends in `####` and one.
     """
@@ -45,7 +48,8 @@ def _truth(ground_truth: str) -> Decimal | None:
 def final_number(completion: str) -> Decimal | None:
     """The number a person would read after the last `####`, or None where there is none.
 
-    Currency signs, thousands commas, units and a trailing point do not matter; in `2+3=5` the result counts.
+    Currency signs, thousands commas, units and a trailing point do not matter; in `2+3=5` the
+    result counts.
     """
     _, marker, tail = completion.rpartition(MARKER)
     lines = tail.strip().splitlines()
@@ -75,12 +79,13 @@ def row(question: str, answer: str, split: str, index: int, *, data_source: str)
 
 
 def prepare(source: Sequence[Path] | None, output_dir: Path) -> dict[str, int]:
-    """Write train.parquet and validation.parquet from local files, or from the hub; returns rows per split.
+    """Write train.parquet and validation.parquet from local files, or from the hub; returns rows
+    per split.
 
     Files named *train* become the train split, files named *test* the validation split.
     Raises UserError for bad files, and before anything is written.
     """
-    from rltrain.data import write_rows
+    from rltrain.data.files import write_rows
 
     by_split = _by_split(source if source is not None else _download())
     rows = {split: _read_split(paths, split) for split, paths in by_split.items()}
@@ -95,7 +100,9 @@ def _by_split(source: Sequence[Path]) -> dict[str, list[Path]]:
         is_train, is_test = "train" in path.name.lower(), "test" in path.name.lower()
         if is_train == is_test:
             raise UserError(
-                "cannot tell the split from the file's name", got=path, allowed="a name with train or test in it"
+                "cannot tell the split from the file's name",
+                got=path,
+                allowed="a name with train or test in it",
             )
         by_split["train" if is_train else "validation"].append(path)
     for split, word in (("train", "train"), ("validation", "test")):
@@ -109,7 +116,7 @@ def _by_split(source: Sequence[Path]) -> dict[str, list[Path]]:
 
 
 def _read_split(paths: Sequence[Path], split: str) -> list[dict[str, Any]]:
-    from rltrain.data import read_rows, require_columns
+    from rltrain.data.files import read_rows, require_columns
 
     rows: list[dict[str, Any]] = []
     for path in paths:
@@ -121,7 +128,8 @@ def _read_split(paths: Sequence[Path], split: str) -> list[dict[str, Any]]:
                 raise UserError("question and answer must be text", got=f"{path}, row {number}")
             if final_number(answer) is None:
                 raise UserError(
-                    "an answer does not end in #### and a number", got=f"{path}, row {number}: {answer[-60:]!r}"
+                    "an answer does not end in #### and a number",
+                    got=f"{path}, row {number}: {answer[-60:]!r}",
                 )
             rows.append(row(question, answer, split, len(rows), data_source=_HUB_REPOSITORY))
     return rows
@@ -132,7 +140,9 @@ def _download() -> list[Path]:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return [Path(hf_hub_download(_HUB_REPOSITORY, name, repo_type="dataset")) for name in _HUB_FILES]
+        return [
+            Path(hf_hub_download(_HUB_REPOSITORY, name, repo_type="dataset")) for name in _HUB_FILES
+        ]
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise UserError(
             f"cannot download {_HUB_REPOSITORY} from the hub",

@@ -1,6 +1,7 @@
 """Competition mathematics, scored on the last `\\boxed{}` by math-verify.
 
-For MATH (Hendrycks et al. 2021, arXiv:2103.03874) and DeepMath-103K (He et al. 2025, arXiv:2504.11456).
+For MATH (Hendrycks et al. 2021, arXiv:2103.03874) and DeepMath-103K (He et al. 2025,
+arXiv:2504.11456).
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.errors import UserError
+from harness.core.errors import UserError
 
 PROMPT_SUFFIX = "Let's think step by step and put the final answer in \\boxed{}."
 LONGEST = 500
-"""Characters of an answer that math-verify is asked about; longer ones must equal the truth's text."""
+"""Characters of an answer that math-verify is asked about; longer ones must equal the truth's text.
+"""
 CPU_SECONDS = 5
-"""What one comparison may cost. CPU time, not the clock's: a busy machine gives the same rewards."""
+"""What one comparison may cost. CPU time, not the clock's: a busy machine gives the same rewards.
+"""
 MEMORY_BYTES = 4 << 30
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
@@ -39,9 +42,14 @@ _PERCENT = re.compile(r"\s*\\?%$")
 
 _MATH, _DEEPMATH = "EleutherAI/hendrycks_math", "zwhe99/DeepMath-103K"
 _SUBJECTS = (
-    "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
+    "algebra",
+    "counting_and_probability",
+    "geometry",
+    "intermediate_algebra",
+    "number_theory",
+    "prealgebra",
     "precalculus",
-)  # fmt: skip
+)
 
 
 def prompt(question: str) -> list[dict[str, str]]:
@@ -50,10 +58,11 @@ def prompt(question: str) -> list[dict[str, str]]:
 
 
 def reward(completion: str, ground_truth: str) -> float:
-    """1.0 where the completion's last `\\boxed{}` is the ground truth, as text or as mathematics, else 0.0.
+    """1.0 where the completion's last `\\boxed{}` is the ground truth, as text or as mathematics,
+    else 0.0.
 
-    Words (Yes, True, a name) are compared as text, whatever their case; all else by math-verify. The ground truth is an
-    answer, or a worked solution with its `\\boxed{}`.
+    Words (Yes, True, a name) are compared as text, whatever their case; all else by math-verify.
+    The ground truth is an answer, or a worked solution with its `\\boxed{}`.
     """
     answer, truth = final_answer(completion), _truth(ground_truth)
     if answer is None or not truth:
@@ -78,7 +87,9 @@ def _truth(ground_truth: str) -> str:
 
 
 def final_answer(completion: str) -> str | None:
-    """What the completion's last `\\boxed{}` (or `\\fbox{}`) holds, on one line; None: no box, an empty or open one."""
+    """What the completion's last `\\boxed{}` (or `\\fbox{}`) holds, on one line; None: no box, an
+    empty or open one.
+    """
     box = _BOX.match(completion, max(completion.rfind("\\boxed"), completion.rfind("\\fbox"), 0))
     if box is None:
         return None
@@ -108,22 +119,27 @@ def _text(latex: str) -> str:
 
 
 def _words(latex: str) -> str | None:
-    """The answer in lower case if it is words, not a formula; else None. `x - y` and `ab` are formulas."""
+    """The answer in lower case if it is words, not a formula; else None. `x - y` and `ab` are
+    formulas.
+    """
     text = " ".join(_SPACING.sub(" ", _TEXT.sub(r"\1", latex)).split()).casefold()
     return text if _WORDS.fullmatch(text) else None
 
 
 @functools.lru_cache(maxsize=1 << 14)
 def _equal(truth: str, answer: str) -> bool:
-    """Whether math-verify finds two formulas equal; False where it cannot tell within its bounds."""
+    """Whether math-verify finds two formulas equal; False where it cannot tell within its
+    bounds.
+    """
     return _VERIFIER.equal(truth, answer)
 
 
 class Verifier:
     """math-verify in a process of its own, started when first needed and again after it died.
 
-    Comparing short formulas can take for ever (`9^{9^{9^9}}`, many integrals), in C code that no exception interrupts,
-    and math-verify's own limit needs the main thread: so the process has a CPU timer, and the kernel ends it.
+    Comparing short formulas can take for ever (`9^{9^{9^9}}`, many integrals), in C code that no
+    exception interrupts, and math-verify's own limit needs the main thread: so the process has a
+    CPU timer, and the kernel ends it.
     """
 
     def __init__(self, cpu_seconds: float = CPU_SECONDS) -> None:
@@ -193,12 +209,16 @@ def _start(cpu_seconds: float) -> subprocess.Popen[str]:
     assert process.stdout is not None
     if process.stdout.readline() != "ready\n":
         process.kill()
-        raise RuntimeError(f"math-verify's process ended with status {process.wait()} while it started; see above")
+        raise RuntimeError(
+            f"math-verify's process ended with status {process.wait()} while it started; see above"
+        )
     return process
 
 
 def serve(cpu_seconds: float) -> None:
-    """The process: a line in with truth and answer as JSON, a line out with `equal` or `different`."""
+    """The process: a line in with truth and answer as JSON, a line out with `equal` or
+    `different`.
+    """
     import logging
 
     from math_verify import LatexExtractionConfig, parse, verify  # type: ignore[import-untyped]
@@ -226,7 +246,9 @@ def serve(cpu_seconds: float) -> None:
         truth, answer = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, cpu_seconds)  # no handler: SIGPROF ends the process
         try:
-            equal = verify(parsed(truth), parsed(answer), allow_set_relation_comp=True, timeout_seconds=None)
+            equal = verify(
+                parsed(truth), parsed(answer), allow_set_relation_comp=True, timeout_seconds=None
+            )
         except Exception:  # whatever sympy says of it, such an answer does not score
             equal = False
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -234,13 +256,14 @@ def serve(cpu_seconds: float) -> None:
 
 
 def prepare(source: Sequence[Path] | None, output_dir: Path) -> dict[str, int]:
-    """Write train.parquet and validation.parquet from local files, or MATH from the hub; returns rows per split.
+    """Write train.parquet and validation.parquet from local files, or MATH from the hub; returns
+    rows per split.
 
-    Files named *train* become the train split, files named *test* the validation split; one of them is enough.
-    A file has MATH's columns (problem, solution or answer) or DeepMath's (question, final_answer).
-    Raises UserError for bad files, and before anything is written.
+    Files named *train* become the train split, files named *test* the validation split; one of them
+    is enough. A file has MATH's columns (problem, solution or answer) or DeepMath's (question,
+    final_answer). Raises UserError for bad files, and before anything is written.
     """
-    from rltrain.data import write_rows
+    from rltrain.data.files import write_rows
 
     rows: dict[str, list[dict[str, Any]]] = {}
     for path in source if source is not None else _download():
@@ -255,14 +278,16 @@ def _split_of(path: Path) -> str:
     is_train, is_test = "train" in path.name.lower(), "test" in path.name.lower()
     if is_train == is_test:
         raise UserError(
-            "cannot tell the split from the file's name", got=path, allowed="a name with train or test in it"
+            "cannot tell the split from the file's name",
+            got=path,
+            allowed="a name with train or test in it",
         )
     return "train" if is_train else "validation"
 
 
 def _read(path: Path, split: str, first: int) -> list[dict[str, Any]]:
     """The file's rows as those of a data file, numbered from `first`."""
-    from rltrain.data import read_rows, require_columns
+    from rltrain.data.files import read_rows, require_columns
 
     source_rows = read_rows(path)
     in_math = "problem" in source_rows[0]
@@ -276,7 +301,8 @@ def _read(path: Path, split: str, first: int) -> list[dict[str, Any]]:
             raise UserError(
                 "a problem has no final answer",
                 got=f"{path}, row {number}: {str(worked)[-60:]!r}",
-                allowed="text in answer or a solution with \\boxed{...} (MATH), or text in final_answer (DeepMath)",
+                allowed="text in answer or a solution with \\boxed{...} (MATH), or text "
+                "in final_answer (DeepMath)",
             )
         rows.append(
             {
@@ -284,7 +310,12 @@ def _read(path: Path, split: str, first: int) -> list[dict[str, Any]]:
                 "prompt": prompt(question),
                 "env_class": "math",
                 "reward_spec": {"method": "rule", "ground_truth": truth},
-                "extra_info": {"split": split, "index": first + len(rows), "answer": worked, "question": question},
+                "extra_info": {
+                    "split": split,
+                    "index": first + len(rows),
+                    "answer": worked,
+                    "question": question,
+                },
             }
         )
     return rows
@@ -304,7 +335,11 @@ def _download() -> list[Path]:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    names = [f"{subject}/{split}-00000-of-00001.parquet" for split in ("train", "test") for subject in _SUBJECTS]
+    names = [
+        f"{subject}/{split}-00000-of-00001.parquet"
+        for split in ("train", "test")
+        for subject in _SUBJECTS
+    ]
     try:
         return [Path(hf_hub_download(_MATH, name, repo_type="dataset")) for name in names]
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:

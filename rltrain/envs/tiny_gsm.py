@@ -1,4 +1,6 @@
-"""Templated grade-school word problems that run through the gsm8k environment: problems, splits, habits, data files."""
+"""Templated grade-school word problems that run through the gsm8k environment: problems, splits,
+habits, data files.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.errors import UserError
+from harness.core.errors import UserError
 from rltrain.envs import gsm8k
 
 # The same environment as the real GSM8K.
@@ -25,8 +27,8 @@ DATA_SEED = 2024  # the data files are the same whatever seed the model is train
 SPLIT_SIZES = {"train": 2048, "validation": 512, "test": 1024}
 LARGEST = 60  # arithmetic that a model of 0.75 M parameters gets right when it reasons
 
-# How the base answers: share of the pretraining answers. Which habit an answer shows does not depend on its problem,
-# so reinforcement learning can shift the mixture.
+# How the base answers: share of the pretraining answers. Which habit an answer shows does not
+# depend on its problem, so reinforcement learning can shift the mixture.
 HABITS = {"reasoned": 0.30, "guess": 0.25, "unmarked": 0.25, "bare": 0.20}
 
 _CALCULATION = re.compile(r"\[(\w+)([-+*/])(\w+)\]")
@@ -50,8 +52,8 @@ class Problem:
 def split_of(question: str, answer: int) -> str:
     """The split a problem belongs to, by a hash of its quantities in order and its answer.
 
-    Problems that differ only in names, objects or phrasing share a split, so no split holds another's arithmetic.
-    Train, validation and test get 80%, 10% and 10% of the hashes.
+    Problems that differ only in names, objects or phrasing share a split, so no split holds
+    another's arithmetic. Train, validation and test get 80%, 10% and 10% of the hashes.
     """
     content = ",".join(_NUMBER.findall(question)) + f"={answer}"
     bucket = hashlib.sha256(content.encode()).digest()[0] % 10
@@ -79,14 +81,17 @@ def answer_with_habit(problem: Problem, habit: str, rng: random.Random) -> str:
 
 
 def prepare(source: Sequence[Path] | None, output_dir: Path) -> dict[str, int]:
-    """Write train, validation and test parquet files of distinct problems to `output_dir`; returns rows per split.
+    """Write train, validation and test parquet files of distinct problems to `output_dir`; returns
+    rows per split.
 
     Always the same problems. Raises UserError when given a source: the problems are made here.
     """
-    from rltrain.data import write_rows
+    from rltrain.data.files import write_rows
 
     if source:
-        raise UserError("tiny_gsm makes its own problems", got=f"--source {source[0]}", fix="leave out --source")
+        raise UserError(
+            "tiny_gsm makes its own problems", got=f"--source {source[0]}", fix="leave out --source"
+        )
     for split, size in SPLIT_SIZES.items():
         distinct: dict[str, Problem] = {}
         for problem in problems(split, DATA_SEED):
@@ -111,7 +116,9 @@ def _vocabulary() -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def _sample(rng: random.Random) -> Problem | None:
-    """One problem, or None when the drawn quantities give a result that is not a whole number from 1 to LARGEST."""
+    """One problem, or None when the drawn quantities give a result that is not a whole number from
+    1 to LARGEST.
+    """
     words, templates = _vocabulary()
     template = rng.choice(templates)
     values = {name: rng.randint(low, high) for name, (low, high) in template["ranges"].items()}

@@ -1,4 +1,6 @@
-"""Train the tiny_gsm base model from nothing on a CPU: Qwen2 architecture, a mixture of good and bad answer habits."""
+"""Train the tiny_gsm base model from nothing on a CPU: Qwen2 architecture, a mixture of good and
+bad answer habits.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.rundir import write_json
+from harness.records.run_dir import write_json
 from rltrain.envs import gsm8k, tiny_gsm
 from rltrain.envs.tiny_gsm_tokenizer import MAX_LENGTH, build_tokenizer
 
@@ -27,7 +29,9 @@ _MICRO_BATCH = 32  # sequences in one pass, of like length, so that little is pa
 
 @dataclass(frozen=True)
 class Pretraining:
-    """How the base is trained: optimizer steps, sequences a step, peak learning rate, seed, CPU threads."""
+    """How the base is trained: optimizer steps, sequences a step, peak learning rate, seed, CPU
+    threads.
+    """
 
     steps: int = 1500
     batch_size: int = 128
@@ -39,7 +43,9 @@ class Pretraining:
     eval_problems: int = 1024
 
 
-def prepare(output_dir: Path, settings: Pretraining, say: Callable[[str], None] = print) -> dict[str, Any]:
+def prepare(
+    output_dir: Path, settings: Pretraining, say: Callable[[str], None] = print
+) -> dict[str, Any]:
     """Write data, tokenizer, trained model and `card.json` to `output_dir`; returns the card.
 
     The same settings on the same machine give the same weights.
@@ -52,11 +58,16 @@ def prepare(output_dir: Path, settings: Pretraining, say: Callable[[str], None] 
     rows = tiny_gsm.prepare(None, output_dir / "data")
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
-    say(f"tiny_gsm: {model.num_parameters():,} parameters, {len(tokenizer)} tokens, {settings.steps} steps")
+    say(
+        f"tiny_gsm: {model.num_parameters():,} parameters, {len(tokenizer)} tokens, "
+        f"{settings.steps} steps"
+    )
     started = time.monotonic()
     loss = train(model, tokenizer, settings, say)
     minutes = (time.monotonic() - started) / 60
-    held_out = list(itertools.islice(tiny_gsm.problems("test", settings.seed), settings.eval_problems))
+    held_out = list(
+        itertools.islice(tiny_gsm.problems("test", settings.seed), settings.eval_problems)
+    )
     card = {
         "task": "tiny_gsm: templated grade-school word problems, scored by the gsm8k environment",
         "parameters": model.num_parameters(),
@@ -101,15 +112,22 @@ def build_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
 
 
 def train(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, settings: Pretraining, say: Callable[[str], None]
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Pretraining,
+    say: Callable[[str], None],
 ) -> float:
-    """Supervised training on the completions only; returns the mean loss (nats per token) of the last steps."""
+    """Supervised training on the completions only; returns the mean loss (nats per token) of the
+    last steps.
+    """
     import torch
 
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=settings.weight_decay
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmup_cosine(step, settings))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: _warmup_cosine(step, settings)
+    )
     model.train()
     started, losses = time.monotonic(), []
     batches = _batches(tokenizer, settings)
@@ -127,19 +145,25 @@ def train(
 
 
 def measure(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, held_out: Sequence[tiny_gsm.Problem], seed: int
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: Sequence[tiny_gsm.Problem],
+    seed: int,
 ) -> dict[str, float]:
-    """Sample one completion a problem at temperature 1; accuracy under the gsm8k reward, overall and when well formed.
+    """Sample one completion a problem at temperature 1; accuracy under the gsm8k reward, overall
+    and when well formed.
 
-    Well formed: reasoning first, then `####`. `accuracy_when_well_formed` is what reinforcement learning can reach by
-    shifting habits alone.
+    Well formed: reasoning first, then `####`. `accuracy_when_well_formed` is what reinforcement
+    learning can reach by shifting habits alone.
     """
     import torch
 
     torch.manual_seed(seed)
     completions = sample(model, tokenizer, [gsm8k.prompt(problem.question) for problem in held_out])
     rewards = [gsm8k.reward(c, str(p.answer)) for c, p in zip(completions, held_out, strict=True)]
-    formed = [reward for reward, c in zip(rewards, completions, strict=True) if c.find(gsm8k.MARKER) > 0]
+    formed = [
+        reward for reward, c in zip(rewards, completions, strict=True) if c.find(gsm8k.MARKER) > 0
+    ]
     return {
         "problems": len(held_out),
         "accuracy": round(sum(rewards) / len(rewards), 4),
@@ -149,7 +173,9 @@ def measure(
 
 
 def sample(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[dict[str, str]]]
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[dict[str, str]]],
 ) -> list[str]:
     """One completion a prompt, temperature 1, at most MAX_NEW_TOKENS tokens, end token removed."""
     import torch
@@ -157,18 +183,29 @@ def sample(
     texts = [_chat_text(tokenizer, messages) for messages in prompts]
     completions: list[str] = []
     for start in range(0, len(texts), 256):
-        encoded = tokenizer(texts[start : start + 256], return_tensors="pt", padding=True, padding_side="left")
+        encoded = tokenizer(
+            texts[start : start + 256], return_tensors="pt", padding=True, padding_side="left"
+        )
         with torch.no_grad():
             tokens = model.generate(
-                **encoded, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=MAX_NEW_TOKENS
+                **encoded,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=MAX_NEW_TOKENS,
             )
         new_tokens = tokens[:, encoded["input_ids"].shape[1] :]
         completions += tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
     return completions
 
 
-def _batches(tokenizer: PreTrainedTokenizerBase, settings: Pretraining) -> Iterator[list[TokenPair]]:
-    """Endless batches of (prompt tokens, completion tokens) from the train split, each in order of length."""
+def _batches(
+    tokenizer: PreTrainedTokenizerBase, settings: Pretraining
+) -> Iterator[list[TokenPair]]:
+    """Endless batches of (prompt tokens, completion tokens) from the train split, each in order of
+    length.
+    """
     problems = tiny_gsm.problems("train", settings.seed)
     # Its own stream: which habit an answer shows must not depend on the problem.
     rng = random.Random(f"tiny_gsm/habits/{settings.seed}")
@@ -178,13 +215,19 @@ def _batches(tokenizer: PreTrainedTokenizerBase, settings: Pretraining) -> Itera
         for problem in itertools.islice(problems, settings.batch_size):
             prompts.append(_chat_text(tokenizer, gsm8k.prompt(problem.question)))
             habit = rng.choices(names, weights)[0]
-            completions.append(tiny_gsm.answer_with_habit(problem, habit, rng) + tokenizer.eos_token)
-        pairs = zip(tokenizer(prompts)["input_ids"], tokenizer(completions)["input_ids"], strict=True)
+            completions.append(
+                tiny_gsm.answer_with_habit(problem, habit, rng) + tokenizer.eos_token
+            )
+        pairs = zip(
+            tokenizer(prompts)["input_ids"], tokenizer(completions)["input_ids"], strict=True
+        )
         yield sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
 
 
 def _backward(model: Qwen2ForCausalLM, batch: list[TokenPair]) -> float:
-    """Accumulate the gradient of the mean cross-entropy over the batch's completion tokens; returns the loss."""
+    """Accumulate the gradient of the mean cross-entropy over the batch's completion tokens; returns
+    the loss.
+    """
     import torch
 
     total = sum(len(completion) for _, completion in batch)

@@ -1,4 +1,6 @@
-"""The tiny_gsm tokenizer: Qwen2's byte-level BPE with a token for every word of the task, and digits one by one."""
+"""The tiny_gsm tokenizer: Qwen2's byte-level BPE with a token for every word of the task, and
+digits one by one.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,11 @@ _SAMPLED_PROBLEMS = 20_000
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-    """A tokenizer whose merges are learnt from the words of a fixed sample of problems and their answers.
+    """A tokenizer whose merges are learnt from the words of a fixed sample of problems and their
+    answers.
 
-    It is Qwen2's own class because that is what `AutoTokenizer` builds for a Qwen2 model, whatever the saved class.
+    It is Qwen2's own class because that is what `AutoTokenizer` builds for a Qwen2 model, whatever
+    the saved class.
     """
     import json
 
@@ -37,10 +41,16 @@ def build_tokenizer() -> Qwen2Tokenizer:
     texts = ["system\n", "user\n", "assistant\n", "The answer is 1."]
     for problem in itertools.islice(tiny_gsm.problems("train", seed=0), _SAMPLED_PROBLEMS):
         texts += [problem.question, problem.solution]
-    # Each word once: merges then go on until every word is one token, and frequent letters are shared.
-    pieces = sorted({piece for text in texts for piece, _ in blank.pre_tokenizer.pre_tokenize_str(text)})
+    # Each word once: merges then go on until every word is one token, and frequent letters are
+    # shared.
+    pieces = sorted(
+        {piece for text in texts for piece, _ in blank.pre_tokenizer.pre_tokenize_str(text)}
+    )
     trainer = trainers.BpeTrainer(
-        vocab_size=100_000, min_frequency=1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=100_000,
+        min_frequency=1,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     splitter, blank.pre_tokenizer = blank.pre_tokenizer, pre_tokenizers.WhitespaceSplit()
     blank.train_from_iterator(pieces, trainer)

@@ -1,4 +1,6 @@
-"""An adapter as its tensors and its configuration, the way PEFT stores them; disk and memory sync publish the same."""
+"""An adapter as its tensors and its configuration, the way PEFT stores them; disk and memory sync
+publish the same.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,16 @@ import torch
 from peft import get_peft_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from rltrain.ranks import full
+from rltrain.distributed.process_group import full
 
 
 def adapter_tensors(model: Any, member: str) -> dict[str, torch.Tensor]:
-    """The PEFT model's adapter `member` under PEFT's names of a stored adapter; the trainer's own memory, detached.
+    """The PEFT model's adapter `member` under PEFT's names of a stored adapter; the trainer's own
+    memory, detached.
 
-    Where the model is sharded over ranks all of them must call it: it gathers, and PEFT asks for the state dict of
-    the whole model, upon which FSDP shards again what a forward pass has left whole.
+    Where the model is sharded over ranks all of them must call it: it gathers, and PEFT asks for
+    the state dict of the whole model, upon which FSDP shards again what a forward pass has left
+    whole.
     """
     # "auto" would ask a hub whether the vocabulary was resized.
     tensors = get_peft_model_state_dict(model, adapter_name=member, save_embedding_layers=False)
@@ -23,7 +27,8 @@ def adapter_tensors(model: Any, member: str) -> dict[str, torch.Tensor]:
 
 
 class AdapterTensors:
-    """`adapter_tensors` of one adapter again and again: PEFT goes through the whole model each time, this once.
+    """`adapter_tensors` of one adapter again and again: PEFT goes through the whole model each
+    time, this once.
 
     Raises RuntimeError when a tensor of PEFT's is no parameter of the model.
     """
@@ -38,7 +43,9 @@ class AdapterTensors:
             if not isinstance(parameter, DTensor) and parameter.data_ptr() in names
         ]
         if names:
-            raise RuntimeError(f"PEFT stores what is no parameter of the model: {sorted(names.values())}")
+            raise RuntimeError(
+                f"PEFT stores what is no parameter of the model: {sorted(names.values())}"
+            )
 
     def fits(self, model: Any) -> bool:
         """Whether it is still the same adapter, and not another put on under its name."""
@@ -50,9 +57,13 @@ class AdapterTensors:
 
 
 def adapter_config(model: Any, member: str) -> dict[str, Any]:
-    """PEFT's own dictionary; sets become sorted lists, for json knows no sets; a regex of targets stays one string."""
+    """PEFT's own dictionary; sets become sorted lists, for json knows no sets; a regex of targets
+    stays one string.
+    """
     values = model.peft_config[member].to_dict()
     return {
-        **{key: sorted(value) if isinstance(value, set) else value for key, value in values.items()},
+        **{
+            key: sorted(value) if isinstance(value, set) else value for key, value in values.items()
+        },
         "inference_mode": True,
     }

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from harness.schema import SyncMode
+from harness.config.schema import SyncMode
 from rltrain.engines.base import Engine
 from rltrain.sync.disk import DiskSync, Once, run_here
 from rltrain.sync.memory import MemorySync
@@ -14,7 +14,9 @@ from rltrain.sync.merge import MergeSync
 
 
 class Sync(Protocol):
-    """Publishes what the trainer has learned. An engine that shares the trainer's weights needs nothing published."""
+    """Publishes what the trainer has learned. An engine that shares the trainer's weights needs
+    nothing published.
+    """
 
     def publish(self, engine: Engine, model: Any, member: str, version: int) -> None:
         """Make `engine` serve `member` with the weights that `model` (PEFT or plain) holds now.
@@ -33,6 +35,7 @@ SYNCS: dict[SyncMode, Callable[[Path, Once], Sync]] = {
 def build_sync(mode: SyncMode, root: Path, once: Once = run_here) -> Sync:
     """The sync that `trainer.policy.model.lora.sync` names.
 
-    `root` is where disk sync keeps its adapters, `once` runs what only one of several training processes must do.
+    `root` is where disk sync keeps its adapters, `once` runs what only one of several training
+    processes must do.
     """
     return SYNCS[mode](root, once)

@@ -1,4 +1,6 @@
-"""Sync through files: the adapter in PEFT format, one directory per version, loaded by the engine from there."""
+"""Sync through files: the adapter in PEFT format, one directory per version, loaded by the engine
+from there.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from harness.rundir import whole_folder
+from harness.records.run_dir import whole_folder
 from rltrain.engines.base import Engine
 from rltrain.sync.adapter import adapter_config, adapter_tensors
 
@@ -25,9 +27,11 @@ def run_here(action: Callable[[], None]) -> None:
 
 
 class DiskSync:
-    """Writes `<root>/<member>/v000012/`, has the engine load it, then removes the member's other versions.
+    """Writes `<root>/<member>/v000012/`, has the engine load it, then removes the member's other
+    versions.
 
-    The default, for it works with every engine and leaves the adapter where other programs can read it.
+    The default, for it works with every engine and leaves the adapter where other programs can read
+    it.
     """
 
     def __init__(self, root: Path, once: Once = run_here) -> None:
@@ -35,7 +39,9 @@ class DiskSync:
         self._once = once
 
     def publish(self, engine: Engine, model: Any, member: str, version: int) -> None:
-        """Make the engine serve `member` with the adapter of that name that the PEFT model holds now."""
+        """Make the engine serve `member` with the adapter of that name that the PEFT model holds
+        now.
+        """
         if engine.shares_weights:
             return
         folder = self._root / member / f"v{version:06d}"
@@ -64,10 +70,11 @@ def write_adapter(model: Any, member: str, folder: Path, once: Once = run_here) 
 def write_tensors(
     tensors: dict[str, torch.Tensor], config: dict[str, Any], folder: Path, *, sealed: bool = True
 ) -> None:
-    """Write an adapter (`adapter_tensors`, `adapter_config`), whole or not at all, in place of what was in `folder`.
+    """Write an adapter (`adapter_tensors`, `adapter_config`), whole or not at all, in place of what
+    was in `folder`.
 
-    `sealed` as for `whole_folder`: with checksums, and on disk.
-    The folder loads with plain `PeftModel.from_pretrained` and as a plain vLLM LoRARequest; r and alpha as trained.
+    `sealed` as for `whole_folder`: with checksums, and on disk. The folder loads with plain
+    `PeftModel.from_pretrained` and as a plain vLLM LoRARequest; r and alpha as trained.
     """
     with whole_folder(folder, sealed=sealed) as new:
         save_file(
@@ -75,4 +82,6 @@ def write_tensors(
             new / "adapter_model.safetensors",
             metadata={"format": "pt"},
         )
-        (new / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (new / "adapter_config.json").write_text(
+            json.dumps(config, indent=2, sort_keys=True) + "\n"
+        )

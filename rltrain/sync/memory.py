@@ -9,13 +9,17 @@ from rltrain.sync.adapter import AdapterTensors, adapter_config
 
 
 class MemorySync:
-    """Hands the adapter's tensors to the engine, under the names and with the configuration that disk sync writes."""
+    """Hands the adapter's tensors to the engine, under the names and with the configuration that
+    disk sync writes.
+    """
 
     def __init__(self) -> None:
         self._adapters: dict[str, AdapterTensors] = {}
 
     def publish(self, engine: Engine, model: Any, member: str, version: int) -> None:
-        """Make the engine serve `member` with the adapter of that name that the PEFT model holds now."""
+        """Make the engine serve `member` with the adapter of that name that the PEFT model holds
+        now.
+        """
         if engine.shares_weights:
             return
         known = self._adapters.get(member)

@@ -1,4 +1,6 @@
-"""Sync by merging: base + scaled BA, or all weights of a plain model, written into the engine's own weights."""
+"""Sync by merging: base + scaled BA, or all weights of a plain model, written into the engine's own
+weights.
+"""
 
 from __future__ import annotations
 
@@ -8,35 +10,46 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 
-from harness.errors import UserError
+from harness.core.errors import UserError
+from rltrain.distributed.process_group import full
 from rltrain.engines.base import Engine
-from rltrain.lora import base_model
-from rltrain.ranks import full
+from rltrain.models.lora import base_model
 
 
 class MergeSync:
-    """Has the engine take the merged weights for its own. For rank 0, and for the fastest decoding of a pack of one."""
+    """Has the engine take the merged weights for its own. For rank 0, and for the fastest decoding
+    of a pack of one.
+    """
 
     def publish(self, engine: Engine, model: Any, member: str, version: int) -> None:
-        """Give the engine `model`'s weights with the member's adapter merged in; the trainer's stay as they are."""
+        """Give the engine `model`'s weights with the member's adapter merged in; the trainer's stay
+        as they are.
+        """
         if not engine.shares_weights:
             engine.load_weights(merged_weights(model, member))
 
 
 @torch.no_grad()
 def merged_weights(model: Any, member: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) for each tensor of the base model's `state_dict`, one at a time; a tied head is left out.
+    """(name, tensor) for each tensor of the base model's `state_dict`, one at a time; a tied head
+    is left out.
 
-    Where the model is sharded over ranks each is gathered, so that all of them must go through the iterator.
-    For a PEFT model each weight the adapter `member` targets is W + scale * B A (LoRA, arXiv 2106.09685, eq. 3).
-    Raises UserError for an adapter on one of two tied weights: merged, it would change both.
+    Where the model is sharded over ranks each is gathered, so that all of them must go through the
+    iterator. For a PEFT model each weight the adapter `member` targets is W + scale * B A (LoRA,
+    arXiv 2106.09685, eq. 3). Raises UserError for an adapter on one of two tied weights: merged, it
+    would change both.
     """
     base = base_model(model)
-    tied = dict(getattr(base, "_tied_weights_keys", None) or {}) if base.config.tie_word_embeddings else {}
+    tied = (
+        dict(getattr(base, "_tied_weights_keys", None) or {})
+        if base.config.tie_word_embeddings
+        else {}
+    )
     adapted = {
         name: layer
         for name, layer in base.named_modules()
-        if isinstance(layer, LoraLayer) and (member in layer.lora_A or member in layer.lora_embedding_A)
+        if isinstance(layer, LoraLayer)
+        and (member in layer.lora_A or member in layer.lora_embedding_A)
     }
     both = {name.removesuffix(".weight") for name in (*tied, *tied.values())} & adapted.keys()
     if both:

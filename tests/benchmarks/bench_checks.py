@@ -1,4 +1,6 @@
-"""What trust costs: the quickstart's steps with and without checksums, manifest, fsync and sync proof, in turn."""
+"""What trust costs: the quickstart's steps with and without checksums, manifest, fsync and sync
+proof, in turn.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from harness import manifest
-from harness import recipe as recipes
-from harness.rundir import RunDir
+from harness.config import recipe as recipes
+from harness.records import manifest
+from harness.records.run_dir import RunDir
 from tests.benchmarks.side_by_side import write_record
 
 REPEATS = 7
@@ -23,7 +25,7 @@ STEPS = 8  # a checkpoint's worth
 
 def main() -> None:
     """Measure, print, and write `docs/benchmarks/checks.json`."""
-    from rltrain.quiet import quiet_libraries
+    from rltrain.distributed.process import quiet_libraries
 
     quiet_libraries()
     from rltrain.pack import Pack
@@ -32,11 +34,20 @@ def main() -> None:
     seconds: dict[str, list[float]] = {"with": [], "without": []}
     with tempfile.TemporaryDirectory() as scratch:
         total = 2 * (REPEATS + 1) * STEPS
-        recipe = recipes.load("quickstart", [f"trainer.max_steps={total}", "trainer.eval_before_train=false",
-                                             "trainer.eval_interval=0"])  # fmt: skip
+        recipe = recipes.load(
+            "quickstart",
+            [
+                f"trainer.max_steps={total}",
+                "trainer.eval_before_train=false",
+                "trainer.eval_interval=0",
+            ],
+        )
         recipe.sweep = None
         run_dir = RunDir(Path(scratch) / "run")
-        run_dir.create(recipes.to_yaml(recipe), manifest.build(recipe, kind="run", name="run", source="benchmark"))
+        run_dir.create(
+            recipes.to_yaml(recipe),
+            manifest.build(recipe, kind="run", name="run", source="benchmark"),
+        )
         pack = Pack.open(recipe)
         reports = training(pack, pack.join(recipe, run_dir))
         # One warm-up each, then in turn, so that a slow minute of the machine meets both.
@@ -50,25 +61,41 @@ def main() -> None:
                 seconds[name].append((time.perf_counter() - start) / STEPS)
             print(f"{name:>8}  {(time.perf_counter() - start) / STEPS:.3f} s a step", flush=True)
         pack.close()
-    # Neighbours are compared with each other: the policy's completions grow and shrink as it learns.
-    ratio = statistics.median(a / b for a, b in zip(seconds["with"], seconds["without"], strict=True))
+    # Neighbours are compared with each other: the policy's completions grow and shrink as it
+    # learns.
+    ratio = statistics.median(
+        a / b for a, b in zip(seconds["with"], seconds["without"], strict=True)
+    )
     print(f"with checks a step takes {100 * (ratio - 1):+.1f}% (median of {REPEATS} pairs)")
-    write_record("checks", __doc__, repeats=REPEATS, steps=STEPS, threads=1, seconds_per_step=seconds, ratio=ratio)
+    write_record(
+        "checks",
+        __doc__,
+        repeats=REPEATS,
+        steps=STEPS,
+        threads=1,
+        seconds_per_step=seconds,
+        ratio=ratio,
+    )
 
 
 @contextlib.contextmanager
 def unchecked() -> Iterator[None]:
     """No sync proof, no manifest, no checksum, no waiting for the disk."""
-    from harness import rundir
-    from rltrain.policy import Policy
+    from harness.records import run_dir as rundir
+    from rltrain.algorithms.policy import Policy
 
     def nothing(*_: Any, **__: Any) -> None:
         return None
 
     with contextlib.ExitStack() as stack:
         for owner, name in (
-            (Policy, "prove"), (Policy, "check"), (RunDir, "update"), (rundir, "seal"), (rundir, "sync"), (os, "fsync"),
-        ):  # fmt: skip
+            (Policy, "prove"),
+            (Policy, "check"),
+            (RunDir, "update"),
+            (rundir, "seal"),
+            (rundir, "sync"),
+            (os, "fsync"),
+        ):
             stack.enter_context(mock.patch.object(owner, name, nothing))
         yield
 

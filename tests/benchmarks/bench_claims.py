@@ -1,4 +1,6 @@
-"""How often claims and decisions are wrong, and how often they find what is there, on sweeps of known truth."""
+"""How often claims and decisions are wrong, and how often they find what is there, on sweeps of
+known truth.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ from analysis.claims.arm import BASIN_SHARE
 from analysis.claims.claim import FAILS, GAIN_SHARE, HOLDS, RESOLVED
 from analysis.claims.curves import CURVE_SHARE
 from analysis.claims.rates import FACTOR, HALF_WAY
-from harness.paths import PROJECT
-from harness.rundir import write_json, write_text
+from harness.core.paths import PROJECT
+from harness.records.run_dir import write_json, write_text
 from tests.unit.analysis.choices import COLLAPSING, STABLE, Choice
 from tests.unit.analysis.simulation import BASE, CASES, GAIN, NOISE, Case, World
 
@@ -52,11 +54,17 @@ def claims() -> list[dict[str, Any]]:
     """How often each claim's verdicts come, by case."""
     cases = []
     for case in CASES:
-        row: dict[str, Any] = {"claim": case.claim, "case": case.name, "true": case.true, "reported": case.reported}
+        row: dict[str, Any] = {
+            "claim": case.claim,
+            "case": case.name,
+            "true": case.true,
+            "reported": case.reported,
+        }
         row["shares"] = case.shares(SWEEPS)
         if not case.true:
             row["holds_elsewhere"] = {
-                name: case.shares(FOR_SEEDS, seed=1, **world)[HOLDS] for name, world in OTHER_WORLDS.items()
+                name: case.shares(FOR_SEEDS, seed=1, **world)[HOLDS]
+                for name, world in OTHER_WORLDS.items()
             }
         if case.reported:
             row["seeds_for_80"] = {name: seeds_for_80(case, world) for name, world in GAINS.items()}
@@ -79,8 +87,14 @@ def decisions() -> dict[str, dict[str, dict[str, float]]]:
 
 
 def seeds_for_80(case: Case, world: dict[str, Any]) -> int | None:
-    """The fewest seeds with which a true claim holds in four of five sweeps; None where 8 do not do."""
-    found = (n for n in range(2, MOST_SEEDS + 1) if case.shares(FOR_SEEDS, seed=2, **world, seeds=n)[HOLDS] >= 0.8)
+    """The fewest seeds with which a true claim holds in four of five sweeps; None where 8 do not
+    do.
+    """
+    found = (
+        n
+        for n in range(2, MOST_SEEDS + 1)
+        if case.shares(FOR_SEEDS, seed=2, **world, seeds=n)[HOLDS] >= 0.8
+    )
     return next(found, None)
 
 
@@ -89,21 +103,35 @@ def page(record: dict[str, Any]) -> str:
     cases = record["cases"]
     world = World(())
     text = WORDS.read_text().format(
-        gain_share=f"{GAIN_SHARE:.0%}", basin=f"{BASIN_SHARE:.0%}", factor=f"{FACTOR:g}", half_way=f"{HALF_WAY:g}",
-        curves=f"{CURVE_SHARE:.0%}", resolved=f"{RESOLVED:g}", base=BASE, gain=GAIN, noise=NOISE, rates=world.rates,
-        apart=f"{10**world.step:.1f}", failures=f"{world.failures:.0%}", sweeps=record["sweeps"],
+        gain_share=f"{GAIN_SHARE:.0%}",
+        basin=f"{BASIN_SHARE:.0%}",
+        factor=f"{FACTOR:g}",
+        half_way=f"{HALF_WAY:g}",
+        curves=f"{CURVE_SHARE:.0%}",
+        resolved=f"{RESOLVED:g}",
+        base=BASE,
+        gain=GAIN,
+        noise=NOISE,
+        rates=world.rates,
+        apart=f"{10**world.step:.1f}",
+        failures=f"{world.failures:.0%}",
+        sweeps=record["sweeps"],
         elsewhere=record["sweeps_elsewhere"],
-    )  # fmt: skip
+    )
     claims = [(f"**{c.id}**", c.text, _how(c.judge), f"`{c.recipe}.yaml`") for c in CLAIMS.values()]
     text = text.replace("<claims>", _table(("claim", "statement", "judged by", "recipe"), claims))
     false = [_false(case) for case in cases if not case["true"]]
-    text = text.replace("<false>", _table(("claim", "the truth", "false “holds”", *OTHER_WORLDS), false))
+    text = text.replace(
+        "<false>", _table(("claim", "the truth", "false “holds”", *OTHER_WORLDS), false)
+    )
     for kind, worlds in record["decisions"].items():
         rows = [(name, *(_share(shares[one]) for one in KINDS)) for name, shares in worlds.items()]
         text = text.replace(f"<{kind}>", _table(("the truth", *KINDS), rows))
     heads = [f"seeds for 80%, gain {name}" for name in GAINS]
     true = [_true(case) for case in cases if case["true"]]
-    return text.replace("<true>", _table(("claim", "the truth", "“holds”", "false “does not hold”", *heads), true))
+    return text.replace(
+        "<true>", _table(("claim", "the truth", "“holds”", "false “does not hold”", *heads), true)
+    )
 
 
 def _false(case: dict[str, Any]) -> tuple[str, ...]:
@@ -113,15 +141,25 @@ def _false(case: dict[str, Any]) -> tuple[str, ...]:
 
 def _true(case: dict[str, Any]) -> tuple[str, ...]:
     seeds = [_seeds(case["seeds_for_80"][name]) if case["reported"] else "" for name in GAINS]
-    return (case["claim"], case["case"], _share(case["shares"][HOLDS]), _share(case["shares"][FAILS]), *seeds)
+    return (
+        case["claim"],
+        case["case"],
+        _share(case["shares"][HOLDS]),
+        _share(case["shares"][FAILS]),
+        *seeds,
+    )
 
 
 def _how(judge: Callable[..., Any]) -> str:
-    return (judge.__doc__ or "").split("\n")[0].split(": ", 1)[1]
+    first = " ".join((judge.__doc__ or "").split("\n\n")[0].split())
+    return first.split(": ", 1)[1]
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in (head, ("---",) * len(head), *rows)]
+    lines = [
+        " | ".join(cell.replace("|", "\\|") for cell in row)
+        for row in (head, ("---",) * len(head), *rows)
+    ]
     return "\n".join(f"| {line} |" for line in lines)
 
 

@@ -1,4 +1,5 @@
-"""Seconds from a trial's end to the beginning of the one that takes its slot, with three times as many trials as slots.
+"""Seconds from a trial's end to the beginning of the one that takes its slot, with three times as
+many trials as slots.
 
 Trials are of several lengths, so that they end apart as well as together.
 """
@@ -24,12 +25,16 @@ def main() -> None:
     """Measure, print, and write `docs/benchmarks/handover.json`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=int, default=SIZE, help="trials")
-    parser.add_argument("--steps", type=int, nargs="*", default=list(STEPS), help="of the trials, in turn")
+    parser.add_argument(
+        "--steps", type=int, nargs="*", default=list(STEPS), help="of the trials, in turn"
+    )
     options = parser.parse_args()
     waits = {}
     for name, slots in WAYS.items():
         with tempfile.TemporaryDirectory() as folder:
-            found = our_sweep(options.size, Path(folder), [*slots, "trainer.num_threads=1"], *options.steps)
+            found = our_sweep(
+                options.size, Path(folder), [*slots, "trainer.num_threads=1"], *options.steps
+            )
         waits[name] = found["next_trial_after_s"]
         print(f"{name}: the next trial after {middle(waits[name])} s", flush=True)
     write_record("handover", __doc__, steps=options.steps, trials=options.size, waits_s=waits)

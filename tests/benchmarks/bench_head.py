@@ -1,5 +1,5 @@
-"""Log-probabilities and entropies of tokens under a real model's vocabulary, forward and backward: in chunks, with all
-rows at once, and by PyTorch's autograd.
+"""Log-probabilities and entropies of tokens under a real model's vocabulary, forward and backward:
+in chunks, with all rows at once, and by PyTorch's autograd.
 
 Each contender is a fresh process, by turns; memory is the peak above the inputs.
 """
@@ -23,11 +23,19 @@ def main() -> None:
     for _ in range(ROUNDS):
         for name in CONTENDERS:
             runs[name].append(result("head_run", {**SHAPE, "how": name}, threads=threads))
-    rows = [{"contender": name, **{key: middle(one[key] for one in found) for key in found[0] if key != "seconds"}}
-            for name, found in runs.items()]  # fmt: skip
+    rows = [
+        {
+            "contender": name,
+            **{key: middle(one[key] for one in found) for key in found[0] if key != "seconds"},
+        }
+        for name, found in runs.items()
+    ]
     for row in rows:
-        print(f"{row['contender']:>20}  {row['pass_s']:7.2f} s  {row['memory_gb']:6.2f} GiB  {row['logprobs']:.6f} "
-              f"{row['entropies']:.6f} {row['gradient']:.6f}")  # fmt: skip
+        print(
+            f"{row['contender']:>20}  {row['pass_s']:7.2f} s  {row['memory_gb']:6.2f} GiB  "
+            f"{row['logprobs']:.6f} "
+            f"{row['entropies']:.6f} {row['gradient']:.6f}"
+        )
     write_record("head", __doc__, rounds=ROUNDS, threads=threads, shape=SHAPE, rows=rows)
 
 

@@ -1,10 +1,12 @@
-"""Makespan of N members in one pack, against the bound on what sharing can gain; memory, and shares of the peak.
+"""Makespan of N members in one pack, against the bound on what sharing can gain; memory, and shares
+of the peak.
 
-One trial takes F seconds to start, G to roll out, T for all else of its steps. N trials one after the other take
-N (F + G + T); in one pack at least F + N (G/g + T/c), where g and c are what one engine call and one update for all
-gain. So the speedup S is at most (F + G + T) / (F/N + G/g + T/c). G and T are steady steps of a pack of one, F what is
-left of its makespan. g and c are measured in a pack of N that is warm: steps of all members in turn with the same
-members' steps one at a time, as seconds a token. S itself comes from fresh processes, start-up included. The members
+One trial takes F seconds to start, G to roll out, T for all else of its steps. N trials one after
+the other take N (F + G + T); in one pack at least F + N (G/g + T/c), where g and c are what one
+engine call and one update for all gain. So the speedup S is at most (F + G + T) / (F/N + G/g +
+T/c). G and T are steady steps of a pack of one, F what is left of its makespan. g and c are
+measured in a pack of N that is warm: steps of all members in turn with the same members' steps one
+at a time, as seconds a token. S itself comes from fresh processes, start-up included. The members
 differ in their seeds alone, for a pack of one to stand for each of them.
 """
 
@@ -20,7 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from harness.paths import PROJECT
+from harness.core.paths import PROJECT
 from tests.benchmarks.side_by_side import middle, result, write_record
 
 THREADS = 2
@@ -34,8 +36,14 @@ MEMORY = ("memory_open_gb", "memory_joined_gb", "memory_peak_gb", "adapter_state
 
 MEMBERS = 5
 SHORT = "generator.sampling_params.max_generate_length=16"  # a random base never ends a completion
-LARGER = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 10, "num_attention_heads": 8,
-          "num_key_value_heads": 8, "layer_types": ["full_attention"] * 10}  # fmt: skip
+LARGER = {
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 10,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "layer_types": ["full_attention"] * 10,
+}
 MAKE_BASE = """
 import sys
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -55,21 +63,41 @@ def main() -> None:
     for _ in range(options.rounds):
         for engine in options.engines:
             for members in options.sizes:
-                spec = {"members": members, "steps": STEPS, "completions": COMPLETIONS, "engine": engine,
-                        "alternate": ALTERNATE if members > 1 else 0}  # fmt: skip
+                spec = {
+                    "members": members,
+                    "steps": STEPS,
+                    "completions": COMPLETIONS,
+                    "engine": engine,
+                    "alternate": ALTERNATE if members > 1 else 0,
+                }
                 run = result("pack_run", spec, threads=options.threads)
                 runs.setdefault((engine, members), []).append(run)
-                print(f"{engine:>12} {members:>3} members  {run['makespan_s']:.1f} s  "
-                      f"{run['memory_peak_gb']:.2f} GiB  {run.get('gains', '')}", flush=True)  # fmt: skip
-    engines = {engine: table({n: rows for (name, n), rows in runs.items() if name == engine})
-               for engine in options.engines}  # fmt: skip
+                print(
+                    f"{engine:>12} {members:>3} members  {run['makespan_s']:.1f} s  "
+                    f"{run['memory_peak_gb']:.2f} GiB  {run.get('gains', '')}",
+                    flush=True,
+                )
+    engines = {
+        engine: table({n: rows for (name, n), rows in runs.items() if name == engine})
+        for engine in options.engines
+    }
     memory = members_on_a_larger_base(options.threads)
-    write_record("pack", __doc__, rounds=options.rounds, threads=options.threads, steps=STEPS, completions=COMPLETIONS,
-                 engines=engines, memory=memory)  # fmt: skip
+    write_record(
+        "pack",
+        __doc__,
+        rounds=options.rounds,
+        threads=options.threads,
+        steps=STEPS,
+        completions=COMPLETIONS,
+        engines=engines,
+        memory=memory,
+    )
 
 
 def members_on_a_larger_base(threads: int) -> dict[str, Any]:
-    """Peak memory of 1 and of several members where a second base would show: 35 M parameters, random."""
+    """Peak memory of 1 and of several members where a second base would show: 35 M parameters,
+    random.
+    """
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(PROJECT / "rltrain" / "assets" / "tiny_gsm", folder, dirs_exist_ok=True)
         (Path(folder) / "model.safetensors").unlink()
@@ -78,16 +106,30 @@ def members_on_a_larger_base(threads: int) -> dict[str, Any]:
         subprocess.run([sys.executable, "-c", MAKE_BASE, folder], check=True)
         runs = {}
         for members in (1, MEMBERS):
-            spec = {"members": members, "steps": 2, "completions": 16, "engine": "transformers",
-                    "overrides": [f"trainer.policy.model.path={folder}", SHORT]}  # fmt: skip
+            spec = {
+                "members": members,
+                "steps": 2,
+                "completions": 16,
+                "engine": "transformers",
+                "overrides": [f"trainer.policy.model.path={folder}", SHORT],
+            }
             runs[members] = result("pack_run", spec, threads=threads)
     one, several = runs[1], runs[MEMBERS]
     further = (several["memory_peak_gb"] - one["memory_peak_gb"]) / (MEMBERS - 1)
     state = (several["adapter_state_gb"] - one["adapter_state_gb"]) / (MEMBERS - 1)
-    print(f"a further member: {1024 * further:.0f} MiB, of it {1024 * state:.0f} MiB adapter and optimizer; "
-          f"the base: {1024 * one['base_gb']:.0f} MiB", flush=True)  # fmt: skip
-    return {"base_gb": one["base_gb"], "further_member_gb": round(further, 4), "adapter_state_gb": round(state, 4),
-            "members": MEMBERS, "peak_gb": {str(n): run["memory_peak_gb"] for n, run in runs.items()}}  # fmt: skip
+    print(
+        f"a further member: {1024 * further:.0f} MiB, of it {1024 * state:.0f} MiB adapter "
+        "and optimizer; "
+        f"the base: {1024 * one['base_gb']:.0f} MiB",
+        flush=True,
+    )
+    return {
+        "base_gb": one["base_gb"],
+        "further_member_gb": round(further, 4),
+        "adapter_state_gb": round(state, 4),
+        "members": MEMBERS,
+        "peak_gb": {str(n): run["memory_peak_gb"] for n, run in runs.items()},
+    }
 
 
 def table(runs: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -99,28 +141,48 @@ def table(runs: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
     rows = [row(members, found, solo, alone) for members, found in runs.items()]
     further = max(1, rows[-1]["members"] - rows[0]["members"])
     growth = {key: round((rows[-1][key] - rows[0][key]) / further, 5) for key in MEMORY}
-    return {"solo_s": solo, "rows": rows, "per_further_member": growth, "base_gb": one[0]["base_gb"]}
+    return {
+        "solo_s": solo,
+        "rows": rows,
+        "per_further_member": growth,
+        "base_gb": one[0]["base_gb"],
+    }
 
 
-def row(members: int, runs: list[dict[str, Any]], solo: dict[str, float], alone: float) -> dict[str, Any]:
-    """Medians over rounds, the speedup over as many solo runs one after the other, and its bound."""
+def row(
+    members: int, runs: list[dict[str, Any]], solo: dict[str, float], alone: float
+) -> dict[str, Any]:
+    """Medians over rounds, the speedup over as many solo runs one after the other, and its
+    bound.
+    """
     gains = [run.get("gains", {"g": 1.0, "c": 1.0}) for run in runs]
     g, c = (median(one[name] for one in gains) for name in ("g", "c"))
     makespan = median(run["makespan_s"] for run in runs)
     least = solo["F"] / members + solo["G"] / g + solo["T"] / c
     return {
-        "members": members, "makespan_s": round(makespan, 3), "speedup": round(members * alone / makespan, 3),
-        "bound": round(alone / least, 3), "g": round(g, 3), "c": round(c, 3),
+        "members": members,
+        "makespan_s": round(makespan, 3),
+        "speedup": round(members * alone / makespan, 3),
+        "bound": round(alone / least, 3),
+        "g": round(g, 3),
+        "c": round(c, 3),
         "startup_s": middle(run["startup_s"] for run in runs),
-        "rollout_s": steady(runs, "rollout"), "rest_s": steady(runs, "rest"),
+        "rollout_s": steady(runs, "rollout"),
+        "rest_s": steady(runs, "rest"),
         **{key: middle(run[key] for run in runs) for key in MEMORY},
-        **{f"{phase}_share_of_peak": middle(step[f"{phase}_share_of_peak"] for run in runs for step in run["steps"][1:])
-           for phase in ("rollout", "update")},
-    }  # fmt: skip
+        **{
+            f"{phase}_share_of_peak": middle(
+                step[f"{phase}_share_of_peak"] for run in runs for step in run["steps"][1:]
+            )
+            for phase in ("rollout", "update")
+        },
+    }
 
 
 def steady(runs: list[dict[str, Any]], part: str) -> float:
-    """Seconds of a part in all steps, each taken as the median one; the first, which warms up, is not looked at."""
+    """Seconds of a part in all steps, each taken as the median one; the first, which warms up, is
+    not looked at.
+    """
     return round(STEPS * median(step[part] for run in runs for step in run["steps"][1:]), 4)
 
 

@@ -1,6 +1,8 @@
-"""The quickstart's first 8 trials, with the code before packs and with today's: seconds of `python -m harness.sweep`.
+"""The quickstart's first 8 trials, with the code before packs and with today's: seconds of `python
+-m harness.sweep`.
 
-Both with their own defaults, in turn, on the packages installed here; no pruning, so that both train the same trials.
+Both with their own defaults, in turn, on the packages installed here; no pruning, so that both
+train the same trials.
 """
 
 from __future__ import annotations
@@ -13,12 +15,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from harness.paths import PROJECT
-from harness.rundir import RunDir
+from harness.core.paths import PROJECT
+from harness.records.run_dir import RunDir
 from tests.benchmarks.bench_sweep import COMPLETIONS, CORES, steps_of, sweep_of
 from tests.benchmarks.side_by_side import middle, write_record
 
-BEFORE = "b2c0c5d"  # the last commit without packs: trials trained one at a time on the base and engine of a process
+# The last commit without packs: trials trained one at a time, on the base and engine of a process.
+BEFORE = "b2c0c5d"
 ROUNDS = 3
 OVERRIDES = ["sweep.num_trials=8", "sweep.seeds=[0]", "sweep.pruner=null"]
 
@@ -35,33 +38,53 @@ def main() -> None:
             for name, tree in code.items():
                 rounds[name].append(sweep(tree, Path(scratch) / f"{name}{turn}"))
                 print(f"{name:>6}  {rounds[name][-1]}", flush=True)
-    write_record("quickstart", __doc__, rounds=options.rounds, before=BEFORE, overrides=OVERRIDES, runs=rounds,
-                 medians={name: medians(found) for name, found in rounds.items()})  # fmt: skip
+    write_record(
+        "quickstart",
+        __doc__,
+        rounds=options.rounds,
+        before=BEFORE,
+        overrides=OVERRIDES,
+        runs=rounds,
+        medians={name: medians(found) for name, found in rounds.items()},
+    )
 
 
 def medians(found: list[dict[str, Any]]) -> dict[str, Any]:
     """Each number's median over the rounds."""
-    parts = {part: middle((one["parts_s"][part] for one in found), 2) for part in found[0]["parts_s"]}
-    return {key: middle((one[key] for one in found), 2) for key in found[0] if key != "parts_s"} | {"parts_s": parts}
+    parts = {
+        part: middle((one["parts_s"][part] for one in found), 2) for part in found[0]["parts_s"]
+    }
+    return {key: middle((one[key] for one in found), 2) for key in found[0] if key != "parts_s"} | {
+        "parts_s": parts
+    }
 
 
 def checked_out(commit: str, folder: Path) -> Path:
     """The project's files as of a commit, in a folder."""
-    archive = subprocess.run(["git", "-C", str(PROJECT), "archive", commit], capture_output=True, check=True).stdout
+    archive = subprocess.run(
+        ["git", "-C", str(PROJECT), "archive", commit], capture_output=True, check=True
+    ).stdout
     with tarfile.open(fileobj=io.BytesIO(archive)) as files:
         files.extractall(folder, filter="data")
     return folder
 
 
 def sweep(code: Path, place: Path) -> dict[str, Any]:
-    """Seconds of the quickstart's sweep with the code of a folder, where they went, and how fast rollouts were."""
+    """Seconds of the quickstart's sweep with the code of a folder, where they went, and how fast
+    rollouts were.
+    """
     place.mkdir()
     found = sweep_of("recipes/quickstart.yaml", place, OVERRIDES, code)
     trials = [RunDir(folder) for folder in RunDir(place / "sweep").trials.iterdir()]
-    tokens = sum(row["completions/mean_length"] * COMPLETIONS for trial in trials for row in steps_of(trial))
+    tokens = sum(
+        row["completions/mean_length"] * COMPLETIONS for trial in trials for row in steps_of(trial)
+    )
     rolling = CORES * found["parts_s"]["rollout"]
-    return {"makespan_s": found["makespan_s"], "tokens_per_second_and_process": round(tokens / rolling),
-            "parts_s": found["parts_s"]}  # fmt: skip
+    return {
+        "makespan_s": found["makespan_s"],
+        "tokens_per_second_and_process": round(tokens / rolling),
+        "parts_s": found["parts_s"],
+    }
 
 
 if __name__ == "__main__":

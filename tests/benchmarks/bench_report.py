@@ -1,4 +1,6 @@
-"""The report of sweeps of 1 to 500 trials: seconds to write, weight of the page, and its load time in Chromium."""
+"""The report of sweeps of 1 to 500 trials: seconds to write, weight of the page, and its load time
+in Chromium.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from analysis.report import write_report
-from harness.rundir import Status
+from harness.records.run_dir import Status
 from tests.benchmarks.side_by_side import write_record
 from tests.integration.browser import CHROMIUM, Browser
 from tests.unit.analysis.synthetic import BASE, Sweep, Trial, params, write_sweep
@@ -22,7 +24,8 @@ from tests.unit.analysis.synthetic import BASE, Sweep, Trial, params, write_swee
 TRIALS = (1, 18, 200, 500)
 SEEDS = (0, 1)
 WRITES, LOADS = 3, 7
-# Milliseconds from the start of navigation; what is looked at first is there with the second, pictures with the third.
+# Milliseconds from the start of navigation; what is looked at first is there with the second,
+# pictures with the third.
 MARKS = {"parsed": "domInteractive", "usable": "domContentLoadedEventEnd", "loaded": "loadEventEnd"}
 
 
@@ -40,21 +43,26 @@ def main() -> None:
                 write_report(directory, processes=os.cpu_count() or 1)
                 seconds[count].append(time.perf_counter() - start)
         with Browser(Path(scratch) / "profile") as browser:
-            loads = loaded(browser, {count: path / "report" / "index.html" for count, path in sweeps.items()})
+            loads = loaded(
+                browser, {count: path / "report" / "index.html" for count, path in sweeps.items()}
+            )
         rows: dict[str, dict[str, Any]] = {}
         for count, path in sweeps.items():
             page = path / "report" / "index.html"
             rows[str(count)] = {
-                "page_mb": round(page.stat().st_size / 2**20, 3), "write_s": round(median(seconds[count]), 3),
+                "page_mb": round(page.stat().st_size / 2**20, 3),
+                "write_s": round(median(seconds[count]), 3),
                 **{f"{name}_ms": round(median(found), 1) for name, found in loads[count].items()},
-            }  # fmt: skip
+            }
             print(f"{count:4} trials: {rows[str(count)]}", flush=True)
     write_record("report", __doc__, writes=WRITES, loads=LOADS, sizes=rows)
 
 
 def loaded(browser: Browser, pages: dict[int, Path]) -> dict[int, dict[str, list[float]]]:
     """Load times of pages, by turns, each in a tab of its own."""
-    times: dict[int, dict[str, list[float]]] = {count: {name: [] for name in MARKS} for count in pages}
+    times: dict[int, dict[str, list[float]]] = {
+        count: {name: [] for name in MARKS} for count in pages
+    }
     for _ in range(LOADS):
         for count, path in pages.items():
             with browser.page(path.as_uri()) as page:
@@ -66,7 +74,9 @@ def loaded(browser: Browser, pages: dict[int, Path]) -> dict[int, dict[str, list
 
 
 def sweep(count: int) -> Sweep:
-    """A sweep of so many trials over rank, alpha, learning rate and target modules, some pruned, some failed."""
+    """A sweep of so many trials over rank, alpha, learning rate and target modules, some pruned,
+    some failed.
+    """
     rng = np.random.default_rng(0)
     return Sweep(list(trials(count, rng)), seeds=SEEDS if count > 1 else SEEDS[:1])
 
@@ -74,7 +84,9 @@ def sweep(count: int) -> Sweep:
 def trials(count: int, rng: np.random.Generator) -> Iterator[Trial]:
     """Trials with a basin over learning rates that is the same at every rank."""
     rates = np.geomspace(1e-5, 1e-2, 13).tolist()
-    grid = [params(*one) for one in product((1, 4, 16, 64), rates, (16, 32, 64), ("all-linear", "mlp"))]
+    grid = [
+        params(*one) for one in product((1, 4, 16, 64), rates, (16, 32, 64), ("all-linear", "mlp"))
+    ]
     order = rng.permutation(len(grid))
     for number in range(count):
         configuration, seed = divmod(number, len(SEEDS)) if count > 1 else (0, 0)
@@ -83,9 +95,25 @@ def trials(count: int, rng: np.random.Generator) -> Iterator[Trial]:
         score = BASE + 0.62 * float(np.exp(-2 * off**2)) + float(rng.normal(0, 0.016))
         chance = rng.random()
         if chance < 0.1:
-            yield Trial(configuration, seed, values, score, Status.PRUNED, "step 10: below the median", last_step=10)
+            yield Trial(
+                configuration,
+                seed,
+                values,
+                score,
+                Status.PRUNED,
+                "step 10: below the median",
+                last_step=10,
+            )
         elif chance < 0.13:
-            yield Trial(configuration, seed, values, score, Status.FAILED, "out of memory at step 20", last_step=20)
+            yield Trial(
+                configuration,
+                seed,
+                values,
+                score,
+                Status.FAILED,
+                "out of memory at step 20",
+                last_step=20,
+            )
         else:
             yield Trial(configuration, seed, values, min(score, 1.0))
 

@@ -1,8 +1,9 @@
-"""Rollouts of the quickstart's model with rank-8 adapters: completion tokens a second, all ways side by side.
+"""Rollouts of the quickstart's model with rank-8 adapters: completion tokens a second, all ways
+side by side.
 
-vllm, vllm with its own LoRA operations ("vllm stock") and with none ("vllm without LoRA", the bound), our decode loop
-on the trainer's modules ("transformers"), and transformers' `generate` on them ("generate"), which is what TRL's
-trainers call.
+vllm, vllm with its own LoRA operations ("vllm stock") and with none ("vllm without LoRA", the
+bound), our decode loop on the trainer's modules ("transformers"), and transformers' `generate` on
+them ("generate"), which is what TRL's trainers call.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import recipe as recipes
-from harness.rundir import RunDir
+from harness.config import recipe as recipes
+from harness.records.run_dir import RunDir
 from tests.benchmarks.side_by_side import write_record
 
 REPEATS = 3
@@ -26,18 +27,28 @@ WAYS = ("vllm", "vllm stock", "vllm without LoRA", "transformers", "generate")
 
 def main() -> None:
     """Measure, print, and write `docs/benchmarks/rollout.json`."""
-    from rltrain.quiet import quiet_libraries
+    from rltrain.distributed.process import quiet_libraries
 
     quiet_libraries()
     with tempfile.TemporaryDirectory() as scratch:
         packs = {backend: _open(backend, Path(scratch)) for backend in ("vllm", "transformers")}
         ways = _ways(packs)
         rows: list[dict[str, Any]] = [
-            {"samples": samples, "adapters": adapters, "engine": way, "seconds": [], "cpu_seconds": [], "tokens": []}
-            for samples in (64, 128, 512) for adapters in (1, ADAPTERS) for way in WAYS
+            {
+                "samples": samples,
+                "adapters": adapters,
+                "engine": way,
+                "seconds": [],
+                "cpu_seconds": [],
+                "tokens": [],
+            }
+            for samples in (64, 128, 512)
+            for adapters in (1, ADAPTERS)
+            for way in WAYS
             if adapters == 1 or (samples == 512 and way != "generate")
-        ]  # fmt: skip
-        # One warm-up round, then the ways in turn, so that a slow minute of the machine meets all of them.
+        ]
+        # One warm-up round, then the ways in turn, so that a slow minute of the machine meets all
+        # of them.
         for repeat in range(REPEATS + 1):
             for row in rows:
                 start, cpu = time.perf_counter(), time.process_time()
@@ -47,10 +58,18 @@ def main() -> None:
                     row["cpu_seconds"].append(round(time.process_time() - cpu, 4))
                     row["tokens"].append(tokens)
     for row in rows:
-        for what, seconds in (("tokens_per_second", "seconds"), ("tokens_per_cpu_second", "cpu_seconds")):
-            row[what] = round(statistics.median(n / s for n, s in zip(row["tokens"], row[seconds], strict=True)))
-        print(f"{row['engine']:>12}  {row['samples']:>4} samples  {row['adapters']} adapters  "
-              f"{row['tokens_per_second']:>7} tokens/s  {row['tokens_per_cpu_second']:>7} a CPU-second")  # fmt: skip
+        for what, seconds in (
+            ("tokens_per_second", "seconds"),
+            ("tokens_per_cpu_second", "cpu_seconds"),
+        ):
+            row[what] = round(
+                statistics.median(n / s for n, s in zip(row["tokens"], row[seconds], strict=True))
+            )
+        print(
+            f"{row['engine']:>12}  {row['samples']:>4} samples  {row['adapters']} adapters  "
+            f"{row['tokens_per_second']:>7} tokens/s  {row['tokens_per_cpu_second']:>7} a "
+            "CPU-second"
+        )
     write_record("rollout", __doc__, repeats=REPEATS, threads=1, rows=rows)
 
 
@@ -60,7 +79,9 @@ def _open(backend: str, scratch: Path) -> tuple[Any, list[Any]]:
 
     from rltrain.pack import Pack
 
-    recipe = recipes.load("quickstart", [f"generator.backend={backend}", "generator.max_num_seqs=512"])
+    recipe = recipes.load(
+        "quickstart", [f"generator.backend={backend}", "generator.max_num_seqs=512"]
+    )
     pack = Pack.open(recipe, room=ADAPTERS)
     members = []
     for place in range(ADAPTERS):
@@ -87,11 +108,15 @@ def _ways(packs: dict[str, tuple[Any, list[Any]]]) -> dict[str, Callable[[int, i
 
     llm: Any = packs["vllm"][0].engine._llm
     wrappers = llm.collective_rpc(
-        lambda worker: list(worker.model_runner.lora_manager._adapter_manager.punica_wrapper_mapping.values())
+        lambda worker: list(
+            worker.model_runner.lora_manager._adapter_manager.punica_wrapper_mapping.values()
+        )
     )[0]
 
     class NoLoRA(PunicaWrapperCPU):
-        """Leaves the adapters' products out: what is then left is as fast as any LoRA operations could make it."""
+        """Leaves the adapters' products out: what is then left is as fast as any LoRA operations
+        could make it.
+        """
 
         def add_lora_linear(self, *_: Any, **__: Any) -> None:
             pass
@@ -110,9 +135,13 @@ def _ways(packs: dict[str, tuple[Any, list[Any]]]) -> dict[str, Callable[[int, i
         return way
 
     pack, members = packs["transformers"]
-    return {"vllm": ours("vllm"), "vllm stock": instead(PunicaWrapperCPU), "vllm without LoRA": instead(NoLoRA),
-            "transformers": ours("transformers"),
-            "generate": lambda samples, _: _generate(pack, members[0], samples)}  # fmt: skip
+    return {
+        "vllm": ours("vllm"),
+        "vllm stock": instead(PunicaWrapperCPU),
+        "vllm without LoRA": instead(NoLoRA),
+        "transformers": ours("transformers"),
+        "generate": lambda samples, _: _generate(pack, members[0], samples),
+    }
 
 
 def _requests(pack: Any, members: Sequence[Any], samples: int) -> list[Any]:
@@ -121,9 +150,18 @@ def _requests(pack: Any, members: Sequence[Any], samples: int) -> list[Any]:
 
     prompts = samples // len(members) // SAMPLES_PER_PROMPT
     return [
-        request(pack, member, problem, member.recipe.generator.sampling_params, SAMPLES_PER_PROMPT, "bench", place)
-        for member in members for place, problem in enumerate(member.problems[:prompts])
-    ]  # fmt: skip
+        request(
+            pack,
+            member,
+            problem,
+            member.recipe.generator.sampling_params,
+            SAMPLES_PER_PROMPT,
+            "bench",
+            place,
+        )
+        for member in members
+        for place, problem in enumerate(member.problems[:prompts])
+    ]
 
 
 def _rollout(pack: Any, members: Sequence[Any], samples: int) -> int:
@@ -145,9 +183,15 @@ def _generate(pack: Any, member: Any, samples: int) -> int:
     member.policy.activate()
     with torch.no_grad():
         found = pack.model.generate(
-            input_ids=ids, attention_mask=mask, do_sample=True, temperature=sampling.temperature, top_k=0,
-            max_new_tokens=sampling.max_generate_length, eos_token_id=list(pack.stop_token_ids), pad_token_id=eos,
-        )[:, width:]  # fmt: skip
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=True,
+            temperature=sampling.temperature,
+            top_k=0,
+            max_new_tokens=sampling.max_generate_length,
+            eos_token_id=list(pack.stop_token_ids),
+            pad_token_id=eos,
+        )[:, width:]
     ended = torch.isin(found, torch.tensor(pack.stop_token_ids)).cumsum(1)
     before_the_end = ended - torch.isin(found, torch.tensor(pack.stop_token_ids)).long() == 0
     return int(before_the_end.sum())

@@ -1,7 +1,9 @@
-"""The same configurations as members of packs and each alone: do they end within seed noise, with the same winner?
+"""The same configurations as members of packs and each alone: do they end within seed noise, with
+the same winner?
 
-With one thread the two are the same to the bit. With two, sums may be split otherwise, and runs drift apart as they do
-with another seed: what is left between packed and alone is held against what a seed changes.
+With one thread the two are the same to the bit. With two, sums may be split otherwise, and runs
+drift apart as they do with another seed: what is left between packed and alone is held against what
+a seed changes.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 
 from scipy import stats
 
-from harness.rundir import RunDir
+from harness.records.run_dir import RunDir
 from tests.benchmarks.bench_sweep import CORES, our_sweep
 from tests.benchmarks.side_by_side import write_record
 
@@ -32,15 +34,23 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=SIZE, help="configurations")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--engines", nargs="*", default=list(ENGINES))
-    parser.add_argument("--threads", type=int, nargs="*", default=list(THREADS), help="of each process")
+    parser.add_argument(
+        "--threads", type=int, nargs="*", default=list(THREADS), help="of each process"
+    )
     options = parser.parse_args()
     rows = []
     for engine in options.engines:
         for threads in options.threads:
             rows.append(compare(engine, threads, options.size, options.steps))
             print({key: value for key, value in rows[-1].items() if key != "scores"}, flush=True)
-            write_record("same_answers", __doc__, steps=options.steps, configurations=options.size, seeds=SEEDS,
-                         rows=rows)  # fmt: skip
+            write_record(
+                "same_answers",
+                __doc__,
+                steps=options.steps,
+                configurations=options.size,
+                seeds=SEEDS,
+                rows=rows,
+            )
 
 
 def compare(engine: str, threads: int, size: int, steps: int) -> dict[str, Any]:
@@ -55,14 +65,20 @@ def compare(engine: str, threads: int, size: int, steps: int) -> dict[str, Any]:
     by_seed = [a - b for a, b in zip(packed, reseeded, strict=True)]
     same = not any(differences)
     return {
-        "engine": engine, "threads": threads, "configurations": size,
-        "mean_difference": round(mean(differences), 5), "largest_difference": round(max(map(abs, differences)), 5),
-        "sd_of_differences": round(stdev(differences), 5), "sd_between_seeds": round(stdev(by_seed), 5),
+        "engine": engine,
+        "threads": threads,
+        "configurations": size,
+        "mean_difference": round(mean(differences), 5),
+        "largest_difference": round(max(map(abs, differences)), 5),
+        "sd_of_differences": round(stdev(differences), 5),
+        "sd_between_seeds": round(stdev(by_seed), 5),
         # Wilcoxon's test has nothing to rank where nothing differs.
-        "p_wilcoxon": 1.0 if same else round(float(stats.wilcoxon(differences, zero_method="zsplit").pvalue), 4),
+        "p_wilcoxon": 1.0
+        if same
+        else round(float(stats.wilcoxon(differences, zero_method="zsplit").pvalue), 4),
         "same_winner": packed.index(max(packed)) == alone.index(max(alone)),
         "scores": {"packed": packed, "alone": alone, "packed, other seed": reseeded},
-    }  # fmt: skip
+    }
 
 
 def scores(engine: str, size: int, steps: int, overrides: Sequence[str]) -> list[float]:
@@ -70,7 +86,10 @@ def scores(engine: str, size: int, steps: int, overrides: Sequence[str]) -> list
     with tempfile.TemporaryDirectory() as folder:
         our_sweep(size, Path(folder), [*overrides, f"generator.backend={engine}"], steps)
         sweep = RunDir(Path(folder) / "sweep")
-        return [sweep.trial(n).read_manifest()["result"]["metrics"]["eval/accuracy"] for n in range(size)]
+        return [
+            sweep.trial(n).read_manifest()["result"]["metrics"]["eval/accuracy"]
+            for n in range(size)
+        ]
 
 
 if __name__ == "__main__":

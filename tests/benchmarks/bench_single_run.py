@@ -1,7 +1,9 @@
-"""One GRPO run, TRL's GRPOTrainer + PEFT against ours with either engine: tokens a second, start-up, memory, accuracy.
+"""One GRPO run, TRL's GRPOTrainer + PEFT against ours with either engine: tokens a second,
+start-up, memory, accuracy.
 
-Same base, problems, reward, batch, learning rate, LoRA and number of steps; the contenders take turns, a fresh process
-each turn. First each tries its settings that change the speed and nothing else; the fastest is what is measured.
+Same base, problems, reward, batch, learning rate, LoRA and number of steps; the contenders take
+turns, a fresh process each turn. First each tries its settings that change the speed and nothing
+else; the fastest is what is measured.
 """
 
 from __future__ import annotations
@@ -60,15 +62,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--completions", type=int, nargs="*", default=list(STEPS))
-    parser.add_argument("--seeds", type=int, nargs="*", default=list(SEEDS), help="of the runs to the same accuracy")
+    parser.add_argument(
+        "--seeds", type=int, nargs="*", default=list(SEEDS), help="of the runs to the same accuracy"
+    )
     parser.add_argument("--contenders", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         contest = Contest(Path(scratch), options.contenders, options.threads)
         speed = {str(n): contest.speed(n, options.rounds) for n in options.completions}
         accuracy = contest.accuracy(options.seeds) if options.seeds else None
-    write_record("single_run", __doc__, threads=options.threads, rounds=options.rounds, lora=LORA, lr=LR, speed=speed,
-                 accuracy=accuracy)  # fmt: skip
+    write_record(
+        "single_run",
+        __doc__,
+        threads=options.threads,
+        rounds=options.rounds,
+        lora=LORA,
+        lr=LR,
+        speed=speed,
+        accuracy=accuracy,
+    )
 
 
 class Contest:
@@ -82,99 +94,174 @@ class Contest:
         self._runs = 0
 
     def speed(self, completions: int, rounds: int) -> dict[str, Any]:
-        """Settings tried and chosen, and the rounds of each contender at one batch size, with their medians."""
+        """Settings tried and chosen, and the rounds of each contender at one batch size, with their
+        medians.
+        """
         tried = self._try(completions)
-        chosen = {name: max(seen, key=lambda variant: seen[variant]) for name, seen in tried.items()}
+        chosen = {
+            name: max(seen, key=lambda variant: seen[variant]) for name, seen in tried.items()
+        }
         measured: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
         for name in self._turns(rounds):
             row = self._row(name, chosen[name], completions, STEPS[completions])
             measured[name].append(row)
             rate, memory = row["tokens_per_second"], row["memory_gb"]
-            print(f"{completions:>4} completions  {name:<20} {rate:>8.0f} tokens/s  {row['step_s']:.3f} s a step  "
-                  f"start-up {row['startup_s']:.1f} s  {memory:.2f} GiB", flush=True)  # fmt: skip
+            print(
+                f"{completions:>4} completions  {name:<20} {rate:>8.0f} tokens/s  "
+                f"{row['step_s']:.3f} s a step  "
+                f"start-up {row['startup_s']:.1f} s  {memory:.2f} GiB",
+                flush=True,
+            )
         return {
-            name: {"settings": chosen[name], "tried_tokens_per_second": tried[name], "rounds": rows, **medians(rows)}
+            name: {
+                "settings": chosen[name],
+                "tried_tokens_per_second": tried[name],
+                "rounds": rows,
+                **medians(rows),
+            }
             for name, rows in measured.items()
         }
 
     def accuracy(self, seeds: Sequence[int]) -> dict[str, Any]:
-        """Seconds until each contender's adapter scores as much; scored by one evaluation, with the clock stopped."""
+        """Seconds until each contender's adapter scores as much; scored by one evaluation, with the
+        clock stopped.
+        """
         curves: dict[str, list[list[dict[str, float]]]] = {name: [] for name in self._contenders}
         tried = self._try(ACCURACY_COMPLETIONS)
         for seed in seeds:
             for name in self._contenders:
                 variant = max(tried[name], key=lambda one: tried[name][one])
                 # One step more: the last has our final evaluation behind it.
-                run = self._run(name, variant, ACCURACY_COMPLETIONS, ACCURACY_STEPS + 1, seed=seed, keep=True)
+                run = self._run(
+                    name, variant, ACCURACY_COMPLETIONS, ACCURACY_STEPS + 1, seed=seed, keep=True
+                )
                 run["kept"] = [one for one in run["kept"] if one["step"] <= ACCURACY_STEPS]
                 scored = result(
-                    "score_adapters", {"adapters": run["kept"], "samples": SCORED_SAMPLES}, threads=self._threads
+                    "score_adapters",
+                    {"adapters": run["kept"], "samples": SCORED_SAMPLES},
+                    threads=self._threads,
                 )
                 curves[name].append(curve(run, scored["accuracy"]))
-                print(f"seed {seed}  {name:<20} {curves[name][-1][-1]['accuracy']:.3f} after "
-                      f"{curves[name][-1][-1]['seconds']:.1f} s", flush=True)  # fmt: skip
+                print(
+                    f"seed {seed}  {name:<20} {curves[name][-1][-1]['accuracy']:.3f} after "
+                    f"{curves[name][-1][-1]['seconds']:.1f} s",
+                    flush=True,
+                )
         return {
-            "completions": ACCURACY_COMPLETIONS, "steps": ACCURACY_STEPS, "seeds": list(seeds),
-            "contenders": {name: {"curves": found, "reached": reached(found)} for name, found in curves.items()},
-        }  # fmt: skip
+            "completions": ACCURACY_COMPLETIONS,
+            "steps": ACCURACY_STEPS,
+            "seeds": list(seeds),
+            "contenders": {
+                name: {"curves": found, "reached": reached(found)} for name, found in curves.items()
+            },
+        }
 
     def _turns(self, rounds: int) -> Iterator[str]:
         yield from (name for _ in range(rounds) for name in self._contenders)
 
     def _try(self, completions: int) -> dict[str, dict[str, float]]:
-        """Completion tokens a second of each contender with each of its settings, in a short run of each."""
+        """Completion tokens a second of each contender with each of its settings, in a short run of
+        each.
+        """
         steps = TRIED.get(completions, TRIED[64])
         seen: dict[str, dict[str, float]] = {name: {} for name in self._contenders}
         for name in self._contenders:
             for variant in VARIANTS[name]:
                 row = self._row(name, variant, completions, steps)
                 seen[name][variant] = round(row["tokens_per_second"], 1)
-                print(f"{completions:>4} completions  {name}, {variant}: {row['tokens_per_second']:.0f}", flush=True)
+                print(
+                    f"{completions:>4} completions  {name}, {variant}: "
+                    f"{row['tokens_per_second']:.0f}",
+                    flush=True,
+                )
         return seen
 
     def _row(self, name: str, variant: str, completions: int, steps: int) -> dict[str, Any]:
-        # Our last step has the final evaluation and checkpoint behind it: one more step, that nobody counts.
+        # Our last step has the final evaluation and checkpoint behind it: one more step, that
+        # nobody counts.
         run = self._run(name, variant, completions, WARM_UP + steps + 1)
         step_s, lengths = run["step_s"][WARM_UP:-1], run["mean_length"][WARM_UP:-1]
-        rates = [completions * length / seconds for length, seconds in zip(lengths, step_s, strict=True)]
+        rates = [
+            completions * length / seconds for length, seconds in zip(lengths, step_s, strict=True)
+        ]
         row = {
-            "tokens_per_second": middle(rates, 1), "step_s": middle(step_s), "startup_s": run["startup_s"],
-            "first_step_s": run["step_s"][0], "mean_length": middle(lengths, 2), "memory_gb": run["memory_gb"],
-        }  # fmt: skip
+            "tokens_per_second": middle(rates, 1),
+            "step_s": middle(step_s),
+            "startup_s": run["startup_s"],
+            "first_step_s": run["step_s"][0],
+            "mean_length": middle(lengths, 2),
+            "memory_gb": run["memory_gb"],
+        }
         if "timing_s" in run:
-            row["timing_s"] = {part: middle(values[WARM_UP:-1]) for part, values in run["timing_s"].items()}
+            row["timing_s"] = {
+                part: middle(values[WARM_UP:-1]) for part, values in run["timing_s"].items()
+            }
             row["mfu"] = middle(run["mfu"][WARM_UP:-1])
         return row
 
-    def _run(self, name: str, variant: str, completions: int, steps: int, *, seed: int = 0, keep: bool = False) -> Any:
+    def _run(
+        self,
+        name: str,
+        variant: str,
+        completions: int,
+        steps: int,
+        *,
+        seed: int = 0,
+        keep: bool = False,
+    ) -> Any:
         self._runs += 1
         settings, output = VARIANTS[name][variant], self._scratch / f"run{self._runs:03d}"
         threads = settings.get("threads", self._threads)
         every = KEEP_EVERY if keep else 0
         if name == "TRL":
-            spec = {"completions": completions, "steps": steps, "seed": seed, "lr": LR, **LORA, "output": str(output),
-                    "keep_every": every, "keep": str(output), **settings}  # fmt: skip
+            spec = {
+                "completions": completions,
+                "steps": steps,
+                "seed": seed,
+                "lr": LR,
+                **LORA,
+                "output": str(output),
+                "keep_every": every,
+                "keep": str(output),
+                **settings,
+            }
             return result("trl_run", spec, threads=threads, python=self._trl)
         overrides = [
-            f"generator.backend={settings['engine']}", "generator.max_num_seqs=512", f"seed={seed}",
-            f"trainer.train_batch_size={completions // 8}", f"trainer.policy_mini_batch_size={completions // 8}",
-            f"trainer.max_steps={steps}", f"trainer.policy.optimizer_config.lr={LR}",
-            f"trainer.policy.model.lora.rank={LORA['rank']}", f"trainer.policy.model.lora.alpha={LORA['alpha']}",
-            f"trainer.target_modules={LORA['targets']}", "trainer.eval_before_train=false", "trainer.eval_interval=0",
-            f"trainer.ckpt_interval={every}", f"trainer.max_ckpts_to_keep={steps}", "expect={}", *settings["overrides"],
-        ]  # fmt: skip
+            f"generator.backend={settings['engine']}",
+            "generator.max_num_seqs=512",
+            f"seed={seed}",
+            f"trainer.train_batch_size={completions // 8}",
+            f"trainer.policy_mini_batch_size={completions // 8}",
+            f"trainer.max_steps={steps}",
+            f"trainer.policy.optimizer_config.lr={LR}",
+            f"trainer.policy.model.lora.rank={LORA['rank']}",
+            f"trainer.policy.model.lora.alpha={LORA['alpha']}",
+            f"trainer.target_modules={LORA['targets']}",
+            "trainer.eval_before_train=false",
+            "trainer.eval_interval=0",
+            f"trainer.ckpt_interval={every}",
+            f"trainer.max_ckpts_to_keep={steps}",
+            "expect={}",
+            *settings["overrides"],
+        ]
         return result("our_run", {"overrides": overrides, "output": str(output)}, threads=threads)
 
 
 def medians(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The median over rounds of what is one number a round."""
-    return {key: middle(row[key] for row in rows) for key, value in rows[0].items() if isinstance(value, (int, float))}
+    return {
+        key: middle(row[key] for row in rows)
+        for key, value in rows[0].items()
+        if isinstance(value, (int, float))
+    }
 
 
 def curve(run: dict[str, Any], accuracies: Sequence[float]) -> list[dict[str, float]]:
-    """Accuracy against seconds since launch, and since the first step, at each adapter that was kept.
+    """Accuracy against seconds since launch, and since the first step, at each adapter that was
+    kept.
 
-    Keeping adapters is no part of the time: TRL's are written between two of its steps, ours in `timing_s/checkpoint`.
+    Keeping adapters is no part of the time: TRL's are written between two of its steps, ours in
+    `timing_s/checkpoint`.
     """
     checkpoint = run.get("timing_s", {}).get("timing_s/checkpoint", [0.0] * len(run["step_s"]))
     points = []
@@ -182,16 +269,27 @@ def curve(run: dict[str, Any], accuracies: Sequence[float]) -> list[dict[str, fl
         step = kept["step"]
         # The time of the checkpoint written after a step stands in the next step's row.
         training = sum(run["step_s"][:step]) - sum(checkpoint[: step + 1])
-        points.append({"step": step, "training_s": round(training, 3), "accuracy": accuracy,
-                       "seconds": round(run["startup_s"] + training, 3)})  # fmt: skip
+        points.append(
+            {
+                "step": step,
+                "training_s": round(training, 3),
+                "accuracy": accuracy,
+                "seconds": round(run["startup_s"] + training, 3),
+            }
+        )
     return points
 
 
 def reached(curves: Sequence[Sequence[dict[str, float]]]) -> dict[str, dict[str, Any]]:
-    """For each accuracy, the median over seeds of the seconds until it was first reached, and how many seeds did."""
+    """For each accuracy, the median over seeds of the seconds until it was first reached, and how
+    many seeds did.
+    """
     table = {}
     for wanted in ACCURACIES:
-        found = {key: [first(points, wanted, key) for points in curves] for key in ("seconds", "training_s", "step")}
+        found = {
+            key: [first(points, wanted, key) for points in curves]
+            for key in ("seconds", "training_s", "step")
+        }
         table[str(wanted)] = {key: middle(values, 3) for key, values in found.items()} | {
             "seeds": sum(value is not None for value in found["seconds"])
         }
@@ -199,7 +297,9 @@ def reached(curves: Sequence[Sequence[dict[str, float]]]) -> dict[str, dict[str,
 
 
 def first(points: Sequence[dict[str, float]], wanted: float, key: str) -> float | None:
-    """Where a curve first comes to an accuracy, on the line between its points; None where it does not."""
+    """Where a curve first comes to an accuracy, on the line between its points; None where it does
+    not.
+    """
     before = None
     for point in points:
         if point["accuracy"] >= wanted:

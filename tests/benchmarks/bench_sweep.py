@@ -1,9 +1,10 @@
-"""A sweep of 8 and of 16 trials of mixed rank, alpha, learning rate and targets: seconds from command to last result.
+"""A sweep of 8 and of 16 trials of mixed rank, alpha, learning rate and targets: seconds from
+command to last result.
 
-TRL trains one process a trial, ours one `python -m harness.sweep`: each trial alone in its process, or packed on one
-base and engine, or packed with a pruner. TRL's ways are tried in the first round of the first size, and the fastest
-goes on; ours keep each core busy with a process of one thread, which took less than one process with two threads
-whenever it was tried.
+TRL trains one process a trial, ours one `python -m harness.sweep`: each trial alone in its process,
+or packed on one base and engine, or packed with a pruner. TRL's ways are tried in the first round
+of the first size, and the fastest goes on; ours keep each core busy with a process of one thread,
+which took less than one process with two threads whenever it was tried.
 """
 
 from __future__ import annotations
@@ -22,17 +23,26 @@ from typing import Any
 
 import yaml
 
-from harness import recipe as recipes
-from harness.metrics import MetricsFile
-from harness.paths import PROJECT, RECIPES
-from harness.rundir import RunDir, Status
-from tests.benchmarks.side_by_side import middle, on_record, origin, own_environment, result, write_record
+from harness.config import recipe as recipes
+from harness.core.paths import PROJECT, RECIPES
+from harness.records.metrics_file import MetricsFile
+from harness.records.run_dir import RunDir, Status
+from tests.benchmarks.side_by_side import (
+    middle,
+    on_record,
+    origin,
+    own_environment,
+    result,
+    write_record,
+)
 from tests.benchmarks.trl_run import PACKAGES
 
 CORES = 2
 ROUNDS = 3
 SIZES = (8, 16)
-MEMBERS = 4  # of a pack at a time: more gain nothing with this engine, and each has a process of Tune's
+MEMBERS = (
+    4  # of a pack at a time: more gain nothing with this engine, and each has a process of Tune's
+)
 STEPS, EVERY = 24, 8  # with a pruner, an evaluation every so many steps
 COMPLETIONS = 128
 SCORED_SAMPLES = 4  # of each held-out problem, for the best of each contender
@@ -44,12 +54,27 @@ RANK, ALPHA = "trainer.policy.model.lora.rank", "trainer.policy.model.lora.alpha
 RATE, TARGETS = "trainer.policy.optimizer_config.lr", "trainer.target_modules"
 LENGTH = "trainer.max_steps"
 CONFIGURATIONS = [
-    (8, 32, 1e-3, "all-linear"), (1, 32, 1e-3, "all-linear"), (16, 16, 3e-4, "attention"), (4, 32, 2e-3, "mlp"),
-    (32, 32, 5e-4, "all-linear"), (8, 16, 1e-4, "mlp"), (2, 16, 3e-3, "attention"), (16, 32, 1e-3, "mlp"),
-    (4, 16, 1e-3, "all-linear"), (32, 16, 2e-3, "mlp"), (1, 16, 5e-4, "attention"), (8, 32, 3e-3, "all-linear"),
-    (2, 32, 1e-3, "mlp"), (16, 32, 3e-4, "all-linear"), (4, 32, 5e-4, "attention"), (32, 32, 1e-3, "mlp"),
-]  # fmt: skip
-MODULES = {"attention": ["q_proj", "k_proj", "v_proj", "o_proj"], "mlp": ["gate_proj", "up_proj", "down_proj"]}
+    (8, 32, 1e-3, "all-linear"),
+    (1, 32, 1e-3, "all-linear"),
+    (16, 16, 3e-4, "attention"),
+    (4, 32, 2e-3, "mlp"),
+    (32, 32, 5e-4, "all-linear"),
+    (8, 16, 1e-4, "mlp"),
+    (2, 16, 3e-3, "attention"),
+    (16, 32, 1e-3, "mlp"),
+    (4, 16, 1e-3, "all-linear"),
+    (32, 16, 2e-3, "mlp"),
+    (1, 16, 5e-4, "attention"),
+    (8, 32, 3e-3, "all-linear"),
+    (2, 32, 1e-3, "mlp"),
+    (16, 32, 3e-4, "all-linear"),
+    (4, 32, 5e-4, "attention"),
+    (32, 32, 1e-3, "mlp"),
+]
+MODULES = {
+    "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "mlp": ["gate_proj", "up_proj", "down_proj"],
+}
 
 Ways = dict[str, Callable[[int, Path], dict[str, Any]]]
 
@@ -59,22 +84,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--sizes", type=int, nargs="*", default=list(SIZES))
-    parser.add_argument("--contenders", nargs="*", choices=list(contenders(Path())), default=list(contenders(Path())))
+    parser.add_argument(
+        "--contenders",
+        nargs="*",
+        choices=list(contenders(Path())),
+        default=list(contenders(Path())),
+    )
     parser.add_argument("--steps", type=int, default=STEPS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         trl = own_environment(place / "trl", PACKAGES)
-        chosen = {name: ways for name, ways in contenders(trl, options.steps).items() if name in options.contenders}
-        # A size that is not measured now stays as it is on record, its rows with the machine and commit they are of.
+        chosen = {
+            name: ways
+            for name, ways in contenders(trl, options.steps).items()
+            if name in options.contenders
+        }
+        # A size that is not measured now stays as it is on record, its rows with the machine and
+        # commit they are of.
         sizes: dict[str, Any] = on_record("sweep").get("sizes", {})
         for size in options.sizes:
             sizes[str(size)] = measure(size, chosen, options.rounds, place)
-            chosen = {name: {one["way"]: chosen[name][one["way"]]} for name, one in sizes[str(size)].items()}
+            chosen = {
+                name: {one["way"]: chosen[name][one["way"]]}
+                for name, one in sizes[str(size)].items()
+            }
             write_record(
-                "sweep", __doc__, rounds=options.rounds, steps=options.steps, completions=COMPLETIONS, pruner=PRUNER,
-                engine=ENGINE, configurations=CONFIGURATIONS, sizes=sizes,
-            )  # fmt: skip
+                "sweep",
+                __doc__,
+                rounds=options.rounds,
+                steps=options.steps,
+                completions=COMPLETIONS,
+                pruner=PRUNER,
+                engine=ENGINE,
+                configurations=CONFIGURATIONS,
+                sizes=sizes,
+            )
 
 
 def contenders(trl: Path, steps: int = STEPS) -> dict[str, Ways]:
@@ -86,7 +131,9 @@ def contenders(trl: Path, steps: int = STEPS) -> dict[str, Ways]:
         return lambda size, place: their_sweep(size, place, together, trl, steps)
 
     def ours(*overrides: str, packs: bool) -> Ways:
-        """A pack for each core, of half the trials or of four; or without packs, so that none shares anything."""
+        """A pack for each core, of half the trials or of four; or without packs, so that none
+        shares anything.
+        """
         way = "a pack of 1 thread for each core" if packs else "two at a time, 1 thread"
 
         def run(size: int, place: Path) -> dict[str, Any]:
@@ -100,11 +147,13 @@ def contenders(trl: Path, steps: int = STEPS) -> dict[str, Ways]:
         "ours, unpacked": ours(packs=False),
         "ours, packed": ours(packs=True),
         "ours, packed and pruned": ours(*pruned, packs=True),
-    }  # fmt: skip
+    }
 
 
 def measure(size: int, chosen: dict[str, Ways], rounds: int, place: Path) -> dict[str, Any]:
-    """Rounds of every contender with so many trials, in turn; the best score of each, judged by one evaluation."""
+    """Rounds of every contender with so many trials, in turn; the best score of each, judged by one
+    evaluation.
+    """
     measured: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
     best_way: dict[str, str] = {}
     for turn in range(rounds):
@@ -115,23 +164,36 @@ def measure(size: int, chosen: dict[str, Ways], rounds: int, place: Path) -> dic
                 folder.mkdir()
                 rows.append({"way": way, **ways[way](size, folder)})
                 print(
-                    f"{size:>3} trials  {name}, {way}: {rows[-1]['makespan_s']:.1f} s, best {rows[-1]['best']}",
+                    f"{size:>3} trials  {name}, {way}: {rows[-1]['makespan_s']:.1f} s, "
+                    f"best {rows[-1]['best']}",
                     flush=True,
                 )
             fastest = min(rows, key=lambda row: float(row["makespan_s"]))
             best_way[name] = fastest["way"]
-            measured[name].append({**fastest, "tried_s": {row["way"]: row["makespan_s"] for row in rows}})
+            measured[name].append(
+                {**fastest, "tried_s": {row["way"]: row["makespan_s"] for row in rows}}
+            )
     adapters = [{"folder": rows[0]["best_adapter"]} for rows in measured.values()]
-    scored = result("score_adapters", {"adapters": adapters, "samples": SCORED_SAMPLES}, threads=CORES)["accuracy"]
+    scored = result(
+        "score_adapters", {"adapters": adapters, "samples": SCORED_SAMPLES}, threads=CORES
+    )["accuracy"]
     for rows in measured.values():
         for row in rows:
             del row["best_adapter"]
     return {
-        name: {"way": best_way[name], "makespan_s": middle((row["makespan_s"] for row in rows), 2), "rounds": rows,
-               "best_accuracy": accuracy, **origin(),
-               "parts_s": {part: middle((row["parts_s"][part] for row in rows), 2) for part in rows[0]["parts_s"]}}
+        name: {
+            "way": best_way[name],
+            "makespan_s": middle((row["makespan_s"] for row in rows), 2),
+            "rounds": rows,
+            "best_accuracy": accuracy,
+            **origin(),
+            "parts_s": {
+                part: middle((row["parts_s"][part] for row in rows), 2)
+                for part in rows[0]["parts_s"]
+            },
+        }
         for (name, rows), accuracy in zip(measured.items(), scored, strict=True)
-    }  # fmt: skip
+    }
 
 
 def their_sweep(size: int, place: Path, together: int, trl: Path, steps: int) -> dict[str, Any]:
@@ -140,10 +202,17 @@ def their_sweep(size: int, place: Path, together: int, trl: Path, steps: int) ->
     def trial(number: int) -> dict[str, Any]:
         rank, alpha, lr, targets = CONFIGURATIONS[number]
         spec = {
-            "completions": COMPLETIONS, "per_device": COMPLETIONS, "steps": steps, "seed": 0, "lr": lr, "rank": rank,
-            "alpha": alpha, "targets": MODULES.get(targets, targets), "output": str(place / f"{number}"),
+            "completions": COMPLETIONS,
+            "per_device": COMPLETIONS,
+            "steps": steps,
+            "seed": 0,
+            "lr": lr,
+            "rank": rank,
+            "alpha": alpha,
+            "targets": MODULES.get(targets, targets),
+            "output": str(place / f"{number}"),
             "evaluate": str(place / f"adapter{number}"),
-        }  # fmt: skip
+        }
         return result("trl_run", spec, threads=CORES // together, python=trl)
 
     start = time.time()
@@ -156,8 +225,13 @@ def their_sweep(size: int, place: Path, together: int, trl: Path, steps: int) ->
         "update": sum(sum(run["step_s"]) - sum(run["rollout_s"]) for run in trials) / together,
         "eval": sum(run["eval_s"] for run in trials) / together,
     }
-    return {"makespan_s": round(makespan, 2), "best": trials[best]["accuracy"], "parts_s": with_rest(parts, makespan),
-            "best_adapter": str(place / f"adapter{best}"), "counts": {Status.COMPLETE.value: size}}  # fmt: skip
+    return {
+        "makespan_s": round(makespan, 2),
+        "best": trials[best]["accuracy"],
+        "parts_s": with_rest(parts, makespan),
+        "best_adapter": str(place / f"adapter{best}"),
+        "counts": {Status.COMPLETE.value: size},
+    }
 
 
 def our_sweep(size: int, place: Path, overrides: Sequence[str], *steps: int) -> dict[str, Any]:
@@ -166,8 +240,12 @@ def our_sweep(size: int, place: Path, overrides: Sequence[str], *steps: int) -> 
     return sweep_of(str(place / "sweep.yaml"), place, overrides)
 
 
-def sweep_of(recipe: str, place: Path, overrides: Sequence[str], code: Path = PROJECT) -> dict[str, Any]:
-    """`python -m harness.sweep` of a recipe in a folder, with the code of another; its report is part of the time."""
+def sweep_of(
+    recipe: str, place: Path, overrides: Sequence[str], code: Path = PROJECT
+) -> dict[str, Any]:
+    """`python -m harness.sweep` of a recipe in a folder, with the code of another; its report is
+    part of the time.
+    """
     given = [f"trainer.ckpt_path={place}", "trainer.run_name=sweep", *overrides]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     environment["PYTHONPATH"] = str(code)
@@ -175,24 +253,37 @@ def sweep_of(recipe: str, place: Path, overrides: Sequence[str], code: Path = PR
     with (place / "log.txt").open("wb") as log:
         status = subprocess.run(
             [sys.executable, "-m", "harness.sweep", recipe, *given],
-            cwd=code, env=environment, stdout=log, stderr=subprocess.STDOUT,
-        ).returncode  # fmt: skip
+            cwd=code,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        ).returncode
     makespan = time.time() - start
     if status != 0:
-        raise RuntimeError(f"harness.sweep exited with {status}:\n{(place / 'log.txt').read_text()[-3000:]}")
-    return {"makespan_s": round(makespan, 2), **read_sweep(RunDir(place / "sweep"), start, makespan)}
+        raise RuntimeError(
+            f"harness.sweep exited with {status}:\n{(place / 'log.txt').read_text()[-3000:]}"
+        )
+    return {
+        "makespan_s": round(makespan, 2),
+        **read_sweep(RunDir(place / "sweep"), start, makespan),
+    }
 
 
 def our_recipe(size: int, *steps: int) -> dict[str, Any]:
-    """The quickstart's recipe with these trials for its sweep, one evaluation and one checkpoint each, at the end.
+    """The quickstart's recipe with these trials for its sweep, one evaluation and one checkpoint
+    each, at the end.
 
     With several numbers of `steps` the trials have them in turn.
     """
     content: dict[str, Any] = yaml.safe_load((RECIPES / "quickstart.yaml").read_text())
     content["trainer"] |= {
-        "train_batch_size": COMPLETIONS // 8, "policy_mini_batch_size": COMPLETIONS // 8, "max_steps": steps[0],
-        "eval_before_train": False, "eval_interval": 0, "ckpt_interval": 0,
-    }  # fmt: skip
+        "train_batch_size": COMPLETIONS // 8,
+        "policy_mini_batch_size": COMPLETIONS // 8,
+        "max_steps": steps[0],
+        "eval_before_train": False,
+        "eval_interval": 0,
+        "ckpt_interval": 0,
+    }
     content["generator"] |= {"backend": ENGINE, "max_num_seqs": 512}
     content["expect"] = {}
     choices = (RANK, ALPHA, TARGETS, LENGTH)
@@ -201,35 +292,45 @@ def our_recipe(size: int, *steps: int) -> dict[str, Any]:
         for number, (rank, alpha, rate, targets) in enumerate(CONFIGURATIONS[:size])
     ]
     content["sweep"] = {
-        "metric": "eval/accuracy", "num_trials": size, "seeds": [0], "sampler": "random", "first_trials": trials,
+        "metric": "eval/accuracy",
+        "num_trials": size,
+        "seeds": [0],
+        "sampler": "random",
+        "first_trials": trials,
         "space": {
             **{key: {"choices": sorted({trial[key] for trial in trials})} for key in choices},
             RATE: {"low": 1e-4, "high": 3e-3, "log": True},
         },
-    }  # fmt: skip
+    }
     return content
 
 
 def read_sweep(sweep: RunDir, start: float, makespan: float) -> dict[str, Any]:
-    """What the directories of a finished sweep show: its best trial, where its time went, and its gaps."""
+    """What the directories of a finished sweep show: its best trial, where its time went, and its
+    gaps.
+    """
     trials = [RunDir(folder) for folder in sorted(sweep.trials.iterdir())]
     manifests = [trial.read_manifest() for trial in trials]
     statuses = [manifest["status"] for manifest in manifests]
     complete = [number for number, status in enumerate(statuses) if status == Status.COMPLETE.value]
-    scores = {number: manifests[number]["result"]["metrics"]["eval/accuracy"] for number in complete}
+    scores = {
+        number: manifests[number]["result"]["metrics"]["eval/accuracy"] for number in complete
+    }
     best = max(scores, key=lambda number: float(scores[number]))
     together = yaml.safe_load(sweep.recipe.read_text())["sweep"]["max_concurrent"]
     parts = {name: seconds / together for name, seconds in time_of_parts(trials).items()}
     began, ended = [when(m, 1) for m in manifests], [when(m, -1) for m in manifests]
     parts["report"] = start + makespan - max(ended)
     return {
-        "best": scores[best], "best_adapter": str(trials[best].adapter / "final"),
+        "best": scores[best],
+        "best_adapter": str(trials[best].adapter / "final"),
         "counts": {status: statuses.count(status) for status in sorted(set(statuses))},
         "steps_trained": sum(len(steps_of(trial)) for trial in trials),
-        "first_trial_after_s": round(min(began) - start, 2), "last_trial_ended_s": round(max(ended) - start, 2),
+        "first_trial_after_s": round(min(began) - start, 2),
+        "last_trial_ended_s": round(max(ended) - start, 2),
         "next_trial_after_s": gaps(began, ended),
         "parts_s": with_rest(parts, makespan),
-    }  # fmt: skip
+    }
 
 
 def steps_of(trial: RunDir) -> list[dict[str, float]]:
@@ -238,17 +339,23 @@ def steps_of(trial: RunDir) -> list[dict[str, float]]:
 
 
 def time_of_parts(trials: Sequence[RunDir]) -> dict[str, float]:
-    """Seconds in each part of the trials' steps. Members of a pack log the same time of a step they shared: once."""
+    """Seconds in each part of the trials' steps. Members of a pack log the same time of a step they
+    shared: once.
+    """
     shared: dict[tuple[float, ...], dict[str, float]] = {}
     alone = dict.fromkeys(PARTS, 0.0)
     for trial in trials:
         for row in steps_of(trial):
-            step = {part: row.get(f"timing_s/{part}", 0.0) for part in ("rollout", "logprobs", "update", "sync")}
+            step = {
+                part: row.get(f"timing_s/{part}", 0.0)
+                for part in ("rollout", "logprobs", "update", "sync")
+            }
             shared[tuple(step.values())] = step
             for part in ("checkpoint", "eval"):
                 alone[part] += row.get(f"timing_s/{part}", 0.0)
     return alone | {
-        part: sum(step[part] for step in shared.values()) for part in ("rollout", "logprobs", "update", "sync")
+        part: sum(step[part] for step in shared.values())
+        for part in ("rollout", "logprobs", "update", "sync")
     }
 
 
@@ -258,7 +365,9 @@ def when(manifest: dict[str, Any], change: int) -> float:
 
 
 def gaps(began: Sequence[float], ended: Sequence[float]) -> list[float]:
-    """Seconds from a trial's end to the next one's beginning, for each that began after one had ended."""
+    """Seconds from a trial's end to the next one's beginning, for each that began after one had
+    ended.
+    """
     waits, free = [], sorted(ended)
     for start in sorted(began):
         if free and free[0] <= start:

@@ -1,4 +1,6 @@
-"""Seconds from the trainer's adapter to an engine that serves it: every sync mode, both engines, several ranks."""
+"""Seconds from the trainer's adapter to an engine that serves it: every sync mode, both engines,
+several ranks.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import recipe as recipes
-from harness.schema import Backend, SyncMode
+from harness.config import recipe as recipes
+from harness.config.schema import Backend, SyncMode
 from tests.benchmarks.side_by_side import write_record
 
 REPEATS = 9
@@ -18,12 +20,15 @@ RANKS = (1, 8, 64, 256)
 
 def main() -> None:
     """Measure, print, and write `docs/benchmarks/sync.json`."""
-    from rltrain.quiet import quiet_libraries
+    from rltrain.distributed.process import quiet_libraries
 
     quiet_libraries()
     rows = [row for rank in RANKS for backend in Backend for row in _rows(backend, rank)]
     for row in rows:
-        print(f"rank {row['rank']:>3}  {row['engine']:>12}  {row['sync']:>6}  {1e3 * row['seconds']:8.2f} ms")
+        print(
+            f"rank {row['rank']:>3}  {row['engine']:>12}  {row['sync']:>6}  "
+            f"{1e3 * row['seconds']:8.2f} ms"
+        )
     write_record("sync", __doc__, repeats=REPEATS, threads=1, rows=rows)
 
 
@@ -33,26 +38,38 @@ def _rows(backend: Backend, rank: int) -> list[dict[str, Any]]:
     for modes in ([SyncMode.disk, SyncMode.memory], [SyncMode.merge]):
         timed |= _timed(backend, rank, modes)
     return [
-        {"rank": rank, "engine": backend.name, "sync": mode.name, "seconds": round(statistics.median(seconds), 6),
-         "fastest": round(min(seconds), 6)}
+        {
+            "rank": rank,
+            "engine": backend.name,
+            "sync": mode.name,
+            "seconds": round(statistics.median(seconds), 6),
+            "fastest": round(min(seconds), 6),
+        }
         for mode, seconds in timed.items()
-    ]  # fmt: skip
+    ]
 
 
 def _timed(backend: Backend, rank: int, modes: list[SyncMode]) -> dict[SyncMode, list[float]]:
-    """Wall seconds of each publication after the first, a new version each, as a training step has it."""
+    """Wall seconds of each publication after the first, a new version each, as a training step has
+    it.
+    """
     import torch
 
-    from rltrain import model as models
     from rltrain.engines.base import EngineOptions, build_engine, stop_token_ids
+    from rltrain.models import loading as models
     from rltrain.sync.base import build_sync
 
     torch.set_num_threads(1)
-    recipe = recipes.load("quickstart", [f"generator.backend={backend.name}", f"trainer.policy.model.lora.rank={rank}"])
+    recipe = recipes.load(
+        "quickstart",
+        [f"generator.backend={backend.name}", f"trainer.policy.model.lora.rank={rank}"],
+    )
     model: Any
     model, tokenizer = models.load_base(recipe)
     for mode in modes:
-        model = models.add_adapter(model, mode.name, models.lora_config(recipe, recipe.trainer.policy.model.lora), 0)
+        model = models.add_adapter(
+            model, mode.name, models.lora_config(recipe, recipe.trainer.policy.model.lora), 0
+        )
     path = models.model_folder(recipe.trainer.policy.model.path)
     room = 0 if modes == [SyncMode.merge] else rank
     options = EngineOptions(path, torch.float32, stop_token_ids(model, tokenizer), room, len(modes))

@@ -1,4 +1,6 @@
-"""The update of the quickstart's model, rank 8: seconds a step with each way to compute it, in turn in one process."""
+"""The update of the quickstart's model, rank 8: seconds a step with each way to compute it, in turn
+in one process.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from harness import recipe as recipes
-from harness.rundir import RunDir
+from harness.config import recipe as recipes
+from harness.records.run_dir import RunDir
 from tests.benchmarks.side_by_side import write_record
 
 REPEATS = 5
@@ -36,12 +38,16 @@ WAYS: dict[str, tuple[tuple[bool, bool, bool, bool], dict[str, int | None]]] = {
 
 def main() -> None:
     """Measure, print, and write `docs/benchmarks/update.json`."""
-    from rltrain.quiet import quiet_libraries
+    from rltrain.distributed.process import quiet_libraries
 
     quiet_libraries()
     with tempfile.TemporaryDirectory() as scratch:
         pack, member = _open(Path(scratch))
-        rows = [row for count, prompts in PROMPTS.items() for row in _measure(pack, member, count, prompts)]
+        rows = [
+            row
+            for count, prompts in PROMPTS.items()
+            for row in _measure(pack, member, count, prompts)
+        ]
         switching = _switching(pack, member.recipe, Path(scratch))
     write_record("update", __doc__, repeats=REPEATS, threads=1, rows=rows, adapter_switch=switching)
 
@@ -50,11 +56,17 @@ def _open(scratch: Path) -> tuple[Any, Any]:
     """A pack with one member, whose learning rate is too small to change what is measured."""
     from rltrain.pack import Pack
 
-    recipe = recipes.load("quickstart", [
-        "generator.backend=transformers", "generator.max_num_seqs=512", "trainer.sync_tolerance=1e9",
-        f"trainer.train_batch_size={max(PROMPTS.values())}", f"trainer.policy_mini_batch_size={max(PROMPTS.values())}",
-        "trainer.policy.optimizer_config.lr=1e-12",
-    ])  # fmt: skip
+    recipe = recipes.load(
+        "quickstart",
+        [
+            "generator.backend=transformers",
+            "generator.max_num_seqs=512",
+            "trainer.sync_tolerance=1e9",
+            f"trainer.train_batch_size={max(PROMPTS.values())}",
+            f"trainer.policy_mini_batch_size={max(PROMPTS.values())}",
+            "trainer.policy.optimizer_config.lr=1e-12",
+        ],
+    )
     pack = Pack.open(recipe, room=max(COMPANIONS))
     member = pack.join(recipe, _run_dir(scratch, "run"))
     pack.publish_member(member)
@@ -68,7 +80,9 @@ def _run_dir(scratch: Path, name: str) -> RunDir:
 
 
 def _measure(pack: Any, member: Any, count: int, prompts: int) -> list[dict[str, Any]]:
-    """A row for each way: seconds, CPU seconds and tokens a second of one update of so many completions."""
+    """A row for each way: seconds, CPU seconds and tokens a second of one update of so many
+    completions.
+    """
     from rltrain.rollout import rollout
     from rltrain.step import MiniBatch, prepare, update
 
@@ -78,7 +92,7 @@ def _measure(pack: Any, member: Any, count: int, prompts: int) -> list[dict[str,
     mini = MiniBatch(member, member.policy, 0, batch)
     rows: list[dict[str, Any]] = [
         {"completions": count, "way": way, "seconds": [], "cpu_seconds": []} for way in WAYS
-    ]  # fmt: skip
+    ]
     # One warm-up round, then the ways in turn, so that a slow minute of the machine meets all.
     for repeat in range(REPEATS + 1):
         for row in rows:
@@ -98,21 +112,27 @@ def _measure(pack: Any, member: Any, count: int, prompts: int) -> list[dict[str,
     first = statistics.median(rows[0]["cpu_seconds"])
     for row in rows:
         cpu = statistics.median(row["cpu_seconds"])
-        row |= {"tokens": tokens, "tokens_per_cpu_second": round(tokens / cpu), "speedup": round(first / cpu, 2)}
+        row |= {
+            "tokens": tokens,
+            "tokens_per_cpu_second": round(tokens / cpu),
+            "speedup": round(first / cpu, 2),
+        }
         row["zero_advantages"] = float((batch.advantages.abs().sum(dim=1) == 0).float().mean())
         print(f"{count:>4} completions  {row['way']:>28}  {cpu:.3f} CPU-s  x{row['speedup']}")
     return rows
 
 
 @contextlib.contextmanager
-def _way(pack: Any, packed: bool, shared: bool, one_product: bool, skipping: bool) -> Iterator[None]:
+def _way(
+    pack: Any, packed: bool, shared: bool, one_product: bool, skipping: bool
+) -> Iterator[None]:
     """Switch parts of the update off, for comparison."""
     from peft.tuners import lora
 
-    from rltrain import attention, logprobs
-    from rltrain.learner import Learner
-    from rltrain.lora import LoRALinear
-    from rltrain.policy import Policy
+    from rltrain.algorithms.learner import Learner
+    from rltrain.algorithms.policy import Policy
+    from rltrain.models import attention, logprobs
+    from rltrain.models.lora import LoRALinear
 
     with contextlib.ExitStack() as stack:
         if not packed:

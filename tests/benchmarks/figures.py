@@ -1,4 +1,6 @@
-"""Figures of the benchmarks' page, in Okabe and Ito's colours; each draws one record and returns its file's name."""
+"""Figures of the benchmarks' page, in Okabe and Ito's colours; each draws one record and returns
+its file's name.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def figure(name: str, columns: int, height: float = 3.2) -> Iterator[Any]:
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    drawing, axes = pyplot.subplots(1, columns, figsize=(4.6 * columns, height), squeeze=False, layout="constrained")
+    drawing, axes = pyplot.subplots(
+        1, columns, figsize=(4.6 * columns, height), squeeze=False, layout="constrained"
+    )
     for one in axes[0]:
         one.spines[["top", "right"]].set_visible(False)
     yield axes[0]
@@ -38,18 +42,34 @@ def single_run(record: Record) -> str:
         width = 0.8 / len(names)
         for i, name in enumerate(names):
             rates = [rows[name]["tokens_per_second"] for rows in record["speed"].values()]
-            bars = speed.bar([x + i * width for x in range(len(rates))], rates, width, color=COLOURS[i], label=name)
+            bars = speed.bar(
+                [x + i * width for x in range(len(rates))],
+                rates,
+                width,
+                color=COLOURS[i],
+                label=name,
+            )
             speed.bar_label(bars, fmt="%.0f", fontsize=8)
         centre = width * (len(names) - 1) / 2
         speed.set_xticks([x + centre for x in range(len(record["speed"]))], list(record["speed"]))
         speed.set(xlabel="completions a step", ylabel="completion tokens a second")
-        speed.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(names))
-        for i, (name, found) in enumerate(((record.get("accuracy") or {}).get("contenders") or {}).items()):
+        speed.legend(
+            frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(names)
+        )
+        for i, (name, found) in enumerate(
+            ((record.get("accuracy") or {}).get("contenders") or {}).items()
+        ):
             points = list(zip(*found["curves"], strict=True))
             x = [median(point["seconds"] for point in one) for one in points]
             y = [median(point["accuracy"] for point in one) for one in points]
-            accuracy.plot(x, y, MARKERS[i] + "-", markersize=3, color=COLOURS[names.index(name)], label=name)
-        accuracy.set(xlabel="seconds since launch, evaluation not counted", ylabel="held-out accuracy", ylim=(0, 1))
+            accuracy.plot(
+                x, y, MARKERS[i] + "-", markersize=3, color=COLOURS[names.index(name)], label=name
+            )
+        accuracy.set(
+            xlabel="seconds since launch, evaluation not counted",
+            ylabel="held-out accuracy",
+            ylim=(0, 1),
+        )
     return "figures/single_run.png"
 
 
@@ -69,7 +89,9 @@ def sweep(record: Record) -> str:
             machines = ", ".join(dict.fromkeys(row["cpu"] for row in rows.values()))
             one.set(xlabel="seconds", xlim=(0, 1.15 * max(left)))
             one.set_title(f"{size} trials, {machines}", fontsize=9)
-        axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=8)
+        axes[0].figure.legend(
+            *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=8
+        )
     return "figures/sweep.png"
 
 
@@ -79,12 +101,23 @@ def pack(record: Record) -> str:
         for i, (engine, table) in enumerate(record["engines"].items()):
             members = [row["members"] for row in table["rows"]]
             measured, bound = ([row[key] for row in table["rows"]] for key in ("speedup", "bound"))
-            speedup.plot(members, measured, MARKERS[i] + "-", color=COLOURS[i], label=f"{engine}, measured")
+            speedup.plot(
+                members, measured, MARKERS[i] + "-", color=COLOURS[i], label=f"{engine}, measured"
+            )
             speedup.plot(members, bound, "--", color=COLOURS[i], label=f"{engine}, bound")
             for phase, style in (("rollout", ":"), ("update", "-")):
                 shares = [row[f"{phase}_share_of_peak"] for row in table["rows"]]
-                share.plot(members, shares, MARKERS[i] + style, color=COLOURS[i], label=f"{engine}, {phase}")
-        for axes, label in ((speedup, "speedup over one trial after the other"), (share, "share of the matmul peak")):
+                share.plot(
+                    members,
+                    shares,
+                    MARKERS[i] + style,
+                    color=COLOURS[i],
+                    label=f"{engine}, {phase}",
+                )
+        for axes, label in (
+            (speedup, "speedup over one trial after the other"),
+            (share, "share of the matmul peak"),
+        ):
             axes.set_xscale("log", base=2)
             axes.set_xticks(members, [str(n) for n in members])
             axes.set(xlabel="members in one pack", ylabel=label)
@@ -107,4 +140,9 @@ def sync(record: Record) -> str:
     return "figures/sync.png"
 
 
-FIGURES: dict[str, Callable[[Record], str]] = {"single_run": single_run, "sweep": sweep, "pack": pack, "sync": sync}
+FIGURES: dict[str, Callable[[Record], str]] = {
+    "single_run": single_run,
+    "sweep": sweep,
+    "pack": pack,
+    "sync": sync,
+}

@@ -1,4 +1,6 @@
-"""One contender of bench_head in a process of its own: seconds and memory of a head's forward and backward pass."""
+"""One contender of bench_head in a process of its own: seconds and memory of a head's forward and
+backward pass.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +10,17 @@ from typing import Any
 
 import torch
 
-from harness.rundir import write_json
-from rltrain import logprobs
+from harness.records.run_dir import write_json
+from rltrain.models import logprobs
 from tests.benchmarks.side_by_side import memory_gb, peak_memory_gb, worker_files
 
 REPEATS = 3
 
 
 def main() -> None:
-    """Compute as the spec says; write seconds of a pass, GiB above the inputs, and a digest of the results."""
+    """Compute as the spec says; write seconds of a pass, GiB above the inputs, and a digest of the
+    results.
+    """
     spec, result = worker_files()
     torch.set_num_threads(spec["threads"])
     torch.manual_seed(0)
@@ -36,14 +40,21 @@ def main() -> None:
         seconds.append(time.perf_counter() - start)
     gradient = states.grad
     assert gradient is not None
-    write_json(result, {
-        "pass_s": round(median(seconds), 3), "memory_gb": round(peak_memory_gb() - before, 3),
-        "logprobs": float(found[:, 0].double().sum()), "entropies": float(found[:, 1].double().sum()),
-        "gradient": float((gradient.double() * states.detach()).sum()),
-    })  # fmt: skip
+    write_json(
+        result,
+        {
+            "pass_s": round(median(seconds), 3),
+            "memory_gb": round(peak_memory_gb() - before, 3),
+            "logprobs": float(found[:, 0].double().sum()),
+            "entropies": float(found[:, 1].double().sum()),
+            "gradient": float((gradient.double() * states.detach()).sum()),
+        },
+    )
 
 
-def _with_autograd(states: torch.Tensor, head: Any, chosen: torch.Tensor, temperature: float) -> torch.Tensor:
+def _with_autograd(
+    states: torch.Tensor, head: Any, chosen: torch.Tensor, temperature: float
+) -> torch.Tensor:
     logprobs = torch.log_softmax(head(states) / temperature, dim=-1)
     with torch.no_grad():
         entropy = -(logprobs.exp() * logprobs).sum(dim=-1)

@@ -1,4 +1,6 @@
-"""One run of ours, as a contender of the benchmarks: `python -m harness.run`, with a clock on its reports."""
+"""One run of ours, as a contender of the benchmarks: `python -m harness.run`, with a clock on its
+reports.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +10,26 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import run, sinks
-from harness.metrics import MetricsFile
-from harness.rundir import RunDir
+from harness import run
+from harness.loggers import sinks
+from harness.records.metrics_file import MetricsFile
+from harness.records.run_dir import RunDir
 from tests.benchmarks.side_by_side import peak_memory_gb, worker_files
 
 
 def main() -> None:
-    """Train the quickstart's recipe with the spec's overrides; write what `trl_run` writes, and where time went."""
+    """Train the quickstart's recipe with the spec's overrides; write what `trl_run` writes, and
+    where time went.
+    """
     spec, result = worker_files()
     stamps = stamp_reports()
     output = Path(spec["output"])
-    given = [*spec["overrides"], f"trainer.ckpt_path={output}", "trainer.run_name=run",
-             f"trainer.num_threads={spec['threads']}"]  # fmt: skip
+    given = [
+        *spec["overrides"],
+        f"trainer.ckpt_path={output}",
+        "trainer.run_name=run",
+        f"trainer.num_threads={spec['threads']}",
+    ]
     status = run.main(["recipes/quickstart.yaml", *given])
     if status != 0:
         raise SystemExit(status)
@@ -59,12 +68,17 @@ def timings(rows: list[dict[str, float]]) -> list[str]:
 
 
 def checkpoints(run_dir: RunDir) -> list[dict[str, Any]]:
-    """Every checkpoint that was kept, as an adapter's weights and the folder with the configuration they go with."""
+    """Every checkpoint that was kept, as an adapter's weights and the folder with the configuration
+    they go with.
+    """
     return [
-        {"step": int(folder.name.removeprefix("step_")), "weights": str(folder / "weights.safetensors"),
-         "folder": str(run_dir.adapter / "final")}
+        {
+            "step": int(folder.name.removeprefix("step_")),
+            "weights": str(folder / "weights.safetensors"),
+            "folder": str(run_dir.adapter / "final"),
+        }
         for folder in sorted(run_dir.checkpoints.glob("step_*"))
-    ]  # fmt: skip
+    ]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""N members in one pack in one process, for `bench_pack`: start-up, steps, memory, and what sharing gains by itself."""
+"""N members in one pack in one process, for `bench_pack`: start-up, steps, memory, and what sharing
+gains by itself.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import manifest
-from harness import recipe as recipes
-from harness.rundir import RunDir
+from harness.config import recipe as recipes
+from harness.records import manifest
+from harness.records.run_dir import RunDir
 from tests.benchmarks.side_by_side import memory_gb, middle, peak_memory_gb, worker_files
 
 SAMPLES = 8  # of each prompt
@@ -19,10 +21,12 @@ MAKESPAN_PARTS = ("rollout", "rest")
 
 
 def main() -> None:
-    """Train so many members for so many steps; write the seconds of each part, memory and shares of the peak."""
+    """Train so many members for so many steps; write the seconds of each part, memory and shares of
+    the peak.
+    """
     spec, result = worker_files()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from rltrain.quiet import quiet_libraries
+    from rltrain.distributed.process import quiet_libraries
 
     quiet_libraries()
     with tempfile.TemporaryDirectory() as scratch:
@@ -43,7 +47,10 @@ class Measurement:
         self._courses = []
         for number, recipe in enumerate(chosen):
             run_dir = RunDir(scratch / str(number))
-            run_dir.create(recipes.to_yaml(recipe), manifest.build(recipe, kind="run", name="run", source="benchmark"))
+            run_dir.create(
+                recipes.to_yaml(recipe),
+                manifest.build(recipe, kind="run", name="run", source="benchmark"),
+            )
             course = Course(self._pack, self._pack.join(recipe, run_dir))
             for _ in course.begin():
                 pass
@@ -52,28 +59,37 @@ class Measurement:
 
     def result(self) -> dict[str, Any]:
         """What is written, with the gains of sharing if the spec asks for them."""
-        from rltrain.model import adapter_parameters
+        from rltrain.models.loading import adapter_parameters
 
         began = time.time()
         steps = [self._step(list(range(len(self._courses)))) for _ in range(self._spec["steps"])]
         ended = time.time()
-        adapters = [p for m in self._pack.members for p in adapter_parameters(self._pack.model, m.name).values()]
+        adapters = [
+            p
+            for m in self._pack.members
+            for p in adapter_parameters(self._pack.model, m.name).values()
+        ]
         content: dict[str, Any] = {
             "startup_s": round(began - self._spec["launched"], 3),
             "makespan_s": round(ended - self._spec["launched"], 3),
-            "steps": steps, "memory_open_gb": self._memory[0], "memory_joined_gb": self._memory[1],
-            "memory_peak_gb": peak_memory_gb(), "peak_flops": self._pack.peak_flops,
+            "steps": steps,
+            "memory_open_gb": self._memory[0],
+            "memory_joined_gb": self._memory[1],
+            "memory_peak_gb": peak_memory_gb(),
+            "peak_flops": self._pack.peak_flops,
             # Weights, their gradients, and two moments of Adam.
             "adapter_state_gb": sum(4 * p.numel() * p.element_size() for p in adapters) / 2**30,
             "base_gb": self._pack.num_parameters * 4 / 2**30,
-        }  # fmt: skip
+        }
         if self._spec.get("alternate"):
             content["gains"] = self._gains(self._spec["alternate"])
         self._pack.close()
         return content
 
     def _gains(self, repeats: int) -> dict[str, float | None]:
-        """g and c: seconds a token of steps made one member at a time, over those of steps that all make together."""
+        """g and c: seconds a token of steps made one member at a time, over those of steps that all
+        make together.
+        """
         everyone = range(len(self._courses))
         ratios: dict[str, list[float]] = {part: [] for part in MAKESPAN_PARTS}
         for _ in range(repeats):
@@ -86,7 +102,9 @@ class Measurement:
         return {"g": middle(ratios["rollout"]), "c": middle(ratios["rest"])}
 
     def _step(self, places: list[int]) -> dict[str, float]:
-        """One step of some members: seconds of rollout and of the rest, tokens, and shares of the peak."""
+        """One step of some members: seconds of rollout and of the rest, tokens, and shares of the
+        peak.
+        """
         from rltrain.trainer import advance
 
         members = [self._pack.members[place] for place in places]
@@ -98,26 +116,44 @@ class Measurement:
         rows = {member: step.row for member, step in steps.items()}
         row = rows[members[0]]
         rollout, update = row["timing_s/rollout"], row["timing_s/update"]
-        flops = 2 * self._pack.num_parameters * sum(computed_tokens(member, rows[member]) for member in members)
+        flops = (
+            2
+            * self._pack.num_parameters
+            * sum(computed_tokens(member, rows[member]) for member in members)
+        )
         return {
-            "seconds": round(whole, 5), "rollout": round(rollout, 5), "rest": round(whole - rollout, 5),
+            "seconds": round(whole, 5),
+            "rollout": round(rollout, 5),
+            "rest": round(whole - rollout, 5),
             "update": round(update, 5),
-            "tokens": sum(member_completions(m) * rows[m]["completions/mean_length"] for m in members),
+            "tokens": sum(
+                member_completions(m) * rows[m]["completions/mean_length"] for m in members
+            ),
             # One pass forward; in the update one more back, LoRA's own products left out.
             "rollout_share_of_peak": round(flops / rollout / self._pack.peak_flops, 4),
             "update_share_of_peak": round(2 * flops / update / self._pack.peak_flops, 4),
-        }  # fmt: skip
+        }
 
     def _recipe(self, number: int) -> Any:
         """The quickstart's own rank, alpha, targets and learning rate, with a seed of its own."""
         prompts = self._spec["completions"] // SAMPLES
-        recipe = recipes.load("quickstart", [
-            f"seed={number}", f"generator.backend={self._spec['engine']}", "generator.max_num_seqs=512",
-            f"trainer.train_batch_size={prompts}", f"trainer.policy_mini_batch_size={prompts}", "expect={}",
-            "trainer.max_steps=10000", "trainer.eval_before_train=false", "trainer.eval_interval=0",
-            "trainer.ckpt_interval=0", f"trainer.num_threads={self._spec['threads']}",
-            *self._spec.get("overrides", []),
-        ])  # fmt: skip
+        recipe = recipes.load(
+            "quickstart",
+            [
+                f"seed={number}",
+                f"generator.backend={self._spec['engine']}",
+                "generator.max_num_seqs=512",
+                f"trainer.train_batch_size={prompts}",
+                f"trainer.policy_mini_batch_size={prompts}",
+                "expect={}",
+                "trainer.max_steps=10000",
+                "trainer.eval_before_train=false",
+                "trainer.eval_interval=0",
+                "trainer.ckpt_interval=0",
+                f"trainer.num_threads={self._spec['threads']}",
+                *self._spec.get("overrides", []),
+            ],
+        )
         recipe.sweep = None
         return recipe
 
@@ -128,7 +164,9 @@ def member_completions(member: Any) -> int:
 
 
 def computed_tokens(member: Any, row: dict[str, float]) -> float:
-    """Tokens that a step has to compute: completions, and each prompt once, however many samples share it."""
+    """Tokens that a step has to compute: completions, and each prompt once, however many samples
+    share it.
+    """
     completions = member_completions(member) * row["completions/mean_length"]
     return completions + (member.step_tokens - completions) / SAMPLES
 

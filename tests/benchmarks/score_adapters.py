@@ -1,4 +1,6 @@
-"""Held-out accuracy of adapters, whoever trained them: one engine, one evaluation, the same random numbers for all."""
+"""Held-out accuracy of adapters, whoever trained them: one engine, one evaluation, the same random
+numbers for all.
+"""
 
 from __future__ import annotations
 
@@ -7,33 +9,42 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from harness import recipe as recipes
-from harness.rundir import RunDir
+from harness.config import recipe as recipes
+from harness.records.run_dir import RunDir
 from tests.benchmarks.side_by_side import worker_files
 
 
 def main() -> None:
     """Write the accuracy of each adapter of the spec, in its order."""
     spec, result = worker_files()
-    from rltrain.quiet import quiet_libraries
+    from rltrain.distributed.process import quiet_libraries
 
     quiet_libraries()
     from rltrain.pack import Pack
 
     with tempfile.TemporaryDirectory() as scratch:
         largest = max(8, *(config(one)["r"] for one in spec["adapters"]))  # 8: the quickstart's own
-        shared = ["generator.backend=transformers", "generator.max_num_seqs=512",
-                  f"generator.eval_n_samples_per_prompt={spec['samples']}", f"generator.max_lora_rank={largest}",
-                  f"trainer.num_threads={spec['threads']}"]  # fmt: skip
+        shared = [
+            "generator.backend=transformers",
+            "generator.max_num_seqs=512",
+            f"generator.eval_n_samples_per_prompt={spec['samples']}",
+            f"generator.max_lora_rank={largest}",
+            f"trainer.num_threads={spec['threads']}",
+        ]
         pack = Pack.open(recipes.load("quickstart", shared))
-        scores = [accuracy(pack, one, shared, Path(scratch) / str(i)) for i, one in enumerate(spec["adapters"])]
+        scores = [
+            accuracy(pack, one, shared, Path(scratch) / str(i))
+            for i, one in enumerate(spec["adapters"])
+        ]
         pack.close()
     result.write_text(json.dumps({"accuracy": scores}))
 
 
 def config(adapter: dict[str, str]) -> dict[str, Any]:
     """PEFT's configuration of an adapter."""
-    content: dict[str, Any] = json.loads((Path(adapter["folder"]) / "adapter_config.json").read_text())
+    content: dict[str, Any] = json.loads(
+        (Path(adapter["folder"]) / "adapter_config.json").read_text()
+    )
     return content
 
 
@@ -45,19 +56,28 @@ def accuracy(pack: Any, adapter: dict[str, str], shared: list[str], place: Path)
     from rltrain.evaluate import evaluate
 
     peft = config(adapter)
-    recipe = recipes.load("quickstart", [
-        *shared, f"trainer.policy.model.lora.rank={peft['r']}", f"trainer.policy.model.lora.alpha={peft['lora_alpha']}",
-        f"trainer.target_modules=[{','.join(sorted(peft['target_modules']))}]",
-    ])  # fmt: skip
+    recipe = recipes.load(
+        "quickstart",
+        [
+            *shared,
+            f"trainer.policy.model.lora.rank={peft['r']}",
+            f"trainer.policy.model.lora.alpha={peft['lora_alpha']}",
+            f"trainer.target_modules=[{','.join(sorted(peft['target_modules']))}]",
+        ],
+    )
     run_dir = RunDir(place)
     run_dir.create("", {})
     member = pack.join(recipe, run_dir)
-    weights = load_file(adapter.get("weights") or Path(adapter["folder"]) / "adapter_model.safetensors")
+    weights = load_file(
+        adapter.get("weights") or Path(adapter["folder"]) / "adapter_model.safetensors"
+    )
     with torch.no_grad():
         for name, parameter in member.policy.parameters.items():
             parameter.copy_(weights.pop(name.replace(f".{member.name}.", ".")))
     if weights:
-        raise ValueError(f"{adapter['folder']} holds more than its configuration says: {sorted(weights)[0]} ...")
+        raise ValueError(
+            f"{adapter['folder']} holds more than its configuration says: {sorted(weights)[0]} ..."
+        )
     pack.publish_member(member)
     metrics, _ = evaluate(pack, [member])[member]
     pack.leave(member)

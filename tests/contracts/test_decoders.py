@@ -1,4 +1,6 @@
-"""The decoder for models of the Llama family and the one for all others say what the trainer's model says."""
+"""The decoder for models of the Llama family and the one for all others say what the trainer's
+model says.
+"""
 
 from __future__ import annotations
 
@@ -19,37 +21,75 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from rltrain.engines import llama
 from rltrain.engines.base import Request, Sample
+from rltrain.engines.cpu import decoder as llama
 from rltrain.engines.transformers import TransformersEngine
-from tests.contracts.tiny import STOP_TOKEN_IDS, VOCAB, flat_logprobs, prompt, request, shake, trainer_logprobs
+from tests.contracts.tiny import (
+    STOP_TOKEN_IDS,
+    VOCAB,
+    flat_logprobs,
+    prompt,
+    request,
+    shake,
+    trainer_logprobs,
+)
 
 SIZES = {
-    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "max_position_embeddings": 256, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "eos_token_id": 2,
+}
 MEMBERS = ("wide", "narrow", None)
 
 
 def _llama() -> PreTrainedModel:
-    rope = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64}  # fmt: skip
-    return LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2, rope_parameters=rope, mlp_bias=True,
-                                        attention_bias=True, tie_word_embeddings=False))  # fmt: skip
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500.0,
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    return LlamaForCausalLM(
+        LlamaConfig(
+            **SIZES,
+            num_key_value_heads=2,
+            rope_parameters=rope,
+            mlp_bias=True,
+            attention_bias=True,
+            tie_word_embeddings=False,
+        )
+    )
 
 
 def _qwen2() -> PreTrainedModel:
-    wide = SIZES | {"intermediate_size": 384}  # MKL has another kernel for fewer than 16 rows so wide
+    wide = SIZES | {
+        "intermediate_size": 384
+    }  # MKL has another kernel for fewer than 16 rows so wide
     return Qwen2ForCausalLM(Qwen2Config(**wide, num_key_value_heads=4, tie_word_embeddings=True))
 
 
 def _qwen3() -> PreTrainedModel:
-    return Qwen3ForCausalLM(Qwen3Config(**SIZES, num_key_value_heads=1, head_dim=24, tie_word_embeddings=True))
+    return Qwen3ForCausalLM(
+        Qwen3Config(**SIZES, num_key_value_heads=1, head_dim=24, tie_word_embeddings=True)
+    )
 
 
 def _sliding() -> PreTrainedModel:
-    return Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=2, use_sliding_window=True, sliding_window=8,
-                                        max_window_layers=1))  # fmt: skip
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            **SIZES,
+            num_key_value_heads=2,
+            use_sliding_window=True,
+            sliding_window=8,
+            max_window_layers=1,
+        )
+    )
 
 
 def _neox() -> PreTrainedModel:
@@ -69,7 +109,9 @@ def _model(build: object) -> PeftModel:
         for name, parameter in base.named_parameters():
             parameter.normal_(1.0 if "norm" in name and "weight" in name else 0.0, 0.15)
     some = ["query_key_value"] if build is _neox else ["q_proj", "v_proj", "down_proj"]
-    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=32, target_modules="all-linear"), adapter_name="wide")
+    model = get_peft_model(
+        base, LoraConfig(r=8, lora_alpha=32, target_modules="all-linear"), adapter_name="wide"
+    )
     model.add_adapter("narrow", LoraConfig(r=1, lora_alpha=4, target_modules=some, use_rslora=True))
     for member in ("wide", "narrow"):
         shake(model, member, seed=1)
@@ -83,10 +125,16 @@ def _engine(model: object, max_num_seqs: int = 512) -> TransformersEngine:
 def _requests(
     lengths: Iterable[int] = (1, 4, 31, 32, 33, 90), members: Iterable[str | None] = MEMBERS
 ) -> list[Request]:
-    return [request(length, member, n=1 + length % 4, seed=length) for length in lengths for member in members]
+    return [
+        request(length, member, n=1 + length % 4, seed=length)
+        for length in lengths
+        for member in members
+    ]
 
 
-def _gap(model: torch.nn.Module, requests: Sequence[Request], groups: Sequence[Sequence[Sample]]) -> float:
+def _gap(
+    model: torch.nn.Module, requests: Sequence[Request], groups: Sequence[Sequence[Sample]]
+) -> float:
     """Largest difference between the engine's log-probabilities and the trainer's."""
     largest = 0.0
     for one, group in zip(requests, groups, strict=True):
@@ -120,7 +168,9 @@ def test_a_sample_is_the_same_to_the_bit_in_any_company(build: object) -> None:
     assert engine.generate(list(reversed(requests))) == list(reversed(together))
     for one, group in zip(requests, together, strict=True):
         assert engine.generate([one]) == [group]
-        assert engine.generate([Request(one.prompt_token_ids, 1, one.seed, one.sampling, one.member)]) == [group[:1]]
+        assert engine.generate(
+            [Request(one.prompt_token_ids, 1, one.seed, one.sampling, one.member)]
+        ) == [group[:1]]
 
 
 def test_batches_of_any_size_give_the_same_bits() -> None:
@@ -172,7 +222,9 @@ def test_prompts_of_one_member_share_their_computation(monkeypatch: pytest.Monke
     seen: list[int] = []
     inner = llama.LlamaDecoder._prefill_part
 
-    def watch(self: llama.LlamaDecoder, prompts: Sequence[Sequence[int]], start: int, stop: int) -> torch.Tensor:
+    def watch(
+        self: llama.LlamaDecoder, prompts: Sequence[Sequence[int]], start: int, stop: int
+    ) -> torch.Tensor:
         seen.extend(len(one) for one in prompts[start:stop])
         return inner(self, prompts, start, stop)
 

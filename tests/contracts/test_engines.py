@@ -1,4 +1,6 @@
-"""What every registered engine must do; an engine added to the registry is tested here without another line."""
+"""What every registered engine must do; an engine added to the registry is tested here without
+another line.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +14,11 @@ import pytest
 import torch
 from peft import PeftModel
 
-from harness.errors import UserError
-from rltrain.engines.base import Engine, Request
+from harness.core.errors import UserError
+from rltrain.engines.base import Engine, Request, SyncError
 from rltrain.engines.remote import RemoteEngines
 from rltrain.sync.adapter import adapter_config, adapter_tensors
 from rltrain.sync.disk import DiskSync, write_tensors
-from rltrain.sync.proof import SyncError
 from tests.contracts.tiny import (
     ADAPTERS,
     KINDS,
@@ -50,7 +51,10 @@ def model(base_dir: Path) -> PeftModel:
 
 @pytest.fixture(scope="module", params=ALL_KINDS)
 def engine(
-    request: pytest.FixtureRequest, model: PeftModel, base_dir: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    model: PeftModel,
+    base_dir: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Engine]:
     """An engine that serves both adapters, in all slots it has."""
     with contextlib.ExitStack() as stack:
@@ -65,8 +69,15 @@ def engine(
 
 
 def test_samples_come_in_the_order_of_the_requests(engine: Engine, model: PeftModel) -> None:
-    requests = [request(length, member, n=n) for length, member, n in
-                [(30, "attention", 1), (3, None, 3), (12, "all_linear", 2), (5, "attention", 4)]]  # fmt: skip
+    requests = [
+        request(length, member, n=n)
+        for length, member, n in [
+            (30, "attention", 1),
+            (3, None, 3),
+            (12, "all_linear", 2),
+            (5, "attention", 4),
+        ]
+    ]
     groups = engine.generate(requests)
     assert [len(group) for group in groups] == [1, 3, 2, 4]
     for one, group in zip(requests, groups, strict=True):
@@ -74,14 +85,20 @@ def test_samples_come_in_the_order_of_the_requests(engine: Engine, model: PeftMo
             assert 1 <= len(sample.token_ids) == len(sample.logprobs) <= LONGEST
         # Only its own prompt and adapter explain a group's log-probabilities.
         torch.testing.assert_close(
-            flat_logprobs([group]), trainer_logprobs(model, one.member, [one], [group]), atol=1e-4, rtol=0
+            flat_logprobs([group]),
+            trainer_logprobs(model, one.member, [one], [group]),
+            atol=1e-4,
+            rtol=0,
         )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_are_the_trainers(engine: Engine, model: PeftModel, temperature: float) -> None:
-    requests = [request(length, member, n=3, seed=length, temperature=temperature)
-                for length in (1, 8, 40) for member in MEMBERS]  # fmt: skip
+    requests = [
+        request(length, member, n=3, seed=length, temperature=temperature)
+        for length in (1, 8, 40)
+        for member in MEMBERS
+    ]
     groups = engine.generate(requests)
     for member in MEMBERS:
         mine = [i for i, one in enumerate(requests) if one.member == member]
@@ -120,7 +137,9 @@ def test_other_seeds_and_samples_differ(engine: Engine) -> None:
 
 def test_a_sample_does_not_depend_on_its_companions(engine: Engine) -> None:
     one = request(20, "attention", n=3, seed=3)
-    companions = [request(length, member, n=2, seed=length) for length in (1, 33, 90) for member in MEMBERS]
+    companions = [
+        request(length, member, n=2, seed=length) for length in (1, 33, 90) for member in MEMBERS
+    ]
     alone = engine.generate([one])[0]
     among = engine.generate([*companions[:5], one, *companions[5:]])[5]
     assert tokens([among]) == tokens([alone])
@@ -159,18 +178,24 @@ def test_temperature_zero_is_greedy(engine: Engine, model: PeftModel) -> None:
     group = engine.generate([one, other])[0]
     assert tokens([group])[0][0] == tokens([group])[0][1]
     ids = [*one.prompt_token_ids, *group[0].token_ids]
-    greedy = next_token_logits(model, "all_linear", ids)[len(one.prompt_token_ids) - 1 : -1].argmax(dim=-1)
+    greedy = next_token_logits(model, "all_linear", ids)[len(one.prompt_token_ids) - 1 : -1].argmax(
+        dim=-1
+    )
     assert group[0].token_ids == greedy.tolist()
     found = trainer_logprobs(model, "all_linear", [one], [group])  # of temperature 1
     assert torch.allclose(flat_logprobs([group]), found, atol=1e-4)
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (-1, 0.6), (20, 0.7)])
-def test_truncated_distributions(engine: Engine, model: PeftModel, top_k: int, top_p: float) -> None:
+def test_truncated_distributions(
+    engine: Engine, model: PeftModel, top_k: int, top_p: float
+) -> None:
     one = request(10, "attention", n=4, temperature=1.3, top_k=top_k, top_p=top_p)
     for sample in engine.generate([one])[0]:
         ids = [*one.prompt_token_ids, *sample.token_ids]
-        logits = next_token_logits(model, "attention", ids)[len(one.prompt_token_ids) - 1 : -1] / 1.3
+        logits = (
+            next_token_logits(model, "attention", ids)[len(one.prompt_token_ids) - 1 : -1] / 1.3
+        )
         for t, token in enumerate(sample.token_ids):
             ordered, order = logits[t].sort(descending=True)
             kept = top_k if top_k > 0 else VOCAB
@@ -183,8 +208,13 @@ def test_truncated_distributions(engine: Engine, model: PeftModel, top_k: int, t
 
 
 def test_more_prompt_tokens_than_one_batch_takes(engine: Engine, model: PeftModel) -> None:
-    requests = [request(length, "all_linear", n=1, seed=length, longest=2) for length in range(20, 96)]
-    requests += [Request(prompt(95, seed), 1, seed, requests[0].sampling, "all_linear") for seed in range(1, 30)]
+    requests = [
+        request(length, "all_linear", n=1, seed=length, longest=2) for length in range(20, 96)
+    ]
+    requests += [
+        Request(prompt(95, seed), 1, seed, requests[0].sampling, "all_linear")
+        for seed in range(1, 30)
+    ]
     groups = engine.generate(requests)
     found = trainer_logprobs(model, "all_linear", requests, groups)
     assert torch.allclose(flat_logprobs(groups), found, atol=1e-4)
@@ -237,29 +267,44 @@ def test_dropped_adapters_are_gone(engine: Engine, model: PeftModel, tmp_path: P
     DiskSync(tmp_path).publish(engine, model, "attention", 2)
     asked = [request(4, "attention")]
     groups = engine.generate(asked)
-    assert torch.allclose(flat_logprobs(groups), trainer_logprobs(model, "attention", asked, groups), atol=1e-4)
+    assert torch.allclose(
+        flat_logprobs(groups), trainer_logprobs(model, "attention", asked, groups), atol=1e-4
+    )
 
 
-def test_an_adapter_loads_from_its_tensors(engine: Engine, model: PeftModel, tmp_path: Path) -> None:
+def test_an_adapter_loads_from_its_tensors(
+    engine: Engine, model: PeftModel, tmp_path: Path
+) -> None:
     asked = [request(8, "attention", n=3)]
     before = {name: tensor.clone() for name, tensor in adapter_tensors(model, "attention").items()}
     from_disk = engine.generate(asked)
     engine.drop_adapter("attention")
-    engine.load_adapter_tensors("attention", 5, adapter_tensors(model, "attention"), adapter_config(model, "attention"))
+    engine.load_adapter_tensors(
+        "attention", 5, adapter_tensors(model, "attention"), adapter_config(model, "attention")
+    )
     assert engine.generate(asked) == from_disk
-    assert all(torch.equal(tensor, before[name]) for name, tensor in adapter_tensors(model, "attention").items())
+    assert all(
+        torch.equal(tensor, before[name])
+        for name, tensor in adapter_tensors(model, "attention").items()
+    )
 
 
 Load = Callable[[Engine, PeftModel, str, Path, Callable[[str], str]], None]
 
 
-def _from_disk(engine: Engine, model: PeftModel, member: str, folder: Path, rename: Callable[[str], str]) -> None:
+def _from_disk(
+    engine: Engine, model: PeftModel, member: str, folder: Path, rename: Callable[[str], str]
+) -> None:
     write_tensors(_renamed(model, rename), adapter_config(model, "attention"), folder)
     engine.load_adapter(member, 1, folder)
 
 
-def _from_memory(engine: Engine, model: PeftModel, member: str, folder: Path, rename: Callable[[str], str]) -> None:
-    engine.load_adapter_tensors(member, 1, _renamed(model, rename), adapter_config(model, "attention"))
+def _from_memory(
+    engine: Engine, model: PeftModel, member: str, folder: Path, rename: Callable[[str], str]
+) -> None:
+    engine.load_adapter_tensors(
+        member, 1, _renamed(model, rename), adapter_config(model, "attention")
+    )
 
 
 def _renamed(model: PeftModel, rename: Callable[[str], str]) -> dict[str, torch.Tensor]:
@@ -267,7 +312,9 @@ def _renamed(model: PeftModel, rename: Callable[[str], str]) -> dict[str, torch.
 
 
 @pytest.mark.parametrize("load", [_from_disk, _from_memory])
-def test_an_adapter_too_many_is_refused(engine: Engine, model: PeftModel, tmp_path: Path, load: Load) -> None:
+def test_an_adapter_too_many_is_refused(
+    engine: Engine, model: PeftModel, tmp_path: Path, load: Load
+) -> None:
     if engine.shares_weights:
         pytest.skip("the trainer's model has room for any number")
     with pytest.raises(RuntimeError, match="room for 2 adapters"):
@@ -282,7 +329,13 @@ def test_a_module_the_engine_cannot_serve_is_caught(
         pytest.skip("the trainer's modules serve themselves")
     # A layer the model does not have: vLLM itself says nothing.
     with pytest.raises(SyncError, match="3 of the 6 modules"):
-        load(engine, model, "attention", tmp_path / "stray", lambda name: name.replace("layers.1.", "layers.7."))
+        load(
+            engine,
+            model,
+            "attention",
+            tmp_path / "stray",
+            lambda name: name.replace("layers.1.", "layers.7."),
+        )
     with pytest.raises(UserError, match="no adapter"):
         engine.generate([request(4, "attention")])
     load(engine, model, "attention", tmp_path / "good", str)
@@ -318,10 +371,14 @@ def test_nothing_is_left_of_a_call_that_failed(
 def test_prompts_are_shared_among_engines(engine: Engine, model: PeftModel, tmp_path: Path) -> None:
     if not isinstance(engine, RemoteEngines):
         pytest.skip("one engine")
-    # Only the second engine is without the adapter: its share of the prompts is what cannot be answered.
+    # Only the second engine is without the adapter: its share of the prompts is what cannot be
+    # answered.
     second = RemoteEngines(engine._actors[1:])
     second.drop_adapter("attention")
-    asked = [request(length, member) for length, member in [(5, "attention"), (6, None), (7, "attention"), (8, None)]]
+    asked = [
+        request(length, member)
+        for length, member in [(5, "attention"), (6, None), (7, "attention"), (8, None)]
+    ]
     assert [len(group) for group in engine.generate(asked)] == [2, 2, 2, 2]
     with pytest.raises(UserError, match="no adapter is loaded"):
         engine.generate(asked[1:])

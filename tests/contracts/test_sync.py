@@ -1,4 +1,6 @@
-"""What every registered sync must do with every registered engine, and that a sync which does not is caught."""
+"""What every registered sync must do with every registered engine, and that a sync which does not
+is caught.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from harness.errors import UserError
-from harness.schema import Backend, SyncMode
-from rltrain.engines.base import Engine, Sample
+from harness.config.schema import Backend, SyncMode
+from harness.core.errors import UserError
+from rltrain.engines.base import Engine, Sample, SyncError
 from rltrain.sync.base import SYNCS, build_sync
+from rltrain.sync.check import check_sync
 from rltrain.sync.disk import write_adapter
 from rltrain.sync.merge import merged_weights
-from rltrain.sync.proof import SyncError, check_sync
 from tests.contracts.tiny import (
     KINDS,
     Kind,
@@ -45,7 +47,9 @@ TOLERANCE = 1e-4
 
 @dataclass
 class Probe:
-    """Samples an engine drew at one moment, with the log-probabilities `[N]` of the engine and of the trainer then."""
+    """Samples an engine drew at one moment, with the log-probabilities `[N]` of the engine and of
+    the trainer then.
+    """
 
     samples: list[list[Sample]]
     engine: torch.Tensor
@@ -95,7 +99,9 @@ def _tell(engine: Engine, model: PeftModel, mode: SyncMode, root: Path) -> Story
     sync.publish(engine, model, MEMBER, 4)
     model.load_state_dict(trained)
     stale = probe()
-    model.load_state_dict({name: tensor * ("lora_B" not in name) for name, tensor in trained.items()})
+    model.load_state_dict(
+        {name: tensor * ("lora_B" not in name) for name, tensor in trained.items()}
+    )
     sync.publish(engine, model, MEMBER, 5)
     model.load_state_dict(trained)
     zeroed = probe()
@@ -120,7 +126,9 @@ class Deaf:
 
 
 class Stories:
-    """Stories told so far, each once, and the engine of the last of them: engines are slow to start."""
+    """Stories told so far, each once, and the engine of the last of them: engines are slow to
+    start.
+    """
 
     def __init__(self, base_dir: Path, root: Path) -> None:
         self._base_dir = base_dir
@@ -135,7 +143,9 @@ class Stories:
         if (kind, mode) not in self._told:
             model = adapt(load_base(self._base_dir), [MEMBER])
             engine = self._started(kind, model, 0 if mode is SyncMode.merge else 4)
-            self._told[kind, mode] = _tell(engine, model, mode, self._root / name_of(kind) / mode.name)
+            self._told[kind, mode] = _tell(
+                engine, model, mode, self._root / name_of(kind) / mode.name
+            )
         return self._told[kind, mode]
 
     def _started(self, kind: Kind, model: PeftModel, max_lora_rank: int) -> Engine:
@@ -146,7 +156,11 @@ class Stories:
                 tensor_parallel_size = 2
                 self._ray.enter_context(ray_for_two())
             self._engine = start(
-                kind, model, self._base_dir, max_lora_rank=max_lora_rank, tensor_parallel_size=tensor_parallel_size
+                kind,
+                model,
+                self._base_dir,
+                max_lora_rank=max_lora_rank,
+                tensor_parallel_size=tensor_parallel_size,
             )
             self._up = kind, max_lora_rank
         self._engine.use_model(model)
@@ -220,7 +234,10 @@ def test_an_adapter_that_arrives_as_zeros_is_caught(story: Story) -> None:
 
 def test_publishing_leaves_the_trainers_weights_alone(story: Story) -> None:
     assert story.trainer_before.keys() == story.trainer_after.keys()
-    assert all(torch.equal(tensor, story.trainer_after[name]) for name, tensor in story.trainer_before.items())
+    assert all(
+        torch.equal(tensor, story.trainer_after[name])
+        for name, tensor in story.trainer_before.items()
+    )
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
@@ -296,7 +313,9 @@ def test_disk_sync_keeps_one_version_in_peft_format(base_dir: Path, tmp_path: Pa
         ("all_linear", 12, "all_linear/v000012"),
         ("attention", 12, "attention/v000012"),
     )
-    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == [
+    assert sorted(
+        str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()
+    ) == [
         f"{member}/v000012/{file}"
         for member in ("all_linear", "attention")
         for file in ("adapter_config.json", "adapter_model.safetensors")
@@ -308,7 +327,10 @@ def test_a_written_adapter_loads_in_plain_peft(base_dir: Path, tmp_path: Path) -
     for member in ("all_linear", "attention"):
         write_adapter(model, member, tmp_path / member)
         plain = PeftModel.from_pretrained(load_base(base_dir), tmp_path / member).eval()
-        found, expected = next_token_logits(plain, "default", prompt(9)), next_token_logits(model, member, prompt(9))
+        found, expected = (
+            next_token_logits(plain, "default", prompt(9)),
+            next_token_logits(model, member, prompt(9)),
+        )
         assert torch.equal(found, expected)
 
 
@@ -343,14 +365,27 @@ def test_a_write_that_fails_leaves_the_old_adapter(
     ("targets", "excluded", "modules"),
     [
         (r".*\.layers\.1\..*(q_proj|down_proj)", None, 2),
-        (["v_proj", "q_proj", "o_proj"], ["layers.0.self_attn.o_proj", "layers.1.self_attn.v_proj"], 4),
+        (
+            ["v_proj", "q_proj", "o_proj"],
+            ["layers.0.self_attn.o_proj", "layers.1.self_attn.v_proj"],
+            4,
+        ),
     ],
 )
 def test_targets_are_written_as_they_were_given(
-    base_dir: Path, tmp_path: Path, targets: str | list[str], excluded: list[str] | None, modules: int
+    base_dir: Path,
+    tmp_path: Path,
+    targets: str | list[str],
+    excluded: list[str] | None,
+    modules: int,
 ) -> None:
     config = LoraConfig(
-        task_type="CAUSAL_LM", r=2, lora_alpha=3, use_rslora=True, target_modules=targets, exclude_modules=excluded
+        task_type="CAUSAL_LM",
+        r=2,
+        lora_alpha=3,
+        use_rslora=True,
+        target_modules=targets,
+        exclude_modules=excluded,
     )
     model = get_peft_model(load_base(base_dir), config, adapter_name=MEMBER)
     write_adapter(model, MEMBER, tmp_path / "a")
@@ -363,7 +398,11 @@ def test_targets_are_written_as_they_were_given(
 
 
 def test_the_proof_measures_mean_and_largest_differences() -> None:
-    engine, on, off = torch.tensor([-1.0, -2.0]), torch.tensor([-1.1, -2.3]), torch.tensor([-2.0, -3.0])
+    engine, on, off = (
+        torch.tensor([-1.0, -2.0]),
+        torch.tensor([-1.1, -2.3]),
+        torch.tensor([-2.0, -3.0]),
+    )
     gap = check_sync(engine, on, off, tolerance=0.25)
     assert (gap.engine, gap.largest, gap.adapter) == pytest.approx((0.2, 0.3, 0.8))
     assert check_sync(engine, on, None, tolerance=0.25).adapter is None
@@ -387,6 +426,10 @@ def test_the_proof_refuses_nan_and_mismatched_tokens() -> None:
     for off in (None, good - 1):
         with pytest.raises(SyncError):
             check_sync(bad, good, off, tolerance=0.1)
-    for engine, on, off in [(good, good[:1], None), (good, good, good[:1]), (good[:0], good[:0], None)]:
+    for engine, on, off in [
+        (good, good[:1], None),
+        (good, good, good[:1]),
+        (good[:0], good[:0], None),
+    ]:
         with pytest.raises(ValueError, match="same tokens"):
             check_sync(engine, on, off, tolerance=0.1)

@@ -1,4 +1,6 @@
-"""Memory sync of later versions: what the first one found out is used again, and only while it holds."""
+"""Memory sync of later versions: what the first one found out is used again, and only while it
+holds.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +11,26 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 
-from harness.schema import Backend
+from harness.config.schema import Backend
 from rltrain.engines.base import Engine
 from rltrain.sync.adapter import AdapterTensors, adapter_tensors
 from rltrain.sync.memory import MemorySync
-from tests.contracts.tiny import ADAPTERS, adapt, flat_logprobs, load_base, request, shake, start, trainer_logprobs
+from tests.contracts.tiny import (
+    ADAPTERS,
+    adapt,
+    flat_logprobs,
+    load_base,
+    request,
+    shake,
+    start,
+    trainer_logprobs,
+)
 
 
 def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    return one.keys() == other.keys() and all(
+        torch.equal(tensor, other[name]) for name, tensor in one.items()
+    )
 
 
 @pytest.mark.parametrize("member", ADAPTERS)
@@ -35,7 +48,9 @@ def test_another_adapter_of_the_same_name_is_noticed(base_dir: Path) -> None:
     known = AdapterTensors(model, "attention")
     model.delete_adapter("attention")
     assert not known.fits(model)
-    model.add_adapter("attention", LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]))
+    model.add_adapter(
+        "attention", LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    )
     assert not known.fits(model)
 
 
@@ -63,7 +78,9 @@ def test_a_later_version_takes_over_the_memory_of_the_one_before(
         for version in (1, 2):
             for member in ADAPTERS:
                 shake(model, member, seed=10 * version)
-                before = {name: tensor.clone() for name, tensor in adapter_tensors(model, member).items()}
+                before = {
+                    name: tensor.clone() for name, tensor in adapter_tensors(model, member).items()
+                }
                 sync.publish(engine, model, member, version)
                 assert _same(before, adapter_tensors(model, member))
             _check(engine, model)

@@ -12,8 +12,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from harness.schema import Backend, Device, Recipe, Sampling
-from rltrain.cluster import cluster
+from harness.config.schema import Backend, Device, Recipe, Sampling
+from rltrain.distributed.cluster import cluster
 from rltrain.engines.base import ENGINES, Engine, EngineOptions, Request, Sample, build_engine
 from rltrain.engines.remote import start_engines
 
@@ -26,8 +26,12 @@ STOP_TOKEN_IDS = (2, 17, 40, 41, 42, 77)
 MAX_INPUT_LENGTH = 96
 LONGEST = 24
 ADAPTERS = {
-    "all_linear": LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=16, target_modules="all-linear"),
-    "attention": LoraConfig(task_type="CAUSAL_LM", r=1, lora_alpha=4, target_modules=["q_proj", "v_proj", "o_proj"]),
+    "all_linear": LoraConfig(
+        task_type="CAUSAL_LM", r=4, lora_alpha=16, target_modules="all-linear"
+    ),
+    "attention": LoraConfig(
+        task_type="CAUSAL_LM", r=1, lora_alpha=4, target_modules=["q_proj", "v_proj", "o_proj"]
+    ),
 }
 
 
@@ -35,9 +39,16 @@ def write_base(folder: Path) -> None:
     """A base model: packed projections of unequal width, biases, tied embeddings; no tokenizer."""
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=256, tie_word_embeddings=True, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        eos_token_id=2,
+    )
     model = Qwen2ForCausalLM(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -73,11 +84,18 @@ def shake(model: PeftModel, member: str, seed: int) -> None:
 
 
 def start(
-    kind: Kind, model: torch.nn.Module, base_dir: Path, *, max_lora_rank: int = 4, tensor_parallel_size: int = 1
+    kind: Kind,
+    model: torch.nn.Module,
+    base_dir: Path,
+    *,
+    max_lora_rank: int = 4,
+    tensor_parallel_size: int = 1,
 ) -> Engine:
-    """An engine with room for both adapters; `max_lora_rank` 0: one whose weights are replaced instead.
+    """An engine with room for both adapters; `max_lora_rank` 0: one whose weights are replaced
+    instead.
 
-    "remote": two vLLM engines in actors of their own, or one of them split over `tensor_parallel_size` processes.
+    "remote": two vLLM engines in actors of their own, or one of them split over
+    `tensor_parallel_size` processes.
     """
     recipe = Recipe()
     recipe.trainer.placement.device = Device.cpu
@@ -86,7 +104,9 @@ def start(
     recipe.generator.max_input_length = MAX_INPUT_LENGTH
     recipe.generator.sampling_params.max_generate_length = LONGEST
     recipe.generator.eval_sampling_params.max_generate_length = LONGEST
-    options = EngineOptions(str(base_dir), torch.float32, STOP_TOKEN_IDS, max_lora_rank, max_loras=len(ADAPTERS))
+    options = EngineOptions(
+        str(base_dir), torch.float32, STOP_TOKEN_IDS, max_lora_rank, max_loras=len(ADAPTERS)
+    )
     if kind != "remote":
         return build_engine(recipe, model, options)
     recipe.generator.num_inference_engines = 2 // tensor_parallel_size
@@ -95,7 +115,9 @@ def start(
 
 
 def ray_for_two() -> contextlib.AbstractContextManager[object]:
-    """Ray on this machine, with two CPUs to give away; "remote" engines must be closed before it ends."""
+    """Ray on this machine, with two CPUs to give away; "remote" engines must be closed before it
+    ends.
+    """
     return cluster(cpus=2, gpus=0, threads=1, address=None)
 
 
@@ -127,7 +149,9 @@ def request(
     top_k: int = -1,
 ) -> Request:
     """A request for a random prompt of so many tokens."""
-    sampling = Sampling(max_generate_length=longest, temperature=temperature, top_p=top_p, top_k=top_k)
+    sampling = Sampling(
+        max_generate_length=longest, temperature=temperature, top_p=top_p, top_k=top_k
+    )
     return Request(prompt(length), n, seed, sampling, member)
 
 
@@ -138,12 +162,18 @@ def tokens(groups: Sequence[Sequence[Sample]]) -> list[list[list[int]]]:
 
 def flat_logprobs(groups: Sequence[Sequence[Sample]]) -> torch.Tensor:
     """The engine's log-probabilities of all samples, one after another."""
-    return torch.tensor([logprob for group in groups for sample in group for logprob in sample.logprobs])
+    return torch.tensor(
+        [logprob for group in groups for sample in group for logprob in sample.logprobs]
+    )
 
 
 @torch.no_grad()
-def next_token_logits(model: torch.nn.Module, member: str | None, ids: Sequence[int]) -> torch.Tensor:
-    """Logits `[T, V]` after each token of one sequence, the member's adapter on (None: off, or a plain model)."""
+def next_token_logits(
+    model: torch.nn.Module, member: str | None, ids: Sequence[int]
+) -> torch.Tensor:
+    """Logits `[T, V]` after each token of one sequence, the member's adapter on (None: off, or a
+    plain model).
+    """
     inputs = torch.tensor([list(ids)])
     if not isinstance(model, PeftModel):
         logits = model(input_ids=inputs).logits
@@ -157,9 +187,14 @@ def next_token_logits(model: torch.nn.Module, member: str | None, ids: Sequence[
 
 
 def trainer_logprobs(
-    model: torch.nn.Module, member: str | None, requests: Sequence[Request], groups: Sequence[Sequence[Sample]]
+    model: torch.nn.Module,
+    member: str | None,
+    requests: Sequence[Request],
+    groups: Sequence[Sequence[Sample]],
 ) -> torch.Tensor:
-    """What the trainer's model says of the same tokens, one sequence at a time: logits over temperature."""
+    """What the trainer's model says of the same tokens, one sequence at a time: logits over
+    temperature.
+    """
     found = []
     for one, group in zip(requests, groups, strict=True):
         for sample in group:

@@ -11,8 +11,14 @@ OLDER = "named and set aside; goes on from the checkpoint before it; the same to
 CLEARED = "cleared away; goes on from the checkpoint before it; the same to the bit"
 ANEW = "named and set aside; starts again from step 0; the same to the bit"
 REFUSED = "named, refused with exit status 2; no file changed"
-TOLD = "a sound recipe or a dry run comes of it, or one message; never a traceback, never a start on nonsense"
-ALONE = "FAILED, with its reason on the console, in study and report; the others complete; no process left"
+TOLD = (
+    "a sound recipe or a dry run comes of it, or one message; never a traceback, never "
+    "a start on nonsense"
+)
+ALONE = (
+    "FAILED, with its reason on the console, in study and report; the others "
+    "complete; no process left"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,36 +40,77 @@ def _call(phase: str, target: str, count: int, *, after: bool = False) -> Kill:
 CREATION = "the run directory's creation"
 ROLLOUT, SCORING, UPDATE, SYNC, EVALUATION = "rollout", "scoring", "update", "sync", "evaluation"
 WRITE, REMOVAL, APPEND = "checkpoint write", "an old checkpoint's removal", "metrics append"
-MANIFEST, ADAPTER, SAMPLES, END = "manifest write", "adapter write", "samples write", "the run's end"
+MANIFEST, ADAPTER, SAMPLES, END = (
+    "manifest write",
+    "adapter write",
+    "samples write",
+    "the run's end",
+)
 VERDICT, ANYTIME = "between the run's end and its verdict", "any time, by the clock"
 
-_DECODE = "rltrain.engines.llama:LlamaDecoder.step"
+_DECODE = "rltrain.engines.cpu.decoder:LlamaDecoder.step"
 _STEP, _TRAINER, _CHECKPOINT = "rltrain.step:", "rltrain.trainer:", "rltrain.checkpoint:"
-_NEW, _OLD = r"checkpoints/\.step_\d+\.\w+/new/|rename checkpoints/step", r"(remove|rmdir) checkpoints/\.step_\d+\.\w+"
+_NEW, _OLD = (
+    r"checkpoints/\.step_\d+\.\w+/new/|rename checkpoints/step",
+    r"(remove|rmdir) checkpoints/\.step_\d+\.\w+",
+)
 
-# One directory each: killed, resumed, killed again, resumed, ... and at last left to end. Counts are of each process.
+# One directory each: killed, resumed, killed again, resumed, ... and at last left to end. Counts
+# are of each process.
 CHAINS: tuple[tuple[Kill, ...], ...] = (
-    (_file(CREATION, r"rename recipe\.yaml", 1), _call(EVALUATION, f"{_TRAINER}evaluate", 1),
-     _call(ROLLOUT, f"{_STEP}rollout", 2), _file(WRITE, _NEW, 4), _call(UPDATE, "torch:Tensor.backward", 3),
-     _call(VERDICT, "harness.run:judge", 1)),
-    (_file(CREATION, r"open \.manifest\.json", 1), _call(ROLLOUT, _DECODE, 47),
-     Kill(APPEND, Fault("torn", r"/metrics\.jsonl$", 2, cut=12)), _file(WRITE, _NEW, 12),
-     _file(ADAPTER, "adapter/", 5)),
-    (_call(SYNC, "rltrain.pack:Pack.publish_member", 1), _file(SAMPLES, r"rename samples/", 1),
-     _call(UPDATE, "torch.optim:AdamW.step", 3, after=True), _file(MANIFEST, r"rename manifest", 4),
-     _file(REMOVAL, _OLD, 3)),
-    (_call(EVALUATION, f"{_TRAINER}evaluate", 1, after=True), _call(UPDATE, "torch.optim:AdamW.step", 1),
-     _file(WRITE, _NEW, 1), Kill(APPEND, Fault("torn", r"/metrics\.jsonl$", 3, cut=600)), _file(REMOVAL, _OLD, 9)),
-    (_call(SYNC, "rltrain.pack:Pack.publish_member", 2, after=True), _file(APPEND, r"open metrics\.jsonl", 3),
-     _file(MANIFEST, r"open \.manifest", 3), _file(ADAPTER, r"rename adapter/", 1), _call(END, f"{_TRAINER}finish", 1)),
-    (_call(SCORING, f"{_STEP}prepare", 1), _call(WRITE, f"{_CHECKPOINT}save_file", 3, after=True),
-     _file(SAMPLES, "samples/", 3), _file(REMOVAL, r"rename checkpoints/\.step", 2),
-     _call(SCORING, f"{_STEP}prepare", 1, after=True)),
-    (Kill(ANYTIME, Fault("time", seconds=0.25)), Kill(ANYTIME, Fault("time", seconds=0.35)),
-     Kill(ANYTIME, Fault("time", seconds=0.3))),
+    (
+        _file(CREATION, r"rename recipe\.yaml", 1),
+        _call(EVALUATION, f"{_TRAINER}evaluate", 1),
+        _call(ROLLOUT, f"{_STEP}rollout", 2),
+        _file(WRITE, _NEW, 4),
+        _call(UPDATE, "torch:Tensor.backward", 3),
+        _call(VERDICT, "harness.run:judge", 1),
+    ),
+    (
+        _file(CREATION, r"open \.manifest\.json", 1),
+        _call(ROLLOUT, _DECODE, 47),
+        Kill(APPEND, Fault("torn", r"/metrics\.jsonl$", 2, cut=12)),
+        _file(WRITE, _NEW, 12),
+        _file(ADAPTER, "adapter/", 5),
+    ),
+    (
+        _call(SYNC, "rltrain.pack:Pack.publish_member", 1),
+        _file(SAMPLES, r"rename samples/", 1),
+        _call(UPDATE, "torch.optim:AdamW.step", 3, after=True),
+        _file(MANIFEST, r"rename manifest", 4),
+        _file(REMOVAL, _OLD, 3),
+    ),
+    (
+        _call(EVALUATION, f"{_TRAINER}evaluate", 1, after=True),
+        _call(UPDATE, "torch.optim:AdamW.step", 1),
+        _file(WRITE, _NEW, 1),
+        Kill(APPEND, Fault("torn", r"/metrics\.jsonl$", 3, cut=600)),
+        _file(REMOVAL, _OLD, 9),
+    ),
+    (
+        _call(SYNC, "rltrain.pack:Pack.publish_member", 2, after=True),
+        _file(APPEND, r"open metrics\.jsonl", 3),
+        _file(MANIFEST, r"open \.manifest", 3),
+        _file(ADAPTER, r"rename adapter/", 1),
+        _call(END, f"{_TRAINER}finish", 1),
+    ),
+    (
+        _call(SCORING, f"{_STEP}prepare", 1),
+        _call(WRITE, f"{_CHECKPOINT}save_file", 3, after=True),
+        _file(SAMPLES, "samples/", 3),
+        _file(REMOVAL, r"rename checkpoints/\.step", 2),
+        _call(SCORING, f"{_STEP}prepare", 1, after=True),
+    ),
+    (
+        Kill(ANYTIME, Fault("time", seconds=0.25)),
+        Kill(ANYTIME, Fault("time", seconds=0.35)),
+        Kill(ANYTIME, Fault("time", seconds=0.3)),
+    ),
     (Kill(ANYTIME, Fault("time", seconds=0.45)), Kill(ANYTIME, Fault("time", seconds=0.2))),
-)  # fmt: skip
-"""Times are shares of what the whole run computed: and strike, too, where the machine has become twice as fast."""
+)
+"""Times are shares of what the whole run computed: and strike, too, where the machine has become
+twice as fast.
+"""
 
 
 # A run whose engine does not share the trainer's weights: adapters reach vLLM through files.
@@ -71,15 +118,20 @@ VLLM_KILLS = (
     _file("sync to vLLM", r"rename sync/\w+/v000002", 1),
     _file("sync to vLLM", r"remove sync/\w+/v000001/", 2),
 )
-# One sweep, killed and resumed again and again: before Ray is up, while trials run, and when all have ended.
-_JOURNAL, _TRIAL, _SUMMARY = "sweep, journal write", "sweep, a trial's directory", "sweep, results and report"
+# One sweep, killed and resumed again and again: before Ray is up, while trials run, and when all
+# have ended.
+_JOURNAL, _TRIAL, _SUMMARY = (
+    "sweep, journal write",
+    "sweep, a trial's directory",
+    "sweep, results and report",
+)
 SWEEP_KILLS = (
     Kill(_JOURNAL, Fault("torn", r"/study\.journal$", 3)),
     _file("sweep, manifest and recipe", r"rename recipe\.yaml", 1),
     Kill(_JOURNAL, Fault("torn", r"/study\.journal$", 2, cut=40)),
     _file(_TRIAL, r"rename trials/0000/recipe\.yaml", 1),
-    _call("sweep, while a trial trains", "sweeps.ledger:Ledger.report", 2),
-    _call(_JOURNAL, "sweeps.study:Study.complete", 1),
+    _call("sweep, while a trial trains", "sweeps.execution.controller:Ledger.report", 2),
+    _call(_JOURNAL, "sweeps.study.study:Study.complete", 1),
     _call("sweep, between the last trial and its result", "sweeps.session:conclude", 1),
     _file(_SUMMARY, r"rename results\.parquet", 1),
     _file(_SUMMARY, r"open report/figures/", 5),
@@ -89,10 +141,12 @@ SWEEP_KILLS = (
 
 @dataclass(frozen=True, slots=True)
 class Corruption:
-    """Damage to a stopped run's files: what it is called, which file, how (see test_corruption.py), what comes of it.
+    """Damage to a stopped run's files: what it is called, which file, how (see test_corruption.py),
+    what comes of it.
 
-    The run was stopped in its fifth step, with the checkpoints of steps 3 and 4 and a best adapter of step 4.
-    `said` is what the command prints, `from_step` the checkpoint it goes on from, `aside` what it keeps in set_aside/.
+    The run was stopped in its fifth step, with the checkpoints of steps 3 and 4 and a best adapter
+    of step 4. `said` is what the command prints, `from_step` the checkpoint it goes on from,
+    `aside` what it keeps in set_aside/.
     """
 
     name: str
@@ -112,33 +166,104 @@ class Corruption:
 
 _LAST = "checkpoints/step_000004"
 CORRUPTIONS = (
-    Corruption("weights truncated", f"{_LAST}/weights.safetensors", "halve", "weights.safetensors is damaged"),
-    Corruption("weights: one bit flipped", f"{_LAST}/weights.safetensors", "flip", "weights.safetensors is damaged"),
-    Corruption("weights missing", f"{_LAST}/weights.safetensors", "remove", "weights.safetensors is missing"),
-    Corruption("optimizer: one bit flipped", f"{_LAST}/optimizer.safetensors", "flip",
-               "optimizer.safetensors is damaged"),
+    Corruption(
+        "weights truncated",
+        f"{_LAST}/weights.safetensors",
+        "halve",
+        "weights.safetensors is damaged",
+    ),
+    Corruption(
+        "weights: one bit flipped",
+        f"{_LAST}/weights.safetensors",
+        "flip",
+        "weights.safetensors is damaged",
+    ),
+    Corruption(
+        "weights missing",
+        f"{_LAST}/weights.safetensors",
+        "remove",
+        "weights.safetensors is missing",
+    ),
+    Corruption(
+        "optimizer: one bit flipped",
+        f"{_LAST}/optimizer.safetensors",
+        "flip",
+        "optimizer.safetensors is damaged",
+    ),
     Corruption("state.json missing", f"{_LAST}/state.json", "remove", "state.json is missing"),
     Corruption("state.json empty", f"{_LAST}/state.json", "empty", "state.json is damaged"),
     Corruption("COMPLETE missing", f"{_LAST}/COMPLETE", "remove", "COMPLETE is missing"),
-    Corruption("SHA256SUMS of a checkpoint missing", f"{_LAST}/SHA256SUMS", "remove", "SHA256SUMS is missing"),
-    Corruption("half a checkpoint, under its temporary name", _LAST, "unfinished", "", from_step=3, aside=()),
-    Corruption("every checkpoint damaged", "checkpoints/*/weights.safetensors", "flip", "going on from step 0",
-               from_step=0, aside=("step_000003", "step_000004")),
-    Corruption("metrics.jsonl: a line in the middle garbled", "metrics.jsonl", "garble",
-               "line 3 of metrics.jsonl is damaged", from_step=0,
-               aside=("metrics.jsonl", "step_000003", "step_000004")),
-    Corruption("metrics.jsonl: a number changed", "metrics.jsonl", "renumber", "metrics.jsonl was changed",
-               aside=("metrics.jsonl", "step_000004")),
-    Corruption("metrics.jsonl: last line cut", "metrics.jsonl", "cut", "metrics.jsonl has lost rows",
-               aside=("metrics.jsonl", "step_000004")),
-    Corruption("metrics.jsonl: rows missing", "metrics.jsonl", "halve", "metrics.jsonl has lost rows",
-               from_step=0, aside=("metrics.jsonl", "step_000003", "step_000004")),
-    Corruption("metrics.jsonl missing", "metrics.jsonl", "remove", "metrics.jsonl has lost rows",
-               from_step=0, aside=("step_000003", "step_000004")),
-    Corruption("adapter/best: one bit flipped", "adapter/best/adapter_model.safetensors", "flip",
-               "adapter/best is set aside", aside=("best", "step_000004")),
-    Corruption("adapter/best missing", "adapter/best", "remove", "it needs adapter/best, of step 4"),
-)  # fmt: skip
+    Corruption(
+        "SHA256SUMS of a checkpoint missing",
+        f"{_LAST}/SHA256SUMS",
+        "remove",
+        "SHA256SUMS is missing",
+    ),
+    Corruption(
+        "half a checkpoint, under its temporary name",
+        _LAST,
+        "unfinished",
+        "",
+        from_step=3,
+        aside=(),
+    ),
+    Corruption(
+        "every checkpoint damaged",
+        "checkpoints/*/weights.safetensors",
+        "flip",
+        "going on from step 0",
+        from_step=0,
+        aside=("step_000003", "step_000004"),
+    ),
+    Corruption(
+        "metrics.jsonl: a line in the middle garbled",
+        "metrics.jsonl",
+        "garble",
+        "line 3 of metrics.jsonl is damaged",
+        from_step=0,
+        aside=("metrics.jsonl", "step_000003", "step_000004"),
+    ),
+    Corruption(
+        "metrics.jsonl: a number changed",
+        "metrics.jsonl",
+        "renumber",
+        "metrics.jsonl was changed",
+        aside=("metrics.jsonl", "step_000004"),
+    ),
+    Corruption(
+        "metrics.jsonl: last line cut",
+        "metrics.jsonl",
+        "cut",
+        "metrics.jsonl has lost rows",
+        aside=("metrics.jsonl", "step_000004"),
+    ),
+    Corruption(
+        "metrics.jsonl: rows missing",
+        "metrics.jsonl",
+        "halve",
+        "metrics.jsonl has lost rows",
+        from_step=0,
+        aside=("metrics.jsonl", "step_000003", "step_000004"),
+    ),
+    Corruption(
+        "metrics.jsonl missing",
+        "metrics.jsonl",
+        "remove",
+        "metrics.jsonl has lost rows",
+        from_step=0,
+        aside=("step_000003", "step_000004"),
+    ),
+    Corruption(
+        "adapter/best: one bit flipped",
+        "adapter/best/adapter_model.safetensors",
+        "flip",
+        "adapter/best is set aside",
+        aside=("best", "step_000004"),
+    ),
+    Corruption(
+        "adapter/best missing", "adapter/best", "remove", "it needs adapter/best, of step 4"
+    ),
+)
 # What is refused on --resume: name, file, how, what is said.
 REFUSALS = (
     ("manifest.json truncated", "manifest.json", "halve", "the manifest is damaged"),
@@ -148,12 +273,14 @@ REFUSALS = (
 )
 NAMED = "trainer.resume_mode names a damaged checkpoint"
 OTHERS = {
-    "adapter/final damaged after the last checkpoint": "named and set aside; written again from the checkpoint; "
+    "adapter/final damaged after the last checkpoint": "named and set aside; written "
+    "again from the checkpoint; "
     "the same to the bit",
     NAMED: REFUSED,
     "a checkpoint of another rank": REFUSED,
     "read-only run directory": REFUSED,
-    "a file-size limit in mid-run": "named, exit status 2; with more room goes on; the same to the bit",
+    "a file-size limit in mid-run": "named, exit status 2; with more room goes on; the "
+    "same to the bit",
     "disk full in mid-run": "named, exit status 2; with more room goes on; the same to the bit",
     "study.journal: one bit flipped in the middle": REFUSED,
     "study.journal: a line missing": REFUSED,
@@ -164,8 +291,13 @@ RECIPE_FILES = "mutated recipe file: cut, lines doubled or swapped, text put in"
 RUN_LINES = "mutated command line of run and sweep"
 OTHER_LINES = "mutated command line of report, export, reproduce and prepare"
 MUTATIONS = {RECIPE_VALUES: 220, RECIPE_FILES: 60, RUN_LINES: 160, OTHER_LINES: 60}
-# Trials of one sweep of ten (test_sweep_failures.py): the environments in moods/, and what befalls a trial there.
-FAILURES = {"raises": "a trial's reward raises", "hangs": "a trial hangs", "nan": "a trial's reward is no number"}
+# Trials of one sweep of ten (test_sweep_failures.py): the environments in moods/, and what befalls
+# a trial there.
+FAILURES = {
+    "raises": "a trial's reward raises",
+    "hangs": "a trial hangs",
+    "nan": "a trial's reward is no number",
+}
 MOODS = ("good", "raises", "good", "hangs", "good", "raises", "good", "nan", "good", "good")
 
 

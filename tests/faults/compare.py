@@ -1,4 +1,6 @@
-"""Whether a run, or a sweep, is the same to the bit as one that no fault befell: timings, times and names aside."""
+"""Whether a run, or a sweep, is the same to the bit as one that no fault befell: timings, times and
+names aside.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,9 @@ import pandas as pd
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from harness.metrics import MetricsFile, without_timings
-from harness.rundir import SUMS, RunDir, damage
+from harness.config.metrics import without_timings
+from harness.records.metrics_file import MetricsFile
+from harness.records.run_dir import SUMS, RunDir, damage
 
 # With times, places or what one process said in them; compared, where it matters, by what they say.
 _READ = ("log.txt", "manifest.json", "recipe.yaml", "metrics.jsonl", "state.json", SUMS)
@@ -30,8 +33,12 @@ def lost_steps(wanted: RunDir, found: RunDir) -> int:
 
 
 def differences(wanted: RunDir, found: RunDir) -> list[str]:
-    """What differs between two runs; files set aside are no difference, those left by a kill are."""
-    differ = [f"{name}: only in one" for name in sorted(_files(wanted).keys() ^ _files(found).keys())]
+    """What differs between two runs; files set aside are no difference, those left by a
+    kill are.
+    """
+    differ = [
+        f"{name}: only in one" for name in sorted(_files(wanted).keys() ^ _files(found).keys())
+    ]
     for name in sorted(_files(wanted).keys() & _files(found).keys()):
         one, two = _files(wanted)[name], _files(found)[name]
         if one.name not in _READ and one.read_bytes() != two.read_bytes():
@@ -47,12 +54,19 @@ def differences(wanted: RunDir, found: RunDir) -> list[str]:
 
 
 def sweep_differences(wanted: RunDir, found: RunDir) -> list[str]:
-    """What differs between two sweeps: studies, trials, tables, results, and the names of their files."""
-    differ = [f"{name}: only in one" for name in sorted(_files(wanted).keys() ^ _files(found).keys())]
+    """What differs between two sweeps: studies, trials, tables, results, and the names of their
+    files.
+    """
+    differ = [
+        f"{name}: only in one" for name in sorted(_files(wanted).keys() ^ _files(found).keys())
+    ]
     if study(wanted) != study(found):
         differ.append(f"study.journal: {study(found)}")
     for number in range(len(study(wanted))):
-        differ += [f"trial {number}: {one}" for one in differences(wanted.trial(number), found.trial(number))]
+        differ += [
+            f"trial {number}: {one}"
+            for one in differences(wanted.trial(number), found.trial(number))
+        ]
     if _table(wanted) != _table(found):
         differ.append("results.csv: other rows")
     said = [_said(sweep.read_manifest()) for sweep in (wanted, found)]
@@ -63,20 +77,31 @@ def study(sweep: RunDir) -> list[dict[str, Any]]:
     """What a sweep's study says of each trial, times aside, read with Optuna's own backend."""
     storage = JournalStorage(JournalFileBackend(str(sweep.journal)))
     return [
-        {"state": trial.state.name, "values": trial.values, "params": trial.params, "attributes": trial.user_attrs,
-         "evaluations": trial.intermediate_values}
+        {
+            "state": trial.state.name,
+            "values": trial.values,
+            "params": trial.params,
+            "attributes": trial.user_attrs,
+            "evaluations": trial.intermediate_values,
+        }
         for trial in optuna.load_study(study_name=None, storage=storage).trials
-    ]  # fmt: skip
+    ]
 
 
 def digests(directory: Path) -> dict[str, bytes | None]:
-    """Every file below a directory with its content, folders with none: two are equal if nothing was changed."""
-    return {str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
-            for path in directory.rglob("*")}  # fmt: skip
+    """Every file below a directory with its content, folders with none: two are equal if nothing
+    was changed.
+    """
+    return {
+        str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
+        for path in directory.rglob("*")
+    }
 
 
 def _files(run: RunDir) -> dict[str, Path]:
-    files = [path for path in run.path.rglob("*") if path.is_file() and run.aside not in path.parents]
+    files = [
+        path for path in run.path.rglob("*") if path.is_file() and run.aside not in path.parents
+    ]
     return {str(path.relative_to(run.path)): path for path in files}
 
 
@@ -91,5 +116,9 @@ def _without_mark(state: Path) -> dict[str, Any]:
 
 def _said(manifest: dict[str, Any]) -> dict[str, Any]:
     result = {key: value for key, value in (manifest["result"] or {}).items() if key != "seconds"}
-    return {"status": manifest["status"], "digest": manifest["recipe"]["digest"], "result": result,
-            "expect": manifest.get("expect")}  # fmt: skip
+    return {
+        "status": manifest["status"],
+        "digest": manifest["recipe"]["digest"],
+        "result": result,
+        "expect": manifest.get("expect"),
+    }

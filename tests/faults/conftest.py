@@ -1,4 +1,6 @@
-"""A warm process for all tests of faults, an undisturbed run to compare with, and the page that the tests write."""
+"""A warm process for all tests of faults, an undisturbed run to compare with, and the page that the
+tests write.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from harness.metrics import MetricsFile
-from harness.rundir import RunDir
+from harness.records.metrics_file import MetricsFile
+from harness.records.run_dir import RunDir
 from tests.faults import cases, table
 from tests.faults.forks import Outcome, Warm
 from tests.faults.hooks import Fault
@@ -30,12 +32,21 @@ class Runs:
     def start(self, name: str, *overrides: str, fault: Fault | None = None) -> Outcome:
         """A new run of this name."""
         place = [f"trainer.ckpt_path={self.root}", f"trainer.run_name={name}"]
-        return self.warm.run("harness.run", "recipes/quickstart.yaml", *self.overrides, *place, *overrides,
-                             directory=self.root / name, fault=fault)  # fmt: skip
+        return self.warm.run(
+            "harness.run",
+            "recipes/quickstart.yaml",
+            *self.overrides,
+            *place,
+            *overrides,
+            directory=self.root / name,
+            fault=fault,
+        )
 
     def resume(self, run: RunDir, fault: Fault | None = None) -> Outcome:
         """Go on with a run."""
-        return self.warm.run("harness.run", "--resume", str(run.path), directory=run.path, fault=fault)
+        return self.warm.run(
+            "harness.run", "--resume", str(run.path), directory=run.path, fault=fault
+        )
 
     def get(self, name: str) -> RunDir:
         """The directory of a run."""
@@ -44,13 +55,17 @@ class Runs:
 
 @pytest.fixture(scope="session")
 def results() -> Iterator[list[tuple[str, str, int]]]:
-    """What every trial of a fault found; written as a page at the end, when asked for and all were tried."""
+    """What every trial of a fault found; written as a page at the end, when asked for and all were
+    tried.
+    """
     found: list[tuple[str, str, int]] = []
     yield found
     if os.environ.get("NOREGRET_WRITE_DOCS") == "1":
         rows = table.gather(found)
         missing = cases.expected().items() - {(row.fault, row.tried) for row in rows}
-        assert not missing, f"docs/reliability.md is not written: not all was tried: {sorted(missing)}"
+        assert not missing, (
+            f"docs/reliability.md is not written: not all was tried: {sorted(missing)}"
+        )
         order = list(cases.expected())
         table.PAGE.write_text(table.page(sorted(rows, key=lambda row: order.index(row.fault))))
 
@@ -74,7 +89,9 @@ def small(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
     """Overrides that make quickstart a run of seconds, with a checkpoint at every step."""
     folder = tmp_path_factory.mktemp("data")
     for name, count in (("train", 12), ("validation", 8)):
-        pd.read_parquet(tiny_model_dir / "data" / f"{name}.parquet").head(count).to_parquet(folder / f"{name}.parquet")
+        pd.read_parquet(tiny_model_dir / "data" / f"{name}.parquet").head(count).to_parquet(
+            folder / f"{name}.parquet"
+        )
     return [
         f"data.train_data=[{folder}/train.parquet]",
         f"data.val_data=[{folder}/validation.parquet]",
@@ -84,7 +101,8 @@ def small(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
         "trainer.ckpt_interval=1",
         "trainer.max_ckpts_to_keep=2",
         "trainer.eval_interval=2",
-        # With this rate the evaluations at steps 2 and 4 are the best so far, and the one at step 6 is not.
+        # With this rate the evaluations at steps 2 and 4 are the best so far, and the one at step 6
+        # is not.
         "trainer.policy.optimizer_config.lr=3e-3",
         "trainer.policy.optimizer_config.scheduler=cosine",
         "generator.n_samples_per_prompt=4",
@@ -112,6 +130,10 @@ def whole(runs: Runs) -> Whole:
     outcome = runs.start("whole")
     assert outcome.status == 0, outcome.said
     run = runs.get("whole")
-    scores = [row["eval/accuracy"] for row in MetricsFile(run.metrics).rows() if "eval/accuracy" in row]
-    assert scores[1] < scores[2] >= scores[3], "the best adapter is to change on the way, and not at the end"
+    scores = [
+        row["eval/accuracy"] for row in MetricsFile(run.metrics).rows() if "eval/accuracy" in row
+    ]
+    assert scores[1] < scores[2] >= scores[3], (
+        "the best adapter is to change on the way, and not at the end"
+    )
     return Whole(run, outcome.seconds)

@@ -1,6 +1,7 @@
 """Commands run in forks of one warm process: an import of torch costs seconds, a fork nothing.
 
-`python -m tests.faults.forks` is the warm process; it reads requests and answers them, a line of JSON each.
+`python -m tests.faults.forks` is the warm process; it reads requests and answers them, a line of
+JSON each.
 """
 
 from __future__ import annotations
@@ -23,24 +24,39 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
-from harness.paths import PROJECT
+from harness.core.paths import PROJECT
 from tests.faults import hooks
 from tests.faults.hooks import Fault
 
 LONGEST = 240.0
 # In the environment of all that the warm process starts.
 MARK = "NOREGRET_FAULTS_MARK"
-# What a run imports before its first step; Ray reads its settings when it is imported, so each fork does that itself.
+# What a run imports before its first step; Ray reads its settings when it is imported, so each fork
+# does that itself.
 MODULES = (
-    "rltrain.trainer", "rltrain.pack", "rltrain.preflight", "rltrain.engines.transformers", "harness.locks", "peft",
-    "sweeps.dry_run", "transformers.models.qwen2.modeling_qwen2", "transformers.models.qwen2.tokenization_qwen2",
-    "harness.run", "harness.sweep", "sweeps.session", "analysis.report", "optuna", "pyarrow.parquet",
-)  # fmt: skip
+    "rltrain.trainer",
+    "rltrain.pack",
+    "rltrain.tools.preflight",
+    "rltrain.engines.transformers",
+    "harness.core.locks",
+    "peft",
+    "sweeps.dry_run",
+    "transformers.models.qwen2.modeling_qwen2",
+    "transformers.models.qwen2.tokenization_qwen2",
+    "harness.run",
+    "harness.sweep",
+    "sweeps.session",
+    "analysis.report",
+    "optuna",
+    "pyarrow.parquet",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a command ended: status (negative: the signal), what it printed, the moment of a fault, CPU seconds."""
+    """How a command ended: status (negative: the signal), what it printed, the moment of a fault,
+    CPU seconds.
+    """
 
     status: int
     said: str
@@ -60,18 +76,37 @@ class Warm:
         self._scratch = scratch
         self._count = 0
         self._mark = uuid.uuid4().hex
-        threads = {MARK: self._mark, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        threads = {
+            MARK: self._mark,
+            "OMP_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+        }
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__], cwd=PROJECT, env={**os.environ, **threads}, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
+            [sys.executable, "-m", __name__],
+            cwd=PROJECT,
+            env={**os.environ, **threads},
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
 
-    def run(self, command: str, *arguments: str, directory: Path, fault: Fault | None = None) -> Outcome:
-        """Run `python -m COMMAND ARGUMENTS`, with a fault that strikes it in a run or sweep directory."""
+    def run(
+        self, command: str, *arguments: str, directory: Path, fault: Fault | None = None
+    ) -> Outcome:
+        """Run `python -m COMMAND ARGUMENTS`, with a fault that strikes it in a run or sweep
+        directory.
+        """
         self._count += 1
         output, told = (self._scratch / f"{self._count:04d}.{name}" for name in ("out", "moment"))
-        request = {"command": command, "arguments": arguments, "directory": str(directory), "output": str(output),
-                   "told": str(told), "fault": None if fault is None else dataclasses.asdict(fault)}  # fmt: skip
+        request = {
+            "command": command,
+            "arguments": arguments,
+            "directory": str(directory),
+            "output": str(output),
+            "told": str(told),
+            "fault": None if fault is None else dataclasses.asdict(fault),
+        }
         answer = self._ask(request)
         moment = told.read_text() if told.exists() else ""
         return Outcome(answer["status"], output.read_text(), moment, answer["seconds"])
@@ -84,7 +119,8 @@ class Warm:
         return answer
 
     def mount(self, place: Path, size: int | None = None) -> bool:
-        """Give the commands a disk of `size` bytes at a folder, or make the folder read-only; whether that was allowed.
+        """Give the commands a disk of `size` bytes at a folder, or make the folder read-only;
+        whether that was allowed.
 
         `seen` is where this process finds it.
         """
@@ -111,7 +147,7 @@ class Warm:
 
 def serve() -> None:
     """Answer requests until there are no more."""
-    from rltrain.quiet import quiet_libraries
+    from rltrain.distributed.process import quiet_libraries
 
     quiet_libraries()
     for name in MODULES:
@@ -124,7 +160,11 @@ def serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if "mount" in request:
-            print(json.dumps(mounts.answer(request["mount"], request["size"])), file=answers, flush=True)
+            print(
+                json.dumps(mounts.answer(request["mount"], request["size"])),
+                file=answers,
+                flush=True,
+            )
             continue
         fault = Fault(**request["fault"]) if request["fault"] else None
         pid = os.fork()
@@ -159,7 +199,9 @@ def _become(request: dict[str, Any], fault: Fault | None) -> None:
 
 
 def _wait(pid: int) -> dict[str, Any]:
-    """Wait for a child, and kill it when it takes too long; its status, and its seconds of computing."""
+    """Wait for a child, and kill it when it takes too long; its status, and its seconds of
+    computing.
+    """
     alarm = threading.Timer(LONGEST, os.kill, (pid, signal.SIGKILL))
     alarm.start()
     _, status, used = os.wait4(pid, 0)
@@ -177,7 +219,9 @@ class _Mounts:
         self._apart = False
 
     def answer(self, place: str, size: int | None) -> dict[str, Any]:
-        """Put a disk of `size` bytes at a folder, or set that of the one there; no size makes the folder read-only."""
+        """Put a disk of `size` bytes at a folder, or set that of the one there; no size makes the
+        folder read-only.
+        """
         path = os.fsencode(place)
         try:
             if not self._apart:
@@ -186,10 +230,16 @@ class _Mounts:
                 self._apart = True
             if size is None:
                 self._check(self._libc.mount(path, path, None, self.BIND, None))
-                self._check(self._libc.mount(None, path, None, self.BIND | self.REMOUNT | self.READ_ONLY, None))
+                self._check(
+                    self._libc.mount(
+                        None, path, None, self.BIND | self.REMOUNT | self.READ_ONLY, None
+                    )
+                )
             else:
                 flag = self.REMOUNT if os.path.ismount(place) else 0
-                self._check(self._libc.mount(b"tmpfs", path, b"tmpfs", flag, f"size={size}".encode()))
+                self._check(
+                    self._libc.mount(b"tmpfs", path, b"tmpfs", flag, f"size={size}".encode())
+                )
         except PermissionError:
             return {"mounted": False}
         return {"mounted": True}

@@ -1,4 +1,6 @@
-"""Faults that strike a process from within: a SIGKILL at a chosen file operation, call or write, or a full disk."""
+"""Faults that strike a process from within: a SIGKILL at a chosen file operation, call or write, or
+a full disk.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,10 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 class Fault:
     """What befalls a process.
 
-    `kind`: `file` and `call` kill before the `count`th matching file operation or call, `after` at the end of that
-    call; `torn` kills at the `count`th fsync of a matching file with its last `cut` bytes not written; `time` kills
-    after so many `seconds` of computing; `limit` allows files of at most `size` bytes; `count` only writes the file
-    operations down.
+    `kind`: `file` and `call` kill before the `count`th matching file operation or call, `after` at
+    the end of that call; `torn` kills at the `count`th fsync of a matching file with its last `cut`
+    bytes not written; `time` kills after so many `seconds` of computing; `limit` allows files of at
+    most `size` bytes; `count` only writes the file operations down.
     """
 
     kind: str
@@ -39,7 +41,9 @@ class Fault:
 
 
 def install(fault: Fault, directory: Path, told: Path) -> None:
-    """Arm a fault in this process: `directory` is the run's or sweep's, the file `told` gets the moment it struck."""
+    """Arm a fault in this process: `directory` is the run's or sweep's, the file `told` gets the
+    moment it struck.
+    """
     if fault.kind in ("file", "count"):
         sys.addaudithook(functools.partial(_watch, fault, directory, told, [0]))
     elif fault.kind == "call":
@@ -65,7 +69,14 @@ def _wait(seconds: float, told: Path) -> None:
     die(told, f"after {time.process_time():.3f} s")
 
 
-def _watch(fault: Fault, directory: Path, told: Path, seen: list[int], event: str, arguments: tuple[Any, ...]) -> None:
+def _watch(
+    fault: Fault,
+    directory: Path,
+    told: Path,
+    seen: list[int],
+    event: str,
+    arguments: tuple[Any, ...],
+) -> None:
     operation = _operation(event, arguments, directory)
     if operation is None:
         return

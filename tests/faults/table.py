@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from harness.paths import PROJECT
+from harness.core.paths import PROJECT
 
 PAGE = PROJECT / "docs" / "reliability.md"
 HEAD = "| fault | times tried | what happened | lost steps |"
@@ -19,7 +19,9 @@ WORDS = PROJECT / "tests" / "faults" / "words.md"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table: a fault, how often it was tried, what happened each time, and steps lost in all."""
+    """One line of the table: a fault, how often it was tried, what happened each time, and steps
+    lost in all.
+    """
 
     fault: str
     tried: int
@@ -28,7 +30,9 @@ class Row:
 
 
 def gather(results: Iterable[tuple[str, str, int]]) -> list[Row]:
-    """Rows from single trials (fault, what happened, lost steps), in the order in which faults first came."""
+    """Rows from single trials (fault, what happened, lost steps), in the order in which faults
+    first came.
+    """
     rows: dict[str, Row] = {}
     for fault, happened, lost in results:
         old = rows.get(fault, Row(fault, 0, happened, 0))
@@ -41,15 +45,27 @@ def page(rows: Iterable[Row]) -> str:
     """The page with its table."""
     rows = list(rows)
     lines = [f"| {row.fault} | {row.tried} | {row.happened} | {row.lost} |" for row in rows]
-    kills, mutated, trials = (sum(row.tried for row in rows if row.fault.startswith(kind)) for kind in KINDS)
+    kills, mutated, trials = (
+        sum(row.tried for row in rows if row.fault.startswith(kind)) for kind in KINDS
+    )
     other = sum(not row.fault.startswith(KINDS) for row in rows)
     total = (
-        f"\n{kills} kills, {other} kinds of damage or no room, {trials} failing trials, {mutated} mutated inputs.\n"
+        f"\n{kills} kills, {other} kinds of damage or no room, {trials} failing trials, "
+        f"{mutated} mutated inputs.\n"
         "Made by `NOREGRET_WRITE_DOCS=1 python -m pytest tests/faults`.\n"
     )
-    return f"{WORDS.read_text()}\n" + "\n".join([HEAD, "| --- | ---: | --- | ---: |", *lines]) + "\n" + total
+    return (
+        f"{WORDS.read_text()}\n"
+        + "\n".join([HEAD, "| --- | ---: | --- | ---: |", *lines])
+        + "\n"
+        + total
+    )
 
 
 def read(text: str) -> list[Row]:
     """The rows of a page."""
-    return [Row(m[1], int(m[2]), m[3], int(m[4])) for line in text.splitlines() if (m := _ROW.fullmatch(line))]
+    return [
+        Row(m[1], int(m[2]), m[3], int(m[4]))
+        for line in text.splitlines()
+        if (m := _ROW.fullmatch(line))
+    ]

@@ -1,4 +1,6 @@
-"""Damaged files are found, named and kept; the run goes on from what is whole, or is refused with nothing changed."""
+"""Damaged files are found, named and kept; the run goes on from what is whole, or is refused with
+nothing changed.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.errors import UserError
-from harness.rundir import RunDir, damage, verify_folder
+from harness.core.errors import UserError
+from harness.records.run_dir import RunDir, damage, verify_folder
 from tests.faults.cases import CORRUPTIONS, NAMED, OTHERS, REFUSALS, REFUSED, Corruption
 from tests.faults.compare import differences, digests, lost_steps, rows
 from tests.faults.conftest import Record, Runs, Whole
@@ -31,9 +33,10 @@ def _flip(path: Path) -> None:
 def _garble(path: Path) -> None:
     """Spoil the third line of a log, or a manifest's status."""
     content = path.read_bytes()
-    old, new = {".jsonl": (b'{"step": 2', b'{"st#p: 2'), ".json": (b'  "status": "RUNNING"', b'  "status": "RUNNONG"')}[
-        path.suffix
-    ]
+    old, new = {
+        ".jsonl": (b'{"step": 2', b'{"st#p: 2'),
+        ".json": (b'  "status": "RUNNING"', b'  "status": "RUNNONG"'),
+    }[path.suffix]
     assert content.count(b"\n" + old) == 1
     path.write_bytes(content.replace(b"\n" + old, b"\n" + new))
 
@@ -88,13 +91,22 @@ def _spoil(run: RunDir, file: str, how: str) -> None:
         DAMAGE[how](path)
 
 
-QUICK = ("weights: one bit flipped", "optimizer: one bit flipped", "COMPLETE missing", "every checkpoint damaged",
-         "metrics.jsonl: last line cut", "adapter/best: one bit flipped")  # fmt: skip
+QUICK = (
+    "weights: one bit flipped",
+    "optimizer: one bit flipped",
+    "COMPLETE missing",
+    "every checkpoint damaged",
+    "metrics.jsonl: last line cut",
+    "adapter/best: one bit flipped",
+)
 
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(case, id=case.name, marks=[] if case.name in QUICK else pytest.mark.slow) for case in CORRUPTIONS],
+    [
+        pytest.param(case, id=case.name, marks=[] if case.name in QUICK else pytest.mark.slow)
+        for case in CORRUPTIONS
+    ],
 )
 def test_damage_is_named_and_the_last_good_state_used(
     case: Corruption, copy: RunDir, runs: Runs, whole: Whole, record: Record
@@ -110,7 +122,9 @@ def test_damage_is_named_and_the_last_good_state_used(
     assert (f"step {case.from_step}/6" in outcome.said) == (case.from_step == 0)
     kept = {path.name for path in copy.aside.iterdir()} if copy.aside.exists() else set()
     assert kept == set(case.aside)
-    assert [entry["as"] for entry in copy.read_manifest().get("set_aside", [])] == _order(case.aside)
+    assert [entry["as"] for entry in copy.read_manifest().get("set_aside", [])] == _order(
+        case.aside
+    )
     for path in copy.aside.rglob("*"):
         was = _was(path.relative_to(copy.aside))
         assert before[was] == (path.read_bytes() if path.is_file() else None)
@@ -129,7 +143,9 @@ def _was(kept: Path) -> str:
     return str(Path(folders.get(kept.parts[0], "")) / kept)
 
 
-@pytest.mark.parametrize(("name", "file", "how", "said"), REFUSALS, ids=[name for name, *_ in REFUSALS])
+@pytest.mark.parametrize(
+    ("name", "file", "how", "said"), REFUSALS, ids=[name for name, *_ in REFUSALS]
+)
 def test_damage_that_leaves_only_guesses_is_refused(
     name: str, file: str, how: str, said: str, copy: RunDir, runs: Runs, record: Record
 ) -> None:
@@ -147,7 +163,9 @@ def test_damage_that_leaves_only_guesses_is_refused(
 def test_a_final_adapter_damaged_before_the_runs_end_is_written_again(
     runs: Runs, whole: Whole, tmp_path: Path, record: Record
 ) -> None:
-    """Killed after its last checkpoint, before COMPLETE: the checkpoint has what the adapter is made of."""
+    """Killed after its last checkpoint, before COMPLETE: the checkpoint has what the adapter is
+    made of.
+    """
     name = "adapter/final damaged after the last checkpoint"
     assert runs.start("ending", fault=Fault("call", "rltrain.trainer:finish")).killed
     run = runs.get("ending")
@@ -178,7 +196,9 @@ def test_a_damaged_checkpoint_that_is_named_is_refused(
     record(NAMED, REFUSED, 0)
 
 
-def test_a_named_checkpoint_is_gone_back_to(copy: RunDir, runs: Runs, whole: Whole, tmp_path: Path) -> None:
+def test_a_named_checkpoint_is_gone_back_to(
+    copy: RunDir, runs: Runs, whole: Whole, tmp_path: Path
+) -> None:
     place = [f"trainer.ckpt_path={tmp_path}", "trainer.run_name=run"]
     outcome = runs.start("back", *place, f"trainer.resume_mode={copy.checkpoints}/step_000003")
     assert outcome.status == 0, outcome.said
@@ -186,7 +206,9 @@ def test_a_named_checkpoint_is_gone_back_to(copy: RunDir, runs: Runs, whole: Who
     assert differences(whole.run, copy) == []
 
 
-def test_a_run_from_anothers_checkpoint_goes_on_from_its_own(stopped: RunDir, runs: Runs, whole: Whole) -> None:
+def test_a_run_from_anothers_checkpoint_goes_on_from_its_own(
+    stopped: RunDir, runs: Runs, whole: Whole
+) -> None:
     named = f"trainer.resume_mode={stopped.checkpoints}/step_000003"
     assert runs.start("heir", named, fault=Fault("call", "rltrain.step:rollout", 3)).killed
     heir = runs.get("heir")
@@ -199,7 +221,9 @@ def test_a_run_from_anothers_checkpoint_goes_on_from_its_own(stopped: RunDir, ru
 
 
 def test_a_run_that_always_starts_anew_keeps_what_it_had(runs: Runs, whole: Whole) -> None:
-    assert runs.start("anew", "trainer.resume_mode=none", fault=Fault("call", "rltrain.step:rollout", 3)).killed
+    assert runs.start(
+        "anew", "trainer.resume_mode=none", fault=Fault("call", "rltrain.step:rollout", 3)
+    ).killed
     run = runs.get("anew")
     outcome = runs.resume(run)
     assert outcome.status == 0, outcome.said
@@ -209,15 +233,20 @@ def test_a_run_that_always_starts_anew_keeps_what_it_had(runs: Runs, whole: Whol
 
 def test_a_checkpoint_of_another_shape_is_refused(copy: RunDir, runs: Runs, record: Record) -> None:
     before = digests(copy.path)
-    outcome = runs.start("larger", "trainer.policy.model.lora.rank=4",
-                         f"trainer.resume_mode={copy.checkpoints}/step_000004")  # fmt: skip
+    outcome = runs.start(
+        "larger",
+        "trainer.policy.model.lora.rank=4",
+        f"trainer.resume_mode={copy.checkpoints}/step_000004",
+    )
     assert outcome.status == 2, outcome.said
     assert "does not fit this recipe's policy" in outcome.said
     assert digests(copy.path) == before
     record("a checkpoint of another rank", REFUSED, 0)
 
 
-def test_a_read_only_directory_is_refused(copy: RunDir, runs: Runs, whole: Whole, record: Record) -> None:
+def test_a_read_only_directory_is_refused(
+    copy: RunDir, runs: Runs, whole: Whole, record: Record
+) -> None:
     before = digests(copy.path)
     if os.geteuid():
         for path in (copy.path, *copy.path.rglob("*")):
@@ -232,7 +261,9 @@ def test_a_read_only_directory_is_refused(copy: RunDir, runs: Runs, whole: Whole
     record("read-only run directory", REFUSED, 0)
 
 
-def test_a_file_that_grows_too_large_stops_the_run_and_loses_nothing(runs: Runs, whole: Whole, record: Record) -> None:
+def test_a_file_that_grows_too_large_stops_the_run_and_loses_nothing(
+    runs: Runs, whole: Whole, record: Record
+) -> None:
     """An optimizer's file is larger than any before it: the first checkpoint cannot be written."""
     name = "a file-size limit in mid-run"
     limit = (whole.run.checkpoints / "step_000006" / "optimizer.safetensors").stat().st_size - 1
@@ -249,7 +280,9 @@ def test_a_file_that_grows_too_large_stops_the_run_and_loses_nothing(runs: Runs,
     record(name, OTHERS[name], lost_steps(whole.run, run))
 
 
-def test_a_full_disk_stops_the_run_and_loses_nothing(runs: Runs, whole: Whole, tmp_path: Path, record: Record) -> None:
+def test_a_full_disk_stops_the_run_and_loses_nothing(
+    runs: Runs, whole: Whole, tmp_path: Path, record: Record
+) -> None:
     name, place = "disk full in mid-run", [f"trainer.ckpt_path={tmp_path}", "trainer.run_name=run"]
     one = sum(path.stat().st_size for path in (whole.run.checkpoints / "step_000006").iterdir())
     # Room for two checkpoints, the best adapter and the small files, and not for the third.
@@ -258,19 +291,30 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(runs: Runs, whole: Whole, t
     outcome = runs.start("full", *place)
     assert outcome.status == 2, outcome.said
     assert "No space left on device" in outcome.said
-    assert f"a file cannot be written\n  got:     {tmp_path}/run/checkpoints/step_000003" in outcome.said
+    assert (
+        f"a file cannot be written\n  got:     {tmp_path}/run/checkpoints/step_000003"
+        in outcome.said
+    )
     assert "Traceback" not in outcome.said
-    assert _checkpoints_there(runs, tmp_path, tmp_path / "first") == {"step_000001": None, "step_000002": None}
+    assert _checkpoints_there(runs, tmp_path, tmp_path / "first") == {
+        "step_000001": None,
+        "step_000002": None,
+    }
     assert runs.warm.mount(tmp_path, 10 * one)
     outcome = runs.resume(RunDir(tmp_path / "run"))
     assert outcome.status == 0, outcome.said
-    assert _checkpoints_there(runs, tmp_path, tmp_path / "then") == {"step_000005": None, "step_000006": None}
+    assert _checkpoints_there(runs, tmp_path, tmp_path / "then") == {
+        "step_000005": None,
+        "step_000006": None,
+    }
     run = RunDir(tmp_path / "then")
     assert differences(whole.run, run) == []
     record(name, OTHERS[name], lost_steps(whole.run, run))
 
 
 def _checkpoints_there(runs: Runs, disk: Path, copy: Path) -> dict[str, str | None]:
-    """The checkpoints on the small disk, with what is wrong with each; the whole run is copied from there."""
+    """The checkpoints on the small disk, with what is wrong with each; the whole run is copied from
+    there.
+    """
     shutil.copytree(runs.warm.seen(disk) / "run", copy)
     return {path.name: damage(path) for path in (copy / "checkpoints").iterdir()}

@@ -6,15 +6,19 @@ import dataclasses
 
 import pytest
 
-from harness.rundir import RunDir
+from harness.records.run_dir import RunDir
 from tests.faults.cases import CHAINS, SAME, VLLM_KILLS, Kill
 from tests.faults.compare import differences, lost_steps
 from tests.faults.conftest import Record, Runs, Whole
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("chain", [0, 1, *(pytest.param(i, marks=pytest.mark.slow) for i in range(2, len(CHAINS)))])
-def test_a_killed_run_ends_as_if_never_killed(chain: int, runs: Runs, whole: Whole, record: Record) -> None:
+@pytest.mark.parametrize(
+    "chain", [0, 1, *(pytest.param(i, marks=pytest.mark.slow) for i in range(2, len(CHAINS)))]
+)
+def test_a_killed_run_ends_as_if_never_killed(
+    chain: int, runs: Runs, whole: Whole, record: Record
+) -> None:
     run = runs.get(f"killed{chain}")
     for kill in CHAINS[chain]:
         _strike(kill, run, runs, whole.seconds)
@@ -31,7 +35,9 @@ VLLM = ["generator.backend=vllm", "trainer.policy.model.lora.sync=disk", "traine
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_run_killed_amid_a_sync_to_vllm_ends_as_if_never_killed(runs: Runs, record: Record) -> None:
+def test_a_run_killed_amid_a_sync_to_vllm_ends_as_if_never_killed(
+    runs: Runs, record: Record
+) -> None:
     vllm = dataclasses.replace(runs, overrides=[*runs.overrides, *VLLM])
     killed, whole = vllm.get("vllm_killed"), vllm.get("vllm_whole")
     for kill in VLLM_KILLS:

@@ -1,4 +1,6 @@
-"""Mutated recipes and command lines: a validated recipe or one message comes out, never another error or nonsense."""
+"""Mutated recipes and command lines: a validated recipe or one message comes out, never another
+error or nonsense.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from harness import export, prepare, report, reproduce, run, sweep
-from harness import recipe as recipes
-from harness.errors import UserError
-from harness.paths import RECIPES
-from harness.recipe_keys import known_keys
-from harness.schema import Recipe
-from harness.validate import _BOUNDS
-from rltrain.preflight import check_run
-from sweeps import plan as plans
+from harness.config import recipe as recipes
+from harness.config.recipe_keys import known_keys
+from harness.config.schema import Recipe
+from harness.config.validate import _BOUNDS
+from harness.core.errors import UserError
+from harness.core.paths import RECIPES
+from rltrain.tools.preflight import check_run
+from sweeps.study import plan as plans
 from tests.faults.cases import MUTATIONS, OTHER_LINES, RECIPE_FILES, RECIPE_VALUES, RUN_LINES, TOLD
 
 QUICK = settings(
@@ -80,7 +82,24 @@ TEXTS = st.text(max_size=8) | st.sampled_from(
 )
 NUMBERS = (
     st.sampled_from(
-        [0, -0.0, 1, -1, 2**31, 2**63, -(2**63), 10**40, 0.5, 1e-308, 1e308, math.nan, math.inf, -math.inf, True, False]
+        [
+            0,
+            -0.0,
+            1,
+            -1,
+            2**31,
+            2**63,
+            -(2**63),
+            10**40,
+            0.5,
+            1e-308,
+            1e308,
+            math.nan,
+            math.inf,
+            -math.inf,
+            True,
+            False,
+        ]
     )
     | st.integers()
     | st.floats()
@@ -105,7 +124,13 @@ def plain() -> dict[str, Any]:
 
 def places(node: Any, path: Place = ()) -> Iterator[Place]:
     """Where something stands in nested values."""
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    items = (
+        node.items()
+        if isinstance(node, dict)
+        else enumerate(node)
+        if isinstance(node, list)
+        else ()
+    )
     for key, inner in items:
         yield (*path, key)
         yield from places(inner, (*path, key))
@@ -124,7 +149,9 @@ def mutated(draw: st.DrawFn, values: dict[str, Any]) -> dict[str, Any]:
     for _ in range(draw(st.integers(1, 3))):
         path = draw(st.sampled_from(sorted(places(values), key=str)))
         node, key = parent(values, path), path[-1]
-        what = draw(st.sampled_from(["replace", "replace", "replace", "remove", "rename", "wrap", "copy"]))
+        what = draw(
+            st.sampled_from(["replace", "replace", "replace", "remove", "rename", "wrap", "copy"])
+        )
         if what == "replace":
             node[key] = draw(VALUES)
         elif what == "remove":
@@ -135,13 +162,17 @@ def mutated(draw: st.DrawFn, values: dict[str, Any]) -> dict[str, Any]:
             other = draw(st.sampled_from(sorted(places(values), key=str)))
             node[key] = copy.deepcopy(parent(values, other)[other[-1]])
         elif isinstance(node, dict):
-            name = draw(TEXTS | st.just(f"{key}s") | st.just(str(key)[1:]) | st.just(str(key).upper()))
+            name = draw(
+                TEXTS | st.just(f"{key}s") | st.just(str(key)[1:]) | st.just(str(key).upper())
+            )
             node[name] = node.pop(key)
     return values
 
 
 def assert_sound(recipe: Recipe) -> None:
-    """Every number is finite and within its bounds, all text can be written, and it reads back as it is."""
+    """Every number is finite and within its bounds, all text can be written, and it reads back as
+    it is.
+    """
     check_node(recipe)
     again = recipes.from_dict(yaml.safe_load(recipes.to_yaml(recipe)))
     assert recipes.to_dict(again) == recipes.to_dict(recipe)
@@ -200,10 +231,14 @@ def test_mutated_values(plain: dict[str, Any], results: Results, data: st.DataOb
 @pytest.mark.slow
 @settings(QUICK, max_examples=MUTATIONS[RECIPE_FILES])
 @given(data=st.data())
-def test_mutated_files(tmp_path_factory: pytest.TempPathFactory, results: Results, data: st.DataObject) -> None:
+def test_mutated_files(
+    tmp_path_factory: pytest.TempPathFactory, results: Results, data: st.DataObject
+) -> None:
     kind = data.draw(st.sampled_from(["cut", "line", "swap", "insert"]))
     text = data.draw(
-        st.sampled_from(["quickstart.yaml", "gsm8k_ppo_lora.yaml"]).map(lambda n: (RECIPES / n).read_text())
+        st.sampled_from(["quickstart.yaml", "gsm8k_ppo_lora.yaml"]).map(
+            lambda n: (RECIPES / n).read_text()
+        )
     )
     lines = text.splitlines(keepends=True)
     at = data.draw(st.integers(0, len(lines) - 1))
@@ -225,7 +260,9 @@ def test_mutated_files(tmp_path_factory: pytest.TempPathFactory, results: Result
 
 KEYS = st.sampled_from(known_keys())
 SPACED = KEYS.flatmap(
-    lambda key: st.sampled_from([f"sweep.space.{key}", f"sweep.space.{key}.choices", f"sweep.space.{key}.low"])
+    lambda key: st.sampled_from(
+        [f"sweep.space.{key}", f"sweep.space.{key}.choices", f"sweep.space.{key}.low"]
+    )
 )
 WRITTEN = st.sampled_from(
     [
@@ -284,15 +321,36 @@ OVERRIDES = st.builds(
     WRITTEN | st.text(max_size=6, alphabet=st.characters(exclude_characters="\0")),
 )
 FLAGS = st.sampled_from(
-    ["--resume", "--resume=", "--from", "--check", "--output", "--", "-x", "--dry-run=1", "--help-me", "-"]
+    [
+        "--resume",
+        "--resume=",
+        "--from",
+        "--check",
+        "--output",
+        "--",
+        "-x",
+        "--dry-run=1",
+        "--help-me",
+        "-",
+    ]
 )
 WORDS = OVERRIDES | OVERRIDES | OVERRIDES | FLAGS | WRITTEN
 
 
 @settings(QUICK, max_examples=MUTATIONS[RUN_LINES])
-@given(command=st.sampled_from([run, sweep]), words=st.lists(WORDS, min_size=1, max_size=3), data=st.data())
-def test_mutated_command_lines(command: Any, words: list[str], results: Results, data: st.DataObject) -> None:
-    argv = data.draw(st.permutations([data.draw(st.sampled_from(["quickstart"] * 9 + ["nope"])), "--dry-run", *words]))
+@given(
+    command=st.sampled_from([run, sweep]),
+    words=st.lists(WORDS, min_size=1, max_size=3),
+    data=st.data(),
+)
+def test_mutated_command_lines(
+    command: Any, words: list[str], results: Results, data: st.DataObject
+) -> None:
+    argv = data.draw(
+        st.permutations(
+            [data.draw(st.sampled_from(["quickstart"] * 9 + ["nope"])), "--dry-run", *words]
+        )
+    )
     with told_or_fine(), contextlib.redirect_stdout(io.StringIO()):
         assert command.main(list(argv)) == 0
     results.append((RUN_LINES, TOLD, 0))
@@ -304,7 +362,9 @@ def test_mutated_command_lines(command: Any, words: list[str], results: Results,
     words=st.lists(
         WRITTEN
         | FLAGS
-        | st.sampled_from(["--which", "--merged", "--output-dir", "--source", "--steps", "--tolerance", "gsm8k"]),
+        | st.sampled_from(
+            ["--which", "--merged", "--output-dir", "--source", "--steps", "--tolerance", "gsm8k"]
+        ),
         max_size=4,
     ),
 )
@@ -312,7 +372,11 @@ def test_mutated_words_to_the_other_commands(
     command: Any, words: list[str], tmp_path_factory: pytest.TempPathFactory, results: Results
 ) -> None:
     place = tmp_path_factory.mktemp("words")
-    with contextlib.chdir(place), contextlib.redirect_stdout(io.StringIO()), pytest.raises(UserError):
+    with (
+        contextlib.chdir(place),
+        contextlib.redirect_stdout(io.StringIO()),
+        pytest.raises(UserError),
+    ):
         command.main(words)
     assert not [path for path in place.rglob("*") if path.is_file()]
     results.append((OTHER_LINES, TOLD, 0))
@@ -326,9 +390,10 @@ def test_mutated_words_to_the_other_commands(
         | st.integers(-(2**63), 2**63 - 1)
         | st.floats(allow_nan=False, allow_infinity=False)
         | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0$"), max_size=12)
-        | st.lists(st.sampled_from(["'", '"', "\\", " ", ",", "[", "}", "(", "\n", ":", "#", "="]), max_size=6).map(
-            "".join
-        ),
+        | st.lists(
+            st.sampled_from(["'", '"', "\\", " ", ",", "[", "}", "(", "\n", ":", "#", "="]),
+            max_size=6,
+        ).map("".join),
         lambda inner: st.lists(inner, max_size=3),
         max_leaves=4,
     )

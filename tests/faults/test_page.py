@@ -1,4 +1,6 @@
-"""docs/reliability.md lists the faults that are tried, as often as they are, and says what the tests expect."""
+"""docs/reliability.md lists the faults that are tried, as often as they are, and says what the
+tests expect.
+"""
 
 from __future__ import annotations
 
@@ -19,24 +21,32 @@ def test_the_page_says_what_the_tests_say() -> None:
     text = table.PAGE.read_text()
     rows = table.read(text)
     assert text == table.page(rows)
-    happened = dict.fromkeys(cases.MUTATIONS, cases.TOLD) | dict.fromkeys(cases.FAILURES.values(), cases.ALONE)
+    happened = dict.fromkeys(cases.MUTATIONS, cases.TOLD) | dict.fromkeys(
+        cases.FAILURES.values(), cases.ALONE
+    )
     happened |= {case.name: case.happened for case in cases.CORRUPTIONS} | cases.OTHERS
     happened |= {name: cases.REFUSED for name, *_ in cases.REFUSALS}
-    assert {row.fault: row.happened for row in rows if not row.fault.startswith("SIGKILL")} == happened
+    assert {
+        row.fault: row.happened for row in rows if not row.fault.startswith("SIGKILL")
+    } == happened
     assert {row.happened for row in rows if row.fault.startswith("SIGKILL")} == {cases.SAME}
 
 
 def test_enough_is_tried() -> None:
     kills = [count for name, count in cases.expected().items() if name.startswith("SIGKILL")]
     assert sum(kills) >= 30
-    assert sum(count for name, count in cases.expected().items() if name.startswith("SIGKILL: sweep")) >= 6
+    assert (
+        sum(count for name, count in cases.expected().items() if name.startswith("SIGKILL: sweep"))
+        >= 6
+    )
     assert len([name for name in cases.expected() if not name.startswith(table.KINDS)]) >= 12
     assert sum(cases.MUTATIONS.values()) >= 300
 
 
 def test_one_fault_has_one_outcome() -> None:
     assert table.gather([("a", "good", 0), ("b", "bad", 2), ("a", "good", 1)]) == [
-        Row("a", 2, "good", 1), Row("b", 1, "bad", 2),
-    ]  # fmt: skip
+        Row("a", 2, "good", 1),
+        Row("b", 1, "bad", 2),
+    ]
     with pytest.raises(AssertionError, match="a: good, and bad"):
         table.gather([("a", "good", 0), ("a", "bad", 0)])

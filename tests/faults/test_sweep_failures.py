@@ -1,4 +1,6 @@
-"""A sweep in which trials fail, hang and compute nonsense: the others go on, and nothing is left behind."""
+"""A sweep in which trials fail, hang and compute nonsense: the others go on, and nothing is left
+behind.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import pytest
 
 from analysis.load import load_trials
 from harness import sweep
-from harness.rundir import RunDir, Status
+from harness.records.run_dir import RunDir, Status
 from tests.faults.cases import ALONE, FAILURES, MOODS
 from tests.faults.compare import rows, study
 from tests.faults.conftest import Record
@@ -21,25 +23,40 @@ RATES = [1e-4 * (place + 1) for place in range(len(MOODS))]
 
 
 def processes(rays_folder: Path) -> set[int]:
-    """Processes below this one, and those that Ray started for this test, whoever their parent is now."""
-    rays = [p.pid for p in psutil.process_iter(["cmdline"]) if str(rays_folder) in " ".join(p.info["cmdline"] or [])]
+    """Processes below this one, and those that Ray started for this test, whoever their parent is
+    now.
+    """
+    rays = [
+        p.pid
+        for p in psutil.process_iter(["cmdline"])
+        if str(rays_folder) in " ".join(p.info["cmdline"] or [])
+    ]
     return {p.pid for p in psutil.Process().children(recursive=True)} | set(rays)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_trials_that_fail_stay_alone(
-    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], record: Record, rays_folder: Path
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    record: Record,
+    rays_folder: Path,
 ) -> None:
     held_out, training = (
-        pd.read_parquet(tiny_model_dir / "data" / f"{name}.parquet").head(8) for name in ("validation", "train")
+        pd.read_parquet(tiny_model_dir / "data" / f"{name}.parquet").head(8)
+        for name in ("validation", "train")
     )
     held_out.to_parquet(tmp_path / "validation.parquet")
     for mood in dict.fromkeys(MOODS):
-        training.assign(env_class=f"tests.faults.moods.{mood}").to_parquet(tmp_path / f"{mood}.parquet")
+        training.assign(env_class=f"tests.faults.moods.{mood}").to_parquet(
+            tmp_path / f"{mood}.parquet"
+        )
     recipe = tmp_path / "moods.yaml"
     files = {mood: f"[{tmp_path}/{mood}.parquet]" for mood in MOODS}
-    first = [f"{{{DATA}: {files[mood]}, {LR}: {rate}}}" for mood, rate in zip(MOODS, RATES, strict=True)]
+    first = [
+        f"{{{DATA}: {files[mood]}, {LR}: {rate}}}" for mood, rate in zip(MOODS, RATES, strict=True)
+    ]
     recipe.write_text(
         f"""
 defaults: [quickstart, _self_]
@@ -70,16 +87,28 @@ sweep:
     assert processes(rays_folder) <= before
 
     table = load_trials(tmp_path / "moods").set_index("number")
-    assert [table.status[number] == "COMPLETE" for number in range(10)] == [mood == "good" for mood in MOODS]
-    reasons = {number: str(table.reason[number]) for number in range(10) if table.status[number] != "COMPLETE"}
+    assert [table.status[number] == "COMPLETE" for number in range(10)] == [
+        mood == "good" for mood in MOODS
+    ]
+    reasons = {
+        number: str(table.reason[number])
+        for number in range(10)
+        if table.status[number] != "COMPLETE"
+    }
     assert list(reasons) == [1, 3, 5, 7]
-    assert reasons[1].startswith("the reward of tests.faults.moods.raises raised LookupError: no score for")
-    assert reasons[3] == "no report for 60 s (sweep.stall_seconds): it hung and was ended; see log.txt"
+    assert reasons[1].startswith(
+        "the reward of tests.faults.moods.raises raised LookupError: no score for"
+    )
+    assert (
+        reasons[3] == "no report for 60 s (sweep.stall_seconds): it hung and was ended; see log.txt"
+    )
     assert reasons[7].startswith("the reward of tests.faults.moods.nan returned nan (float)")
     sweep_dir = RunDir(tmp_path / "moods")
     assert "hangs.py" in sweep_dir.trial(3).log.read_text()  # where
     assert sweep_dir.status is Status.COMPLETE
-    assert [trial["state"] for trial in study(sweep_dir)] == ["COMPLETE" if m == "good" else "FAIL" for m in MOODS]
+    assert [trial["state"] for trial in study(sweep_dir)] == [
+        "COMPLETE" if m == "good" else "FAIL" for m in MOODS
+    ]
     page = (sweep_dir.report / "index.html").read_text()
     said = capsys.readouterr().out
     for reason in reasons.values():

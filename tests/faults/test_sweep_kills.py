@@ -1,4 +1,6 @@
-"""A sweep killed by SIGKILL again and again ends as if never killed; a damaged journal is refused."""
+"""A sweep killed by SIGKILL again and again ends as if never killed; a damaged journal is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.rundir import RunDir
+from harness.records.run_dir import RunDir
 from tests.faults.cases import REFUSED, SAME, SWEEP_KILLS
 from tests.faults.compare import digests, lost_steps, sweep_differences
 from tests.faults.conftest import Record
@@ -31,8 +33,12 @@ class Sweeps:
         place = [f"trainer.ckpt_path={self.root}", f"trainer.run_name={name}"]
         new = ["recipes/quickstart.yaml", *self.overrides, *place]
         begun = (directory / "manifest.json").exists()
-        return self.warm.run("harness.sweep", *(["--resume", str(directory)] if begun else new),
-                             directory=directory, fault=fault)  # fmt: skip
+        return self.warm.run(
+            "harness.sweep",
+            *(["--resume", str(directory)] if begun else new),
+            directory=directory,
+            fault=fault,
+        )
 
     def get(self, name: str) -> RunDir:
         """The directory of a sweep."""
@@ -42,8 +48,14 @@ class Sweeps:
 @pytest.fixture(scope="module")
 def sweeps(warm: Warm, small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Sweeps:
     """Starts and resumes sweeps of two trials, one after the other."""
-    few = ["trainer.max_steps=4", "sweep.num_trials=2", "sweep.seeds=[0]", "sweep.max_concurrent=1",
-           "sweep.first_trials=[]", "sweep.pruner=null"]  # fmt: skip
+    few = [
+        "trainer.max_steps=4",
+        "sweep.num_trials=2",
+        "sweep.seeds=[0]",
+        "sweep.max_concurrent=1",
+        "sweep.first_trials=[]",
+        "sweep.pruner=null",
+    ]
     return Sweeps(warm, tmp_path_factory.mktemp("sweeps"), [*small, *few])
 
 
@@ -84,12 +96,20 @@ def _lose(content: bytes) -> bytes:
 
 @pytest.mark.parametrize(
     ("name", "change", "line"),
-    [("study.journal: one bit flipped in the middle", _flip, 4), ("study.journal: a line missing", _lose, 3)],
+    [
+        ("study.journal: one bit flipped in the middle", _flip, 4),
+        ("study.journal: a line missing", _lose, 3),
+    ],
 )
 def test_a_damaged_journal_is_refused(
-    name: str, change: Callable[[bytes], bytes], line: int, begun: RunDir, sweeps: Sweeps, tmp_path: Path,
+    name: str,
+    change: Callable[[bytes], bytes],
+    line: int,
+    begun: RunDir,
+    sweeps: Sweeps,
+    tmp_path: Path,
     record: Record,
-) -> None:  # fmt: skip
+) -> None:
     copy = RunDir(tmp_path / "sweep")
     shutil.copytree(begun.path, copy.path)
     copy.journal.write_bytes(change(begun.journal.read_bytes()))

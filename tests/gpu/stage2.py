@@ -1,4 +1,6 @@
-"""Stage 2: vLLM as the engine, on the GPU that the trainer works on too; a process starts it once only."""
+"""Stage 2: vLLM as the engine, on the GPU that the trainer works on too; a process starts it once
+only.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ def _recipe(bench: Bench, sequences: int, **keys: Any) -> Any:
     """A recipe of so many sequences a step on the random model, sampled by vLLM."""
     model = bench.write_model("qwen2.5-0.5b", QWEN25_05B)
     prompt, completion = bench.size((PROMPT, COMPLETION), (32, 16))
-    here: dict[str, Any] = {"generator.backend": "vllm", "generator.max_num_seqs": bench.size(1024, 64)}
+    here: dict[str, Any] = {
+        "generator.backend": "vllm",
+        "generator.max_num_seqs": bench.size(1024, 64),
+    }
     here |= bench.size({}, {ours.DTYPE: "float32"})  # vLLM on a CPU is at home in it
     return bench.recipe(model, sequences // GROUP, GROUP, prompt, completion, **here, **keys)
 
@@ -43,7 +48,9 @@ def _opened(bench: Bench, recipes: list[Any], name: str) -> Iterator[tuple[Any, 
 
 
 def engine(bench: Bench) -> None:
-    """Start, log-probability parity, and ten steps, each with the engine asleep while the trainer works."""
+    """Start, log-probability parity, and ten steps, each with the engine asleep while the trainer
+    works.
+    """
     _sleeping_steps(bench, _recipe(bench, bench.size(64, 8), **{ours.LR: 1e-3}))
     bench.free()
     bench.note("left", bench.memory())
@@ -65,18 +72,29 @@ def _parity(bench: Bench, pack: Any, member: Any, *, new_weights: bool = True) -
     if new_weights:
         ours.shake(member)
         ours.publish(pack, member)
-    prompts = [[10 + (7 * place + k) % 700 for k in range(24)] for place in range(bench.size(16, 4))]
-    groups, seconds, _ = bench.timed(lambda: ours.sample(pack, member, prompts, 4, bench.size(COMPLETION, 16)))
+    prompts = [
+        [10 + (7 * place + k) % 700 for k in range(24)] for place in range(bench.size(16, 4))
+    ]
+    groups, seconds, _ = bench.timed(
+        lambda: ours.sample(pack, member, prompts, 4, bench.size(COMPLETION, 16))
+    )
     samples = [sample for group in groups for sample in group]
-    texts = [prompt for prompt in prompts for _ in range(4)], [sample.token_ids for sample in samples]
+    texts = (
+        [prompt for prompt in prompts for _ in range(4)],
+        [sample.token_ids for sample in samples],
+    )
     with ours.asleep(pack), torch.no_grad():
         values = ours.logprobs(pack, member, ours.batch_of(*texts)).cpu()
     engines = [torch.tensor(sample.logprobs) for sample in samples]
-    gaps = torch.cat([(one - row[: len(one)]).abs() for one, row in zip(engines, values, strict=True)])
+    gaps = torch.cat(
+        [(one - row[: len(one)]).abs() for one, row in zip(engines, values, strict=True)]
+    )
     return {
-        "mean_gap": float(gaps.mean()), "largest_gap": float(gaps.max()), "tokens": len(gaps),
+        "mean_gap": float(gaps.mean()),
+        "largest_gap": float(gaps.max()),
+        "tokens": len(gaps),
         "tokens_per_second": round(len(gaps) / seconds),
-    }  # fmt: skip
+    }
 
 
 def _sleep(bench: Bench, pack: Any) -> dict[str, Any]:
@@ -85,19 +103,25 @@ def _sleep(bench: Bench, pack: Any) -> dict[str, Any]:
     asleep = bench.memory()
     woken = bench.timed(lambda: context.__exit__(None, None, None))[1]
     return {
-        "sleep_s": round(slept, 3), "wake_s": round(woken, 3), "before": before, "asleep": asleep,
+        "sleep_s": round(slept, 3),
+        "wake_s": round(woken, 3),
+        "before": before,
+        "asleep": asleep,
         "awake": bench.memory(),
-    }  # fmt: skip
+    }
 
 
 def _step(bench: Bench, pack: Any, members: list[Any]) -> dict[str, Any]:
     rows, seconds, peak = bench.timed(lambda: ours.step(pack, members))
     row = rows[members[0]]
     return {
-        "seconds": round(seconds, 3), **{name: round(row[f"timing_s/{name}"], 4) for name in
-        ("rollout", "update", "sync")}, "mean_gap": row[GAP], "largest_gap": row[GAP_MAX], "peak_gb": peak,
+        "seconds": round(seconds, 3),
+        **{name: round(row[f"timing_s/{name}"], 4) for name in ("rollout", "update", "sync")},
+        "mean_gap": row[GAP],
+        "largest_gap": row[GAP_MAX],
+        "peak_gb": peak,
         **bench.memory(),
-    }  # fmt: skip
+    }
 
 
 def sync(bench: Bench) -> None:
@@ -126,45 +150,78 @@ def _published(bench: Bench, pack: Any, member: Any) -> dict[str, float]:
     for seed in range(bench.size(6, 2)):
         ours.shake(member, seed)
         seconds.append(bench.timed(lambda: ours.publish(pack, member))[1])
-    return {"median_ms": round(1e3 * statistics.median(seconds), 2), "fastest_ms": round(1e3 * min(seconds), 2)}
+    return {
+        "median_ms": round(1e3 * statistics.median(seconds), 2),
+        "fastest_ms": round(1e3 * min(seconds), 2),
+    }
 
 
 def recipe(bench: Bench) -> None:
     """`recipes/gsm8k_lora.yaml` on one GPU with random weights, five steps, CUDA graphs on."""
     model = bench.write_model("qwen2.5-0.5b", QWEN25_05B)
-    _train(bench, model, f"trainer.max_steps={bench.size(5, 2)}", "trainer.eval_before_train=false",
-           "trainer.eval_interval=0", "trainer.sync_tolerance=1e9")  # fmt: skip
+    _train(
+        bench,
+        model,
+        f"trainer.max_steps={bench.size(5, 2)}",
+        "trainer.eval_before_train=false",
+        "trainer.eval_interval=0",
+        "trainer.sync_tolerance=1e9",
+    )
 
 
 def recipe_eager(bench: Bench) -> None:
     """The same without CUDA graphs, two steps."""
     model = bench.write_model("qwen2.5-0.5b", QWEN25_05B)
-    _train(bench, model, "trainer.max_steps=2", "trainer.eval_before_train=false", "trainer.eval_interval=0",
-           "trainer.sync_tolerance=1e9", "generator.enforce_eager=true")  # fmt: skip
+    _train(
+        bench,
+        model,
+        "trainer.max_steps=2",
+        "trainer.eval_before_train=false",
+        "trainer.eval_interval=0",
+        "trainer.sync_tolerance=1e9",
+        "generator.enforce_eager=true",
+    )
 
 
 def real_model(bench: Bench) -> None:
-    """The same recipe on the model of `--model`, evaluated every five steps, until the section's time is over."""
+    """The same recipe on the model of `--model`, evaluated every five steps, until the section's
+    time is over.
+    """
     model = bench.size(bench.model, bench.model or TINY_GSM)
     if model is None:
         bench.note("skipped", "no --model was given")
         return
-    files = [(key, f"{bench.data}/{name}.parquet") for key, name in (("train", "train"), ("val", "validation"))]
-    _train(bench, model, f"trainer.max_steps={bench.size(1000, 2)}", "trainer.eval_interval=5",
-           "trainer.ckpt_interval=0", *(f"data.{key}_data=[{file}]" for key, file in files if bench.data))  # fmt: skip
+    files = [
+        (key, f"{bench.data}/{name}.parquet")
+        for key, name in (("train", "train"), ("val", "validation"))
+    ]
+    _train(
+        bench,
+        model,
+        f"trainer.max_steps={bench.size(1000, 2)}",
+        "trainer.eval_interval=5",
+        "trainer.ckpt_interval=0",
+        *(f"data.{key}_data=[{file}]" for key, file in files if bench.data),
+    )
 
 
 def _train(bench: Bench, model: Path, *keys: str) -> None:
-    """Train `recipes/gsm8k_lora.yaml` in one process, on the embedded problems; every step's row is noted."""
+    """Train `recipes/gsm8k_lora.yaml` in one process, on the embedded problems; every step's row is
+    noted.
+    """
     one_gpu = [
-        f"trainer.policy.model.path={model}", f"trainer.placement.device={bench.device}",
+        f"trainer.policy.model.path={model}",
+        f"trainer.placement.device={bench.device}",
         *ours.tiny_gsm_data(bench.folder("data"), bench.size(2048, 16), 128),
-    ]  # fmt: skip
+    ]
     tiny = [
-        "trainer.train_batch_size=4", "trainer.policy_mini_batch_size=4", "generator.max_num_seqs=64",
-        "generator.max_input_length=64", "generator.sampling_params.max_generate_length=16",
+        "trainer.train_batch_size=4",
+        "trainer.policy_mini_batch_size=4",
+        "generator.max_num_seqs=64",
+        "generator.max_input_length=64",
+        "generator.sampling_params.max_generate_length=16",
         "generator.eval_sampling_params.max_generate_length=16",
-    ]  # fmt: skip
+    ]
     chosen = ours.compose("gsm8k_lora", [*one_gpu, *bench.size([], tiny), *keys])
     rows: list[ours.Row] = []
 
@@ -178,22 +235,45 @@ def _train(bench: Bench, model: Path, *keys: str) -> None:
     bench.part("run", lambda: _run(bench, chosen, until, rows))
 
 
-SHOWN = ("step", "timing_s/", "perf/", "reward", "eval/accuracy", "completions/mean_length", "grad_norm", GAP)
+SHOWN = (
+    "step",
+    "timing_s/",
+    "perf/",
+    "reward",
+    "eval/accuracy",
+    "completions/mean_length",
+    "grad_norm",
+    GAP,
+)
 
 
-def _run(bench: Bench, chosen: Any, until: Callable[[ours.Row], bool], rows: list[ours.Row]) -> dict[str, Any]:
+def _run(
+    bench: Bench, chosen: Any, until: Callable[[ours.Row], bool], rows: list[ours.Row]
+) -> dict[str, Any]:
     ours.train(chosen, bench.folder("run"), until=until)
-    names = ("step_time", "timing_s/rollout", "timing_s/logprobs", "timing_s/update", "timing_s/sync",
-             "perf/tokens_per_second", "perf/mfu")  # fmt: skip
+    names = (
+        "step_time",
+        "timing_s/rollout",
+        "timing_s/logprobs",
+        "timing_s/update",
+        "timing_s/sync",
+        "perf/tokens_per_second",
+        "perf/mfu",
+    )
     return {
-        **{name: statistics.median(row[name] for row in rows if name in row) for name in names
-           if any(name in row for row in rows)},
+        **{
+            name: statistics.median(row[name] for row in rows if name in row)
+            for name in names
+            if any(name in row for row in rows)
+        },
         "peak_gb": bench.peak_gb(),
-    }  # fmt: skip
+    }
 
 
 def packs_small(bench: Bench) -> None:
-    """Steps of 8, 4 and 2 mixed members in one pack against theirs one after the other, 64 sequences each."""
+    """Steps of 8, 4 and 2 mixed members in one pack against theirs one after the other, 64
+    sequences each.
+    """
     _pack_steps(bench, bench.size(64, 8))
 
 
@@ -203,13 +283,17 @@ def packs_large(bench: Bench) -> None:
 
 
 def _pack_steps(bench: Bench, sequences: int) -> None:
-    recipes = [_recipe(bench, sequences, **{"generator.max_lora_rank": 64, **keys}) for keys in mixed(8)]
+    recipes = [
+        _recipe(bench, sequences, **{"generator.max_lora_rank": 64, **keys}) for keys in mixed(8)
+    ]
     # The best of so many rounds: the first steps are slower, which matters where steps are short.
     name, rounds = f"{sequences} sequences", 2 if sequences < 512 else 1
     with _opened(bench, recipes, name) as (pack, members, start):
         bench.part(f"{name}, warm-up", lambda: _step(bench, pack, members), keep_cache=True)
         alone = [_best(bench, pack, [member], rounds) for member in members]
-        bench.note(f"{name}, alone", {"seconds": sum(step["seconds"] for step in alone), "steps": alone})
+        bench.note(
+            f"{name}, alone", {"seconds": sum(step["seconds"] for step in alone), "steps": alone}
+        )
         for count in (8, 4, 2):
             apart = sum(step["seconds"] for step in alone[:count])
             work = partial(_together, bench, pack, members[:count], rounds, apart, start)
@@ -217,12 +301,23 @@ def _pack_steps(bench: Bench, sequences: int) -> None:
 
 
 def _best(bench: Bench, pack: Any, members: list[Any], rounds: int) -> dict[str, Any]:
-    return min((_step(bench, pack, members) for _ in range(rounds)), key=lambda step: float(step["seconds"]))
+    return min(
+        (_step(bench, pack, members) for _ in range(rounds)),
+        key=lambda step: float(step["seconds"]),
+    )
 
 
-def _together(bench: Bench, pack: Any, members: list[Any], rounds: int, apart: float, start: float) -> dict[str, Any]:
-    """How much faster a step of all is than their steps one after the other; also of whole runs, starts included."""
+def _together(
+    bench: Bench, pack: Any, members: list[Any], rounds: int, apart: float, start: float
+) -> dict[str, Any]:
+    """How much faster a step of all is than their steps one after the other; also of whole runs,
+    starts included.
+    """
     step, count = _best(bench, pack, members, rounds), len(members)
-    runs = {f"speedup_of_{n}_steps": round((count * start + n * apart) / (start + n * step["seconds"]), 2)
-            for n in (10, 100)}  # fmt: skip
+    runs = {
+        f"speedup_of_{n}_steps": round(
+            (count * start + n * apart) / (start + n * step["seconds"]), 2
+        )
+        for n in (10, 100)
+    }
     return {"speedup": round(apart / step["seconds"], 2), **runs, **step}

@@ -1,4 +1,6 @@
-"""Log-probabilities and their gradients on a GPU: against float32, against the CPU, against one sequence at a time."""
+"""Log-probabilities and their gradients on a GPU: against float32, against the CPU, against one
+sequence at a time.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ pytestmark = pytest.mark.gpu
 
 
 def sequences(prompts: int, samples: int, length: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Random prompts of unequal lengths, each as often as it has completions, and these, of unequal lengths too."""
+    """Random prompts of unequal lengths, each as often as it has completions, and these, of unequal
+    lengths too.
+    """
     draw = random.Random(0)
 
     def ids(count: int) -> list[int]:
@@ -42,7 +46,9 @@ def test_bfloat16_is_near_float32(open_pack: OpenPack, model_of: Callable[..., P
     whole = model_of(layers=24)
     values = [
         evaluated(pack, members[0], texts)
-        for pack, members in (open_pack({ours.DTYPE: dtype}, model=whole) for dtype in ("float32", "bfloat16"))
+        for pack, members in (
+            open_pack({ours.DTYPE: dtype}, model=whole) for dtype in ("float32", "bfloat16")
+        )
     ]
     difference = (values[0] - values[1]).abs()
     real = values[0] != 0
@@ -53,14 +59,17 @@ def test_bfloat16_is_near_float32(open_pack: OpenPack, model_of: Callable[..., P
 def test_logprobs_are_the_cpus(open_pack: OpenPack) -> None:
     texts = sequences(prompts=2, samples=4, length=32)
     on_gpu, on_cpu = open_pack(), open_pack(on="cpu")
-    difference = evaluated(on_gpu[0], on_gpu[1][0], texts) - evaluated(on_cpu[0], on_cpu[1][0], texts)
+    difference = evaluated(on_gpu[0], on_gpu[1][0], texts) - evaluated(
+        on_cpu[0], on_cpu[1][0], texts
+    )
     assert float(difference.abs().max()) < 1e-3
 
 
 def test_gradients_are_the_cpus(open_pack: OpenPack) -> None:
     texts = sequences(prompts=2, samples=4, length=32)
     found = [
-        ours.gradients(pack, members[0], ours.batch_of(*texts)) for pack, members in (open_pack(), open_pack(on="cpu"))
+        ours.gradients(pack, members[0], ours.batch_of(*texts))
+        for pack, members in (open_pack(), open_pack(on="cpu"))
     ]
     assert distance(*found) < 1e-3
 
@@ -70,9 +79,10 @@ def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
     import torch
 
     assert one.keys() == other.keys()
-    apart, size = (torch.cat([tensor.detach().cpu().flatten() for tensor in tensors]) for tensors in (
-        [one[name].cpu() - other[name].cpu() for name in one], other.values()
-    ))  # fmt: skip
+    apart, size = (
+        torch.cat([tensor.detach().cpu().flatten() for tensor in tensors])
+        for tensors in ([one[name].cpu() - other[name].cpu() for name in one], other.values())
+    )
     assert float(size.norm()) > 0
     return float(apart.norm() / size.norm())
 
@@ -103,8 +113,13 @@ def test_the_engine_says_what_the_trainer_says(open_pack: OpenPack, dtype: str) 
         groups = ours.sample(pack, member, prompts, n=4, longest=16)
         again = ours.sample(pack, member, prompts, n=4, longest=16)
     samples = [sample for group in groups for sample in group]
-    assert [sample.token_ids for sample in samples] == [sample.token_ids for group in again for sample in group]
-    texts = [prompt for prompt in prompts for _ in range(4)], [sample.token_ids for sample in samples]
+    assert [sample.token_ids for sample in samples] == [
+        sample.token_ids for group in again for sample in group
+    ]
+    texts = (
+        [prompt for prompt in prompts for _ in range(4)],
+        [sample.token_ids for sample in samples],
+    )
     values = evaluated(pack, member, texts)
     gaps = [
         abs(value - float(values[row, place]))

@@ -1,4 +1,6 @@
-"""The measurements of a GPU run on a CPU with tiny sizes, section by section; nothing in them is new on a GPU."""
+"""The measurements of a GPU run on a CPU with tiny sizes, section by section; nothing in them is
+new on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +13,34 @@ from typing import Any
 
 import pytest
 
-from harness.paths import PROJECT
+from harness.core.paths import PROJECT
 from tests.gpu import measure
 
 QUICK = ("card", "update", "close", "learns_float32")
 
 
 def stage(out: Path, number: int, *options: str) -> dict[str, Any]:
-    """The record of a stage run as its users do, with `--device cpu`; every section must be whole."""
-    command = [sys.executable, "-m", "tests.gpu.measure", "--stage", str(number), "--device", "cpu", "--out", str(out)]
-    done = subprocess.run([*command, *options], cwd=PROJECT, capture_output=True, text=True, check=False)
+    """The record of a stage run as its users do, with `--device cpu`; every section must
+    be whole.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "tests.gpu.measure",
+        "--stage",
+        str(number),
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+    ]
+    done = subprocess.run(
+        [*command, *options], cwd=PROJECT, capture_output=True, text=True, check=False
+    )
     record: dict[str, Any] = json.loads((out / f"stage{number}.json").read_text())
-    bad = {name: row.get("why") for name, row in record["sections"].items() if row["status"] != "ok"}
+    bad = {
+        name: row.get("why") for name, row in record["sections"].items() if row["status"] != "ok"
+    }
     assert done.returncode == 0, f"{bad}\n{done.stderr[-2000:]}"
     assert not bad
     assert done.stdout.splitlines()[-1].strip()
@@ -62,7 +80,9 @@ def in_process(out: Path, scratch: Path, minutes: float, *names: str) -> dict[st
     return sections
 
 
-def test_a_section_that_runs_out_of_time_ends_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_section_that_runs_out_of_time_ends_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(measure.STAGES[1], "update", 0)
     sections = in_process(tmp_path, tmp_path / "scratch", 1.0, "update", "card")
     assert [row["status"] for row in sections.values()] == ["timeout", "ok"]

@@ -1,4 +1,6 @@
-"""Updates on a GPU: against the CPU, with and without checkpointing, twice the same, out of memory, nothing left."""
+"""Updates on a GPU: against the CPU, with and without checkpointing, twice the same, out of memory,
+nothing left.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ pytestmark = pytest.mark.gpu
 
 def weights(member: Any) -> dict[str, Any]:
     """A copy of a member's adapter."""
-    return {name: parameter.detach().cpu().clone() for name, parameter in ours.adapter(member).items()}
+    return {
+        name: parameter.detach().cpu().clone() for name, parameter in ours.adapter(member).items()
+    }
 
 
 def test_the_optimizers_step_is_the_cpus(open_pack: OpenPack) -> None:
@@ -31,7 +35,10 @@ def test_the_optimizers_step_is_the_cpus(open_pack: OpenPack) -> None:
     for pack, (member,) in (open_pack({ours.LR: 1e-3}), open_pack({ours.LR: 1e-3}, on="cpu")):
         generator = torch.Generator().manual_seed(1)
         for _ in range(3):
-            gradients = {n: torch.randn(p.shape, generator=generator) for n, p in ours.adapter(member).items()}
+            gradients = {
+                n: torch.randn(p.shape, generator=generator)
+                for n, p in ours.adapter(member).items()
+            }
             row = ours.optimize(pack, member, gradients)
         results.append((weights(member), row["grad_norm"]))
     (gpu, norm), (cpu, cpu_norm) = results
@@ -49,7 +56,8 @@ def test_a_training_step_is_the_cpus(open_pack: OpenPack) -> None:
     (gpu, row), (cpu, cpu_row) = results
     for name in ("grad_norm", "entropy", "sampling/sampling_logp_difference/mean"):
         assert row[name] == pytest.approx(cpu_row[name], rel=1e-3), name
-    # Adam's first step is the learning rate times the gradient's sign, also where that hangs on the last digit.
+    # Adam's first step is the learning rate times the gradient's sign, also where that hangs on the
+    # last digit.
     assert distance(gpu, cpu) < 0.05
 
 
@@ -72,9 +80,11 @@ def test_nothing_waits_for_the_gpu_within_a_mini_batch(
     if device == "cpu":
         pytest.skip("a CPU has nobody to wait for")
     from rltrain import step
-    from rltrain.policy import Policy
+    from rltrain.algorithms.policy import Policy
 
-    pack, (member,) = open_pack({ours.DTYPE: "bfloat16", "trainer.micro_train_batch_size_per_gpu": 2})
+    pack, (member,) = open_pack(
+        {ours.DTYPE: "bfloat16", "trainer.micro_train_batch_size_per_gpu": 2}
+    )
     ours.step(pack, [member])
     loss, add_up, passes = Policy.loss, step.add_up, []
 
@@ -99,15 +109,22 @@ def test_nothing_waits_for_the_gpu_within_a_mini_batch(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_deterministic_run_comes_out_the_same(device: str, dtype: str, tmp_path: Path) -> None:
     keys = [
-        *ours.tiny_gsm_data(tmp_path / "data", 32, 8), f"{ours.DTYPE}={dtype}", "deterministic=true",
-        "trainer.train_batch_size=8", "trainer.policy_mini_batch_size=4", "trainer.max_steps=3",
-    ]  # fmt: skip
+        *ours.tiny_gsm_data(tmp_path / "data", 32, 8),
+        f"{ours.DTYPE}={dtype}",
+        "deterministic=true",
+        "trainer.train_batch_size=8",
+        "trainer.policy_mini_batch_size=4",
+        "trainer.max_steps=3",
+    ]
     recipe = ours.quickstart(device, *keys)
     one, other = (ours.train(recipe, tmp_path / name) for name in ("one", "other"))
     difference = ours.first_difference(one, other)
     assert difference["steps_compared"] == 4
     assert difference["same_bits"], difference
-    files = [(tmp_path / name / "adapter/final/adapter_model.safetensors").read_bytes() for name in ("one", "other")]
+    files = [
+        (tmp_path / name / "adapter/final/adapter_model.safetensors").read_bytes()
+        for name in ("one", "other")
+    ]
     assert files[0] == files[1]
 
 
@@ -116,8 +133,8 @@ def test_a_member_out_of_memory_leaves_the_others_as_they_are(
 ) -> None:
     import torch
 
-    # The larger member's gradients and moments of AdamW are more than all else; the vocabulary is small, so that
-    # logits are not.
+    # The larger member's gradients and moments of AdamW are more than all else; the vocabulary is
+    # small, so that logits are not.
     model = model_of(layers=4, vocab_size=4096)
     members = [{ours.RANK: rank, "seed": rank, "deterministic": "true"} for rank in (4, 512, 8)]
     results = []
@@ -139,7 +156,9 @@ def test_a_member_out_of_memory_leaves_the_others_as_they_are(
 
 @contextlib.contextmanager
 def out_of_memory(device: str, member: Any) -> Iterator[None]:
-    """Leave the GPU no more memory than was needed so far, and some; on a CPU let the member's update say so."""
+    """Leave the GPU no more memory than was needed so far, and some; on a CPU let the member's
+    update say so.
+    """
     import torch
 
     if device == "cpu":
@@ -148,20 +167,32 @@ def out_of_memory(device: str, member: Any) -> Iterator[None]:
         return
     torch.cuda.empty_cache()
     limit = torch.cuda.max_memory_allocated() + 128 * 2**20
-    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
+    torch.cuda.set_per_process_memory_fraction(
+        limit / torch.cuda.get_device_properties(0).total_memory
+    )
     try:
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-@pytest.mark.parametrize("keys", [{}, {"trainer.algorithm.advantage_estimator": "gae"}, {ours.RANK: 0}])
+@pytest.mark.parametrize(
+    "keys", [{}, {"trainer.algorithm.advantage_estimator": "gae"}, {ours.RANK: 0}]
+)
 def test_a_closed_pack_leaves_no_memory(
     device: str, model_of: Callable[..., Path], keys: dict[str, Any], tmp_path: Path
 ) -> None:
     path, data = model_of(), write_problems(tmp_path, 32, rows=16)
     lines = ours.overrides(
-        path, data, device, prompts=2, samples=4, prompt=32, completion=8, **keys, trainer__max_steps=1
+        path,
+        data,
+        device,
+        prompts=2,
+        samples=4,
+        prompt=32,
+        completion=8,
+        **keys,
+        trainer__max_steps=1,
     )
     recipe = ours.compose("base", lines)
     ours.train(recipe, tmp_path / "first")  # what libraries keep for themselves is there now

@@ -1,4 +1,6 @@
-"""The system's Chromium, headless, driven through its DevTools pipe: real widths, colour schemes, keys and clicks."""
+"""The system's Chromium, headless, driven through its DevTools pipe: real widths, colour schemes,
+keys and clicks.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from typing import Any
 
 import pytest
 
-CHROMIUM = next((found for name in ("chromium", "chromium-browser") if (found := shutil.which(name))), None)
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser") if (found := shutil.which(name))), None
+)
 FLAGS = (
     "--headless",
     "--no-sandbox",
@@ -38,7 +42,9 @@ KEYS = {"Tab": 9, "Enter": 13, "Escape": 27, " ": 32}
 
 
 class Browser:
-    """One Chromium; commands are of the Chrome DevTools Protocol. Close it, or use it in a `with`."""
+    """One Chromium; commands are of the Chrome DevTools Protocol. Close it, or use it in a
+    `with`.
+    """
 
     def __init__(self, profile: Path, *flags: str) -> None:
         assert CHROMIUM is not None
@@ -48,9 +54,19 @@ class Browser:
             os.dup2(ours[0], 3)
             os.dup2(theirs[1], 4)
 
-        command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", *flags, "about:blank"]  # no start page
+        command = [
+            CHROMIUM,
+            *FLAGS,
+            f"--user-data-dir={profile}",
+            *flags,
+            "about:blank",
+        ]  # no start page
         self.process = subprocess.Popen(
-            command, preexec_fn=connect, close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command,
+            preexec_fn=connect,
+            close_fds=False,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         os.close(ours[0])
         os.close(theirs[1])
@@ -72,9 +88,13 @@ class Browser:
         self._in.close()
 
     def call(self, method: str, session: str | None = None, **params: Any) -> dict[str, Any]:
-        """Send a command and wait for its answer; raises RuntimeError with the browser's words when it fails."""
+        """Send a command and wait for its answer; raises RuntimeError with the browser's words when
+        it fails.
+        """
         self._last += 1
-        message = {"id": self._last, "method": method, "params": params} | ({"sessionId": session} if session else {})
+        message = {"id": self._last, "method": method, "params": params} | (
+            {"sessionId": session} if session else {}
+        )
         self._out.write(json.dumps(message).encode() + b"\0")
         self._out.flush()
         while (answer := self._read()).get("id") != self._last:
@@ -85,13 +105,27 @@ class Browser:
         return result
 
     @contextlib.contextmanager
-    def page(self, url: str = "about:blank", *, width: int = 1280, height: int = 900, dark: bool = False,
-             script: bool = True) -> Iterator[Page]:  # fmt: skip
-        """A tab of this size and colour scheme, in which the address has been loaded; `script=False` runs none."""
+    def page(
+        self,
+        url: str = "about:blank",
+        *,
+        width: int = 1280,
+        height: int = 900,
+        dark: bool = False,
+        script: bool = True,
+    ) -> Iterator[Page]:
+        """A tab of this size and colour scheme, in which the address has been loaded;
+        `script=False` runs none.
+        """
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        page = Page(self, self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"])
+        page = Page(
+            self, self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        )
         page.size(width, height)
-        page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": _scheme(dark)}])
+        page.call(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": _scheme(dark)}],
+        )
         page.call("Emulation.setScriptExecutionDisabled", value=not script)
         page.goto(url)
         yield page
@@ -135,10 +169,16 @@ class Page:
         raise TimeoutError(condition)
 
     def run(self, expression: str) -> Any:
-        """The value of a JavaScript expression (a promise's once it is there); raises RuntimeError when it throws."""
-        found = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        """The value of a JavaScript expression (a promise's once it is there); raises RuntimeError
+        when it throws.
+        """
+        found = self.call(
+            "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True
+        )
         if "exceptionDetails" in found:
-            raise RuntimeError(found["exceptionDetails"].get("exception", {}).get("description") or "it threw")
+            raise RuntimeError(
+                found["exceptionDetails"].get("exception", {}).get("description") or "it threw"
+            )
         return found["result"].get("value")
 
     def press(self, *keys: str) -> None:
@@ -149,31 +189,52 @@ class Page:
             name = {" ": "Space"}.get(key, key)
             for kind in ("keyDown", "keyUp"):
                 extra = {"text": text} if text and kind == "keyDown" else {}
-                self.call("Input.dispatchKeyEvent", type=kind, key=key, code=name, windowsVirtualKeyCode=code, **extra)
+                self.call(
+                    "Input.dispatchKeyEvent",
+                    type=kind,
+                    key=key,
+                    code=name,
+                    windowsVirtualKeyCode=code,
+                    **extra,
+                )
 
     def point_at(self, element: str, x: float, y: float) -> None:
         """Move the mouse over an element (JavaScript), to thousandths of its width and height."""
         left, top, width, height = self.run(
-            f"(({{left, top, width, height}}) => [left, top, width, height])({element}.getBoundingClientRect())"
+            "(({left, top, width, height}) => [left, top, width, "
+            f"height])({element}.getBoundingClientRect())"
         )
-        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=left + x * width / 1000, y=top + y * height / 1000)
+        self.call(
+            "Input.dispatchMouseEvent",
+            type="mouseMoved",
+            x=left + x * width / 1000,
+            y=top + y * height / 1000,
+        )
 
     def size(self, width: int, height: int) -> None:
         """Make the tab this large, in CSS pixels."""
         self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 600,
         )
 
     def screenshot(self, path: Path, *, whole: bool = True) -> None:
         """Save what the tab shows, or the whole page, as PNG."""
-        found = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole, **self._clip(whole))
+        found = self.call(
+            "Page.captureScreenshot", format="png", captureBeyondViewport=whole, **self._clip(whole)
+        )
         path.write_bytes(base64.b64decode(found["data"]))
 
     def _clip(self, whole: bool) -> dict[str, Any]:
         if not whole:
             return {}
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-        return {"clip": {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}}
+        return {
+            "clip": {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
+        }
 
 
 class Listener(BaseHTTPRequestHandler):
@@ -212,7 +273,9 @@ def watched(profile: Path) -> Iterator[tuple[Browser, Proxy]]:
         thread = threading.Thread(target=proxy.serve_forever)
         thread.start()
         try:
-            with Browser(profile, f"--proxy-server=http://127.0.0.1:{proxy.server_port}") as browser:
+            with Browser(
+                profile, f"--proxy-server=http://127.0.0.1:{proxy.server_port}"
+            ) as browser:
                 yield browser, proxy
         finally:
             proxy.shutdown()
@@ -226,7 +289,9 @@ def violations(page: Page) -> list[str]:
         pytest.skip("axe-core is not installed: pip install --no-deps axe-playwright-python")
     page.run((Path(package.origin).parent / "axe.min.js").read_text() + "; true")
     found: dict[str, Any] = page.run("axe.run(document, {resultTypes: ['violations']})")
-    return [f"{one['id']}: {node['html'][:200]}" for one in found["violations"] for node in one["nodes"]]
+    return [
+        f"{one['id']}: {node['html'][:200]}" for one in found["violations"] for node in one["nodes"]
+    ]
 
 
 def _scheme(dark: bool) -> str:

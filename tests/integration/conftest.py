@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import pytest
 
-from harness import manifest
-from harness import recipe as recipes
-from harness.rundir import RunDir
-from harness.schema import Recipe
+from harness.config import recipe as recipes
+from harness.config.schema import Recipe
+from harness.records import manifest
+from harness.records.run_dir import RunDir
 from tests.recipes import quickstart
 from tests.unit.analysis.conftest import experiment as experiment
 from tests.unit.analysis.conftest import sweep_dir as sweep_dir
@@ -25,16 +25,22 @@ if TYPE_CHECKING:
 
 
 def heed_interrupts() -> None:
-    """For a child before it starts: tests run in the background ignore SIGINT, and children would inherit that."""
+    """For a child before it starts: tests run in the background ignore SIGINT, and children would
+    inherit that.
+    """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
 def small_data(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides that make quickstart a run of seconds: few problems, small batches, transformers as the engine."""
+    """Overrides that make quickstart a run of seconds: few problems, small batches, transformers as
+    the engine.
+    """
     folder = tmp_path_factory.mktemp("data")
     for name, rows in (("train", 24), ("validation", 12)):
-        pd.read_parquet(tiny_model_dir / "data" / f"{name}.parquet").head(rows).to_parquet(folder / f"{name}.parquet")
+        pd.read_parquet(tiny_model_dir / "data" / f"{name}.parquet").head(rows).to_parquet(
+            folder / f"{name}.parquet"
+        )
     return [
         f"data.train_data=[{folder}/train.parquet]",
         f"data.val_data=[{folder}/validation.parquet]",
@@ -68,7 +74,9 @@ def new_run(tmp_path: Path) -> Callable[[Recipe, str], RunDir]:
 
     def make(recipe: Recipe, name: str) -> RunDir:
         run = RunDir(tmp_path / name)
-        run.create(recipes.to_yaml(recipe), manifest.build(recipe, kind="run", name=name, source="test"))
+        run.create(
+            recipes.to_yaml(recipe), manifest.build(recipe, kind="run", name=name, source="test")
+        )
         return run
 
     return make

@@ -1,4 +1,6 @@
-"""A small model made from GSM8K's own texts: its byte-level BPE, a ChatML template, and a brief supervised start."""
+"""A small model made from GSM8K's own texts: its byte-level BPE, a ChatML template, and a brief
+supervised start.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ Pair = tuple[list[int], list[int]]  # tokens of prompt and completion
 def make_gsm8k_model(folder: Path, source: Path, *, seed: int = 0, steps: int = 140) -> None:
     """Write tokenizer and model, made from the train.jsonl in `source`, to `folder`.
 
-    The supervised steps teach it to write a last step of reasoning and `#### N`; the numbers are seldom right.
+    The supervised steps teach it to write a last step of reasoning and `#### N`; the numbers are
+    seldom right.
     """
     rows = [json.loads(line) for line in (source / "train.jsonl").open(encoding="utf-8")]
     tokenizer = _tokenizer([f"{row['question']}\n{row['answer']}" for row in rows])
@@ -39,7 +42,9 @@ def make_gsm8k_model(folder: Path, source: Path, *, seed: int = 0, steps: int = 
 
 def _tokenizer(texts: list[str]) -> PreTrainedTokenizerBase:
     """Qwen2's class, which `AutoTokenizer` builds for a Qwen2 model whatever the folder names."""
-    blank = Qwen2Tokenizer(pad_token=PAD, eos_token=END, unk_token=None, additional_special_tokens=[START])
+    blank = Qwen2Tokenizer(
+        pad_token=PAD, eos_token=END, unk_token=None, additional_special_tokens=[START]
+    )
     tokenizer = blank.train_new_from_iterator(texts, VOCABULARY, show_progress=False)
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.model_max_length = MAX_LENGTH
@@ -48,17 +53,30 @@ def _tokenizer(texts: list[str]) -> PreTrainedTokenizerBase:
 
 def _model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
     config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=MAX_LENGTH, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, dtype="float32",
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=MAX_LENGTH,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
     return Qwen2ForCausalLM(config)
 
 
 def _pairs(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]]) -> list[Pair]:
-    """Chat prompts as the environment words them, and the end of each solution, calculator notes taken out."""
+    """Chat prompts as the environment words them, and the end of each solution, calculator notes
+    taken out.
+    """
     prompts = [
-        tokenizer.apply_chat_template(gsm8k.prompt(row["question"]), tokenize=False, add_generation_prompt=True)
+        tokenizer.apply_chat_template(
+            gsm8k.prompt(row["question"]), tokenize=False, add_generation_prompt=True
+        )
         for row in rows
     ]
     solutions = (re.sub(r"<<.*?>>", "", row["answer"]).splitlines() for row in rows)
@@ -69,7 +87,9 @@ def _pairs(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]]) -> li
 
 
 def _batches(pairs: list[Pair], rng: random.Random) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless batches of tokens and labels `[B, T]`: neighbours in length, so that little is padding."""
+    """Endless batches of tokens and labels `[B, T]`: neighbours in length, so that little is
+    padding.
+    """
     while True:
         start = rng.randrange(len(pairs) - BATCH_SIZE)
         batch = pairs[start : start + BATCH_SIZE]
@@ -83,7 +103,9 @@ def _batches(pairs: list[Pair], rng: random.Random) -> Iterator[tuple[torch.Tens
         yield tokens, labels
 
 
-def _train(model: Qwen2ForCausalLM, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], steps: int) -> None:
+def _train(
+    model: Qwen2ForCausalLM, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], steps: int
+) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     for _, (tokens, labels) in zip(range(steps), batches, strict=False):

@@ -9,12 +9,12 @@ from typing import Any
 
 import pandas as pd
 
-from harness import recipe as recipes
-from harness import sinks
-from harness.logfiles import event_records, wandb_records
-from harness.metrics import MetricsFile
-from harness.rundir import RunDir, Status, write_bytes
-from harness.schema import Recipe
+from harness.config import recipe as recipes
+from harness.config.schema import Recipe
+from harness.loggers import sinks
+from harness.loggers.logfiles import event_records, wandb_records
+from harness.records.metrics_file import MetricsFile
+from harness.records.run_dir import RunDir, Status, write_bytes
 from tests.recipes import quickstart
 
 
@@ -30,12 +30,24 @@ def make_run(path: Path, recipe: Recipe) -> RunDir:
 
 
 def row_of(step: int, evaluated: bool = False) -> dict[str, float]:
-    return {"step": step, "reward": step / 8, "kl": 0.5} | ({"eval/accuracy": step / 10} if evaluated else {})
+    return {"step": step, "reward": step / 8, "kl": 0.5} | (
+        {"eval/accuracy": step / 10} if evaluated else {}
+    )
 
 
 def sample(**values: Any) -> dict[str, Any]:
-    return {"step": 0, "phase": "eval", "index": 7, "question": "How many?", "ground_truth": "18",
-            "completion": "#### 18", "reward": 1.0, "num_tokens": 5, "finish_reason": "stop", **values}  # fmt: skip
+    return {
+        "step": 0,
+        "phase": "eval",
+        "index": 7,
+        "question": "How many?",
+        "ground_truth": "18",
+        "completion": "#### 18",
+        "reward": 1.0,
+        "num_tokens": 5,
+        "finish_reason": "stop",
+        **values,
+    }
 
 
 def write_samples(run_dir: RunDir, step: int, *rows: dict[str, Any]) -> Path:
@@ -44,40 +56,65 @@ def write_samples(run_dir: RunDir, step: int, *rows: dict[str, Any]) -> Path:
     return path
 
 
-def train(run_dir: RunDir, recipe: Recipe, steps: range, total: int, group: str | None = None) -> None:
-    """Report as the trainer does: row and samples on disk first, an evaluation every fourth step, at last a result."""
+def train(
+    run_dir: RunDir, recipe: Recipe, steps: range, total: int, group: str | None = None
+) -> None:
+    """Report as the trainer does: row and samples on disk first, an evaluation every fourth step,
+    at last a result.
+    """
     file = MetricsFile(run_dir.metrics)
     file.truncate(steps.start - 1)
     with contextlib.closing(sinks.Sinks(recipe, run_dir, group=group)) as log:
         for step in steps:
             row = row_of(step, evaluated=step % 4 == 0)
             if step % 4 == 0:
-                write_samples(run_dir, step, sample(step=step), sample(completion=f"wrong at {step}", reward=0.0))
+                write_samples(
+                    run_dir,
+                    step,
+                    sample(step=step),
+                    sample(completion=f"wrong at {step}", reward=0.0),
+                )
             file.append(row)
             if step == total:
-                run_dir.move_to(Status.COMPLETE, result={"step": total, "metrics": {"eval/accuracy": 0.8}})
+                run_dir.move_to(
+                    Status.COMPLETE, result={"step": total, "metrics": {"eval/accuracy": 0.8}}
+                )
             log.report(total, row)
 
 
 class WandBRun:
-    """What the `.wandb` files of one run directory hold, in the order in which `wandb sync` would send them."""
+    """What the `.wandb` files of one run directory hold, in the order in which `wandb sync` would
+    send them.
+    """
 
     def __init__(self, run_dir: RunDir) -> None:
         import wandb
         from wandb.proto.wandb_internal_pb2 import Record
 
-        # A run's end reaches its file some milliseconds after `finish` returns, at the latest as W&B's service ends.
+        # A run's end reaches its file some milliseconds after `finish` returns, at the latest as
+        # W&B's service ends.
         wandb.teardown()
         self.files = sorted((run_dir.path / "wandb").glob("*run-*/*.wandb"))
-        self.records = [Record.FromString(data) for file in self.files for data in wandb_records(file.read_bytes())]
+        self.records = [
+            Record.FromString(data)
+            for file in self.files
+            for data in wandb_records(file.read_bytes())
+        ]
 
     def all(self, kind: str) -> list[Any]:
-        return [getattr(record, kind) for record in self.records if record.WhichOneof("record_type") == kind]
+        return [
+            getattr(record, kind)
+            for record in self.records
+            if record.WhichOneof("record_type") == kind
+        ]
 
     @property
     def history(self) -> list[dict[str, Any]]:
         return [
-            {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in history.item}
+            {
+                "/".join(item.nested_key) or item.key: json.loads(item.value_json)
+                for item in history.item
+            }
             for history in self.all("history")
         ]
 
@@ -100,14 +137,18 @@ class WandBRun:
     def tables(self) -> dict[int, dict[str, Any]]:
         """The tables that the history refers to, by step."""
         return {
-            row["_step"]: json.loads(next(self.files[0].parents[1].glob(f"*/files/{row['samples/path']}")).read_text())
+            row["_step"]: json.loads(
+                next(self.files[0].parents[1].glob(f"*/files/{row['samples/path']}")).read_text()
+            )
             for row in self.history
             if "samples/path" in row
         }
 
 
 class TensorBoardRun:
-    """What TensorBoard would show of a run directory: a file's purge hides what files before it hold of later steps."""
+    """What TensorBoard would show of a run directory: a file's purge hides what files before it
+    hold of later steps.
+    """
 
     def __init__(self, run_dir: RunDir) -> None:
         from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -125,5 +166,7 @@ class TensorBoardRun:
 
     def texts(self) -> dict[int, str]:
         return {
-            step: value.tensor.string_val[0].decode() for step, tag, value in self.seen if tag.startswith("samples")
+            step: value.tensor.string_val[0].decode()
+            for step, tag, value in self.seen
+            if tag.startswith("samples")
         }

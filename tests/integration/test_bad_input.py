@@ -1,4 +1,6 @@
-"""Bad input to every command: one message with what, got, allowed or fix; nothing heavy loaded, nothing written."""
+"""Bad input to every command: one message with what, got, allowed or fix; nothing heavy loaded,
+nothing written.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from harness.paths import PROJECT
-from rltrain.data import write_rows
+from harness.core.paths import PROJECT
+from rltrain.data.files import write_rows
 from tests.unit.analysis.synthetic import Trial, example, params, write_run, write_sweep
 
 LORA, ALGORITHM, PLACEMENT = "trainer.policy.model.lora", "trainer.algorithm", "trainer.placement"
@@ -74,12 +76,28 @@ CASES: list[tuple[list[str], str]] = [
     ([*RUN, "trainer.critic_mini_batch_size=5"], "must divide"),
     ([*RUN, f"{LORA}.rank=400", "generator.max_lora_rank=256"], "above generator.max_lora_rank"),
     ([*RUN, f"{LORA}.rank=0", f"{LORA}.sync=disk"], f"{LORA}.sync=merge"),
-    ([*RUN, f"{ALGORITHM}.use_kl_loss=true", f"{ALGORITHM}.kl_loss_coef=0"], "computes a reference for nothing"),
-    ([*RUN, f"{ALGORITHM}.use_kl_loss=true", f"{ALGORITHM}.use_kl_in_reward=true"], "not into both"),
+    (
+        [*RUN, f"{ALGORITHM}.use_kl_loss=true", f"{ALGORITHM}.kl_loss_coef=0"],
+        "computes a reference for nothing",
+    ),
+    (
+        [*RUN, f"{ALGORITHM}.use_kl_loss=true", f"{ALGORITHM}.use_kl_in_reward=true"],
+        "not into both",
+    ),
     ([*RUN, f"{PLACEMENT}.policy_num_gpus_per_node=2"], "each training process holds one engine"),
-    ([*RUN, f"{PLACEMENT}.device=cuda", f"{PLACEMENT}.policy_num_gpus_per_node=999",
-      "generator.num_inference_engines=999"], "not enough GPUs"),
-    ([*RUN, f"{ALGORITHM}.advantage_estimator=rloo", "generator.n_samples_per_prompt=1"], "it needs several"),
+    (
+        [
+            *RUN,
+            f"{PLACEMENT}.device=cuda",
+            f"{PLACEMENT}.policy_num_gpus_per_node=999",
+            "generator.num_inference_engines=999",
+        ],
+        "not enough GPUs",
+    ),
+    (
+        [*RUN, f"{ALGORITHM}.advantage_estimator=rloo", "generator.n_samples_per_prompt=1"],
+        "it needs several",
+    ),
     ([*RUN, "trainer.max_prompt_length=250"], "<= 256 together"),
     ([*RUN, "seed=1", "trainer.seed=2"], "given twice"),
     # Data.
@@ -97,11 +115,23 @@ CASES: list[tuple[list[str], str]] = [
     ([*RUN, ANSWERS, f"{MOOD}.nan"], "returned nan"),
     ([*RUN, "data.train_data=[HERE/table.csv]"], "unknown kind of data file"),
     ([*RUN, "data.val_data=[HERE]"], "data file not found"),
-    ([*RUN, "--dry-run", "trainer.train_batch_size=4096", "trainer.policy_mini_batch_size=4096"],
-     "fewer problems than one batch"),
-    ([*SWEEP, "--dry-run", "trainer.train_batch_size=4096", "trainer.policy_mini_batch_size=4096"],
-     "fewer problems than one batch"),
-    ([*RUN, "trainer.train_batch_size=4096", "trainer.policy_mini_batch_size=4096"], "fewer problems than one batch"),
+    (
+        [*RUN, "--dry-run", "trainer.train_batch_size=4096", "trainer.policy_mini_batch_size=4096"],
+        "fewer problems than one batch",
+    ),
+    (
+        [
+            *SWEEP,
+            "--dry-run",
+            "trainer.train_batch_size=4096",
+            "trainer.policy_mini_batch_size=4096",
+        ],
+        "fewer problems than one batch",
+    ),
+    (
+        [*RUN, "trainer.train_batch_size=4096", "trainer.policy_mini_batch_size=4096"],
+        "fewer problems than one batch",
+    ),
     # Models, checkpoints and places.
     ([*RUN, "trainer.policy.model.path=HERE"], "holds no config.json"),
     ([*RUN, "trainer.policy.model.path=HERE/model"], "config.json is damaged"),
@@ -123,10 +153,19 @@ CASES: list[tuple[list[str], str]] = [
     (["run", "HERE/bomb.yaml"], "too many values"),
     (["run", "HERE/deep.yaml"], "cannot compose"),
     # Sweeps.
-    ([*SWEEP, "sweep.space={generator.max_input_length:{choices:[32,64]}}"], "how trials are measured"),
-    ([*SWEEP, "sweep.space={trainer.critic.optimizer_config.lr:{choices:[1e-4,1e-3]}}"], "has no effect here"),
+    (
+        [*SWEEP, "sweep.space={generator.max_input_length:{choices:[32,64]}}"],
+        "how trials are measured",
+    ),
+    (
+        [*SWEEP, "sweep.space={trainer.critic.optimizer_config.lr:{choices:[1e-4,1e-3]}}"],
+        "has no effect here",
+    ),
     ([*SWEEP, f"{LORA}.alpha='${{{LORA}.rank}}'"], f"{LORA}.alpha reads {LORA}.rank"),
-    ([*SWEEP, "sweep.space={trainer.target_modules:{choices:[mlp,attn]}}"], "did you mean attention for attn?"),
+    (
+        [*SWEEP, "sweep.space={trainer.target_modules:{choices:[mlp,attn]}}"],
+        "did you mean attention for attn?",
+    ),
     ([*SWEEP, "sweep.seeds=[0,0]"], "different numbers"),
     ([*SWEEP, "sweep.seeds=[]"], "at least one"),
     ([*SWEEP, "sweep.seeds=[-1]"], "different numbers >= 0"),
@@ -137,8 +176,14 @@ CASES: list[tuple[list[str], str]] = [
     ([*SWEEP, "sweep.metric=eval/pass@4"], "eval_n_samples_per_prompt=4"),
     ([*SWEEP, "sweep.pruner={name:midian}"], "did you mean median?"),
     ([*SWEEP, "sweep.pruner={name:[median]}"], "sweep.pruner.name cannot take this value"),
-    ([*SWEEP, "sweep.pruner={wrapped_pruner:{name:{a:1}}}"], "sweep.pruner.wrapped_pruner.name cannot take this value"),
-    ([*SWEEP, "sweep.pruner=null", "sweep.pruner={name:median,n_startup:1}"], "takes no such argument"),
+    (
+        [*SWEEP, "sweep.pruner={wrapped_pruner:{name:{a:1}}}"],
+        "sweep.pruner.wrapped_pruner.name cannot take this value",
+    ),
+    (
+        [*SWEEP, "sweep.pruner=null", "sweep.pruner={name:median,n_startup:1}"],
+        "takes no such argument",
+    ),
     ([*SWEEP, "sweep.first_trials=[{trainer.policy.model.lora.rank:64}]"], "outside its axis"),
     ([*SWEEP, "sweep.first_trials=[{trainer.policy.model.lora.alpha:nan}]"], "finite numbers"),
     ([*SWEEP, f"sweep.space.{LORA}.rank.choices=[1,inf]"], "finite numbers"),
@@ -153,7 +198,10 @@ CASES: list[tuple[list[str], str]] = [
     (["report", "HERE/table.csv"], "no manifest.json"),
     (["report", "HERE/broken"], "damaged"),
     (["report", "HERE/one_run", "--output", "HERE/table.csv/out"], "cannot write"),
-    (["prepare", "gsm8k", "--output-dir", "HERE/out", "--source", "HERE/texts.jsonl"], "cannot tell the split"),
+    (
+        ["prepare", "gsm8k", "--output-dir", "HERE/out", "--source", "HERE/texts.jsonl"],
+        "cannot tell the split",
+    ),
     (["prepare", "math", "--output-dir", "HERE/table.csv/out"], "cannot use the output folder"),
     (["prepare", "tiny_gsm", "--output-dir", "HERE/out", "--seed", "one"], "invalid int value"),
     (["export", "HERE/table.csv", "--output", "HERE/out"], "no manifest.json"),
@@ -168,10 +216,10 @@ CASES: list[tuple[list[str], str]] = [
     (["check", "quickstart", "expect=null"], "expect"),
     (["check", "quickstart", "expect={eval/accuracy:{min:high}}"], "must be a number"),
     (["check", "nothing"], "no such recipe"),
-]  # fmt: skip
+]
 DRIVER = """
 import importlib, json, sys
-from harness.errors import UserError
+from harness.core.errors import UserError
 for number, argv in enumerate(json.load(sys.stdin)):
     main = importlib.import_module(f'harness.{argv[0]}').main
     try:
@@ -183,7 +231,7 @@ for number, argv in enumerate(json.load(sys.stdin)):
         told = {'raised': f'{type(error).__name__}: {error}'}
     heavy = {'torch', 'vllm', 'ray', 'transformers', 'peft'} & set(sys.modules)
     print('\\n@@', json.dumps({**told, 'heavy': sorted(heavy)}), flush=True)
-"""
+"""  # noqa: E501
 
 
 @dataclass(frozen=True)
@@ -203,7 +251,9 @@ def write_files(here: Path) -> None:
     pd.DataFrame({"prompt": [], "reward_spec": []}).to_parquet(here / "empty.parquet")
     write_rows([{"question": "1 + 1?"}], here / "columns.parquet")
     (here / "garbage.parquet").write_bytes(b"PAR1 but no more")
-    (here / "texts.jsonl").write_text('{"prompt": "1 + 1?", "reward_spec": {"ground_truth": "2"}}\n')
+    (here / "texts.jsonl").write_text(
+        '{"prompt": "1 + 1?", "reward_spec": {"ground_truth": "2"}}\n'
+    )
     (here / "hostile.jsonl").write_text('{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
     (here / "answers.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n' * 2)
     (here / "half.jsonl").write_text('{"prompt": [{"role": "us')
@@ -218,7 +268,9 @@ def write_files(here: Path) -> None:
     (here / "twice.yaml").write_text("defaults: [quickstart, _self_]\nseed: 1\nseed: 2\n")
     names = "abcdefgh"
     lines = ["a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
-    lines += [f"{one}: &{one} [{', '.join([f'*{last}'] * 9)}]" for last, one in itertools.pairwise(names)]
+    lines += [
+        f"{one}: &{one} [{', '.join([f'*{last}'] * 9)}]" for last, one in itertools.pairwise(names)
+    ]
     (here / "bomb.yaml").write_text("\n".join(lines))
     (here / "deep.yaml").write_text("seed: " + "[" * 3000 + "]" * 3000)
 
@@ -230,14 +282,21 @@ def told(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Told
     write_files(here)
     before = sorted(here.rglob("*"))
     given = [[word.replace("HERE", str(here)) for word in words] for words, _ in CASES]
-    done = subprocess.run([sys.executable, "-c", DRIVER], input=json.dumps(given), cwd=PROJECT, capture_output=True,
-                          text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER],
+        input=json.dumps(given),
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line[3:]) for line in done.stdout.splitlines() if line.startswith("@@ ")]
     return Told(answers, before, sorted(here.rglob("*")))
 
 
-@pytest.mark.parametrize("number", range(len(CASES)), ids=[" ".join(words)[:70] for words, _ in CASES])
+@pytest.mark.parametrize(
+    "number", range(len(CASES)), ids=[" ".join(words)[:70] for words, _ in CASES]
+)
 @pytest.mark.claim("A recipe holds only values")
 def test_it_is_one_message_before_anything_heavy(told: Told, number: int) -> None:
     answer, wanted = told.answers[number], CASES[number][1]
@@ -251,5 +310,7 @@ def test_it_is_one_message_before_anything_heavy(told: Told, number: int) -> Non
 
 def test_nothing_was_written(told: Told) -> None:
     new = [path for path in told.after if path not in told.before]
-    assert [path.name for path in new] == ["out"], "the folder that prepare was given, and nothing in it"
+    assert [path.name for path in new] == ["out"], (
+        "the folder that prepare was given, and nothing in it"
+    )
     assert set(told.before) <= set(told.after)

@@ -12,20 +12,26 @@ import pytest
 import yaml
 
 from harness import check, run
-from harness import recipe as recipes
-from harness.errors import UserError
-from harness.logfiles import event_steps
-from harness.paths import PROJECT
-from harness.rundir import RunDir
+from harness.config import recipe as recipes
+from harness.core.errors import UserError
+from harness.core.paths import PROJECT
+from harness.loggers.logfiles import event_steps
+from harness.records.run_dir import RunDir
 from rltrain import trainer
 from rltrain.member import Member
 from rltrain.trainer import finish
 from tests.integration.conftest import heed_interrupts
 from tests.recipes import quickstart
 
-TINY = ["generator.backend=transformers", "trainer.max_steps=1", "trainer.train_batch_size=2",
-        "trainer.policy_mini_batch_size=2", "generator.n_samples_per_prompt=2", "trainer.eval_before_train=false",
-        "generator.eval_sampling_params.max_generate_length=2"]  # fmt: skip
+TINY = [
+    "generator.backend=transformers",
+    "trainer.max_steps=1",
+    "trainer.train_batch_size=2",
+    "trainer.policy_mini_batch_size=2",
+    "generator.n_samples_per_prompt=2",
+    "trainer.eval_before_train=false",
+    "generator.eval_sampling_params.max_generate_length=2",
+]
 
 
 def recipe_file(folder: Path, expect: str) -> str:
@@ -41,8 +47,16 @@ def test_every_seed_is_trained_and_the_mean_is_judged(
     tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Two tokens are too few for an answer: the accuracy is 0 for every seed.
-    file = recipe_file(tmp_path, "{eval/accuracy: {min: 0, max: 0.1}, completions/mean_length: {min: 1000}}")
-    arguments = [file, f"trainer.ckpt_path={tmp_path}", "trainer.run_name=checked", "--seeds", "3,4"]
+    file = recipe_file(
+        tmp_path, "{eval/accuracy: {min: 0, max: 0.1}, completions/mean_length: {min: 1000}}"
+    )
+    arguments = [
+        file,
+        f"trainer.ckpt_path={tmp_path}",
+        "trainer.run_name=checked",
+        "--seeds",
+        "3,4",
+    ]
     assert check.main(arguments) == 3
     said = capsys.readouterr().out
     assert "met: eval/accuracy 0 (2 seeds, 95% 0 to 0), expected >= 0 and <= 0.1" in said
@@ -52,7 +66,10 @@ def test_every_seed_is_trained_and_the_mean_is_judged(
     unmet = [[verdict["metric"] for verdict in record["verdicts"] if not verdict["met"]]]
     manifests = [RunDir(tmp_path / "checked" / f"seed{seed}").read_manifest() for seed in (3, 4)]
     assert [manifest["seed"] for manifest in manifests] == [3, 4]
-    unmet += [[verdict["metric"] for verdict in manifest["expect"] if not verdict["met"]] for manifest in manifests]
+    unmet += [
+        [verdict["metric"] for verdict in manifest["expect"] if not verdict["met"]]
+        for manifest in manifests
+    ]
     assert unmet == [["completions/mean_length"]] * 3
 
 
@@ -71,30 +88,58 @@ def test_a_seed_that_fails_ends_it(tmp_path: Path, capfd: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_what_stops_it_stops_its_run(tiny_model_dir: Path, tmp_path: Path, sent: signal.Signals, status: int) -> None:
+def test_what_stops_it_stops_its_run(
+    tiny_model_dir: Path, tmp_path: Path, sent: signal.Signals, status: int
+) -> None:
     file = recipe_file(tmp_path, "{eval/accuracy: {min: 0}}")
-    batches = ["trainer.eval_batch_size=512", "trainer.micro_train_batch_size_per_gpu=8",
-               "trainer.micro_forward_batch_size_per_gpu=8", "trainer.max_tokens_per_microbatch=null"]  # fmt: skip
-    start = [sys.executable, "-m", "harness.check", file, *batches, "trainer.max_steps=1000",
-             "trainer.eval_interval=0", f"trainer.ckpt_path={tmp_path}", "trainer.run_name=stopped"]  # fmt: skip
+    batches = [
+        "trainer.eval_batch_size=512",
+        "trainer.micro_train_batch_size_per_gpu=8",
+        "trainer.micro_forward_batch_size_per_gpu=8",
+        "trainer.max_tokens_per_microbatch=null",
+    ]
+    start = [
+        sys.executable,
+        "-m",
+        "harness.check",
+        file,
+        *batches,
+        "trainer.max_steps=1000",
+        "trainer.eval_interval=0",
+        f"trainer.ckpt_path={tmp_path}",
+        "trainer.run_name=stopped",
+    ]
     process = subprocess.Popen(
-        start, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+        start,
+        cwd=PROJECT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,
     )
     assert process.stdout is not None
     # Progress is seen as it is made. The signal goes to the command alone, and it passes it on.
     assert any(line.startswith("step    3/1000") for line in process.stdout)
     process.send_signal(sent)
-    out, told = process.communicate(timeout=60)  # ends when the run has closed its side of the pipe, too
+    out, told = process.communicate(
+        timeout=60
+    )  # ends when the run has closed its side of the pipe, too
     assert process.returncode == status, told
     assert "Traceback" not in told
-    assert ("stopped; go on with: python -m harness.run --resume" in told) == (sent is signal.SIGINT)
+    assert ("stopped; go on with: python -m harness.run --resume" in told) == (
+        sent is signal.SIGINT
+    )
     assert "expectations met" not in out
     assert [path.name for path in (tmp_path / "stopped").iterdir()] == ["seed0"]
 
 
 @pytest.mark.parametrize(("flags", "status"), [([], 0), (["--check"], 3)])
 def test_a_run_says_what_it_did_not_show(
-    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], status: int
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    status: int,
 ) -> None:
     file = recipe_file(tmp_path, "{eval/accuracy: {min: 0.5}}")
     arguments = [file, f"trainer.ckpt_path={tmp_path}", "trainer.run_name=run", *flags]
@@ -102,11 +147,18 @@ def test_a_run_says_what_it_did_not_show(
     assert RunDir(tmp_path / "run").read_manifest()["expect"][0]["met"] is False
     assert "NOT MET" in capsys.readouterr().out
 
-    # Another experiment is not what the expectations are about, nor is one that takes its recipe; a seed is no other.
+    # Another experiment is not what the expectations are about, nor is one that takes its recipe; a
+    # seed is no other.
     rate = "trainer.policy.optimizer_config.lr=1e-5"
     other = [file, rate, f"trainer.ckpt_path={tmp_path}", "trainer.run_name=other", *flags]
     assert run.main(other) == status
-    taken = ["--from", str(tmp_path / "other"), "seed=5", f"trainer.ckpt_path={tmp_path}", "trainer.run_name=taken"]
+    taken = [
+        "--from",
+        str(tmp_path / "other"),
+        "seed=5",
+        f"trainer.ckpt_path={tmp_path}",
+        "trainer.run_name=taken",
+    ]
     assert run.main([*taken, *flags]) == status
     said = capsys.readouterr().out
     assert said.count(f"is not judged: it was overridden ({rate})") == (0 if flags else 2)
@@ -116,9 +168,12 @@ def test_a_run_says_what_it_did_not_show(
 
 @pytest.mark.parametrize("flags", [["--check"], []])
 def test_a_run_killed_before_its_verdict_gets_it_without_training_again(
-    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
     flags: list[str],
-) -> None:  # fmt: skip
+) -> None:
     file = recipe_file(tmp_path, "{eval/accuracy: {min: 0.5}}")
     logger = "trainer.logger=[console,tensorboard]"
     start = [file, logger, f"trainer.ckpt_path={tmp_path}", "trainer.run_name=run"]
@@ -136,7 +191,11 @@ def test_a_run_killed_before_its_verdict_gets_it_without_training_again(
     assert record["status"] == "COMPLETE"
     assert "expect" not in record
     assert event_steps(run_dir.path / "tensorboard") == set()
-    trained = {path: path.read_bytes() for path in run_dir.path.rglob("*") if path.suffix in (".jsonl", ".safetensors")}
+    trained = {
+        path: path.read_bytes()
+        for path in run_dir.path.rglob("*")
+        if path.suffix in (".jsonl", ".safetensors")
+    }
     capsys.readouterr()
     go_on = ["--resume", str(run_dir.path), *flags] if flags else start
     assert run.main(go_on) == (run.UNMET if flags else 0)

@@ -48,7 +48,9 @@ def test_the_best_of_each_and_the_difference_problem_by_problem(two: tuple[Path,
     assert pair.verdict == "better"
 
 
-def test_a_score_that_the_shared_problems_do_not_bear_out_is_not_called_better(two: tuple[Path, Path]) -> None:
+def test_a_score_that_the_shared_problems_do_not_bear_out_is_not_called_better(
+    two: tuple[Path, Path],
+) -> None:
     answer(two[1], {2: [0], 3: []})
     [pair] = compare.pairs(read(two))
     assert pair.verdict == "cannot tell"
@@ -65,21 +67,35 @@ def test_other_problems_do_not_compare(two: tuple[Path, Path]) -> None:
 
 def test_other_metrics_do_not_compare(two: tuple[Path, Path], tmp_path: Path) -> None:
     trials = [Trial(0, 0, params(8, 1e-3), 0.1), Trial(1, 0, params(8, 1e-2), 0.2)]
-    loss = write_sweep(tmp_path, Sweep(trials, seeds=[0], metric="completions/clipped_ratio"), "loss")
+    loss = write_sweep(
+        tmp_path, Sweep(trials, seeds=[0], metric="completions/clipped_ratio"), "loss"
+    )
     found = compare.pairs(read([two[0], loss]))
     assert [pair.verdict for pair in found] == ["not comparable"]
     assert "is judged by" in found[0].reading
 
 
-def test_one_page_of_several_and_the_same_from_its_tables(two: tuple[Path, Path], tmp_path: Path) -> None:
+def test_one_page_of_several_and_the_same_from_its_tables(
+    two: tuple[Path, Path], tmp_path: Path
+) -> None:
     page = write(read(two), tmp_path / "one").path
     text = page.read_text()
     assert text.count("won: held-out accuracy") == 2
-    assert {"first", "second"} <= {word.strip(":") for word in (tmp_path / "one" / "report.md").read_text().split()}
+    assert {"first", "second"} <= {
+        word.strip(":") for word in (tmp_path / "one" / "report.md").read_text().split()
+    }
     again = write(read([tmp_path / "one" / "tables"]), tmp_path / "two").path
     assert again.read_bytes() == page.read_bytes()
-    for name in ("report.md", "trials.csv", "tables/runs.parquet", "tables/samples.parquet", "tables/steps.parquet"):
-        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
+    for name in (
+        "report.md",
+        "trials.csv",
+        "tables/runs.parquet",
+        "tables/samples.parquet",
+        "tables/steps.parquet",
+    ):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), (
+            name
+        )
 
 
 def test_claims_are_judged_on_all_runs_together(two: tuple[Path, Path]) -> None:
@@ -93,9 +109,18 @@ def test_claims_are_judged_on_all_runs_together(two: tuple[Path, Path]) -> None:
     assert sum(count for _, count in together.counts) == len(together.rows)
     unknown = [row for row in together.rows if row.verdict == "cannot tell" and not row.effect]
     assert unknown
-    assert all(row.command is None or row.command.startswith("python -m harness.sweep ") for row in together.rows)
+    assert all(
+        row.command is None or row.command.startswith("python -m harness.sweep ")
+        for row in together.rows
+    )
 
 
-def test_names_that_two_share_give_way_to_their_directories(two: tuple[Path, Path], tmp_path: Path) -> None:
-    other = write_sweep(tmp_path / "elsewhere", Sweep([Trial(0, 0, params(8, 1e-3), 0.9)], seeds=[0]), "first")
-    assert compare.names(read([two[0], other])) == load([two[0], other]).sources["directory"].tolist()
+def test_names_that_two_share_give_way_to_their_directories(
+    two: tuple[Path, Path], tmp_path: Path
+) -> None:
+    other = write_sweep(
+        tmp_path / "elsewhere", Sweep([Trial(0, 0, params(8, 1e-3), 0.9)], seeds=[0]), "first"
+    )
+    assert (
+        compare.names(read([two[0], other])) == load([two[0], other]).sources["directory"].tolist()
+    )

@@ -1,4 +1,6 @@
-"""Evaluations of untrained members: sampled once for all that would sample the same, and no others."""
+"""Evaluations of untrained members: sampled once for all that would sample the same, and
+no others.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from harness.metrics import without_timings
-from harness.schema import Recipe
+from harness.config.metrics import without_timings
+from harness.config.schema import Recipe
 from rltrain.crew import LocalCrew
 from rltrain.engines.base import Request, Sample
 from rltrain.evaluate import evaluate
@@ -23,11 +25,18 @@ def test_untrained_members_share_their_first_evaluation(
     pack = Pack.open(small_recipe(), room=4)
     others = [
         (),
-        ("trainer.policy.model.lora.rank=4", "trainer.policy.model.lora.alpha=8", "trainer.target_modules=mlp"),
+        (
+            "trainer.policy.model.lora.rank=4",
+            "trainer.policy.model.lora.alpha=8",
+            "trainer.target_modules=mlp",
+        ),
         ("seed=5",),
         ("generator.eval_sampling_params.temperature=0.5",),
     ]
-    members = [pack.join(small_recipe(*more), new_run(small_recipe(*more), f"run{i}")) for i, more in enumerate(others)]
+    members = [
+        pack.join(small_recipe(*more), new_run(small_recipe(*more), f"run{i}"))
+        for i, more in enumerate(others)
+    ]
     pack.publish(members)
     generate, asked = pack.engine.generate, []
 
@@ -41,10 +50,19 @@ def test_untrained_members_share_their_first_evaluation(
     assert without_timings(rows[1]) == without_timings(rows[0])
     # What was not sampled for the second member is what it would have sampled, to the bit.
     requests = [
-        Request(problem.prompt_ids, 1, seed, members[1].recipe.generator.eval_sampling_params, members[1].name)
-        for problem, seed in zip(members[1].held_out, _seeds(members[1].recipe.seed, len(members[1].held_out)),
-                                 strict=True)
-    ]  # fmt: skip
+        Request(
+            problem.prompt_ids,
+            1,
+            seed,
+            members[1].recipe.generator.eval_sampling_params,
+            members[1].name,
+        )
+        for problem, seed in zip(
+            members[1].held_out,
+            _seeds(members[1].recipe.seed, len(members[1].held_out)),
+            strict=True,
+        )
+    ]
     assert generate(requests) == scored[1].samples
     asked.clear()
     with torch.no_grad():
@@ -60,11 +78,19 @@ def test_untrained_members_share_their_first_evaluation(
 def test_a_pack_of_eight_evaluates_with_one_engine_call(
     small_recipe: MakeRecipe, new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipes = [small_recipe(f"seed={i}", "trainer.max_steps=2", f"trainer.policy.model.lora.rank={2 ** (i % 4)}")
-               for i in range(8)]  # fmt: skip
+    recipes = [
+        small_recipe(
+            f"seed={i}", "trainer.max_steps=2", f"trainer.policy.model.lora.rank={2 ** (i % 4)}"
+        )
+        for i in range(8)
+    ]
     calls: list[set[str | None]] = []
-    together, alone = (_trained(packs, new_run, calls, monkeypatch) for packs in ([recipes], [[r] for r in recipes]))
-    # The base's evaluation as each joins, a rollout for each of two steps, and the evaluation after the second.
+    together, alone = (
+        _trained(packs, new_run, calls, monkeypatch)
+        for packs in ([recipes], [[r] for r in recipes])
+    )
+    # The base's evaluation as each joins, a rollout for each of two steps, and the evaluation after
+    # the second.
     assert [len(members) for members in calls[:11]] == [1] * 8 + [8, 8, 8]
     assert len(calls) == 11 + 8 * 4
     for ours, theirs in zip(together, alone, strict=True):
@@ -72,7 +98,10 @@ def test_a_pack_of_eight_evaluates_with_one_engine_call(
 
 
 def _trained(
-    packs: list[list[Recipe]], new_run: MakeRun, calls: list[set[str | None]], monkeypatch: pytest.MonkeyPatch
+    packs: list[list[Recipe]],
+    new_run: MakeRun,
+    calls: list[set[str | None]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> list[dict[str, float]]:
     """The last rows of runs trained in packs; the members of each engine call are noted."""
     last = []
@@ -85,7 +114,10 @@ def _trained(
             return list(generate(requests))
 
         monkeypatch.setattr(pack.engine, "generate", watch)
-        crew, runs = LocalCrew(pack), [new_run(r, f"{len(packs)}-{number}-{i}") for i, r in enumerate(recipes)]
+        crew, runs = (
+            LocalCrew(pack),
+            [new_run(r, f"{len(packs)}-{number}-{i}") for i, r in enumerate(recipes)],
+        )
         for recipe, run in zip(recipes, runs, strict=True):
             crew.take_in(recipe, run)
         for _ in range(2):
@@ -97,6 +129,6 @@ def _trained(
 
 
 def _seeds(seed: int, count: int) -> list[int]:
-    from rltrain.seeding import stream_seed
+    from rltrain.data.seeding import stream_seed
 
     return [stream_seed(seed, "eval", place) for place in range(count)]

@@ -1,4 +1,6 @@
-"""Exported policies in other programs' hands: plain PEFT, plain transformers, and `vllm serve` over HTTP."""
+"""Exported policies in other programs' hands: plain PEFT, plain transformers, and `vllm serve` over
+HTTP.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,15 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from harness import export as command
-from harness import manifest
-from harness import recipe as recipes
-from harness.errors import UserError
-from harness.paths import locate
-from harness.rundir import RunDir, write_json
-from harness.schema import Recipe
-from rltrain import export
-from rltrain.data import load_examples
+from harness.config import recipe as recipes
+from harness.config.schema import Recipe
+from harness.core.errors import UserError
+from harness.core.paths import locate
+from harness.records import manifest
+from harness.records.run_dir import RunDir, write_json
+from rltrain.data.files import load_examples
 from rltrain.pack import Pack
+from rltrain.tools import export
 from rltrain.trainer import train
 from tests.integration.vllm_server import ask, serving
 from tests.recipes import quickstart
@@ -35,7 +37,9 @@ MAX_TOKENS = 48
 
 @dataclass(frozen=True)
 class Trained:
-    """A short run with what its trained policy, and its base, say of `tokens`: log-probabilities `[T]`."""
+    """A short run with what its trained policy, and its base, say of `tokens`: log-probabilities
+    `[T]`.
+    """
 
     run: RunDir
     recipe: Recipe
@@ -59,9 +63,15 @@ def _train(folder: Path, small_data: list[str], *overrides: str) -> Trained:
     recipe = quickstart([*small_data, *overrides])
     recipe.sweep = None
     run = RunDir(folder)
-    run.create(recipes.to_yaml(recipe), manifest.build(recipe, kind="run", name=folder.name, source="quickstart"))
+    run.create(
+        recipes.to_yaml(recipe),
+        manifest.build(recipe, kind="run", name=folder.name, source="quickstart"),
+    )
     pack = Pack.open(recipe)
-    chat = [*load_examples(recipe.data.val_data)[0].prompt, {"role": "assistant", "content": "3+4=7\n#### 7"}]
+    chat = [
+        *load_examples(recipe.data.val_data)[0].prompt,
+        {"role": "assistant", "content": "3+4=7\n#### 7"},
+    ]
     tokens = pack.tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=False)[0]
     base = _logprobs(pack.model, tokens)
     member = pack.join(recipe, run)
@@ -76,7 +86,11 @@ def _train(folder: Path, small_data: list[str], *overrides: str) -> Trained:
 @pytest.fixture(scope="module")
 def trained(small_data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """A few steps of LoRA, at a rate that moves the policy well away from its base."""
-    return _train(tmp_path_factory.mktemp("runs") / "lora", small_data, "trainer.policy.optimizer_config.lr=3e-3")
+    return _train(
+        tmp_path_factory.mktemp("runs") / "lora",
+        small_data,
+        "trainer.policy.optimizer_config.lr=3e-3",
+    )
 
 
 @pytest.fixture
@@ -92,22 +106,30 @@ def exported(trained: Trained, tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def test_the_adapter_in_plain_peft_is_the_trainers(trained: Trained, exported: Callable[..., Path]) -> None:
+def test_the_adapter_in_plain_peft_is_the_trainers(
+    trained: Trained, exported: Callable[..., Path]
+) -> None:
     folder = exported()
     named = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert Path(named).is_absolute()
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(named), folder).eval()
     assert (trained.logprobs - trained.base).abs().max() > 0.1
-    torch.testing.assert_close(_logprobs(model, trained.tokens), trained.logprobs, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        _logprobs(model, trained.tokens), trained.logprobs, atol=1e-6, rtol=0
+    )
     _assert_tokenizer_of(folder, trained.base_dir)
 
 
-def test_the_merged_model_is_a_plain_one_and_the_trainers(trained: Trained, exported: Callable[..., Path]) -> None:
+def test_the_merged_model_is_a_plain_one_and_the_trainers(
+    trained: Trained, exported: Callable[..., Path]
+) -> None:
     folder = exported("--merged")
     assert not list(folder.glob("adapter*"))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     assert model.dtype is torch.float32
-    torch.testing.assert_close(_logprobs(model, trained.tokens), trained.logprobs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        _logprobs(model, trained.tokens), trained.logprobs, atol=1e-5, rtol=1e-5
+    )
     base = trained.base_dir
     _assert_tokenizer_of(folder, base)
     ours, its = (GenerationConfig.from_pretrained(path).to_dict() for path in (folder, base))
@@ -122,12 +144,17 @@ def _assert_tokenizer_of(folder: Path, base: str) -> None:
     assert (own.eos_token_id, own.pad_token_id) == (its.eos_token_id, its.pad_token_id)
 
 
-def test_the_card_says_that_the_inputs_changed(trained: Trained, exported: Callable[..., Path]) -> None:
+def test_the_card_says_that_the_inputs_changed(
+    trained: Trained, exported: Callable[..., Path]
+) -> None:
     whole = trained.run.manifest.read_text()
     entry = {"different": ["data x: one -> two"], "inputs": {"step": 2}}
     trained.run.update(resumed=[{"different": ["python: 3.10 -> 3.11"]}, entry])
     try:
-        assert "| changed inputs | after step 2: `data x: one -> two` |" in (exported() / "README.md").read_text()
+        assert (
+            "| changed inputs | after step 2: `data x: one -> two` |"
+            in (exported() / "README.md").read_text()
+        )
     finally:
         trained.run.manifest.write_text(whole)
 
@@ -158,9 +185,13 @@ def test_full_fine_tuning_gives_a_plain_model(
     small_data: list[str], tmp_path: Path, exported: Callable[..., Path]
 ) -> None:
     full = _train(
-        tmp_path / "full", small_data, "trainer.policy.model.lora.rank=0", "trainer.policy.model.lora.sync=merge",
-        "trainer.max_steps=1", "trainer.policy.optimizer_config.lr=1e-3",
-    )  # fmt: skip
+        tmp_path / "full",
+        small_data,
+        "trainer.policy.model.lora.rank=0",
+        "trainer.policy.model.lora.sync=merge",
+        "trainer.max_steps=1",
+        "trainer.policy.optimizer_config.lr=1e-3",
+    )
     folder = exported(run=full.run)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert (full.logprobs - full.base).abs().max() > 0.01
@@ -173,16 +204,22 @@ def test_a_ppo_runs_policy_goes_without_its_critic(
     small_data: list[str], tmp_path: Path, exported: Callable[..., Path]
 ) -> None:
     ppo = _train(
-        tmp_path / "ppo", small_data, "trainer.algorithm.advantage_estimator=gae", "trainer.max_steps=1",
-        "trainer.policy.optimizer_config.lr=1e-2", "trainer.critic.optimizer_config.lr=1e-2",
-    )  # fmt: skip
+        tmp_path / "ppo",
+        small_data,
+        "trainer.algorithm.advantage_estimator=gae",
+        "trainer.max_steps=1",
+        "trainer.policy.optimizer_config.lr=1e-2",
+        "trainer.critic.optimizer_config.lr=1e-2",
+    )
     for options in ([], ["--merged"]):
         folder = exported(*options, run=ppo.run, name=f"exported{len(options)}")
         assert not any("critic" in path.name for path in folder.iterdir())
         model = AutoModelForCausalLM.from_pretrained(folder if options else ppo.base_dir)
         model = model if options else PeftModel.from_pretrained(model, folder)
         assert (ppo.logprobs - ppo.base).abs().max() > 0.01
-        torch.testing.assert_close(_logprobs(model.eval(), ppo.tokens), ppo.logprobs, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            _logprobs(model.eval(), ppo.tokens), ppo.logprobs, atol=1e-5, rtol=1e-5
+        )
 
 
 @pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True:UserWarning")
@@ -190,7 +227,9 @@ def test_an_adapter_on_a_tied_head_is_exported_but_not_merged(
     small_data: list[str], tmp_path: Path, exported: Callable[..., Path]
 ) -> None:
     targets = ["trainer.target_modules=[lm_head,q_proj]", "trainer.max_steps=1"]
-    tied = _train(tmp_path / "tied", small_data, *targets, "trainer.policy.optimizer_config.lr=1e-2")
+    tied = _train(
+        tmp_path / "tied", small_data, *targets, "trainer.policy.optimizer_config.lr=1e-2"
+    )
     with pytest.raises(UserError, match=r"cannot be merged\n.*lm_head\n.*leave out --merged"):
         exported("--merged", run=tied.run)
     base = AutoModelForCausalLM.from_pretrained(tied.base_dir)
@@ -199,12 +238,16 @@ def test_an_adapter_on_a_tied_head_is_exported_but_not_merged(
     torch.testing.assert_close(_logprobs(model, tied.tokens), tied.logprobs, atol=1e-6, rtol=0)
 
 
-def test_merged_weights_have_the_bases_dtype(trained: Trained, tmp_path: Path, exported: Callable[..., Path]) -> None:
+def test_merged_weights_have_the_bases_dtype(
+    trained: Trained, tmp_path: Path, exported: Callable[..., Path]
+) -> None:
     path = trained.base_dir
     small = tmp_path / "bfloat16"
     AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).save_pretrained(small)
     AutoTokenizer.from_pretrained(path).save_pretrained(small)
-    model = AutoModelForCausalLM.from_pretrained(exported("--merged", run=_on_base(trained, small)), dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(
+        exported("--merged", run=_on_base(trained, small)), dtype="auto"
+    )
     assert model.dtype is torch.bfloat16
     gap = (_logprobs(model.eval(), trained.tokens) - trained.logprobs).abs()
     assert gap.mean() < 0.1 * (trained.logprobs - trained.base).abs().mean()
@@ -217,7 +260,10 @@ def _on_base(trained: Trained, base: Path) -> RunDir:
     shutil.copytree(trained.run.path, run.path)
     run.recipe.write_text(recipes.to_yaml(recipe))
     own = manifest.build(recipe, kind="run", name="run", source="quickstart")
-    write_json(run.manifest, {**trained.run.read_manifest(), "recipe": own["recipe"], "model": own["model"]})
+    write_json(
+        run.manifest,
+        {**trained.run.read_manifest(), "recipe": own["recipe"], "model": own["model"]},
+    )
     return run
 
 
@@ -231,7 +277,9 @@ def test_a_base_that_is_not_the_one_trained_on_is_refused(
             shutil.copy(file, base)
     run = _on_base(trained, base)
     export.plan(run.path, tmp_path / "out")
-    (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-4] + b"\0\0\0\1")
+    (base / "model.safetensors").write_bytes(
+        (base / "model.safetensors").read_bytes()[:-4] + b"\0\0\0\1"
+    )
     with pytest.raises(UserError, match="changed since the run"):
         export.plan(run.path, tmp_path / "out")
     shutil.rmtree(base)
@@ -243,7 +291,9 @@ def test_a_base_that_is_not_the_one_trained_on_is_refused(
 def test_what_fails_leaves_nothing(trained: Trained, tmp_path: Path, options: list[str]) -> None:
     run = RunDir(tmp_path / "run")
     shutil.copytree(trained.run.path, run.path)
-    damaged = run.adapter / "final" / ("adapter_model.safetensors" if options else "adapter_config.json")
+    damaged = (
+        run.adapter / "final" / ("adapter_model.safetensors" if options else "adapter_config.json")
+    )
     damaged.write_bytes(damaged.read_bytes()[:40])
     with pytest.raises(UserError, match=rf"final is damaged\n.*{damaged.name} is damaged"):
         command.main([str(run.path), "--output", str(tmp_path / "out"), *options])
@@ -253,7 +303,10 @@ def test_what_fails_leaves_nothing(trained: Trained, tmp_path: Path, options: li
 @pytest.mark.timeout(420)
 @pytest.mark.parametrize("served", ["adapter", pytest.param("merged", marks=pytest.mark.slow)])
 def test_vllm_serve_answers_as_the_policy(
-    trained: Trained, exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, served: str
+    trained: Trained,
+    exported: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    served: str,
 ) -> None:
     merged, adapter = exported("--merged", name="merged"), exported(name="adapter")
     chats = [example.prompt for example in load_examples(trained.recipe.data.val_data)]
@@ -272,12 +325,19 @@ def test_vllm_serve_answers_as_the_policy(
 
 
 def _told_apart(policy: Path, base: str, prompts: list[Chat]) -> tuple[Chat, list[int], list[int]]:
-    """A prompt that the policy and its base answer differently: chat, its tokens, the tokens of the greedy answer."""
+    """A prompt that the policy and its base answer differently: chat, its tokens, the tokens of the
+    greedy answer.
+    """
     tokenizer = AutoTokenizer.from_pretrained(policy)
     models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in (policy, base)]
     for prompt in prompts:
-        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=False)
-        answers = [model.generate(ids, do_sample=False, max_new_tokens=MAX_TOKENS)[0].tolist() for model in models]
+        ids = tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, return_tensors="pt", return_dict=False
+        )
+        answers = [
+            model.generate(ids, do_sample=False, max_new_tokens=MAX_TOKENS)[0].tolist()
+            for model in models
+        ]
         if answers[0] != answers[1]:
             return prompt, ids[0].tolist(), answers[0][ids.shape[1] :]
     raise AssertionError("training did not change any answer")

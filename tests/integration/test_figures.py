@@ -1,4 +1,6 @@
-"""The contract of every registered figure, and what all figures share; each one's own tests are in figures/."""
+"""The contract of every registered figure, and what all figures share; each one's own tests are in
+figures/.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ from analysis.figures.theme import (
     render,
     render_all,
 )
-from harness.rundir import Status
+from harness.records.run_dir import Status
 from tests.unit.analysis import worlds
 from tests.unit.analysis.simulation import Arm, World, batched, placed
 from tests.unit.analysis.synthetic import Sweep, Trial, params, write_sweep
@@ -96,7 +98,9 @@ def test_every_module_registers_its_figure() -> None:
 
 @pytest.mark.parametrize("figure", all_figures(), ids=named)
 class TestContract:
-    def test_says_in_words_what_it_shows(self, figure: Figure, plots: Callable[[Figure], list[Plot]]) -> None:
+    def test_says_in_words_what_it_shows(
+        self, figure: Figure, plots: Callable[[Figure], list[Plot]]
+    ) -> None:
         assert plots(figure)
         for plot in plots(figure):
             assert plot.name.isidentifier()
@@ -104,9 +108,15 @@ class TestContract:
             assert plot.reading in plot.alt
 
     @pytest.mark.parametrize("narrow", [False, True])
-    def test_draws_for_every_page(self, figure: Figure, narrow: bool, plots: Callable[[Figure], list[Plot]]) -> None:
+    def test_draws_for_every_page(
+        self, figure: Figure, narrow: bool, plots: Callable[[Figure], list[Plot]]
+    ) -> None:
         for plot in plots(figure):
-            drawn = {look: render(partial(figure.draw, plot.data), look) for look in LOOKS if look.narrow == narrow}
+            drawn = {
+                look: render(partial(figure.draw, plot.data), look)
+                for look in LOOKS
+                if look.narrow == narrow
+            }
             for look, svg in drawn.items():
                 root = ET.fromstring(svg)
                 assert root.tag.endswith("svg")
@@ -117,15 +127,21 @@ class TestContract:
             if not figure.dark_apart:
                 assert_alike(darkened(light), dark)
 
-    def test_equal_data_gives_equal_bytes(self, figure: Figure, plots: Callable[[Figure], list[Plot]]) -> None:
+    def test_equal_data_gives_equal_bytes(
+        self, figure: Figure, plots: Callable[[Figure], list[Plot]]
+    ) -> None:
         draw = partial(figure.draw, plots(figure)[0].data)
         every = render_all(draw, Look())
         assert render_all(draw, Look()) == every
         assert render(draw, Look()) == every.svg
 
-    def test_what_it_tells_is_on_the_picture(self, figure: Figure, plots: Callable[[Figure], list[Plot]]) -> None:
+    def test_what_it_tells_is_on_the_picture(
+        self, figure: Figure, plots: Callable[[Figure], list[Plot]]
+    ) -> None:
         draw = partial(figure.draw, plots(figure)[0].data)
-        wide, narrow = (render_all(draw, Look(narrow=narrow), png=False).traces for narrow in (False, True))
+        wide, narrow = (
+            render_all(draw, Look(narrow=narrow), png=False).traces for narrow in (False, True)
+        )
         assert bool(wide) == figure.front
         told = [[(trace.about, trace.texts) for trace in traces] for traces in (wide, narrow)]
         assert told[0] == told[1], "the page has one list of texts for both"
@@ -136,7 +152,9 @@ class TestContract:
     def test_nothing_to_show_is_no_plot(self, figure: Figure, unfinished: list[Experiment]) -> None:
         assert figure.data(unfinished[0]) == []
 
-    def test_stands_a_sweep_that_has_hardly_begun(self, figure: Figure, unfinished: list[Experiment]) -> None:
+    def test_stands_a_sweep_that_has_hardly_begun(
+        self, figure: Figure, unfinished: list[Experiment]
+    ) -> None:
         for experiment in unfinished[1:]:
             for plot in figure.data(experiment):
                 assert plot.reading.endswith(".")
@@ -144,7 +162,9 @@ class TestContract:
 
 
 def assert_alike(first: bytes, second: bytes) -> None:
-    """Two drawings are the same but for the names of their marks, and for colours that nobody can tell apart."""
+    """Two drawings are the same but for the names of their marks, and for colours that nobody can
+    tell apart.
+    """
     one, other = anonymous(first), anonymous(second)
     assert re.sub(COLOUR, "#", one) == re.sub(COLOUR, "#", other)
     pairs = zip(re.findall(COLOUR, one), re.findall(COLOUR, other), strict=True)
@@ -153,9 +173,15 @@ def assert_alike(first: bytes, second: bytes) -> None:
 
 
 def anonymous(svg: bytes) -> str:
-    """A drawing with its marks and hatches numbered, which otherwise are named by what they look like."""
+    """A drawing with its marks and hatches numbered, which otherwise are named by what they look
+    like.
+    """
     names: dict[str, str] = {}
-    return re.sub(r"[hm][0-9a-f]{10}", lambda found: names.setdefault(found[0], f"mark{len(names)}"), svg.decode())
+    return re.sub(
+        r"[hm][0-9a-f]{10}",
+        lambda found: names.setdefault(found[0], f"mark{len(names)}"),
+        svg.decode(),
+    )
 
 
 def test_a_png_is_an_image_of_the_look(experiment: Experiment) -> None:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import torch
 from safetensors.torch import load_file
 
+from rltrain.distributed.placement import shares_base
 from rltrain.pack import Pack
-from rltrain.parallel import shares_base
 from rltrain.trainer import train
 from tests.integration.training import MakeRecipe, MakeRun, rows
 
 
 def test_full_fine_tuning_trains_every_weight(small_recipe: MakeRecipe, new_run: MakeRun) -> None:
     recipe = small_recipe(
-        "trainer.policy.model.lora.rank=0", "trainer.policy.model.lora.sync=merge", "trainer.max_steps=2",
-        "trainer.algorithm.use_kl_loss=true", "trainer.policy.optimizer_config.lr=1e-4",
-    )  # fmt: skip
+        "trainer.policy.model.lora.rank=0",
+        "trainer.policy.model.lora.sync=merge",
+        "trainer.max_steps=2",
+        "trainer.algorithm.use_kl_loss=true",
+        "trainer.policy.optimizer_config.lr=1e-4",
+    )
     run = new_run(recipe, "full")
     pack = Pack.open(recipe)
     before = {name: p.clone() for name, p in pack.model.named_parameters()}
@@ -26,15 +29,22 @@ def test_full_fine_tuning_trains_every_weight(small_recipe: MakeRecipe, new_run:
     assert not shares_base(recipe)
     assert rows(run)[-1]["kl"] > 0
     saved = load_file(run.adapter / "final" / "model.safetensors")
-    assert torch.equal(saved["model.norm.weight"], dict(pack.model.named_parameters())["model.norm.weight"])
+    assert torch.equal(
+        saved["model.norm.weight"], dict(pack.model.named_parameters())["model.norm.weight"]
+    )
     pack.close()
 
 
-def test_full_fine_tuning_in_bfloat16_keeps_small_updates(small_recipe: MakeRecipe, new_run: MakeRun) -> None:
+def test_full_fine_tuning_in_bfloat16_keeps_small_updates(
+    small_recipe: MakeRecipe, new_run: MakeRun
+) -> None:
     recipe = small_recipe(
-        "trainer.policy.model.lora.rank=0", "trainer.policy.model.lora.sync=merge", "trainer.max_steps=1",
-        "trainer.policy.model.dtype=bfloat16", "trainer.policy.optimizer_config.lr=1e-6",
-    )  # fmt: skip
+        "trainer.policy.model.lora.rank=0",
+        "trainer.policy.model.lora.sync=merge",
+        "trainer.max_steps=1",
+        "trainer.policy.model.dtype=bfloat16",
+        "trainer.policy.optimizer_config.lr=1e-6",
+    )
     run = new_run(recipe, "full")
     pack = Pack.open(recipe)
     before = {name: p.clone() for name, p in pack.model.named_parameters()}

@@ -23,7 +23,9 @@ def _applied(
     slots: int = SLOTS,
     width: int = WIDTHS[0],
 ) -> torch.Tensor:
-    """y of a packed layer after the adapters were added; ids 1, 2, ... stand in slots 0, 1, ...; 0 is the base."""
+    """y of a packed layer after the adapters were added; ids 1, 2, ... stand in slots 0, 1, ...; 0
+    is the base.
+    """
     from vllm.lora.layers import LoRAMapping
 
     generator = torch.Generator().manual_seed(0)
@@ -33,10 +35,14 @@ def _applied(
 
     a = tuple(normal(MOST_SLOTS, 1, rank, width)[:slots] for _ in OUT)
     b = tuple(normal(MOST_SLOTS, 1, size, rank)[:slots] for size in OUT)
-    x, y = (rows[: len(slot_of_row)].clone() for rows in (normal(512, width), normal(512, sum(OUT))))
+    x, y = (
+        rows[: len(slot_of_row)].clone() for rows in (normal(512, width), normal(512, sum(OUT)))
+    )
     ids = tuple(slot + 1 for slot in slot_of_row)
     punica: Any = wrapper(1024, 512, "cpu")
-    punica.update_metadata(LoRAMapping(ids, ids, is_prefill=prefill), list(range(1, slots + 1)), slots, 100)
+    punica.update_metadata(
+        LoRAMapping(ids, ids, is_prefill=prefill), list(range(1, slots + 1)), slots, 100
+    )
     punica.add_lora_linear(y, x, a, b, 0.5, OUT)
     return y
 
@@ -47,15 +53,17 @@ def _applied(
 def test_the_same_as_vllms_own_operations(rows: list[int], prefill: bool, rank: int) -> None:
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-    from rltrain.engines.grouped_lora import GroupedLoRA
+    from rltrain.engines.cpu.grouped_lora import GroupedLoRA
 
-    found, expected = (_applied(one, rows, rank=rank, prefill=prefill) for one in (GroupedLoRA, PunicaWrapperCPU))
+    found, expected = (
+        _applied(one, rows, rank=rank, prefill=prefill) for one in (GroupedLoRA, PunicaWrapperCPU)
+    )
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-5)
 
 
 @pytest.mark.parametrize("rank", RANKS)
 def test_rows_of_the_base_are_left_alone(rank: int) -> None:
-    from rltrain.engines.grouped_lora import GroupedLoRA
+    from rltrain.engines.cpu.grouped_lora import GroupedLoRA
 
     for times in (1, 20):
         mixed = _applied(GroupedLoRA, [-1, 0, -1, 1] * times, rank=rank)
@@ -67,24 +75,30 @@ def test_rows_of_the_base_are_left_alone(rank: int) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_row_is_the_same_to_the_bit_in_any_company(threads: int, width: int, rank: int) -> None:
-    from rltrain.engines.grouped_lora import GroupedLoRA
+    from rltrain.engines.cpu.grouped_lora import GroupedLoRA
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         alone = _applied(GroupedLoRA, [0] * 300, rank=rank, width=width)
         for count in (1, 2, 3, 4, 5, 7, 9, 11, 15, 64, 299):
-            assert torch.equal(_applied(GroupedLoRA, [0] * count, rank=rank, width=width), alone[:count])
+            assert torch.equal(
+                _applied(GroupedLoRA, [0] * count, rank=rank, width=width), alone[:count]
+            )
             company = [0] * count + [random.Random(count).randrange(-1, SLOTS) for _ in range(200)]
-            assert torch.equal(_applied(GroupedLoRA, company, rank=rank, width=width)[:count], alone[:count])
+            assert torch.equal(
+                _applied(GroupedLoRA, company, rank=rank, width=width)[:count], alone[:count]
+            )
     finally:
         torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("rank", [1, 8, 16, 32])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_row_is_the_same_to_the_bit_however_many_slots_the_engine_has(threads: int, rank: int) -> None:
-    from rltrain.engines.grouped_lora import GroupedLoRA
+def test_a_row_is_the_same_to_the_bit_however_many_slots_the_engine_has(
+    threads: int, rank: int
+) -> None:
+    from rltrain.engines.cpu.grouped_lora import GroupedLoRA
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -92,8 +106,12 @@ def test_a_row_is_the_same_to_the_bit_however_many_slots_the_engine_has(threads:
         for count in (1, 7, 64, 300):
             alone = _applied(GroupedLoRA, [0] * count, rank=rank, slots=1)
             for slots in (2, 3, 4, 8, MOST_SLOTS):
-                company = [0] * count + [random.Random(count).randrange(-1, slots) for _ in range(200)]
-                assert torch.equal(_applied(GroupedLoRA, company, rank=rank, slots=slots)[:count], alone), slots
+                company = [0] * count + [
+                    random.Random(count).randrange(-1, slots) for _ in range(200)
+                ]
+                assert torch.equal(
+                    _applied(GroupedLoRA, company, rank=rank, slots=slots)[:count], alone
+                ), slots
     finally:
         torch.set_num_threads(before)
 
@@ -102,7 +120,7 @@ def test_only_versions_that_were_checked_get_them(monkeypatch: pytest.MonkeyPatc
     import vllm
     from vllm.platforms import current_platform
 
-    from rltrain.engines import grouped_lora
+    from rltrain.engines.cpu import grouped_lora
 
     stock = "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU"
     platform = type(current_platform)
@@ -112,4 +130,4 @@ def test_only_versions_that_were_checked_get_them(monkeypatch: pytest.MonkeyPatc
     assert platform.get_punica_wrapper() == stock
     monkeypatch.setattr(vllm, "__version__", f"{grouped_lora.VERSIONS[0]}+cpu")
     assert grouped_lora.install()
-    assert platform.get_punica_wrapper() == "rltrain.engines.grouped_lora.GroupedLoRA"
+    assert platform.get_punica_wrapper() == "rltrain.engines.cpu.grouped_lora.GroupedLoRA"

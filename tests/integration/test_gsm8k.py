@@ -1,4 +1,6 @@
-"""The GSM8K recipe, shrunk by overrides, end to end on the real texts with a small model made from them."""
+"""The GSM8K recipe, shrunk by overrides, end to end on the real texts with a small model made from
+them.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,9 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harness.metrics import MetricsFile
-from harness.paths import PROJECT
-from harness.rundir import RunDir
+from harness.core.paths import PROJECT
+from harness.records.metrics_file import MetricsFile
+from harness.records.run_dir import RunDir
 from tests.integration.gsm8k_model import make_gsm8k_model
 
 LONGEST_PROMPT = 160
@@ -34,7 +36,12 @@ class Prepared:
 
 def _command(*arguments: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=PROJECT, capture_output=True, text=True, timeout=280, check=False
+        [sys.executable, "-m", *arguments],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -71,25 +78,40 @@ def test_the_model_is_an_ordinary_qwen2(prepared: Prepared) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], RunDir]:
+def trained(
+    prepared: Prepared, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int], RunDir]:
     """The recipe's run on so many ranks; each is made once."""
     root = tmp_path_factory.mktemp("runs")
 
     @functools.cache
     def run(ranks: int) -> RunDir:
         said = _command(
-            "harness.run", "recipes/gsm8k_lora.yaml",
-            f"data.train_data=[{prepared.train}]", f"data.val_data=[{prepared.validation}]",
-            f"trainer.policy.model.path={prepared.model}", "trainer.policy.optimizer_config.lr=1e-3",
-            "trainer.placement.device=cpu", f"trainer.placement.policy_num_gpus_per_node={ranks}",
-            f"trainer.placement.ref_num_gpus_per_node={ranks}", f"generator.num_inference_engines={ranks}",
-            "trainer.num_threads=1", "trainer.train_batch_size=16", "trainer.policy_mini_batch_size=16",
-            "trainer.micro_train_batch_size_per_gpu=32", "trainer.max_steps=2", "trainer.eval_interval=2",
-            "generator.n_samples_per_prompt=24", "generator.max_num_seqs=128",
-            f"generator.max_input_length={LONGEST_PROMPT}", "generator.sampling_params.max_generate_length=64",
-            "generator.eval_sampling_params.max_generate_length=64", "generator.eval_sampling_params.temperature=1.0",
-            f"trainer.ckpt_path={root}", f"trainer.run_name=ranks{ranks}",
-        )  # fmt: skip
+            "harness.run",
+            "recipes/gsm8k_lora.yaml",
+            f"data.train_data=[{prepared.train}]",
+            f"data.val_data=[{prepared.validation}]",
+            f"trainer.policy.model.path={prepared.model}",
+            "trainer.policy.optimizer_config.lr=1e-3",
+            "trainer.placement.device=cpu",
+            f"trainer.placement.policy_num_gpus_per_node={ranks}",
+            f"trainer.placement.ref_num_gpus_per_node={ranks}",
+            f"generator.num_inference_engines={ranks}",
+            "trainer.num_threads=1",
+            "trainer.train_batch_size=16",
+            "trainer.policy_mini_batch_size=16",
+            "trainer.micro_train_batch_size_per_gpu=32",
+            "trainer.max_steps=2",
+            "trainer.eval_interval=2",
+            "generator.n_samples_per_prompt=24",
+            "generator.max_num_seqs=128",
+            f"generator.max_input_length={LONGEST_PROMPT}",
+            "generator.sampling_params.max_generate_length=64",
+            "generator.eval_sampling_params.max_generate_length=64",
+            "generator.eval_sampling_params.temperature=1.0",
+            f"trainer.ckpt_path={root}",
+            f"trainer.run_name=ranks{ranks}",
+        )
         assert "after 2 steps" in said.splitlines()[-1]
         return RunDir(root / f"ranks{ranks}")
 
@@ -98,7 +120,9 @@ def trained(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Cal
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_the_recipe_trains_on_the_real_texts(prepared: Prepared, trained: Callable[[int], RunDir], ranks: int) -> None:
+def test_the_recipe_trains_on_the_real_texts(
+    prepared: Prepared, trained: Callable[[int], RunDir], ranks: int
+) -> None:
     run = trained(ranks)
     assert run.read_manifest()["status"] == "COMPLETE"
     base, *steps = MetricsFile(run.metrics).rows()
@@ -121,7 +145,9 @@ def test_the_recipe_trains_on_the_real_texts(prepared: Prepared, trained: Callab
 def test_two_ranks_train_as_one(trained: Callable[[int], RunDir]) -> None:
     one, two = (MetricsFile(trained(ranks).metrics).rows()[1:] for ranks in (1, 2))
     for name in ("reward", "loss", "kl", "entropy", "grad_norm", "num_tokens"):
-        assert [row[name] for row in two] == pytest.approx([row[name] for row in one], rel=1e-5, abs=1e-5), name
+        assert [row[name] for row in two] == pytest.approx(
+            [row[name] for row in one], rel=1e-5, abs=1e-5
+        ), name
 
 
 def _prompts_above(prepared: Prepared, limit: int) -> int:

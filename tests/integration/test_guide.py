@@ -1,4 +1,6 @@
-"""The example command line of SkyRL's LoRA guide, with `harness.run recipes/gsm8k_lora.yaml` as the entry point."""
+"""The example command line of SkyRL's LoRA guide, with `harness.run recipes/gsm8k_lora.yaml` as the
+entry point.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.metrics import MetricsFile
-from harness.paths import PROJECT
-from harness.rundir import RunDir, Status
+from harness.core.paths import PROJECT
+from harness.records.metrics_file import MetricsFile
+from harness.records.run_dir import RunDir, Status
 
 NUM_GPUS = 4
 
@@ -64,24 +66,39 @@ def guide(home: Path) -> dict[str, str]:
 
 def harness_run(overrides: dict[str, str], *flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "harness.run", "recipes/gsm8k_lora.yaml", *flags]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("WANDB_")
+    }
     return subprocess.run(
         command + [f"{key}={value}" for key, value in overrides.items()],
-        cwd=PROJECT, capture_output=True, text=True, timeout=300, env=environment,
-    )  # fmt: skip
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+    )
 
 
 def test_it_resolves_and_dry_runs_unchanged(tmp_path: Path) -> None:
     done = harness_run(guide(tmp_path), "--dry-run")
     assert (done.returncode, done.stderr) == (0, "")
-    for said in ("Qwen/Qwen2.5-0.5B-Instruct", "LoRA rank 32, alpha 32, all-linear, lr 3e-05", "grpo, regular loss",
-                 "1024 prompts x 5 samples, 256 prompts an update", "processes  4 on auto; vllm", "log        wandb",
-                 f"{tmp_path}/data/gsm8k/train.parquet", "generator.weight_sync_backend has no effect"):  # fmt: skip
+    for said in (
+        "Qwen/Qwen2.5-0.5B-Instruct",
+        "LoRA rank 32, alpha 32, all-linear, lr 3e-05",
+        "grpo, regular loss",
+        "1024 prompts x 5 samples, 256 prompts an update",
+        "processes  4 on auto; vllm",
+        "log        wandb",
+        f"{tmp_path}/data/gsm8k/train.parquet",
+        "generator.weight_sync_backend has no effect",
+    ):
         assert said in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 
-def test_its_memory_is_not_known_without_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_memory_is_not_known_without_the_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     done = harness_run(guide(tmp_path), "--dry-run")
     assert done.returncode == 0
@@ -103,7 +120,9 @@ def test_for_one_gpu_of_24_gib_it_names_what_fits(tmp_path: Path) -> None:
     done = harness_run(guide(tmp_path), *small)
     assert done.returncode == 2
     assert "4 GPUs asked, 1 there" in done.stderr
-    (fix,) = (line.partition("fix:")[2].split() for line in done.stderr.splitlines() if "fix:" in line)
+    (fix,) = (
+        line.partition("fix:")[2].split() for line in done.stderr.splitlines() if "fix:" in line
+    )
     changes = dict(one.split("=") for one in fix)
     assert changes["trainer.placement.policy_num_gpus_per_node"] == "1"
     again = harness_run(guide(tmp_path) | changes, *small)
@@ -111,7 +130,9 @@ def test_for_one_gpu_of_24_gib_it_names_what_fits(tmp_path: Path) -> None:
     assert "memory of a run, GiB on the GPU" in again.stdout
 
 
-def test_without_the_gpus_it_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_gpus_it_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     done = harness_run(guide(tmp_path) | {"ray.address": "null"})
     assert done.returncode == 2
@@ -146,7 +167,10 @@ def test_on_two_cpu_ranks_with_a_tiny_model_it_trains(tmp_path: Path, tiny_model
     assert run_dir.status is Status.COMPLETE
     rows = MetricsFile(run_dir.metrics).rows()
     assert [row["step"] for row in rows] == [1, 2]
-    assert all(row["grad_norm"] > 0 and row["sampling/sampling_logp_difference/mean"] < 1e-3 for row in rows)
+    assert all(
+        row["grad_norm"] > 0 and row["sampling/sampling_logp_difference/mean"] < 1e-3
+        for row in rows
+    )
     assert 0 <= rows[-1]["eval/accuracy"] <= 1
     assert (run_dir.adapter / "final" / "adapter_model.safetensors").is_file()
     assert list(run_dir.path.glob("wandb/offline-run-*/*.wandb"))

@@ -1,4 +1,6 @@
-"""Dynamic sampling, filters, KL in the reward, importance weights and the sync's bound in real, short runs."""
+"""Dynamic sampling, filters, KL in the reward, importance weights and the sync's bound in real,
+short runs.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from harness.rundir import RunDir, Status
-from harness.schema import Recipe
-from rltrain.learner import Row
+from harness.config.schema import Recipe
+from harness.records.run_dir import RunDir, Status
+from rltrain.algorithms.learner import Row
+from rltrain.engines.base import SyncError
 from rltrain.member import sync_tolerance
 from rltrain.pack import Pack
 from rltrain.rollout import rollout
 from rltrain.scored import Rollout
 from rltrain.step import train_step
-from rltrain.sync.proof import SyncError
 from tests.integration.training import MakeRecipe, MakeRun, Open, rows, train_run
 
 ALGORITHM = "trainer.algorithm"
@@ -55,18 +57,27 @@ def test_filter_draws_until_the_batch_has_signal(opened: Open) -> None:
 
 def test_replace_fills_the_batch_with_copies(opened: Open) -> None:
     pack, member = opened(
-        f"{ALGORITHM}.dynamic_sampling.type=replace", f"{ALGORITHM}.dynamic_sampling.min_replace_ratio=0"
+        f"{ALGORITHM}.dynamic_sampling.type=replace",
+        f"{ALGORITHM}.dynamic_sampling.min_replace_ratio=0",
     )
     scored, stats = _rolled_out(pack)
     assert stats["num_replaced_groups"] > 0
     assert member.batches == 1
     assert scored.signal() == [0, 1, 2, 3]
-    assert len({problem.example.index for problem in scored.problems}) == 4 - stats["num_replaced_groups"]
-    pack, _ = opened(f"{ALGORITHM}.dynamic_sampling.type=replace", f"{ALGORITHM}.dynamic_sampling.min_replace_ratio=1")
+    assert (
+        len({problem.example.index for problem in scored.problems})
+        == 4 - stats["num_replaced_groups"]
+    )
+    pack, _ = opened(
+        f"{ALGORITHM}.dynamic_sampling.type=replace",
+        f"{ALGORITHM}.dynamic_sampling.min_replace_ratio=1",
+    )
     assert _rolled_out(pack)[1]["num_replaced_groups"] == 0
 
 
-def test_a_run_with_dynamic_sampling_goes_on_as_if_never_stopped(small_recipe: MakeRecipe, new_run: MakeRun) -> None:
+def test_a_run_with_dynamic_sampling_goes_on_as_if_never_stopped(
+    small_recipe: MakeRecipe, new_run: MakeRun
+) -> None:
     recipe = small_recipe(FILTER)
     whole, broken = new_run(recipe, "whole"), new_run(recipe, "broken")
     expected = _run(recipe, whole)
@@ -76,7 +87,9 @@ def test_a_run_with_dynamic_sampling_goes_on_as_if_never_stopped(small_recipe: M
     assert state["step"] == 2
     assert state["batches"] == sum(row["num_sampled_batches"] for row in expected[1:3]) > 2
     assert _run(recipe, broken) == expected
-    adapters = [load_file(run.adapter / "final" / "adapter_model.safetensors") for run in (whole, broken)]
+    adapters = [
+        load_file(run.adapter / "final" / "adapter_model.safetensors") for run in (whole, broken)
+    ]
     assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
 
 
@@ -87,16 +100,25 @@ def test_a_run_with_dynamic_sampling_goes_on_as_if_never_stopped(small_recipe: M
         ("generator.apply_overlong_filtering=true", "completions/clipped_ratio"),
     ],
 )
-def test_what_is_filtered_is_the_share_that_was_found(opened: Open, override: str, share: str) -> None:
+def test_what_is_filtered_is_the_share_that_was_found(
+    opened: Open, override: str, share: str
+) -> None:
     pack, member = opened(override, "generator.sampling_params.max_generate_length=40")
     row = train_step(pack, pack.members)[member]
     assert 0 < row[share] < 1
     assert row["frac_masked_completions"] == pytest.approx(row[share])
-    assert row["num_tokens"] > row["completions/mean_length"] * 16  # counted, prompts too: filtered is not unseen
+    assert (
+        row["num_tokens"] > row["completions/mean_length"] * 16
+    )  # counted, prompts too: filtered is not unseen
 
 
-def test_a_batch_of_nothing_but_cut_completions_trains_nothing(small_recipe: MakeRecipe, new_run: MakeRun) -> None:
-    short = "generator.apply_overlong_filtering=true", "generator.sampling_params.max_generate_length=1"
+def test_a_batch_of_nothing_but_cut_completions_trains_nothing(
+    small_recipe: MakeRecipe, new_run: MakeRun
+) -> None:
+    short = (
+        "generator.apply_overlong_filtering=true",
+        "generator.sampling_params.max_generate_length=1",
+    )
     recipe = small_recipe(*short, "trainer.max_steps=1")
     run = new_run(recipe, "cut")
     row = _run(recipe, run)[-1]
@@ -107,8 +129,12 @@ def test_a_batch_of_nothing_but_cut_completions_trains_nothing(small_recipe: Mak
     assert run.status is Status.COMPLETE
 
 
-def test_kl_in_the_reward_grows_as_the_policy_moves(small_recipe: MakeRecipe, new_run: MakeRun) -> None:
-    recipe = small_recipe(f"{ALGORITHM}.use_kl_in_reward=true", "trainer.policy.optimizer_config.lr=1e-2")
+def test_kl_in_the_reward_grows_as_the_policy_moves(
+    small_recipe: MakeRecipe, new_run: MakeRun
+) -> None:
+    recipe = small_recipe(
+        f"{ALGORITHM}.use_kl_in_reward=true", "trainer.policy.optimizer_config.lr=1e-2"
+    )
     rows = _run(recipe, new_run(recipe, "kl"))[1:]
     assert rows[0]["kl_in_reward"] == pytest.approx(0, abs=1e-6)
     assert rows[-1]["kl_in_reward"] > 1e-4
@@ -116,7 +142,9 @@ def test_kl_in_the_reward_grows_as_the_policy_moves(small_recipe: MakeRecipe, ne
 
 
 @pytest.mark.parametrize("tis", ["none", "token", "sequence"])
-def test_importance_weights_are_near_one_where_engine_and_trainer_agree(opened: Open, tis: str) -> None:
+def test_importance_weights_are_near_one_where_engine_and_trainer_agree(
+    opened: Open, tis: str
+) -> None:
     pack, member = opened(f"{ALGORITHM}.tis={tis}", "trainer.policy_mini_batch_size=4")
     row = train_step(pack, pack.members)[member]
     assert row.get("sampling/importance_sampling_ratio/mean") == (
@@ -125,7 +153,8 @@ def test_importance_weights_are_near_one_where_engine_and_trainer_agree(opened: 
 
 
 @pytest.mark.parametrize(
-    "backward", [f"{ALGORITHM}.advantage_estimator=reinforce++", f"{ALGORITHM}.policy_loss_type=gspo"]
+    "backward",
+    [f"{ALGORITHM}.advantage_estimator=reinforce++", f"{ALGORITHM}.policy_loss_type=gspo"],
 )
 def test_other_settings_make_other_updates_of_the_same_samples(opened: Open, backward: str) -> None:
     rows = []
@@ -136,7 +165,9 @@ def test_other_settings_make_other_updates_of_the_same_samples(opened: Open, bac
     assert rows[0]["grad_norm"] != pytest.approx(rows[1]["grad_norm"], rel=1e-4)
 
 
-def test_the_sync_must_be_as_close_as_sync_tolerance_says(opened: Open, small_recipe: MakeRecipe) -> None:
+def test_the_sync_must_be_as_close_as_sync_tolerance_says(
+    opened: Open, small_recipe: MakeRecipe
+) -> None:
     pack, _ = opened("trainer.sync_tolerance=1e-12")
     with pytest.raises(SyncError, match="tolerance 1.00e-12"):
         train_step(pack, pack.members)
@@ -144,4 +175,9 @@ def test_the_sync_must_be_as_close_as_sync_tolerance_says(opened: Open, small_re
     assert sync_tolerance(small_recipe()) == 1e-3
     assert sync_tolerance(small_recipe("trainer.policy.model.dtype=bfloat16")) == 5e-2
     assert sync_tolerance(small_recipe("generator.sampling_params.top_p=0.9")) == math.inf
-    assert sync_tolerance(small_recipe("generator.sampling_params.top_k=9", "trainer.sync_tolerance=0.25")) == 0.25
+    assert (
+        sync_tolerance(
+            small_recipe("generator.sampling_params.top_k=9", "trainer.sync_tolerance=0.25")
+        )
+        == 0.25
+    )

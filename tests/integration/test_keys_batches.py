@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from rltrain import packing
-from rltrain.batch import Batch
-from rltrain.critic import Critic
+from rltrain.algorithms.critic import Critic
+from rltrain.algorithms.learner import Learner, Row
+from rltrain.algorithms.policy import Policy
+from rltrain.data.batch import Batch
+from rltrain.distributed.process_group import Ranks
 from rltrain.engines.base import Request, Sample
-from rltrain.engines.llama import LlamaDecoder
+from rltrain.engines.cpu.decoder import LlamaDecoder
 from rltrain.evaluate import evaluate
-from rltrain.learner import Learner, Row
 from rltrain.member import Member
+from rltrain.models import sequence_packing as packing
 from rltrain.pack import Pack
-from rltrain.policy import Policy
-from rltrain.ranks import Ranks
 from rltrain.rollout import rollout
 from rltrain.step import train_step
 from tests.integration.training import Open
@@ -39,10 +39,12 @@ def _step(pack: Pack, member: Member) -> Row:
         (["trainer.train_batch_size=8"], ["policy"] * 4),
         ([PPO], ["critic"] * 2 + ["policy"] * 2),
         ([PPO, "trainer.critic_mini_batch_size=1"], ["critic"] * 4 + ["policy"] * 2),
-        ([PPO, "trainer.critic_mini_batch_size=4", "trainer.update_epochs_per_batch=2"],
-         ["critic"] * 2 + ["policy"] * 4),
+        (
+            [PPO, "trainer.critic_mini_batch_size=4", "trainer.update_epochs_per_batch=2"],
+            ["critic"] * 2 + ["policy"] * 4,
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_batch_makes_so_many_updates(
     opened: Open, monkeypatch: pytest.MonkeyPatch, overrides: list[str], updates: list[str]
 ) -> None:
@@ -60,11 +62,18 @@ def test_a_batch_makes_so_many_updates(
 
 
 class Noted:
-    """The batches that a learner's methods were given, `{method: [batch, ...]}`; the methods do what they did."""
+    """The batches that a learner's methods were given, `{method: [batch, ...]}`; the methods do
+    what they did.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.batches: dict[str, list[Batch]] = {}
-        for owner, name in ((Policy, "logprobs"), (Policy, "loss"), (Critic, "values"), (Critic, "loss")):
+        for owner, name in (
+            (Policy, "logprobs"),
+            (Policy, "loss"),
+            (Critic, "values"),
+            (Critic, "loss"),
+        ):
             self._watch(monkeypatch, owner, name)
 
     def _watch(self, monkeypatch: pytest.MonkeyPatch, owner: type[Learner], name: str) -> None:
@@ -113,13 +122,22 @@ def test_micro_batches_have_their_size_and_change_no_result(
         for name, batches in seen.batches.items():
             # `values` is called by `loss` too.
             assert len(batches) > (2 if name.endswith("loss") else 1)
-            assert max(packing.pack(batch, share=True).input_ids.numel() for batch in batches) <= 200
+            assert (
+                max(packing.pack(batch, share=True).input_ids.numel() for batch in batches) <= 200
+            )
     else:
         assert seen.sizes("policy.logprobs") == forward
         assert seen.sizes("policy.loss") == seen.sizes("critic.loss") == train
         assert seen.sizes("critic.values") == forward + train
     expected = whole.setdefault("first", row)
-    for name in ("loss", "grad_norm", "entropy", "critic/vf_loss", "critic/grad_norm", "critic/mean_value"):
+    for name in (
+        "loss",
+        "grad_norm",
+        "entropy",
+        "critic/vf_loss",
+        "critic/grad_norm",
+        "critic/mean_value",
+    ):
         assert row[name] == pytest.approx(expected[name], rel=2e-4, abs=1e-6), name
 
 
@@ -140,14 +158,18 @@ def _watch_engine(pack: Pack, monkeypatch: pytest.MonkeyPatch) -> list[list[Requ
 def test_a_step_samples_so_many_prompts_so_often(
     opened: Open, monkeypatch: pytest.MonkeyPatch, batch: int, samples: int
 ) -> None:
-    pack, _ = opened(f"trainer.train_batch_size={batch}", f"generator.n_samples_per_prompt={samples}")
+    pack, _ = opened(
+        f"trainer.train_batch_size={batch}", f"generator.n_samples_per_prompt={samples}"
+    )
     calls = _watch_engine(pack, monkeypatch)
     ((scored, _),) = rollout(pack, pack.members)
     assert scored.rewards.shape == (batch, samples)
     assert [[one.n for one in requests] for requests in calls] == [[samples] * batch]
 
 
-def test_batched_is_one_engine_call_or_one_for_each_prompt(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batched_is_one_engine_call_or_one_for_each_prompt(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = []
     for batched in ("true", "false"):
         pack, _ = opened(f"generator.batched={batched}")
@@ -158,10 +180,19 @@ def test_batched_is_one_engine_call_or_one_for_each_prompt(opened: Open, monkeyp
     assert found[0] == found[1]
 
 
-def test_evaluation_goes_to_the_engine_in_batches_of_samples(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_goes_to_the_engine_in_batches_of_samples(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = []
-    for size, samples, expected in (("null", 2, [12]), (1024, 2, [12]), (10, 2, [5, 5, 2]), (7, 1, [7, 5])):
-        pack, member = opened(f"trainer.eval_batch_size={size}", f"generator.eval_n_samples_per_prompt={samples}")
+    for size, samples, expected in (
+        ("null", 2, [12]),
+        (1024, 2, [12]),
+        (10, 2, [5, 5, 2]),
+        (7, 1, [7, 5]),
+    ):
+        pack, member = opened(
+            f"trainer.eval_batch_size={size}", f"generator.eval_n_samples_per_prompt={samples}"
+        )
         calls = _watch_engine(pack, monkeypatch)
         row, scored = evaluate(pack, [member])[member]
         assert [len(requests) for requests in calls] == expected
@@ -176,14 +207,18 @@ def _watch_widths(patch: pytest.MonkeyPatch, widths: list[int]) -> None:
     """Note how many sequences each batch of the engine decodes."""
     prefill = LlamaDecoder.prefill
 
-    def watched(self: LlamaDecoder, prompts: Sequence[Sequence[int]], prompt_of_N: torch.Tensor) -> torch.Tensor:
+    def watched(
+        self: LlamaDecoder, prompts: Sequence[Sequence[int]], prompt_of_N: torch.Tensor
+    ) -> torch.Tensor:
         widths.append(len(prompt_of_N))
         return prefill(self, prompts, prompt_of_N)
 
     patch.setattr(LlamaDecoder, "prefill", watched)
 
 
-def test_so_many_sequences_are_decoded_at_once(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_so_many_sequences_are_decoded_at_once(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = []
     for limit, most in ((256, 16), (5, 5)):
         pack, _ = opened(f"generator.max_num_seqs={limit}")

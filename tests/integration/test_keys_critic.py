@@ -1,4 +1,6 @@
-"""Runs with a critic: head and adapter train and come back from a checkpoint to the bit; full fine-tuning of either."""
+"""Runs with a critic: head and adapter train and come back from a checkpoint to the bit; full
+fine-tuning of either.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from harness.errors import UserError
-from harness.rundir import RunDir, Status
-from harness.schema import Recipe
-from rltrain.critic import Critic
+from harness.config.schema import Recipe
+from harness.core.errors import UserError
+from harness.records.run_dir import RunDir, Status
+from rltrain.algorithms.critic import Critic
 from rltrain.member import Member
 from rltrain.pack import Pack
 from rltrain.step import train_step
@@ -41,13 +43,18 @@ def ppo(small_recipe: MakeRecipe) -> MakeRecipe:
     """A small PPO recipe."""
 
     def make(*overrides: str) -> Recipe:
-        return small_recipe(PPO, "trainer.eval_interval=0", "trainer.algorithm.lambd=0.9", *overrides)
+        return small_recipe(
+            PPO, "trainer.eval_interval=0", "trainer.algorithm.lambd=0.9", *overrides
+        )
 
     return make
 
 
 def test_a_stopped_ppo_run_goes_on_as_if_never_stopped(ppo: MakeRecipe, new_run: MakeRun) -> None:
-    schedule = "trainer.critic.optimizer_config.lr=1e-3", "trainer.critic.optimizer_config.scheduler=linear"
+    schedule = (
+        "trainer.critic.optimizer_config.lr=1e-3",
+        "trainer.critic.optimizer_config.scheduler=linear",
+    )
     recipe = ppo(*schedule, "trainer.critic_mini_batch_size=1")
     whole, broken = new_run(recipe, "whole"), new_run(recipe, "broken")
     expected = _run(recipe, whole)
@@ -59,17 +66,32 @@ def test_a_stopped_ppo_run_goes_on_as_if_never_stopped(ppo: MakeRecipe, new_run:
     assert rows(whole) == rows(broken)
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
     assert not torch.equal(saved["value_head.weight"], expected["value_head.weight"])
-    adapters = [load_file(run.adapter / "final" / "adapter_model.safetensors") for run in (whole, broken)]
+    adapters = [
+        load_file(run.adapter / "final" / "adapter_model.safetensors") for run in (whole, broken)
+    ]
     assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
     logged = rows(whole)[1:]
-    assert [row["critic/learning_rate"] for row in logged] == pytest.approx([1e-3 * f for f in (1, 0.75, 0.5, 0.25)])
-    assert all({"critic/vf_loss", "critic/grad_norm", "critic/explained_variance"} <= row.keys() for row in logged)
+    assert [row["critic/learning_rate"] for row in logged] == pytest.approx(
+        [1e-3 * f for f in (1, 0.75, 0.5, 0.25)]
+    )
+    assert all(
+        {"critic/vf_loss", "critic/grad_norm", "critic/explained_variance"} <= row.keys()
+        for row in logged
+    )
 
 
-def test_full_fine_tuning_of_both_goes_on_as_if_never_stopped(ppo: MakeRecipe, new_run: MakeRun) -> None:
+def test_full_fine_tuning_of_both_goes_on_as_if_never_stopped(
+    ppo: MakeRecipe, new_run: MakeRun
+) -> None:
     full = [f"trainer.{role}.model.lora.rank=0" for role in ("policy", "critic")]
-    recipe = ppo(*full, "trainer.policy.model.lora.sync=merge", "trainer.policy.optimizer_config.lr=1e-4",
-                 "trainer.max_steps=2", "trainer.ckpt_interval=1", "trainer.eval_before_train=false")  # fmt: skip
+    recipe = ppo(
+        *full,
+        "trainer.policy.model.lora.sync=merge",
+        "trainer.policy.optimizer_config.lr=1e-4",
+        "trainer.max_steps=2",
+        "trainer.ckpt_interval=1",
+        "trainer.eval_before_train=false",
+    )
     whole, broken = new_run(recipe, "whole"), new_run(recipe, "broken")
     expected = _run(recipe, whole)
     _run(recipe, broken, stop_after=1)
@@ -81,7 +103,9 @@ def test_full_fine_tuning_of_both_goes_on_as_if_never_stopped(ppo: MakeRecipe, n
     assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
 
 
-def test_a_checkpoint_without_a_critic_starts_none(small_recipe: MakeRecipe, ppo: MakeRecipe, new_run: MakeRun) -> None:
+def test_a_checkpoint_without_a_critic_starts_none(
+    small_recipe: MakeRecipe, ppo: MakeRecipe, new_run: MakeRun
+) -> None:
     first = new_run(small_recipe(), "grpo")
     recipe = small_recipe("trainer.max_steps=1", "trainer.eval_before_train=false")
     pack = Pack.open(recipe)
@@ -92,12 +116,17 @@ def test_a_checkpoint_without_a_critic_starts_none(small_recipe: MakeRecipe, ppo
         _run(other, new_run(other, "ppo"))
 
 
-def _stepped(recipe: Recipe, run: RunDir) -> tuple[Pack, Member, Critic, dict[str, Tensors], dict[str, float]]:
+def _stepped(
+    recipe: Recipe, run: RunDir
+) -> tuple[Pack, Member, Critic, dict[str, Tensors], dict[str, float]]:
     """A pack after a step of its member; each learner's parameters from before, and the metrics."""
     pack = Pack.open(recipe)
     member = pack.join(recipe, run)
     pack.publish_member(member)
-    before = {one.name: {n: p.detach().clone() for n, p in one.parameters.items()} for one in member.learners}
+    before = {
+        one.name: {n: p.detach().clone() for n, p in one.parameters.items()}
+        for one in member.learners
+    }
     row = train_step(pack, pack.members)[member]
     assert member.critic is not None
     return pack, member, member.critic, before, row
@@ -117,15 +146,24 @@ def test_the_critics_rank_0_trains_a_base_of_its_own(ppo: MakeRecipe, new_run: M
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_full_fine_tuning_of_the_policy_with_a_critic(ppo: MakeRecipe, new_run: MakeRun, rank: int) -> None:
-    full = ["trainer.policy.model.lora.rank=0", "trainer.policy.model.lora.sync=merge",
-            "trainer.policy.optimizer_config.lr=1e-4", "trainer.algorithm.use_kl_in_reward=true"]  # fmt: skip
+def test_full_fine_tuning_of_the_policy_with_a_critic(
+    ppo: MakeRecipe, new_run: MakeRun, rank: int
+) -> None:
+    full = [
+        "trainer.policy.model.lora.rank=0",
+        "trainer.policy.model.lora.sync=merge",
+        "trainer.policy.optimizer_config.lr=1e-4",
+        "trainer.algorithm.use_kl_in_reward=true",
+    ]
     recipe = ppo(*full, f"trainer.critic.model.lora.rank={rank}")
     pack, member, critic, before, row = _stepped(recipe, new_run(recipe, "run"))
     assert critic.model is not member.policy.model
     for learner in member.learners:
-        changed = [not torch.equal(p, before[learner.name][name]) for name, p in learner.parameters.items()]
-        # A of an adapter whose B was zero has no gradient in the first update, and the critic makes two.
+        changed = [
+            not torch.equal(p, before[learner.name][name]) for name, p in learner.parameters.items()
+        ]
+        # A of an adapter whose B was zero has no gradient in the first update, and the critic makes
+        # two.
         assert all(changed), learner.name
     assert row["kl_in_reward"] == pytest.approx(0, abs=1e-6)
     pack.close()
@@ -138,8 +176,13 @@ def test_the_base_of_policy_and_critic_stays_as_it_is(ppo: MakeRecipe, new_run: 
     pack.close()
     pack, member, critic, before, _ = _stepped(recipe, new_run(recipe, "run"))
     for learner in member.learners:
-        assert any(not torch.equal(p, before[learner.name][name]) for name, p in learner.parameters.items())
-    after = {name.replace(".base_layer", ""): p for name, p in pack.model.get_base_model().named_parameters()}
+        assert any(
+            not torch.equal(p, before[learner.name][name]) for name, p in learner.parameters.items()
+        )
+    after = {
+        name.replace(".base_layer", ""): p
+        for name, p in pack.model.get_base_model().named_parameters()
+    }
     assert all(torch.equal(after[name], p) for name, p in base.items())
     assert not torch.equal(critic.head.weight, before["critic"]["value_head.weight"])
     pack.close()

@@ -1,4 +1,6 @@
-"""What an adapter is, the policy's and the critic's alike: every key of `lora` on modules of a real pack."""
+"""What an adapter is, the policy's and the critic's alike: every key of `lora` on modules of a real
+pack.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,12 @@ import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
-from harness.rundir import RunDir
-from harness.schema import Recipe
-from rltrain.critic import Critic
-from rltrain.learner import Learner
+from harness.config.schema import Recipe
+from harness.records.run_dir import RunDir
+from rltrain.algorithms.critic import Critic
+from rltrain.algorithms.learner import Learner
 from rltrain.member import Member
-from rltrain.model import adapter_layers
+from rltrain.models.loading import adapter_layers
 from rltrain.pack import Pack
 from rltrain.step import train_step
 
@@ -41,12 +43,16 @@ def packs() -> Iterator[list[Pack]]:
 def join(
     request: pytest.FixtureRequest, small_recipe: MakeRecipe, new_run: MakeRun, packs: list[Pack]
 ) -> Iterator[Join]:
-    """The policy or the critic of a new member whose own `lora` has these settings; keys with dots are whole ones."""
+    """The policy or the critic of a new member whose own `lora` has these settings; keys with dots
+    are whole ones.
+    """
     members: list[Member] = []
 
     def make(*settings: str) -> Learner:
         lora = f"trainer.{request.param}.model.lora"
-        recipe = small_recipe(PPO, *(s if "." in s.split("=")[0] else f"{lora}.{s}" for s in settings))
+        recipe = small_recipe(
+            PPO, *(s if "." in s.split("=")[0] else f"{lora}.{s}" for s in settings)
+        )
         if not packs:
             packs.append(Pack.open(recipe, room=2))
         members.append(packs[0].join(recipe, new_run(recipe, f"run{len(members)}")))
@@ -64,12 +70,20 @@ def _layers(learner: Learner) -> dict[str, LoraLayer]:
 @pytest.mark.parametrize("rank", [1, 5])
 def test_rank(join: Join, rank: int) -> None:
     learner = join(f"rank={rank}")
-    assert {layer.lora_A[learner.adapter].weight.shape[0] for layer in _layers(learner).values()} == {rank}
-    assert {layer.lora_B[learner.adapter].weight.shape[1] for layer in _layers(learner).values()} == {rank}
+    assert {
+        layer.lora_A[learner.adapter].weight.shape[0] for layer in _layers(learner).values()
+    } == {rank}
+    assert {
+        layer.lora_B[learner.adapter].weight.shape[1] for layer in _layers(learner).values()
+    } == {rank}
 
 
-@pytest.mark.parametrize(("rank", "alpha", "factor"), [(4, 8.0, 2.0), (4, 1.0, 0.25), (8, 8.0, 1.0)])
-def test_alpha_over_rank_scales_the_update(join: Join, rank: int, alpha: float, factor: float) -> None:
+@pytest.mark.parametrize(
+    ("rank", "alpha", "factor"), [(4, 8.0, 2.0), (4, 1.0, 0.25), (8, 8.0, 1.0)]
+)
+def test_alpha_over_rank_scales_the_update(
+    join: Join, rank: int, alpha: float, factor: float
+) -> None:
     learner = join(f"rank={rank}", f"alpha={alpha}")
     layer = next(iter(_layers(learner).values()))
     a, b = layer.lora_A[learner.adapter].weight, layer.lora_B[learner.adapter].weight
@@ -109,7 +123,9 @@ def test_dropout_acts_in_training_alone(join: Join, dropout: float) -> None:
         (["trainer.exclude_modules=[q_proj]"], LINEAR - {"q_proj"}),
     ],
 )
-def test_modules_are_its_own_or_else_the_trainers(join: Join, settings: list[str], leaves: set[str]) -> None:
+def test_modules_are_its_own_or_else_the_trainers(
+    join: Join, settings: list[str], leaves: set[str]
+) -> None:
     assert {name.rsplit(".", 1)[1] for name in _layers(join(*settings))} == leaves
 
 
@@ -121,9 +137,12 @@ def test_one_has_other_modules_than_the_other(join: Join, packs: list[Pack]) -> 
 
 def test_a_starts_as_init_method_says_and_b_at_zero(join: Join) -> None:
     uniform, normal = join("rank=8", "init_method=kaiming"), join("rank=8", "init_method=gaussian")
-    for (_, layer), (_, other) in zip(_layers(uniform).items(), _layers(normal).items(), strict=True):
+    for (_, layer), (_, other) in zip(
+        _layers(uniform).items(), _layers(normal).items(), strict=True
+    ):
         a, gaussian = layer.lora_A[uniform.adapter].weight, other.lora_A[normal.adapter].weight
-        # Kaiming with a = sqrt(5): uniform up to 1 / sqrt(inputs); PEFT's gaussian has a deviation of 1 / rank.
+        # Kaiming with a = sqrt(5): uniform up to 1 / sqrt(inputs); PEFT's gaussian has a deviation
+        # of 1 / rank.
         bound = a.shape[1] ** -0.5
         assert 0.9 * bound < a.abs().max() <= bound
         assert gaussian.std().item() == pytest.approx(1 / 8, rel=0.15)
@@ -166,9 +185,16 @@ def test_a_critic_of_another_path_has_that_base(
     folder = tmp_path / "another"
     shutil.copytree(tiny_model_dir, folder, ignore=shutil.ignore_patterns("data"))
     weights = load_file(folder / "model.safetensors")
-    save_file({name: 2 * tensor for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: 2 * tensor for name, tensor in weights.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     pack, member = _opened(small_recipe, new_run, f"trainer.critic.model.path={folder}")
-    own, shared = (learner.model.get_base_model().model.norm.weight for learner in (_critic_of(member), member.policy))
+    own, shared = (
+        learner.model.get_base_model().model.norm.weight
+        for learner in (_critic_of(member), member.policy)
+    )
     assert torch.equal(own, 2 * shared)
     row = train_step(pack, pack.members)[member]
     assert row["critic/grad_norm"] > 0

@@ -1,4 +1,6 @@
-"""What a run does when, where it keeps it and where it goes on: the command itself, in this process."""
+"""What a run does when, where it keeps it and where it goes on: the command itself, in this
+process.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,10 @@ import pandas as pd
 import pytest
 import torch
 
-from harness.metrics import MetricsFile
+from harness.config.schema import Recipe
+from harness.records.metrics_file import MetricsFile
+from harness.records.run_dir import RunDir
 from harness.run import main
-from harness.rundir import RunDir
-from harness.schema import Recipe
 from rltrain.member import Member
 from rltrain.pack import Pack
 from rltrain.report import Report
@@ -31,10 +33,20 @@ def _checkpoints(run: RunDir) -> list[str]:
     return sorted(path.name for path in run.checkpoints.iterdir())
 
 
-def test_what_a_run_keeps_and_when(small_data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    keys = ["ckpt_interval=2", "max_ckpts_to_keep=2", "eval_interval=3", "eval_before_train=false",
-            "samples_per_dump=5", "max_steps=5", f"ckpt_path={tmp_path}/there", "run_name=named",
-            "logger=[console,tensorboard]"]  # fmt: skip
+def test_what_a_run_keeps_and_when(
+    small_data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = [
+        "ckpt_interval=2",
+        "max_ckpts_to_keep=2",
+        "eval_interval=3",
+        "eval_before_train=false",
+        "samples_per_dump=5",
+        "max_steps=5",
+        f"ckpt_path={tmp_path}/there",
+        "run_name=named",
+        "logger=[console,tensorboard]",
+    ]
     assert main(["quickstart", *small_data, *(f"trainer.{key}" for key in keys)]) == 0
     run = RunDir(tmp_path / "there" / "named")
     assert [row["step"] for row in MetricsFile(run.metrics).rows()] == [1, 2, 3, 4, 5]
@@ -55,8 +67,15 @@ def test_what_a_run_keeps_and_when(small_data: list[str], tmp_path: Path, capsys
 def test_intervals_of_0_mean_the_end_alone(
     small_data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    keys = ["ckpt_interval=0", "eval_interval=0", "samples_per_dump=0", "max_steps=2",
-            f"ckpt_path={tmp_path}", "run_name=run", "logger=tensorboard"]  # fmt: skip
+    keys = [
+        "ckpt_interval=0",
+        "eval_interval=0",
+        "samples_per_dump=0",
+        "max_steps=2",
+        f"ckpt_path={tmp_path}",
+        "run_name=run",
+        "logger=tensorboard",
+    ]
     assert main(["quickstart", *small_data, *(f"trainer.{key}" for key in keys)]) == 0
     run = RunDir(tmp_path / "run")
     assert _checkpoints(run) == ["step_000002"]
@@ -82,7 +101,9 @@ def _joined(pack: Pack, recipe: Recipe, run: RunDir) -> Member:
 
 
 def test_an_epoch_is_every_problem_once(small_recipe: MakeRecipe, new_run: MakeRun) -> None:
-    recipe = small_recipe("trainer.max_steps=null", "trainer.epochs=2", "trainer.train_batch_size=8")
+    recipe = small_recipe(
+        "trainer.max_steps=null", "trainer.epochs=2", "trainer.train_batch_size=8"
+    )
     pack = Pack.open(recipe)
     member = _joined(pack, recipe, new_run(recipe, "epochs"))
     assert member.total_steps == 6  # 24 problems
@@ -92,7 +113,9 @@ def test_an_epoch_is_every_problem_once(small_recipe: MakeRecipe, new_run: MakeR
     limited = small_recipe("trainer.max_steps=7", "trainer.epochs=2", "trainer.train_batch_size=8")
     assert _joined(pack, limited, new_run(limited, "steps")).total_steps == 7
     # A last batch that is not full is left out.
-    uneven = small_recipe("trainer.max_steps=null", "trainer.epochs=3", "trainer.train_batch_size=10")
+    uneven = small_recipe(
+        "trainer.max_steps=null", "trainer.epochs=3", "trainer.train_batch_size=10"
+    )
     assert _joined(pack, uneven, new_run(uneven, "uneven")).total_steps == 6
     pack.close()
 
@@ -118,7 +141,9 @@ def _reports(recipe: Recipe, run: RunDir, count: int | None = None) -> list[Repo
 
 
 @pytest.mark.parametrize(("mode", "first"), [("latest", 3), ("none", 0), ("null", 0)])
-def test_a_run_goes_on_or_starts_anew(small_recipe: MakeRecipe, new_run: MakeRun, mode: str, first: int) -> None:
+def test_a_run_goes_on_or_starts_anew(
+    small_recipe: MakeRecipe, new_run: MakeRun, mode: str, first: int
+) -> None:
     run = new_run(small_recipe(), "run")
     before = _reports(small_recipe(), run, 4)
     assert [report.step for report in before] == [0, 1, 2, 3]

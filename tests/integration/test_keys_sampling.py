@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from harness.rundir import RunDir
-from harness.schema import Recipe
+from harness.config.schema import Recipe
+from harness.records.run_dir import RunDir
+from rltrain.algorithms.learner import Row
 from rltrain.engines.base import Request, Sample
 from rltrain.evaluate import evaluate
-from rltrain.learner import Row
 from rltrain.member import Member
 from rltrain.pack import Pack
 from rltrain.rollout import rollout
@@ -80,10 +80,15 @@ def _alike(scored: Rollout) -> bool:
 
 
 def test_the_length_limits_are_training_s_and_evaluation_s_own(sampler: Sampler) -> None:
-    limits = "generator.sampling_params.max_generate_length=5", "generator.eval_sampling_params.max_generate_length=7"
+    limits = (
+        "generator.sampling_params.max_generate_length=5",
+        "generator.eval_sampling_params.max_generate_length=7",
+    )
     scored = sampler.train(*limits)
     assert _longest(scored) == 5
-    assert {len(sample.token_ids) for sample in scored.flat_samples if sample.finish_reason == "length"} == {5}
+    assert {
+        len(sample.token_ids) for sample in scored.flat_samples if sample.finish_reason == "length"
+    } == {5}
     row, scored = sampler.evaluate(*limits)
     assert _longest(scored) == 7
     assert row["eval/clipped_ratio"] == scored.cut.float().mean() > 0
@@ -94,26 +99,35 @@ def test_the_length_limits_are_training_s_and_evaluation_s_own(sampler: Sampler)
 
 
 @pytest.mark.parametrize("setting", GREEDY)
-def test_the_distribution_is_training_s_and_evaluation_s_own(sampler: Sampler, setting: str) -> None:
+def test_the_distribution_is_training_s_and_evaluation_s_own(
+    sampler: Sampler, setting: str
+) -> None:
     plain, (_, plain_eval) = sampler.train(), sampler.evaluate()
     assert not _alike(plain)
     assert not _alike(plain_eval)
     # With nothing but the likeliest token left all samples of a prompt are alike.
     narrowed = sampler.train(f"generator.sampling_params.{setting}")
     assert _alike(narrowed)
-    assert _tokens(sampler.evaluate(f"generator.sampling_params.{setting}")[1]) == _tokens(plain_eval)
+    assert _tokens(sampler.evaluate(f"generator.sampling_params.{setting}")[1]) == _tokens(
+        plain_eval
+    )
     _, evaluated = sampler.evaluate(f"generator.eval_sampling_params.{setting}")
     assert _alike(evaluated)
     assert _tokens(sampler.train(f"generator.eval_sampling_params.{setting}")) == _tokens(plain)
 
 
 def test_evaluation_at_temperature_0_is_greedy(sampler: Sampler) -> None:
-    greedy = [_tokens(sampler.evaluate(f"generator.eval_sampling_params.{s}")[1]) for s in ("temperature=0", "top_k=1")]
+    greedy = [
+        _tokens(sampler.evaluate(f"generator.eval_sampling_params.{s}")[1])
+        for s in ("temperature=0", "top_k=1")
+    ]
     assert greedy[0] == greedy[1]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.5])
-def test_the_trainer_computes_at_the_temperature_that_was_sampled_at(sampler: Sampler, temperature: float) -> None:
+def test_the_trainer_computes_at_the_temperature_that_was_sampled_at(
+    sampler: Sampler, temperature: float
+) -> None:
     row = sampler.step(f"generator.sampling_params.temperature={temperature}")
     plain = sampler.step()
     assert row["sampling/sampling_logp_difference/mean"] < 1e-4

@@ -1,4 +1,6 @@
-"""What reaches vLLM of the keys that are its own: the configuration of one real engine with no value at its default."""
+"""What reaches vLLM of the keys that are its own: the configuration of one real engine with no
+value at its default.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from harness.rundir import RunDir
-from harness.schema import Recipe
+from harness.config.schema import Recipe
+from harness.records.run_dir import RunDir
 from rltrain.engines.base import Request, Sample
 from rltrain.engines.transformers import TransformersEngine
 from rltrain.member import Member
@@ -17,9 +19,19 @@ from rltrain.step import train_step
 
 MakeRecipe = Callable[..., Recipe]
 MakeRun = Callable[[Recipe, str], RunDir]
-KEYS = ("backend=vllm", "gpu_memory_utilization=0.35", "cpu_kv_cache_gb=2", "enforce_eager=false", "max_num_seqs=7",
-        "max_lora_rank=9", "batched=false", "max_input_length=90", "sampling_params.max_generate_length=30",
-        "eval_sampling_params.max_generate_length=40", "engine_args={max_num_batched_tokens: 4321}")  # fmt: skip
+KEYS = (
+    "backend=vllm",
+    "gpu_memory_utilization=0.35",
+    "cpu_kv_cache_gb=2",
+    "enforce_eager=false",
+    "max_num_seqs=7",
+    "max_lora_rank=9",
+    "batched=false",
+    "max_input_length=90",
+    "sampling_params.max_generate_length=30",
+    "eval_sampling_params.max_generate_length=40",
+    "engine_args={max_num_batched_tokens: 4321}",
+)
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
-"""The math reward scores as a person would, whatever a completion holds; its data files hold what the trainer reads."""
+"""The math reward scores as a person would, whatever a completion holds; its data files hold what
+the trainer reads.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.errors import UserError
-from harness.paths import PROJECT
-from rltrain.data import load_examples, read_rows, write_rows
+from harness.core.errors import UserError
+from harness.core.paths import PROJECT
+from rltrain.data.files import load_examples, read_rows, write_rows
 from rltrain.envs import math
 
 
@@ -159,7 +161,9 @@ BOMBS = ["9^{9^{9^9}}", "1000000000!", r"\int_0^1 e^{x^2}\sin(x^3)\,dx"]
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_what_would_take_for_ever_does_not_score(monkeypatch: pytest.MonkeyPatch, bomb: str) -> None:
+def test_what_would_take_for_ever_does_not_score(
+    monkeypatch: pytest.MonkeyPatch, bomb: str
+) -> None:
     verifier = math.Verifier(cpu_seconds=0.7)
     monkeypatch.setattr(math, "_VERIFIER", verifier)
     assert verifier.equal("0.125", r"\frac{6}{48}")
@@ -172,7 +176,8 @@ def test_what_would_take_for_ever_does_not_score(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    "answer", ["(" * 20 + "1" + ")" * 20, r"\frac{1}{" * 20 + "1" + "}" * 20, "9" * 499, "1," * 249 + "1"]
+    "answer",
+    ["(" * 20 + "1" + ")" * 20, r"\frac{1}{" * 20 + "1" + "}" * 20, "9" * 499, "1," * 249 + "1"],
 )
 def test_what_is_deep_or_long_is_answered(answer: str) -> None:
     assert math.reward(box(answer), "5") == 0.0
@@ -194,25 +199,42 @@ def test_garbage_never_crashes(completion: str, truth: str) -> None:
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.text(alphabet="\\{}$^_%&(),.[]+-=/!|<>0123xyeinf \n\ud800é"), st.sampled_from(["1", "x^2", "[0,1)"]))
+@given(
+    st.text(alphabet="\\{}$^_%&(),.[]+-=/!|<>0123xyeinf \n\ud800é"),
+    st.sampled_from(["1", "x^2", "[0,1)"]),
+)
 def test_garbage_in_the_box_never_crashes(answer: str, truth: str) -> None:
     assert math.reward(box(answer), truth) in (0.0, 1.0)
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(-999, 999), st.integers(2, 99), st.text(alphabet="ab 019$\n"))
-def test_any_fraction_scores_after_any_reasoning(numerator: int, denominator: int, reasoning: str) -> None:
+def test_any_fraction_scores_after_any_reasoning(
+    numerator: int, denominator: int, reasoning: str
+) -> None:
     truth = rf"\frac{{{numerator}}}{{{denominator}}}"
-    assert math.reward(rf"{reasoning}\boxed{{{3 * numerator}/{3 * denominator}}}{reasoning}", truth) == 1.0
-    assert math.reward(rf"{reasoning}\boxed{{{3 * numerator + 1}/{3 * denominator}}}{reasoning}", truth) == 0.0
+    assert (
+        math.reward(rf"{reasoning}\boxed{{{3 * numerator}/{3 * denominator}}}{reasoning}", truth)
+        == 1.0
+    )
+    assert (
+        math.reward(
+            rf"{reasoning}\boxed{{{3 * numerator + 1}/{3 * denominator}}}{reasoning}", truth
+        )
+        == 0.0
+    )
 
 
 def test_rewards_are_the_same_in_other_threads(capfd: pytest.CaptureFixture[str]) -> None:
-    cases = [(f"{i}/8", rf"\frac{{{i}}}{{8}}" if i % 2 else rf"\frac{{{i + 1}}}{{8}}") for i in range(20)]
+    cases = [
+        (f"{i}/8", rf"\frac{{{i}}}{{8}}" if i % 2 else rf"\frac{{{i + 1}}}{{8}}") for i in range(20)
+    ]
     found: dict[int, list[float]] = {}
 
     def work(name: int) -> None:
-        found[name] = [math.reward(box(f"{answer} + {name} - {name}"), truth) for answer, truth in cases]
+        found[name] = [
+            math.reward(box(f"{answer} + {name} - {name}"), truth) for answer, truth in cases
+        ]
 
     threads = [threading.Thread(target=work, args=(name,)) for name in range(4)]
     for thread in threads:
@@ -227,7 +249,9 @@ def test_a_forked_child_has_a_process_of_its_own() -> None:
     assert math.reward(box("0.25 + 0.5"), r"\frac{3}{4}") == 1.0
     context = multiprocessing.get_context("fork")
     with context.Pool(1) as pool:
-        theirs = [pool.apply_async(math.reward, (box(f"{i}/7"), rf"\frac{{{i}}}{{7}}")) for i in range(8)]
+        theirs = [
+            pool.apply_async(math.reward, (box(f"{i}/7"), rf"\frac{{{i}}}{{7}}")) for i in range(8)
+        ]
         mine = [math.reward(box(f"{i}/7"), rf"\frac{{{i + 1}}}{{7}}") for i in range(8)]
         assert [one.get(60) for one in theirs] == [1.0] * 8
     assert mine == [0.0] * 8
@@ -249,7 +273,9 @@ def test_an_interrupted_comparison_leaves_nothing_to_the_next() -> None:
     verifier.close()
 
 
-def test_a_process_that_cannot_start_is_an_error_not_a_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_cannot_start_is_an_error_not_a_wrong_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(math, "_VERIFIER", math.Verifier())
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="status 1 while it started"):
@@ -264,7 +290,11 @@ def test_the_process_ends_with_a_killed_program() -> None:
         "input()\n"
     )
     run = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", program],
+        cwd=PROJECT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert run.stdout is not None
     child = int(run.stdout.readline())
@@ -290,19 +320,29 @@ def test_prompt_is_the_question_a_space_and_the_instruction() -> None:
     assert math.prompt("What is $1+1$?") == [
         {
             "role": "user",
-            "content": "What is $1+1$? Let's think step by step and put the final answer in \\boxed{}.",
+            "content": "What is $1+1$? Let's think step by step and put the final answer "
+            "in \\boxed{}.",
         }
     ]
 
 
 MATH_ROWS: list[dict[str, Any]] = [
-    {"problem": "p0", "level": "Level 1", "solution": r"First \boxed{3}, so $\boxed{\frac{1}{2}}$."},
+    {
+        "problem": "p0",
+        "level": "Level 1",
+        "solution": r"First \boxed{3}, so $\boxed{\frac{1}{2}}$.",
+    },
     {"problem": "p1", "solution": r"It is $\boxed 2$.", "answer": None},
     {"problem": "p2", "solution": r"It is $\boxed{2}$.", "answer": r"\text{two}"},
     {"problem": "p3", "answer": "9"},
 ]
 DEEPMATH_ROWS: list[dict[str, Any]] = [
-    {"question": "q0", "final_answer": r"\dfrac{\pi}{2}", "difficulty": 5.0, "r1_solution_1": "..."},
+    {
+        "question": "q0",
+        "final_answer": r"\dfrac{\pi}{2}",
+        "difficulty": 5.0,
+        "r1_solution_1": "...",
+    },
     {"question": "q1", "final_answer": "Yes"},
 ]
 
@@ -325,7 +365,12 @@ def test_prepared_files_hold_the_documented_columns(tmp_path: Path) -> None:
         "prompt": math.prompt("p0"),
         "env_class": "math",
         "reward_spec": {"method": "rule", "ground_truth": r"\frac{1}{2}"},
-        "extra_info": {"split": "train", "index": 0, "answer": MATH_ROWS[0]["solution"], "question": "p0"},
+        "extra_info": {
+            "split": "train",
+            "index": 0,
+            "answer": MATH_ROWS[0]["solution"],
+            "question": "p0",
+        },
     }
     assert rows[4] == {
         "data_source": "zwhe99/DeepMath-103K",
@@ -334,14 +379,20 @@ def test_prepared_files_hold_the_documented_columns(tmp_path: Path) -> None:
         "reward_spec": {"method": "rule", "ground_truth": r"\dfrac{\pi}{2}"},
         "extra_info": {"split": "train", "index": 4, "answer": r"\dfrac{\pi}{2}", "question": "q0"},
     }
-    truths = [example.ground_truth for example in load_examples([tmp_path / "out" / "train.parquet"])]
+    truths = [
+        example.ground_truth for example in load_examples([tmp_path / "out" / "train.parquet"])
+    ]
     assert truths == [r"\frac{1}{2}", "2", r"\text{two}", "9", r"\dfrac{\pi}{2}", "Yes"]
-    assert read_rows(tmp_path / "out" / "validation.parquet")[0]["extra_info"]["split"] == "validation"
+    assert (
+        read_rows(tmp_path / "out" / "validation.parquet")[0]["extra_info"]["split"] == "validation"
+    )
 
 
 def test_one_split_is_enough_and_parquet_is_read(tmp_path: Path) -> None:
     write_rows(DEEPMATH_ROWS, tmp_path / "train-00000-of-00010.parquet")
-    assert math.prepare([tmp_path / "train-00000-of-00010.parquet"], tmp_path / "out") == {"train": 2}
+    assert math.prepare([tmp_path / "train-00000-of-00010.parquet"], tmp_path / "out") == {
+        "train": 2
+    }
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["train.parquet"]
 
 
@@ -357,13 +408,19 @@ def test_one_split_is_enough_and_parquet_is_read(tmp_path: Path) -> None:
         ([{"question": "q", "final_answer": "$$"}], "no final answer"),
         ([{"question": "q", "answer": "3"}], "column final_answer"),
         ([{"text": "q"}], "columns question, final_answer"),
-        ([{"problem": "p", "answer": "3"}, {"question": "q", "final_answer": "3"}], "column problem"),
+        (
+            [{"problem": "p", "answer": "3"}, {"question": "q", "final_answer": "3"}],
+            "column problem",
+        ),
     ],
 )
 def test_bad_source_files_are_named_and_nothing_is_written(
     tmp_path: Path, rows: list[dict[str, Any]], complaint: str
 ) -> None:
-    good, bad = write_jsonl(MATH_ROWS, tmp_path / "train.jsonl"), write_jsonl(rows, tmp_path / "test.jsonl")
+    good, bad = (
+        write_jsonl(MATH_ROWS, tmp_path / "train.jsonl"),
+        write_jsonl(rows, tmp_path / "test.jsonl"),
+    )
     with pytest.raises(UserError, match=complaint) as raised:
         math.prepare([good, bad], tmp_path / "out")
     assert "test.jsonl" in str(raised.value)
@@ -380,8 +437,11 @@ def test_reward_is_all_another_program_needs() -> None:
         "import sys\n"
         "from rltrain.envs.math import reward\n"
         "assert reward(r'\\boxed{0.5}', r'\\frac{1}{2}') == 1.0\n"
-        "heavy = {'torch', 'vllm', 'ray', 'transformers', 'pandas', 'pyarrow', 'sympy'} & set(sys.modules)\n"
+        "heavy = {'torch', 'vllm', 'ray', 'transformers', 'pandas', 'pyarrow', 'sympy'} & "
+        "set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,4 +1,6 @@
-"""An out-of-memory error in a pass: the step is that of smaller passes, and nobody is blamed for it."""
+"""An out-of-memory error in a pass: the step is that of smaller passes, and nobody is blamed for
+it.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from harness.metrics import MetricsFile, without_timings
-from harness.schema import Recipe
-from rltrain import logprobs as logprobs_module
-from rltrain.batch import Batch
+from harness.config.metrics import without_timings
+from harness.config.schema import Recipe
+from harness.records.metrics_file import MetricsFile
+from rltrain.algorithms.policy import Policy
 from rltrain.crew import LocalCrew
+from rltrain.data.batch import Batch
 from rltrain.engines.transformers import TransformersEngine
+from rltrain.models import logprobs as logprobs_module
 from rltrain.out_of_memory import PassTooLarge
 from rltrain.pack import Pack
-from rltrain.policy import Policy
 from tests.integration.training import MakeRecipe, MakeRun
 
 BUDGET, FITS = 400, 110
@@ -69,7 +72,7 @@ def _inject(place: str, victims: set[str], monkeypatch: pytest.MonkeyPatch) -> N
     if place == "old log-probabilities":
         monkeypatch.setattr(Policy, "logprobs", failing_logprobs)
     if place == "evaluation":
-        monkeypatch.setattr("rltrain.policy.token_logprobs", failing_probe)
+        monkeypatch.setattr("rltrain.algorithms.policy.token_logprobs", failing_probe)
 
 
 class Runs:
@@ -80,16 +83,25 @@ class Runs:
 
     def recipes(self, count: int, budgets: list[int], overrides: list[str]) -> list[Recipe]:
         """The first members' recipes."""
-        shared = ["trainer.policy_mini_batch_size=4", "trainer.micro_train_batch_size_per_gpu=null",
-                  "trainer.max_steps=2", *overrides]  # fmt: skip
+        shared = [
+            "trainer.policy_mini_batch_size=4",
+            "trainer.micro_train_batch_size_per_gpu=null",
+            "trainer.max_steps=2",
+            *overrides,
+        ]
         given = zip(MEMBERS[:count], budgets, strict=True)
         return [self._make(*shared, *own, f"{KEY}={budget}") for own, budget in given]
 
-    def train(self, recipes: list[Recipe], before: Callable[[Pack], object] = lambda pack: None) -> list[Any]:
+    def train(
+        self, recipes: list[Recipe], before: Callable[[Pack], object] = lambda pack: None
+    ) -> list[Any]:
         """Rows, adapter and manifest of each run; `before` gets the pack when all have joined."""
         self._count += 1
         pack = Pack.open(recipes[0], room=len(recipes))
-        crew, runs = LocalCrew(pack), [self._new_run(one, f"{self._count}-{i}") for i, one in enumerate(recipes)]
+        crew, runs = (
+            LocalCrew(pack),
+            [self._new_run(one, f"{self._count}-{i}") for i, one in enumerate(recipes)],
+        )
         for recipe, run in zip(recipes, runs, strict=True):
             crew.take_in(recipe, run)
         before(pack)
@@ -97,7 +109,9 @@ class Runs:
             crew.train(runs)
             for run in runs:
                 crew.take(run)
-        weights = [{n: p.detach().clone() for n, p in m.policy.parameters.items()} for m in pack.members]
+        weights = [
+            {n: p.detach().clone() for n, p in m.policy.parameters.items()} for m in pack.members
+        ]
         pack.close()
         rows = [[without_timings(row) for row in MetricsFile(run.metrics).rows()] for run in runs]
         manifests = [run.read_manifest() for run in runs]
@@ -113,7 +127,11 @@ def runs(small_recipe: MakeRecipe, new_run: MakeRun) -> Iterator[Runs]:
 @pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("place", PLACES)
 def test_the_result_is_that_of_smaller_passes(
-    runs: Runs, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], place: str, count: int
+    runs: Runs,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    place: str,
+    count: int,
 ) -> None:
     victim = min(1, count - 1)
     recipes = runs.recipes(count, [BUDGET] * count, PLACES[place])
@@ -172,7 +190,9 @@ def test_what_fails_with_one_sequence_is_the_members_failure_and_keeps_no_tensor
     monkeypatch.setattr(Policy, "loss", failing)
     crew.train(own)
     assert crew.take(own[0]).done
-    with pytest.raises(PassTooLarge, match=r"1 sequences, \d+ tokens: CUDA out of memory") as caught:
+    with pytest.raises(
+        PassTooLarge, match=r"1 sequences, \d+ tokens: CUDA out of memory"
+    ) as caught:
         crew.take(own[1])
     gc.collect()
     assert len(kept) > 1
@@ -182,7 +202,9 @@ def test_what_fails_with_one_sequence_is_the_members_failure_and_keeps_no_tensor
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_gpu_that_is_lost_ends_the_process(runs: Runs, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+def test_a_gpu_that_is_lost_ends_the_process(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
     def lost(self: Policy, micro: Batch, totals: Any) -> Any:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 

@@ -1,4 +1,6 @@
-"""Members of a pack on the real model: they train as if alone, adapt what their recipes say, and sync apart."""
+"""Members of a pack on the real model: they train as if alone, adapt what their recipes say, and
+sync apart.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.errors import UserError
-from harness.metrics import without_timings
-from harness.rundir import RunDir
-from harness.schema import Recipe
+from harness.config.metrics import without_timings
+from harness.config.schema import Recipe
+from harness.core.errors import UserError
+from harness.records.run_dir import RunDir
+from rltrain.distributed.placement import pack_key, shares_base
+from rltrain.distributed.process_group import Ranks
 from rltrain.member import Member
-from rltrain.model import adapter_layers
+from rltrain.models.loading import adapter_layers
 from rltrain.pack import Pack
-from rltrain.parallel import pack_key, shares_base
-from rltrain.ranks import Ranks
 from rltrain.step import train_step
 from rltrain.trainer import train
 from tests.integration.training import MakeRecipe, MakeRun, assert_equal
@@ -35,7 +37,9 @@ def test_a_member_of_a_pack_trains_as_if_alone(small_recipe: MakeRecipe, new_run
     room = "generator.max_lora_rank=8"
     recipes = [small_recipe(room, *overrides) for overrides in wanted]
     pack = Pack.open(recipes[0])
-    assert all(shares_base(recipe) and pack_key(recipe) == pack_key(recipes[0]) for recipe in recipes)
+    assert all(
+        shares_base(recipe) and pack_key(recipe) == pack_key(recipes[0]) for recipe in recipes
+    )
     members = [pack.join(recipe, new_run(recipe, f"m{i}")) for i, recipe in enumerate(recipes)]
     pack.publish(pack.members)
     rows = _two_steps(pack)
@@ -63,7 +67,9 @@ def _leave_all(pack: Pack, members: list[Member]) -> None:
         pack.leave(member)
 
 
-def test_a_pack_is_as_new_when_a_member_has_left(small_recipe: MakeRecipe, new_run: MakeRun) -> None:
+def test_a_pack_is_as_new_when_a_member_has_left(
+    small_recipe: MakeRecipe, new_run: MakeRun
+) -> None:
     recipe = small_recipe("trainer.max_steps=2")
     first, second = new_run(recipe, "first"), new_run(recipe, "second")
     pack = Pack.open(recipe)
@@ -93,18 +99,30 @@ def open_pack(small_data: list[str]) -> Iterator[Callable[[Recipe], Pack]]:
 @pytest.mark.parametrize(
     ("targets", "exclude", "leaves"),
     [
-        ("all-linear", "null", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        (
+            "all-linear",
+            "null",
+            {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+        ),
         ("attention", "null", {"q_proj", "k_proj", "v_proj", "o_proj"}),
         ("mlp", "null", {"gate_proj", "up_proj", "down_proj"}),
         ("[q_proj,up_proj]", "null", {"q_proj", "up_proj"}),
-        ("all-linear", "[q_proj]", {"k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        (
+            "all-linear",
+            "[q_proj]",
+            {"k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+        ),
         (r"'.*\.layers\.0\..*(q|k)_proj'", "null", {"q_proj", "k_proj"}),
     ],
 )
 def test_target_modules_are_what_the_recipe_says(
-    small_recipe: MakeRecipe, new_run: MakeRun, open_pack: Callable[[Recipe], Pack],
-    targets: str, exclude: str, leaves: set[str],
-) -> None:  # fmt: skip
+    small_recipe: MakeRecipe,
+    new_run: MakeRun,
+    open_pack: Callable[[Recipe], Pack],
+    targets: str,
+    exclude: str,
+    leaves: set[str],
+) -> None:
     recipe = small_recipe(f"trainer.target_modules={targets}", f"trainer.exclude_modules={exclude}")
     pack = open_pack(recipe)
     member = pack.join(recipe, new_run(recipe, "run"))
@@ -113,7 +131,9 @@ def test_target_modules_are_what_the_recipe_says(
     layers = 1 if "layers" in targets else pack.model.config.num_hidden_layers
     assert len(found) == len(leaves) * layers
     assert len(member.policy.parameters) == 2 * len(found)
-    assert all(p.requires_grad and p.dtype == torch.float32 for p in member.policy.parameters.values())
+    assert all(
+        p.requires_grad and p.dtype == torch.float32 for p in member.policy.parameters.values()
+    )
 
 
 def test_a_target_that_matches_nothing_is_refused(
@@ -137,13 +157,19 @@ def test_non_finite_gradients_are_skipped_then_fail(
         return member.policy.optimize(Ranks())
 
     assert step_with_nan()["skipped_updates"] == 1
-    assert all(torch.equal(p, old) for p, old in zip(member.policy.parameters.values(), before, strict=True))
+    assert all(
+        torch.equal(p, old)
+        for p, old in zip(member.policy.parameters.values(), before, strict=True)
+    )
     with pytest.raises(FloatingPointError, match="2 times in a row"):
         step_with_nan()
 
 
 def test_gradients_are_clipped_to_the_recipes_norm(
-    small_recipe: MakeRecipe, new_run: MakeRun, open_pack: Callable[[Recipe], Pack], monkeypatch: pytest.MonkeyPatch
+    small_recipe: MakeRecipe,
+    new_run: MakeRun,
+    open_pack: Callable[[Recipe], Pack],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = small_recipe("trainer.policy.optimizer_config.max_grad_norm=0.5")
     member = open_pack(recipe).join(recipe, new_run(recipe, "run"))
@@ -151,7 +177,9 @@ def test_gradients_are_clipped_to_the_recipes_norm(
     seen: list[float] = []
 
     def step() -> None:
-        seen.append(math.sqrt(sum(float(p.grad.square().sum()) for p in parameters if p.grad is not None)))
+        seen.append(
+            math.sqrt(sum(float(p.grad.square().sum()) for p in parameters if p.grad is not None))
+        )
 
     monkeypatch.setattr(member.policy.optimizer, "step", step)
     for p in parameters:
@@ -166,7 +194,10 @@ def test_too_few_short_prompts_are_explained(
     small_recipe: MakeRecipe, new_run: MakeRun, open_pack: Callable[[Recipe], Pack]
 ) -> None:
     pack = open_pack(small_recipe())
-    shortest = min(len(p.prompt_ids) for p in pack.join(small_recipe(), new_run(small_recipe(), "all")).problems)
+    shortest = min(
+        len(p.prompt_ids)
+        for p in pack.join(small_recipe(), new_run(small_recipe(), "all")).problems
+    )
     recipe = small_recipe(f"generator.max_input_length={shortest}", "trainer.train_batch_size=24")
     with pytest.raises(UserError, match="fill a batch"):
         pack.join(recipe, new_run(recipe, "some"))
@@ -174,14 +205,18 @@ def test_too_few_short_prompts_are_explained(
 
 def test_runs_of_one_name_sync_apart(small_recipe: MakeRecipe, tmp_path: Path) -> None:
     shared = tmp_path / "adapters"
-    recipe = small_recipe("generator.backend=vllm", f"trainer.policy.model.lora.lora_sync_path={shared}")
+    recipe = small_recipe(
+        "generator.backend=vllm", f"trainer.policy.model.lora.lora_sync_path={shared}"
+    )
     runs = [RunDir(tmp_path / sweep / "0000") for sweep in ("one", "two")]
     pack = Pack.open(recipe, room=2)
     for run in runs:
         run.create("", {})
         pack.publish_member(pack.join(recipe, run))
         pack.publish_member(pack.members[-1])
-    folders = sorted(p.relative_to(shared).as_posix().split("/", 1)[1] for p in shared.glob("*/*/*"))
+    folders = sorted(
+        p.relative_to(shared).as_posix().split("/", 1)[1] for p in shared.glob("*/*/*")
+    )
     assert folders == ["member0/v000002", "member1/v000002"]
     assert len(list(shared.iterdir())) == 2
     pack.close()

@@ -1,4 +1,6 @@
-"""A member's losses, gradients and weights, given the same samples, are those of the run alone, to the bit."""
+"""A member's losses, gradients and weights, given the same samples, are those of the run alone, to
+the bit.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from harness import metrics
-from harness.rundir import RunDir
-from harness.schema import Recipe
+from harness.config import metrics
+from harness.config.schema import Recipe
+from harness.records.run_dir import RunDir
+from rltrain.algorithms.learner import Learner
+from rltrain.algorithms.policy import Policy
+from rltrain.distributed.placement import pack_key, shares_base
 from rltrain.engines.base import Request, Sample
-from rltrain.learner import Learner
 from rltrain.member import Member
 from rltrain.pack import Pack
-from rltrain.parallel import pack_key, shares_base
-from rltrain.policy import Policy
 from rltrain.step import train_step
 
 MakeRecipe = Callable[..., Recipe]
@@ -28,30 +30,60 @@ LR = "trainer.policy.optimizer_config.lr"
 MEMBERS: list[list[str]] = [
     [f"{LORA}.rank=8", f"{LORA}.alpha=32", f"{LR}=1e-2"],
     [f"{LORA}.rank=8", f"{LORA}.alpha=32", f"{LR}=1e-2", "trainer.max_tokens_per_microbatch=150"],
-    [f"{LORA}.rank=1", f"{LORA}.alpha=8", f"{LR}=3e-2", "trainer.target_modules=attention", "seed=3"],
-    [f"{LORA}.rank=4", "trainer.target_modules=mlp", f"{ALGORITHM}.policy_loss_type=gspo", f"{ALGORITHM}.tis=token",
-     "trainer.policy_mini_batch_size=4", "trainer.policy.optimizer_config.scheduler=linear", "trainer.max_steps=9"],
-    [f"{LORA}.rank=16", f"{ALGORITHM}.use_kl_loss=true", f"{ALGORITHM}.kl_loss_coef=0.1", "trainer.train_batch_size=6",
-     "trainer.exclude_modules=.*down_proj", "generator.n_samples_per_prompt=3", "trainer.update_epochs_per_batch=2"],
-    [f"{LORA}.rank=2", f"{ALGORITHM}.advantage_estimator=gae", "trainer.critic.optimizer_config.lr=1e-2"],
-]  # fmt: skip
+    [
+        f"{LORA}.rank=1",
+        f"{LORA}.alpha=8",
+        f"{LR}=3e-2",
+        "trainer.target_modules=attention",
+        "seed=3",
+    ],
+    [
+        f"{LORA}.rank=4",
+        "trainer.target_modules=mlp",
+        f"{ALGORITHM}.policy_loss_type=gspo",
+        f"{ALGORITHM}.tis=token",
+        "trainer.policy_mini_batch_size=4",
+        "trainer.policy.optimizer_config.scheduler=linear",
+        "trainer.max_steps=9",
+    ],
+    [
+        f"{LORA}.rank=16",
+        f"{ALGORITHM}.use_kl_loss=true",
+        f"{ALGORITHM}.kl_loss_coef=0.1",
+        "trainer.train_batch_size=6",
+        "trainer.exclude_modules=.*down_proj",
+        "generator.n_samples_per_prompt=3",
+        "trainer.update_epochs_per_batch=2",
+    ],
+    [
+        f"{LORA}.rank=2",
+        f"{ALGORITHM}.advantage_estimator=gae",
+        "trainer.critic.optimizer_config.lr=1e-2",
+    ],
+]
 
 Key = tuple[int, int, tuple[int, ...]]
 
 
 class Tape:
-    """The samples of each member's requests: those of the first time are given again at every other."""
+    """The samples of each member's requests: those of the first time are given again at every
+    other.
+    """
 
     def __init__(self) -> None:
         self.samples: dict[Key, list[Sample]] = {}
         self.replayed = 0
 
     def watch(self, pack: Pack, labels: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-        """Stand between a pack and its engine; `labels`: which of MEMBERS each of its members is."""
+        """Stand between a pack and its engine; `labels`: which of MEMBERS each of its
+        members is.
+        """
         generate = pack.engine.generate
 
         def replaying(requests: Sequence[Request]) -> list[list[Sample]]:
-            keys = [(labels[str(one.member)], one.seed, tuple(one.prompt_token_ids)) for one in requests]
+            keys = [
+                (labels[str(one.member)], one.seed, tuple(one.prompt_token_ids)) for one in requests
+            ]
             new = [one for one, key in zip(requests, keys, strict=True) if key not in self.samples]
             made = iter(generate(new) if new else [])
             self.replayed += len(requests) - len(new)
@@ -64,7 +96,9 @@ class Tape:
 
 
 def _train(pack: Pack, members: Sequence[Member]) -> list[list[dict[str, float]]]:
-    """Rows of each member's steps, timings left out; weights and the optimizer's moments go with the last."""
+    """Rows of each member's steps, timings left out; weights and the optimizer's moments go with
+    the last.
+    """
     for member in members:
         pack.publish_member(member)
     rows: list[list[dict[str, float]]] = [[] for _ in members]
@@ -105,21 +139,34 @@ def test_members_of_a_pack_learn_what_each_would_alone(
     assert all(shares_base(recipe) and pack_key(recipe) == pack_key(chosen[0]) for recipe in chosen)
     # Joined in another order, so that names and places differ.
     order = [4, 0, 5, 2, 1, 3]
-    members = [pack.join(chosen[label], new_run(chosen[label], f"packed{label}")) for label in order]
-    tape.watch(pack, {member.name: label for member, label in zip(members, order, strict=True)}, monkeypatch)
+    members = [
+        pack.join(chosen[label], new_run(chosen[label], f"packed{label}")) for label in order
+    ]
+    tape.watch(
+        pack,
+        {member.name: label for member, label in zip(members, order, strict=True)},
+        monkeypatch,
+    )
     made = len(tape.samples)
     together = _train(pack, members)
     assert len(tape.samples) == made == tape.replayed
     ignored = {"perf/members"}
     for member, own, label in zip(members, together, order, strict=True):
         for step in range(STEPS):
-            expected: dict[str, Any] = {k: v for k, v in rows[label][step].items() if k not in ignored}
-            assert {k: v for k, v in own[step].items() if k not in ignored} == expected, (label, step)
+            expected: dict[str, Any] = {
+                k: v for k, v in rows[label][step].items() if k not in ignored
+            }
+            assert {k: v for k, v in own[step].items() if k not in ignored} == expected, (
+                label,
+                step,
+            )
         state = dict(_state(member))
         assert state.keys() == alone[label].keys()
         for name, tensor in state.items():
             assert torch.equal(tensor, alone[label][name]), (label, name)
-        assert any(tensor.any() for name, tensor in state.items() if "lora_B" in name and "/" not in name)
+        assert any(
+            tensor.any() for name, tensor in state.items() if "lora_B" in name and "/" not in name
+        )
     pack.close()
 
 
@@ -139,7 +186,12 @@ def test_what_is_not_gone_back_through_changes_no_result(
     # Some groups were all right or all wrong, and some were not.
     assert any(0 < row["frac_reward_zero_std"] < 1 for row in one)
     for row, same in zip(one, other, strict=True):
-        for name in ("loss", "entropy", "clip_ratio/region_mean", "sampling/sampling_logp_difference/mean"):
+        for name in (
+            "loss",
+            "entropy",
+            "clip_ratio/region_mean",
+            "sampling/sampling_logp_difference/mean",
+        ):
             assert row[name] == pytest.approx(same[name], rel=1e-3, abs=1e-6), name
     for name, tensor in theirs.items():
         if name.endswith("/exp_avg"):

@@ -1,4 +1,6 @@
-"""A sweep whose trials train together: each as it would alone, to the bit; those that fail or cannot share apart."""
+"""A sweep whose trials train together: each as it would alone, to the bit; those that fail or
+cannot share apart.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +11,20 @@ import pandas as pd
 import pytest
 import yaml
 
-from harness import metrics, sweep
-from harness import recipe as recipes
-from harness.metrics import MetricsFile
-from harness.rundir import RunDir
+from harness import sweep
+from harness.config import metrics
+from harness.config import recipe as recipes
+from harness.records.metrics_file import MetricsFile
+from harness.records.run_dir import RunDir
 from rltrain.trainer import run
 
 pytestmark = pytest.mark.timeout(600)
 
-RANK, LR, TARGETS = "trainer.policy.model.lora.rank", "trainer.policy.optimizer_config.lr", "trainer.target_modules"
+RANK, LR, TARGETS = (
+    "trainer.policy.model.lora.rank",
+    "trainer.policy.optimizer_config.lr",
+    "trainer.target_modules",
+)
 STEPS, LOSS, DATA = "trainer.max_steps", "trainer.algorithm.policy_loss_type", "data.train_data"
 # Training files by the environment that their rows name.
 GOOD, RAISES, EXITS = "good", "raises", "exits"
@@ -45,22 +52,38 @@ def members(run_dir: RunDir) -> list[float]:
     return [row["perf/members"] for row in MetricsFile(run_dir.metrics).rows() if row["step"] > 0]
 
 
-def packed_sweep(trials: list[tuple[Any, ...]], pack_size: int, folder: Path, *overrides: str) -> RunDir:
+def packed_sweep(
+    trials: list[tuple[Any, ...]], pack_size: int, folder: Path, *overrides: str
+) -> RunDir:
     """Run a sweep of these trials in one pack of so many at a time; its directory."""
     space: dict[str, Any] = {
-        key: {"choices": sorted({values[i] for values in trials}, key=str)} for i, key in enumerate(AXES)
+        key: {"choices": sorted({values[i] for values in trials}, key=str)}
+        for i, key in enumerate(AXES)
     }
     trials = [(*values[:-1], [str(folder / f"{values[-1]}.parquet")]) for values in trials]
-    space[DATA] = {"choices": [[str(folder / f"{name}.parquet")] for name in space[DATA]["choices"]]}
+    space[DATA] = {
+        "choices": [[str(folder / f"{name}.parquet")] for name in space[DATA]["choices"]]
+    }
     space[LR] = {"low": 1e-4, "high": 1e-2, "log": True}
     recipe = folder / "packed.yaml"
-    recipe.write_text(yaml.safe_dump({
-        "defaults": ["base", "quickstart", "_self_"],
-        "trainer": {"ckpt_path": str(folder / "runs"), "run_name": "packed"},
-        "sweep": {"num_trials": len(trials), "seeds": [0], "sampler": "random", "pruner": None, "max_concurrent": 1,
-                  "pack_size": pack_size, "first_trials": [dict(zip(AXES, values, strict=True)) for values in trials],
-                  "space": {"trainer.policy.model.lora.alpha": None} | space},
-    }))  # fmt: skip
+    recipe.write_text(
+        yaml.safe_dump(
+            {
+                "defaults": ["base", "quickstart", "_self_"],
+                "trainer": {"ckpt_path": str(folder / "runs"), "run_name": "packed"},
+                "sweep": {
+                    "num_trials": len(trials),
+                    "seeds": [0],
+                    "sampler": "random",
+                    "pruner": None,
+                    "max_concurrent": 1,
+                    "pack_size": pack_size,
+                    "first_trials": [dict(zip(AXES, values, strict=True)) for values in trials],
+                    "space": {"trainer.policy.model.lora.alpha": None} | space,
+                },
+            }
+        )
+    )
     assert sweep.main([str(recipe), *overrides]) == 0
     return RunDir(folder / "runs" / "packed")
 
@@ -90,11 +113,15 @@ def assert_as_alone(trial: RunDir, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", ["transformers", pytest.param("vllm", marks=pytest.mark.slow)])
-def test_packed_and_alone_are_the_same_to_the_bit(backend: str, data: list[str], tmp_path: Path) -> None:
+def test_packed_and_alone_are_the_same_to_the_bit(
+    backend: str, data: list[str], tmp_path: Path
+) -> None:
     trials = [TRIALS[0], *TRIALS[2:]] if backend == "transformers" else [TRIALS[0], TRIALS[4]]
     sweep_dir = packed_sweep(trials, 3, tmp_path, *data, f"generator.backend={backend}")
     said = [sweep_dir.trial(number).read_manifest() for number in range(len(trials))]
-    assert [m["status"] for m in said] == ["FAILED" if values[-1] in FAILS else "COMPLETE" for values in trials]
+    assert [m["status"] for m in said] == [
+        "FAILED" if values[-1] in FAILS else "COMPLETE" for values in trials
+    ]
     for number, values in enumerate(trials):
         trial = sweep_dir.trial(number)
         if values[-1] in FAILS:
@@ -107,7 +134,11 @@ def test_packed_and_alone_are_the_same_to_the_bit(backend: str, data: list[str],
     assert max(members(sweep_dir.trial(0))) > 1
 
 
-RANKS = ["trainer.placement.policy_num_gpus_per_node=2", "generator.num_inference_engines=2", "generator.backend=vllm"]
+RANKS = [
+    "trainer.placement.policy_num_gpus_per_node=2",
+    "generator.num_inference_engines=2",
+    "generator.backend=vllm",
+]
 
 
 @pytest.mark.slow
@@ -116,12 +147,17 @@ def test_a_pack_on_two_ranks(data: list[str], tmp_path: Path) -> None:
     sweep_dir = packed_sweep(trials, 2, tmp_path, *data, *RANKS)
     packed = [sweep_dir.trial(number) for number in range(3)]
     assert [trial.read_manifest()["status"] for trial in packed] == ["COMPLETE"] * 3
-    assert [max(members(trial)) for trial in packed[:2]] == [2, 2]  # the third comes when the second has ended
+    assert [max(members(trial)) for trial in packed[:2]] == [
+        2,
+        2,
+    ]  # the third comes when the second has ended
     assert_as_alone(packed[0], tmp_path / "alone")
 
 
 @pytest.mark.slow
-def test_one_whose_companion_failed_on_two_ranks_goes_on_alone(data: list[str], tmp_path: Path) -> None:
+def test_one_whose_companion_failed_on_two_ranks_goes_on_alone(
+    data: list[str], tmp_path: Path
+) -> None:
     sweep_dir = packed_sweep([TRIALS[0], TRIALS[2]], 2, tmp_path, *data, *RANKS)
     said = [sweep_dir.trial(number).read_manifest() for number in range(2)]
     assert [m["status"] for m in said] == ["COMPLETE", "FAILED"]

@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from harness import manifest
-from harness import recipe as recipes
-from harness.rundir import RunDir
-from rltrain import memory, passes
-from rltrain.batch import Batch
-from rltrain.critic import Critic
-from rltrain.learner import Learner
+from harness.config import recipe as recipes
+from harness.records import manifest
+from harness.records.run_dir import RunDir
+from rltrain import passes
+from rltrain.algorithms.critic import Critic
+from rltrain.algorithms.learner import Learner
+from rltrain.algorithms.policy import Policy
+from rltrain.data.batch import Batch
+from rltrain.models import memory
 from rltrain.pack import Pack
-from rltrain.policy import Policy
 from rltrain.trainer import Course
 from tests.integration.training import MakeRecipe, MakeRun, Open
 
@@ -67,7 +68,9 @@ def test_the_memory_model_is_asked_with_what_is_free_and_the_packs_room(
     pack.close()
 
 
-def test_a_model_of_unknown_kind_has_a_bound_all_the_same(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_of_unknown_kind_has_a_bound_all_the_same(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(memory, "shape_of", lambda path: None)
     assert opened(AUTO)[1].max_tokens == 2048
 
@@ -96,7 +99,9 @@ def test_a_pass_is_tried_and_made_smaller_until_it_fits(
     assert not pack.model.training
 
 
-def _fail_above(kind: type[Learner], most: int, seen: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def _fail_above(
+    kind: type[Learner], most: int, seen: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     loss: Any = kind.loss
 
     def failing(self: Learner, micro: Batch, totals: Any) -> Any:
@@ -135,4 +140,6 @@ def test_a_digest_from_before_passes_were_left_out_of_it_is_known(tmp_path: Path
     assert not recipes.is_digest(old, other)
     assert not recipes.is_digest(recipes.digest(recipe), other)
     record = manifest.build(recipe, kind="run", name="x", source="test")
-    assert recipes.is_digest(record["recipe"]["digest"], recipes.with_values(recipe, {passes.KEY: 77}))
+    assert recipes.is_digest(
+        record["recipe"]["digest"], recipes.with_values(recipe, {passes.KEY: 77})
+    )

@@ -1,4 +1,6 @@
-"""The quickstart's single run, for real: vLLM, learning, reproducibility, and its adapter in other programs' hands."""
+"""The quickstart's single run, for real: vLLM, learning, reproducibility, and its adapter in other
+programs' hands.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from harness.metrics import MetricsFile, without_timings
-from harness.paths import PROJECT
-from harness.rundir import RunDir
-from rltrain.data import Example, load_examples
+from harness.config.metrics import without_timings
+from harness.core.paths import PROJECT
+from harness.records.metrics_file import MetricsFile
+from harness.records.run_dir import RunDir
+from rltrain.data.files import Example, load_examples
 from rltrain.envs.gsm8k import reward
 
 GAP = "sampling/sampling_logp_difference/mean"
@@ -22,15 +25,24 @@ MAX_TOKENS = 64
 
 
 def _run(folder: Path, name: str, *overrides: str) -> tuple[RunDir, str]:
-    command = [sys.executable, "-m", "harness.run", "recipes/quickstart.yaml", f"trainer.ckpt_path={folder}",
-               f"trainer.run_name={name}", *overrides]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "harness.run",
+        "recipes/quickstart.yaml",
+        f"trainer.ckpt_path={folder}",
+        f"trainer.run_name={name}",
+        *overrides,
+    ]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     return RunDir(folder / name), done.stdout
 
 
 @pytest.fixture(scope="module")
-def quickstart(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, str]:
+def quickstart(
+    tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunDir, str]:
     """The quickstart's run, at three quarters of its length."""
     short = ["trainer.max_steps=24", "trainer.eval_interval=24", "--check"]
     return _run(tmp_path_factory.mktemp("quickstart"), "run", *short)
@@ -71,12 +83,19 @@ def test_the_adapter_scores_the_same_in_plain_peft(
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir, padding_side="left")
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     model = PeftModel.from_pretrained(base, run.adapter / "final").eval()
-    texts = [tokenizer.apply_chat_template(e.prompt, tokenize=False, add_generation_prompt=True) for e in held_out]
+    texts = [
+        tokenizer.apply_chat_template(e.prompt, tokenize=False, add_generation_prompt=True)
+        for e in held_out
+    ]
     inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
     torch.manual_seed(0)
     with torch.no_grad():
-        tokens = model.generate(**inputs, do_sample=True, temperature=1.0, top_k=0, max_new_tokens=MAX_TOKENS)
-    completions = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        tokens = model.generate(
+            **inputs, do_sample=True, temperature=1.0, top_k=0, max_new_tokens=MAX_TOKENS
+        )
+    completions = tokenizer.batch_decode(
+        tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
     assert _accuracy(completions, held_out) == pytest.approx(_final(run), abs=0.04)
 
 
@@ -98,7 +117,7 @@ prompts = json.load(open({str(tmp_path / "prompts.json")!r}))
 outputs = llm.chat(prompts, SamplingParams(temperature=1.0, max_tokens={MAX_TOKENS}),
                    lora_request=LoRARequest("final", 1, {str(run.adapter / "final")!r}), use_tqdm=False)
 json.dump([o.outputs[0].text for o in outputs], open({str(tmp_path / "texts.json")!r}, "w"))
-"""
+"""  # noqa: E501
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     completions = json.loads((tmp_path / "texts.json").read_text())
@@ -109,10 +128,14 @@ json.dump([o.outputs[0].text for o in outputs], open({str(tmp_path / "texts.json
 def test_two_processes_give_the_same_run(tiny_model_dir: Path, tmp_path: Path) -> None:
     short = ["trainer.max_steps=2", "trainer.eval_before_train=false"]
     one, two = (_run(tmp_path, name, *short)[0] for name in ("one", "two"))
-    rows: list[Any] = [[without_timings(row) for row in MetricsFile(run.metrics).rows()] for run in (one, two)]
+    rows: list[Any] = [
+        [without_timings(row) for row in MetricsFile(run.metrics).rows()] for run in (one, two)
+    ]
     assert rows[0] == rows[1]
     assert len(rows[0]) == 2
-    files = [(run.adapter / "final" / "adapter_model.safetensors").read_bytes() for run in (one, two)]
+    files = [
+        (run.adapter / "final" / "adapter_model.safetensors").read_bytes() for run in (one, two)
+    ]
     assert files[0] == files[1]
 
 
@@ -121,5 +144,8 @@ def _final(run: RunDir) -> float:
 
 
 def _accuracy(completions: list[str], examples: list[Example]) -> float:
-    scores = [reward(text, example.ground_truth) for text, example in zip(completions, examples, strict=True)]
+    scores = [
+        reward(text, example.ground_truth)
+        for text, example in zip(completions, examples, strict=True)
+    ]
     return sum(scores) / len(scores)

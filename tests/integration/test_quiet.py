@@ -5,14 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from harness.paths import PROJECT
+from harness.core.paths import PROJECT
 
 ASK = (
-    "import sys; from rltrain.quiet import quiet_libraries; quiet_libraries(); "
+    "import sys; from rltrain.distributed.process import quiet_libraries; quiet_libraries(); "
     "import transformers.generation, rltrain.trainer; print('sklearn' in sys.modules)"
 )
 
 
 def test_transformers_does_without_scikit_learn() -> None:
-    done = subprocess.run([sys.executable, "-c", ASK], cwd=PROJECT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", ASK], cwd=PROJECT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == ["False"], done.stdout

@@ -1,4 +1,6 @@
-"""Several processes train as one does: same losses, gradients and checkpoints; real vLLM engines, gloo between them."""
+"""Several processes train as one does: same losses, gradients and checkpoints; real vLLM engines,
+gloo between them.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from harness import manifest
-from harness import recipe as recipes
-from harness.metrics import MetricsFile
-from harness.rundir import RunDir, Status
+from harness.config import recipe as recipes
+from harness.records import manifest
+from harness.records.metrics_file import MetricsFile
+from harness.records.run_dir import RunDir, Status
 from rltrain.trainer import run
 from tests.recipes import quickstart
 
@@ -21,31 +23,52 @@ pytestmark = pytest.mark.timeout(600)
 STEPS = 4
 COMPARED = ("loss", "kl", "entropy", "reward", "completions/mean_length")
 CRITIC = ("critic/vf_loss", "critic/explained_variance")
-PPO = ["trainer.algorithm.advantage_estimator=gae", "trainer.algorithm.lambd=0.95", "trainer.policy_mini_batch_size=2",
-       "trainer.critic.optimizer_config.lr=1e-3"]  # fmt: skip
-FULL = ["trainer.policy.model.lora.rank=0", "trainer.policy.model.lora.sync=merge",
-        "trainer.policy.optimizer_config.lr=1e-4"]  # fmt: skip
+PPO = [
+    "trainer.algorithm.advantage_estimator=gae",
+    "trainer.algorithm.lambd=0.95",
+    "trainer.policy_mini_batch_size=2",
+    "trainer.critic.optimizer_config.lr=1e-3",
+]
+FULL = [
+    "trainer.policy.model.lora.rank=0",
+    "trainer.policy.model.lora.sync=merge",
+    "trainer.policy.optimizer_config.lr=1e-4",
+]
 
 Train = Callable[..., RunDir]
 
 
 def ranks(number: int) -> list[str]:
     """Overrides for so many training processes on the CPU, each with its engine."""
-    return [f"trainer.placement.policy_num_gpus_per_node={number}", f"generator.num_inference_engines={number}"]
+    return [
+        f"trainer.placement.policy_num_gpus_per_node={number}",
+        f"generator.num_inference_engines={number}",
+    ]
 
 
 @pytest.fixture(scope="module")
 def train(small_data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """Train quickstart on little data, one update a step, with these overrides; the run's directory."""
+    """Train quickstart on little data, one update a step, with these overrides; the run's
+    directory.
+    """
     names = (f"run{i}" for i in itertools.count())
     root = tmp_path_factory.mktemp("runs")
 
     def make(*overrides: str, run_dir: RunDir | None = None, reports: int | None = None) -> RunDir:
-        recipe = quickstart([
-            *small_data, "generator.backend=vllm", "trainer.algorithm.use_kl_loss=true", f"trainer.max_steps={STEPS}",
-            "trainer.eval_before_train=false", "trainer.eval_interval=2", "trainer.ckpt_interval=1",
-            "trainer.max_ckpts_to_keep=9", "trainer.policy_mini_batch_size=4", *overrides,
-        ])  # fmt: skip
+        recipe = quickstart(
+            [
+                *small_data,
+                "generator.backend=vllm",
+                "trainer.algorithm.use_kl_loss=true",
+                f"trainer.max_steps={STEPS}",
+                "trainer.eval_before_train=false",
+                "trainer.eval_interval=2",
+                "trainer.ckpt_interval=1",
+                "trainer.max_ckpts_to_keep=9",
+                "trainer.policy_mini_batch_size=4",
+                *overrides,
+            ]
+        )
         recipe.sweep = None
         run_dir = run_dir or RunDir(root / next(names))
         if not run_dir.manifest.exists():
@@ -70,13 +93,20 @@ def rows(run_dir: RunDir) -> list[dict[str, float]]:
 
 def assert_same_training(one: RunDir, other: RunDir, names: tuple[str, ...] = COMPARED) -> None:
     first, second = rows(one), rows(other)
-    assert [row["step"] for row in first] == [row["step"] for row in second] == list(range(1, STEPS + 1))
+    assert (
+        [row["step"] for row in first]
+        == [row["step"] for row in second]
+        == list(range(1, STEPS + 1))
+    )
     for a, b in zip(first, second, strict=True):
         for name in names:
             assert b[name] == pytest.approx(a[name], abs=1e-5), (a["step"], name)
-        # AdamW divides by small moments: what is a rounding error before the first update is not one after it.
+        # AdamW divides by small moments: what is a rounding error before the first update is not
+        # one after it.
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-2)
-    scores = [[row["eval/accuracy"] for row in run if "eval/accuracy" in row] for run in (first, second)]
+    scores = [
+        [row["eval/accuracy"] for row in run if "eval/accuracy" in row] for run in (first, second)
+    ]
     assert len(scores[0]) == 2
     assert scores[0] == scores[1]
     assert any(row["loss"] != first[0]["loss"] for row in first)
@@ -92,13 +122,16 @@ def weights(run_dir: RunDir, step: int, name: str = "weights") -> dict[str, torc
     return load_file(run_dir.checkpoints / f"step_{step:06d}" / f"{name}.safetensors")
 
 
-def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], atol: float = 1e-4) -> None:
+def assert_same_weights(
+    one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], atol: float = 1e-4
+) -> None:
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(other[name], tensor, atol=atol, rtol=0, msg=name)
 
 
-# Micro-batches differ too: of 3 sequences where one process has 4, or of as many as 300 tokens hold.
+# Micro-batches differ too: of 3 sequences where one process has 4, or of as many as 300 tokens
+# hold.
 @pytest.mark.parametrize(
     ("number", "micro"),
     [
@@ -106,21 +139,27 @@ def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
         pytest.param(4, "trainer.max_tokens_per_microbatch=300", marks=pytest.mark.slow),
     ],
 )
-def test_ranks_have_the_losses_of_one_process(train: Train, alone: RunDir, number: int, micro: str) -> None:
+def test_ranks_have_the_losses_of_one_process(
+    train: Train, alone: RunDir, number: int, micro: str
+) -> None:
     several = train(*ranks(number), micro)
     assert several.status is Status.COMPLETE
     assert_same_training(alone, several)
     assert_same_weights(gradients(alone), gradients(several), atol=1e-7)
     assert max(float(gradient.abs().max()) for gradient in gradients(alone).values()) > 1e-3
-    # One process wrote what there is one of: its files are whole, and no version of the adapter is left over.
+    # One process wrote what there is one of: its files are whole, and no version of the adapter is
+    # left over.
     assert sorted(p.name for p in several.adapter.iterdir()) == ["best", "final"]
     assert (several.path / "log.txt").is_file()
 
 
 @pytest.mark.slow
 def test_engines_apart_from_the_ranks(train: Train, alone: RunDir) -> None:
-    apart = ["trainer.placement.colocate_all=false", "generator.num_inference_engines=2",
-             "trainer.policy.model.lora.sync=memory"]  # fmt: skip
+    apart = [
+        "trainer.placement.colocate_all=false",
+        "generator.num_inference_engines=2",
+        "trainer.policy.model.lora.sync=memory",
+    ]
     assert_same_training(alone, train(*apart))
 
 

@@ -1,4 +1,6 @@
-"""Two processes over gloo hold the gradients that one holds, of weights that FSDP shards and of whole ones."""
+"""Two processes over gloo hold the gradients that one holds, of weights that FSDP shards and of
+whole ones.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.spawn import spawn
 
-from rltrain.ranks import Ranks, full
+from rltrain.distributed.process_group import Ranks, full
 
 ROWS, WIDTH, SIZE = 6, 4, 2
 
@@ -19,7 +21,9 @@ class Layer(nn.Linear):
 
 
 class Model(nn.Module):
-    """Sharded layers, and one weight apart from them that every rank holds whole, as it does a LoRA adapter."""
+    """Sharded layers, and one weight apart from them that every rank holds whole, as it does a LoRA
+    adapter.
+    """
 
     _no_split_modules = ("Layer",)
 
@@ -35,7 +39,9 @@ class Model(nn.Module):
 
 
 def gradients(ranks: Ranks, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Gradients of a loss over all rows, of which this rank computes its share; weights float32, products `dtype`."""
+    """Gradients of a loss over all rows, of which this rank computes its share; weights float32,
+    products `dtype`.
+    """
     model, whole = Model(), nn.Parameter(torch.ones(WIDTH))
     ranks.shard(model, dtype)
     seen: list[torch.dtype] = []
@@ -49,11 +55,19 @@ def gradients(ranks: Ranks, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         assert seen == [dtype]  # that is how the weights were gathered
     named = {**dict(model.named_parameters()), "whole": whole}
     ranks.sum_gradients(named.values())
-    return {name: full(parameter.grad).clone() for name, parameter in named.items() if parameter.grad is not None}
+    return {
+        name: full(parameter.grad).clone()
+        for name, parameter in named.items()
+        if parameter.grad is not None
+    }
 
 
 def compare(
-    rank: int, listener: socket.socket, expected: dict[str, torch.Tensor], dtype: torch.dtype, tolerance: float
+    rank: int,
+    listener: socket.socket,
+    expected: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    tolerance: float,
 ) -> None:
     """One of the two processes."""
     address = listener.getsockname()

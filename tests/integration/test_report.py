@@ -14,14 +14,25 @@ from analysis import content, markup, page, report, tables
 from analysis.experiment import Experiment
 from analysis.load import Tables
 from analysis.report import write_report
-from harness.errors import UserError
-from harness.rundir import Status
+from harness.core.errors import UserError
+from harness.records.run_dir import Status
 from tests.unit.analysis import worlds
 from tests.unit.analysis.figures.made import made
 from tests.unit.analysis.simulation import Arm, World
-from tests.unit.analysis.synthetic import Sweep, Trial, example, params, rewrite_manifest, write_run, write_sweep
+from tests.unit.analysis.synthetic import (
+    Sweep,
+    Trial,
+    example,
+    params,
+    rewrite_manifest,
+    write_run,
+    write_sweep,
+)
 
-HOSTILE = "<script>document.title = 'ran'</script><img src=http://example.com/x.png> | ``` ![x](http://example.com/y) 7"
+HOSTILE = (
+    "<script>document.title = 'ran'</script><img src=http://example.com/x.png> | "
+    "``` ![x](http://example.com/y) 7"
+)
 
 
 class Page(HTMLParser):
@@ -36,7 +47,11 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        self.loads += [str(value) for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
+        self.loads += [
+            str(value)
+            for name, value in attrs
+            if name in ("src", "href", "srcset", "action", "data")
+        ]
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -76,14 +91,30 @@ def test_the_page_answers_first_and_then_shows_why(html: Page) -> None:
     assert places == sorted(places)
 
 
-def test_the_answer_decisions_curves_and_trials_are_open_and_the_rest_is_folded(written: Path) -> None:
+def test_the_answer_decisions_curves_and_trials_are_open_and_the_rest_is_folded(
+    written: Path,
+) -> None:
     text = (written / "index.html").read_text()
-    folded = re.findall(r'<section id="([^"]+)" class="folded">\n<details id="([^"]+)" class="fold">', text)
+    folded = re.findall(
+        r'<section id="([^"]+)" class="folded">\n<details id="([^"]+)" class="fold">', text
+    )
     assert [section for section, _ in folded] == [
-        "problems", "configurations", "rates", "more-figures", "method", "provenance",
-    ]  # fmt: skip
-    assert all(fold == f"{section}-fold" for section, fold in folded), "a live page keeps open what has an id"
-    assert re.findall(r'<section id="([^"]+)"(?! class="folded")', text) == ["answer", "decisions", "figures", "trials"]
+        "problems",
+        "configurations",
+        "rates",
+        "more-figures",
+        "method",
+        "provenance",
+    ]
+    assert all(fold == f"{section}-fold" for section, fold in folded), (
+        "a live page keeps open what has an id"
+    )
+    assert re.findall(r'<section id="([^"]+)"(?! class="folded")', text) == [
+        "answer",
+        "decisions",
+        "figures",
+        "trials",
+    ]
     front = text[text.index('<section id="figures">') : text.index('<section id="trials">')]
     assert re.findall(r'<h3 id="([^"]+)">', front) == ["figure-lr_basin", "figure-learning_curves"]
     assert all(f'<a href="#{section}">' in text for section, _ in folded)
@@ -93,8 +124,12 @@ def test_the_answer_decisions_curves_and_trials_are_open_and_the_rest_is_folded(
 def test_claims_stand_only_where_one_can_be_judged(written: Path) -> None:
     text = (written / "index.html").read_text()
     assert 'id="claims"' not in text
-    assert text.count("None of the 13 claims of LoRA Without Regret can be judged by these runs") == 1
-    found = content.single(worlds.experiment(World((Arm(1), Arm(8)), seeds=3, rates=4, failures=0.0)))
+    assert (
+        text.count("None of the 13 claims of LoRA Without Regret can be judged by these runs") == 1
+    )
+    found = content.single(
+        worlds.experiment(World((Arm(1), Arm(8)), seeds=3, rates=4, failures=0.0))
+    )
     beside: dict[str, Any] = {"figures": [], "refresh": None, "downloads": [], "redraw": ""}
     judged = markup.fill("report.html.j2", {**found, **beside})
     assert '<section id="claims" class="folded">' in judged
@@ -120,7 +155,10 @@ def test_every_picture_has_words(written: Path) -> None:
 
 def test_markdown_says_the_same_and_its_pictures_exist(written: Path, html: Page) -> None:
     text = (written / "report.md").read_text()
-    assert "**Of 4 configurations, rank 8, alpha 32, learning rate 1e-3, target modules all-linear won" in text
+    assert (
+        "**Of 4 configurations, rank 8, alpha 32, learning rate 1e-3, target modules all-linear won"
+        in text
+    )
     names = re.findall(r"\]\((figures/[^)]+\.png)\)", text)
     assert len(names) == 2, "short: for a pull request"
     drawn = sorted((written / "figures").iterdir())
@@ -132,7 +170,9 @@ def test_markdown_says_the_same_and_its_pictures_exist(written: Path, html: Page
 
 
 def test_markdown_tables_are_whole(written: Path) -> None:
-    blocks = re.findall(r"(?:^\|.*\|$\n?)+", (written / "report.md").read_text(), flags=re.MULTILINE)
+    blocks = re.findall(
+        r"(?:^\|.*\|$\n?)+", (written / "report.md").read_text(), flags=re.MULTILINE
+    )
     assert len(blocks) == 2, "decisions, configurations"
     for block in blocks:
         widths = {len(re.findall(r"(?<!\\)\|", line)) for line in block.strip().splitlines()}
@@ -141,18 +181,28 @@ def test_markdown_tables_are_whole(written: Path) -> None:
 
 def everything(folder: Path) -> dict[str, bytes]:
     """The bytes of every file of a report by its name."""
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
 
 
 @pytest.mark.slow
-def test_equal_directories_give_equal_reports(sweep_dir: Path, written: Path, tmp_path: Path) -> None:
+def test_equal_directories_give_equal_reports(
+    sweep_dir: Path, written: Path, tmp_path: Path
+) -> None:
     write_report(sweep_dir, tmp_path)
     assert everything(tmp_path) == everything(written)
 
 
 @pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 3])
-def test_its_tables_give_the_very_same_report(written: Path, tmp_path: Path, processes: int) -> None:
-    assert {"index.html", "trials.csv", "tables/runs.parquet", "tables/sources.parquet"} <= set(everything(written))
+def test_its_tables_give_the_very_same_report(
+    written: Path, tmp_path: Path, processes: int
+) -> None:
+    assert {"index.html", "trials.csv", "tables/runs.parquet", "tables/sources.parquet"} <= set(
+        everything(written)
+    )
     write_report(written / "tables", tmp_path, processes=processes)
     assert everything(tmp_path) == everything(written)
 
@@ -186,7 +236,10 @@ def test_model_output_stays_text(tmp_path: Path) -> None:
 
 
 def test_a_hostile_reason_stays_in_its_cell(tmp_path: Path) -> None:
-    trials = [Trial(0, 0, params(8, 1e-3), 0.9, Status.FAILED, HOSTILE), Trial(1, 0, params(1, 1e-3), 0.9)]
+    trials = [
+        Trial(0, 0, params(8, 1e-3), 0.9, Status.FAILED, HOSTILE),
+        Trial(1, 0, params(1, 1e-3), 0.9),
+    ]
     folder = write_report(write_sweep(tmp_path, Sweep(trials, seeds=[0]))).path.parent
     html = Page((folder / "index.html").read_text())
     assert HOSTILE in html.text
@@ -218,7 +271,11 @@ def test_all_trials_are_listed_with_how_they_ended(experiment: Experiment) -> No
     assert failed["status"] == "failed: 3 non-finite gradient norms in a row at step 20"
     assert dict(zip(titles, table.rows[9].cells, strict=True))["time"] == "–"
     keys = dict(zip(titles, table.rows[4].sort, strict=True))
-    assert (keys["learning rate"], keys["time"], keys["target modules"]) == (1e-3, 61.5, "all-linear")
+    assert (keys["learning rate"], keys["time"], keys["target modules"]) == (
+        1e-3,
+        61.5,
+        "all-linear",
+    )
     assert dict(zip(titles, table.rows[9].sort, strict=True))["time"] is None
     assert table.rows[10].status == "FAILED"
     assert table.rows[4].number == 4
@@ -230,8 +287,15 @@ def test_what_all_trials_have_in_common_is_said_once() -> None:
     table = tables.trials([made(trials)])
     assert table.same == "seed 0 and steps 32"
     assert not {"seed", "steps"} & {column.title for column in table.columns}
-    assert {len(row.cells) for row in table.rows} == {len(row.sort) for row in table.rows} == {len(table.columns)}
-    assert tables.trials([made([*trials, {"rank": 64, "score": 0.5, "seed": 1, "step": 8}])]).same == ""
+    assert (
+        {len(row.cells) for row in table.rows}
+        == {len(row.sort) for row in table.rows}
+        == {len(table.columns)}
+    )
+    assert (
+        tables.trials([made([*trials, {"rank": 64, "score": 0.5, "seed": 1, "step": 8}])]).same
+        == ""
+    )
 
 
 def test_settings_that_only_some_experiments_swept_stand_together() -> None:
@@ -249,7 +313,10 @@ def test_configurations_are_ranked_and_the_unranked_say_why(experiment: Experime
     assert places == ["1", "2", "3", "4", "–", "–"]
     assert table.rows[0].best
     assert table.rows[0].cells[-1] == "2 of 2"
-    assert [row.cells[-1] for row in table.rows[4:]] == ["1 of 2: 1 complete, 1 running", "0 of 2: 1 failed, 1 pruned"]
+    assert [row.cells[-1] for row in table.rows[4:]] == [
+        "1 of 2: 1 complete, 1 running",
+        "0 of 2: 1 failed, 1 pruned",
+    ]
 
 
 def test_a_long_reason_is_cut_on_the_page(tmp_path: Path) -> None:
@@ -267,7 +334,10 @@ def test_samples_are_the_same_problems_before_and_after(experiment: Experiment) 
     assert (first.index, first.differ) == (0, True)
     assert first.question.startswith("Ann has 3 apples")
     assert first.truth == "7"
-    assert [answer.who for answer in first.answers] == ["base model, step 0", "after training, step 50"]
+    assert [answer.who for answer in first.answers] == [
+        "base model, step 0",
+        "after training, step 50",
+    ]
     assert [answer.reward for answer in first.answers] == ["0", "1"]
 
 
@@ -313,13 +383,22 @@ def test_a_manifest_with_nothing_but_its_status_still_makes_a_page(tmp_path: Pat
 @pytest.mark.parametrize(
     ("sweep", "answer"),
     [
-        (Sweep([], status=Status.RUNNING), "No winner yet: no configuration has all its 2 seeds complete."),
+        (
+            Sweep([], status=Status.RUNNING),
+            "No winner yet: no configuration has all its 2 seeds complete.",
+        ),
         (
             Sweep([Trial(0, 0, params(8, 1e-3), 0.5, Status.FAILED, "boom")], seeds=[0]),
             "No winner: no trial has completed.",
         ),
-        (Sweep([Trial(0, 0, params(8, 1e-3), 0.5, Status.CREATED)], seeds=[0]), "No winner: no trial has completed."),
-        (Sweep([Trial(0, 0, params(8, 1e-3), 0.5)], seeds=[0]), "Only one configuration is complete: rank 8,"),
+        (
+            Sweep([Trial(0, 0, params(8, 1e-3), 0.5, Status.CREATED)], seeds=[0]),
+            "No winner: no trial has completed.",
+        ),
+        (
+            Sweep([Trial(0, 0, params(8, 1e-3), 0.5)], seeds=[0]),
+            "Only one configuration is complete: rank 8,",
+        ),
     ],
     ids=["no trial", "one failed", "one created", "one trial"],
 )
@@ -349,10 +428,16 @@ def test_neither_run_nor_sweep(tmp_path: Path) -> None:
 def test_five_hundred_trials_of_every_fate_have_one_page(tmp_path: Path) -> None:
     fates = ["COMPLETE"] * 7 + ["FAILED", "PRUNED", "UNREADABLE"]
     trials = [
-        {"rank": 2 ** (i % 4), "lr": 10 ** (-4 + (i // 4) % 62 / 25), "seed": i // 250, "status": fates[i % 10],
-         "score": 0.3 + 0.6 * (i % 62) / 62 if i % 10 < 7 else None, "reason": None if i % 10 < 7 else "gone"}
+        {
+            "rank": 2 ** (i % 4),
+            "lr": 10 ** (-4 + (i // 4) % 62 / 25),
+            "seed": i // 250,
+            "status": fates[i % 10],
+            "score": 0.3 + 0.6 * (i % 62) / 62 if i % 10 < 7 else None,
+            "reason": None if i % 10 < 7 else "gone",
+        }
         for i in range(500)
-    ]  # fmt: skip
+    ]
     page = report.write([made(trials)], tmp_path).path
     html = Page(page.read_text())
     assert html.text.count("python -m harness.run") >= 500
@@ -360,20 +445,37 @@ def test_five_hundred_trials_of_every_fate_have_one_page(tmp_path: Path) -> None
     assert len(pd.read_csv(tmp_path / "trials.csv")) == 500
 
 
-@pytest.mark.parametrize(("maximize", "metric", "wins"), [(True, "eval/accuracy", 64), (False, "loss", 1)])
-def test_accuracy_and_loss_each_pick_their_own_end(tmp_path: Path, maximize: bool, metric: str, wins: int) -> None:
+@pytest.mark.parametrize(
+    ("maximize", "metric", "wins"), [(True, "eval/accuracy", 64), (False, "loss", 1)]
+)
+def test_accuracy_and_loss_each_pick_their_own_end(
+    tmp_path: Path, maximize: bool, metric: str, wins: int
+) -> None:
     trials = [
-        {"rank": rank, "seed": seed, "score": 0.4 + place / 10 + seed / 500, "base": 0.3 if maximize else 0.9}
+        {
+            "rank": rank,
+            "seed": seed,
+            "score": 0.4 + place / 10 + seed / 500,
+            "base": 0.3 if maximize else 0.9,
+        }
         for place, rank in enumerate((1, 8, 64))
         for seed in range(3)
     ]
     made_of = report.write([made(trials, metric=metric, maximize=maximize)], tmp_path)
     assert made_of.answer.startswith(f"Of 3 configurations, rank {wins}")
-    rank = next(line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("| Which rank?"))
+    rank = next(
+        line
+        for line in (tmp_path / "report.md").read_text().splitlines()
+        if line.startswith("| Which rank?")
+    )
     assert rank.split(" | ")[1:3] == [str(wins), "best"]
 
 
 def test_a_run_whose_manifest_is_damaged_has_a_page_that_says_so(tmp_path: Path) -> None:
     path = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9))
-    (path / "manifest.json").write_text('{"status": "COMPLETE", "status_history": [{"status": "RUNNING"}]}')
-    assert write_report(path).answer.startswith("This run is UNREADABLE (manifest: status_history holds")
+    (path / "manifest.json").write_text(
+        '{"status": "COMPLETE", "status_history": [{"status": "RUNNING"}]}'
+    )
+    assert write_report(path).answer.startswith(
+        "This run is UNREADABLE (manifest: status_history holds"
+    )

@@ -1,4 +1,6 @@
-"""The report in a real browser: it loads nothing, runs nothing hostile, fits, sorts, filters, and is accessible."""
+"""The report in a real browser: it loads nothing, runs nothing hostile, fits, sorts, filters, and
+is accessible.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ import pytest
 from matplotlib.image import imread
 
 from analysis.report import read, write, write_report
-from harness.rundir import Status
+from harness.records.run_dir import Status
 from tests.integration.browser import CHROMIUM, Browser, Page, Proxy, violations, watched
 from tests.unit.analysis.synthetic import Sweep, Trial, example, params, write_sweep
 
@@ -25,11 +27,16 @@ HOSTILE = (
 )
 TRIALS = "document.getElementById('trial-table')"
 SIZES = [(1280, False), (1280, True), (390, False), (390, True)]
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not on PATH: apt-get install chromium")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="chromium is not on PATH: apt-get install chromium"
+)
 
 
 _OPEN_ALL = "document.querySelectorAll('details').forEach((one) => { one.open = true; })"
-KINDS = ["sweep", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("live", "comparison", "empty"))]
+KINDS = [
+    "sweep",
+    *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("live", "comparison", "empty")),
+]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +78,9 @@ def report(sweep: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def pages(report: Path, sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Each kind of page: of a sweep, the same while it runs, of two sweeps, of a sweep without any trial."""
+    """Each kind of page: of a sweep, the same while it runs, of two sweeps, of a sweep without any
+    trial.
+    """
     folder = tmp_path_factory.mktemp("pages")
     other = write_sweep(folder, Sweep(example().trials[2:6]), name="other")
     empty = write_sweep(folder, Sweep([], status=Status.RUNNING), name="empty")
@@ -83,7 +92,9 @@ def pages(report: Path, sweep: Path, tmp_path_factory: pytest.TempPathFactory) -
     }
 
 
-def test_nothing_is_loaded_and_only_our_script_runs(report: Path, browser: Browser, proxy: Proxy) -> None:
+def test_nothing_is_loaded_and_only_our_script_runs(
+    report: Path, browser: Browser, proxy: Proxy
+) -> None:
     before = len(proxy.from_pages)
     with browser.page(report.as_uri()) as page:
         assert page.run("document.title") == "lora_sweep: LoRA sweep report"
@@ -107,18 +118,26 @@ def test_what_gets_past_the_escaping_is_stopped_by_the_policy(
     with browser.page(path.as_uri()) as page:
         assert (page.run("document.title") == "ran") is not guarded
     asked = proxy.from_pages[before:]
-    assert asked == [] if guarded else {"http://report.test/a.js", "http://report.test/b.png"} <= set(asked)
+    assert (
+        asked == []
+        if guarded
+        else {"http://report.test/a.js", "http://report.test/b.png"} <= set(asked)
+    )
 
 
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_page_is_as_wide_as_the_screen(pages: dict[str, Path], browser: Browser, kind: str, width: int) -> None:
+def test_the_page_is_as_wide_as_the_screen(
+    pages: dict[str, Path], browser: Browser, kind: str, width: int
+) -> None:
     with browser.page(pages[kind].as_uri(), width=width) as page:
         page.run(_OPEN_ALL)
         assert page.run("[innerWidth, document.documentElement.scrollWidth]") == [width, width]
 
 
-@pytest.mark.parametrize(("dark", "paper"), [(False, [0xFF, 0xFF, 0xFF]), (True, [0x1C, 0x21, 0x26])])
+@pytest.mark.parametrize(
+    ("dark", "paper"), [(False, [0xFF, 0xFF, 0xFF]), (True, [0x1C, 0x21, 0x26])]
+)
 def test_light_and_dark_pages_are_drawn(
     report: Path, browser: Browser, tmp_path: Path, dark: bool, paper: list[int]
 ) -> None:
@@ -137,7 +156,9 @@ def test_every_picture_has_its_room_before_it_is_loaded(report: Path, browser: B
             page.run(_OPEN_ALL)
             heights = "[...document.images].map((one) => one.getBoundingClientRect().height)"
             before = page.run(heights)
-            page.run("document.querySelectorAll('img').forEach((one) => { one.loading = 'eager'; })")
+            page.run(
+                "document.querySelectorAll('img').forEach((one) => { one.loading = 'eager'; })"
+            )
             page.wait("[...document.images].every((one) => one.complete && one.naturalWidth > 0)")
             assert page.run(heights) == pytest.approx(before, abs=2)
             assert min(before) > 100
@@ -153,7 +174,10 @@ def test_a_heading_sorts_by_keyboard_and_says_so(report: Path, browser: Browser)
         rates = [float(text) for text in _cells(page, index)]
         assert rates == sorted(rates)
         assert page.run(f"{head}.getAttribute('aria-sort')") == "ascending"
-        assert page.run("document.getElementById('said').textContent") == "Sorted by learning rate, ascending"
+        assert (
+            page.run("document.getElementById('said').textContent")
+            == "Sorted by learning rate, ascending"
+        )
         page.press(" ")
         assert [float(text) for text in _cells(page, index)] == sorted(rates, reverse=True)
         page.press("Enter")
@@ -189,7 +213,9 @@ def test_words_columns_and_status_filter(report: Path, browser: Browser) -> None
 
 
 def test_a_command_is_copied(report: Path, browser: Browser) -> None:
-    browser.call("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
+    browser.call(
+        "Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"]
+    )
     with browser.page(report.as_uri()) as page:
         page.call("Emulation.setFocusEmulationEnabled", enabled=True)
         page.run("document.querySelector('#answer .copy').focus()")
@@ -205,7 +231,9 @@ def test_without_scripts_all_is_there_and_no_dead_control(report: Path, browser:
         document = page.call("DOM.getDocument")["root"]["nodeId"]
 
         def count(selector: str) -> int:
-            return len(page.call("DOM.querySelectorAll", nodeId=document, selector=selector)["nodeIds"])
+            return len(
+                page.call("DOM.querySelectorAll", nodeId=document, selector=selector)["nodeIds"]
+            )
 
         def drawn(selector: str) -> bool:
             node = page.call("DOM.querySelector", nodeId=document, selector=selector)["nodeId"]
@@ -228,7 +256,10 @@ def test_the_table_of_trials_needs_no_scrolling_to_the_side(
     pages: dict[str, Path], browser: Browser, kind: str
 ) -> None:
     with browser.page(pages[kind].as_uri()) as page:
-        page.run("document.querySelectorAll('#trial-table details').forEach((one) => { one.open = true; })")
+        page.run(
+            "document.querySelectorAll('#trial-table details').forEach((one) => "
+            "{ one.open = true; })"
+        )
         box = "document.getElementById('trial-table-scroll')"
         assert page.run(f"{box}.scrollWidth <= {box}.clientWidth")
 
@@ -240,7 +271,9 @@ def test_a_link_opens_the_folded_section_it_leads_to(report: Path, browser: Brow
         for target in ("configurations", "figure-cost"):
             page.run(f"document.querySelector('.contents a[href=\"#{target}\"]').click()")
             assert page.run(f"document.getElementById('{target}').checkVisibility()")
-            page.wait(f"Math.abs(document.getElementById('{target}').getBoundingClientRect().top) < innerHeight / 2")
+            page.wait(
+                f"Math.abs(document.getElementById('{target}').getBoundingClientRect().top) < innerHeight / 2"  # noqa: E501
+            )
         opened = page.run("[...document.querySelectorAll('.fold[open]')].map((one) => one.id)")
         assert opened == ["configurations-fold", "more-figures-fold"]
         page.goto(report.as_uri() + "#provenance")
@@ -254,7 +287,11 @@ def test_figures_say_what_is_pointed_at(report: Path, browser: Browser) -> None:
                 image = f"document.querySelector('figure[aria-labelledby=figure-{name}] img')"
                 page.run(f"{image}.scrollIntoView({{block: 'center'}})")
                 told = json.loads(page.run(f"{image}.closest('figure').dataset.tells"))
-                trace = next(one for one in told["traces"] if told["texts"][one[0]].startswith("trial 4: rank 8,"))
+                trace = next(
+                    one
+                    for one in told["traces"]
+                    if told["texts"][one[0]].startswith("trial 4: rank 8,")
+                )
                 x, y = trace[-4:-2] if width == 1280 else trace[-2:]
                 page.point_at(image, x, y)
                 assert page.run(_TOLD) == [told["texts"][trace[0]], told["texts"][trace[-5]]]
@@ -265,20 +302,33 @@ def test_figures_say_what_is_pointed_at(report: Path, browser: Browser) -> None:
                 assert page.run(_TOLD) is None, "nothing is near the corner"
 
 
-def test_the_arrows_go_from_one_place_of_a_figure_to_the_next(report: Path, browser: Browser) -> None:
+def test_the_arrows_go_from_one_place_of_a_figure_to_the_next(
+    report: Path, browser: Browser
+) -> None:
     with browser.page(report.as_uri()) as page:
-        page.run("document.querySelector('figure[aria-labelledby=figure-learning_curves] img').focus()")
+        page.run(
+            "document.querySelector('figure[aria-labelledby=figure-learning_curves] img').focus()"
+        )
         page.call("Input.dispatchKeyEvent", type="keyDown", key="ArrowRight")
         first = page.run(_TOLD)
         page.call("Input.dispatchKeyEvent", type="keyDown", key="ArrowRight")
-        assert (first[0], first[1][:7], page.run(_TOLD)[1][:8]) == (page.run(_TOLD)[0], "step 0:", "step 10:")
+        assert (first[0], first[1][:7], page.run(_TOLD)[1][:8]) == (
+            page.run(_TOLD)[0],
+            "step 0:",
+            "step 10:",
+        )
         assert page.run("document.getElementById('said').textContent") == ", ".join(page.run(_TOLD))
         page.press("Escape")
         assert page.run(_TOLD) is None
 
 
-def test_a_hostile_setting_is_only_text_to_a_pointer(browser: Browser, proxy: Proxy, tmp_path: Path) -> None:
-    trials = [Trial(i, 0, params(8, 1e-3, targets=[name]), 0.5 + i / 10) for i, name in enumerate(("mlp", HOSTILE))]
+def test_a_hostile_setting_is_only_text_to_a_pointer(
+    browser: Browser, proxy: Proxy, tmp_path: Path
+) -> None:
+    trials = [
+        Trial(i, 0, params(8, 1e-3, targets=[name]), 0.5 + i / 10)
+        for i, name in enumerate(("mlp", HOSTILE))
+    ]
     path = write_report(write_sweep(tmp_path, Sweep(trials, seeds=[0]))).path
     before = len(proxy.from_pages)
     with browser.page(path.as_uri()) as page:
@@ -296,7 +346,9 @@ def test_the_first_tab_leads_past_the_contents(report: Path, browser: Browser) -
     with browser.page(report.as_uri()) as page:
         page.press("Tab")
         assert page.run("document.activeElement.textContent") == "Skip to the answer"
-        assert page.run("document.activeElement.getBoundingClientRect().top") >= 0, "it comes into view"
+        assert page.run("document.activeElement.getBoundingClientRect().top") >= 0, (
+            "it comes into view"
+        )
         assert page.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
         page.press("Enter", "Tab")
         assert page.run("document.activeElement.closest('main') !== null")
@@ -306,8 +358,13 @@ def test_on_paper_every_row_is_there_and_no_control(report: Path, browser: Brows
     with browser.page(report.as_uri(), dark=True) as page:
         page.call("Emulation.setEmulatedMedia", media="print")
         hidden = "getComputedStyle(document.querySelector('{}')).display === 'none'"
-        assert all(page.run(hidden.format(one)) for one in (".contents", ".tools", ".copy", ".skip"))
-        assert page.run("getComputedStyle(document.getElementById('trial-table-scroll')).maxHeight") == "none"
+        assert all(
+            page.run(hidden.format(one)) for one in (".contents", ".tools", ".copy", ".skip")
+        )
+        assert (
+            page.run("getComputedStyle(document.getElementById('trial-table-scroll')).maxHeight")
+            == "none"
+        )
         assert page.run("getComputedStyle(document.body).color") == "rgb(0, 0, 0)"
         page.run("dispatchEvent(new Event('beforeprint'))")
         assert page.run("document.querySelectorAll('details:not([open])').length") == 0
@@ -329,11 +386,21 @@ def test_a_live_page_comes_back_to_where_its_reader_was(
         page.run("document.getElementById('pause').click()")
         assert page.run("document.getElementById('pause').getAttribute('aria-pressed')") == "true"
         _filtered(page, "", "COMPLETE")
-        page.run(f"{TRIALS}.tHead.rows[0].cells[{_column(page, 'learning rate')}].querySelector('button').click()")
+        page.run(
+            f"{TRIALS}.tHead.rows[0].cells[{_column(page, 'learning rate')}].querySelector('button').click()"  # noqa: E501
+        )
         page.run("document.getElementById('trials').scrollIntoView()")
-        page.run("document.querySelectorAll('#more-problems, #problems-fold').forEach((one) => { one.open = true; })")
-        page.run(f"{TRIALS}.tHead.rows[0].cells[0].querySelector('button').focus({{preventScroll: true}})")
-        seen = f"[{_PLACE}, document.activeElement.textContent, document.getElementById('more-problems').open]"
+        page.run(
+            "document.querySelectorAll('#more-problems, #problems-fold').forEach((one) => "
+            "{ one.open = true; })"
+        )
+        page.run(
+            f"{TRIALS}.tHead.rows[0].cells[0].querySelector('button').focus({{preventScroll: true}})"  # noqa: E501
+        )
+        seen = (
+            f"[{_PLACE}, document.activeElement.textContent, "
+            "document.getElementById('more-problems').open]"
+        )
         was = [_cells(page, 0, shown=True), page.run(seen)]
         path.write_text(text.replace("</title>", ", again</title>"))
         page.run("document.getElementById('pause').click()")
@@ -354,7 +421,9 @@ def test_a_page_of_what_has_ended_does_not_load_itself_again(report: Path) -> No
 
 @pytest.mark.parametrize(("width", "dark"), SIZES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_axe_finds_nothing(pages: dict[str, Path], browser: Browser, kind: str, width: int, dark: bool) -> None:
+def test_axe_finds_nothing(
+    pages: dict[str, Path], browser: Browser, kind: str, width: int, dark: bool
+) -> None:
     with browser.page(pages[kind].as_uri(), width=width, dark=dark) as page:
         page.run(_OPEN_ALL)
         assert violations(page) == []
@@ -362,26 +431,39 @@ def test_axe_finds_nothing(pages: dict[str, Path], browser: Browser, kind: str, 
 
 def test_axe_would_have_found_something(browser: Browser, tmp_path: Path) -> None:
     path = tmp_path / "bad.html"
-    path.write_text("<!doctype html><title>bad</title><img src='data:,'><p style='color: #ccc'>faint</p>")
+    path.write_text(
+        "<!doctype html><title>bad</title><img src='data:,'><p style='color: #ccc'>faint</p>"
+    )
     with browser.page(path.as_uri()) as page:
-        assert {found.split(":")[0] for found in violations(page)} >= {"image-alt", "color-contrast", "html-has-lang"}
+        assert {found.split(":")[0] for found in violations(page)} >= {
+            "image-alt",
+            "color-contrast",
+            "html-has-lang",
+        }
 
 
 # What a figure says just now: of what, and what; null where it says nothing.
 _TOLD = """(tip => tip && !tip.hidden ? [tip.children[0].textContent, tip.children[1].textContent] : null)(
-    document.querySelector('.tip'))"""
+    document.querySelector('.tip'))"""  # noqa: E501
 
 
 def _column(page: Page, title: str) -> int:
-    found = page.run(f"[...{TRIALS}.tHead.rows[0].cells].findIndex((one) => one.textContent === {json.dumps(title)})")
+    found = page.run(
+        f"[...{TRIALS}.tHead.rows[0].cells].findIndex((one) => one.textContent === "
+        f"{json.dumps(title)})"
+    )
     assert found >= 0
     return int(found)
 
 
 def _cells(page: Page, column: int, *, shown: bool = False) -> list[str]:
-    """A column's texts, without what only a screen reader sees; `shown`: of the rows that are not filtered out."""
+    """A column's texts, without what only a screen reader sees; `shown`: of the rows that are not
+    filtered out.
+    """
     rows = f"[...{TRIALS}.tBodies[0].rows].filter((row) => !{json.dumps(shown)} || !row.hidden)"
-    found: list[str] = page.run(f"{rows}.map((row) => row.cells[{column}].firstChild.textContent.trim())")
+    found: list[str] = page.run(
+        f"{rows}.map((row) => row.cells[{column}].firstChild.textContent.trim())"
+    )
     return found
 
 
@@ -389,5 +471,8 @@ def _filtered(page: Page, text: str, status: str = "") -> str:
     """What the count says once this is typed and chosen."""
     for name, value, event in (("text", text, "input"), ("status", status, "change")):
         field = f"document.getElementById('trial-table-{name}')"
-        page.run(f"{field}.value = {json.dumps(value)}; {field}.dispatchEvent(new Event('{event}', {{bubbles: true}}))")
+        page.run(
+            f"{field}.value = {json.dumps(value)}; {field}.dispatchEvent(new "
+            f"Event('{event}', {{bubbles: true}}))"
+        )
     return str(page.run("document.querySelector('.tools output').textContent"))

@@ -9,22 +9,28 @@ import pandas as pd
 import pytest
 
 from harness import report
-from harness.errors import UserError
-from harness.paths import PROJECT
+from harness.core.errors import UserError
+from harness.core.paths import PROJECT
 from tests.unit.analysis.synthetic import Trial, example, params, write_run, write_sweep
 
 
-def test_a_sweep_gets_its_report_and_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_gets_its_report_and_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_sweep(tmp_path, example())
     assert report.main([str(path)]) == 0
     answer, where = capsys.readouterr().out.splitlines()
-    assert answer.startswith("Of 4 configurations, rank 8, alpha 32, learning rate 1e-3, target modules all-linear won")
+    assert answer.startswith(
+        "Of 4 configurations, rank 8, alpha 32, learning rate 1e-3, target modules all-linear won"
+    )
     assert where == f"report: {path / 'report' / 'index.html'}"
     assert (path / "report" / "report.md").is_file()
     assert len(pd.read_parquet(path / "results.parquet")) == 12
 
 
-def test_a_run_gets_its_report_where_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_gets_its_report_where_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9))
     assert report.main([str(path), "--output", str(tmp_path / "elsewhere")]) == 0
     assert "held-out accuracy 0.900" in capsys.readouterr().out
@@ -49,7 +55,9 @@ def test_the_tables_of_a_report_make_it_again_where_they_lie(
 
 
 @pytest.mark.slow
-def test_several_are_compared_on_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_are_compared_on_one_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     first = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9), "first")
     second = write_run(tmp_path, Trial(0, 0, params(1, 1e-3), 0.8), "second")
     assert report.main(["--compare", str(first), str(second)]) == 0
@@ -62,7 +70,9 @@ def test_several_are_compared_on_one_page(tmp_path: Path, capsys: pytest.Capture
 
 
 @pytest.mark.slow
-def test_watching_a_run_that_has_ended_writes_it_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_watching_a_run_that_has_ended_writes_it_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9))
     assert report.main([str(path), "--watch"]) == 0
     assert (path / "report" / "index.html").is_file()
@@ -70,7 +80,9 @@ def test_watching_a_run_that_has_ended_writes_it_once(tmp_path: Path, capsys: py
         report.main([str(path), "--watch", "0"])
 
 
-def test_a_mistyped_directory_names_the_ones_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistyped_directory_names_the_ones_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_run(tmp_path / "runs", Trial(0, 0, params(8, 1e-3), 0.9), name="quickstart")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
@@ -85,7 +97,11 @@ def test_a_mistyped_directory_names_the_ones_there_are(tmp_path: Path, monkeypat
 def test_bad_input_exits_2_without_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "harness.report", "nowhere"]
     done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(PROJECT)}, capture_output=True, text=True
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: not a run or sweep: there is no manifest.json")
@@ -99,6 +115,10 @@ def test_no_deep_learning_stack_is_loaded(tmp_path: Path) -> None:
         "print(sorted({'torch', 'vllm', 'ray', 'transformers', 'peft'} & set(sys.modules)))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(path)], cwd=PROJECT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, str(path)],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.splitlines()[-1] == "[]"

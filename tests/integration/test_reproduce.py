@@ -1,4 +1,6 @@
-"""`harness.reproduce` on real runs: identical where it must be, and what was tampered with is named where it was."""
+"""`harness.reproduce` on real runs: identical where it must be, and what was tampered with is named
+where it was.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from harness import recipe as recipes
 from harness import reproduce, run
-from harness.errors import UserError
-from harness.paths import PROJECT
-from harness.rundir import RunDir, Status, write_json
-from harness.schema import Recipe
+from harness.config import recipe as recipes
+from harness.config.schema import Recipe
+from harness.core.errors import UserError
+from harness.core.paths import PROJECT
+from harness.records.run_dir import RunDir, Status, write_json
 from rltrain import trainer
 from tests.integration.training import MakeRecipe, MakeRun, rows
 
@@ -32,7 +34,11 @@ Capture = pytest.CaptureFixture[str]
 LEARNS = "trainer.policy.optimizer_config.lr=3e-3"
 PPO = ["trainer.algorithm.advantage_estimator=gae", "trainer.critic.optimizer_config.lr=1e-3"]
 FULL = ["trainer.policy.model.lora.rank=0", "trainer.policy.model.lora.sync=merge"]
-RANKS = ["generator.backend=vllm", "trainer.placement.policy_num_gpus_per_node=2", "generator.num_inference_engines=2"]
+RANKS = [
+    "generator.backend=vllm",
+    "trainer.placement.policy_num_gpus_per_node=2",
+    "generator.num_inference_engines=2",
+]
 
 
 @pytest.fixture
@@ -72,7 +78,9 @@ def tree(folder: Path) -> dict[str, bytes]:
     [[], pytest.param(PPO, marks=pytest.mark.slow), pytest.param(FULL, marks=pytest.mark.slow)],
     ids=["GRPO", "PPO", "full fine-tuning"],
 )
-def test_a_run_is_reproduced_to_the_bit(train: Callable[..., RunDir], capsys: Capture, overrides: list[str]) -> None:
+def test_a_run_is_reproduced_to_the_bit(
+    train: Callable[..., RunDir], capsys: Capture, overrides: list[str]
+) -> None:
     run_dir = train(*overrides)
     before = tree(run_dir.path)
     assert reproduced(run_dir) == 0
@@ -91,10 +99,22 @@ def test_a_run_is_reproduced_to_the_bit(train: Callable[..., RunDir], capsys: Ca
 
 def test_the_environments_threads_are_not_the_runs(train: Callable[..., RunDir]) -> None:
     run_dir = train()
-    command = [sys.executable, "-m", "harness.reproduce", str(run_dir.path), "--output", str(again(run_dir).path)]
+    command = [
+        sys.executable,
+        "-m",
+        "harness.reproduce",
+        str(run_dir.path),
+        "--output",
+        str(again(run_dir).path),
+    ]
     threads = {"OMP_NUM_THREADS": "3", "MKL_NUM_THREADS": "3", "OPENBLAS_NUM_THREADS": "3"}
     done = subprocess.run(
-        command, cwd=PROJECT, env={**os.environ, **threads}, capture_output=True, text=True, timeout=280
+        command,
+        cwd=PROJECT,
+        env={**os.environ, **threads},
+        capture_output=True,
+        text=True,
+        timeout=280,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "\nidentical: " in done.stdout
@@ -115,7 +135,9 @@ def test_a_run_that_was_killed_and_resumed_is_reproduced(
     assert entry["command"]
 
 
-def test_a_run_that_did_not_end_is_compared_as_far_as_it_got(train: Callable[..., RunDir], capsys: Capture) -> None:
+def test_a_run_that_did_not_end_is_compared_as_far_as_it_got(
+    train: Callable[..., RunDir], capsys: Capture
+) -> None:
     run_dir = train(reports=4)
     # Killed before it logged step 4, whose evaluation it had written down.
     run_dir.eval_samples(4).write_bytes(run_dir.eval_samples(2).read_bytes())
@@ -128,19 +150,29 @@ def test_a_run_that_did_not_end_is_compared_as_far_as_it_got(train: Callable[...
     assert [row["step"] for row in rows(again(run_dir))] == [0, 1, 2, 3]
 
 
-def test_a_run_from_anothers_checkpoint_is_reproduced(train: Callable[..., RunDir], capsys: Capture) -> None:
+def test_a_run_from_anothers_checkpoint_is_reproduced(
+    train: Callable[..., RunDir], capsys: Capture
+) -> None:
     first = train("trainer.max_steps=2", name="first")
     run_dir = train(f"trainer.resume_mode={first.checkpoints / 'step_000002'}")
     assert reproduced(run_dir) == 0
     assert "identical: 2 rows of metrics" in capsys.readouterr().out
 
 
-def test_a_metric_that_was_tampered_with_is_named(train: Callable[..., RunDir], capsys: Capture) -> None:
+def test_a_metric_that_was_tampered_with_is_named(
+    train: Callable[..., RunDir], capsys: Capture
+) -> None:
     run_dir = train()
     lines = run_dir.metrics.read_text().splitlines(keepends=True)
     row = json.loads(lines[3])
     run_dir.metrics.write_text(
-        "".join([*lines[:3], json.dumps(row | {"kl": 0.5, "reward": row["reward"] + 0.25}) + "\n", *lines[4:]])
+        "".join(
+            [
+                *lines[:3],
+                json.dumps(row | {"kl": 0.5, "reward": row["reward"] + 0.25}) + "\n",
+                *lines[4:],
+            ]
+        )
     )
     assert reproduced(run_dir) == 1
     out = capsys.readouterr().out.splitlines()
@@ -152,7 +184,9 @@ def test_a_metric_that_was_tampered_with_is_named(train: Callable[..., RunDir], 
 
 def test_it_may_stop_where_it_departs(train: Callable[..., RunDir], capsys: Capture) -> None:
     run_dir = train()
-    run_dir.recipe.write_text(recipes.to_yaml(recipes.with_values(recipes.read(run_dir.recipe), {"seed": 1})))
+    run_dir.recipe.write_text(
+        recipes.to_yaml(recipes.with_values(recipes.read(run_dir.recipe), {"seed": 1}))
+    )
     assert reproduced(run_dir, "--stop-at-departure") == 1
     said = capsys.readouterr().out
     assert "differs: recipe: " in said
@@ -161,7 +195,9 @@ def test_it_may_stop_where_it_departs(train: Callable[..., RunDir], capsys: Capt
     assert again(run_dir).read_manifest()["reproduces"]["verdict"].startswith("departs at step 0: ")
 
 
-def test_an_adapter_that_was_tampered_with_is_named(train: Callable[..., RunDir], capsys: Capture) -> None:
+def test_an_adapter_that_was_tampered_with_is_named(
+    train: Callable[..., RunDir], capsys: Capture
+) -> None:
     run_dir = train()
     file = run_dir.adapter / "final" / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -179,7 +215,9 @@ def test_within_a_tolerance_it_is_equal(train: Callable[..., RunDir], capsys: Ca
     lines = run_dir.metrics.read_text().splitlines(keepends=True)
     row = json.loads(lines[2])
     run_dir.metrics.write_text(
-        "".join([*lines[:2], json.dumps(row | {"entropy": row["entropy"] + 1e-7}) + "\n", *lines[3:]])
+        "".join(
+            [*lines[:2], json.dumps(row | {"entropy": row["entropy"] + 1e-7}) + "\n", *lines[3:]]
+        )
     )
     assert reproduced(run_dir, "--tolerance", "1e-6") == 0
     last = capsys.readouterr().out.splitlines()[-1]
@@ -209,14 +247,22 @@ def test_other_data_and_packages_are_named_before_it_departs(
     ("calls", "error", "said"),
     [
         (4, LookupError("no such word"), "failed after step 3 of 4: LookupError: no such word"),
-        (0, OSError(28, "No space left on device"), "failed before its first step: OSError: [Errno 28] No space left"),
+        (
+            0,
+            OSError(28, "No space left on device"),
+            "failed before its first step: OSError: [Errno 28] No space left",
+        ),
         (4, UserError("the disk is gone"), "failed after step 3 of 4: the disk is gone"),
     ],
 )
 def test_a_repetition_that_fails_says_where_and_why(
-    train: Callable[..., RunDir], capsys: Capture, monkeypatch: pytest.MonkeyPatch, calls: int, error: Exception,
+    train: Callable[..., RunDir],
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+    calls: int,
+    error: Exception,
     said: str,
-) -> None:  # fmt: skip
+) -> None:
     run_dir, log, seen = train(), trainer.log, [0]
 
     def failing(*arguments: Any) -> Any:
@@ -234,7 +280,10 @@ def test_a_repetition_that_fails_says_where_and_why(
     record = again(run_dir).read_manifest()
     # A full disk is the machine's failure: the repetition could go on.
     status = "RUNNING" if isinstance(error, OSError) else "FAILED"
-    assert (record["status"], record["reproduces"]["verdict"]) == (status, told.out.splitlines()[-1].split("  ")[0])
+    assert (record["status"], record["reproduces"]["verdict"]) == (
+        status,
+        told.out.splitlines()[-1].split("  ")[0],
+    )
     assert "raise error" in again(run_dir).log.read_text()
     assert len(rows(again(run_dir))) == calls
 
@@ -257,11 +306,19 @@ def test_a_new_run_with_the_recipe_of_a_run(
     run_dir = train("seed=5")
     root = f"trainer.ckpt_path={tmp_path / 'runs'}"
     assert run.main(["--from", str(run_dir.path), root]) == 0
-    assert run.main(["--from", str(run_dir.path), root, "trainer.run_name=other", "trainer.max_steps=2"]) == 0
+    assert (
+        run.main(
+            ["--from", str(run_dir.path), root, "trainer.run_name=other", "trainer.max_steps=2"]
+        )
+        == 0
+    )
     same, other = sorted((tmp_path / "runs").iterdir(), key=lambda folder: folder.name == "other")
     assert same.name.startswith("run-")
     assert rows(RunDir(same)) == rows(run_dir)
-    assert RunDir(same).read_manifest()["recipe"]["digest"] == run_dir.read_manifest()["recipe"]["digest"]
+    assert (
+        RunDir(same).read_manifest()["recipe"]["digest"]
+        == run_dir.read_manifest()["recipe"]["digest"]
+    )
     record = RunDir(other).read_manifest()
     assert record["recipe"]["source"] == str(run_dir.recipe)
     assert record["recipe"]["overrides"][-1] == "trainer.max_steps=2"
@@ -271,11 +328,18 @@ def test_a_new_run_with_the_recipe_of_a_run(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides", [["generator.backend=vllm"], RANKS], ids=["vLLM", "two ranks with vLLM"])
-def test_a_vllm_run_is_reproduced(train: Callable[..., RunDir], capsys: Capture, overrides: list[str]) -> None:
+@pytest.mark.parametrize(
+    "overrides", [["generator.backend=vllm"], RANKS], ids=["vLLM", "two ranks with vLLM"]
+)
+def test_a_vllm_run_is_reproduced(
+    train: Callable[..., RunDir], capsys: Capture, overrides: list[str]
+) -> None:
     run_dir = train(*overrides, "trainer.max_steps=2")
     assert reproduced(run_dir) == 0
-    assert "identical: 3 rows of metrics, 24 completions, weights best and final" in capsys.readouterr().out
+    assert (
+        "identical: 3 rows of metrics, 24 completions, weights best and final"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.slow
@@ -283,26 +347,51 @@ def test_a_vllm_run_is_reproduced(train: Callable[..., RunDir], capsys: Capture,
 def test_a_sweep_repeats_itself_and_its_trials_are_reproduced_outside_ray(
     small_data: list[str], tmp_path: Path, capsys: Capture
 ) -> None:
-    # One trial that completes and one that is pruned at step 2, of two ranks that the engine pads alike.
-    space = "sweep.space={trainer.policy.model.lora.rank:{choices:[2,4]},trainer.max_steps:{choices:[2,4]}}"
+    # One trial that completes and one that is pruned at step 2, of two ranks that the engine pads
+    # alike.
+    space = "sweep.space={trainer.policy.model.lora.rank:{choices:[2,4]},trainer.max_steps:{choices:[2,4]}}"  # noqa: E501
     overrides = [
-        *small_data, LEARNS, f"trainer.ckpt_path={tmp_path}", space, "sweep.first_trials=[]", "sweep.num_trials=4",
-        "sweep.max_concurrent=1", "sweep.seeds=[0]", "sweep.sampler=grid",
-        "sweep.pruner=null", "sweep.pruner={name:threshold,lower:2.0}",
-        "sweep.space.trainer.policy.model.lora.alpha=null", "sweep.space.trainer.policy.optimizer_config.lr=null",
-    ]  # fmt: skip
+        *small_data,
+        LEARNS,
+        f"trainer.ckpt_path={tmp_path}",
+        space,
+        "sweep.first_trials=[]",
+        "sweep.num_trials=4",
+        "sweep.max_concurrent=1",
+        "sweep.seeds=[0]",
+        "sweep.sampler=grid",
+        "sweep.pruner=null",
+        "sweep.pruner={name:threshold,lower:2.0}",
+        "sweep.space.trainer.policy.model.lora.alpha=null",
+        "sweep.space.trainer.policy.optimizer_config.lr=null",
+    ]
     for name in ("one", "two"):
-        command = [sys.executable, "-m", "harness.sweep", "quickstart", *overrides, f"trainer.run_name={name}"]
+        command = [
+            sys.executable,
+            "-m",
+            "harness.sweep",
+            "quickstart",
+            *overrides,
+            f"trainer.run_name={name}",
+        ]
         done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=280)
         assert done.returncode == 0, done.stdout + done.stderr
-    one, two = ([RunDir(trial) for trial in sorted((tmp_path / name / "trials").iterdir())] for name in ("one", "two"))
+    one, two = (
+        [RunDir(trial) for trial in sorted((tmp_path / name / "trials").iterdir())]
+        for name in ("one", "two")
+    )
     statuses = [trial.status for trial in one]
     assert {Status.COMPLETE, Status.PRUNED} == set(statuses)
-    assert [trial.read_manifest()["trial"] for trial in one] == [trial.read_manifest()["trial"] for trial in two]
+    assert [trial.read_manifest()["trial"] for trial in one] == [
+        trial.read_manifest()["trial"] for trial in two
+    ]
     assert [rows(trial) for trial in one] == [rows(trial) for trial in two]
     for status in (Status.COMPLETE, Status.PRUNED):
         trial = one[statuses.index(status)]
-        assert reproduce.main([str(trial.path), "--output", str(tmp_path / f"again-{status.value}")]) == 0
+        assert (
+            reproduce.main([str(trial.path), "--output", str(tmp_path / f"again-{status.value}")])
+            == 0
+        )
         assert "identical: " in capsys.readouterr().out
     with pytest.raises(UserError, match="name a trial"):
         reproduce.main([str(tmp_path / "one")])

@@ -11,17 +11,24 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from harness import manifest, run
-from harness import recipe as recipes
-from harness.errors import UserError
-from harness.locks import held
-from harness.paths import PROJECT
-from harness.rundir import RunDir, Status
+from harness import run
+from harness.config import recipe as recipes
+from harness.core.errors import UserError
+from harness.core.locks import held
+from harness.core.paths import PROJECT
+from harness.records import manifest
+from harness.records.run_dir import RunDir, Status
 from tests.recipes import quickstart
 
-TINY = ["generator.backend=transformers", "trainer.max_steps=1", "trainer.train_batch_size=2",
-        "trainer.policy_mini_batch_size=2", "generator.n_samples_per_prompt=2", "trainer.eval_before_train=false",
-        "generator.eval_sampling_params.max_generate_length=2"]  # fmt: skip
+TINY = [
+    "generator.backend=transformers",
+    "trainer.max_steps=1",
+    "trainer.train_batch_size=2",
+    "trainer.policy_mini_batch_size=2",
+    "generator.n_samples_per_prompt=2",
+    "trainer.eval_before_train=false",
+    "generator.eval_sampling_params.max_generate_length=2",
+]
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -43,12 +50,20 @@ def test_a_finished_run_is_not_overwritten(tiny_model_dir: Path, tmp_path: Path)
 
 
 def test_a_launch_that_is_refused_leaves_nothing(tiny_model_dir: Path, tmp_path: Path) -> None:
-    model = Path(shutil.copytree(tiny_model_dir, tmp_path / "model", ignore=shutil.ignore_patterns("data")))
+    model = Path(
+        shutil.copytree(tiny_model_dir, tmp_path / "model", ignore=shutil.ignore_patterns("data"))
+    )
     weights = load_file(model / "model.safetensors")
     weights["model.norm.weight"][0] = math.nan
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    arguments = ["quickstart", *TINY, "trainer.logger=[console,tensorboard]", f"trainer.policy.model.path={model}",
-                 f"trainer.ckpt_path={tmp_path}", "trainer.run_name=run"]  # fmt: skip
+    arguments = [
+        "quickstart",
+        *TINY,
+        "trainer.logger=[console,tensorboard]",
+        f"trainer.policy.model.path={model}",
+        f"trainer.ckpt_path={tmp_path}",
+        "trainer.run_name=run",
+    ]
     with pytest.raises(UserError, match="NaN or infinite"):  # found when the directory is there
         run.main(arguments)
     assert not (tmp_path / "run").exists()
@@ -71,8 +86,15 @@ def test_a_run_goes_on_in_other_places(tiny_model_dir: Path, tmp_path: Path) -> 
     recipe = quickstart([*TINY, "trainer.num_threads=1"])
     recipe.sweep = None
     run_dir = RunDir(tmp_path / "run")
-    run_dir.create(recipes.to_yaml(recipe), manifest.build(recipe, kind="run", name="run", source="quickstart"))
-    done = _run("--resume", str(run_dir.path), "trainer.micro_train_batch_size_per_gpu=1", "trainer.logger=tensorboard")
+    run_dir.create(
+        recipes.to_yaml(recipe), manifest.build(recipe, kind="run", name="run", source="quickstart")
+    )
+    done = _run(
+        "--resume",
+        str(run_dir.path),
+        "trainer.micro_train_batch_size_per_gpu=1",
+        "trainer.logger=tensorboard",
+    )
     assert done.returncode == 0, done.stderr
     assert run_dir.status is Status.COMPLETE
     assert list((run_dir.path / "tensorboard").iterdir())

@@ -11,25 +11,40 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from harness.metrics import MetricsFile
-from harness.paths import PROJECT
-from harness.rundir import RunDir
+from harness.core.paths import PROJECT
+from harness.records.metrics_file import MetricsFile
+from harness.records.run_dir import RunDir
 from tests.integration.conftest import heed_interrupts
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("sent", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)], ids=["INT", "KILL"]
+    ("sent", "status"),
+    [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)],
+    ids=["INT", "KILL"],
 )
 def test_a_stopped_run_goes_on_by_its_directory(
     small_data: list[str], tmp_path: Path, sent: signal.Signals, status: int
 ) -> None:
     source = Path(small_data[0].removeprefix("data.train_data=[").removesuffix("]"))
     own = [f"data.train_data=[{shutil.copy(source, tmp_path)}]", *small_data[1:]]
-    start = [sys.executable, "-m", "harness.run", "recipes/quickstart.yaml", *own, "trainer.max_steps=30",
-             f"trainer.ckpt_path={tmp_path}", "trainer.run_name=run"]  # fmt: skip
+    start = [
+        sys.executable,
+        "-m",
+        "harness.run",
+        "recipes/quickstart.yaml",
+        *own,
+        "trainer.max_steps=30",
+        f"trainer.ckpt_path={tmp_path}",
+        "trainer.run_name=run",
+    ]
     process = subprocess.Popen(
-        start, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+        start,
+        cwd=PROJECT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,
     )
     assert process.stdout is not None
     assert any(line.startswith("step  5/30") for line in process.stdout)

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import pytest
 
-from harness import recipe as recipes
-from harness import sinks
-from harness.errors import UserError
-from harness.logfiles import event_records, event_steps, wandb_records, wandb_steps
-from harness.metrics import MetricsFile
-from harness.paths import PROJECT
-from harness.rundir import RunDir, Status
+from harness.config import recipe as recipes
+from harness.core.errors import UserError
+from harness.core.paths import PROJECT
+from harness.loggers import sinks
+from harness.loggers.logfiles import event_records, event_steps, wandb_records, wandb_steps
+from harness.records.metrics_file import MetricsFile
+from harness.records.run_dir import RunDir, Status
 from tests.integration.logged import (
     TensorBoardRun,
     WandBRun,
@@ -66,17 +66,33 @@ def test_wandb_holds_config_group_history_table_and_adapter(tmp_path: Path) -> N
     tables = kept.tables()
     assert list(tables) == [0, 4, 8]
     assert tables[4]["columns"] == list(sample())
-    assert [line[tables[4]["columns"].index("completion")] for line in tables[4]["data"]] == ["#### 18", "wrong at 4"]
+    assert [line[tables[4]["columns"].index("completion")] for line in tables[4]["data"]] == [
+        "#### 18",
+        "wrong at 4",
+    ]
     (artifact,) = kept.artifacts("model")
-    assert [entry.path for entry in artifact.manifest.contents] == ["adapter_config.json", "adapter_model.safetensors"]
+    assert [entry.path for entry in artifact.manifest.contents] == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     # The adapter's files are the run's own, and copies of the tables are in the run's folder too.
-    assert all(Path(entry.local_path).parent == run_dir.adapter / "final" for entry in artifact.manifest.contents)
-    copies = [Path(entry.local_path) for table in kept.artifacts("run_table") for entry in table.manifest.contents]
+    assert all(
+        Path(entry.local_path).parent == run_dir.adapter / "final"
+        for entry in artifact.manifest.contents
+    )
+    copies = [
+        Path(entry.local_path)
+        for table in kept.artifacts("run_table")
+        for entry in table.manifest.contents
+    ]
     assert len(copies) == 3
     assert all(copy.is_relative_to(run_dir.path / "wandb") and copy.is_file() for copy in copies)
     assert json.loads(artifact.metadata)["metrics"] == {"eval/accuracy": 0.8}
     assert kept.exit_codes == [0]
-    assert all(file.is_relative_to(run_dir.path / "wandb") and "offline" in str(file) for file in kept.files)
+    assert all(
+        file.is_relative_to(run_dir.path / "wandb") and "offline" in str(file)
+        for file in kept.files
+    )
 
 
 def test_a_run_alone_has_no_group_and_no_adapter_is_no_artifact(tmp_path: Path) -> None:
@@ -89,7 +105,8 @@ def test_a_run_alone_has_no_group_and_no_adapter_is_no_artifact(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("end", "code"), [(Status.FAILED, 1), (Status.PRUNED, 0), (Status.RUNNING, 255), (Status.COMPLETE, 0)]
+    ("end", "code"),
+    [(Status.FAILED, 1), (Status.PRUNED, 0), (Status.RUNNING, 255), (Status.COMPLETE, 0)],
 )
 def test_wandb_says_how_a_run_ended(tmp_path: Path, end: Status, code: int) -> None:
     recipe = recipe_of("wandb")
@@ -99,7 +116,12 @@ def test_wandb_says_how_a_run_ended(tmp_path: Path, end: Status, code: int) -> N
         run_dir.move_to(end)
     kept = WandBRun(run_dir)
     assert kept.exit_codes == [code]
-    updates = [update for summary in kept.all("summary") for update in summary.update if update.key == "status"]
+    updates = [
+        update
+        for summary in kept.all("summary")
+        for update in summary.update
+        if update.key == "status"
+    ]
     assert [json.loads(update.value_json) for update in updates] == [end.value]
 
 
@@ -131,9 +153,9 @@ KILLED = """
 import os, psutil, signal, sys, time
 sys.path.insert(0, {project!r})
 from pathlib import Path
-from harness import recipe as recipes, sinks
-from harness.logfiles import wandb_steps
-from harness.rundir import RunDir
+from harness.config import recipe as recipes; from harness.loggers import sinks
+from harness.loggers.logfiles import wandb_steps
+from harness.records.run_dir import RunDir
 from tests.integration.logged import MetricsFile, row_of, sample, write_samples
 
 run_dir = RunDir(sys.argv[1])
@@ -152,13 +174,18 @@ for process in (*psutil.Process().children(recursive=True), psutil.Process()):
 """
 
 
-def test_what_a_kill_took_from_wandb_and_tensorboard_is_logged_when_the_run_goes_on(tmp_path: Path) -> None:
+def test_what_a_kill_took_from_wandb_and_tensorboard_is_logged_when_the_run_goes_on(
+    tmp_path: Path,
+) -> None:
     recipe = recipe_of("wandb", "tensorboard")
     run_dir = make_run(tmp_path / "run", recipe)
-    killed = subprocess.run([sys.executable, "-c", KILLED.format(project=str(PROJECT)), run_dir.path], check=False)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED.format(project=str(PROJECT)), run_dir.path], check=False
+    )
     assert killed.returncode == -signal.SIGKILL
     assert len(MetricsFile(run_dir.metrics).rows()) == 160
-    # What W&B had on disk is a part, in more than one of its blocks; else this would test less than it says.
+    # What W&B had on disk is a part, in more than one of its blocks; else this would test less than
+    # it says.
     (wandb_file,) = WandBRun(run_dir).files
     wandb_file.write_bytes(wandb_file.read_bytes()[: wandb_file.stat().st_size * 3 // 4])
     assert 50 < len(WandBRun(run_dir).steps) < 160
@@ -180,10 +207,17 @@ def test_steps_on_disk_are_read_up_to_what_a_kill_cut_short(tmp_path: Path) -> N
     (wandb_file,) = WandBRun(run_dir).files
     run_id = wandb_file.stem.removeprefix("run-")
     (event_file,) = (run_dir.path / "tensorboard").iterdir()
-    assert wandb_steps(run_dir.path / "wandb", run_id) == event_steps(run_dir.path / "tensorboard") == set(range(6))
+    assert (
+        wandb_steps(run_dir.path / "wandb", run_id)
+        == event_steps(run_dir.path / "tensorboard")
+        == set(range(6))
+    )
     for file in (wandb_file, event_file):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    for steps in (wandb_steps(run_dir.path / "wandb", run_id), event_steps(run_dir.path / "tensorboard")):
+    for steps in (
+        wandb_steps(run_dir.path / "wandb", run_id),
+        event_steps(run_dir.path / "tensorboard"),
+    ):
         assert steps == set(range(len(steps)))
         assert len(steps) < 6
 
@@ -205,7 +239,9 @@ def test_a_wandb_record_never_begins_in_the_last_bytes_of_a_block() -> None:
     def part(kind: int, data: bytes) -> bytes:
         return struct.pack("<IHB", 0, len(data), kind) + data
 
-    first = b"a" * (32768 - 7 - 7 - 3)  # header of the file, of the record, and three bytes that are left
+    first = b"a" * (
+        32768 - 7 - 7 - 3
+    )  # header of the file, of the record, and three bytes that are left
     split = [part(2, b"bc"), part(3, b"d"), part(4, b"e")]
     content = b":W&B\xe1\xbe\x00" + part(1, first) + bytes(3) + b"".join(split) + part(1, b"f")
     assert list(wandb_records(content)) == [first, b"bcde", b"f"]
@@ -217,7 +253,8 @@ def test_a_step_that_a_kill_left_in_part_is_logged_again_by_tensorboard(tmp_path
     train(run_dir, recipe, range(6), 9)
     (file,) = (run_dir.path / "tensorboard").iterdir()
     content = file.read_bytes()
-    # Two scalars a step, four where there is an evaluation, and the record that begins the file: through 3's reward.
+    # Two scalars a step, four where there is an evaluation, and the record that begins the file:
+    # through 3's reward.
     records = list(event_records(content))[: 1 + 4 + 2 + 2 + 1]
     file.write_bytes(content[: sum(16 + len(record) for record in records)])
     assert TensorBoardRun(run_dir).scalars("reward")[-1][0] == 3
@@ -244,8 +281,8 @@ def test_tensorboard_holds_scalars_and_samples_and_hides_repeated_steps(tmp_path
 
 SOLO = """
 import contextlib, sys
-from harness import recipe as recipes, sinks
-from harness.rundir import RunDir
+from harness.config import recipe as recipes; from harness.loggers import sinks
+from harness.records.run_dir import RunDir
 run_dir = RunDir(sys.argv[1])
 with contextlib.closing(sinks.Sinks(recipes.read(run_dir.recipe), run_dir)) as log:
     log.report(3, {"step": 1, "reward": 0.5, "step_time": 2.0})
@@ -274,8 +311,14 @@ def listener() -> Iterator[tuple[str, list[str]]]:
 
 
 def run_alone(run_dir: RunDir, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", SOLO, run_dir.path], cwd=PROJECT, env=os.environ | environment,
-                          capture_output=True, text=True, check=False)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-c", SOLO, run_dir.path],
+        cwd=PROJECT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 @pytest.mark.claim("W&B is offline unless it is told to be online")
@@ -295,7 +338,9 @@ def test_a_key_in_the_environment_neither_calls_anyone_nor_is_written(tmp_path: 
     assert not [file for file in files if KEY.encode() in file.read_bytes()]
 
 
-def test_wandb_that_cannot_start_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_that_cannot_start_is_a_user_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = recipe_of("wandb")
     run_dir = make_run(tmp_path / "run", recipe)
     monkeypatch.setenv("WANDB_MODE", "ofline")
@@ -315,9 +360,17 @@ def test_online_without_a_key_says_what_to_do_and_asks_nothing(tmp_path: Path) -
 
 def test_importing_and_building_load_only_what_is_asked_for(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "run", recipe_of("console"))
-    code = SOLO + "print({'torch', 'vllm', 'ray', 'pandas', 'wandb', 'tensorboardX', 'pyarrow'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code, run_dir.path], cwd=PROJECT, capture_output=True, text=True,
-                          check=True)  # fmt: skip
+    code = (
+        SOLO + "print({'torch', 'vllm', 'ray', 'pandas', 'wandb', 'tensorboardX', 'pyarrow'} & "
+        "set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, run_dir.path],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout.splitlines()[-1] == "set()"
 
 
@@ -336,7 +389,7 @@ def test_every_sink_is_closed_when_one_fails(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_wandb_inside_a_ray_worker(tmp_path: Path) -> None:
-    from rltrain.cluster import cluster
+    from rltrain.distributed.cluster import cluster
 
     recipe = recipe_of("wandb")
     runs = [make_run(tmp_path / name, recipe) for name in ("one", "other")]

@@ -20,7 +20,7 @@ from analysis.figures import all_figures
 from analysis.figures.theme import Look, render_all
 from analysis.load import Tables
 from analysis.report import DOWNLOADS, FOLDER, REDRAW, lean, read, write
-from harness.paths import PROJECT, RECIPES
+from harness.core.paths import PROJECT, RECIPES
 
 STUDY = PROJECT / "docs" / "study"
 WRITTEN_BY_HAND = {"README.md"}

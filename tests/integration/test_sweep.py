@@ -1,4 +1,6 @@
-"""Whole sweeps on the embedded model: every outcome in one, a kill and a Ctrl-C half way, the best trial run again."""
+"""Whole sweeps on the embedded model: every outcome in one, a kill and a Ctrl-C half way, the best
+trial run again.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,10 @@ import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from harness import metrics
-from harness.metrics import MetricsFile
-from harness.paths import PROJECT
-from harness.rundir import RunDir
+from harness.config import metrics
+from harness.core.paths import PROJECT
+from harness.records.metrics_file import MetricsFile
+from harness.records.run_dir import RunDir
 from tests.integration.conftest import heed_interrupts
 
 pytestmark = pytest.mark.timeout(600)
@@ -33,26 +35,40 @@ pytestmark = pytest.mark.timeout(600)
 RANK, LR = "trainer.policy.model.lora.rank", "trainer.policy.optimizer_config.lr"
 TARGETS = "trainer.target_modules"
 # Takes the recipe's own axes away.
-NOTHING = [f"sweep.space.{key}=null" for key in (RANK, "trainer.policy.model.lora.alpha", LR, TARGETS)]
+NOTHING = [
+    f"sweep.space.{key}=null" for key in (RANK, "trainer.policy.model.lora.alpha", LR, TARGETS)
+]
 NOTHING += ["sweep.first_trials=[]", "sweep.pruner=null"]
 MARK = "NOREGRET_TEST_MARK"
 
 
 class Sweeps:
-    """Starts sweep commands whose every descendant carries a mark, by which those left over are found."""
+    """Starts sweep commands whose every descendant carries a mark, by which those left over are
+    found.
+    """
 
     def __init__(self, root: Path, overrides: list[str]) -> None:
         self.root = root
-        self.overrides = [*overrides, f"trainer.ckpt_path={root}", "sweep.max_concurrent=1", "sweep.seeds=[0]"]
+        self.overrides = [
+            *overrides,
+            f"trainer.ckpt_path={root}",
+            "sweep.max_concurrent=1",
+            "sweep.seeds=[0]",
+        ]
         self.mark = uuid.uuid4().hex
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """A sweep command, running."""
         return subprocess.Popen(
-            [sys.executable, "-m", "harness.sweep", *arguments], cwd=PROJECT, env={**os.environ, MARK: self.mark},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            [sys.executable, "-m", "harness.sweep", *arguments],
+            cwd=PROJECT,
+            env={**os.environ, MARK: self.mark},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
             preexec_fn=heed_interrupts,
-        )  # fmt: skip
+        )
 
     def new(self, name: str, *overrides: str) -> subprocess.Popen[str]:
         """A new sweep of the quickstart recipe, made small."""
@@ -116,11 +132,18 @@ def rows_of(run: RunDir) -> list[dict[str, float]]:
 
 @pytest.mark.slow
 def test_complete_pruned_and_failed_trials(sweeps: Sweeps) -> None:
-    # A grid of 2 x 2: a run of 4 steps is pruned at step 2, where one of 2 has ended; a reward with a bug fails.
+    # A grid of 2 x 2: a run of 4 steps is pruned at step 2, where one of 2 has ended; a reward with
+    # a bug fails.
     good, failing = sweeps.training_files()
-    space = f"sweep.space={{data.train_data:{{choices:[[{good}],[{failing}]]}},trainer.max_steps:{{choices:[2,4]}}}}"
-    process = sweeps.new("all", *NOTHING, space, "sweep.sampler=grid", "sweep.num_trials=4",
-                         "sweep.pruner={name:threshold,lower:2.0}")  # fmt: skip
+    space = f"sweep.space={{data.train_data:{{choices:[[{good}],[{failing}]]}},trainer.max_steps:{{choices:[2,4]}}}}"  # noqa: E501
+    process = sweeps.new(
+        "all",
+        *NOTHING,
+        space,
+        "sweep.sampler=grid",
+        "sweep.num_trials=4",
+        "sweep.pruner={name:threshold,lower:2.0}",
+    )
     said = finished(process)
     sweep = RunDir(sweeps.root / "all")
     assert [m["status"] for m in manifests(sweep)] == ["COMPLETE", "PRUNED", "FAILED", "FAILED"]
@@ -158,9 +181,13 @@ def test_kill_and_interrupt_and_resume(sweeps: Sweeps, interrupted: bool) -> Non
     sweep = RunDir(sweeps.root / "stopped")
     # Long enough that a signal sent at step 2 comes before the end, on a quick machine too.
     first = sweeps.new(
-        "stopped", f"sweep.num_trials={trials}", "sweep.first_trials=[]", "sweep.pack_size=1", "trainer.max_steps=12",
+        "stopped",
+        f"sweep.num_trials={trials}",
+        "sweep.first_trials=[]",
+        "sweep.pack_size=1",
+        "trainer.max_steps=12",
         "trainer.eval_interval=12",
-    )  # fmt: skip
+    )
     wait_until(lambda: steps_of(sweep.trial(1))[-1:] >= [2], first)
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
@@ -187,13 +214,20 @@ def test_kill_and_interrupt_and_resume(sweeps: Sweeps, interrupted: bool) -> Non
     assert sweeps.left_over() == []
 
     # A trial that was killed and resumed is, to the bit, the run that its command makes.
-    again = next(line for line in said.splitlines() if line.startswith("again: ")).removeprefix("again: python")
+    again = next(line for line in said.splitlines() if line.startswith("again: ")).removeprefix(
+        "again: python"
+    )
     best = sweep.read_manifest()["result"]["best"]["trial"]
     place = [f"trainer.ckpt_path={sweeps.root}", "trainer.run_name=again"]
-    run = subprocess.run([sys.executable, *shlex.split(again), *place], cwd=PROJECT, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, *shlex.split(again), *place], cwd=PROJECT, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     alone = RunDir(sweeps.root / "again")
-    assert alone.read_manifest()["recipe"]["digest"] == sweep.trial(best).read_manifest()["recipe"]["digest"]
+    assert (
+        alone.read_manifest()["recipe"]["digest"]
+        == sweep.trial(best).read_manifest()["recipe"]["digest"]
+    )
     assert rows_of(alone) == rows_of(sweep.trial(best))
 
 
@@ -203,8 +237,17 @@ def test_the_best_is_run_again_on_fresh_seeds_through_a_kill(sweeps: Sweeps) -> 
     rates = f"sweep.space.{LR}={{choices:[1e-5,1e-3],low:null,high:null,log:null}}"
     source = Path(sweeps.overrides[0].removeprefix("data.train_data=[").removesuffix("]"))
     sweeps.overrides[0] = f"data.train_data=[{shutil.copy(source, sweeps.root.parent)}]"
-    first = sweeps.new("confirmed", *NOTHING, rates, "sweep.sampler=grid", "sweep.num_trials=2", "trainer.max_steps=16",
-                       "trainer.eval_interval=16", "--confirm", "1")  # fmt: skip
+    first = sweeps.new(
+        "confirmed",
+        *NOTHING,
+        rates,
+        "sweep.sampler=grid",
+        "sweep.num_trials=2",
+        "trainer.max_steps=16",
+        "trainer.eval_interval=16",
+        "--confirm",
+        "1",
+    )
     wait_until(lambda: steps_of(sweep.trial(3))[-1:] >= [3], first)
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
@@ -212,7 +255,12 @@ def test_the_best_is_run_again_on_fresh_seeds_through_a_kill(sweeps: Sweeps) -> 
     assert "4 complete, 0 pruned, 0 failed" in said
     best = sweep.read_manifest()["result"]["best"]
     trials = [m["trial"] for m in manifests(sweep)]
-    assert [(t["seed"], t["confirm"]) for t in trials] == [(0, False), (0, False), (1, True), (2, True)]
+    assert [(t["seed"], t["confirm"]) for t in trials] == [
+        (0, False),
+        (0, False),
+        (1, True),
+        (2, True),
+    ]
     assert {t["configuration"] for t in trials[2:]} == {best["configuration"]}
     assert trials[2]["params"] == trials[3]["params"] == best["params"]
     assert [steps_of(sweep.trial(number)) for number in (2, 3)] == [list(range(17))] * 2
@@ -231,20 +279,35 @@ def test_the_best_is_run_again_on_fresh_seeds_through_a_kill(sweeps: Sweeps) -> 
     # A sweep that is complete is given more to do.
     said = finished(sweeps.start("--resume", str(sweep.path), "--confirm", "2"))
     assert "6 complete, 0 pruned, 0 failed" in said
-    assert [m["trial"]["configuration"] for m in manifests(sweep)[4:]] == [1 - best["configuration"]] * 2
+    assert [m["trial"]["configuration"] for m in manifests(sweep)[4:]] == [
+        1 - best["configuration"]
+    ] * 2
     assert [entry["status"] for entry in sweep.read_manifest()["status_history"]][-3:] == [
-        "COMPLETE", "RUNNING", "COMPLETE",
-    ]  # fmt: skip
+        "COMPLETE",
+        "RUNNING",
+        "COMPLETE",
+    ]
     assert sweeps.left_over() == []
 
 
 @pytest.mark.slow
 def test_trials_share_a_vllm_engine(sweeps: Sweeps) -> None:
-    finished(sweeps.new("vllm", "generator.backend=vllm", "trainer.max_steps=1", "sweep.num_trials=2",
-                        f"sweep.first_trials=[{{{RANK}:1}},{{{RANK}:8}}]"))  # fmt: skip
+    finished(
+        sweeps.new(
+            "vllm",
+            "generator.backend=vllm",
+            "trainer.max_steps=1",
+            "sweep.num_trials=2",
+            f"sweep.first_trials=[{{{RANK}:1}},{{{RANK}:8}}]",
+        )
+    )
     sweep = RunDir(sweeps.root / "vllm")
     assert [m["trial"]["params"][RANK] for m in manifests(sweep)] == [1, 8]
     assert [m["status"] for m in manifests(sweep)] == ["COMPLETE"] * 2
-    gaps = [row["sampling/sampling_logp_difference/mean"] for n in range(2) for row in rows_of(sweep.trial(n))[1:]]
+    gaps = [
+        row["sampling/sampling_logp_difference/mean"]
+        for n in range(2)
+        for row in rows_of(sweep.trial(n))[1:]
+    ]
     assert len(gaps) == 2
     assert max(gaps) < 1e-3

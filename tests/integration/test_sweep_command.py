@@ -5,10 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from harness.paths import PROJECT, RECIPES
+from harness.core.paths import PROJECT, RECIPES
 
 HEAVY = ("torch", "vllm", "ray", "transformers", "peft", "matplotlib")
-SHIPPED = sorted(str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.yaml") if path.stem != "base")
+SHIPPED = sorted(
+    str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.yaml") if path.stem != "base"
+)
 
 
 def test_dry_runs_load_nothing_heavy() -> None:

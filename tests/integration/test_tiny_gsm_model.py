@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from harness import prepare as command
-from rltrain.data import load_examples, read_rows
+from rltrain.data.files import load_examples, read_rows
 from rltrain.envs import tiny_gsm
 from rltrain.envs.tiny_gsm_pretrain import MAX_NEW_TOKENS, Pretraining, measure, prepare
 from rltrain.envs.tiny_gsm_tokenizer import END, PAD, build_tokenizer
@@ -25,7 +25,11 @@ def tokenizer(tiny_model_dir: Path) -> Any:
 
 
 def test_files_are_small_and_all_there(tiny_model_dir: Path) -> None:
-    files = {path.relative_to(tiny_model_dir).as_posix() for path in tiny_model_dir.rglob("*") if path.is_file()}
+    files = {
+        path.relative_to(tiny_model_dir).as_posix()
+        for path in tiny_model_dir.rglob("*")
+        if path.is_file()
+    }
     assert files == {
         "card.json",
         "chat_template.jinja",
@@ -44,7 +48,9 @@ def test_files_are_small_and_all_there(tiny_model_dir: Path) -> None:
 def test_every_text_survives_the_tokenizer(tiny_model_dir: Path, tokenizer: Any) -> None:
     for split in tiny_gsm.SPLIT_SIZES:
         for row in read_rows(tiny_model_dir / "data" / f"{split}.parquet"):
-            chat = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
+            chat = tokenizer.apply_chat_template(
+                row["prompt"], tokenize=False, add_generation_prompt=True
+            )
             prompt, answer = tokenizer.encode(chat), tokenizer.encode(row["extra_info"]["answer"])
             assert tokenizer.decode(prompt) == chat
             assert tokenizer.decode(answer) == row["extra_info"]["answer"]
@@ -72,7 +78,9 @@ def test_the_tokenizer_is_the_one_the_command_builds(tokenizer: Any) -> None:
     assert (tokenizer.eos_token, tokenizer.pad_token) == (END, PAD)
 
 
-def test_the_base_leaves_room_for_reinforcement_learning(tiny_model_dir: Path, tokenizer: Any) -> None:
+def test_the_base_leaves_room_for_reinforcement_learning(
+    tiny_model_dir: Path, tokenizer: Any
+) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)

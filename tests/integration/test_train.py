@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from harness.errors import UserError
-from harness.rundir import Status
+from harness.core.errors import UserError
+from harness.records.run_dir import Status
 from rltrain import checkpoint, trainer
-from rltrain.engines.base import Engine
+from rltrain.engines.base import Engine, SyncError
 from rltrain.member import Member
 from rltrain.pack import Pack
 from rltrain.sync.memory import MemorySync
-from rltrain.sync.proof import SyncError
 from rltrain.trainer import train
 from tests.integration.training import MakeRecipe, MakeRun, adapter, assert_equal, rows, train_run
 
@@ -42,8 +41,12 @@ def test_another_seed_is_another_run(small_recipe: MakeRecipe, new_run: MakeRun)
     assert all(rows(runs[0])[1][name] != rows(runs[1])[1][name] for name in ("entropy", "loss"))
 
 
-@pytest.mark.parametrize("reports", [2, 4], ids=["before its first checkpoint", "past its first checkpoint"])
-def test_a_stopped_run_goes_on_as_if_never_stopped(small_recipe: MakeRecipe, new_run: MakeRun, reports: int) -> None:
+@pytest.mark.parametrize(
+    "reports", [2, 4], ids=["before its first checkpoint", "past its first checkpoint"]
+)
+def test_a_stopped_run_goes_on_as_if_never_stopped(
+    small_recipe: MakeRecipe, new_run: MakeRun, reports: int
+) -> None:
     recipe = small_recipe("trainer.policy.optimizer_config.scheduler=cosine")
     whole, broken = new_run(recipe, "whole"), new_run(recipe, "broken")
     train_run(recipe, whole)
@@ -55,14 +58,18 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(small_recipe: MakeRecipe, new
     assert statuses == ["CREATED", "RUNNING", "RUNNING", "COMPLETE"]
 
 
-def test_another_runs_checkpoint_is_gone_on_with(small_recipe: MakeRecipe, new_run: MakeRun) -> None:
+def test_another_runs_checkpoint_is_gone_on_with(
+    small_recipe: MakeRecipe, new_run: MakeRun
+) -> None:
     whole, first, second = (new_run(small_recipe(), name) for name in ("whole", "first", "second"))
     train_run(small_recipe(), whole)
     train_run(small_recipe("trainer.max_steps=2"), first)
     source = f"trainer.resume_mode={first.path}/checkpoints/step_000002"
     train_run(small_recipe(source), second)
     assert rows(second) == rows(whole)[3:]
-    assert all(torch.equal(tensor, adapter(whole)[name]) for name, tensor in adapter(second).items())
+    assert all(
+        torch.equal(tensor, adapter(whole)[name]) for name, tensor in adapter(second).items()
+    )
     done = small_recipe(source, "trainer.max_steps=2")
     with pytest.raises(UserError, match="last step already"):
         train_run(done, new_run(done, "done"))
@@ -88,17 +95,24 @@ def test_a_kill_between_two_records_loses_nothing(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(*((checkpoint, "save") if moment.endswith("whole") else (trainer, "finish")), killed)
+        patch.setattr(
+            *((checkpoint, "save") if moment.endswith("whole") else (trainer, "finish")), killed
+        )
         with pytest.raises(KeyboardInterrupt):
             train_run(recipe, broken)
     assert broken.status is Status.RUNNING
     train_run(recipe, broken)
     assert_equal(whole, broken)
-    results = [{k: v for k, v in run.read_manifest()["result"].items() if k != "seconds"} for run in (whole, broken)]
+    results = [
+        {k: v for k, v in run.read_manifest()["result"].items() if k != "seconds"}
+        for run in (whole, broken)
+    ]
     assert results[0] == results[1]
 
 
-def test_kl_to_the_base_starts_at_zero_and_grows(small_recipe: MakeRecipe, new_run: MakeRun) -> None:
+def test_kl_to_the_base_starts_at_zero_and_grows(
+    small_recipe: MakeRecipe, new_run: MakeRun
+) -> None:
     recipe = small_recipe("trainer.algorithm.use_kl_loss=true", "trainer.policy_mini_batch_size=4")
     run = new_run(recipe, "kl")
     train_run(recipe, run)
@@ -107,11 +121,15 @@ def test_kl_to_the_base_starts_at_zero_and_grows(small_recipe: MakeRecipe, new_r
     assert kl[-1] > kl[0]
 
 
-def test_dropout_leaves_old_logprobs_and_the_sync_proof_alone(small_recipe: MakeRecipe, new_run: MakeRun) -> None:
+def test_dropout_leaves_old_logprobs_and_the_sync_proof_alone(
+    small_recipe: MakeRecipe, new_run: MakeRun
+) -> None:
     recipe = small_recipe(
-        "trainer.policy.model.lora.dropout=0.3", "trainer.policy_mini_batch_size=4", "trainer.max_steps=3",
+        "trainer.policy.model.lora.dropout=0.3",
+        "trainer.policy_mini_batch_size=4",
+        "trainer.max_steps=3",
         "trainer.policy.optimizer_config.lr=1e-2",
-    )  # fmt: skip
+    )
     run, again = new_run(recipe, "dropout"), new_run(recipe, "again")
     for global_seed, each in enumerate((run, again)):
         torch.manual_seed(global_seed)
@@ -119,7 +137,8 @@ def test_dropout_leaves_old_logprobs_and_the_sync_proof_alone(small_recipe: Make
     assert_equal(run, again)
     logged = rows(run)[1:]
     assert all(row["sampling/sampling_logp_difference/mean"] < 1e-3 for row in logged)
-    # The update sees dropout, the old log-probabilities do not: some ratios leave the clip range at once.
+    # The update sees dropout, the old log-probabilities do not: some ratios leave the clip range at
+    # once.
     assert any(row["clip_ratio/region_mean"] > 0 for row in logged)
 
 
@@ -157,7 +176,8 @@ def test_long_prompts_are_dropped_and_counted(small_recipe: MakeRecipe, new_run:
     pack = Pack.open(lengths)
     member = pack.join(lengths, new_run(lengths, "all"))
     sizes, held_out = (
-        sorted(len(problem.prompt_ids) for problem in problems) for problems in (member.problems, member.held_out)
+        sorted(len(problem.prompt_ids) for problem in problems)
+        for problems in (member.problems, member.held_out)
     )
     pack.close()
     limit = sizes[len(sizes) // 2]
@@ -168,4 +188,6 @@ def test_long_prompts_are_dropped_and_counted(small_recipe: MakeRecipe, new_run:
     assert last["num_dropped_prompts"] == sum(size > limit for size in sizes) > 0
     # The score is of fewer problems than the file holds, and says so.
     assert last["eval/num_problems"] == sum(size <= limit for size in held_out) < len(held_out)
-    assert run.read_manifest()["result"]["metrics"]["eval/num_problems"] == last["eval/num_problems"]
+    assert (
+        run.read_manifest()["result"]["metrics"]["eval/num_problems"] == last["eval/num_problems"]
+    )

@@ -1,7 +1,8 @@
-"""Advantages, importance weights and losses against TRL's own on the same tensors: values and gradients.
+"""Advantages, importance weights and losses against TRL's own on the same tensors: values and
+gradients.
 
-TRL's trainers are real; only what would cost time is given to them: completions, and the log-probabilities that their
-model would have found.
+TRL's trainers are real; only what would cost time is given to them: completions, and the
+log-probabilities that their model would have found.
 """
 
 from __future__ import annotations
@@ -16,8 +17,15 @@ from typing import Any
 import pytest
 import torch
 
-from rltrain.advantages import ADVANTAGES, Returns, token_rewards
-from rltrain.losses import KL_ESTIMATORS, POLICY_LOSSES, REDUCTIONS, TIS, PolicyInputs, Totals
+from rltrain.algorithms.advantages import ADVANTAGES, Returns, token_rewards
+from rltrain.algorithms.losses import (
+    KL_ESTIMATORS,
+    POLICY_LOSSES,
+    REDUCTIONS,
+    TIS,
+    PolicyInputs,
+    Totals,
+)
 
 PROMPTS, GROUP, WIDTH, LIMIT = 2, 3, 5, 8
 ROWS = PROMPTS * GROUP
@@ -48,7 +56,9 @@ class Outcome:
 
 
 def _case(seed: int) -> Case:
-    """Log-ratios that the clip holds here and there; scores in thousands, beside which no epsilon counts."""
+    """Log-ratios that the clip holds here and there; scores in thousands, beside which no epsilon
+    counts.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def near(centre: torch.Tensor, spread: float) -> torch.Tensor:
@@ -88,9 +98,16 @@ def build(trl: Any, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.Mo
     def make(kind: str, case: Case, **chosen: Any) -> Any:
         scores = case.scores.tolist()
         arguments = getattr(trl, f"{kind}Config")(
-            output_dir=str(tmp_path), report_to=[], use_cpu=True, bf16=False, per_device_train_batch_size=ROWS,
-            num_generations=GROUP, max_completion_length=LIMIT, num_iterations=2, **chosen,
-        )  # fmt: skip
+            output_dir=str(tmp_path),
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            per_device_train_batch_size=ROWS,
+            num_generations=GROUP,
+            max_completion_length=LIMIT,
+            num_iterations=2,
+            **chosen,
+        )
         trainer = getattr(trl, f"{kind}Trainer")(
             model=AutoModelForCausalLM.from_pretrained(tiny_model_dir),
             reward_funcs=lambda completions, **_: scores,
@@ -118,7 +135,9 @@ def _scored(trainer: Any, kind: str, case: Case) -> dict[str, torch.Tensor]:
 
     trainer._get_per_token_logps_and_entropies = given
     trainer.model.train()
-    scored: dict[str, torch.Tensor] = trainer._generate_and_score_completions([{"prompt": "1+1="}] * ROWS)
+    scored: dict[str, torch.Tensor] = trainer._generate_and_score_completions(
+        [{"prompt": "1+1="}] * ROWS
+    )
     return scored
 
 
@@ -126,10 +145,16 @@ def _theirs(trainer: Any, case: Case, engine: bool) -> Outcome:
     trainer.use_vllm = engine  # after construction, which would start one
     inputs = _scored(trainer, "GRPO", case)
     leaf = case.logprobs.clone().requires_grad_()
-    trainer._get_per_token_logps_and_entropies = lambda *_, **__: (leaf, torch.zeros_like(leaf), None)
+    trainer._get_per_token_logps_and_entropies = lambda *_, **__: (
+        leaf,
+        torch.zeros_like(leaf),
+        None,
+    )
     loss = trainer._compute_loss(trainer.model, inputs)
     (gradient,) = torch.autograd.grad(loss, leaf)
-    return Outcome(inputs["advantages"], inputs.get("importance_sampling_ratio"), loss.detach(), gradient)
+    return Outcome(
+        inputs["advantages"], inputs.get("importance_sampling_ratio"), loss.detach(), gradient
+    )
 
 
 def _returns(case: Case, norm_by_std: bool, kl: torch.Tensor | None = None) -> Returns:
@@ -137,7 +162,9 @@ def _returns(case: Case, norm_by_std: bool, kl: torch.Tensor | None = None) -> R
     return Returns(rewards, case.mask, GROUP, None, 1.0, 1.0, norm_by_std)
 
 
-def _ours(case: Case, policy: str, reduction: str, norm_by_std: bool, kl: bool, tis: str | None) -> Outcome:
+def _ours(
+    case: Case, policy: str, reduction: str, norm_by_std: bool, kl: bool, tis: str | None
+) -> Outcome:
     leaf = case.logprobs.clone().requires_grad_()
     advantages = ADVANTAGES["grpo"](_returns(case, norm_by_std))
     inputs = PolicyInputs(leaf, case.old, advantages, case.mask, LOW, HIGH, DUAL)
@@ -165,10 +192,16 @@ LOSSES: list[tuple[str, str, dict[str, Any]]] = [
     # TRL bounds the ratio itself, not its distance from 1.
     ("cispo", "token_mean", {"loss_type": "cispo", "epsilon_high": 1 + HIGH}),
 ]
-# Left out: gspo with weights per token. TRL spreads the gradient of a sequence's ratio evenly before the weights come
-# to it; ours keeps to GSPO-token, in which each token's gradient has the token's weight.
+# Left out: gspo with weights per token. TRL spreads the gradient of a sequence's ratio evenly
+# before the weights come to it; ours keeps to GSPO-token, in which each token's gradient has the
+# token's weight.
 COMPARED = [
-    pytest.param(*loss, kl, tis, id=f"{loss[0]}-{loss[1]}-{loss[2]['loss_type']}-{'kl' if kl else 'no_kl'}-{tis}")
+    pytest.param(
+        *loss,
+        kl,
+        tis,
+        id=f"{loss[0]}-{loss[1]}-{loss[2]['loss_type']}-{'kl' if kl else 'no_kl'}-{tis}",
+    )
     for loss in LOSSES
     for kl in (False, True)
     for tis in (None, "token", "sequence")
@@ -180,10 +213,20 @@ COMPARED = [
 def test_loss_and_gradient(
     build: Build, policy: str, reduction: str, settings: dict[str, Any], kl: bool, tis: str | None
 ) -> None:
-    chosen: dict[str, Any] = {"epsilon": LOW, "epsilon_high": HIGH, "beta": BETA if kl else 0.0, **settings}
-    chosen["use_bias_correction_kl"] = False  # by default TRL multiplies the divergence by the ratio too
+    chosen: dict[str, Any] = {
+        "epsilon": LOW,
+        "epsilon_high": HIGH,
+        "beta": BETA if kl else 0.0,
+        **settings,
+    }
+    chosen["use_bias_correction_kl"] = (
+        False  # by default TRL multiplies the divergence by the ratio too
+    )
     if tis is not None:
-        chosen |= {"vllm_importance_sampling_mode": f"{tis}_truncate", "vllm_importance_sampling_clip_max": CAP}
+        chosen |= {
+            "vllm_importance_sampling_mode": f"{tis}_truncate",
+            "vllm_importance_sampling_clip_max": CAP,
+        }
     for seed in SEEDS:
         case = _case(seed)
         theirs = _theirs(build("GRPO", case, **chosen), case, engine=tis is not None)
@@ -199,10 +242,15 @@ def test_the_cases_reach_the_bounds(policy: str) -> None:
     shares = []
     for case in map(_case, SEEDS):
         advantages = ADVANTAGES["grpo"](_returns(case, norm_by_std=True))
-        _, held = POLICY_LOSSES[policy](PolicyInputs(case.logprobs, case.old, advantages, case.mask, LOW, HIGH, DUAL))
+        _, held = POLICY_LOSSES[policy](
+            PolicyInputs(case.logprobs, case.old, advantages, case.mask, LOW, HIGH, DUAL)
+        )
         shares.append(float((held * case.mask).sum() / case.mask.sum()))
     assert 0 < sum(shares) / len(shares) < 1
-    assert any(TIS["token"](case.old, case.engine, case.mask, CAP).eq(CAP).any() for case in map(_case, SEEDS))
+    assert any(
+        TIS["token"](case.old, case.engine, case.mask, CAP).eq(CAP).any()
+        for case in map(_case, SEEDS)
+    )
 
 
 @pytest.mark.parametrize(("scale", "norm_by_std"), [("group", True), ("none", False)])
@@ -228,7 +276,10 @@ def test_leave_one_out_advantages(build: Build, beta: float, seed: int) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_importance_weights(build: Build, level: str, seed: int) -> None:
     case = _case(seed)
-    chosen = {"vllm_importance_sampling_mode": f"{level}_truncate", "vllm_importance_sampling_clip_max": CAP}
+    chosen = {
+        "vllm_importance_sampling_mode": f"{level}_truncate",
+        "vllm_importance_sampling_clip_max": CAP,
+    }
     theirs = _theirs(build("GRPO", case, **chosen), case, engine=True).weights
     assert theirs is not None
     ours = TIS[level](case.old, case.engine, case.mask, CAP)

@@ -1,4 +1,6 @@
-"""Ray Tune under the study, on made-up learning curves: trials that end in every way, and what Ray leaves behind."""
+"""Ray Tune under the study, on made-up learning curves: trials that end in every way, and what Ray
+leaves behind.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +14,46 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from rich.console import Console
 
-from harness.errors import MachineError
-from harness.rundir import Status
-from rltrain import cluster
-from sweeps import tune
-from sweeps.progress import Progress
-from sweeps.study import Study
-from tests.unit.sweeps.curves import DIES, FULL, HANGS, IS_NAN, RAISES, RANK, begin, curve_actor, recipe_of
+from harness.core.errors import MachineError
+from harness.records.run_dir import Status
+from rltrain.distributed import cluster
+from sweeps.execution import tune
+from sweeps.study.progress import Progress
+from sweeps.study.study import Study
+from tests.unit.sweeps.curves import (
+    DIES,
+    FULL,
+    HANGS,
+    IS_NAN,
+    RAISES,
+    RANK,
+    begin,
+    curve_actor,
+    recipe_of,
+)
 
 
-def test_every_way_a_trial_can_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rays_folder: Path) -> None:
+def test_every_way_a_trial_can_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rays_folder: Path
+) -> None:
     for name in cluster.QUIET | cluster.LOOPBACK:
         monkeypatch.delenv(name, raising=False)
-    recipe = recipe_of({RANK: {"choices": [8, 1, RAISES, DIES, IS_NAN, 9, HANGS, FULL]}}, sampler="grid",
-                       num_trials=8, max_failures=4, stall_seconds=2, max_concurrent=1,
-                       pruner={"name": "median", "n_startup_trials": 1})  # fmt: skip
-    plan, sweep_dir = begin(recipe, tmp_path / "a sweep's directory with a name that no socket's path could hold")
+    recipe = recipe_of(
+        {RANK: {"choices": [8, 1, RAISES, DIES, IS_NAN, 9, HANGS, FULL]}},
+        sampler="grid",
+        num_trials=8,
+        max_failures=4,
+        stall_seconds=2,
+        max_concurrent=1,
+        pruner={"name": "median", "n_startup_trials": 1},
+    )
+    plan, sweep_dir = begin(
+        recipe, tmp_path / "a sweep's directory with a name that no socket's path could hold"
+    )
     study, said = Study(sweep_dir.journal, plan), io.StringIO()
-    with pytest.raises(MachineError, match=f"{sweep_dir.trial(7).checkpoints}: No space left on device"):
+    with pytest.raises(
+        MachineError, match=f"{sweep_dir.trial(7).checkpoints}: No space left on device"
+    ):
         tune.run(sweep_dir, study, Progress(study, Console(file=said, width=200)), curve_actor)
     assert sweep_dir.trial(7).status is Status.RUNNING
     assert study.trials()[7].state.name == "RUNNING"
@@ -40,10 +64,24 @@ def test_every_way_a_trial_can_end(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     records = study.trials()
     assert records.pop().state.name == "COMPLETE"
     assert [record.state.name for record in records] == [
-        "COMPLETE", "PRUNED", "FAIL", "FAIL", "FAIL", "COMPLETE", "FAIL"]  # fmt: skip
+        "COMPLETE",
+        "PRUNED",
+        "FAIL",
+        "FAIL",
+        "FAIL",
+        "COMPLETE",
+        "FAIL",
+    ]
     manifests = [sweep_dir.trial(number).read_manifest() for number in range(7)]
     assert [m["status"] for m in manifests] == [
-        "COMPLETE", "PRUNED", "FAILED", "FAILED", "COMPLETE", "COMPLETE", "FAILED"]  # fmt: skip
+        "COMPLETE",
+        "PRUNED",
+        "FAILED",
+        "FAILED",
+        "COMPLETE",
+        "COMPLETE",
+        "FAILED",
+    ]
     assert manifests[1]["reason"] == "pruned at step 1: eval/accuracy 0.3125 by MedianPruner"
     assert manifests[2]["reason"] == "ValueError: this rank is unlucky in two lines"
     assert "process died" in manifests[3]["reason"]
@@ -51,8 +89,11 @@ def test_every_way_a_trial_can_end(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert manifests[6]["reason"].startswith("no report for 2 s (sweep.stall_seconds): it hung")
     assert "curves.py" in sweep_dir.trial(6).log.read_text()  # where it hung
     for number, manifest in enumerate(manifests):
-        assert [entry["status"] for entry in manifest["status_history"]].count("RUNNING") == 1, number
-    # Intermediate values at every evaluation but the base's, and the pruned trial's last one as its value.
+        assert [entry["status"] for entry in manifest["status_history"]].count("RUNNING") == 1, (
+            number
+        )
+    # Intermediate values at every evaluation but the base's, and the pruned trial's last one as its
+    # value.
     assert list(records[0].intermediate_values) == [1, 2, 3, 4]
     assert (records[1].value, records[1].intermediate_values) == (0.3125, {1: 0.3125})
 
@@ -69,11 +110,15 @@ def test_every_way_a_trial_can_end(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.slow
 def test_a_sweep_hears_at_once_that_ray_has_died(tmp_path: Path, rays_folder: Path) -> None:
-    plan, sweep_dir = begin(recipe_of({RANK: {"choices": [HANGS]}}, num_trials=1, stall_seconds=300), tmp_path / "s")
+    plan, sweep_dir = begin(
+        recipe_of({RANK: {"choices": [HANGS]}}, num_trials=1, stall_seconds=300), tmp_path / "s"
+    )
     study = Study(sweep_dir.journal, plan)
 
     def kill() -> None:
-        while "pid" not in (sweep_dir.trial(0).log.read_text() if sweep_dir.trial(0).log.exists() else ""):
+        while "pid" not in (
+            sweep_dir.trial(0).log.read_text() if sweep_dir.trial(0).log.exists() else ""
+        ):
             time.sleep(0.1)
         next(one for one in psutil.Process().children() if one.name() == "gcs_server").kill()
 

@@ -1,4 +1,6 @@
-"""vLLM on a GPU without one: the calls that are made and the settings that are passed, against the installed vLLM."""
+"""vLLM on a GPU without one: the calls that are made and the settings that are passed, against the
+installed vLLM.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,9 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.worker import gpu_worker
 
-from harness.errors import UserError
-from harness.schema import Recipe
-from rltrain import parallel
+from harness.config.schema import Recipe
+from harness.core.errors import UserError
+from rltrain.distributed import placement as parallel
 from rltrain.engines import remote, vllm_gpu
 from rltrain.engines import vllm as engines
 from rltrain.engines.base import EngineOptions
@@ -70,7 +72,9 @@ def start(monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> Iterator[Start]:
     torch.use_deterministic_algorithms(False)
 
 
-def test_memory_is_settled_before_vllm_falls_asleep_and_wakes(start: Start, calls: list[str]) -> None:
+def test_memory_is_settled_before_vllm_falls_asleep_and_wakes(
+    start: Start, calls: list[str]
+) -> None:
     engine, given = start()
     assert given["enable_sleep_mode"]
     assert calls == ["cache", "collect", "empty_cache"]  # before free memory is looked at
@@ -80,7 +84,9 @@ def test_memory_is_settled_before_vllm_falls_asleep_and_wakes(start: Start, call
     assert calls == ["synchronize", "sleep", "collect", "empty_cache", "wake"]
 
 
-@pytest.mark.parametrize(("overrides", "on_cpu"), [((), True), (("trainer.placement.colocate_all=false",), False)])
+@pytest.mark.parametrize(
+    ("overrides", "on_cpu"), [((), True), (("trainer.placement.colocate_all=false",), False)]
+)
 def test_engines_that_need_not_sleep_do_nothing(
     start: Start, calls: list[str], overrides: tuple[str, ...], on_cpu: bool
 ) -> None:
@@ -115,7 +121,10 @@ def test_what_a_gpu_is_given_is_what_this_vllm_takes(start: Start) -> None:
 
 
 def test_the_users_arguments_win(start: Start) -> None:
-    _, given = start("generator.engine_args={max_num_batched_tokens: 777, compilation_config: {mode: 0}}", on_cpu=True)
+    _, given = start(
+        "generator.engine_args={max_num_batched_tokens: 777, compilation_config: {mode: 0}}",
+        on_cpu=True,
+    )
     assert given["max_num_batched_tokens"] == 777
     _, given = start("generator.engine_args={compilation_config: {mode: 0}}")
     assert given["compilation_config"] == {"mode": 0}
@@ -123,7 +132,9 @@ def test_the_users_arguments_win(start: Start) -> None:
         start("generator.engine_args={max_num_seqs: 3}")
 
 
-def test_too_little_memory_is_told_before_vllm_starts(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_told_before_vllm_starts(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (GIB // 2, 80 * GIB))
     with pytest.raises(UserError, match="too little of the GPU's memory"):
         start()
@@ -157,7 +168,9 @@ def test_the_trainers_determinism_and_products_are_its_own(start: Start) -> None
 
 
 @pytest.mark.parametrize(("measured", "found"), [(10**9, (7 + 1) * 3000), (5000, 5000)])
-def test_the_cache_is_no_larger_than_a_batch(monkeypatch: pytest.MonkeyPatch, measured: int, found: int) -> None:
+def test_the_cache_is_no_larger_than_a_batch(
+    monkeypatch: pytest.MonkeyPatch, measured: int, found: int
+) -> None:
     monkeypatch.setattr(gpu_worker.Worker, "determine_available_memory", lambda self: measured)
     worker = Worker.__new__(Worker)
     worker.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=7))
@@ -170,7 +183,9 @@ def test_vllms_own_kinds_of_cache_tell_what_a_sequence_takes() -> None:
     spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
     config = SimpleNamespace(
         model_config=SimpleNamespace(max_model_len=100),
-        parallel_config=SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=1, prefill_context_parallel_size=1
+        ),
     )
     assert spec.max_memory_usage_bytes(config) == 7 * 16 * (2 * 2 * 64 * 2)
 
@@ -182,7 +197,9 @@ def test_our_workers_methods_are_not_vllms() -> None:
 
 
 def test_batch_invariant_products_have_no_backward_pass_where_they_replace_linear() -> None:
-    """Why `deterministic: true` is refused before Hopper: what vLLM registers there, registered on a CPU."""
+    """Why `deterministic: true` is refused before Hopper: what vLLM registers there, registered on
+    a CPU.
+    """
     script = """
 import torch
 library = torch.library.Library("aten", "IMPL")
@@ -193,11 +210,15 @@ try:
 except NotImplementedError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert "aten::linear_backward" in done.stdout
 
 
-def test_an_engine_in_a_process_of_its_own_is_prepared_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_in_a_process_of_its_own_is_prepared_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     order: list[str] = []
 
     def build(recipe: Recipe, model: object, options: EngineOptions) -> object:

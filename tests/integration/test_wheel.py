@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.paths import PROJECT
+from harness.core.paths import PROJECT
 
 PACKAGES = ("harness", "rltrain", "sweeps", "analysis")
 VERSION = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["version"]
@@ -25,7 +25,9 @@ BUILD = "from setuptools.build_meta import build_wheel; build_wheel('dist')"
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built offline from a copy, so that the repository gets no build/ and no egg-info."""
+    """The wheel, built offline from a copy, so that the repository gets no build/ and no
+    egg-info.
+    """
     copy = tmp_path_factory.mktemp("build") / "project"
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         copy.mkdir(exist_ok=True)
@@ -79,7 +81,9 @@ def start(environment: Path, cwd: Path, *arguments: str) -> subprocess.Completed
 
 
 def tracked(folders: Sequence[str]) -> set[str]:
-    """Source and data files of the repository under `folders`, without what running it leaves there."""
+    """Source and data files of the repository under `folders`, without what running it leaves
+    there.
+    """
     return {
         str(file.relative_to(PROJECT))
         for folder in folders
@@ -99,7 +103,10 @@ def test_it_holds_code_recipes_and_assets_and_no_tests(wheel: Path) -> None:
     ("arguments", "told"),
     [
         (["sweep", "quickstart", "--dry-run"], "sweep of quickstart"),
-        (["run", "recipes/gsm8k_lora.yaml", "--dry-run"], "data still to be prepared (noregret prepare)"),
+        (
+            ["run", "recipes/gsm8k_lora.yaml", "--dry-run"],
+            "data still to be prepared (noregret prepare)",
+        ),
         (["--version"], f"noregret {VERSION}"),
         ([], "usage: noregret COMMAND"),
     ],
@@ -120,7 +127,9 @@ def test_the_console_script_works_in_an_empty_folder(
         (["sweep", "--resume", "quickstart"], "which sweep of this recipe is to be resumed?"),
     ],
 )
-def test_its_errors_are_those_of_a_clone(environment: Path, tmp_path: Path, arguments: list[str], told: str) -> None:
+def test_its_errors_are_those_of_a_clone(
+    environment: Path, tmp_path: Path, arguments: list[str], told: str
+) -> None:
     done = start(environment, tmp_path, "noregret", *arguments)
     assert done.returncode == 2
     assert told in done.stderr
@@ -134,8 +143,10 @@ def test_a_manifest_takes_no_other_repository_for_ours(environment: Path, tmp_pa
     for command in (["init", "-q"], [*who, "commit", "-q", "--allow-empty", "-m", "first"]):
         subprocess.run(["git", "-C", site, *command], check=True)
     ask = (
-        "import json; from harness import machine, manifest, recipe\n"
-        "made = manifest.build(recipe.load('quickstart'), kind='run', name='x', source='quickstart')\n"
+        "import json; from harness.config import recipe\n"
+        "from harness.core import machine\nfrom harness.records import manifest\n"
+        "made = manifest.build(recipe.load('quickstart'), kind='run', name='x', "
+        "source='quickstart')\n"
         "print(json.dumps([machine.__file__, made]))"
     )
     done = start(environment, tmp_path, "python", "-c", ask)

@@ -8,9 +8,10 @@ from itertools import islice
 import torch
 from safetensors.torch import load_file
 
-from harness.metrics import MetricsFile, without_timings
-from harness.rundir import RunDir
-from harness.schema import Recipe
+from harness.config.metrics import without_timings
+from harness.config.schema import Recipe
+from harness.records.metrics_file import MetricsFile
+from harness.records.run_dir import RunDir
 from rltrain.member import Member
 from rltrain.pack import Pack
 from rltrain.trainer import train

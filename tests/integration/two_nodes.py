@@ -1,7 +1,7 @@
 """Nodes of a running Ray cluster: two raylets on this machine, which Ray takes for two machines.
 
-`test_keys_nodes.py` runs this in a process of its own: Ray reads its settings when it is imported, and other tests'
-would be this cluster's.
+`test_keys_nodes.py` runs this in a process of its own: Ray reads its settings when it is imported,
+and other tests' would be this cluster's.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from harness.errors import UserError
-from harness.metrics import MetricsFile
-from harness.rundir import RunDir, Status
-from harness.schema import Recipe
-from rltrain.cluster import QUIET, gpus_of, this_machine
+from harness.config.schema import Recipe
+from harness.core.errors import UserError
+from harness.records.metrics_file import MetricsFile
+from harness.records.run_dir import RunDir, Status
+from rltrain.distributed.cluster import QUIET, gpus_of, this_machine
 from rltrain.trainer import run
 
 MakeRecipe = Callable[..., Recipe]
@@ -34,18 +34,31 @@ def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     folder = Path(tempfile.mkdtemp(prefix="noregret-", dir="/tmp"))  # a socket's path must be short
-    monkeypatch.setenv("RAY_TMPDIR", str(folder))  # where Cluster notes its address: not in this machine's /tmp/ray
+    monkeypatch.setenv(
+        "RAY_TMPDIR", str(folder)
+    )  # where Cluster notes its address: not in this machine's /tmp/ray
     (folder / "ray").mkdir()
-    head = {**ONE_CPU, "include_dashboard": False, "temp_dir": str(folder / "ray"), "node_ip_address": "127.0.0.1"}
+    head = {
+        **ONE_CPU,
+        "include_dashboard": False,
+        "temp_dir": str(folder / "ray"),
+        "node_ip_address": "127.0.0.1",
+    }
     cluster = Cluster(initialize_head=True, head_node_args=head)
     yield cluster
     cluster.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_two_nodes_train_as_one_process_does(ray_cluster: Any, small_recipe: MakeRecipe, new_run: MakeRun) -> None:
-    keys = ["generator.backend=vllm", "trainer.max_steps=1", "trainer.eval_before_train=false",
-            "trainer.policy_mini_batch_size=4"]  # fmt: skip
+def test_two_nodes_train_as_one_process_does(
+    ray_cluster: Any, small_recipe: MakeRecipe, new_run: MakeRun
+) -> None:
+    keys = [
+        "generator.backend=vllm",
+        "trainer.max_steps=1",
+        "trainer.eval_before_train=false",
+        "trainer.policy_mini_batch_size=4",
+    ]
     alone = small_recipe(*keys)
     one = new_run(alone, "one")
     assert list(run(alone, one))

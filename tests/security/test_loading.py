@@ -1,4 +1,6 @@
-"""Models, adapters and chat templates that carry code: none of it runs, and what is wrong is said."""
+"""Models, adapters and chat templates that carry code: none of it runs, and what is wrong
+is said.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,13 @@ import torch
 from transformers import AutoTokenizer
 
 from harness import export
-from harness import recipe as recipes
-from harness.errors import UserError
-from harness.schema import Recipe
-from rltrain.data import load_examples
-from rltrain.model import NO_CODE, load_base
-from rltrain.preflight import check_run
-from rltrain.problems import load_problems
+from harness.config import recipe as recipes
+from harness.config.schema import Recipe
+from harness.core.errors import UserError
+from rltrain.data.files import load_examples
+from rltrain.envs.problems import load_problems
+from rltrain.models.loading import NO_CODE, load_base
+from rltrain.tools.preflight import check_run
 from tests.unit.analysis.synthetic import Trial, params, write_run
 
 CODE = """
@@ -32,7 +34,13 @@ class Config(Qwen2Config):
 class Model(Qwen2ForCausalLM):
     config_class = Config
 """
-ADAPTER = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 32, "target_modules": ["q_proj"]}
+ADAPTER = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "r": 8,
+    "lora_alpha": 32,
+    "target_modules": ["q_proj"],
+}
 
 
 class Payload:
@@ -54,7 +62,9 @@ def canary(tmp_path: Path) -> Path:
 @pytest.fixture
 def model(tiny_model_dir: Path, tmp_path: Path) -> Path:
     """A copy of the embedded model."""
-    return Path(shutil.copytree(tiny_model_dir, tmp_path / "model", ignore=shutil.ignore_patterns("data")))
+    return Path(
+        shutil.copytree(tiny_model_dir, tmp_path / "model", ignore=shutil.ignore_patterns("data"))
+    )
 
 
 def recipe_of(model: Path) -> Recipe:
@@ -73,7 +83,9 @@ def test_a_models_own_code_is_not_run_whatever_is_answered(
 ) -> None:
     config = json.loads((model / "config.json").read_text())
     theirs = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
-    (model / "config.json").write_text(json.dumps({**config, "model_type": "theirs", "auto_map": theirs}))
+    (model / "config.json").write_text(
+        json.dumps({**config, "model_type": "theirs", "auto_map": theirs})
+    )
     (model / "theirs.py").write_text(CODE.format(canary=str(canary)))
     # Left to itself, transformers would ask on the terminal.
     monkeypatch.setattr("builtins.input", lambda *_: "y")
@@ -83,7 +95,9 @@ def test_a_models_own_code_is_not_run_whatever_is_answered(
 
 
 @pytest.mark.claim("A model's own code is not run")
-def test_a_models_own_tokenizer_code_is_not_run(model: Path, canary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_models_own_tokenizer_code_is_not_run(
+    model: Path, canary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = json.loads((model / "tokenizer_config.json").read_text())
     config |= {"tokenizer_class": "Theirs", "auto_map": {"AutoTokenizer": [None, "theirs.Theirs"]}}
     (model / "tokenizer_config.json").write_text(json.dumps(config))
@@ -104,15 +118,21 @@ def test_pickled_weights_are_not_unpickled(model: Path, canary: Path) -> None:
 
 
 @pytest.mark.claim("Nothing is unpickled")
-def test_a_pickled_adapter_is_not_unpickled(tiny_model_dir: Path, canary: Path, tmp_path: Path) -> None:
+def test_a_pickled_adapter_is_not_unpickled(
+    tiny_model_dir: Path, canary: Path, tmp_path: Path
+) -> None:
     run = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9))
-    recipe = recipes.with_values(recipes.read(run / "recipe.yaml"), {"trainer.policy.model.path": str(tiny_model_dir)})
+    recipe = recipes.with_values(
+        recipes.read(run / "recipe.yaml"), {"trainer.policy.model.path": str(tiny_model_dir)}
+    )
     (run / "recipe.yaml").write_text(recipes.to_yaml(recipe))
     for which in ("final", "best"):
         folder = run / "adapter" / which
         folder.mkdir(parents=True)
         (folder / "adapter_config.json").write_text(json.dumps(ADAPTER))
-        torch.save({"base_model.model.x.lora_A.weight": Payload(canary)}, folder / "adapter_model.bin")
+        torch.save(
+            {"base_model.model.x.lora_A.weight": Payload(canary)}, folder / "adapter_model.bin"
+        )
         for form in ([], ["--merged"]):
             with pytest.raises(UserError):
                 export.main([str(run), "--which", which, "--output", str(tmp_path / "out"), *form])
@@ -142,7 +162,9 @@ def test_a_chat_template_is_a_template_only(model: Path, canary: Path, template:
 
 
 @pytest.mark.claim("A data file names its environment and no more")
-def test_the_environment_of_a_data_file_is_only_imported_by_name(tmp_path: Path, canary: Path) -> None:
+def test_the_environment_of_a_data_file_is_only_imported_by_name(
+    tmp_path: Path, canary: Path
+) -> None:
     row = {"prompt": [{"role": "user", "content": "q"}], "reward_spec": {"ground_truth": "1"}}
     for name in (
         f"os.system('touch {canary}')",

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from harness.paths import PROJECT
+from harness.core.paths import PROJECT
 
 TESTS = sorted((PROJECT / "tests").rglob("test_*.py"))
 # A paragraph that begins in bold; in bold at the head of a list's item is what is trusted.

@@ -1,4 +1,6 @@
-"""Where a recipe's names lead: a run's directory and its adapters' folder lie where they were asked for."""
+"""Where a recipe's names lead: a run's directory and its adapters' folder lie where they were asked
+for.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +10,39 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness import recipe as recipes
-from harness.errors import UserError
-from harness.rundir import RunDir, place
-from harness.schema import Recipe
+from harness.config import recipe as recipes
+from harness.config.schema import Recipe
+from harness.core.errors import UserError
+from harness.records.run_dir import RunDir, place
 
 NAME = "trainer.run_name"
 ESCAPES = [
-    "../../etc", "..", ".", "", "/etc", "/", "a/b", "a/../../b", "./a", "a/", "~/a/b", "..\\..\\etc", "a\\b", "C:\\a",
-    "a\0b", "\0", "a\nb", "a\rb", "\x1b[2J", "\u202egnp.exe", "\ud800", ".hidden", ".lock", "x" * 300, "é" * 150,
-]  # fmt: skip
+    "../../etc",
+    "..",
+    ".",
+    "",
+    "/etc",
+    "/",
+    "a/b",
+    "a/../../b",
+    "./a",
+    "a/",
+    "~/a/b",
+    "..\\..\\etc",
+    "a\\b",
+    "C:\\a",
+    "a\0b",
+    "\0",
+    "a\nb",
+    "a\rb",
+    "\x1b[2J",
+    "\u202egnp.exe",
+    "\ud800",
+    ".hidden",
+    ".lock",
+    "x" * 300,
+    "é" * 150,
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +64,19 @@ def test_a_run_name_that_is_a_path_is_refused(base: Recipe, name: str) -> None:
         assert error.fix
 
 
-@pytest.mark.parametrize("name", ["run", "run 2", "lr=1e-3,rank=8", "...".join("ab"), "é", "-x", "a:b", "100%", "~a"])
+@pytest.mark.parametrize(
+    "name", ["run", "run 2", "lr=1e-3,rank=8", "...".join("ab"), "é", "-x", "a:b", "100%", "~a"]
+)
 def test_other_names_are_taken(base: Recipe, name: str, tmp_path: Path) -> None:
     recipe = recipes.with_values(base, {NAME: name, "trainer.ckpt_path": str(tmp_path)})
     assert place(recipe, "x.yaml").path == tmp_path / name
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)
-@given(name=st.text(max_size=12) | st.lists(st.sampled_from(["..", ".", "/", "a", "\\", "~", " "])).map("".join))
+@given(
+    name=st.text(max_size=12)
+    | st.lists(st.sampled_from(["..", ".", "/", "a", "\\", "~", " "])).map("".join)
+)
 @pytest.mark.claim("Names lead nowhere else")
 def test_a_run_lies_in_its_ckpt_path(base: Recipe, name: str) -> None:
     try:
@@ -62,7 +92,9 @@ def test_both_commands_refuse_it_before_they_write(command: str, tmp_path: Path)
 
     there = tmp_path / "there"
     with pytest.raises(UserError, match="no path"):
-        {"run": run, "sweep": sweep}[command].main(["quickstart", f"trainer.ckpt_path={there}", f"{NAME}=../outside"])
+        {"run": run, "sweep": sweep}[command].main(
+            ["quickstart", f"trainer.ckpt_path={there}", f"{NAME}=../outside"]
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -73,7 +105,8 @@ def test_synced_adapters_lie_in_a_folder_of_the_runs_own(base: Recipe, tmp_path:
     recipe = recipes.with_values(base, {"trainer.policy.model.lora.lora_sync_path": str(tmp_path)})
     # Trials of two sweeps have the same names.
     roots = [
-        _sync_root(recipe, RunDir(Path("/runs") / name)) for name in ("a/trials/0000", "b/trials/0000", "..x", "a b")
+        _sync_root(recipe, RunDir(Path("/runs") / name))
+        for name in ("a/trials/0000", "b/trials/0000", "..x", "a b")
     ]
     assert all(root.resolve().parent == tmp_path.resolve() for root in roots)
     assert len(set(roots)) == len(roots)
@@ -113,5 +146,7 @@ def test_a_recipe_does_not_reach_the_environment(
 
 
 def test_a_recipe_may_refer_to_itself(base: Recipe) -> None:
-    recipe = recipes.with_values(base, {"trainer.policy_mini_batch_size": "${trainer.train_batch_size}"})
+    recipe = recipes.with_values(
+        base, {"trainer.policy_mini_batch_size": "${trainer.train_batch_size}"}
+    )
     assert recipe.trainer.policy_mini_batch_size == recipe.trainer.train_batch_size

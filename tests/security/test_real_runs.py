@@ -1,4 +1,6 @@
-"""A real sweep on several processes and a run, watched: where they listen, what they leave on disk, what they tell."""
+"""A real sweep on several processes and a run, watched: where they listen, what they leave on disk,
+what they tell.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ import psutil  # type: ignore[import-untyped]
 import pyarrow.parquet as pq
 import pytest
 
-from harness.paths import PROJECT
-from harness.rundir import RunDir, Status
+from harness.core.paths import PROJECT
+from harness.records.run_dir import RunDir, Status
 from tests.integration.conftest import small_data as small_data
 
 pytestmark = pytest.mark.timeout(600)
@@ -31,15 +33,34 @@ SECRETS = {
     "OPENAI_API_KEY": "sk-CanaryOfTheModel",
     "MY_PASSWORD": "CanaryOfTheUser",
 }
-KINDS = {".yaml", ".json", ".jsonl", ".parquet", ".safetensors", ".txt", ".log", ".journal", ".lock", ".html", ".md",
-         ".png", ".csv", ".wandb"}  # fmt: skip
+KINDS = {
+    ".yaml",
+    ".json",
+    ".jsonl",
+    ".parquet",
+    ".safetensors",
+    ".txt",
+    ".log",
+    ".journal",
+    ".lock",
+    ".html",
+    ".md",
+    ".png",
+    ".csv",
+    ".wandb",
+}
 NAMES = {"SHA256SUMS", "COMPLETE", ".lock", "run_id"}
-PICKLES, ARCHIVES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), (b"PK\x03\x04", b"\x1f\x8b")
+PICKLES, ARCHIVES = (
+    (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
+    (b"PK\x03\x04", b"\x1f\x8b"),
+)
 
 
 @dataclass
 class Watched:
-    """What a command said, the addresses that its processes listened on, and their command lines."""
+    """What a command said, the addresses that its processes listened on, and their command
+    lines.
+    """
 
     folder: Path
     said: str = ""
@@ -48,15 +69,31 @@ class Watched:
 
 
 def elsewhere(folder: Path) -> list[str]:
-    """How to start a command for which this machine's name leads to a real network device; [] where that cannot be.
+    """How to start a command for which this machine's name leads to a real network device; [] where
+    that cannot be.
 
     Many machines' names lead to the loopback device, and hide who listens where the name leads.
     """
-    devices = [(one.address, name) for name, own in psutil.net_if_addrs().items() for one in own if one.family == 2]
-    address = next((address for address, name in devices if not ipaddress.ip_address(address).is_loopback), None)
+    devices = [
+        (one.address, name)
+        for name, own in psutil.net_if_addrs().items()
+        for one in own
+        if one.family == 2
+    ]
+    address = next(
+        (address for address, name in devices if not ipaddress.ip_address(address).is_loopback),
+        None,
+    )
     hosts = folder / "hosts"
     hosts.write_text(f"127.0.0.1 localhost\n{address} {os.uname().nodename}\n")
-    start = ["unshare", "--mount", "sh", "-c", f'mount --bind {shlex.quote(str(hosts))} /etc/hosts && exec "$@"', "-"]
+    start = [
+        "unshare",
+        "--mount",
+        "sh",
+        "-c",
+        f'mount --bind {shlex.quote(str(hosts))} /etc/hosts && exec "$@"',
+        "-",
+    ]
     if address is None or shutil.which("unshare") is None:
         return []
     return start if subprocess.run([*start, "true"], capture_output=True).returncode == 0 else []
@@ -71,13 +108,23 @@ def watch(folder: Path, *arguments: str) -> Watched:
     environment |= {**SECRETS, "HOME": str(home), "OMP_NUM_THREADS": "1"}
     seen, log = Watched(folder), folder / "said"
     with log.open("w") as out:
-        command = [*elsewhere(folder), sys.executable, "-m", *arguments, f"trainer.ckpt_path={folder}"]
-        process = psutil.Popen(command, cwd=PROJECT, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        command = [
+            *elsewhere(folder),
+            sys.executable,
+            "-m",
+            *arguments,
+            f"trainer.ckpt_path={folder}",
+        ]
+        process = psutil.Popen(
+            command, cwd=PROJECT, env=environment, stdout=out, stderr=subprocess.STDOUT
+        )
         while process.poll() is None:
             for each in family(process):
                 try:
                     seen.commands.add(" ".join(each.cmdline()))
-                    listening = [c for c in each.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+                    listening = [
+                        c for c in each.net_connections("inet") if c.status == psutil.CONN_LISTEN
+                    ]
                 except psutil.Error:
                     continue
                 seen.addresses |= {connection.laddr.ip for connection in listening}
@@ -99,23 +146,36 @@ def family(process: psutil.Process) -> Iterator[psutil.Process]:
 @pytest.fixture(scope="module")
 def few(small_data: list[str]) -> list[str]:
     """One step of a small run with a real engine, told to every logger."""
-    return [*small_data, "generator.backend=vllm", "trainer.max_steps=1", "trainer.num_threads=1",
-            "trainer.logger=[console,wandb,tensorboard]"]  # fmt: skip
+    return [
+        *small_data,
+        "generator.backend=vllm",
+        "trainer.max_steps=1",
+        "trainer.num_threads=1",
+        "trainer.logger=[console,wandb,tensorboard]",
+    ]
 
 
 @pytest.fixture(scope="module")
 def sweep(few: list[str], tmp_path_factory: pytest.TempPathFactory) -> Watched:
     """A sweep of one trial, on two ranks and an engine apart from them that is split in two."""
-    places = ["trainer.placement.policy_num_gpus_per_node=2", "trainer.placement.colocate_all=false",
-              "generator.inference_engine_tensor_parallel_size=2", "sweep.max_concurrent=1"]  # fmt: skip
+    places = [
+        "trainer.placement.policy_num_gpus_per_node=2",
+        "trainer.placement.colocate_all=false",
+        "generator.inference_engine_tensor_parallel_size=2",
+        "sweep.max_concurrent=1",
+    ]
     ours = ["sweep.num_trials=1", "sweep.seeds=[0]", "trainer.run_name=sweep"]
-    return watch(tmp_path_factory.mktemp("sweep"), "harness.sweep", "quickstart", *few, *places, *ours)
+    return watch(
+        tmp_path_factory.mktemp("sweep"), "harness.sweep", "quickstart", *few, *places, *ours
+    )
 
 
 @pytest.fixture(scope="module")
 def run(few: list[str], tmp_path_factory: pytest.TempPathFactory) -> Watched:
     """A run in one process."""
-    return watch(tmp_path_factory.mktemp("run"), "harness.run", "quickstart", *few, "trainer.run_name=run")
+    return watch(
+        tmp_path_factory.mktemp("run"), "harness.run", "quickstart", *few, "trainer.run_name=run"
+    )
 
 
 @pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) for name in ("sweep", "run")])
@@ -159,8 +219,12 @@ def test_no_secret_of_the_environment_is_told(watched: Watched) -> None:
 def test_a_secret_would_be_found(sweep: Watched) -> None:
     sample = next(file for file in files(sweep.folder) if file.parent.name == "samples")
     question = pq.read_table(sample).to_pylist()[0]["question"].encode()
-    assert {".parquet", ".html"} <= {file.suffix for file in files(sweep.folder) if question in content(file)}
-    assert any(b"trainer" in content(file) for file in files(sweep.folder) if file.suffix == ".wandb")
+    assert {".parquet", ".html"} <= {
+        file.suffix for file in files(sweep.folder) if question in content(file)
+    }
+    assert any(
+        b"trainer" in content(file) for file in files(sweep.folder) if file.suffix == ".wandb"
+    )
     assert any("default_worker.py" in line for line in sweep.commands)
 
 
@@ -169,7 +233,12 @@ def test_a_run_directory_holds_data_and_no_code(watched: Watched) -> None:
     name = next(name for name in ("sweep", "run") if (watched.folder / name).is_dir())
     for file in files(watched.folder / name):
         # W&B keeps nameless copies of the adapter's files, for its sync to find.
-        known = file.suffix in KINDS or file.name in NAMES or "tfevents" in file.name or file.parent.name == "staging"
+        known = (
+            file.suffix in KINDS
+            or file.name in NAMES
+            or "tfevents" in file.name
+            or file.parent.name == "staging"
+        )
         assert known, file
         assert not file.read_bytes().startswith(PICKLES + ARCHIVES), file
         assert not file.stat().st_mode & 0o133, file
@@ -177,12 +246,14 @@ def test_a_run_directory_holds_data_and_no_code(watched: Watched) -> None:
 
 @pytest.mark.claim("Ray is closed to other users of the machine")
 def test_ray_leaves_neither_its_folder_nor_its_token(watched: Watched) -> None:
-    from rltrain import cluster
+    from rltrain.distributed import cluster
 
     said = " ".join(watched.commands)
     assert cluster._prefix() in said
     assert not [folder for folder in cluster.folders() if folder.name in said]
-    assert not [line for line in watched.commands if "auth" in line.lower() and "token" in line.lower()]
+    assert not [
+        line for line in watched.commands if "auth" in line.lower() and "token" in line.lower()
+    ]
 
 
 @pytest.mark.slow
@@ -190,12 +261,15 @@ def test_the_sweep_and_the_run_are_whole(sweep: Watched, run: Watched) -> None:
     assert RunDir(sweep.folder / "sweep").status is Status.COMPLETE
     assert (sweep.folder / "sweep" / "report" / "index.html").is_file()
     assert RunDir(run.folder / "run").status is Status.COMPLETE
-    assert len([line for line in sweep.commands if "default_worker.py" in line or "ray::" in line]) >= 4
+    assert (
+        len([line for line in sweep.commands if "default_worker.py" in line or "ray::" in line])
+        >= 4
+    )
 
 
 @pytest.mark.claim("Ray is closed to other users of the machine")
 def test_rays_folder_is_for_its_owner_alone() -> None:
-    from rltrain import cluster
+    from rltrain.distributed import cluster
 
     with cluster._own_folder() as ours:
         assert ours.stat().st_mode & 0o777 == 0o700
@@ -206,7 +280,7 @@ def test_rays_folder_is_for_its_owner_alone() -> None:
 SERVE = """
 import sys
 from pathlib import Path
-from rltrain.cluster import cluster
+from rltrain.distributed.cluster import cluster
 with cluster(cpus=1, gpus=0, threads=1, address=None):
     import ray
     print(ray.get_runtime_context().gcs_address, flush=True)
@@ -222,23 +296,32 @@ print(ray.get(ray.remote(num_cpus=0)(lambda: "ran").remote(), timeout=60))
 @pytest.mark.slow
 @pytest.mark.claim("Ray is closed to other users of the machine")
 def test_ray_lets_in_who_has_its_token_alone() -> None:
-    from rltrain import cluster
+    from rltrain.distributed import cluster
 
     token, other = ("0123456789abcdef" * 4, "fedcba9876543210" * 4)
     bare = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     serve = subprocess.Popen(
-        [sys.executable, "-c", SERVE], cwd=PROJECT, env=bare | {"RAY_AUTH_TOKEN": token}, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        [sys.executable, "-c", SERVE],
+        cwd=PROJECT,
+        env=bare | {"RAY_AUTH_TOKEN": token},
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
     assert serve.stdout is not None
     address = serve.stdout.readline().strip()
     try:
         answers = {}
         for given in (token, other):
             join = subprocess.run(
-                [sys.executable, "-c", JOIN, address], cwd=PROJECT, capture_output=True, text=True, timeout=180,
+                [sys.executable, "-c", JOIN, address],
+                cwd=PROJECT,
+                capture_output=True,
+                text=True,
+                timeout=180,
                 env={**bare, **cluster.LOOPBACK, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": given},
-            )  # fmt: skip
+            )
             answers[given] = join.stdout.strip() if join.returncode == 0 else "refused"
     finally:
         serve.communicate()

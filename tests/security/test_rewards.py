@@ -18,7 +18,10 @@ CODE = [
     "__import__('os').system('touch {canary}')",
     "open('{canary}','w').write('1')",
     "exec(\"open('{canary}','w')\")",
-    "[c for c in ().__class__.__base__.__subclasses__() if c.__name__=='Popen'][0]('touch {canary}',shell=1)",
+    (
+        "[c for c in ().__class__.__base__.__subclasses__() if c.__name__=='Popen'][0]('touch "
+        "{canary}',shell=1)"
+    ),
     "Function(__import__('os').system('touch {canary}'))",
     'S(\'__import__("os").system("touch {canary}")\')',
     'f\'{{open("{canary}", "w")}}\'',
@@ -38,16 +41,37 @@ CODE = [
 ]
 # What takes a computer algebra system for ever, or much memory.
 ENDLESS = [
-    "9^{9^{9^{9^{9}}}}", "10^{10^{10}}", "(10^{10})!", "9!!!!!!!!", "\\binom{10^9}{5\\cdot 10^8}",
-    "\\prod_{i=1}^{10^9} i", "\\sum_{n=1}^{\\infty}\\frac{1}{n^{\\pi}}", "9**9**9**9", "3^{-10^{10^{10}}}",
-    "\\int_0^1 x^{x^{x^{x}}}dx" * 5, "\\lim_{x\\to 0}\\frac{\\sin(x^{100})}{x^{100}}",
-]  # fmt: skip
+    "9^{9^{9^{9^{9}}}}",
+    "10^{10^{10}}",
+    "(10^{10})!",
+    "9!!!!!!!!",
+    "\\binom{10^9}{5\\cdot 10^8}",
+    "\\prod_{i=1}^{10^9} i",
+    "\\sum_{n=1}^{\\infty}\\frac{1}{n^{\\pi}}",
+    "9**9**9**9",
+    "3^{-10^{10^{10}}}",
+    "\\int_0^1 x^{x^{x^{x}}}dx" * 5,
+    "\\lim_{x\\to 0}\\frac{\\sin(x^{100})}{x^{100}}",
+]
 LONG = [
-    "(" * 50_000 + ")" * 50_000, "{" * 100_000,
-    "\\sqrt{" * 2_000 + "2" + "}" * 2_000, "\\frac{1}{" * 60 + "2" + "}" * 60,
-    "9" * 200_000, "1," * 100_000, "-" * 200_000, "\\text{" * 50_000, "a " * 100_000, "a, b-" * 50_000, "$" * 200_000,
-    "\\boxed{" * 50_000, "#### " * 50_000, "=" * 200_000, "[0,1]\\cup" * 50 + "[0,1]", " " * 300_000, "1/" * 100_000,
-]  # fmt: skip
+    "(" * 50_000 + ")" * 50_000,
+    "{" * 100_000,
+    "\\sqrt{" * 2_000 + "2" + "}" * 2_000,
+    "\\frac{1}{" * 60 + "2" + "}" * 60,
+    "9" * 200_000,
+    "1," * 100_000,
+    "-" * 200_000,
+    "\\text{" * 50_000,
+    "a " * 100_000,
+    "a, b-" * 50_000,
+    "$" * 200_000,
+    "\\boxed{" * 50_000,
+    "#### " * 50_000,
+    "=" * 200_000,
+    "[0,1]\\cup" * 50 + "[0,1]",
+    " " * 300_000,
+    "1/" * 100_000,
+]
 ODD = [
     "",
     "\x00",
@@ -90,7 +114,9 @@ def scores(env: Env, answers: list[str], truths: tuple[str, ...]) -> list[float]
 
 @pytest.mark.parametrize("name", ENVS)
 @pytest.mark.claim("Rewards score text and run none of it")
-def test_code_in_a_completion_or_a_truth_is_not_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_in_a_completion_or_a_truth_is_not_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     canary = tmp_path / "canary"
     answers = [text.format(canary=canary) for text in CODE]

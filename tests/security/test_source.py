@@ -8,19 +8,51 @@ from pathlib import Path
 
 import pytest
 
-from harness.paths import PROJECT
+from harness.core.paths import PROJECT
 
 SOURCES = sorted(
-    file for name in ("harness", "rltrain", "sweeps", "analysis") for file in (PROJECT / name).rglob("*.py")
+    file
+    for name in ("harness", "rltrain", "sweeps", "analysis")
+    for file in (PROJECT / name).rglob("*.py")
 )
 # Modules that exist to run or to unpickle what they are given.
-MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "code", "runpy", "jsonpickle"}
+MODULES = {
+    "pickle",
+    "cPickle",
+    "cloudpickle",
+    "dill",
+    "joblib",
+    "shelve",
+    "marshal",
+    "code",
+    "runpy",
+    "jsonpickle",
+}
 CALLS = {
-    "eval", "exec", "compile", "__import__", "os.system", "os.popen", "os.execv", "subprocess.getoutput",
-    "yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load", "yaml.Loader", "yaml.UnsafeLoader",
-    "pd.read_pickle", "pandas.read_pickle", "tempfile.mktemp", "shutil.unpack_archive", "hydra.utils.instantiate",
-    "torch.hub.load", "sympify", "sympy.sympify", "parse_expr",
-}  # fmt: skip
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "os.system",
+    "os.popen",
+    "os.execv",
+    "subprocess.getoutput",
+    "yaml.load",
+    "yaml.load_all",
+    "yaml.full_load",
+    "yaml.unsafe_load",
+    "yaml.Loader",
+    "yaml.UnsafeLoader",
+    "pd.read_pickle",
+    "pandas.read_pickle",
+    "tempfile.mktemp",
+    "shutil.unpack_archive",
+    "hydra.utils.instantiate",
+    "torch.hub.load",
+    "sympify",
+    "sympy.sympify",
+    "parse_expr",
+}
 # Those of these that are as harmless as `yaml.safe_load`.
 SAFE_LOADERS = {"yaml.SafeLoader", "yaml.CSafeLoader"}
 METHODS = {"extractall", "extract", "to_pickle", "read_pickle"}
@@ -32,24 +64,42 @@ def faults(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """Line and name of what no source file may hold."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
-            yield from ((node.lineno, f"import {name}") for name in names if name.split(".")[0] in MODULES)
+            names = (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+            )
+            yield from (
+                (node.lineno, f"import {name}") for name in names if name.split(".")[0] in MODULES
+            )
         if not isinstance(node, ast.Call):
             continue
         called = ast.unparse(node.func)
-        given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg}
+        given = {
+            keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg
+        }
         safe = called == "yaml.load" and given.get("Loader") in SAFE_LOADERS
-        if (called in CALLS and not safe) or (isinstance(node.func, ast.Attribute) and node.func.attr in METHODS):
+        if (called in CALLS and not safe) or (
+            isinstance(node.func, ast.Attribute) and node.func.attr in METHODS
+        ):
             yield node.lineno, called
-        yield from ((node.lineno, f"{name}=") for name in KEYWORDS if given.get(name, "False") != "False")
+        yield from (
+            (node.lineno, f"{name}=") for name in KEYWORDS if given.get(name, "False") != "False"
+        )
         if called == "torch.load" and given.get("weights_only") != "True":
             yield node.lineno, "torch.load without weights_only=True"
-        if called.startswith("Auto") and called.endswith(".from_pretrained") and not _refuses_code(node):
+        if (
+            called.startswith("Auto")
+            and called.endswith(".from_pretrained")
+            and not _refuses_code(node)
+        ):
             yield node.lineno, "from_pretrained without NO_CODE"
 
 
 def _refuses_code(call: ast.Call) -> bool:
-    return any(keyword.arg is None and ast.unparse(keyword.value) == "NO_CODE" for keyword in call.keywords)
+    return any(
+        keyword.arg is None and ast.unparse(keyword.value) == "NO_CODE" for keyword in call.keywords
+    )
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(PROJECT)))
@@ -61,19 +111,31 @@ def test_no_source_runs_or_unpickles_what_it_is_given(file: Path) -> None:
 @pytest.mark.parametrize(
     "snippet",
     [
-        "import pickle", "from pickle import loads", "import cloudpickle as c", "torch.load(path)",
-        "torch.load(path, weights_only=False)", "np.load(path, allow_pickle=True)", "joblib = __import__('joblib')",
-        "yaml.load(text)", "yaml.load(text, Loader=yaml.Loader)", "eval(text)", "exec(text)",
-        "subprocess.run(text, shell=True)", "os.system(text)", "archive.extractall(folder)", "pd.read_pickle(path)",
-        "AutoModelForCausalLM.from_pretrained(path)", "AutoTokenizer.from_pretrained(path, trust_remote_code=True)",
+        "import pickle",
+        "from pickle import loads",
+        "import cloudpickle as c",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "np.load(path, allow_pickle=True)",
+        "joblib = __import__('joblib')",
+        "yaml.load(text)",
+        "yaml.load(text, Loader=yaml.Loader)",
+        "eval(text)",
+        "exec(text)",
+        "subprocess.run(text, shell=True)",
+        "os.system(text)",
+        "archive.extractall(folder)",
+        "pd.read_pickle(path)",
+        "AutoModelForCausalLM.from_pretrained(path)",
+        "AutoTokenizer.from_pretrained(path, trust_remote_code=True)",
     ],
-)  # fmt: skip
+)
 def test_the_search_finds_them(snippet: str) -> None:
     assert list(faults(ast.parse(snippet)))
 
 
 @pytest.mark.claim("A model's own code is not run")
 def test_code_is_refused_where_models_are_loaded() -> None:
-    from rltrain.model import NO_CODE
+    from rltrain.models.loading import NO_CODE
 
     assert NO_CODE == {"trust_remote_code": False}

@@ -1,6 +1,7 @@
 """What contributors are told exists: make targets, files, hooks; CI calls what there is.
 
-GitHub's expressions (`${{ ... }}`) cannot be evaluated here: they are only seen to be in their places.
+GitHub's expressions (`${{ ... }}`) cannot be evaluated here: they are only seen to be in their
+places.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from harness.paths import PROJECT
+from harness.core.paths import PROJECT
 
 WORKFLOW = PROJECT / ".github" / "workflows" / "ci.yml"
 HOOKS = PROJECT / ".pre-commit-config.yaml"
@@ -54,7 +55,9 @@ def test_a_job_of_ci_calls_targets_that_exist_and_ends_in_time() -> None:
 
 def test_ci_runs_each_tier_when_it_should() -> None:
     by_event = {
-        event: {name for job in jobs().values() if event in job["if"] for name in called(commands(job))}
+        event: {
+            name for job in jobs().values() if event in job["if"] for name in called(commands(job))
+        }
         for event in ("pull_request", "push", "schedule")
     }
     assert {"lint", "test-fast"} <= by_event["pull_request"]
@@ -69,7 +72,12 @@ def test_ci_runs_the_fast_tests_on_every_python_that_the_package_names() -> None
 
 
 def test_ci_uses_githubs_own_actions_and_no_address() -> None:
-    used = {step["uses"].split("@")[0] for job in jobs().values() for step in job["steps"] if "uses" in step}
+    used = {
+        step["uses"].split("@")[0]
+        for job in jobs().values()
+        for step in job["steps"]
+        if "uses" in step
+    }
     assert {"actions/checkout", "actions/setup-python"} <= used
     assert all(name.startswith("actions/") for name in used)
     assert "://" not in WORKFLOW.read_text()
@@ -95,7 +103,10 @@ def test_every_hook_is_local_and_runs_what_is_there() -> None:
         ("x" * 73, False),
         ("é" * 72, True),
         (f"Add a loss\n\n{'x' * 200}\n", True),
-        (f"# a comment of git's that is longer than a subject may be{'x' * 72}\n\nAdd a loss\n", True),
+        (
+            f"# a comment of git's that is longer than a subject may be{'x' * 72}\n\nAdd a loss\n",
+            True,
+        ),
         (f"\n{'x' * 73}\n", False),
         ("", True),  # git refuses it by itself
     ],

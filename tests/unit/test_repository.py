@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.paths import PROJECT
+from harness.core.paths import PROJECT
 
 LIMIT = 10_000_000
 

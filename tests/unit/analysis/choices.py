@@ -1,4 +1,6 @@
-"""Sweeps over the values of one setting with a known truth: how often a decision about them is wrong."""
+"""Sweeps over the values of one setting with a known truth: how often a decision about them is
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,12 @@ FRESH = 100
 
 @dataclass(frozen=True)
 class Choice:
-    """A sweep over values: how far each is behind the best, in standard deviations of a seed, and how it scatters.
+    """A sweep over values: how far each is behind the best, in standard deviations of a seed, and
+    how it scatters.
 
-    `noises`: each value's noise, as a multiple of `noise`. `rates`: learning rates tried with each value; at `flat`
-    ones all are as good. `confirm`: so many of the best configurations are run again on fresh seeds. `collapse`: the
-    share of each value's seeds that end at the base.
+    `noises`: each value's noise, as a multiple of `noise`. `rates`: learning rates tried with each
+    value; at `flat` ones all are as good. `confirm`: so many of the best configurations are run
+    again on fresh seeds. `collapse`: the share of each value's seeds that end at the base.
     """
 
     name: str
@@ -52,7 +55,10 @@ class Choice:
 
     def table(self, rng: np.random.Generator) -> pd.DataFrame:
         """One sweep as rows of `Tables.runs`."""
-        count, kept = len(self.behind), np.array((1.0,) * self.rates if self.flat else RATES[self.rates])
+        count, kept = (
+            len(self.behind),
+            np.array((1.0,) * self.rates if self.flat else RATES[self.rates]),
+        )
         value = np.repeat(np.arange(count), self.rates)
         means = (BASE + self.gain - self.noise * np.array(self.behind))[value]
         means = BASE + (means - BASE) * np.tile(kept, count)
@@ -60,21 +66,37 @@ class Choice:
         parts = [(np.arange(len(value)), swept, 0)]
         if self.confirm:
             best = np.argsort(-swept.mean(axis=1), kind="stable")[: self.confirm]
-            parts.append((best, self._draw(rng, means[best], value[best], max(2, self.seeds)), FRESH))
+            parts.append(
+                (best, self._draw(rng, means[best], value[best], max(2, self.seeds)), FRESH)
+            )
         frames = []
         for cells, scores, first in parts:
             seeds = scores.shape[1]
-            frames.append(pd.DataFrame({
-                "configuration": np.repeat(cells, seeds), "seed": np.tile(np.arange(first, first + seeds), len(cells)),
-                "rank": np.repeat(value[cells] + 1, seeds), LR: np.repeat(10.0 ** (cells % self.rates - 3), seeds),
-                "full": False, "confirm": bool(first), "diverged": False, "score": scores.ravel(),
-            }))  # fmt: skip
+            frames.append(
+                pd.DataFrame(
+                    {
+                        "configuration": np.repeat(cells, seeds),
+                        "seed": np.tile(np.arange(first, first + seeds), len(cells)),
+                        "rank": np.repeat(value[cells] + 1, seeds),
+                        LR: np.repeat(10.0 ** (cells % self.rates - 3), seeds),
+                        "full": False,
+                        "confirm": bool(first),
+                        "diverged": False,
+                        "score": scores.ravel(),
+                    }
+                )
+            )
         return pd.concat(frames, ignore_index=True)
 
-    def _draw(self, rng: np.random.Generator, means: Floats, value: NDArray[np.int64], seeds: int) -> Floats:
+    def _draw(
+        self, rng: np.random.Generator, means: Floats, value: NDArray[np.int64], seeds: int
+    ) -> Floats:
         noise = self.noise * np.array(self.noises or (1.0,) * len(self.behind))[value]
         scores = means[:, None] + noise[:, None] * rng.standard_normal((len(means), seeds))
-        falls = rng.random(scores.shape) < np.array(self.collapse or (0.0,) * len(self.behind))[value][:, None]
+        falls = (
+            rng.random(scores.shape)
+            < np.array(self.collapse or (0.0,) * len(self.behind))[value][:, None]
+        )
         return np.where(falls, BASE + self.noise * rng.standard_normal(scores.shape), scores)
 
     def decide(self, rng: np.random.Generator) -> Comparison:
@@ -90,10 +112,15 @@ class Choice:
     def shares(self, sweeps: int, seed: int = 0) -> dict[str, float]:
         """How often a decision was wrong, by kind, and how often each verdict came.
 
-        `wrong best`: another value is as good or better; `wrong worse`: of a value that is not; `wrong tied`: of a
-        value behind by the margin or more; `unstable best`: of a value with a collapsed seed.
+        `wrong best`: another value is as good or better; `wrong worse`: of a value that is not;
+        `wrong tied`: of a value behind by the margin or more; `unstable best`: of a value with a
+        collapsed seed.
         """
-        rng, truth, counts = np.random.default_rng([seed, zlib.crc32(self.name.encode())]), self.truth, Counter[str]()
+        rng, truth, counts = (
+            np.random.default_rng([seed, zlib.crc32(self.name.encode())]),
+            self.truth,
+            Counter[str](),
+        )
         for _ in range(sweeps):
             found = self.decide(rng)
             chosen = truth[found.chosen.value - 1]
@@ -102,7 +129,9 @@ class Choice:
             counts["wrong best"] += best and min(lead.values()) <= 1e-9
             counts["wrong worse"] += any(lead[level.value] <= 1e-9 for level in found.of("worse"))
             margin = GAIN_SHARE * self.gain
-            counts["wrong tied"] += any(abs(lead[level.value]) >= margin - 1e-9 for level in found.of("tied"))
+            counts["wrong tied"] += any(
+                abs(lead[level.value]) >= margin - 1e-9 for level in found.of("tied")
+            )
             counts["unstable best"] += best and found.chosen.collapsed > 0
             counts[found.verdict] += 1
         kinds = ("wrong best", "wrong worse", "wrong tied", "unstable best", "best", "tied", "open")
@@ -115,7 +144,12 @@ def _alike(count: int, seeds: int = 3, words: str = "", **world: Any) -> Choice:
 
 
 def _ahead(count: int, seeds: int, words: str, by: float, **world: Any) -> Choice:
-    return Choice(f"{count} values, {seeds} seeds, {words}", (0.0,) + (by,) * (count - 1), seeds=seeds, **world)
+    return Choice(
+        f"{count} values, {seeds} seeds, {words}",
+        (0.0,) + (by,) * (count - 1),
+        seeds=seeds,
+        **world,
+    )
 
 
 def _stable() -> Iterator[Choice]:
@@ -125,7 +159,9 @@ def _stable() -> Iterator[Choice]:
     yield _alike(8, words="twice the noise", noise=2 * NOISE)
     for count in (2, 6, 12):
         for seeds in (2, 3):
-            yield _alike(count, seeds, "one three times as noisy", noises=(3.0,) + (1.0,) * (count - 1))
+            yield _alike(
+                count, seeds, "one three times as noisy", noises=(3.0,) + (1.0,) * (count - 1)
+            )
     for count in (6, 12):
         noises = tuple(1 + 2 * place / (count - 1) for place in range(count))
         yield _alike(count, words="noise from one to three times", noises=noises)
@@ -140,7 +176,10 @@ def _stable() -> Iterator[Choice]:
         for seeds in (1, 2, 3):
             yield _alike(count, seeds, f"the best {best} confirmed", confirm=best)
     for count in (3, 8, 12):
-        yield Choice(f"{count} values, 3 seeds, each 0.3 deviations apart", tuple(0.3 * i for i in range(count)))
+        yield Choice(
+            f"{count} values, 3 seeds, each 0.3 deviations apart",
+            tuple(0.3 * i for i in range(count)),
+        )
     for count in (2, 8):
         for seeds in (2, 3, 5):
             yield _ahead(count, seeds, "one ahead by the margin", GAIN_SHARE * GAIN / NOISE)
@@ -151,11 +190,15 @@ def _stable() -> Iterator[Choice]:
 def _collapsing() -> Iterator[Choice]:
     for count in (2, 8):
         for seeds in (2, 3, 5):
-            yield _alike(count, seeds, "each collapses in 5% of its seeds", collapse=(0.05,) * count)
+            yield _alike(
+                count, seeds, "each collapses in 5% of its seeds", collapse=(0.05,) * count
+            )
     for count in (2, 8):
         for seeds in (2, 3, 5):
             falls = (0.3,) + (0.0,) * (count - 1)
-            yield _ahead(count, seeds, "the highest collapses in 30% of its seeds", 3.0, collapse=falls)
+            yield _ahead(
+                count, seeds, "the highest collapses in 30% of its seeds", 3.0, collapse=falls
+            )
 
 
 STABLE = tuple(_stable())

@@ -1,4 +1,6 @@
-"""Sweeps with a known truth, as evidence for the claims: basins over rates, seed noise, divergence, failures."""
+"""Sweeps with a known truth, as evidence for the claims: basins over rates, seed noise, divergence,
+failures.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,11 @@ BEST = -3.0
 
 @dataclass(frozen=True)
 class Arm:
-    """The truth of one arm: where it sits, its best score as a share of the gain, its best rate and its basin.
+    """The truth of one arm: where it sits, its best score as a share of the gain, its best rate and
+    its basin.
 
-    `width` is the bell's standard deviation in decades, or a cliff-edged basin's half width. `slow` stretches time.
+    `width` is the bell's standard deviation in decades, or a cliff-edged basin's half width. `slow`
+    stretches time.
     """
 
     rank: int
@@ -43,7 +47,9 @@ class Arm:
 
 @dataclass(frozen=True)
 class World:
-    """A sweep's truth: its arms, each over a grid of rates around its own best, with chance and accidents."""
+    """A sweep's truth: its arms, each over a grid of rates around its own best, with chance and
+    accidents.
+    """
 
     arms: tuple[Arm, ...]
     seeds: int = 3
@@ -64,44 +70,97 @@ class World:
             parts = []
             for arm in self.arms:
                 seed, rate = np.meshgrid(np.arange(float(self.seeds)), np.arange(float(self.rates)))
-                one = {name: np.full(seed.size, float(getattr(arm, name))) for name in
-                       ("rank", "alpha", "targets", "batch", "height", "best", "width", "slow")}  # fmt: skip
-                counted = arm.rank * PARAMETERS_PER_RANK if arm.parameters is None else arm.parameters
-                parts.append({**one, "seed": seed.ravel(), "rate": rate.ravel(),
-                              "parameters": np.full(seed.size, float(counted or MODEL_PARAMETERS))})  # fmt: skip
-            self.design.update({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+                one = {
+                    name: np.full(seed.size, float(getattr(arm, name)))
+                    for name in (
+                        "rank",
+                        "alpha",
+                        "targets",
+                        "batch",
+                        "height",
+                        "best",
+                        "width",
+                        "slow",
+                    )
+                }
+                counted = (
+                    arm.rank * PARAMETERS_PER_RANK if arm.parameters is None else arm.parameters
+                )
+                parts.append(
+                    {
+                        **one,
+                        "seed": seed.ravel(),
+                        "rate": rate.ravel(),
+                        "parameters": np.full(seed.size, float(counted or MODEL_PARAMETERS)),
+                    }
+                )
+            self.design.update(
+                {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            )
         return self.design
 
     def draw(self, rng: np.random.Generator, *, curves: bool = False) -> Evidence:
-        """One sweep of this world. The grids lie anywhere against the best rates; `curves` adds training rewards."""
+        """One sweep of this world. The grids lie anywhere against the best rates; `curves` adds
+        training rewards.
+        """
         known = self.columns()
         count = len(known["rank"])
-        # Grids of round numbers, the same offset for all arms: each arm's best rate lies anywhere between two of them.
+        # Grids of round numbers, the same offset for all arms: each arm's best rate lies anywhere
+        # between two of them.
         middle = np.round(known["best"] / self.step) * self.step
-        lr = middle + (known["rate"] - (self.rates - 1) / 2) * self.step + rng.uniform(-0.5, 0.5) * self.step
-        kept = np.ones(count) if self.flat else _basin(lr - known["best"], known["width"], self.shape)
+        lr = (
+            middle
+            + (known["rate"] - (self.rates - 1) / 2) * self.step
+            + rng.uniform(-0.5, 0.5) * self.step
+        )
+        kept = (
+            np.ones(count) if self.flat else _basin(lr - known["best"], known["width"], self.shape)
+        )
         gain = self.gain * known["height"] * kept
         score = np.clip(BASE + gain + rng.normal(0.0, self.noise, count), 0.0, 1.0)
         # Past three widths on the far side a run diverges or not, by chance.
-        wild = (lr - known["best"] > 1.6 * known["width"]) & (rng.random(count) < self.diverging) & (not self.flat)
+        wild = (
+            (lr - known["best"] > 1.6 * known["width"])
+            & (rng.random(count) < self.diverging)
+            & (not self.flat)
+        )
         lost = rng.random(count) < self.failures
         bad = wild & ~lost
-        rewards = self._curves(rng, gain, known["slow"], known["seed"]) if curves else np.full((count, 0), math.nan)
+        rewards = (
+            self._curves(rng, gain, known["slow"], known["seed"])
+            if curves
+            else np.full((count, 0), math.nan)
+        )
         return Evidence(
-            rank=known["rank"], alpha=np.where(known["rank"] > 0, known["alpha"], math.nan), lr=10.0**lr,
-            targets=np.where(known["rank"] > 0, known["targets"], math.nan), batch=known["batch"],
-            budget=np.zeros(count), seed=known["seed"], score=np.where(bad | lost, math.nan, score), bad=bad,
-            fallback=np.full(count, math.nan), confirm=np.zeros(count, bool), parameters=known["parameters"],
-            episodes=np.full(count, float(STEPS * PER_STEP)), curves=rewards, base=BASE,
-            model_parameters=float(MODEL_PARAMETERS), rule_lr=10.0**self.rule,
-        )  # fmt: skip
+            rank=known["rank"],
+            alpha=np.where(known["rank"] > 0, known["alpha"], math.nan),
+            lr=10.0**lr,
+            targets=np.where(known["rank"] > 0, known["targets"], math.nan),
+            batch=known["batch"],
+            budget=np.zeros(count),
+            seed=known["seed"],
+            score=np.where(bad | lost, math.nan, score),
+            bad=bad,
+            fallback=np.full(count, math.nan),
+            confirm=np.zeros(count, bool),
+            parameters=known["parameters"],
+            episodes=np.full(count, float(STEPS * PER_STEP)),
+            curves=rewards,
+            base=BASE,
+            model_parameters=float(MODEL_PARAMETERS),
+            rule_lr=10.0**self.rule,
+        )
 
     def _curves(self, rng: np.random.Generator, gain: Floats, slow: Floats, seed: Floats) -> Floats:
-        """Training rewards `[N, T]`: half the noise is the step's problems, which a seed's runs share."""
+        """Training rewards `[N, T]`: half the noise is the step's problems, which a seed's runs
+        share.
+        """
         at = np.arange(1, STEPS + 1)[None, :]
         shared = rng.normal(0.0, STEP_NOISE, (self.seeds, STEPS))[seed.astype(int)]
         own = rng.normal(0.0, STEP_NOISE, (len(gain), STEPS))
-        return BASE + gain[:, None] * (1 - np.exp(-at / (RISE_STEPS * slow[:, None]))) + shared + own
+        return (
+            BASE + gain[:, None] * (1 - np.exp(-at / (RISE_STEPS * slow[:, None]))) + shared + own
+        )
 
 
 def _basin(offset: Floats, width: Floats, shape: str) -> Floats:
@@ -112,7 +171,9 @@ def _basin(offset: Floats, width: Floats, shape: str) -> Floats:
 
 
 def _cliff(offset: Floats, width: Floats) -> Floats:
-    """A slope below, a plateau, a cliff above, moved so that the middle of what keeps three quarters is at 0."""
+    """A slope below, a plateau, a cliff above, moved so that the middle of what keeps three
+    quarters is at 0.
+    """
     middle = math.log(3) * (0.15 - 0.06) / 2
     rise, fall = (offset + middle + width) / 0.15, (offset + middle - width) / 0.06
     return 1 / (1 + np.exp(-rise)) / (1 + np.exp(np.minimum(fall, 500.0)))
@@ -125,10 +186,16 @@ def by_rank(
     ratio: float = 9.8,
     **world: Any,
 ) -> World:
-    """Full fine-tuning and ranks 1, 4, 16 and 64 over rates; `ranks` changes arms, `exponent` is rank's in the rate."""
+    """Full fine-tuning and ranks 1, 4, 16 and 64 over rates; `ranks` changes arms, `exponent` is
+    rank's in the rate.
+    """
     arms = []
     for rank in (0, 1, 4, 16, 64):
-        best = BEST - math.log10(ratio) if rank == 0 else BEST + exponent * math.log10(max(rank, 4) / 4)
+        best = (
+            BEST - math.log10(ratio)
+            if rank == 0
+            else BEST + exponent * math.log10(max(rank, 4) / 4)
+        )
         arm = Arm(rank, best=best, width=0.5 if rank == 0 else 0.7 if rank == 1 else 0.6)
         arms.append(replace(arm, **(ranks or {}).get(rank, {})))
     return World(tuple(arms), **world)
@@ -141,7 +208,9 @@ def by_scale(exponent: float, **world: Any) -> World:
 
 
 def placed(attention: float, everywhere: float = 1.0, **world: Any) -> World:
-    """All layers, MLP-only and, at as many parameters, attention-only; heights as shares of MLP-only's gain."""
+    """All layers, MLP-only and, at as many parameters, attention-only; heights as shares of
+    MLP-only's gain.
+    """
     arms = (
         Arm(8, targets=ALL, height=everywhere, parameters=61_440),
         Arm(8, targets=MLP, parameters=36_864),
@@ -154,7 +223,11 @@ def batched(costs: Mapping[int, float], **world: Any) -> World:
     """Two batch sizes; `costs` is what the larger takes of each rank's gain."""
     arms = [
         Arm(
-            rank, batch=batch, height=1.0 - cost * (batch > 128), best=BEST - (rank == 0), width=0.6 - 0.1 * (rank == 0)
+            rank,
+            batch=batch,
+            height=1.0 - cost * (batch > 128),
+            best=BEST - (rank == 0),
+            width=0.6 - 0.1 * (rank == 0),
         )
         for rank, cost in costs.items()
         for batch in (128.0, 2048.0)
@@ -164,7 +237,9 @@ def batched(costs: Mapping[int, float], **world: Any) -> World:
 
 @dataclass(frozen=True)
 class Case:
-    """A world and whether a claim is true in it; `reported`: the effect LoRA Without Regret reports, or a stand-in."""
+    """A world and whether a claim is true in it; `reported`: the effect LoRA Without Regret
+    reports, or a stand-in.
+    """
 
     claim: str
     name: str
@@ -173,15 +248,23 @@ class Case:
     reported: bool = False
 
     def verdicts(self, count: int, seed: int = 0, **world: Any) -> Iterator[Verdict]:
-        """The claim's verdicts on so many sweeps of this world; `world` overrides its seeds, noise, gain or shape."""
-        truth, rng, claim = self.make(**world), np.random.default_rng([seed, hash_of(self.name)]), CLAIMS[self.claim]
+        """The claim's verdicts on so many sweeps of this world; `world` overrides its seeds, noise,
+        gain or shape.
+        """
+        truth, rng, claim = (
+            self.make(**world),
+            np.random.default_rng([seed, hash_of(self.name)]),
+            CLAIMS[self.claim],
+        )
         for _ in range(count):
             yield claim.verdict(truth.draw(rng, curves=self.claim == "6"))
 
     def shares(self, count: int, seed: int = 0, **world: Any) -> dict[str, float]:
         """How often each verdict came."""
         found = [verdict.verdict for verdict in self.verdicts(count, seed, **world)]
-        return {kind: found.count(kind) / count for kind in ("holds", "does not hold", "cannot tell")}
+        return {
+            kind: found.count(kind) / count for kind in ("holds", "does not hold", "cannot tell")
+        }
 
 
 def hash_of(name: str) -> int:
@@ -189,7 +272,9 @@ def hash_of(name: str) -> int:
     return int.from_bytes(name.encode()[:8].ljust(8, b"."), "little")
 
 
-def _by_rank(ranks: Mapping[int, Mapping[str, Any]] | None = None, **fixed: Any) -> Callable[..., World]:
+def _by_rank(
+    ranks: Mapping[int, Mapping[str, Any]] | None = None, **fixed: Any
+) -> Callable[..., World]:
     return lambda **world: by_rank(ranks, **{**fixed, **world})
 
 
@@ -232,15 +317,41 @@ CASES = [
     Case("4a", "as good", False, lambda **world: placed(1.0, **world)),
     Case("4a", "better", False, lambda **world: placed(1.05, **world)),
     Case("4b", "as good", True, lambda **world: placed(0.92, **world), reported=True),
-    Case("4b", "a tenth of the gain better (the margin)", False, lambda **world: placed(0.92, 1.1, **world)),
-    Case("4b", "a tenth of the gain worse (the margin)", False, lambda **world: placed(0.92, 0.9, **world)),
+    Case(
+        "4b",
+        "a tenth of the gain better (the margin)",
+        False,
+        lambda **world: placed(0.92, 1.1, **world),
+    ),
+    Case(
+        "4b",
+        "a tenth of the gain worse (the margin)",
+        False,
+        lambda **world: placed(0.92, 0.9, **world),
+    ),
     Case("4b", "nothing learns", False, lambda **world: placed(1.0, **{**NOTHING, **world})),
-    Case("5", "0.08 more", True,
-         lambda **world: batched({0: 0.0, 1: 0.13, 16: 0.13, 64: 0.13}, **world), reported=True),
-    Case("5", "as much", False, lambda **world: batched({0: 0.1, 1: 0.1, 16: 0.1, 64: 0.1}, **world)),
-    Case("5", "nothing, and rank 1 alone is spared", False,
-         lambda **world: batched({0: 0.0, 1: 0.0, 16: 0.13, 64: 0.13}, **world)),
-    Case("5", "full fine-tuning more", False, lambda **world: batched({0: 0.1, 1: 0.0, 16: 0.0, 64: 0.0}, **world)),
+    Case(
+        "5",
+        "0.08 more",
+        True,
+        lambda **world: batched({0: 0.0, 1: 0.13, 16: 0.13, 64: 0.13}, **world),
+        reported=True,
+    ),
+    Case(
+        "5", "as much", False, lambda **world: batched({0: 0.1, 1: 0.1, 16: 0.1, 64: 0.1}, **world)
+    ),
+    Case(
+        "5",
+        "nothing, and rank 1 alone is spared",
+        False,
+        lambda **world: batched({0: 0.0, 1: 0.0, 16: 0.13, 64: 0.13}, **world),
+    ),
+    Case(
+        "5",
+        "full fine-tuning more",
+        False,
+        lambda **world: batched({0: 0.1, 1: 0.0, 16: 0.0, 64: 0.0}, **world),
+    ),
     Case("6", "the same", True, _by_rank(), reported=True),
     Case("6", "rank 1 a quarter slower (past the margin)", False, _by_rank({1: {"slow": 1.25}})),
     Case("6", "rank 1 a third slower", False, _by_rank({1: {"slow": 1.35}})),
@@ -254,4 +365,4 @@ CASES = [
     Case("9", "twice the rule's (the margin)", False, _by_rank(rule=BEST - math.log10(2))),
     Case("9", "half the rule's (the margin)", False, _by_rank(rule=BEST + math.log10(2))),
     Case("9", "every rate as good", False, _by_rank(**FLAT)),
-]  # fmt: skip
+]

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from harness import manifest as manifests
-from harness import recipe as recipes
-from harness.metrics import MetricsFile
-from harness.rundir import RunDir, Status
-from harness.schema import Recipe
+from harness.config import recipe as recipes
+from harness.config.schema import Recipe
+from harness.records import manifest as manifests
+from harness.records.metrics_file import MetricsFile
+from harness.records.run_dir import RunDir, Status
 
 RANK = "trainer.policy.model.lora.rank"
 ALPHA = "trainer.policy.model.lora.alpha"
@@ -81,7 +81,12 @@ def write_sweep(root: Path, sweep: Sweep, name: str = "lora_sweep") -> Path:
     """Write a sweep's directory with a directory per trial; returns its path."""
     source, _ = write_sources(root)
     count = max(1, len(sweep.trials))
-    block = {"metric": sweep.metric, "num_trials": count, "seeds": list(sweep.seeds), "space": sweep.space}
+    block = {
+        "metric": sweep.metric,
+        "num_trials": count,
+        "seeds": list(sweep.seeds),
+        "space": sweep.space,
+    }
     plain = recipes.load(source, sweep.overrides)
     swept = recipes.with_values(plain, {"sweep": block})
     directory = RunDir(root / name)
@@ -104,10 +109,16 @@ def write_sweep(root: Path, sweep: Sweep, name: str = "lora_sweep") -> Path:
             "confirm": trial.confirm,
         }
         one = recipes.with_values(plain, values)
-        kept = [item for item in sweep.overrides if item.split("=")[0] not in values and not item.startswith("sweep.")]
+        kept = [
+            item
+            for item in sweep.overrides
+            if item.split("=")[0] not in values and not item.startswith("sweep.")
+        ]
         own = [*kept, *(recipes.override_for(key, value) for key, value in values.items())]
         name = f"{directory.path.name}/{number:04d}"
-        built = manifests.build(one, kind="trial", name=name, source=str(source), overrides=own, trial=facts)
+        built = manifests.build(
+            one, kind="trial", name=name, source=str(source), overrides=own, trial=facts
+        )
         _write_run(directory.trial(number), one, built, trial, sweep.metric)
     directory.move_to(Status.RUNNING)
     if sweep.status is not Status.RUNNING:
@@ -118,24 +129,37 @@ def write_sweep(root: Path, sweep: Sweep, name: str = "lora_sweep") -> Path:
 def write_run(root: Path, trial: Trial, name: str = "one_run") -> Path:
     """Write a single run's directory; returns its path."""
     source, _ = write_sources(root)
-    overrides = [recipes.override_for(key, value) for key, value in {**trial.params, "seed": trial.seed}.items()]
+    overrides = [
+        recipes.override_for(key, value)
+        for key, value in {**trial.params, "seed": trial.seed}.items()
+    ]
     recipe = recipes.load(source, overrides)
     command = ["python", "-m", "harness.run", str(source), *overrides]
-    built = manifests.build(recipe, kind="run", name=name, source=str(source), overrides=overrides, command=command)
+    built = manifests.build(
+        recipe, kind="run", name=name, source=str(source), overrides=overrides, command=command
+    )
     directory = RunDir(root / name)
     _write_run(directory, recipe, built, trial, "eval/accuracy")
     return directory.path
 
 
 def curve(score: float, steps: int, base: float, rng: np.random.Generator) -> list[float]:
-    """Evaluations every 10 steps from the base to the score, in whole problems, the last one exact."""
+    """Evaluations every 10 steps from the base to the score, in whole problems, the last
+    one exact.
+    """
     at = np.arange(0, steps + 1, 10)
-    values = base + (score - base) * (1 - np.exp(-at / 12)) / (1 - np.exp(-steps / 12)) + rng.normal(0, 0.008, len(at))
+    values = (
+        base
+        + (score - base) * (1 - np.exp(-at / 12)) / (1 - np.exp(-steps / 12))
+        + rng.normal(0, 0.008, len(at))
+    )
     values[0], values[-1] = base, score
     return [round(float(value) * PROBLEMS) / PROBLEMS for value in np.clip(values, 0, 1)]
 
 
-def _write_run(run: RunDir, recipe: Recipe, built: dict[str, Any], trial: Trial, metric: str) -> None:
+def _write_run(
+    run: RunDir, recipe: Recipe, built: dict[str, Any], trial: Trial, metric: str
+) -> None:
     run.create(recipes.to_yaml(recipe), built)
     if trial.status is Status.CREATED:
         return
@@ -146,7 +170,11 @@ def _write_run(run: RunDir, recipe: Recipe, built: dict[str, Any], trial: Trial,
     for step in range(0, trial.last_step + 1, 5):  # every fifth: each row is synced to the disk
         row: dict[str, float] = {"step": step}
         if step:
-            row |= {"reward": min(1.0, evaluations[step // 10] + 0.02), "learning_rate": 1e-3, "step_time": 0.9}
+            row |= {
+                "reward": min(1.0, evaluations[step // 10] + 0.02),
+                "learning_rate": 1e-3,
+                "step_time": 0.9,
+            }
         if step % 10 == 0:
             row |= {metric: evaluations[step // 10], "eval/mean_length": 40.0, "timing_s/eval": 1.5}
         file.append(row)
@@ -173,7 +201,8 @@ def _write_samples(run: RunDir, step: int, trial: Trial) -> None:
             "step": step,
             "phase": phase,
             "index": index,
-            "question": f"Ann has {index + 3} apples and buys 4 more. How many apples does she have now?",
+            "question": f"Ann has {index + 3} apples and buys 4 more. How many apples does "
+            "she have now?",
             "ground_truth": str(index + 7),
             "completion": trial.completion if step else f"The answer is {index + 9}",
             "reward": 1.0 if step else 0.0,
@@ -187,10 +216,11 @@ def _write_samples(run: RunDir, step: int, trial: Trial) -> None:
 
 
 def example() -> Sweep:
-    """Twelve trials on two seeds: configuration 2 (rank 8, lr 1e-3) is best; one FAILED, one PRUNED, one RUNNING.
+    """Twelve trials on two seeds: configuration 2 (rank 8, lr 1e-3) is best; one FAILED, one
+    PRUNED, one RUNNING.
 
-    Configuration 4 has the best single score but not both seeds, and 5's failed trial logged a higher one still:
-    neither may win.
+    Configuration 4 has the best single score but not both seeds, and 5's failed trial logged a
+    higher one still: neither may win.
     """
     reason = "3 non-finite gradient norms in a row at step 20"
     return Sweep(
@@ -206,7 +236,15 @@ def example() -> Sweep:
             Trial(4, 0, params(1, 3e-3), 0.95),
             Trial(4, 1, params(1, 3e-3), 0.70, Status.RUNNING, last_step=30),
             Trial(5, 0, params(8, 1e-2), 0.99, Status.FAILED, reason, last_step=20),
-            Trial(5, 1, params(8, 1e-2), 0.10, Status.PRUNED, "step 10: below the median", last_step=10),
+            Trial(
+                5,
+                1,
+                params(8, 1e-2),
+                0.10,
+                Status.PRUNED,
+                "step 10: below the median",
+                last_step=10,
+            ),
         ]
     )
 

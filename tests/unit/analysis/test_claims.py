@@ -14,9 +14,18 @@ from analysis.claims.arm import Arm
 from analysis.claims.claim import FAILS, HOLDS, UNKNOWN
 from analysis.claims.evidence import ALL, Evidence
 from analysis.load import Tables, load
-from harness.rundir import Status
+from harness.records.run_dir import Status
 from tests.benchmarks import bench_claims
-from tests.unit.analysis.simulation import BASE, CASES, GAIN, Case, batched, by_rank, by_scale, placed
+from tests.unit.analysis.simulation import (
+    BASE,
+    CASES,
+    GAIN,
+    Case,
+    batched,
+    by_rank,
+    by_scale,
+    placed,
+)
 from tests.unit.analysis.synthetic import Sweep, Trial, params, write_sweep
 
 IDS = [f"{case.claim}: {case.name}" for case in CASES]
@@ -32,7 +41,8 @@ def only(found: Evidence, where: np.ndarray) -> Evidence:
     columns = {
         field.name: getattr(found, field.name)[where]
         for field in fields(found)
-        if isinstance(getattr(found, field.name), np.ndarray) and len(getattr(found, field.name)) == len(where)
+        if isinstance(getattr(found, field.name), np.ndarray)
+        and len(getattr(found, field.name)) == len(where)
     }
     return replace(found, **columns)
 
@@ -40,7 +50,9 @@ def only(found: Evidence, where: np.ndarray) -> Evidence:
 # Of few sweeps a share may miss its bound by chance: three standard deviations are allowed then.
 @pytest.mark.parametrize("sweeps", [100, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES, ids=IDS)
-def test_a_claim_that_is_false_holds_in_at_most_5_of_100_sweeps_and_a_true_one_in_80(case: Case, sweeps: int) -> None:
+def test_a_claim_that_is_false_holds_in_at_most_5_of_100_sweeps_and_a_true_one_in_80(
+    case: Case, sweeps: int
+) -> None:
     shares = case.shares(sweeps)
     exact = sweeps >= 1000
     rarely = 0.05 if exact else 0.05 + 3 * (0.05 * 0.95 / sweeps) ** 0.5
@@ -87,8 +99,13 @@ def test_without_full_fine_tuning_nothing_is_said_against_it() -> None:
 
 def test_all_claims_of_a_sweep_as_published_hold() -> None:
     world = np.random.default_rng(0)
-    by_id = {verdict.id: verdict.verdict for verdict in judge(by_rank(failures=0.0).draw(world, curves=True))}
-    assert [claim for claim in ("1a", "1b", "2a", "3", "6", "8", "9") if by_id[claim] != HOLDS] == []
+    by_id = {
+        verdict.id: verdict.verdict
+        for verdict in judge(by_rank(failures=0.0).draw(world, curves=True))
+    }
+    assert [
+        claim for claim in ("1a", "1b", "2a", "3", "6", "8", "9") if by_id[claim] != HOLDS
+    ] == []
     assert CLAIMS["2c"].verdict(by_scale(-0.5).draw(world)).verdict == HOLDS
     assert CLAIMS["4a"].verdict(placed(0.9).draw(world)).verdict == HOLDS
     assert CLAIMS["5"].verdict(batched({0: 0.0, 1: 0.2, 64: 0.2}).draw(world)).verdict == HOLDS
@@ -126,20 +143,27 @@ def test_a_grid_that_is_too_coarse_for_full_fine_tuning_is_said() -> None:
 
 
 def confirmed(found: Evidence, scores: dict[int, float]) -> Arm:
-    """Rank 1's arm, with three fresh seeds at its best rate (0) and at rates so many places from it."""
+    """Rank 1's arm, with three fresh seeds at its best rate (0) and at rates so many places from
+    it.
+    """
     one = found.rank == 1
     chosen = found.arm(one)
     assert chosen is not None
     parts = {
         field.name: [getattr(found, field.name)]
         for field in fields(found)
-        if isinstance(getattr(found, field.name), np.ndarray) and len(getattr(found, field.name)) == len(one)
+        if isinstance(getattr(found, field.name), np.ndarray)
+        and len(getattr(found, field.name)) == len(one)
     }
     for place, score in scores.items():
         again = one & np.isclose(np.log10(found.lr), chosen.log_lr[chosen.top + place])
         changed = {"confirm": True, "score": score, "seed": 100 + found.seed[again]}
         for name, columns in parts.items():
-            columns.append(np.full_like(columns[0][again], changed[name]) if name in changed else columns[0][again])
+            columns.append(
+                np.full_like(columns[0][again], changed[name])
+                if name in changed
+                else columns[0][again]
+            )
     joined: dict[str, Any] = {name: np.concatenate(columns) for name, columns in parts.items()}
     arm = replace(found, **joined).arm(joined["rank"] == 1)
     assert arm is not None
@@ -171,9 +195,13 @@ def test_diverged_and_pruned_runs_tell_against_their_rate_and_are_never_the_best
 
 
 def test_p_values_are_adjusted_for_there_being_several() -> None:
-    verdicts = [verdict for verdict in judge(drawn()) if verdict.p is not None and verdict.id != "7"]
+    verdicts = [
+        verdict for verdict in judge(drawn()) if verdict.p is not None and verdict.id != "7"
+    ]
     assert len(verdicts) > 5
-    assert all(verdict.p_holm is not None and verdict.p_holm >= (verdict.p or 0.0) for verdict in verdicts)
+    assert all(
+        verdict.p_holm is not None and verdict.p_holm >= (verdict.p or 0.0) for verdict in verdicts
+    )
 
 
 def test_flops_are_arithmetic_on_the_adapters_size() -> None:
@@ -183,9 +211,15 @@ def test_flops_are_arithmetic_on_the_adapters_size() -> None:
     assert verdict.effect == pytest.approx(2 / 3 + 64 * 7680 / 750_000)
     small = drawn()
     assert CLAIMS["7"].verdict(only(small, small.rank <= 4)).verdict == HOLDS
-    # What is said of sizes goes by parameters: a higher rank on fewer modules may be the smaller adapter.
-    within_margin = max(size for rank in (1, 4, 16) if (size := rank * 7680 / 750_000) <= 0.1 * 2 / 3)
-    assert f"up to {within_margin:.1%} of the model's parameters are within the margin" in verdict.reading
+    # What is said of sizes goes by parameters: a higher rank on fewer modules may be the smaller
+    # adapter.
+    within_margin = max(
+        size for rank in (1, 4, 16) if (size := rank * 7680 / 750_000) <= 0.1 * 2 / 3
+    )
+    assert (
+        f"up to {within_margin:.1%} of the model's parameters are within the margin"
+        in verdict.reading
+    )
     assert "of rank 64, has 65.5% of them and takes 1.32" in verdict.reading
 
 
@@ -198,7 +232,9 @@ def test_no_margin_is_widened_to_settle_a_claim() -> None:
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory: pytest.TempPathFactory) -> Tables:
-    """Rank 1 and full fine-tuning over 6 rates and 2 seeds, through real directories; one run failed, one diverged."""
+    """Rank 1 and full fine-tuning over 6 rates and 2 seeds, through real directories; one run
+    failed, one diverged.
+    """
     trials, rng = [], np.random.default_rng(0)
     for number, (rank, place) in enumerate((rank, place) for rank in (0, 1) for place in range(6)):
         lr = (1e-5 if rank == 0 else 1e-4) * 2.0**place
@@ -206,12 +242,19 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Tables:
             score = 0.9 - 0.06 * (place - 2.5) ** 2 + rng.normal(0, 0.01)
             status, reason = Status.COMPLETE, None
             if (rank, place) == (1, 5):
-                status, reason, score = Status.FAILED, "3 non-finite gradient norms in a row at step 20", 0.1
-            trials.append(Trial(number, seed, params(rank, lr), float(score), status, reason, last_step=20))
+                status, reason, score = (
+                    Status.FAILED,
+                    "3 non-finite gradient norms in a row at step 20",
+                    0.1,
+                )
+            trials.append(
+                Trial(number, seed, params(rank, lr), float(score), status, reason, last_step=20)
+            )
     return load(
         [
             write_sweep(
-                tmp_path_factory.mktemp("claims"), Sweep(trials, overrides=["trainer.policy.model.lora.sync=merge"])
+                tmp_path_factory.mktemp("claims"),
+                Sweep(trials, overrides=["trainer.policy.model.lora.sync=merge"]),
             )
         ]
     )
@@ -256,7 +299,9 @@ def test_where_lower_is_better_scores_are_turned_about(tables: Tables) -> None:
     assert up is not None
     assert down is not None
     np.testing.assert_array_equal(up.score, down.score)
-    assert [verdict.verdict for verdict in judge(up)] == [verdict.verdict for verdict in judge(down)]
+    assert [verdict.verdict for verdict in judge(up)] == [
+        verdict.verdict for verdict in judge(down)
+    ]
 
 
 def test_the_page_of_claims_is_made_from_its_measurements() -> None:

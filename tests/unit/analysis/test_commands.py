@@ -1,4 +1,6 @@
-"""Every command that a page prints can be run: it composes, and each run that it asks for is a valid recipe."""
+"""Every command that a page prints can be run: it composes, and each run that it asks for is a
+valid recipe.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +16,22 @@ from analysis.claims import CLAIMS
 from analysis.decisions import decisions
 from analysis.experiment import Experiment
 from analysis.next_step import next_step
-from harness import recipe as recipes
-from harness.schema import Recipe
-from sweeps import plan
+from harness.config import recipe as recipes
+from harness.config.schema import Recipe
+from sweeps.study import plan
 from tests.unit.analysis.synthetic import LR, RANK, Sweep, Trial, params, write_run, write_sweep
 
 MERGE = ["trainer.policy.model.lora.sync=merge"]
-BATCH, MINI, STEPS = "trainer.train_batch_size", "trainer.policy_mini_batch_size", "trainer.max_steps"
+BATCH, MINI, STEPS = (
+    "trainer.train_batch_size",
+    "trainer.policy_mini_batch_size",
+    "trainer.max_steps",
+)
 
 
-def over(values: Sequence[dict[str, Any]], scores: Sequence[Sequence[float]], **sweep: Any) -> Sweep:
+def over(
+    values: Sequence[dict[str, Any]], scores: Sequence[Sequence[float]], **sweep: Any
+) -> Sweep:
     """A sweep whose configurations have these parameters, and a score for each seed."""
     trials = [
         Trial(place, seed, one, score)
@@ -35,7 +43,12 @@ def over(values: Sequence[dict[str, Any]], scores: Sequence[Sequence[float]], **
 
 def ranks(*given: int, scores: Sequence[Sequence[float]], **sweep: Any) -> Sweep:
     """A sweep over ranks."""
-    return over([params(rank, 1e-3) for rank in given], scores, space={RANK: {"choices": list(given)}}, **sweep)
+    return over(
+        [params(rank, 1e-3) for rank in given],
+        scores,
+        space={RANK: {"choices": list(given)}},
+        **sweep,
+    )
 
 
 def batches() -> Sweep:
@@ -49,26 +62,38 @@ def batches() -> Sweep:
 def confirmed() -> Sweep:
     """Two ranks run again on fresh seeds, which turn their order round."""
     scores = {False: {1: 0.8, 2: 0.85}, True: {1: 0.8, 2: 0.75}}
-    return Sweep([
-        Trial(place, seed + 100 * fresh, params(rank, 1e-3), score + seed / 50, confirm=fresh)
-        for fresh, by_rank in scores.items()
-        for place, (rank, score) in enumerate(by_rank.items())
-        for seed in (0, 1)
-    ])  # fmt: skip
+    return Sweep(
+        [
+            Trial(place, seed + 100 * fresh, params(rank, 1e-3), score + seed / 50, confirm=fresh)
+            for fresh, by_rank in scores.items()
+            for place, (rank, score) in enumerate(by_rank.items())
+            for seed in (0, 1)
+        ]
+    )
 
 
 SWEEPS: dict[str, Callable[[], Sweep]] = {
     "ranks alike": lambda: ranks(2, 8, 32, scores=[[0.8, 0.84], [0.81, 0.83], [0.79, 0.85]]),
     "ranks, one seed": lambda: ranks(2, 8, scores=[[0.8], [0.82]]),
-    "full fine-tuning at LoRA's rate": lambda: ranks(0, 2, scores=[[0.35, 0.33], [0.9, 0.92]], overrides=MERGE),
-    "full fine-tuning ahead": lambda: ranks(0, 8, scores=[[0.9, 0.92], [0.4, 0.42]], overrides=MERGE),
-    "a collapsed seed": lambda: ranks(2, 8, 32, scores=[[0.8, 0.81, 0.8], [0.9, 0.91, 0.3], [0.5, 0.51, 0.5]]),
-    "rates to the edge": lambda: over([params(8, lr) for lr in (3e-4, 1e-3)], [[0.6, 0.63], [0.7, 0.74]]),
+    "full fine-tuning at LoRA's rate": lambda: ranks(
+        0, 2, scores=[[0.35, 0.33], [0.9, 0.92]], overrides=MERGE
+    ),
+    "full fine-tuning ahead": lambda: ranks(
+        0, 8, scores=[[0.9, 0.92], [0.4, 0.42]], overrides=MERGE
+    ),
+    "a collapsed seed": lambda: ranks(
+        2, 8, 32, scores=[[0.8, 0.81, 0.8], [0.9, 0.91, 0.3], [0.5, 0.51, 0.5]]
+    ),
+    "rates to the edge": lambda: over(
+        [params(8, lr) for lr in (3e-4, 1e-3)], [[0.6, 0.63], [0.7, 0.74]]
+    ),
     "target modules": lambda: over(
-        [params(8, 1e-3, targets=one) for one in ("all-linear", ["q_proj", "v_proj"])], [[0.9, 0.95], [0.85, 0.92]]),
+        [params(8, 1e-3, targets=one) for one in ("all-linear", ["q_proj", "v_proj"])],
+        [[0.9, 0.95], [0.85, 0.92]],
+    ),
     "batch sizes with their steps": batches,
     "confirmed": confirmed,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", SWEEPS)
@@ -76,8 +101,12 @@ def test_every_command_of_a_sweeps_page_can_be_run(tmp_path: Path, kind: str) ->
     path = write_sweep(tmp_path, SWEEPS[kind]())
     found = Experiment.open(path)
     decided = decisions(found)
-    # What no run varied is asked for in the same way by every page: the run's page below has all of it.
-    commands = {next_step(found, decided).command, *(one.command for one in decided if one.verdict != "not tested")}
+    # What no run varied is asked for in the same way by every page: the run's page below has all of
+    # it.
+    commands = {
+        next_step(found, decided).command,
+        *(one.command for one in decided if one.verdict != "not tested"),
+    }
     commands |= {rerun.command(found, "trials/0000")}
     assert len(commands - {None}) > 1
     for command in commands - {None}:

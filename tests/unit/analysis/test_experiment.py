@@ -9,7 +9,7 @@ import pytest
 from analysis import compare, reading, tables
 from analysis.decisions import decisions
 from analysis.experiment import Experiment
-from harness.rundir import Status
+from harness.records.run_dir import Status
 from tests.unit.analysis.synthetic import (
     ALPHA,
     BASE,
@@ -37,7 +37,9 @@ def test_what_the_example_sweep_is(experiment: Experiment) -> None:
     assert experiment.problems == PROBLEMS
 
 
-def test_the_best_trial_is_the_better_seed_of_the_best_configuration(experiment: Experiment) -> None:
+def test_the_best_trial_is_the_better_seed_of_the_best_configuration(
+    experiment: Experiment,
+) -> None:
     best = experiment.best_trial()
     assert best is not None
     assert (best["configuration"], best["number"]) == (2, 4)
@@ -64,7 +66,9 @@ def test_problems_are_not_counted_in_a_file_that_has_changed(tmp_path: Path) -> 
 
 def test_a_graded_score_has_no_binomial_interval(tmp_path: Path) -> None:
     path = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9))
-    rewrite_manifest(path, result={"step": 50, "metrics": {"eval/accuracy": 0.12345}, "base": {}, "seconds": 1.0})
+    rewrite_manifest(
+        path, result={"step": 50, "metrics": {"eval/accuracy": 0.12345}, "base": {}, "seconds": 1.0}
+    )
     found = Experiment.open(path)
     assert found.problems is None
     assert "interval" not in reading.answer(found).title
@@ -80,10 +84,13 @@ def test_answer_names_settings_swept_or_not_scores_and_doubt(experiment: Experim
     assert ("learning rate", "1e-3", True) in found.settings
     text = " ".join(found.sentences)
     assert (
-        "Its 2 seeds gave 0.900 to 0.920. None of its 2 seeds collapsed: with 95% confidence at most 78% would; 14"
+        "Its 2 seeds gave 0.900 to 0.920. None of its 2 seeds collapsed: with 95% "
+        "confidence at most 78% would; 14" in text
+    )
+    assert (
+        "The runner-up (rank 8, learning rate 3e-4, target modules all-linear) is 0.061 behind"
         in text
     )
-    assert "The runner-up (rank 8, learning rate 3e-4, target modules all-linear) is 0.061 behind" in text
     assert "1 of 3 other configurations is not told apart from the winner." in text
     assert "2 more configurations did not complete on every seed and cannot win" in text
 
@@ -92,12 +99,22 @@ def test_a_near_tie_is_said_to_be_one(tmp_path: Path) -> None:
     scores = [0.90, 0.89, 0.88]
     trials = [Trial(i, 0, params(2**i, 1e-3), score) for i, score in enumerate(scores)]
     text = reading.answer(Experiment.open(write_sweep(tmp_path, Sweep(trials, seeds=[0])))).text()
-    assert "The runner-up (rank 2) is 0.010 behind. One seed does not tell configurations apart" in text
-    assert "It has one seed: how far seeds differ is not known, and up to 95% of them could collapse." in text
+    assert (
+        "The runner-up (rank 2) is 0.010 behind. One seed does not tell configurations apart"
+        in text
+    )
+    assert (
+        "It has one seed: how far seeds differ is not known, and up to 95% of them could collapse."
+        in text
+    )
 
 
-def confirmed(tmp_path: Path, scores: dict[int, tuple[list[float], list[float]]], seeds: list[int]) -> Experiment:
-    """A sweep over ranks, some run again on fresh seeds: the scores of the sweep's seeds and of fresh ones, by rank."""
+def confirmed(
+    tmp_path: Path, scores: dict[int, tuple[list[float], list[float]]], seeds: list[int]
+) -> Experiment:
+    """A sweep over ranks, some run again on fresh seeds: the scores of the sweep's seeds and of
+    fresh ones, by rank.
+    """
     trials = [
         Trial(place, 100 * fresh + seed, params(rank, 1e-3), score, confirm=bool(fresh))
         for fresh in (0, 1)
@@ -108,11 +125,16 @@ def confirmed(tmp_path: Path, scores: dict[int, tuple[list[float], list[float]]]
 
 
 def test_fresh_seeds_that_overturn_the_sweep_are_the_answer(tmp_path: Path) -> None:
-    found = confirmed(tmp_path, {8: ([0.93, 0.95], [0.70, 0.72]), 1: ([0.90, 0.90], [0.90, 0.92])}, [0, 1])
+    found = confirmed(
+        tmp_path, {8: ([0.93, 0.95], [0.70, 0.72]), 1: ([0.90, 0.90], [0.90, 0.92])}, [0, 1]
+    )
     answer = reading.answer(found)
     assert answer.title.startswith("Of 2 configurations, rank 1, alpha 32, learning rate 1e-3")
     assert "scored best on 2 fresh seeds: held-out accuracy 0.910" in answer.title
-    assert "The fresh seeds overturn the sweep: rank 8 led it with 0.939 and scored 0.710" in answer.sentences[0]
+    assert (
+        "The fresh seeds overturn the sweep: rank 8 led it with 0.939 and scored 0.710"
+        in answer.sentences[0]
+    )
     rank = next(one for one in decisions(found) if one.question == "Which rank?")
     assert (rank.value, rank.verdict) == ("1", "best")
     assert "rank 8 is 0.200 behind" in rank.evidence.lower()
@@ -132,7 +154,11 @@ def test_fresh_seeds_tell_what_one_seed_could_not(tmp_path: Path) -> None:
 
 def test_a_winner_of_which_a_seed_collapsed_is_called_unstable(tmp_path: Path) -> None:
     scores = {0: [0.9, 0.92, 0.31], 1: [0.6, 0.61, 0.62], 2: [0.5, 0.51, 0.52]}
-    trials = [Trial(c, s, params(2**c, 1e-3), score) for c, row in scores.items() for s, score in enumerate(row)]
+    trials = [
+        Trial(c, s, params(2**c, 1e-3), score)
+        for c, row in scores.items()
+        for s, score in enumerate(row)
+    ]
     found = Experiment.open(write_sweep(tmp_path, Sweep(trials, seeds=[0, 1, 2])))
     assert found.best is not None
     assert found.best.configuration == 0
@@ -143,7 +169,9 @@ def test_a_winner_of_which_a_seed_collapsed_is_called_unstable(tmp_path: Path) -
 def test_equal_means_are_called_a_tie(tmp_path: Path) -> None:
     trials = [Trial(0, 0, params(8, 1e-3), 0.9), Trial(1, 0, params(4, 1e-3), 0.9)]
     text = reading.answer(Experiment.open(write_sweep(tmp_path, Sweep(trials, seeds=[0])))).text()
-    assert "target modules all-linear shares first place with 1 other: held-out accuracy 0.900" in text
+    assert (
+        "target modules all-linear shares first place with 1 other: held-out accuracy 0.900" in text
+    )
     assert "The runner-up (rank 4) ties with it" in text
 
 
@@ -154,7 +182,9 @@ def test_a_winner_at_the_edge_of_what_was_tested_is_said(tmp_path: Path) -> None
 
 
 def test_a_rate_at_which_runs_diverged_was_tested(tmp_path: Path) -> None:
-    diverged = Trial(2, 0, params(8, 1e-2), 0.6, Status.FAILED, "3 non-finite gradient norms in a row at step 20")
+    diverged = Trial(
+        2, 0, params(8, 1e-2), 0.6, Status.FAILED, "3 non-finite gradient norms in a row at step 20"
+    )
     trials = [Trial(0, 0, params(8, 1e-4), 0.5), Trial(1, 0, params(8, 1e-3), 0.9), diverged]
     found = Experiment.open(write_sweep(tmp_path, Sweep(trials, seeds=[0])))
     basin = found.basin(8)
@@ -169,12 +199,18 @@ def test_training_that_did_not_help_is_said(tmp_path: Path) -> None:
 
 
 def test_a_gain_within_chance_is_said(tmp_path: Path) -> None:
-    found = reading.answer(Experiment.open(write_run(tmp_path, Trial(0, 0, params(8, 1e-5), BASE + 0.01))))
+    found = reading.answer(
+        Experiment.open(write_run(tmp_path, Trial(0, 0, params(8, 1e-5), BASE + 0.01)))
+    )
     assert "may be chance" in found.text()
 
 
 def test_lower_is_better_picks_the_other_end(tmp_path: Path) -> None:
-    trials = [Trial(0, 0, params(8, 1e-3), 0.05), Trial(1, 0, params(8, 3e-3), 0.2), Trial(2, 0, params(4, 1e-3), 0.25)]
+    trials = [
+        Trial(0, 0, params(8, 1e-3), 0.05),
+        Trial(1, 0, params(8, 3e-3), 0.2),
+        Trial(2, 0, params(4, 1e-3), 0.25),
+    ]
     path = write_sweep(tmp_path, Sweep(trials, seeds=[0], metric="completions/clipped_ratio"))
     found = Experiment.open(path)
     best = found.best_trial()
@@ -187,7 +223,10 @@ def test_lower_is_better_picks_the_other_end(tmp_path: Path) -> None:
 
 
 def test_no_complete_configuration_has_no_winner_but_a_leader(tmp_path: Path) -> None:
-    half = [Trial(0, 0, params(8, 1e-3), 0.9), Trial(0, 1, params(8, 1e-3), 0.9, Status.RUNNING, last_step=30)]
+    half = [
+        Trial(0, 0, params(8, 1e-3), 0.9),
+        Trial(0, 1, params(8, 1e-3), 0.9, Status.RUNNING, last_step=30),
+    ]
     path = write_sweep(tmp_path, Sweep(half, status=Status.RUNNING))
     found = Experiment.open(path)
     assert found.best is None
@@ -217,11 +256,15 @@ def test_learning_rates_by_rank_in_words(experiment: Experiment) -> None:
     }
     basin = experiment.basin(8)
     assert basin is not None
-    assert reading.rate_words(basin) == "1e-5 too low, 3e-4 to 1e-3 good (best 1e-3), 1e-2 too high."
+    assert (
+        reading.rate_words(basin) == "1e-5 too low, 3e-4 to 1e-3 good (best 1e-3), 1e-2 too high."
+    )
 
 
 def test_standing_counts_every_status(experiment: Experiment) -> None:
-    assert reading.standing(experiment) == "12 trials: 9 complete, 1 running, 1 pruned and 1 failed."
+    assert (
+        reading.standing(experiment) == "12 trials: 9 complete, 1 running, 1 pruned and 1 failed."
+    )
 
 
 def test_an_axis_that_never_moved_is_no_axis(experiment: Experiment) -> None:
@@ -229,7 +272,9 @@ def test_an_axis_that_never_moved_is_no_axis(experiment: Experiment) -> None:
     assert ALPHA not in experiment.axes
 
 
-def test_inputs_that_changed_are_marked_in_every_table_and_not_mixed(sweep_dir: Path, tmp_path: Path) -> None:
+def test_inputs_that_changed_are_marked_in_every_table_and_not_mixed(
+    sweep_dir: Path, tmp_path: Path
+) -> None:
     changed = Path(shutil.copytree(sweep_dir, tmp_path / "changed"))
     on_inputs(changed, [2], [2], [2], [2], [1], [1], [1], [1], [1], [2], [1], [1])
     found = Experiment.open(changed)
@@ -239,22 +284,34 @@ def test_inputs_that_changed_are_marked_in_every_table_and_not_mixed(sweep_dir: 
     said = reading.standing(found)
     assert said.startswith("12 trials: 4 complete, 1 running and 7 on other inputs")
     assert said.endswith(
-        "Its inputs changed while it ran (data x: one -> two): only trials on inputs 2 are compared, and 7 trials on "
+        "Its inputs changed while it ran (data x: one -> two): only trials on inputs 2 "
+        "are compared, and 7 trials on "
         "others marked."
     )
-    for table, title in ((tables.trials([found]), "trial"), (tables.configurations(found), "config")):
+    for table, title in (
+        (tables.trials([found]), "trial"),
+        (tables.configurations(found), "config"),
+    ):
         titles = [column.title for column in table.columns]
-        marks = {row.cells[titles.index(title)]: row.cells[titles.index("inputs")] for row in table.rows}
+        marks = {
+            row.cells[titles.index(title)]: row.cells[titles.index("inputs")] for row in table.rows
+        }
         assert marks["0"] == "2"
         assert marks["5"] == "1"
     assert marks["4"] == "1, 2"
-    titles = [column.title for column in compare.best_of_each([found, Experiment.open(sweep_dir)]).columns]
+    titles = [
+        column.title for column in compare.best_of_each([found, Experiment.open(sweep_dir)]).columns
+    ]
     assert "inputs" in titles
 
 
 def test_where_the_inputs_did_not_change_nothing_is_said_of_them(experiment: Experiment) -> None:
     assert "inputs" not in reading.standing(experiment)
-    for table in (tables.trials([experiment]), tables.configurations(experiment), compare.best_of_each([experiment])):
+    for table in (
+        tables.trials([experiment]),
+        tables.configurations(experiment),
+        compare.best_of_each([experiment]),
+    ):
         assert "inputs" not in [column.title for column in table.columns]
 
 
@@ -263,8 +320,12 @@ def test_a_run_that_went_on_with_other_inputs_says_so(tmp_path: Path) -> None:
     on_inputs(path)
     found = Experiment.open(path)
     assert reading.standing(found) == (
-        "A single run: complete. Its inputs changed after step 20 (data x: one -> two): its curve is that of two "
+        "A single run: complete. Its inputs changed after step 20 (data x: one -> two): "
+        "its curve is that of two "
         "experiments."
     )
     table = tables.trials([found])
-    assert table.rows[0].cells[[column.title for column in table.columns].index("inputs")] == "1 then 2"
+    assert (
+        table.rows[0].cells[[column.title for column in table.columns].index("inputs")]
+        == "1 then 2"
+    )

@@ -6,7 +6,9 @@ from analysis import labels
 from tests.unit.analysis.synthetic import ALPHA, LR, RANK, TARGETS
 
 
-@pytest.mark.parametrize(("rate", "text"), [(3e-4, "3e-4"), (1e-5, "1e-5"), (0.00123, "1.2e-3"), (0.1, "1e-1")])
+@pytest.mark.parametrize(
+    ("rate", "text"), [(3e-4, "3e-4"), (1e-5, "1e-5"), (0.00123, "1.2e-3"), (0.1, "1e-1")]
+)
 def test_learning_rates(rate: float, text: str) -> None:
     assert labels.lr(rate) == text
 
@@ -41,7 +43,10 @@ def test_scores_by_unit() -> None:
 
 
 def test_differences_have_their_sign() -> None:
-    assert [labels.signed("eval/accuracy", given) for given in (0.0123, -0.5)] == ["+0.012", "-0.500"]
+    assert [labels.signed("eval/accuracy", given) for given in (0.0123, -0.5)] == [
+        "+0.012",
+        "-0.500",
+    ]
     assert labels.signed("loss", 0.123456) == "+0.1235"
     assert labels.signed("eval/accuracy", -1e-9) == "+0.000"
 

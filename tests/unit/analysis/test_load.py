@@ -12,8 +12,8 @@ import pytest
 from analysis.load import Tables, load, load_trials, write_results
 from analysis.records import OTHER_INPUTS, UNREADABLE
 from analysis.rows import param_columns
-from harness.errors import UserError
-from harness.rundir import Status
+from harness.core.errors import UserError
+from harness.records.run_dir import Status
 from tests.unit.analysis.synthetic import (
     ALPHA,
     BASE,
@@ -96,7 +96,10 @@ def test_facts_come_from_files_not_from_names(damaged: Path) -> None:
         ('{"status": "DONE"}', "status is 'DONE'"),
         ('{"status": "COMPLETE", "trial": "seven"}', "trial is str, expected dict"),
         ('{"status": "COMPLETE", "result": {"metrics": 3}}', "result.metrics is int"),
-        ('{"status": "COMPLETE", "status_history": [{"status": "RUNNING"}]}', "status_history holds"),
+        (
+            '{"status": "COMPLETE", "status_history": [{"status": "RUNNING"}]}',
+            "status_history holds",
+        ),
     ],
 )
 def test_a_damaged_manifest_is_a_row_with_a_reason(damaged: Path, text: str, why: str) -> None:
@@ -141,8 +144,12 @@ def test_a_step_logged_twice_counts_once_as_logged_last(damaged: Path) -> None:
     assert again[METRIC].tolist() == [0.25]
 
 
-def test_a_complete_run_whose_result_lacks_the_metric_has_its_last_logged_value(damaged: Path) -> None:
-    rewrite_manifest(damaged / "trials" / "0000", result={"step": 50, "metrics": {}, "seconds": 1.0})
+def test_a_complete_run_whose_result_lacks_the_metric_has_its_last_logged_value(
+    damaged: Path,
+) -> None:
+    rewrite_manifest(
+        damaged / "trials" / "0000", result={"step": 50, "metrics": {}, "seconds": 1.0}
+    )
     row = load_trials(damaged).iloc[0]
     assert row[METRIC] == row[f"last/{METRIC}"]
 
@@ -194,7 +201,9 @@ def test_results_read_back_equal(tmp_path: Path) -> None:
     path = write_sweep(tmp_path, example())
     table = load_trials(path)
     write_results(path, table)
-    pd.testing.assert_frame_equal(pd.read_parquet(path / "results.parquet"), table, check_dtype=False)
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(path / "results.parquet"), table, check_dtype=False
+    )
     text = pd.read_csv(path / "results.csv")
     assert text[METRIC].tolist() == pytest.approx(table[METRIC].tolist(), nan_ok=True)
     assert text["status"].tolist() == table["status"].tolist()
@@ -203,7 +212,9 @@ def test_results_read_back_equal(tmp_path: Path) -> None:
 
 def test_results_of_mixed_parameter_types_are_written(tmp_path: Path) -> None:
     axes = [params(8, 1e-3, targets="mlp"), params(8, 1e-3, targets=["q_proj"])]
-    path = write_sweep(tmp_path, Sweep([Trial(i, 0, axis, 0.5) for i, axis in enumerate(axes)], seeds=[0]))
+    path = write_sweep(
+        tmp_path, Sweep([Trial(i, 0, axis, 0.5) for i, axis in enumerate(axes)], seeds=[0])
+    )
     write_results(path, load_trials(path))
     assert pd.read_parquet(path / "results.parquet")[TARGETS].tolist() == ["mlp", '["q_proj"]']
 
@@ -212,7 +223,12 @@ def test_tables_of_several_directories_keep_every_run(sweep_dir: Path, tmp_path:
     run = write_run(tmp_path, Trial(0, 3, params(4, 3e-4), 0.9))
     tables = load([sweep_dir, run, sweep_dir])
     assert len(tables.runs) == 13
-    assert tables.runs["status"].value_counts().to_dict() == {"COMPLETE": 10, "RUNNING": 1, "FAILED": 1, "PRUNED": 1}
+    assert tables.runs["status"].value_counts().to_dict() == {
+        "COMPLETE": 10,
+        "RUNNING": 1,
+        "FAILED": 1,
+        "PRUNED": 1,
+    }
     assert tables.runs["score"].notna().sum() == 10
     keys = set(zip(tables.runs["directory"], tables.runs["run_dir"], strict=True))
     assert set(zip(tables.steps["directory"], tables.steps["run_dir"], strict=True)) <= keys
@@ -235,20 +251,32 @@ def test_a_runs_facts_are_its_recipes(sweep_dir: Path) -> None:
 
 
 def test_a_reward_that_failed_on_a_completion_is_no_divergence(tmp_path: Path) -> None:
-    reason = "the reward of mine raised ValueError: no number: completion 'the inf of nan' for problem 3"
-    path = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9, Status.FAILED, reason, last_step=10))
+    reason = (
+        "the reward of mine raised ValueError: no number: completion 'the inf of nan' for problem 3"
+    )
+    path = write_run(
+        tmp_path, Trial(0, 0, params(8, 1e-3), 0.9, Status.FAILED, reason, last_step=10)
+    )
     assert not load([path]).runs["diverged"].any()
 
 
 def test_parameters_are_those_the_adapter_holds(damaged: Path) -> None:
     adapter = damaged / "trials" / "0001" / "adapter" / "final"
     adapter.mkdir(parents=True)
-    header = {"a": {"dtype": "F32", "shape": [8, 16]}, "b": {"dtype": "F32", "shape": [3]}, "__metadata__": {}}
+    header = {
+        "a": {"dtype": "F32", "shape": [8, 16]},
+        "b": {"dtype": "F32", "shape": [3]},
+        "__metadata__": {},
+    }
     text = json.dumps(header).encode()
     (adapter / "adapter_model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
     runs = load([damaged]).runs.set_index("number")
     assert runs.loc[1, "parameters"] == 131
-    assert runs["parameters"].isna().tolist() == [True, False, True]  # neither an adapter nor the model is here
+    assert runs["parameters"].isna().tolist() == [
+        True,
+        False,
+        True,
+    ]  # neither an adapter nor the model is here
 
 
 def test_runs_differ_in_context_where_more_than_the_claims_axes_differ(tmp_path: Path) -> None:
@@ -265,7 +293,9 @@ def test_tables_read_back_equal_and_name_what_is_missing(sweep_dir: Path, tmp_pa
     tables.write(tmp_path / "tables")
     again = Tables.read(tmp_path / "tables")
     for name in ("runs", "steps", "samples", "sources"):
-        pd.testing.assert_frame_equal(getattr(again, name), getattr(tables, name), check_dtype=False)
+        pd.testing.assert_frame_equal(
+            getattr(again, name), getattr(tables, name), check_dtype=False
+        )
     (tmp_path / "tables" / "steps.parquet").unlink()
     with pytest.raises(UserError, match=r"steps\.parquet"):
         Tables.read(tmp_path / "tables")
@@ -306,7 +336,9 @@ def test_sources_have_what_a_page_needs_of_a_directory(sweep_dir: Path, damaged:
 
 def test_a_run_knows_when_it_ran_and_the_running_one_has_not_ended(sweep_dir: Path) -> None:
     runs = load([sweep_dir]).runs.set_index("number")
-    history = json.loads((sweep_dir / "trials" / "0004" / "manifest.json").read_text())["status_history"]
+    history = json.loads((sweep_dir / "trials" / "0004" / "manifest.json").read_text())[
+        "status_history"
+    ]
     assert runs.loc[4, "started"] == pd.Timestamp(history[1]["time"]).timestamp()
     assert runs.loc[4, "ended"] == pd.Timestamp(history[-1]["time"]).timestamp()
     assert runs["ended"].isna().tolist() == [False] * 9 + [True, False, False]
@@ -315,7 +347,9 @@ def test_a_run_knows_when_it_ran_and_the_running_one_has_not_ended(sweep_dir: Pa
 
 def test_a_packs_update_time_is_shared_by_its_members(damaged: Path) -> None:
     path = damaged / "trials" / "0001" / "metrics.jsonl"
-    path.write_text("".join(f'{{"step": {i}, "timing_s/update": 2.0, "perf/members": 4}}\n' for i in (1, 2)))
+    path.write_text(
+        "".join(f'{{"step": {i}, "timing_s/update": 2.0, "perf/members": 4}}\n' for i in (1, 2))
+    )
     runs = load([damaged]).runs.set_index("number")
     assert runs.loc[1, "update_seconds"] == 1.0
     assert runs["update_seconds"].isna().tolist() == [True, False, True]
@@ -325,14 +359,20 @@ def test_a_part_of_joint_tables_is_as_if_loaded_alone(sweep_dir: Path, damaged: 
     joint, alone = load([sweep_dir, damaged]), load([damaged])
     part = joint.of([alone.sources["directory"].iloc[0]])
     for name in ("runs", "steps", "samples", "sources"):
-        pd.testing.assert_frame_equal(getattr(part, name), getattr(alone, name), check_dtype=False, check_like=True)
+        pd.testing.assert_frame_equal(
+            getattr(part, name), getattr(alone, name), check_dtype=False, check_like=True
+        )
     again = Tables.joined([joint, alone])
     pd.testing.assert_frame_equal(again.runs, joint.runs)
 
 
 def test_problems_are_those_logged_where_they_are(damaged: Path) -> None:
     for file in damaged.glob("trials/*/metrics.jsonl"):
-        file.write_text(file.read_text().replace('"eval/mean_length"', '"eval/num_problems": 500, "eval/mean_length"'))
+        file.write_text(
+            file.read_text().replace(
+                '"eval/mean_length"', '"eval/num_problems": 500, "eval/mean_length"'
+            )
+        )
     tables = load([damaged])
     assert tables.sources["problems"].tolist() == [500]
     assert tables.runs["problems"].tolist() == [500] * 3
@@ -359,15 +399,24 @@ def test_a_table_whose_texts_are_damaged_is_refused(sweep_dir: Path, tmp_path: P
 
 
 def on_inputs(sweep_dir: Path, *inputs: list[int]) -> None:
-    """Have the first trials' manifests say which inputs they were trained on, and the sweep's that they changed."""
+    """Have the first trials' manifests say which inputs they were trained on, and the sweep's that
+    they changed.
+    """
     for number, own in enumerate(inputs):
         rewrite_manifest(sweep_dir / "trials" / f"{number:04d}", inputs=own)
-    entry = {"time": "2026-01-01T00:00:00Z", "command": [], "different": ["data x: one -> two"], "inputs": {"step": 20}}
+    entry = {
+        "time": "2026-01-01T00:00:00Z",
+        "command": [],
+        "different": ["data x: one -> two"],
+        "inputs": {"step": 20},
+    }
     rewrite_manifest(sweep_dir, inputs=[1, 2], resumed=[entry])
 
 
 def test_only_runs_on_the_newest_inputs_have_a_score(sweep_dir: Path, tmp_path: Path) -> None:
-    """Configuration 2, the best of all, and the runs that were pruned and failed were on the first inputs."""
+    """Configuration 2, the best of all, and the runs that were pruned and failed were on the first
+    inputs.
+    """
     changed = Path(shutil.copytree(sweep_dir, tmp_path / "changed"))
     on_inputs(changed, [2], [2], [2], [2], [1], [1], [1, 2], [2], [2], [2], [1], [1])
     tables = load([changed])
@@ -396,7 +445,9 @@ def test_only_runs_on_the_newest_inputs_have_a_score(sweep_dir: Path, tmp_path: 
         ([[1], [1], [1]], None),
     ],
 )
-def test_which_inputs_are_compared(damaged: Path, inputs: list[list[int]], compared: str | None) -> None:
+def test_which_inputs_are_compared(
+    damaged: Path, inputs: list[list[int]], compared: str | None
+) -> None:
     on_inputs(damaged, *inputs)
     runs = load([damaged]).runs
     kept = runs[runs["status"] == "COMPLETE"]
@@ -404,8 +455,12 @@ def test_which_inputs_are_compared(damaged: Path, inputs: list[list[int]], compa
     assert kept["score"].notna().all()
 
 
-def test_former_inputs_are_compared_while_no_configuration_is_whole_on_the_newest(tmp_path: Path) -> None:
-    trials = [Trial(i // 2, i % 2, params(8, 10.0 ** -(3 + i // 2)), 0.5 + i / 10) for i in range(4)]
+def test_former_inputs_are_compared_while_no_configuration_is_whole_on_the_newest(
+    tmp_path: Path,
+) -> None:
+    trials = [
+        Trial(i // 2, i % 2, params(8, 10.0 ** -(3 + i // 2)), 0.5 + i / 10) for i in range(4)
+    ]
     sweep = write_sweep(tmp_path, Sweep(trials))
     on_inputs(sweep, [1], [1], [2], [1])
     runs = load([sweep]).runs
@@ -447,7 +502,11 @@ def test_a_table_with_a_wrong_value_is_refused_with_its_place(
     file = tmp_path / f"{table}.parquet"
     found = pd.read_parquet(file)
     # A parquet file holds one type a column: a value of another takes the column with it.
-    kept = [] if isinstance(value, str | bool) or value is None else found[column].astype(float).tolist()[1:]
+    kept = (
+        []
+        if isinstance(value, str | bool) or value is None
+        else found[column].astype(float).tolist()[1:]
+    )
     found[column] = pd.Series([value, *kept] if kept else [value] * len(found))
     found.to_parquet(file)
     with pytest.raises(UserError) as caught:
@@ -471,8 +530,17 @@ def test_a_score_is_what_its_rewards_allow(sound: Path, tmp_path: Path) -> None:
     ("value", "why"),
     [
         ("7.5", "line 11 of metrics.jsonl: eval/accuracy is 7.5, allowed: 0 to 1"),
-        ("true", "line 11 of metrics.jsonl is damaged: eval/accuracy is true, allowed: a number or null"),
-        ('"high"', 'line 11 of metrics.jsonl is damaged: eval/accuracy is "high", allowed: a number or null'),
+        (
+            "true",
+            "line 11 of metrics.jsonl is damaged: eval/accuracy is true, allowed: a number or null",
+        ),
+        (
+            '"high"',
+            (
+                'line 11 of metrics.jsonl is damaged: eval/accuracy is "high", allowed: a '
+                "number or null"
+            ),
+        ),
     ],
 )
 def test_a_logged_value_that_cannot_be_is_named(damaged: Path, value: str, why: str) -> None:
@@ -486,9 +554,13 @@ def test_a_logged_value_that_cannot_be_is_named(damaged: Path, value: str, why: 
     assert found["score"] == pytest.approx(0.6, abs=1e-3)  # the result that its manifest records
 
 
-@pytest.mark.parametrize(("value", "why"), [(7.5, "is 7.5, allowed: 0 to 1"), (True, "is True"), ("high", "is 'high'")])
+@pytest.mark.parametrize(
+    ("value", "why"), [(7.5, "is 7.5, allowed: 0 to 1"), (True, "is True"), ("high", "is 'high'")]
+)
 def test_a_result_that_cannot_be_is_named(damaged: Path, value: object, why: str) -> None:
-    rewrite_manifest(damaged / "trials" / "0001", result={"metrics": {METRIC: value}, "base": {}, "seconds": 1.0})
+    rewrite_manifest(
+        damaged / "trials" / "0001", result={"metrics": {METRIC: value}, "base": {}, "seconds": 1.0}
+    )
     row = load([damaged]).runs.iloc[-1]
     assert row["status"] == UNREADABLE
     assert f"manifest: result.metrics.{METRIC} {why}" in row["reason"]

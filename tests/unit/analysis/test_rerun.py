@@ -5,8 +5,8 @@ from pathlib import Path
 
 from analysis import rerun
 from analysis.experiment import Experiment
-from harness import recipe as recipes
-from harness.schema import Recipe
+from harness.config import recipe as recipes
+from harness.config.schema import Recipe
 from tests.unit.analysis.synthetic import Sweep, Trial, params, write_run, write_sweep
 
 
@@ -27,7 +27,9 @@ def _digest(recipe: Recipe) -> str:
     return recipes.digest(recipe)
 
 
-def test_a_trials_command_trains_the_very_same_recipe(sweep_dir: Path, experiment: Experiment) -> None:
+def test_a_trials_command_trains_the_very_same_recipe(
+    sweep_dir: Path, experiment: Experiment
+) -> None:
     for number in (4, 6):
         command = rerun.command(experiment, f"trials/{number:04d}")
         assert composed(command) == digest_of(sweep_dir / "trials" / f"{number:04d}")
@@ -37,9 +39,15 @@ def test_a_trials_command_trains_the_very_same_recipe(sweep_dir: Path, experimen
 
 
 def test_the_sweeps_own_overrides_are_kept_and_its_sweep_keys_dropped(tmp_path: Path) -> None:
-    overrides = ["trainer.max_steps=20", "trainer.policy.optimizer_config.lr=0.5", "sweep.num_trials=3"]
+    overrides = [
+        "trainer.max_steps=20",
+        "trainer.policy.optimizer_config.lr=0.5",
+        "sweep.num_trials=3",
+    ]
     source = tmp_path / "tiny.yaml"
-    path = write_sweep(tmp_path, Sweep([Trial(0, 7, params(8, 1e-3), 0.9)], seeds=[7], overrides=overrides))
+    path = write_sweep(
+        tmp_path, Sweep([Trial(0, 7, params(8, 1e-3), 0.9)], seeds=[7], overrides=overrides)
+    )
     command = rerun.command(Experiment.open(path), "trials/0000")
     assert str(source) in command
     assert "trainer.max_steps=20" in command
@@ -51,13 +59,17 @@ def test_the_sweeps_own_overrides_are_kept_and_its_sweep_keys_dropped(tmp_path: 
 def test_what_rank_0_needs_is_in_the_command(tmp_path: Path) -> None:
     values = {**params(0, 1e-4), "trainer.policy.model.lora.sync": "merge"}
     path = write_sweep(tmp_path, Sweep([Trial(0, 0, values, 0.9)], seeds=[0]))
-    assert composed(rerun.command(Experiment.open(path), "trials/0000")) == digest_of(path / "trials" / "0000")
+    assert composed(rerun.command(Experiment.open(path), "trials/0000")) == digest_of(
+        path / "trials" / "0000"
+    )
 
 
 def test_a_recipe_that_has_changed_or_gone_gives_way_to_the_saved_one(tmp_path: Path) -> None:
     path = write_sweep(tmp_path, Sweep([Trial(0, 0, params(8, 1e-3), 0.9)], seeds=[0]))
     source, saved = tmp_path / "tiny.yaml", path / "trials" / "0000" / "recipe.yaml"
-    source.write_text(source.read_text().replace("n_samples_per_prompt: 8", "n_samples_per_prompt: 4"))
+    source.write_text(
+        source.read_text().replace("n_samples_per_prompt: 8", "n_samples_per_prompt: 4")
+    )
     for _ in range(2):
         command = rerun.command(Experiment.open(path), "trials/0000")
         assert f"{saved} trainer.run_name=null trainer.ckpt_path=runs" in command

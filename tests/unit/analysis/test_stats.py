@@ -15,7 +15,9 @@ METRIC = "eval/accuracy"
 
 
 def table(rows: list[tuple[int, int, str, float]]) -> pd.DataFrame:
-    """Trials as (configuration, seed, status, score); a trial that did not complete has only its last score."""
+    """Trials as (configuration, seed, status, score); a trial that did not complete has only its
+    last score.
+    """
     frame = pd.DataFrame(rows, columns=["configuration", "seed", "status", "score"])
     frame["number"] = range(len(frame))
     frame[LR] = 1e-3
@@ -56,10 +58,17 @@ def test_a_graded_score_is_no_count_of_right_answers() -> None:
 
 def test_the_mean_over_seeds_decides_not_the_luckiest_seed() -> None:
     trials = table(
-        [(0, 0, "COMPLETE", 0.99), (0, 1, "COMPLETE", 0.5), (1, 0, "COMPLETE", 0.8), (1, 1, "COMPLETE", 0.8)]
+        [
+            (0, 0, "COMPLETE", 0.99),
+            (0, 1, "COMPLETE", 0.5),
+            (1, 0, "COMPLETE", 0.8),
+            (1, 1, "COMPLETE", 0.8),
+        ]
     )
     best = stats.best_configuration(trials, METRIC, "maximize")
-    assert best == stats.Best(1, score=0.8, seeds=2, candidates=2, ties=(), confirmed=False, leader=1)
+    assert best == stats.Best(
+        1, score=0.8, seeds=2, candidates=2, ties=(), confirmed=False, leader=1
+    )
 
 
 def test_the_better_end_is_the_directions() -> None:
@@ -72,7 +81,12 @@ def test_the_better_end_is_the_directions() -> None:
 
 @pytest.mark.parametrize("status", ["FAILED", "PRUNED", "RUNNING", "CREATED"])
 def test_a_configuration_with_a_seed_not_complete_cannot_win(status: str) -> None:
-    rows = [(0, 0, "COMPLETE", 0.99), (0, 1, status, 0.99), (1, 0, "COMPLETE", 0.3), (1, 1, "COMPLETE", 0.3)]
+    rows = [
+        (0, 0, "COMPLETE", 0.99),
+        (0, 1, status, 0.99),
+        (1, 0, "COMPLETE", 0.3),
+        (1, 1, "COMPLETE", 0.3),
+    ]
     best = stats.best_configuration(table(rows), METRIC, "maximize")
     assert best is not None
     assert best.configuration == 1
@@ -109,11 +123,15 @@ def test_one_fresh_seed_is_too_few_to_decide() -> None:
 
 def test_fresh_seeds_rank_the_leaders_that_were_run_on_all_of_them() -> None:
     swept = [(c, 0, "COMPLETE", score) for c, score in enumerate((0.9, 0.8, 0.7, 0.6))]
-    fresh = [(c, seed, "COMPLETE", score) for c, score in enumerate((0.5, 0.65)) for seed in (100, 101)]
+    fresh = [
+        (c, seed, "COMPLETE", score) for c, score in enumerate((0.5, 0.65)) for seed in (100, 101)
+    ]
     trials = table([*swept, *fresh, (2, 100, "COMPLETE", 0.99), (2, 101, "FAILED", 0.99)])
     trials["confirm"] = trials["seed"] >= 100
     best = stats.best_configuration(trials, METRIC, "maximize")
-    assert best == stats.Best(1, score=0.65, seeds=2, candidates=4, ties=(), confirmed=True, leader=0)
+    assert best == stats.Best(
+        1, score=0.65, seeds=2, candidates=4, ties=(), confirmed=True, leader=0
+    )
     ranked = stats.by_configuration(trials, METRIC, "maximize", [0])
     assert ranked[["configuration", "rank"]].values.tolist() == [[1, 1], [0, 2], [2, 3], [3, 4]]
 
@@ -140,14 +158,22 @@ def points(*rows: tuple[float, float, bool]) -> pd.DataFrame:
 
 
 def test_a_basin_has_both_walls() -> None:
-    seen = points((1e-5, 0.31, True), (1e-4, 0.6, True), (3e-4, 0.9, True), (1e-3, 0.88, True), (3e-3, 0.5, True))
+    seen = points(
+        (1e-5, 0.31, True),
+        (1e-4, 0.6, True),
+        (3e-4, 0.9, True),
+        (1e-3, 0.88, True),
+        (3e-3, 0.5, True),
+    )
     found = stats.basin(seen, 0.3, "maximize")
     assert (found.too_low, found.good, found.too_high) == ((1e-5, 1e-4), (3e-4, 1e-3), (3e-3,))
     assert found.best == 3e-4
 
 
 def test_a_basin_for_a_metric_where_lower_is_better() -> None:
-    found = stats.basin(points((1e-4, 0.9, True), (1e-3, 0.2, True), (1e-2, 1.5, True)), 1.0, "minimize")
+    found = stats.basin(
+        points((1e-4, 0.9, True), (1e-3, 0.2, True), (1e-2, 1.5, True)), 1.0, "minimize"
+    )
     assert (found.too_low, found.good, found.too_high) == ((1e-4,), (1e-3,), (1e-2,))
 
 
@@ -157,7 +183,9 @@ def test_a_pruned_trial_is_evidence_against_its_learning_rate_only() -> None:
 
 
 def test_a_learning_rate_stands_by_its_best_point() -> None:
-    found = stats.basin(points((1e-3, 0.9, True), (1e-3, 0.4, True), (3e-3, 0.88, True)), 0.3, "maximize")
+    found = stats.basin(
+        points((1e-3, 0.9, True), (1e-3, 0.4, True), (3e-3, 0.88, True)), 0.3, "maximize"
+    )
     assert found.good == (1e-3, 3e-3)
 
 
@@ -167,7 +195,12 @@ def test_nothing_is_good_when_nothing_rose_above_the_base() -> None:
     assert found.tested == (1e-5, 1e-2)
 
 
-@given(st.lists(st.tuples(st.sampled_from([1e-5, 1e-4, 1e-3, 1e-2]), st.floats(0, 1), st.booleans()), min_size=1))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([1e-5, 1e-4, 1e-3, 1e-2]), st.floats(0, 1), st.booleans()),
+        min_size=1,
+    )
+)
 def test_a_basin_parts_what_was_tested(rows: list[tuple[float, float, bool]]) -> None:
     found = stats.basin(points(*rows), 0.3, "maximize")
     assert found.tested == tuple(sorted({row[0] for row in rows}))

@@ -1,4 +1,6 @@
-"""Importance through Optuna: what was made to matter comes first, and the seed has its own share."""
+"""Importance through Optuna: what was made to matter comes first, and the seed has its own
+share.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,11 @@ def runs(noise: float, count: int = 60) -> pd.DataFrame:
     rates = rng.choice(10.0 ** np.linspace(-5, -2, 10), count // 3)
     targets = rng.choice(["mlp", "attention"], count // 3)
     table = pd.DataFrame(
-        {KEYS[0]: np.repeat(rates, 3), KEYS[1]: np.repeat(targets, 3), SEED: list(range(3)) * (count // 3)}
+        {
+            KEYS[0]: np.repeat(rates, 3),
+            KEYS[1]: np.repeat(targets, 3),
+            SEED: list(range(3)) * (count // 3),
+        }
     )
     bell = np.exp(-0.5 * ((np.log10(table[KEYS[0]]) + 3.5) / 0.6) ** 2)
     return table.assign(score=bell + 0.1 * (table[KEYS[1]] == "mlp") + rng.normal(0, noise, count))

@@ -18,7 +18,9 @@ def answers(chance: np.ndarray, seeds: int) -> pd.DataFrame:
     """Right or wrong by problem and seed, each problem as hard for every seed."""
     rows = RNG.random((len(chance), seeds)) < chance[:, None]
     index, seed = np.indices(rows.shape)
-    return pd.DataFrame({"index": index.ravel(), "seed": seed.ravel(), "reward": rows.ravel().astype(float)})
+    return pd.DataFrame(
+        {"index": index.ravel(), "seed": seed.ravel(), "reward": rows.ravel().astype(float)}
+    )
 
 
 def test_a_difference_and_its_error_by_hand() -> None:
@@ -34,7 +36,9 @@ def test_a_difference_and_its_error_by_hand() -> None:
 
 
 def test_the_error_covers_and_ignoring_clusters_would_not() -> None:
-    """Problems that one model finds easier than the other, over five seeds: the seeds' answers are not independent."""
+    """Problems that one model finds easier than the other, over five seeds: the seeds' answers are
+    not independent.
+    """
     covered, naive = 0, 0
     for _ in range(200):
         easy = RNG.random(80)

@@ -22,10 +22,14 @@ def test_a_stratified_bootstrap_covers_and_keeps_its_strata_apart() -> None:
     hits, narrow, wide = 0, [], []
     for _ in range(60):
         strata = [RNG.normal(level, 0.1, 10) for level in (0.0, 1.0, 2.0)]
-        found = stats_seeds.stratified_bootstrap([row.tolist() for row in strata], np.mean, resamples=400)
+        found = stats_seeds.stratified_bootstrap(
+            [row.tolist() for row in strata], np.mean, resamples=400
+        )
         hits += found.low <= 1.0 <= found.high
         narrow.append(found.high - found.low)
-        mixed = stats_seeds.stratified_bootstrap([np.concatenate(strata).tolist()], np.mean, resamples=400)
+        mixed = stats_seeds.stratified_bootstrap(
+            [np.concatenate(strata).tolist()], np.mean, resamples=400
+        )
         wide.append(mixed.high - mixed.low)
     assert hits >= 51
     assert np.mean(narrow) < np.mean(wide) / 4
@@ -48,7 +52,9 @@ def test_probability_of_improvement_counts_pairs() -> None:
 
 
 def test_held_out_seeds_take_the_winners_curse_away() -> None:
-    """Twenty equal cells: the best mean flatters by about two standard errors, the held-out score not at all."""
+    """Twenty equal cells: the best mean flatters by about two standard errors, the held-out score
+    not at all.
+    """
     naive, honest, errors, covered = [], [], [], 0
     for _ in range(1500):
         scores = RNG.normal(0, 1, (20, 3))
@@ -88,7 +94,9 @@ def test_shrinking_errs_less_than_the_means_themselves() -> None:
         truth = RNG.normal(0.5, 0.05, 12)
         seen = truth + RNG.normal(0, 0.05, 12)
         error["plain"] += float(((seen - truth) ** 2).sum())
-        error["shrunken"] += float(((np.array(stats_seeds.shrunken(seen.tolist(), 0.05**2)) - truth) ** 2).sum())
+        error["shrunken"] += float(
+            ((np.array(stats_seeds.shrunken(seen.tolist(), 0.05**2)) - truth) ** 2).sum()
+        )
     assert error["shrunken"] < 0.7 * error["plain"]
     assert stats_seeds.shrunken([0.1, 0.9], 0.01) == [0.1, 0.9]
 
@@ -101,14 +109,21 @@ def test_the_iqm_agrees_with_scipy_on_ties() -> None:
 def sweep(scores: list[list[float]], fresh: dict[int, list[float]] | None = None) -> pd.DataFrame:
     """A table of runs: a list of scores by seed per configuration, and those of fresh seeds."""
     rows = [(c, s, score, False) for c, row in enumerate(scores) for s, score in enumerate(row)]
-    rows += [(c, 100 + s, score, True) for c, row in (fresh or {}).items() for s, score in enumerate(row)]
-    return pd.DataFrame(rows, columns=["configuration", "seed", "score", "confirm"]).assign(full=False)
+    rows += [
+        (c, 100 + s, score, True) for c, row in (fresh or {}).items() for s, score in enumerate(row)
+    ]
+    return pd.DataFrame(rows, columns=["configuration", "seed", "score", "confirm"]).assign(
+        full=False
+    )
 
 
 def test_a_winner_is_scored_by_the_seeds_that_did_not_choose_it() -> None:
-    found = expected(sweep([[0.9, 0.6, 0.75], [0.7, 0.7, 0.7], [0.1, 0.2, 0.1]]), 0.0, maximize=True)
+    found = expected(
+        sweep([[0.9, 0.6, 0.75], [0.7, 0.7, 0.7], [0.1, 0.2, 0.1]]), 0.0, maximize=True
+    )
     assert found is not None
-    # Without its seed of 0.9 configuration 0 would not have been chosen: the second's 0.7 stands for that seed.
+    # Without its seed of 0.9 configuration 0 would not have been chosen: the second's 0.7 stands
+    # for that seed.
     assert found.estimate.value == pytest.approx((0.7 + 0.6 + 0.75) / 3)
     assert found.how == "3 seeds, each scoring what the others choose"
 

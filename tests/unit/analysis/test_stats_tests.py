@@ -9,13 +9,25 @@ import pytest
 from scipy import stats as scipy_stats
 
 from analysis import stats_tests
-from analysis.stats_tests import Estimate, average, better, beyond, combined, difference, every, no_worse, within
+from analysis.stats_tests import (
+    Estimate,
+    average,
+    better,
+    beyond,
+    combined,
+    difference,
+    every,
+    no_worse,
+    within,
+)
 
 RNG = np.random.default_rng(3)
 
 
 def estimate(scores: np.ndarray) -> Estimate:
-    return Estimate(float(scores.mean()), float(scores.std(ddof=1) / np.sqrt(len(scores))), len(scores) - 1.0)
+    return Estimate(
+        float(scores.mean()), float(scores.std(ddof=1) / np.sqrt(len(scores))), len(scores) - 1.0
+    )
 
 
 def test_a_difference_is_welchs() -> None:
@@ -50,7 +62,12 @@ def test_both_sides_of_each_test() -> None:
     assert better(Estimate(0.0, 0.1, 20), Estimate(0.5, 0.1, 20)).fails < 0.001
     assert within(clear, -0.5, 0.5).fails < 0.01
     assert within(Estimate(0.0, 0.1, 20), -0.5, 0.5).holds < 0.001
-    assert beyond(Estimate(-0.5, 0.05, 20), -0.25).holds < 0.001 < 0.999 < beyond(Estimate(-0.5, 0.05, 20), -0.25).fails
+    assert (
+        beyond(Estimate(-0.5, 0.05, 20), -0.25).holds
+        < 0.001
+        < 0.999
+        < beyond(Estimate(-0.5, 0.05, 20), -0.25).fails
+    )
 
 
 def test_all_of_several_must_hold_and_one_that_fails_is_enough() -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from analysis.watch import watch_report
-from harness.errors import UserError
-from harness.metrics import MetricsFile
-from harness.rundir import RunDir, Status
+from harness.core.errors import UserError
+from harness.records.metrics_file import MetricsFile
+from harness.records.run_dir import RunDir, Status
 from tests.unit.analysis.synthetic import Sweep, Trial, params, write_sweep
 
 
@@ -26,7 +26,9 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return seconds
 
 
-def test_the_page_is_written_at_each_change_until_the_sweep_ends(sweep: RunDir, slept: list[float]) -> None:
+def test_the_page_is_written_at_each_change_until_the_sweep_ends(
+    sweep: RunDir, slept: list[float]
+) -> None:
     calls: list[int | None] = []
 
     def write(refresh: int | None) -> int:
@@ -45,7 +47,9 @@ def test_the_page_is_written_at_each_change_until_the_sweep_ends(sweep: RunDir, 
     assert told == [1], "the first alone"
 
 
-def test_nothing_new_is_not_written_again(sweep: RunDir, slept: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_new_is_not_written_again(
+    sweep: RunDir, slept: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def sleep(seconds: float) -> None:
         slept.append(seconds)
         if len(slept) == 3:
@@ -57,7 +61,9 @@ def test_nothing_new_is_not_written_again(sweep: RunDir, slept: list[float], mon
     assert calls == [5, None], "the second at Ctrl-C: a page that no longer reloads itself"
 
 
-def test_all_of_several_sweeps_must_have_ended(sweep: RunDir, tmp_path: Path, slept: list[float]) -> None:
+def test_all_of_several_sweeps_must_have_ended(
+    sweep: RunDir, tmp_path: Path, slept: list[float]
+) -> None:
     done = write_sweep(tmp_path / "other", Sweep([], status=Status.COMPLETE))
     calls: list[int | None] = []
 
@@ -70,7 +76,9 @@ def test_all_of_several_sweeps_must_have_ended(sweep: RunDir, tmp_path: Path, sl
     assert calls == [5, None]
 
 
-def test_what_has_ended_is_written_once_and_no_time_is_refused(sweep: RunDir, slept: list[float]) -> None:
+def test_what_has_ended_is_written_once_and_no_time_is_refused(
+    sweep: RunDir, slept: list[float]
+) -> None:
     with pytest.raises(UserError, match="every so many seconds"):
         watch_report(print, [sweep.path], every=0)
     sweep.move_to(Status.COMPLETE)

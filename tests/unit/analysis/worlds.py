@@ -1,4 +1,6 @@
-"""Simulated sweeps as experiments: tables as if read from run directories, with the simulation's known truth."""
+"""Simulated sweeps as experiments: tables as if read from run directories, with the simulation's
+known truth.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import numpy as np
 
 from analysis.claims.evidence import Evidence
 from analysis.experiment import Experiment
-from harness.rundir import Status
+from harness.records.run_dir import Status
 from tests.unit.analysis.figures.made import made
 from tests.unit.analysis.simulation import BASE, PER_STEP, STEPS, World
 
@@ -21,15 +23,31 @@ TOKENS = 8_000.0  # a step
 FLOPS_PER_TOKEN = 4_500_000.0
 # What every step and every evaluation log besides, the same for all.
 TRAINED = {
-    "step_time": 1.0, "timing_s/rollout": 0.6, "timing_s/logprobs": 0.1, "timing_s/update": 0.2, "timing_s/sync": 0.1,
-    "perf/members": 1.0, "entropy": 0.8, "kl": 0.01, "completions/mean_length": 30.0, "frac_reward_zero_std": 0.2,
-    "sampling/sampling_logp_difference/mean": 1e-5, "sampling/sampling_logp_difference/max": 1e-4,
-}  # fmt: skip
-EVALUATED = {"timing_s/eval": 0.5, "lora/norm_A": 2.0, "lora/norm_B": 0.5, "lora/effective_rank": 1.2}
+    "step_time": 1.0,
+    "timing_s/rollout": 0.6,
+    "timing_s/logprobs": 0.1,
+    "timing_s/update": 0.2,
+    "timing_s/sync": 0.1,
+    "perf/members": 1.0,
+    "entropy": 0.8,
+    "kl": 0.01,
+    "completions/mean_length": 30.0,
+    "frac_reward_zero_std": 0.2,
+    "sampling/sampling_logp_difference/mean": 1e-5,
+    "sampling/sampling_logp_difference/max": 1e-4,
+}
+EVALUATED = {
+    "timing_s/eval": 0.5,
+    "lora/norm_A": 2.0,
+    "lora/norm_B": 0.5,
+    "lora/effective_rank": 1.2,
+}
 
 
 def experiment(world: World, seed: int = 0) -> Experiment:
-    """One sweep of a world as an experiment: failed runs are FAILED, of the diverged ones every second has a score."""
+    """One sweep of a world as an experiment: failed runs are FAILED, of the diverged ones every
+    second has a score.
+    """
     return of(world.draw(np.random.default_rng(seed), curves=True))
 
 
@@ -67,7 +85,9 @@ def _trial(e: Evidence, number: int) -> dict[str, Any]:
 
 
 def _steps(e: Evidence, number: int, trial: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row per step: what training logs, and an evaluation every so many steps, the last one the score."""
+    """A row per step: what training logs, and an evaluation every so many steps, the last one the
+    score.
+    """
     found, evaluations = [], 0
     for step in range(trial["step"] + 1):
         row: dict[str, Any] = {"number": number, "step": step, "episodes": step * PER_STEP}

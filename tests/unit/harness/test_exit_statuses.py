@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from harness.paths import PROJECT
+from harness.core.paths import PROJECT
 
-START = "import sys, time\nfrom harness.cli import run_command\n"
+START = "import sys, time\nfrom harness.core.cli import run_command\n"
 READER_GONE = "sys.stdin.readline(); print('too late', flush=True); return 0"
 PIPE_BROKE_ELSEWHERE = "raise BrokenPipeError(32, 'Broken pipe')"
 NO_ROOM = "raise OSError(28, 'No space left on device', '/full/file')"
@@ -20,9 +20,14 @@ NO_ROOM = "raise OSError(28, 'No space left on device', '/full/file')"
 def started(body: str) -> subprocess.Popen[str]:
     program = f"{START}def main(argv):\n    {body}\nrun_command(main)\n"
     return subprocess.Popen(
-        [sys.executable, "-c", program], cwd=PROJECT, text=True, preexec_fn=_heed, stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, "-c", program],
+        cwd=PROJECT,
+        text=True,
+        preexec_fn=_heed,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def _heed() -> None:
@@ -34,7 +39,11 @@ def _heed() -> None:
     [
         ("return 0", 0, ""),
         (PIPE_BROKE_ELSEWHERE, 1, "BrokenPipeError: [Errno 32] Broken pipe"),
-        (NO_ROOM, 2, "/full/file: No space left on device\n  fix:     make room, then go on with --resume"),
+        (
+            NO_ROOM,
+            2,
+            "/full/file: No space left on device\n  fix:     make room, then go on with --resume",
+        ),
         ("raise SystemExit(0)", 0, ""),  # --help
     ],
 )
@@ -58,15 +67,17 @@ def test_output_that_nobody_reads_any_more_is_no_success() -> None:
 
 
 def test_many_interrupts_are_one() -> None:
-    body = "\n    ".join([
-        "try:",
-        "    print('up', flush=True)",
-        "    time.sleep(60)",
-        "finally:",
-        "    print('tidying up', flush=True)",
-        "    time.sleep(0.5)",
-        "    print('tidy', flush=True)",
-    ])  # fmt: skip
+    body = "\n    ".join(
+        [
+            "try:",
+            "    print('up', flush=True)",
+            "    time.sleep(60)",
+            "finally:",
+            "    print('tidying up', flush=True)",
+            "    time.sleep(0.5)",
+            "    print('tidy', flush=True)",
+        ]
+    )
     with started(body) as process:
         assert process.stdout is not None
         assert process.stderr is not None

@@ -1,4 +1,6 @@
-"""`harness.reproduce` and `harness.run --from` with bad input: one message, exit 2, nothing heavy, nothing written."""
+"""`harness.reproduce` and `harness.run --from` with bad input: one message, exit 2, nothing heavy,
+nothing written.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,15 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from harness import manifest, reproduce, rerun, run
-from harness import recipe as recipes
-from harness.errors import UserError
-from harness.metrics import MetricsFile
-from harness.paths import PROJECT
-from harness.rundir import RunDir, Status, seal, write_json
-from rltrain import compare
-from rltrain import reproduce as planning
+from harness import reproduce, run
+from harness.config import recipe as recipes
+from harness.core.errors import UserError
+from harness.core.paths import PROJECT
+from harness.records import manifest, rerun
+from harness.records.metrics_file import MetricsFile
+from harness.records.run_dir import RunDir, Status, seal, write_json
+from rltrain.tools import compare
+from rltrain.tools import reproduce as planning
 from tests.recipes import quickstart
 
 HEAVY = {"torch", "vllm", "ray", "transformers", "peft"}
@@ -39,7 +42,10 @@ def made(tmp_path: Path, tiny_model_dir: Path) -> MakeRun:
         recipe = quickstart([f"data.train_data=[{data}]", "trainer.num_threads=1", *overrides])
         recipe.sweep = None
         run_dir = RunDir(tmp_path / name)
-        run_dir.create(recipes.to_yaml(recipe), manifest.build(recipe, kind=kind, name=name, source="quickstart"))
+        run_dir.create(
+            recipes.to_yaml(recipe),
+            manifest.build(recipe, kind=kind, name=name, source="quickstart"),
+        )
         run_dir.move_to(Status.RUNNING)
         MetricsFile(run_dir.metrics).append({"step": 1, "reward": 0.5})
         return run_dir
@@ -53,7 +59,9 @@ def refused(*arguments: str) -> str:
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=60)
     lines = done.stderr.splitlines()
     message = "\n".join(line for line in lines if not line.startswith("import time:"))
-    imported = {line.rsplit("|", 1)[-1].strip() for line in lines if line.startswith("import time:")}
+    imported = {
+        line.rsplit("|", 1)[-1].strip() for line in lines if line.startswith("import time:")
+    }
     assert (done.returncode, imported & HEAVY) == (2, set()), message
     assert "Traceback" not in message
     return message
@@ -84,7 +92,9 @@ def test_a_sweep_is_refused_with_its_trials(made: MakeRun, tmp_path: Path) -> No
     with pytest.raises(UserError, match="it has no trials yet"):
         reproduce.main([str(sweep.path)])
     made(name="sweep/trials/0002", kind="trial")
-    with pytest.raises(UserError, match=r"this directory holds a sweep[\s\S]*name a trial: .*sweep/trials/0002"):
+    with pytest.raises(
+        UserError, match=r"this directory holds a sweep[\s\S]*name a trial: .*sweep/trials/0002"
+    ):
         reproduce.main([str(sweep.path)])
 
 
@@ -99,7 +109,9 @@ def test_a_run_without_a_step_an_output_that_exists(made: MakeRun, tmp_path: Pat
         run.main(["--from", str(tmp_path / "run")])
 
 
-def test_a_model_or_checkpoint_that_is_gone(made: MakeRun, tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_a_model_or_checkpoint_that_is_gone(
+    made: MakeRun, tmp_path: Path, tiny_model_dir: Path
+) -> None:
     model, start = tmp_path / "model", tmp_path / "other" / "step_000001"
     shutil.copytree(tiny_model_dir, model, ignore=shutil.ignore_patterns("data"))
     start.mkdir(parents=True)
@@ -130,7 +142,9 @@ def test_check_only_says_what_differs_and_trains_nothing(
 
     record: dict[str, Any] = json.loads(source.manifest.read_text())
     record["dependencies"]["tqdm"] = "0.0.1"
-    record["resumed"] = [{"time": "2026-01-01T00:00:00Z", "command": [], "different": ["python: 3.10 -> 3.11"]}]
+    record["resumed"] = [
+        {"time": "2026-01-01T00:00:00Z", "command": [], "different": ["python: 3.10 -> 3.11"]}
+    ]
     del record["hardware"]
     write_json(source.manifest, record)
     data = Path(recipes.read(source.recipe).data.train_data[0])
@@ -147,15 +161,26 @@ def test_check_only_says_what_differs_and_trains_nothing(
     ("overrides", "gpus", "expected", "hint"),
     [
         (["trainer.placement.device=auto"], ["NVIDIA H100"], "deterministic: false", True),
-        (["trainer.placement.device=auto", "deterministic=true"], ["NVIDIA H100"], "deterministic: true", False),
+        (
+            ["trainer.placement.device=auto", "deterministic=true"],
+            ["NVIDIA H100"],
+            "deterministic: true",
+            False,
+        ),
         (["trainer.placement.device=cpu"], ["NVIDIA H100"], None, False),
         (["trainer.placement.device=auto"], [], None, False),
     ],
 )
 def test_what_can_be_expected_on_a_gpu(
-    made: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-    overrides: list[str], gpus: list[str], expected: str | None, hint: bool,
-) -> None:  # fmt: skip
+    made: MakeRun,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: list[str],
+    gpus: list[str],
+    expected: str | None,
+    hint: bool,
+) -> None:
     source = made(*overrides)
     record: dict[str, Any] = json.loads(source.manifest.read_text())
     record["hardware"]["gpus"] = gpus
@@ -166,7 +191,9 @@ def test_what_can_be_expected_on_a_gpu(
     assert ("on a GPU: " in said) is (expected is not None)
     assert expected is None or f"on a GPU: its recipe has {expected}, so the same" in said
     planning.begin(planned)
-    departs = SimpleNamespace(verdict=lambda tolerance: "departs at step 1", first=lambda tolerance: object())
+    departs = SimpleNamespace(
+        verdict=lambda tolerance: "departs at step 1", first=lambda tolerance: object()
+    )
     monkeypatch.setattr(compare, "compare", lambda *_, **__: departs)
     assert reproduce._conclude(planned, 1, 0.0) == reproduce.DEPARTS
     said = capsys.readouterr().out
@@ -174,9 +201,13 @@ def test_what_can_be_expected_on_a_gpu(
     assert said.splitlines()[-1].startswith("departs at step 1  ")
 
 
-def test_another_recipe_than_the_manifests_is_named(made: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_recipe_than_the_manifests_is_named(
+    made: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = made()
-    source.recipe.write_text(recipes.to_yaml(recipes.with_values(recipes.read(source.recipe), {"seed": 1})))
+    source.recipe.write_text(
+        recipes.to_yaml(recipes.with_values(recipes.read(source.recipe), {"seed": 1}))
+    )
     assert reproduce.main([str(source.path), "--check-only"]) == 1
     assert "differs: recipe: " in capsys.readouterr().out
 
@@ -191,7 +222,11 @@ def test_a_manifest_of_nonsense_is_refused(made: MakeRun, text: str) -> None:
 
 
 def test_a_new_run_takes_name_and_place_of_its_own(made: MakeRun) -> None:
-    for name, wanted in [("run-20260102-030405", "run"), ("mine", "mine"), ("sweep/trials/0003", "sweep-0003")]:
+    for name, wanted in [
+        ("run-20260102-030405", "run"),
+        ("mine", "mine"),
+        ("sweep/trials/0003", "sweep-0003"),
+    ]:
         source, overrides, own = rerun.taken(made("trainer.resume_mode=none", name=name).path)
         recipe = recipes.load(source, overrides)
         assert own == wanted

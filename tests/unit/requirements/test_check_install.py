@@ -1,4 +1,6 @@
-"""The check of a machine with a GPU names each thing that is missing, what is needed and what to do."""
+"""The check of a machine with a GPU names each thing that is missing, what is needed and what to
+do.
+"""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from harness.paths import PROJECT
+from harness.core.paths import PROJECT
 from requirements import install
 
 MIRROR = "https://mirror.invalid/simple"
@@ -246,9 +246,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_no_python_that_fits_is_said(
-    elsewhere: Path,
-    uv: str,
-    monkeypatch: pytest.MonkeyPatch,
+    elsewhere: Path, uv: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(install, "OLDEST_PYTHON", (3, 98))
     monkeypatch.setattr(install, "NEXT_PYTHON", (3, 99))

@@ -10,7 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from harness.paths import PROJECT
+from harness.core.paths import PROJECT
 
 PYPROJECT: dict[str, Any] = tomllib.loads((PROJECT / "pyproject.toml").read_text())
 PYTHONS = ("3.11", "3.12", "3.13")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rltrain import model as models
 from rltrain import pack as packs
-from rltrain.ranks import Ranks
+from rltrain.distributed.process_group import Ranks
+from rltrain.models import loading as models
 from tests.recipes import quickstart
 
 TWO = ["trainer.placement.policy_num_gpus_per_node=2", "generator.num_inference_engines=2"]
@@ -54,5 +54,7 @@ def test_a_base_to_be_sharded_is_not_put_on_a_gpu_whole(
         return model, found
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
-    models.load_model(recipe.trainer.policy.model.path, recipe, key="trainer.policy.model.path", full=False)
+    models.load_model(
+        recipe.trainer.policy.model.path, recipe, key="trainer.policy.model.path", full=False
+    )
     assert bool(devices) is moved

@@ -13,15 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from harness import manifest
-from harness import recipe as recipes
-from harness.metrics import MetricsFile
-from harness.rundir import RunDir, Status
-from harness.schema import Recipe
+from harness.config import recipe as recipes
+from harness.config.schema import Recipe
+from harness.records import manifest
+from harness.records.metrics_file import MetricsFile
+from harness.records.run_dir import RunDir, Status
 from rltrain.report import Report
-from sweeps import plan as plans
-from sweeps.plan import Plan
-from sweeps.trials import settle
+from sweeps.study import plan as plans
+from sweeps.study.plan import Plan
+from sweeps.study.trials import settle
 
 RANK = "trainer.policy.model.lora.rank"
 ALPHA = "trainer.policy.model.lora.alpha"
@@ -46,8 +46,12 @@ def recipe_of(space: dict[str, Any] | None = None, *, steps: int = STEPS, **swee
 
 @functools.cache
 def _base() -> Recipe:
-    overrides = ["trainer.policy.model.path=rltrain", "trainer.placement.device=cpu", "trainer.num_threads=1",
-                 f"trainer.eval_interval={INTERVAL}"]  # fmt: skip
+    overrides = [
+        "trainer.policy.model.path=rltrain",
+        "trainer.placement.device=cpu",
+        "trainer.num_threads=1",
+        f"trainer.eval_interval={INTERVAL}",
+    ]
     return recipes.load("base", overrides)
 
 
@@ -70,7 +74,9 @@ def follow(run_dir: RunDir) -> Iterator[Report]:
     recipe = recipes.read(run_dir.recipe)
     rank, total = recipe.trainer.policy.model.lora.rank, recipe.trainer.max_steps or 0
     run_dir.move_to(Status.RUNNING)
-    print(f"pid {os.getpid()} threads {os.environ['OMP_NUM_THREADS']} cwd {os.getcwd()}", flush=True)
+    print(
+        f"pid {os.getpid()} threads {os.environ['OMP_NUM_THREADS']} cwd {os.getcwd()}", flush=True
+    )
     log = MetricsFile(run_dir.metrics)
     for step in range(total + 1):
         if step == 2 and rank == RAISES:
@@ -89,10 +95,12 @@ def follow(run_dir: RunDir) -> Iterator[Report]:
 
 
 def curve_actor() -> type:
-    """A Trainable that follows `curve` where the trainer would train; its log says which process it was."""
+    """A Trainable that follows `curve` where the trainer would train; its log says which process it
+    was.
+    """
     import ray.cloudpickle
 
-    from sweeps.actor import TrialActor
+    from sweeps.execution.trial_actor import TrialActor
 
     class CurveActor(TrialActor):
         def train_here(self, run_dir: RunDir) -> Iterator[Report]:

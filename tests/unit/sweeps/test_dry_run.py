@@ -1,4 +1,6 @@
-"""What a dry run says of a sweep: its size, its first trials, its cost, its time by earlier runs."""
+"""What a dry run says of a sweep: its size, its first trials, its cost, its time by
+earlier runs.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,12 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from harness import recipe as recipes
-from harness.rundir import write_json
-from harness.schema import Recipe
-from sweeps import dry_run, estimate
-from sweeps import plan as plans
+from harness.config import recipe as recipes
+from harness.config.schema import Recipe
+from harness.records.run_dir import write_json
+from sweeps import cost as estimate
+from sweeps import dry_run
+from sweeps.study import plan as plans
 from tests.unit.sweeps.curves import LR, RANK, recipe_of
 
 
@@ -49,13 +52,22 @@ def test_cost_of_a_run(recipe: Recipe) -> None:
 
 
 def test_an_axis_that_changes_the_cost_gives_a_span(recipe: Recipe) -> None:
-    space = {"generator.n_samples_per_prompt": {"choices": [2, 4]}, "trainer.train_batch_size": {"choices": [8, 24]}}
+    space = {
+        "generator.n_samples_per_prompt": {"choices": [2, 4]},
+        "trainer.train_batch_size": {"choices": [8, 24]},
+    }
     low, high = estimate.costs(plans.build(recipes.with_values(recipe, {"sweep.space": space})))
     assert (low.training_samples, high.training_samples) == (2 * 24 * 2, 6 * 8 * 4)
 
 
-def test_given_configurations_are_reckoned_themselves_not_the_corners_between_them(recipe: Recipe) -> None:
-    steps, batch, update = "trainer.max_steps", "trainer.train_batch_size", "trainer.policy_mini_batch_size"
+def test_given_configurations_are_reckoned_themselves_not_the_corners_between_them(
+    recipe: Recipe,
+) -> None:
+    steps, batch, update = (
+        "trainer.max_steps",
+        "trainer.train_batch_size",
+        "trainer.policy_mini_batch_size",
+    )
     first = [{steps: 12, batch: 4, update: 4}, {steps: 2, batch: 24, update: 24}]
     space = {steps: {"choices": [2, 12]}, batch: {"choices": [4, 24]}, update: {"choices": [4, 24]}}
     sweep = {"sweep.space": space, "sweep.first_trials": first, "sweep.num_trials": 2}
@@ -70,7 +82,9 @@ def test_the_text(recipe: Recipe) -> None:
     assert f"{LR}" in text
     assert "1e-05 to 0.001" in text
     assert text.index("0-1") < text.index("2-3") < text.index("4-5")
-    assert [line.split() for line in text.splitlines() if line.startswith("  steps")] == [["steps", "6", "36"]]
+    assert [line.split() for line in text.splitlines() if line.startswith("  steps")] == [
+        ["steps", "6", "36"]
+    ]
     assert "unknown until a first run" in text
 
 
@@ -90,7 +104,9 @@ def test_time_by_earlier_runs_of_the_same_recipe(recipe: Recipe) -> None:
     (Path(recipe.trainer.ckpt_path) / "other" / "manifest.json").with_name("broken").mkdir()
     assert estimate.pace(plan, "my.yaml") == estimate.Pace(20.0, 3)
     # 6 runs of 2 minutes, two at a time.
-    assert "about 2 min 00 s  about 6 min 00 s (median of 3 earlier runs)" in dry_run.describe(plan, "my.yaml")
+    assert "about 2 min 00 s  about 6 min 00 s (median of 3 earlier runs)" in dry_run.describe(
+        plan, "my.yaml"
+    )
 
 
 def test_what_is_missing_is_named(recipe: Recipe) -> None:
@@ -101,7 +117,10 @@ def test_what_is_missing_is_named(recipe: Recipe) -> None:
 
 
 def test_a_given_number_of_steps_costs_what_it_costs_without_any_data(recipe: Recipe) -> None:
-    nowhere = {"data.train_data": ["nowhere/train.parquet"], "data.val_data": ["nowhere/val.parquet"]}
+    nowhere = {
+        "data.train_data": ["nowhere/train.parquet"],
+        "data.val_data": ["nowhere/val.parquet"],
+    }
     plan = plans.build(recipes.with_values(recipe, nowhere | {"trainer.max_steps": 6}))
     assert estimate.costs(plan) == [estimate.Cost(6, 6 * 8 * 3, None, 144 * 30, None)]
     text = dry_run.describe(plan, "my.yaml")
@@ -110,14 +129,19 @@ def test_a_given_number_of_steps_costs_what_it_costs_without_any_data(recipe: Re
 
 
 @pytest.mark.parametrize(
-    ("name", "billions"), [("Qwen/Qwen2.5-0.5B-Instruct", 0.494), ("someone/Other-1B", 1), ("google/bert", None)]
+    ("name", "billions"),
+    [("Qwen/Qwen2.5-0.5B-Instruct", 0.494), ("someone/Other-1B", 1), ("google/bert", None)],
 )
-def test_a_hubs_model_has_its_published_size_or_its_names(recipe: Recipe, name: str, billions: float | None) -> None:
+def test_a_hubs_model_has_its_published_size_or_its_names(
+    recipe: Recipe, name: str, billions: float | None
+) -> None:
     values = {"trainer.policy.model.path": name, "trainer.placement.device": "cuda", "sweep": None}
     cost = estimate.run_cost(recipes.with_values(recipe, values))
     assert cost is not None
     assert cost.flops == (
-        None if billions is None else pytest.approx(billions * 1e9 * (8 * 144 * 30 + 2 * 15 * 40), rel=1e-3)
+        None
+        if billions is None
+        else pytest.approx(billions * 1e9 * (8 * 144 * 30 + 2 * 15 * 40), rel=1e-3)
     )
 
 
@@ -129,11 +153,18 @@ def test_confirming_is_counted(recipe: Recipe) -> None:
 
 def test_arithmetic_of_a_gpu_recipe(recipe: Recipe, tmp_path: Path) -> None:
     config: dict[str, Any] = {
-        "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
-        "intermediate_size": 4864, "vocab_size": 151936, "tie_word_embeddings": True,
-    }  # fmt: skip
+        "hidden_size": 896,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "intermediate_size": 4864,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    gpu = recipes.with_values(recipe, {"trainer.placement.device": "cuda", "trainer.policy.model.path": str(tmp_path)})
+    gpu = recipes.with_values(
+        recipe, {"trainer.placement.device": "cuda", "trainer.policy.model.path": str(tmp_path)}
+    )
     (cost,) = estimate.costs(plans.build(gpu))
     assert cost.flops == pytest.approx(494e6 * (8 * 144 * 30 + 2 * 15 * 40), rel=1e-2)
     assert "FLOPs" in dry_run.describe(plans.build(gpu), "my.yaml")
@@ -141,4 +172,6 @@ def test_arithmetic_of_a_gpu_recipe(recipe: Recipe, tmp_path: Path) -> None:
 
 def test_a_space_smaller_than_the_number_of_trials_is_said(recipe: Recipe) -> None:
     small = recipes.with_values(recipe, {"sweep.space": {RANK: {"choices": [1, 8]}}})
-    assert "the space has no more than 2 configurations" in dry_run.describe(plans.build(small), "my.yaml")
+    assert "the space has no more than 2 configurations" in dry_run.describe(
+        plans.build(small), "my.yaml"
+    )

@@ -1,4 +1,6 @@
-"""Starting and resuming a sweep: what is checked before anything heavy, and what a resumed sweep may change."""
+"""Starting and resuming a sweep: what is checked before anything heavy, and what a resumed sweep
+may change.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +13,16 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from harness import manifest
-from harness import recipe as recipes
-from harness.errors import UserError
-from harness.locks import held
-from harness.rundir import Status
+from harness.config import recipe as recipes
+from harness.core.errors import UserError
+from harness.core.locks import held
+from harness.records import manifest
+from harness.records.run_dir import Status
 from sweeps import session as sessions
-from sweeps import trials
 from sweeps.session import Session
-from sweeps.study import Study
-from sweeps.trials import packs_at_once
+from sweeps.study import trials
+from sweeps.study.study import Study
+from sweeps.study.trials import packs_at_once
 from tests.unit.sweeps.curves import LR, RANK
 
 Start = Callable[..., Session]
@@ -31,18 +33,34 @@ def recipe_file(tmp_path: Path) -> Path:
     """A recipe with everything the checks want: a model's config.json and data files."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    rows = [{"prompt": [{"role": "user", "content": "1 + 1?"}], "env_class": "gsm8k",
-             "reward_spec": {"method": "rule", "ground_truth": "2"}}] * 4  # fmt: skip
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": "1 + 1?"}],
+            "env_class": "gsm8k",
+            "reward_spec": {"method": "rule", "ground_truth": "2"},
+        }
+    ] * 4
     pd.DataFrame(rows).to_parquet(tmp_path / "data.parquet")
     pd.DataFrame(rows).to_parquet(tmp_path / "more.parquet")
     recipe = {
         "defaults": ["base", "_self_"],
-        "data": {"train_data": [str(tmp_path / "data.parquet")], "val_data": [str(tmp_path / "more.parquet")]},
-        "trainer": {"policy": {"model": {"path": str(tmp_path / "model")}}, "placement": {"device": "cpu"},
-                    "max_steps": 4, "train_batch_size": 4, "policy_mini_batch_size": 4,
-                    "ckpt_path": str(tmp_path / "runs")},
-        "sweep": {"num_trials": 3, "space": {RANK: {"choices": [1, 8]}, LR: {"low": 1e-5, "high": 1e-3, "log": True}}},
-    }  # fmt: skip
+        "data": {
+            "train_data": [str(tmp_path / "data.parquet")],
+            "val_data": [str(tmp_path / "more.parquet")],
+        },
+        "trainer": {
+            "policy": {"model": {"path": str(tmp_path / "model")}},
+            "placement": {"device": "cpu"},
+            "max_steps": 4,
+            "train_batch_size": 4,
+            "policy_mini_batch_size": 4,
+            "ckpt_path": str(tmp_path / "runs"),
+        },
+        "sweep": {
+            "num_trials": 3,
+            "space": {RANK: {"choices": [1, 8]}, LR: {"low": 1e-5, "high": 1e-3, "log": True}},
+        },
+    }
     file = tmp_path / "mine.yaml"
     file.write_text(json.dumps(recipe))
     return file
@@ -83,7 +101,7 @@ def test_a_sweeps_directory(recipe_file: Path) -> None:
 def test_what_is_wrong_is_said_before_anything_starts(
     recipe_file: Path, monkeypatch: pytest.MonkeyPatch, override: str, said: str
 ) -> None:
-    monkeypatch.setattr("rltrain.parallel.visible_gpus", lambda: 0)
+    monkeypatch.setattr("rltrain.distributed.placement.visible_gpus", lambda: 0)
     with pytest.raises(UserError) as caught:
         sessions.start(str(recipe_file), [override])
     assert said in str(caught.value)
@@ -91,7 +109,7 @@ def test_what_is_wrong_is_said_before_anything_starts(
 
 
 def test_trials_at_once_need_their_gpus(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("sweeps.session", "rltrain.parallel"):
+    for module in ("sweeps.session", "rltrain.distributed.placement"):
         monkeypatch.setattr(f"{module}.visible_gpus", lambda: 1)
     cuda = "trainer.placement.device=cuda"
     assert sessions.start(str(recipe_file), [cuda, "trainer.run_name=one"])
@@ -99,12 +117,16 @@ def test_trials_at_once_need_their_gpus(recipe_file: Path, monkeypatch: pytest.M
         sessions.start(str(recipe_file), [cuda, "trainer.run_name=two", "sweep.max_concurrent=2"])
 
 
-def test_packs_are_as_many_as_the_gpus_and_stay_so(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("sweeps.session", "rltrain.parallel"):
+def test_packs_are_as_many_as_the_gpus_and_stay_so(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("sweeps.session", "rltrain.distributed.placement"):
         monkeypatch.setattr(f"{module}.visible_gpus", lambda: 2)
-    begun = sessions.start(str(recipe_file), ["trainer.placement.device=cuda", "trainer.run_name=two"])
+    begun = sessions.start(
+        str(recipe_file), ["trainer.placement.device=cuda", "trainer.run_name=two"]
+    )
     assert packs_at_once(begun.plan.recipe) == 2
-    for module in ("sweeps.session", "rltrain.parallel"):
+    for module in ("sweeps.session", "rltrain.distributed.placement"):
         monkeypatch.setattr(f"{module}.visible_gpus", lambda: 1)
     same = ["trainer.placement.device=cuda", "trainer.run_name=two"]
     with pytest.raises(UserError, match=r"2 asked, 1 there(.|\n)*sweep.max_concurrent=null"):
@@ -120,14 +142,18 @@ def test_resume_by_directory(begun: Session) -> None:
 
 
 def test_resume_by_recipe_and_name(begun: Session, recipe_file: Path) -> None:
-    again = sessions.resume(None, str(recipe_file), ["trainer.run_name=first", "sweep.num_trials=5"])
+    again = sessions.resume(
+        None, str(recipe_file), ["trainer.run_name=first", "sweep.num_trials=5"]
+    )
     assert again.sweep_dir.path == begun.sweep_dir.path
     assert again.plan.num_configurations == 5
     with pytest.raises(UserError, match="runs/first"):
         sessions.resume(None, str(recipe_file), [])
 
 
-def test_threads_stay_what_they_were(begun: Session, recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_stay_what_they_were(
+    begun: Session, recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 999)
     again = sessions.resume(str(begun.sweep_dir.path), str(recipe_file), [])
     assert again.plan.recipe.trainer.num_threads == begun.plan.recipe.trainer.num_threads != 999
@@ -171,11 +197,14 @@ def test_one_process_at_a_time(begun: Session) -> None:
             sessions.run(begun)
 
 
-def test_of_two_starts_with_one_name_one_makes_the_sweep(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_starts_with_one_name_one_makes_the_sweep(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     build, made = manifest.build, list[Session]()
 
     def late(*args: Any, **values: Any) -> dict[str, Any]:
-        # The other start comes when this one has seen that there is no such sweep, and has not made it yet.
+        # The other start comes when this one has seen that there is no such sweep, and has not made
+        # it yet.
         monkeypatch.setattr(manifest, "build", build)
         made.append(sessions.start(str(recipe_file), ["trainer.run_name=first", "seed=4"]))
         return build(*args, **values)
@@ -196,7 +225,10 @@ def test_a_sweep_with_nothing_left_starts_nothing(begun: Session) -> None:
     assert again.num_left == 0
     sessions.conclude(begun, again, None)
     manifest = begun.sweep_dir.read_manifest()
-    assert (manifest["status"], manifest["result"]["counts"]) == ("COMPLETE", {"COMPLETE": 3, "PRUNED": 0, "FAIL": 0})
+    assert (manifest["status"], manifest["result"]["counts"]) == (
+        "COMPLETE",
+        {"COMPLETE": 3, "PRUNED": 0, "FAIL": 0},
+    )
 
 
 def change(data: Path) -> None:
@@ -212,7 +244,10 @@ def test_a_sweep_does_not_go_on_with_other_data(recipe_file: Path, begun: Sessio
     change(recipe_file.parent / "more.parquet")
     again = sessions.resume(str(begun.sweep_dir.path), None, [], 1)
     before = begun.sweep_dir.manifest.read_bytes()
-    with pytest.raises(UserError, match=r"not those that this sweep began with\n(.|\n)*data .*more\.parquet: sha256:"):
+    with pytest.raises(
+        UserError,
+        match=r"not those that this sweep began with\n(.|\n)*data .*more\.parquet: sha256:",
+    ):
         sessions.run(again)
     assert begun.sweep_dir.manifest.read_bytes() == before
     assert Study(begun.sweep_dir.journal, begun.plan).num_to_confirm == 0
@@ -226,7 +261,9 @@ def test_a_sweep_that_is_told_to_goes_on_with_other_data(
     study = Study(begun.sweep_dir.journal, begun.plan)
     sessions._check_inputs(again, study)
     assert "note: going on with changed inputs: data " in capsys.readouterr().out
-    sessions._check_inputs(sessions.resume(str(begun.sweep_dir.path), None, []), study)  # asked once for each change
+    sessions._check_inputs(
+        sessions.resume(str(begun.sweep_dir.path), None, []), study
+    )  # asked once for each change
     assert capsys.readouterr().out == ""
 
 
@@ -238,14 +275,18 @@ def test_a_finished_sweep_needs_no_data(recipe_file: Path, begun: Session) -> No
     assert sessions.run(sessions.resume(str(begun.sweep_dir.path), None, [])).finished
     for allowed in (False, True):
         with pytest.raises(UserError, match="chosen on other inputs"):
-            sessions.run(sessions.resume(str(begun.sweep_dir.path), None, [], 1, changed_inputs=allowed))
+            sessions.run(
+                sessions.resume(str(begun.sweep_dir.path), None, [], 1, changed_inputs=allowed)
+            )
 
 
 def test_trials_know_which_inputs_they_were_trained_on(recipe_file: Path, begun: Session) -> None:
     plan, sweep_dir = begun.plan, begun.sweep_dir
     study = Study(sweep_dir.journal, plan)
     asked = [study.ask() for _ in range(3)]
-    ended, trained, _ = [trials.create(plan, trial, sweep_dir) for trial in asked if trial is not None]
+    ended, trained, _ = [
+        trials.create(plan, trial, sweep_dir) for trial in asked if trial is not None
+    ]
     for run_dir in (ended, trained):
         run_dir.move_to(Status.RUNNING)
         (run_dir.checkpoints / "step_000002").mkdir(parents=True)
@@ -273,9 +314,13 @@ def test_trials_know_which_inputs_they_were_trained_on(recipe_file: Path, begun:
 def test_data_that_are_an_axis_are_compared_too(recipe_file: Path) -> None:
     """What one trial was trained on has changed; the others' inputs have not."""
     folder = recipe_file.parent
-    axis = [f"sweep.space.{LR}=null", f"sweep.space.{RANK}=null", "sweep.sampler=grid", "sweep.seeds=[0,1]",
-            f"sweep.space={{data.train_data: {{choices: [[{folder}/data.parquet], [{folder}/other.parquet]]}}}}",
-            ]  # fmt: skip
+    axis = [
+        f"sweep.space.{LR}=null",
+        f"sweep.space.{RANK}=null",
+        "sweep.sampler=grid",
+        "sweep.seeds=[0,1]",
+        f"sweep.space={{data.train_data: {{choices: [[{folder}/data.parquet], [{folder}/other.parquet]]}}}}",  # noqa: E501
+    ]
     pd.read_parquet(folder / "data.parquet").to_parquet(folder / "other.parquet")
     session = sessions.start(str(recipe_file), ["trainer.run_name=axis", *axis])
     study = Study(session.sweep_dir.journal, session.plan)
@@ -289,6 +334,9 @@ def test_data_that_are_an_axis_are_compared_too(recipe_file: Path) -> None:
     (found,) = trials.changed_inputs(session.sweep_dir)
     assert "other.parquet" in found.what
     trials.accept_inputs(session.sweep_dir)
-    swept = [one["trial"]["params"]["data.train_data"][0].endswith("other.parquet") for one in records(session)]
+    swept = [
+        one["trial"]["params"]["data.train_data"][0].endswith("other.parquet")
+        for one in records(session)
+    ]
     assert [one["inputs"] for one in records(session)] == [[1] if other else [2] for other in swept]
     assert 0 < sum(swept) < 3

@@ -18,11 +18,21 @@ COSTS = {0: 0.0, 1: 0.2, 16: 0.1}
 def trials(seeds: int = 3, sign: float = 1.0) -> list[dict[str, Any]]:
     """Three learning rates, the middle one at 0.9 less what the batch costs; seeds 0.01 apart."""
     return [
-        {"rank": rank, "batch_size": size, "lr": lr, "seed": seed, "base": sign * 0.3,
-         "score": sign * (0.9 - cost * share - drop + 0.01 * (seed - (seeds - 1) / 2))}
+        {
+            "rank": rank,
+            "batch_size": size,
+            "lr": lr,
+            "seed": seed,
+            "base": sign * 0.3,
+            "score": sign * (0.9 - cost * share - drop + 0.01 * (seed - (seeds - 1) / 2)),
+        }
         for (rank, cost), (size, share), (lr, drop), seed in itertools.product(
-            COSTS.items(), ((128, 0.0), (512, 0.5), (2048, 1.0)), ((1e-4, 0.3), (1e-3, 0.0), (1e-2, 0.4)), range(seeds))
-    ]  # fmt: skip
+            COSTS.items(),
+            ((128, 0.0), (512, 0.5), (2048, 1.0)),
+            ((1e-4, 0.3), (1e-3, 0.0), (1e-2, 0.4)),
+            range(seeds),
+        )
+    ]
 
 
 def test_costs_are_from_the_smallest_to_the_largest_batch_at_the_best_rates() -> None:
@@ -40,7 +50,9 @@ def test_costs_are_from_the_smallest_to_the_largest_batch_at_the_best_rates() ->
 
 
 def test_what_a_batch_costs_of_a_loss_is_positive_too() -> None:
-    found: batch_size.Batches = batch_size.data(made(trials(sign=-1.0), metric="loss", maximize=False))[0].data
+    found: batch_size.Batches = batch_size.data(
+        made(trials(sign=-1.0), metric="loss", maximize=False)
+    )[0].data
     assert found.costs.set_index("rank")["cost"].to_dict() == pytest.approx(COSTS, abs=0.015)
     assert (found.points["score"] < 0).all()
 

@@ -1,4 +1,6 @@
-"""The best learning rate by rank: as the claims estimate it, and right on sweeps with a known truth."""
+"""The best learning rate by rank: as the claims estimate it, and right on sweeps with a known
+truth.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from tests.unit.analysis.simulation import BEST, World, by_rank, by_scale
 
 def test_intervals_cover_the_true_rates_exponent_and_ratio() -> None:
     world, sweeps = by_rank(exponent=-0.5, failures=0.0), 20
-    truth = {0: BEST - math.log10(9.8), 1: BEST} | {r: BEST - 0.5 * math.log10(r / 4) for r in (4, 16, 64)}
+    truth = {0: BEST - math.log10(9.8), 1: BEST} | {
+        r: BEST - 0.5 * math.log10(r / 4) for r in (4, 16, 64)
+    }
     ratio = np.mean([truth[rank] for rank in (4, 16, 64)]) - truth[0]
     inside: dict[str, list[bool]] = {"rates": [], "exponent": [], "ratio": []}
     for seed in range(sweeps):
@@ -28,7 +32,10 @@ def test_intervals_cover_the_true_rates_exponent_and_ratio() -> None:
         points = best.points.set_index("rank")
         assert points["located"].all()
         inside["rates"] += [points.low[r] <= 10 ** truth[r] <= points.high[r] for r in truth]
-        for name, estimate, value in (("exponent", best.exponent, -0.5), ("ratio", best.ratio, ratio)):
+        for name, estimate, value in (
+            ("exponent", best.exponent, -0.5),
+            ("ratio", best.ratio, ratio),
+        ):
             low, high = estimate.interval(0.025)
             inside[name].append(bool(low <= value <= high))
         assert best.exponent.interval(0.025)[1] < -0.25
@@ -62,10 +69,13 @@ def test_alpha_in_proportion_to_rank_has_a_plot_of_its_own() -> None:
     assert "−1/2 within, 0 and −1/4 outside that." in plots[0].reading
 
 
-@pytest.mark.parametrize(("world", "why"), [
-    (by_rank(flat=True), "still good at the end of the tested rates"),
-    (by_rank(seeds=1), "has fewer than two seeds at its good learning rates"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("world", "why"),
+    [
+        (by_rank(flat=True), "still good at the end of the tested rates"),
+        (by_rank(seeds=1), "has fewer than two seeds at its good learning rates"),
+    ],
+)
 def test_what_is_not_located_is_said_and_has_no_interval(world: World, why: str) -> None:
     plot = best_lr_by_rank.data(worlds.experiment(world))[0]
     assert why in plot.reading
@@ -76,5 +86,9 @@ def test_what_is_not_located_is_said_and_has_no_interval(world: World, why: str)
 
 
 def test_ranks_at_one_rate_each_have_no_plot() -> None:
-    trials = [{"rank": rank, "lr": lr, "score": 0.6, "seed": s} for rank, lr in ((1, 1e-3), (8, 1e-4)) for s in (0, 1)]
+    trials = [
+        {"rank": rank, "lr": lr, "score": 0.6, "seed": s}
+        for rank, lr in ((1, 1e-3), (8, 1e-4))
+        for s in (0, 1)
+    ]
     assert best_lr_by_rank.data(made(trials)) == []

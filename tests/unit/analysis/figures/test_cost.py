@@ -15,23 +15,40 @@ from tests.unit.analysis.figures.made import made
 def trials(count: int = 4) -> list[dict[str, Any]]:
     """Two at a time, 100 seconds each."""
     return [
-        {"rank": number + 1, "score": 0.9, "started": 1e9 + 100 * (number // 2), "ended": 1e9 + 100 * (number // 2 + 1)}
+        {
+            "rank": number + 1,
+            "score": 0.9,
+            "started": 1e9 + 100 * (number // 2),
+            "ended": 1e9 + 100 * (number // 2 + 1),
+        }
         for number in range(count)
     ]
 
 
 def steps(number: int, members: float, each: float) -> list[dict[str, Any]]:
-    """Two steps that `members` took together, `each` seconds a member, and an evaluation of the member's own."""
+    """Two steps that `members` took together, `each` seconds a member, and an evaluation of the
+    member's own.
+    """
     shared = {"timing_s/rollout": 0.5, "timing_s/update": 0.25, "timing_s/sync": 0.05}
     whole = {name: share * each * members for name, share in shared.items()}
     return [
         {"number": number, "step": 0, "timing_s/eval": 3.0},
-        *({"number": number, "step": step, **whole, "step_time": each * members, "perf/members": members}
-          for step in (1, 2)),
-    ]  # fmt: skip
+        *(
+            {
+                "number": number,
+                "step": step,
+                **whole,
+                "step_time": each * members,
+                "perf/members": members,
+            }
+            for step in (1, 2)
+        ),
+    ]
 
 
-PACKED = [row for number in range(4) for row in (*steps(number, 2.0, 5.0), *steps(number, 1.0, 10.0)[1:])]
+PACKED = [
+    row for number in range(4) for row in (*steps(number, 2.0, 5.0), *steps(number, 1.0, 10.0)[1:])
+]
 
 
 def test_a_packs_time_is_counted_once_and_an_evaluation_is_ones_own() -> None:
@@ -50,8 +67,14 @@ def test_makespan_and_how_many_ran_at_a_time() -> None:
 
 def test_what_packing_gained_is_a_ratio_of_medians() -> None:
     plot = cost.data(made(trials(), PACKED))[0]
-    assert plot.data.packing.to_dict("list") == {"members": [1, 2], "steps": [8, 4], "seconds": [10.0, 5.0]}
-    assert "5 s for each of 2 members together, 10 s for one alone: 2.0 times, roughly" in plot.reading
+    assert plot.data.packing.to_dict("list") == {
+        "members": [1, 2],
+        "steps": [8, 4],
+        "seconds": [10.0, 5.0],
+    }
+    assert (
+        "5 s for each of 2 members together, 10 s for one alone: 2.0 times, roughly" in plot.reading
+    )
     together = [row for number in range(4) for row in steps(number, 2.0, 5.0)]
     assert "what packing gained is not known here" in cost.data(made(trials(), together))[0].reading
     alone = [row for number in range(4) for row in steps(number, 1.0, 5.0)]
@@ -83,7 +106,15 @@ def test_many_trials_are_counted_not_drawn_one_by_one() -> None:
 
 @pytest.mark.parametrize("look", [Look(), Look(dark=True, narrow=True)], ids=str)
 def test_draws_trials_phases_and_members(look: Look) -> None:
-    rows = [*trials(), {"rank": 64, "score": None, "status": "FAILED", "started": 1e9, "ended": 1e9 + 50}]
+    rows = [
+        *trials(),
+        {"rank": 64, "score": None, "status": "FAILED", "started": 1e9, "ended": 1e9 + 50},
+    ]
     svg = render(partial(cost.draw, cost.data(made(rows, PACKED))[0].data), look).decode()
-    for text in ("minutes since the first began", "rollout", "members that take a step together", "not complete"):
+    for text in (
+        "minutes since the first began",
+        "rollout",
+        "members that take a step together",
+        "not complete",
+    ):
         assert text in svg

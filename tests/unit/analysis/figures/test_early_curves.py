@@ -47,7 +47,9 @@ def test_curves_are_the_means_over_what_the_ranks_share() -> None:
     curves = early_curves.data(experiment)[0].data
     steps, runs = experiment.tables.steps, experiment.tables.runs
     shared = runs[(runs["rank"] == 4) & runs["status"].eq("COMPLETE")]
-    first = steps[(steps["step"] == 1) & steps["run_dir"].isin(shared["run_dir"])].set_index("run_dir")["reward"]
+    first = steps[(steps["step"] == 1) & steps["run_dir"].isin(shared["run_dir"])].set_index(
+        "run_dir"
+    )["reward"]
     drawn = float(curves.curves.query("rank == 4 and step == 1")["reward"].iloc[0])
     assert first.min() < drawn < first.max()
     smooth = curves.curves.query("rank == 4")
@@ -57,9 +59,14 @@ def test_curves_are_the_means_over_what_the_ranks_share() -> None:
 
 def test_one_rate_and_seed_has_no_interval() -> None:
     early = Early(
-        curves=np.tile(np.linspace(0, 1, 8), (2, 1, 1)), scores=np.array([[0.4], [0.3]]), ranks=[1, 8], rise=0.3,
-        steps=3, runs=2, seeds=1,
-    )  # fmt: skip
+        curves=np.tile(np.linspace(0, 1, 8), (2, 1, 1)),
+        scores=np.array([[0.4], [0.3]]),
+        ranks=[1, 8],
+        rise=0.3,
+        steps=3,
+        runs=2,
+        seeds=1,
+    )
     curves = early_curves.by_rank(early)
     assert curves.leads["lead"].tolist() == pytest.approx([0.1, -0.1])
     assert curves.leads["low"].isna().all()

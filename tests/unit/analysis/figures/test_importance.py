@@ -19,10 +19,17 @@ def trials(**changes: Any) -> list[dict[str, Any]]:
     """The learning rate decides, rank does nothing, seeds differ a little."""
     chance = np.random.default_rng(0)
     return [
-        {"rank": rank, "lr": lr, "seed": seed,
-         "score": 0.9 * math.exp(-0.5 * (math.log10(lr) + 3) ** 2) + chance.normal(0, 0.01), **changes}
-        for rank in (1, 8) for lr in (1e-5, 1e-4, 1e-3, 1e-2) for seed in (0, 1, 2)
-    ]  # fmt: skip
+        {
+            "rank": rank,
+            "lr": lr,
+            "seed": seed,
+            "score": 0.9 * math.exp(-0.5 * (math.log10(lr) + 3) ** 2) + chance.normal(0, 0.01),
+            **changes,
+        }
+        for rank in (1, 8)
+        for lr in (1e-5, 1e-4, 1e-3, 1e-2)
+        for seed in (0, 1, 2)
+    ]
 
 
 def test_the_setting_that_decides_comes_first_and_the_other_is_not_told_from_chance() -> None:

@@ -20,7 +20,12 @@ SMALL = World((Arm(0, best=-4.0), Arm(8)), seeds=2, rates=3, failures=0.0)
 
 def test_curves_hold_every_evaluation_of_every_trial(experiment: Experiment) -> None:
     curves: learning_curves.Curves = learning_curves.data(experiment)[0].data
-    assert (curves.shade, curves.log, curves.best, curves.best_name) == (LR, True, "trials/0004", "trial 4, the best")
+    assert (curves.shade, curves.log, curves.best, curves.best_name) == (
+        LR,
+        True,
+        "trials/0004",
+        "trial 4, the best",
+    )
     lines = dict(iter(curves.lines.groupby("run_dir")))
     assert len(lines) == 12
     assert lines["trials/0004"]["step"].tolist() == [0, 10, 20, 30, 40, 50]
@@ -28,7 +33,9 @@ def test_curves_hold_every_evaluation_of_every_trial(experiment: Experiment) -> 
     assert set(lines["trials/0010"]["status"]) == {"FAILED"}
     # No tokens and no FLOPs were logged: there is nothing to draw against.
     assert curves.costs == ("step", "seconds")
-    assert lines["trials/0004"]["seconds"].tolist() == pytest.approx([1.5 + 3.3 * k for k in range(6)])
+    assert lines["trials/0004"]["seconds"].tolist() == pytest.approx(
+        [1.5 + 3.3 * k for k in range(6)]
+    )
 
 
 def test_each_evaluation_knows_what_had_been_used() -> None:
@@ -39,8 +46,12 @@ def test_each_evaluation_knows_what_had_been_used() -> None:
         full = runs["rank"][run_dir] == 0
         assert line["tokens"].tolist() == [worlds.TOKENS * step for step in line["step"]]
         factor = worlds.FLOPS_PER_TOKEN * (1.5 if full else 1.0)
-        assert line["flops"].tolist() == pytest.approx([factor * tokens for tokens in line["tokens"]])
-        assert line["seconds"].tolist() == pytest.approx([s + 0.5 * (s // worlds.EVERY + 1) for s in line["step"]])
+        assert line["flops"].tolist() == pytest.approx(
+            [factor * tokens for tokens in line["tokens"]]
+        )
+        assert line["seconds"].tolist() == pytest.approx(
+            [s + 0.5 * (s // worlds.EVERY + 1) for s in line["step"]]
+        )
 
 
 def test_half_of_the_gain_is_read_off_the_best_curve() -> None:
@@ -60,7 +71,10 @@ def test_a_pointer_is_told_which_trial_a_curve_is_and_its_scores(experiment: Exp
     assert len(traces) == 2 * 12, "a trace per cost and run"
     trace = traces[4]
     assert trace.about == "trial 4: rank 8, learning rate 1e-3, target modules all-linear, seed 0"
-    assert (trace.texts[0], trace.texts[-1]) == ("step 0: held-out accuracy 0.291", "step 50: held-out accuracy 0.920")
+    assert (trace.texts[0], trace.texts[-1]) == (
+        "step 0: held-out accuracy 0.291",
+        "step 50: held-out accuracy 0.920",
+    )
     assert trace.places == sorted(trace.places), "steps go to the right"
     assert trace.places[0][1] > trace.places[-1][1], "and scores up"
 
@@ -68,7 +82,10 @@ def test_a_pointer_is_told_which_trial_a_curve_is_and_its_scores(experiment: Exp
 @pytest.mark.parametrize("members", [1.0, 4.0])
 def test_a_packs_seconds_are_called_its_own(members: float) -> None:
     logged = {"step_time": 2.0, "perf/members": members, "num_tokens": 100.0, "seconds": 2.0}
-    steps = [{"number": 0, "step": s, "eval/accuracy": score, **logged} for s, score in ((1, 0.5), (2, 0.9))]
+    steps = [
+        {"number": 0, "step": s, "eval/accuracy": score, **logged}
+        for s, score in ((1, 0.5), (2, 0.9))
+    ]
     plot = learning_curves.data(made([{"score": 0.9}], steps))[0]
     assert plot.data.packed == ("of its pack's" in plot.reading) == (members > 1)
     svg = render(partial(learning_curves.draw, plot.data), Look()).decode()
@@ -87,4 +104,7 @@ def test_a_peak_before_the_end_is_said(tmp_path: Path) -> None:
     rows = (path / "metrics.jsonl").read_text().splitlines(keepends=True)
     rows.insert(-1, '{"step": 45, "eval/accuracy": 0.96875}\n')
     (path / "metrics.jsonl").write_text("".join(rows))
-    assert "; its best evaluation was 0.969 at step 45." in learning_curves.data(Experiment.open(path))[0].reading
+    assert (
+        "; its best evaluation was 0.969 at step 45."
+        in learning_curves.data(Experiment.open(path))[0].reading
+    )

@@ -1,4 +1,6 @@
-"""Score against learning rate: lines, intervals, diverged runs and the grid's edge, on sweeps with a known truth."""
+"""Score against learning rate: lines, intervals, diverged runs and the grid's edge, on sweeps with
+a known truth.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +30,27 @@ def test_shows_the_last_score_of_what_did_not_complete(experiment: Experiment) -
     plot = lr_basin.data(experiment)[0]
     points = plot.data.points
     assert len(points) == 12
-    assert points["status"].value_counts().to_dict() == {"COMPLETE": 9, "RUNNING": 1, "FAILED": 1, "PRUNED": 1}
+    assert points["status"].value_counts().to_dict() == {
+        "COMPLETE": 9,
+        "RUNNING": 1,
+        "FAILED": 1,
+        "PRUNED": 1,
+    }
     assert points[points["status"] == "FAILED"]["score"].tolist() == pytest.approx([0.99], abs=1e-3)
-    assert plot.reading.startswith("1e-5 too low, 3e-4 to 1e-3 good (best 1e-3), 1e-2 too high. Best rate tested")
+    assert plot.reading.startswith(
+        "1e-5 too low, 3e-4 to 1e-3 good (best 1e-3), 1e-2 too high. Best rate tested"
+    )
     assert "rank 8 1e-3 (0.910, 0.900 to 0.920)" in plot.reading
     svg = render(partial(lr_basin.draw, plot.data), Look()).decode()
-    for text in ("too low", "too high", "rank 1", "rank 8", "diverged", "running: last score", "range of 2 seeds"):
+    for text in (
+        "too low",
+        "too high",
+        "rank 1",
+        "rank 8",
+        "diverged",
+        "running: last score",
+        "range of 2 seeds",
+    ):
         assert text in svg
 
 
@@ -46,7 +63,9 @@ def test_a_line_goes_through_each_ranks_best_configuration() -> None:
         {"rank": 1, "lr": 1e-3, "score": 0.6, "seed": 0},
         {"rank": 1, "lr": 1e-3, "score": 0.7, "seed": 1},
     ]
-    found = rates(made([{**trial, "seed": seed} for trial in trials[:4] for seed in (0, 1)] + trials[4:]))
+    found = rates(
+        made([{**trial, "seed": seed} for trial in trials[:4] for seed in (0, 1)] + trials[4:])
+    )
     lines = found.lines[["rank", "lr", "mean", "n"]].values.tolist()
     assert lines == [
         [1, 1e-3, pytest.approx(0.65), 2],
@@ -57,21 +76,31 @@ def test_a_line_goes_through_each_ranks_best_configuration() -> None:
 
 
 def test_of_a_loss_the_lowest_is_the_best() -> None:
-    trials = [{"lr": lr, "score": score, "base": 2.0} for lr, score in ((1e-4, 1.5), (1e-3, 0.5), (1e-2, 1.0))]
+    trials = [
+        {"lr": lr, "score": score, "base": 2.0}
+        for lr, score in ((1e-4, 1.5), (1e-3, 0.5), (1e-2, 1.0))
+    ]
     found = rates(made(trials, metric="loss", maximize=False))
     assert found.tops["lr"].tolist() == [1e-3]
 
 
 @pytest.mark.parametrize(
-    ("beyond", "edge"), [(None, "highest"), ("FAILED", None), ("PRUNED", None), ("RUNNING", "highest")]
+    ("beyond", "edge"),
+    [(None, "highest"), ("FAILED", None), ("PRUNED", None), ("RUNNING", "highest")],
 )
-def test_a_best_rate_that_is_the_last_tested_is_warned_of(beyond: str | None, edge: str | None) -> None:
-    trials: list[dict[str, object]] = [{"lr": lr, "score": score} for lr, score in ((1e-4, 0.4), (1e-3, 0.9))]
+def test_a_best_rate_that_is_the_last_tested_is_warned_of(
+    beyond: str | None, edge: str | None
+) -> None:
+    trials: list[dict[str, object]] = [
+        {"lr": lr, "score": score} for lr, score in ((1e-4, 0.4), (1e-3, 0.9))
+    ]
     if beyond:
         trials.append({"lr": 1e-2, "status": beyond, "diverged": beyond == "FAILED", "last": 0.1})
     experiment = made(trials)
     assert rates(experiment).tops["edge"].tolist() == [edge]
-    warning = "Warning: the best of rank 8 is the highest rate tested, so the true best may lie beyond."
+    warning = (
+        "Warning: the best of rank 8 is the highest rate tested, so the true best may lie beyond."
+    )
     assert (warning in lr_basin.data(experiment)[0].reading) == (edge is not None)
 
 
@@ -88,14 +117,21 @@ def test_a_pointer_is_told_of_every_run_and_of_the_means(experiment: Experiment)
     draw = partial(lr_basin.draw, lr_basin.data(experiment)[0].data)
     told = {trace.about: trace.texts for trace in render_all(draw, Look(), png=False).traces}
     settings = "rank 8, learning rate 1e-2, target modules all-linear"
-    assert told[f"trial 10: {settings}, seed 0"] == ["diverged: failed, last held-out accuracy 0.990"]
-    assert told["trial 4: rank 8, learning rate 1e-3, target modules all-linear, seed 0"] == ["held-out accuracy 0.920"]
+    assert told[f"trial 10: {settings}, seed 0"] == [
+        "diverged: failed, last held-out accuracy 0.990"
+    ]
+    assert told["trial 4: rank 8, learning rate 1e-3, target modules all-linear, seed 0"] == [
+        "held-out accuracy 0.920"
+    ]
     assert told["rank 8"][-1] == "learning rate 1e-3: mean 0.910 of 2 seeds, 0.900 to 0.920"
     assert len(told) == 12 + 2
 
 
 def test_a_long_label_is_broken_in_the_legend_of_a_narrow_page(experiment: Experiment) -> None:
-    draw, source = partial(lr_basin.draw, lr_basin.data(experiment)[0].data), "range of 2 seeds or 95% interval over"
+    draw, source = (
+        partial(lr_basin.draw, lr_basin.data(experiment)[0].data),
+        "range of 2 seeds or 95% interval over",
+    )
     wide, narrow = (render(draw, Look(narrow=narrow)).decode() for narrow in (False, True))
     assert (source in wide, source in narrow) == (True, False)
     assert ">interval over 512 problems<" in narrow
@@ -104,7 +140,9 @@ def test_a_long_label_is_broken_in_the_legend_of_a_narrow_page(experiment: Exper
 def test_a_run_without_a_score_tells_so_at_the_foot() -> None:
     trials: list[dict[str, object]] = [{"lr": lr, "score": 0.5} for lr in (1e-4, 1e-3)]
     lost = {"lr": 1e-1, "status": "FAILED", "diverged": True}
-    traces = render_all(partial(lr_basin.draw, rates(made([*trials, lost]))), Look(), png=False).traces
+    traces = render_all(
+        partial(lr_basin.draw, rates(made([*trials, lost]))), Look(), png=False
+    ).traces
     foot = next(trace for trace in traces if trace.about.startswith("trial 2"))
     assert foot.texts == ["diverged: failed, no score"]
     assert foot.places[0][1] > max(y for trace in traces[:2] for _, y in trace.places)

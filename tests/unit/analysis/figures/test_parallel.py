@@ -19,7 +19,11 @@ def trials(count: int = 20) -> list[dict[str, Any]]:
     """Rates from 1e-5 to 1e-2, the more the better; ranks in turn, with rank 8 a little better."""
     rates = [10 ** (-5 + 3 * place / (count - 1)) for place in range(count)]
     return [
-        {"rank": (1, 8)[place % 2], "lr": lr, "score": 0.3 + 0.5 * place / count + 0.1 * (place % 2)}
+        {
+            "rank": (1, 8)[place % 2],
+            "lr": lr,
+            "score": 0.3 + 0.5 * place / count + 0.1 * (place % 2),
+        }
         for place, lr in enumerate(rates)
     ]
 
@@ -27,7 +31,9 @@ def trials(count: int = 20) -> list[dict[str, Any]]:
 def test_the_reading_says_what_the_best_have_in_common() -> None:
     plot = parallel.data(made(trials()))[0]
     assert (
-        plot.reading == "The best 3 of 20 trials have rank 8 (of 2) and learning rate 2.3e-3 to 1e-2 (of 1e-5 to 1e-2)."
+        plot.reading
+        == "The best 3 of 20 trials have rank 8 (of 2) and learning rate 2.3e-3 to 1e-2 "
+        "(of 1e-5 to 1e-2)."
     )
 
 
@@ -49,13 +55,19 @@ def test_of_a_loss_the_lowest_are_the_best() -> None:
 
 def test_trials_with_equal_scores_are_the_best_together() -> None:
     rows = [{**row, "score": 0.9 if row["rank"] == 8 else 0.5} for row in trials()]
-    assert parallel.data(made(rows))[0].reading.startswith("The best 10 of 20 trials have rank 8 (of 2)")
+    assert parallel.data(made(rows))[0].reading.startswith(
+        "The best 10 of 20 trials have rank 8 (of 2)"
+    )
     rows = [{**row, "score": 0.5} for row in trials()]
     assert parallel.data(made(rows))[0].reading == "All 20 trials have the same score."
 
 
 def test_full_fine_tuning_has_no_place_on_alphas_axis() -> None:
-    rows = [{"rank": rank, "alpha": alpha, "lr": 1e-3, "score": 0.5} for rank in (0, 8) for alpha in (16.0, 32.0)]
+    rows = [
+        {"rank": rank, "alpha": alpha, "lr": 1e-3, "score": 0.5}
+        for rank in (0, 8)
+        for alpha in (16.0, 32.0)
+    ]
     found: parallel.Lines = parallel.data(made(rows))[0].data
     assert found.trials[found.trials[RANK] == 0][ALPHA].isna().all()
     assert found.trials[found.trials[RANK] == 8][ALPHA].notna().all()

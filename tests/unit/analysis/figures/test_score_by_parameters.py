@@ -15,16 +15,23 @@ from tests.unit.analysis.simulation import BASE, GAIN, PER_STEP, STEPS, by_rank,
 
 
 def test_sizes_scores_and_the_line_are_the_simulations() -> None:
-    plot = score_by_parameters.data(worlds.experiment(by_rank({1: {"parameters": 1000, "height": 0.8}}, failures=0.0)))[
-        0
-    ]
+    plot = score_by_parameters.data(
+        worlds.experiment(by_rank({1: {"parameters": 1000, "height": 0.8}}, failures=0.0))
+    )[0]
     points = plot.data.points.set_index("rank")
-    assert points["parameters"].to_dict() == {1: 1000, 4: 30_720, 16: 122_880, 64: 491_520, 0: 750_000}
+    assert points["parameters"].to_dict() == {
+        1: 1000,
+        4: 30_720,
+        16: 122_880,
+        64: 491_520,
+        0: 750_000,
+    }
     assert plot.data.needed == STEPS * PER_STEP / 2 == 2048
     for rank, height in {0: 1.0, 1: 0.8, 4: 1.0, 16: 1.0, 64: 1.0}.items():
         assert points.low[rank] - 0.02 <= BASE + GAIN * height <= points.high[rank] + 0.02
     assert plot.reading.startswith(
-        "4,096 episodes teach at most a bit each, which 2,048 parameters hold (2 bits each): 3 of 4 adapters have"
+        "4,096 episodes teach at most a bit each, which 2,048 parameters hold (2 bits "
+        "each): 3 of 4 adapters have"
     )
     assert "the smallest, rank 1 on all-linear with 1,000 parameters is at " in plot.reading
     svg = render(partial(score_by_parameters.draw, plot.data), Look()).decode()
@@ -59,7 +66,9 @@ def test_unknown_or_equal_sizes_have_no_plot() -> None:
 
 def test_runs_of_another_experiment_are_left_out_and_that_is_said() -> None:
     sweep = [
-        {"rank": rank, "lr": lr, "score": 0.5, "parameters": 7680 * rank} for rank in (1, 8) for lr in (1e-4, 1e-3)
+        {"rank": rank, "lr": lr, "score": 0.5, "parameters": 7680 * rank}
+        for rank in (1, 8)
+        for lr in (1e-4, 1e-3)
     ]
     steps = [{"number": number, "step": 32, "episodes": 4096} for number in range(5)]
     other = {"rank": 64, "score": 0.9, "parameters": 491_520, "context": "another"}

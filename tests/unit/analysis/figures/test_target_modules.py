@@ -13,17 +13,32 @@ from analysis.figures.target_modules import EQUAL_PARAMETERS, EQUAL_RANK
 from analysis.figures.theme import Look, render
 from tests.unit.analysis.figures.made import made
 
-ARMS = {("all-linear", 8): (61_440, 0.90), ("mlp", 8): (36_864, 0.88), ("attention", 12): (36_864, 0.70)}
+ARMS = {
+    ("all-linear", 8): (61_440, 0.90),
+    ("mlp", 8): (36_864, 0.88),
+    ("attention", 12): (36_864, 0.70),
+}
 
 
 def trials(seeds: int = 3, sign: float = 1.0, **changes: Any) -> list[dict[str, Any]]:
-    """Three learning rates an arm, the middle one the best; seeds 0.01 apart around the arm's score."""
+    """Three learning rates an arm, the middle one the best; seeds 0.01 apart around the arm's
+    score.
+    """
     return [
-        {"targets": targets, "rank": rank, "parameters": size, "lr": lr, "seed": seed, **changes,
-         "score": sign * (top - drop + 0.01 * (seed - (seeds - 1) / 2)), "base": sign * 0.3}
+        {
+            "targets": targets,
+            "rank": rank,
+            "parameters": size,
+            "lr": lr,
+            "seed": seed,
+            **changes,
+            "score": sign * (top - drop + 0.01 * (seed - (seeds - 1) / 2)),
+            "base": sign * 0.3,
+        }
         for ((targets, rank), (size, top)), (lr, drop), seed in itertools.product(
-            ARMS.items(), ((1e-4, 0.3), (1e-3, 0.0), (1e-2, 0.4)), range(seeds))
-    ]  # fmt: skip
+            ARMS.items(), ((1e-4, 0.3), (1e-3, 0.0), (1e-2, 0.4)), range(seeds)
+        )
+    ]
 
 
 def test_only_arms_of_equal_rank_or_as_many_parameters_are_compared() -> None:
@@ -32,7 +47,11 @@ def test_only_arms_of_equal_rank_or_as_many_parameters_are_compared() -> None:
     assert who == {EQUAL_RANK: {"all-linear", "mlp"}, EQUAL_PARAMETERS: {"mlp", "attention"}}
     rank, parameters = found.gaps.to_dict("records")
     assert (rank["panel"], rank["first"], rank["second"]) == (EQUAL_RANK, "all-linear", "mlp")
-    assert (parameters["panel"], parameters["first"], parameters["second"]) == (EQUAL_PARAMETERS, "attention", "mlp")
+    assert (parameters["panel"], parameters["first"], parameters["second"]) == (
+        EQUAL_PARAMETERS,
+        "attention",
+        "mlp",
+    )
     assert rank["gap"] == pytest.approx(0.02, abs=0.02)
     assert rank["low"] < 0.02 < rank["high"]
     assert parameters["gap"] == pytest.approx(-0.18, abs=0.02)
@@ -41,7 +60,9 @@ def test_only_arms_of_equal_rank_or_as_many_parameters_are_compared() -> None:
 
 def test_a_score_is_that_of_the_best_learning_rate_free_of_the_choice() -> None:
     found: target_modules.Placements = target_modules.data(made(trials()))[0].data
-    mlp = found.points[(found.points["targets"] == "mlp") & (found.points["panel"] == EQUAL_RANK)].iloc[0]
+    mlp = found.points[
+        (found.points["targets"] == "mlp") & (found.points["panel"] == EQUAL_RANK)
+    ].iloc[0]
     assert mlp["low"] < 0.88 < mlp["high"]
     assert mlp["score"] == pytest.approx(0.88, abs=0.015)
 
@@ -57,7 +78,9 @@ def test_the_reading_names_gaps_intervals_and_seeds() -> None:
 def test_of_a_loss_the_gap_is_in_the_loss() -> None:
     losses = made(trials(sign=-1.0), metric="loss", maximize=False)
     plot = target_modules.data(losses)[0]
-    assert plot.data.gaps.set_index("panel")["gap"][EQUAL_PARAMETERS] == pytest.approx(0.18, abs=0.02)
+    assert plot.data.gaps.set_index("panel")["gap"][EQUAL_PARAMETERS] == pytest.approx(
+        0.18, abs=0.02
+    )
     assert "At equal parameters mlp is -0.1" in plot.reading
 
 
@@ -79,7 +102,10 @@ def test_arms_that_differ_in_more_are_not_compared() -> None:
 def test_runs_of_another_experiment_have_no_part() -> None:
     others = [{**row, "context": "two", "score": 0.1} for row in trials()[:5]]
     plot = target_modules.data(made([*trials(), *others]))[0]
-    assert plot.data.gaps["gap"].tolist() == target_modules.data(made(trials()))[0].data.gaps["gap"].tolist()
+    assert (
+        plot.data.gaps["gap"].tolist()
+        == target_modules.data(made(trials()))[0].data.gaps["gap"].tolist()
+    )
     assert plot.reading.endswith("Of 32 runs the 27 that agree in all other settings are compared.")
 
 

@@ -1,0 +1,1 @@
+"""Where a run's progress is shown: the console, W&B and TensorBoard."""

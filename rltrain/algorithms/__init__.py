@@ -1,0 +1,1 @@
+"""Advantages, losses, and the models that they train. Pure functions wherever possible."""

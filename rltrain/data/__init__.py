@@ -1,0 +1,1 @@
+"""Data files, batches of tokens and named random streams."""

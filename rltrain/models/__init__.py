@@ -1,0 +1,1 @@
+"""Models, their adapters, and their forward pass over packed sequences."""

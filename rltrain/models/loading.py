@@ -1,0 +1,325 @@
+"""The base model, LoRA through PEFT, and the reference policy."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from harness.config.schema import LoRA, Recipe
+from harness.config.validate import check_context, exclude_modules, num_processes, target_modules
+from harness.core.errors import UserError
+from harness.core.paths import locate
+from rltrain.data.batch import Batch
+from rltrain.distributed.placement import device_of, dtype_of
+from rltrain.models import attention
+from rltrain.models.logprobs import token_logprobs
+from rltrain.models.lora import LoRALinear, base_model
+from rltrain.models.memory import checkpoints
+from rltrain.models.targets import (
+    MODULE_SETS,
+    TO_SAFETENSORS,
+    Modules,
+    check_adapters,
+    check_modules,
+    modules,
+)
+
+# A model's folder or repository may hold Python code of its own: it is never run, nor is anybody
+# asked.
+NO_CODE = {"trust_remote_code": False}
+
+
+def model_folder(path: str) -> str:
+    """A local folder's absolute path, or a hub name as it is."""
+    found = locate(path)
+    return str(found) if found else path
+
+
+def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model, frozen, and its tokenizer; raises UserError when they cannot be had or lack a
+    chat template.
+    """
+    path = recipe.trainer.policy.model.path
+    full = recipe.trainer.policy.model.lora.rank == 0
+    model = load_model(path, recipe, key="trainer.policy.model.path", full=full)
+    check_adapters(recipe, modules_of(model))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_folder(path), **NO_CODE)
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise _cannot_load("trainer.policy.model.path", path, error) from error
+    _check_tokenizer(tokenizer, model, path)
+    check_context(recipe, getattr(model.config, "max_position_embeddings", sys.maxsize))
+    return model, tokenizer
+
+
+def _check_tokenizer(tokenizer: Any, model: PreTrainedModel, path: str) -> None:
+    """A tokenizer with a chat template, whose tokens are the model's."""
+    if tokenizer.chat_template is None:
+        raise UserError(
+            "the tokenizer has no chat template", got=path, fix="use an instruction-tuned model"
+        )
+    last, rows = (
+        max(tokenizer.get_vocab().values(), default=-1),
+        model.get_input_embeddings().weight.shape[0],
+    )
+    if not tokenizer("one and two")["input_ids"] or last >= rows:
+        raise UserError(
+            "the tokenizer is not the model's",
+            got=f"{path}: {last + 1} tokens, {rows} embeddings",
+            fix="put the model's own tokenizer files into its folder",
+        )
+
+
+def load_model(path: str, recipe: Recipe, *, key: str, full: bool) -> PreTrainedModel:
+    """A causal language model, frozen, in eval mode, on the recipe's device; raises UserError
+    naming the key.
+
+    With `full` fine-tuning ahead its weights are float32, whatever it computes in (`precision`): a
+    bfloat16 weight has 8 bits, and most updates of a fine-tuning learning rate are smaller than its
+    last one.
+    """
+    dtype = torch.float32 if full else dtype_of(recipe)
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            model_folder(path),
+            dtype=dtype,
+            attn_implementation=attention.NAME,
+            output_loading_info=True,
+            use_safetensors=True,
+            **NO_CODE,
+        )
+    except Exception as error:  # what a damaged or foreign file leads to is of every kind
+        raise _cannot_load(key, path, error) from error
+    if found["missing_keys"]:
+        raise UserError(
+            f"{key} lacks weights of its architecture: they would be random",
+            got=f"{path}: {len(found['missing_keys'])} missing, "
+            f"{sorted(found['missing_keys'])[0]} first",
+            fix="check config.json against the weights",
+        )
+    _check_dropout(key, path, model)
+    model.computes_in = dtype_of(recipe)
+    model.requires_grad_(False).eval()
+    if (
+        num_processes(recipe) == 1
+    ):  # else FSDP moves it, each rank its part: no GPU need hold it whole
+        model.to(device_of(recipe))
+    _check_finite(key, path, model)
+    if checkpoints(recipe, on_gpu=device_of(recipe).type == "cuda"):
+        # To keep the state of the random numbers costs time, and only dropout draws any.
+        model.gradient_checkpointing_enable(
+            {"use_reentrant": False, "preserve_rng_state": _drops(recipe)}
+        )
+        # a frozen embedding's output has no gradient, and needs none
+        model.disable_input_require_grads()
+    return model
+
+
+def _drops(recipe: Recipe) -> bool:
+    return any(
+        role.model.lora.dropout > 0 for role in (recipe.trainer.policy, recipe.trainer.critic)
+    )
+
+
+def _check_dropout(key: str, path: str, model: PreTrainedModel) -> None:
+    """Raise UserError for a base that trains with dropout: what was sampled without it has other
+    probabilities.
+    """
+    rates = (
+        (f"{name}.{attribute}", value)
+        for name, module in model.named_modules()
+        for attribute, value in vars(module).items()
+        if "drop" in attribute or (attribute == "p" and isinstance(module, torch.nn.Dropout))
+    )
+    first = next(
+        (f"{name}={rate:g}" for name, rate in rates if isinstance(rate, float) and rate > 0), None
+    )
+    if first is not None:
+        config = model.config.to_dict().items()
+        keys = [
+            name
+            for name, value in config
+            if "drop" in name and isinstance(value, float) and value > 0
+        ]
+        raise UserError(
+            f"{key} has dropout: the log-probabilities that train it would not be those "
+            "that it sampled with",
+            got=f"{path}: {first}",
+            allowed="0",
+            fix=f"set to 0 in its config.json: {', '.join(keys)}",
+        )
+
+
+@torch.no_grad()
+def _check_finite(key: str, path: str, model: PreTrainedModel) -> None:
+    """Raise UserError for weights that are NaN or infinite: every log-probability would be NaN."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter.sum(dtype=torch.float32)):
+            bad = int((~torch.isfinite(parameter)).sum())
+            raise UserError(
+                f"{key} holds weights that are NaN or infinite",
+                got=f"{path}: {bad} of {parameter.numel()} in {name}",
+                fix="take another copy of the model: nothing can be trained from these",
+            )
+
+
+def _cannot_load(key: str, path: str, error: Exception) -> UserError:
+    first = next(iter(str(error).strip().splitlines()), "")
+    if "no file named" in first and "safetensors" in first:
+        return UserError(
+            f"{key} holds no weights as safetensors",
+            got=f"{path}: {first}",
+            allowed="*.safetensors: a pickle can run code when it is read",
+            fix=TO_SAFETENSORS,
+        )
+    return UserError(
+        f"cannot load {key}",
+        got=f"{path}: {type(error).__name__}: {first}",
+        allowed="a local folder or a hub name",
+    )
+
+
+def lora_config(recipe: Recipe, lora: LoRA) -> LoraConfig:
+    """PEFT's configuration of an adapter of the recipe's policy or critic."""
+    targets = target_modules(recipe, lora)
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=MODULE_SETS.get(targets, targets) if isinstance(targets, str) else targets,
+        exclude_modules=exclude_modules(recipe, lora),
+        init_lora_weights=True if lora.init_method == "kaiming" else "gaussian",
+    )
+    config._register_custom_module({torch.nn.Linear: LoRALinear})
+    return config
+
+
+def add_adapter(
+    model: PreTrainedModel | PeftModel, name: str, config: LoraConfig, seed: int
+) -> PeftModel:
+    """Put a fresh adapter on the base, its A drawn from `seed`; raises UserError when a target
+    names no module.
+    """
+    there = modules_of(model)
+    check_modules("trainer.target_modules", config.target_modules, there)
+    check_modules("trainer.exclude_modules", config.exclude_modules, there)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if isinstance(model, PeftModel):
+            # PEFT names the base in the first adapter's configuration alone.
+            config.base_model_name_or_path = model.get_base_model().name_or_path
+            model.add_adapter(name, config)
+        else:
+            model = get_peft_model(model, config, adapter_name=name)
+            # PEFT enables them where layers are checkpointed
+            model.get_base_model().disable_input_require_grads()
+    return model
+
+
+def modules_of(model: Any) -> Modules:
+    """The modules of a model, whatever adapters are on it."""
+    named = {
+        name.replace(".base_layer", ""): module
+        for name, module in base_model(model).named_modules()
+    }
+    named = {name: module for name, module in named.items() if ".lora_" not in name}
+    weights = {name: getattr(module, "weight", None) for name, module in named.items()}
+    matrices = {
+        name
+        for name, weight in weights.items()
+        if isinstance(weight, torch.Tensor) and weight.ndim > 1
+    }
+    return modules(matrices, named.keys() - matrices)
+
+
+def adapter_layers(model: torch.nn.Module, name: str) -> dict[str, LoraLayer]:
+    """The LoRA layers that carry an adapter, by module name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer) and name in m.lora_A}
+
+
+def adapter_parameters(model: torch.nn.Module, name: str) -> dict[str, torch.nn.Parameter]:
+    """An adapter's own parameters by full name, in a fixed order."""
+    own = re.compile(rf"\.lora_\w+\.{re.escape(name)}(\.|$)")
+    return {n: p for n, p in model.named_parameters() if own.search(n)}
+
+
+@contextlib.contextmanager
+def adapter_off(model: Any) -> Iterator[None]:
+    """The base policy: every adapter disabled (a plain model is its own base)."""
+    with model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext():
+        yield
+
+
+class Reference(Protocol):
+    """The policy that KL is measured against."""
+
+    def logprobs(self, batch: Batch, temperature: float) -> torch.Tensor:
+        """Log-probabilities under the reference, `[B, T]`."""
+        ...
+
+
+class AdapterOff:
+    """The reference of a LoRA run: the same model with its adapter disabled. Holds no weights of
+    its own.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @torch.no_grad()
+    def logprobs(self, batch: Batch, temperature: float) -> torch.Tensor:
+        """Log-probabilities under the base, `[B, T]`."""
+        with adapter_off(self.model):
+            return token_logprobs(self.model, batch, temperature)
+
+
+class FrozenModel:
+    """The reference of full fine-tuning: another model that holds the weights training
+    starts from.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @torch.no_grad()
+    def logprobs(self, batch: Batch, temperature: float) -> torch.Tensor:
+        """Log-probabilities under that model, `[B, T]`."""
+        return token_logprobs(self.model, batch, temperature)
+
+
+@torch.no_grad()
+def adapter_statistics(model: torch.nn.Module, name: str) -> dict[str, float]:
+    """Norms of A and B and the mean effective rank of BA (exp of the entropy of its normalised
+    singular values).
+    """
+    square_a = square_b = 0.0
+    ranks = []
+    for layer in adapter_layers(model, name).values():
+        a, b = layer.lora_A[name].weight.float(), layer.lora_B[name].weight.float()
+        square_a += float(a.square().sum())
+        square_b += float(b.square().sum())
+        # BA has the singular values of the small matrix R_B R_A^T.
+        small = torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T
+        values = torch.linalg.svdvals(small)
+        if float(values.sum()) > 0:
+            share = values / values.sum()
+            ranks.append(float(torch.exp(-(share * share.clamp(min=1e-30).log()).sum())))
+    return {
+        "lora/norm_A": square_a**0.5,
+        "lora/norm_B": square_b**0.5,
+        "lora/effective_rank": sum(ranks) / len(ranks) if ranks else 0.0,
+    }

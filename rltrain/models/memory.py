@@ -1,0 +1,372 @@
+"""What a run holds in a GPU's memory, by arithmetic on the model's shape: nothing here imports
+torch.
+
+A GPU has two phases. While sampling it holds the trainer's weights, adapters and optimizers, and
+the engine awake; while training the gradients and a pass's activations, and the engine asleep.
+Sizes are bytes throughout, and counted from the tensors that the trainer keeps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from harness.config.schema import AdvantageEstimator, Backend, DType, Recipe
+from harness.config.shapes import ATTENTION, MLP, ModelShape, shape_of
+from harness.config.validate import engine_lora_rank
+
+__all__ = [
+    "ModelShape",
+    "Usage",
+    "members_that_fit",
+    "pass_bytes",
+    "shape_of",
+    "tokens_that_fit",
+    "usage",
+]
+
+MIB, GIB = 2**20, 2**30
+
+MOST_TOKENS, MOST_TOKENS_CPU, FEWEST_TOKENS = 65_536, 2_048, 256
+"""Of a pass: more tokens are no faster."""
+ROOM_TOKENS, MOST_MEMBERS = 16_384, 16
+"""A pack takes in no further member when a pass of so many tokens would no longer fit on a GPU, or
+at so many members.
+"""
+SAFETY = 0.85
+"""Share of the free memory that a pass is planned for: allocators split blocks, and lengths vary.
+"""
+PACKED = 0.95
+"""Share of a GPU's memory that the size of a pack is chosen for."""
+
+WORKSPACE = 1.07
+"""What a layer takes over the tensors that autograd keeps of it, which are counted here: allocators
+round up.
+"""
+LOGITS_CHUNK = 128 * MIB
+"""Float32 logits of one chunk of tokens, of which there are three at a time: logits, probabilities,
+gradient.
+"""
+
+CONTEXT = int(1.5 * GIB)
+"""CUDA's context, the kernels loaded, and blocks that the allocator keeps."""
+ENGINE_ASLEEP = 1 * GIB
+"""What vLLM keeps while asleep, its weights in the host's memory and its cache dropped."""
+ENGINE_AWAKE = int(1.5 * GIB)
+"""vLLM's activations and CUDA graphs, its sampler's logits aside."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Bytes that one GPU holds in each phase, by part; `apart`: one GPU of an engine that has GPUs
+    of its own.
+
+    `tokens` is what a training pass computes at most; `engine` all that vLLM takes while awake,
+    which `generator.gpu_memory_utilization` bounds, and 0 for another engine.
+    """
+
+    sampling: dict[str, int]
+    training: dict[str, int]
+    apart: dict[str, int]
+    tokens: int
+    engine: int
+
+    def phases(self) -> dict[str, dict[str, int]]:
+        """The parts by phase, and those of the engine apart, if there is one."""
+        return {"sampling": self.sampling, "training": self.training} | (
+            {"engine": self.apart} if self.apart else {}
+        )
+
+
+def usage(
+    recipe: Recipe, shape: ModelShape, memory: int, *, members: int = 1, on_gpu: bool = True
+) -> Usage:
+    """What one GPU of `memory` bytes holds of a run, or of a pack of `members` runs like it.
+
+    On a CPU `memory` is what the process may take.
+    """
+    lora, vllm = recipe.trainer.policy.model.lora.rank > 0, recipe.generator.backend is Backend.vllm
+    apart = vllm and not recipe.trainer.placement.colocate_all
+    own, weights = _process(on_gpu), _weights(recipe, shape, members, on_gpu)
+    awake = _engine(recipe, shape, memory, members, on_gpu)
+    untrained = _untrained(recipe, shape, memory, members, on_gpu)
+    tokens = _pass_tokens(recipe, shape, memory - sum(untrained.values()), members, on_gpu)
+    state, gradients = _state(recipe, shape, members)
+    kept, one_layer, head = _pass(recipe, shape, tokens, on_gpu)
+    trained = {"adapters and their optimizers" if lora else "optimizer": state}
+    passing = {
+        "gradients": gradients,
+        f"activations of {tokens:,} tokens": kept,
+        "the layer that is computed": one_layer,
+        "logits of a chunk": head,
+    }
+    return Usage(
+        sampling=_held(own | weights | trained | ({} if apart else awake)),
+        training=_held(untrained | trained | passing),
+        apart=_held(own | awake) if apart else {},
+        tokens=tokens,
+        engine=sum(awake.values()) if vllm and on_gpu else 0,
+    )
+
+
+def tokens_that_fit(
+    recipe: Recipe, shape: ModelShape, free_bytes: float, *, on_gpu: bool, members: int
+) -> int:
+    """Tokens of a training pass: the largest power of two that `free_bytes` hold, 65,536 at most (a
+    CPU: 2,048).
+
+    `free_bytes` is what is free while the engine sleeps, with the base there and no adapter yet:
+    what the adapters of `members` runs, their gradients and optimizers will take is left to them.
+    At least 256, whether they fit or not. Trials of a sweep get the same number, whatever their
+    rank and modules: all are reckoned with as the largest.
+    """
+    left = SAFETY * free_bytes - sum(_state(recipe, shape, members))
+    tokens = MOST_TOKENS if on_gpu else MOST_TOKENS_CPU
+    while tokens > FEWEST_TOKENS and pass_bytes(recipe, shape, tokens, on_gpu=on_gpu) > left:
+        tokens //= 2
+    return tokens
+
+
+def members_that_fit(recipe: Recipe, shape: ModelShape, memory: int, *, on_gpu: bool = True) -> int:
+    """Runs like this one that one pack holds on a GPU of `memory` bytes, 1 to 16.
+
+    They leave room for a pass of 16,384 tokens (a CPU: 2,048) where one run alone does.
+    """
+
+    def fit(members: int) -> bool:
+        held = usage(recipe, shape, memory, members=members, on_gpu=on_gpu)
+        free = memory - sum(_untrained(recipe, shape, memory, members, on_gpu).values())
+        tokens = tokens_that_fit(recipe, shape, free, on_gpu=on_gpu, members=members)
+        parts = [held.sampling, held.training, held.apart]
+        whole = all(sum(one.values()) <= PACKED * memory for one in parts)
+        return whole and tokens >= (ROOM_TOKENS if on_gpu else MOST_TOKENS_CPU)
+
+    return max((members for members in range(1, MOST_MEMBERS + 1) if fit(members)), default=1)
+
+
+def pass_bytes(recipe: Recipe, shape: ModelShape, tokens: int, *, on_gpu: bool) -> int:
+    """What a forward and backward pass over so many tokens takes at its highest, beside weights and
+    gradients.
+    """
+    return sum(_pass(recipe, shape, tokens, on_gpu))
+
+
+def _pass(recipe: Recipe, shape: ModelShape, tokens: int, on_gpu: bool) -> tuple[int, int, int]:
+    """What is kept for the backward pass, what one layer holds while it is computed (again), and
+    the head's.
+    """
+    width, layer = _width(recipe, on_gpu), _layer_bytes(recipe, shape, on_gpu)
+    # The widest gradient on its way, the down projection's: the base's share of it and the
+    # adapter's.
+    moving = tokens * 2 * width * shape.intermediate
+    if checkpoints(recipe, on_gpu):
+        kept, one_layer = (
+            tokens * shape.layers * shape.hidden * width,
+            math.ceil(tokens * layer) + moving,
+        )
+    else:
+        kept, one_layer = math.ceil(tokens * shape.layers * layer), moving
+    head = 3 * min(LOGITS_CHUNK, 4 * tokens * shape.vocab) + tokens * shape.hidden * width
+    return kept, one_layer + _gathered(recipe, shape, on_gpu), head
+
+
+def _layer_bytes(recipe: Recipe, shape: ModelShape, on_gpu: bool) -> float:
+    """What autograd keeps of one layer for each token, all projections adapted or trained."""
+    width, hidden, inner, query = (
+        _width(recipe, on_gpu),
+        shape.hidden,
+        shape.intermediate,
+        shape.query,
+    )
+    norms = 2 * 4 * hidden  # in float32
+    attention = width * 2 * (query + shape.key_value)  # queries and output, keys and values
+    mlp = width * 3 * inner  # gate, its SiLU, up
+    if recipe.trainer.policy.model.lora.rank == 0:
+        trained = width * (
+            4 * hidden + query + inner
+        )  # inputs of the projections, and of the norms' weights
+    else:
+        # Inputs, of which q, k and v share one, and gate and up; and what each adapter's A makes of
+        # its own.
+        rank = _largest_rank(recipe, recipe.trainer.policy.model.lora.rank)
+        trained = width * (2 * hidden + query + inner + len(ATTENTION + MLP) * rank)
+    return WORKSPACE * (norms + attention + mlp + trained)
+
+
+def checkpoints(recipe: Recipe, on_gpu: bool) -> bool:
+    """Whether a pass keeps each layer's input alone and computes the rest again; `auto` does on a
+    GPU.
+    """
+    wanted = recipe.trainer.gradient_checkpointing
+    return on_gpu if wanted == "auto" else bool(wanted)
+
+
+def _process(on_gpu: bool) -> dict[str, int]:
+    return {"CUDA and its allocator": CONTEXT} if on_gpu else {"process": GIB}
+
+
+def _untrained(
+    recipe: Recipe, shape: ModelShape, memory: int, members: int, on_gpu: bool
+) -> dict[str, int]:
+    """All there is while training but adapters, optimizers, gradients and a pass; a CPU's engine
+    does not sleep.
+    """
+    held = _process(on_gpu) | _weights(recipe, shape, members, on_gpu)
+    if not on_gpu:
+        return held | _engine(recipe, shape, memory, members, on_gpu)
+    if recipe.trainer.policy.model.lora.rank == 0 and _width(recipe, on_gpu) < 4:
+        held["weights as autocast copies them"] = _width(recipe, on_gpu) * shape.parameters
+    sleeps = recipe.generator.backend is Backend.vllm and recipe.trainer.placement.colocate_all
+    return held | ({"engine asleep": ENGINE_ASLEEP} if sleeps else {})
+
+
+def _weights(recipe: Recipe, shape: ModelShape, members: int, on_gpu: bool) -> dict[str, int]:
+    """The policy's weights, those of a reference model, and bases of critics; sharded over the
+    ranks.
+    """
+    width, ranks, trainer = _width(recipe, on_gpu), _ranks(recipe), recipe.trainer
+    full, algorithm = trainer.policy.model.lora.rank == 0, trainer.algorithm
+    held = {
+        "weights in float32" if full else "base": (4 if full else width) * shape.parameters // ranks
+    }
+    if full and (algorithm.use_kl_loss or algorithm.use_kl_in_reward):
+        held["reference model"] = width * shape.parameters // ranks
+    critic = _critic_base(recipe, shape)
+    if critic is not None:
+        each = (4 if trainer.critic.model.lora.rank == 0 else width) * critic.parameters // ranks
+        held["the critic's own base"] = members * each
+    return held
+
+
+def _state(recipe: Recipe, shape: ModelShape, members: int) -> tuple[int, int]:
+    """Adapters with AdamW's two moments, and gradients, all float32, of all members; whole on every
+    rank.
+
+    Of full fine-tuning the moments alone, sharded as its weights are.
+    """
+    trainer = recipe.trainer
+    ranks = [(trainer.policy.model.lora.rank, shape)]
+    if trainer.algorithm.advantage_estimator is AdvantageEstimator["gae"]:
+        ranks.append((trainer.critic.model.lora.rank, _critic_base(recipe, shape) or shape))
+    trained = [_trained(recipe, model, rank) for rank, model in ranks]
+    beside = [n * (3 if rank else 2) for n, (rank, _) in zip(trained, ranks, strict=True)]
+    return members * 4 * sum(beside), members * 4 * sum(trained)
+
+
+def _trained(recipe: Recipe, shape: ModelShape, rank: int) -> int:
+    if rank == 0:
+        return shape.parameters // _ranks(recipe)
+    return shape.adapter_parameters(_largest_rank(recipe, rank))
+
+
+def _largest_rank(recipe: Recipe, rank: int) -> int:
+    """The rank to reckon with: a sweep's trials have different ones, and must come to the same
+    numbers.
+    """
+    return max(rank, recipe.generator.max_lora_rank or 0)
+
+
+def _critic_base(recipe: Recipe, shape: ModelShape) -> ModelShape | None:
+    """The shape of a critic's own base; None where there is no critic, or it has its adapter on the
+    policy's.
+    """
+    trainer = recipe.trainer
+    critic, policy = trainer.critic.model, trainer.policy.model
+    if trainer.algorithm.advantage_estimator is not AdvantageEstimator["gae"]:
+        return None
+    path = critic.path or policy.path
+    if path == policy.path and critic.lora.rank > 0 and policy.lora.rank > 0:
+        return None
+    return shape if path == policy.path else shape_of(path) or shape
+
+
+def _gathered(recipe: Recipe, shape: ModelShape, on_gpu: bool) -> int:
+    """What FSDP2 holds whole during a pass: the embedding and head, one layer, and the next on its
+    way.
+    """
+    if _ranks(recipe) == 1:
+        return 0
+    width = 4 if recipe.trainer.policy.model.lora.rank == 0 else _width(recipe, on_gpu)
+    return width * (shape.embedding_parameters + 2 * shape.layer_parameters)
+
+
+def _engine(
+    recipe: Recipe, shape: ModelShape, memory: int, members: int, on_gpu: bool
+) -> dict[str, int]:
+    """The engine awake, on one of its GPUs; samples of the trainer's own model need a
+    cache only.
+    """
+    generator, width = recipe.generator, _width(recipe, on_gpu)
+    logits = 2 * 4 * generator.max_num_seqs * shape.vocab
+    if generator.backend is not Backend.vllm:
+        return {
+            "engine: keys and values": cache_bytes(
+                recipe, shape, generator.max_num_seqs, on_gpu=on_gpu
+            ),
+            "engine: logits": logits,
+        }
+    split = generator.inference_engine_tensor_parallel_size
+    held = {
+        "engine: weights": width * shape.parameters // split,
+        "engine: activations, graphs": ENGINE_AWAKE + logits,
+    }
+    if recipe.trainer.policy.model.lora.rank > 0:
+        slot = width * shape.adapter_parameters(engine_lora_rank(recipe))
+        held["engine: room for adapters"] = members * slot // split
+    if on_gpu:
+        leaves = int(generator.gpu_memory_utilization * memory) - sum(held.values())
+        # Without room for one sequence the engine does not start: what it would take is counted.
+        least, wanted = (
+            cache_bytes(recipe, shape, n, on_gpu=True) for n in (1, generator.max_num_seqs)
+        )
+        cache = max(least, min(wanted, leaves))
+    else:
+        cache = generator.cpu_kv_cache_gb * GIB
+    return held | {"engine: keys and values": cache}
+
+
+def cache_bytes(recipe: Recipe, shape: ModelShape, sequences: int, *, on_gpu: bool) -> int:
+    """Keys and values of so many sequences at their longest, on one of an engine's GPUs."""
+    generator = recipe.generator
+    completion = max(
+        generator.sampling_params.max_generate_length,
+        generator.eval_sampling_params.max_generate_length,
+    )
+    split = (
+        generator.inference_engine_tensor_parallel_size if generator.backend is Backend.vllm else 1
+    )
+    a_token = shape.cache_bytes_per_token(_width(recipe, on_gpu), split)
+    return sequences * (generator.max_input_length + completion) * a_token
+
+
+def _pass_tokens(recipe: Recipe, shape: ModelShape, free: float, members: int, on_gpu: bool) -> int:
+    """Tokens of the largest training pass: the budget's, within what a mini-batch has; a longest
+    sequence at least.
+    """
+    trainer, generator = recipe.trainer, recipe.generator
+    longest = generator.max_input_length + generator.sampling_params.max_generate_length
+    sequences = math.ceil(
+        trainer.policy_mini_batch_size * generator.n_samples_per_prompt / _ranks(recipe)
+    )
+    if trainer.micro_train_batch_size_per_gpu is not None:
+        sequences = min(sequences, trainer.micro_train_batch_size_per_gpu)
+    budget = trainer.max_tokens_per_microbatch
+    if budget == "auto":
+        budget = tokens_that_fit(recipe, shape, free, on_gpu=on_gpu, members=members)
+    most = sequences * longest
+    return int(max(longest, most if budget is None else min(budget, most)))
+
+
+def _ranks(recipe: Recipe) -> int:
+    placement = recipe.trainer.placement
+    return placement.policy_num_gpus_per_node * placement.policy_num_nodes
+
+
+def _width(recipe: Recipe, on_gpu: bool) -> int:
+    """Bytes of a number that the model computes with."""
+    wanted = recipe.trainer.policy.model.dtype
+    return 2 if wanted is DType.bfloat16 or (wanted is DType.auto and on_gpu) else 4
+
+
+def _held(parts: dict[str, int]) -> dict[str, int]:
+    return {name: size for name, size in parts.items() if size > 0}

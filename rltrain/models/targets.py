@@ -1,0 +1,172 @@
+"""Which of a model's modules an adapter is asked for, by names alone: checked before the model is
+loaded. No torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.config.schema import Recipe
+from harness.config.shapes import ATTENTION, MLP
+from harness.config.validate import exclude_modules, target_modules
+from harness.core.errors import UserError, nearest
+from harness.core.paths import locate
+
+# Named sets for architectures of the Llama family (Qwen2, Qwen3, Llama, Mistral).
+MODULE_SETS = {"attention": list(ATTENTION), "mlp": list(MLP)}
+# How to convert a model's pickled weights.
+TO_SAFETENSORS = (
+    'for weights you trust: python -c "from transformers import AutoModelForCausalLM as M; '
+    "M.from_pretrained('FOLDER').save_pretrained('FOLDER')\", and remove the .bin files"
+)
+LARGEST_HEADER = 100 * 2**20  # safetensors' own limit
+
+
+@dataclass(frozen=True, slots=True)
+class Modules:
+    """A model's modules by full name: those with a matrix of weights, which can have an adapter,
+    and all others.
+    """
+
+    matrices: frozenset[str]
+    others: frozenset[str]
+
+
+def stored_modules(path: str) -> Modules | None:
+    """The modules of a model on this machine, by its safetensors files' headers; None where these
+    are not there.
+    """
+    folder = _folder(path)
+    dimensions: dict[str, int] = {}
+    for file in sorted(folder.glob("model*.safetensors")) if folder is not None else ():
+        with contextlib.suppress(
+            OSError, ValueError, AttributeError, KeyError, TypeError
+        ):  # damage is told at loading
+            with file.open("rb") as content:
+                size = int.from_bytes(content.read(8), "little")
+                header = json.loads(content.read(size)) if size <= LARGEST_HEADER else {}
+            dimensions |= {
+                name: len(value["shape"])
+                for name, value in header.items()
+                if name != "__metadata__"
+            }
+    if not dimensions:
+        return None
+    matrices = {name.removesuffix(".weight") for name, count in dimensions.items() if count > 1}
+    matrices.add("lm_head")  # not in the file where it is tied to the embedding
+    return modules(matrices, {name.rpartition(".")[0] for name in dimensions} - matrices)
+
+
+def modules(matrices: Collection[str], others: Collection[str]) -> Modules:
+    """The modules with a matrix, and the others with those that hold any of them."""
+    parents = {
+        name[: dot.start()] for name in (*matrices, *others) for dot in re.finditer(r"\.", name)
+    }
+    return Modules(frozenset(matrices), frozenset({*others, *parents} - {*matrices, ""}))
+
+
+def check_adapters(recipe: Recipe, known: Modules | None = None) -> None:
+    """Raise UserError for targets or exclusions of the recipe's adapters that name no module of
+    their model.
+
+    `known` are the policy's modules, by default those of its files; a critic's own model is known
+    by its files alone.
+    """
+    trainer = recipe.trainer
+    policy = known or stored_modules(trainer.policy.model.path)
+    roles = {"policy": policy}
+    if trainer.algorithm.advantage_estimator.name == "gae":
+        own = trainer.critic.model.path not in (None, trainer.policy.model.path)
+        roles["critic"] = stored_modules(str(trainer.critic.model.path)) if own else policy
+    for role, there in roles.items():
+        lora = getattr(trainer, role).model.lora
+        if there is None or lora.rank == 0:
+            continue
+        for name, wanted in (
+            ("target", target_modules(recipe, lora)),
+            ("exclude", exclude_modules(recipe, lora)),
+        ):
+            own = getattr(lora, f"{name}_modules") is not None
+            check_modules(
+                f"trainer.{role}.model.lora.{name}_modules" if own else f"trainer.{name}_modules",
+                wanted,
+                there,
+            )
+
+
+def check_modules(key: str, wanted: Any, known: Modules) -> None:
+    """Raise UserError for a value of `target_modules` or `exclude_modules` that the model has no
+    modules for.
+
+    As PEFT matches: a text is a regex of a module's whole name, an element of a list its end.
+    """
+    if wanted is None or wanted == "all-linear":
+        return
+    named_set = isinstance(wanted, str) and wanted in MODULE_SETS
+    names = MODULE_SETS[wanted] if named_set else wanted
+    parts = [names] if isinstance(names, str) else list(names)
+    misses = [
+        part for part in parts if not any(_matches(names, part, name) for name in known.matrices)
+    ]
+    exclude = key.endswith("exclude_modules")
+    leaves = sorted(
+        {name.rsplit(".", 1)[-1] for name in known.matrices} - {"embed_tokens", "wte", "wpe"}
+    )
+    if misses:
+        near = {miss: nearest(miss, (*leaves, *MODULE_SETS, "all-linear")) for miss in misses}
+        guesses = [
+            f"{guess} for {miss}"
+            for miss, guess in near.items()
+            if guess and not named_set and guess != miss
+        ]
+        guesses += [
+            f"{miss} alone, not in a list"
+            for miss in misses
+            if miss in (*MODULE_SETS, "all-linear")
+        ]
+        if isinstance(wanted, str) and wanted in leaves:
+            guesses = [f"[{wanted}], a list; a text is a regex of the whole name"]
+        raise UserError(
+            f"{key} names no module of the model",
+            got=", ".join(misses),
+            allowed=f"{'' if exclude else 'all-linear, '}a regex of whole names, or a list "
+            "of these: "
+            f"{', '.join(leaves)}",
+            fix=f"did you mean {', '.join(guesses)}?" if guesses else None,
+        )
+    wrong = sorted(
+        name for name in known.others if any(_matches(names, part, name) for part in parts)
+    )
+    if wrong and not exclude:
+        raise UserError(
+            f"{key} names modules that have no matrix to adapt",
+            got=f"{wrong[0]}, {len(wrong)} in all",
+            allowed=", ".join(leaves),
+            fix="name the layers in them",
+        )
+
+
+def _matches(names: str | Sequence[str], part: str, module: str) -> bool:
+    if not isinstance(names, str):
+        return module == part or module.endswith(f".{part}")
+    # A file may leave out the name that the whole model has for its body.
+    return any(
+        re.fullmatch(part, f"{body}{module}") is not None for body in ("", "model.", "transformer.")
+    )
+
+
+def _folder(path: str) -> Path | None:
+    found = locate(path)
+    if found is None:
+        from huggingface_hub import try_to_load_from_cache
+
+        with contextlib.suppress(ValueError, OSError):  # a name that the hub could not have
+            config = try_to_load_from_cache(path, "config.json")
+            return Path(config).parent if isinstance(config, str) else None
+    return found

@@ -1,0 +1,284 @@
+"""What can be checked of a run before anything heavy starts. Imports neither torch nor vllm nor
+ray.
+"""
+
+from __future__ import annotations
+
+import gzip
+import http.client
+import json
+import os
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.config.schema import AdvantageEstimator, Backend, DType, Recipe, SyncMode
+from harness.config.validate import check_context, sync_mode, target_modules
+from harness.core import machine
+from harness.core.errors import UserError
+from harness.core.paths import locate
+from rltrain.data.files import load_examples
+from rltrain.distributed.placement import address_of, check_placement, uses_gpus
+from rltrain.engines.arguments import check_engine_args
+from rltrain.envs import Env, get_env
+from rltrain.envs.problems import check_truth, messages, reward_of
+from rltrain.models.targets import TO_SAFETENSORS, check_adapters
+
+HUB_SECONDS = 5.0
+
+
+def check_run(recipe: Recipe) -> None:
+    """Raise UserError for data, environment, model folder, placement that would fail the run later.
+
+    Asks each environment for one prompt and one reward. Says which columns of a data file were
+    taken for question and answer where the recipe does not name them.
+    """
+    check_placement(recipe)
+    _check_engine(recipe)
+    _check_model(recipe, "trainer.policy.model.path", recipe.trainer.policy.model.path)
+    _check_sync(recipe)
+    if recipe.trainer.algorithm.advantage_estimator is AdvantageEstimator["gae"]:
+        _check_critic(recipe)
+    check_adapters(recipe)
+    _check_sync_path(recipe)
+    _check_resumption(recipe)
+    get_env(recipe.environment.env_class)
+    sizes: dict[str, int] = {}
+    tried: dict[str, Env] = {}
+    for key in ("train_data", "val_data"):
+        paths = getattr(recipe.data, key)
+        if not paths:
+            raise UserError(
+                f"data.{key} must name at least one file", fix=f"data.{key}=[FILE.parquet]"
+            )
+        examples = load_examples(paths, recipe.data, say=print)
+        for example in examples:
+            name = example.env_class or recipe.environment.env_class
+            if name not in tried:
+                tried[name] = get_env(name)
+                messages(tried[name], example)
+                reward_of(tried[name], example, example.ground_truth)
+            check_truth(tried[name], example)
+        sizes[key] = len(examples)
+    check_batch(sizes["train_data"], recipe.trainer.train_batch_size)
+    if address_of(recipe) is None:
+        _check_hub(recipe)
+
+
+def check_batch(problems: int, batch: int) -> None:
+    """Raise UserError for training data that do not fill a batch: a run of no steps."""
+    if problems < batch:
+        raise UserError(
+            "data.train_data holds fewer problems than one batch",
+            got=f"{problems} problems, trainer.train_batch_size={batch}",
+            fix=f"trainer.train_batch_size={problems} or less",
+        )
+
+
+def count_rows(paths: Sequence[str]) -> int | None:
+    """Rows of data files together, without reading them whole; None when one is missing or cannot
+    be read.
+    """
+    counts = [_rows(path) for path in paths]
+    return (
+        sum(count for count in counts if count is not None)
+        if counts and None not in counts
+        else None
+    )
+
+
+def _rows(name: str) -> int | None:
+    path = locate(name)
+    # Not a device or a pipe, which may have no end.
+    if path is None or not path.is_file():
+        return None
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        if path.suffix == ".parquet":
+            return int(pq.ParquetFile(path).metadata.num_rows)
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            return sum(1 for line in file if line.strip())
+    except (OSError, EOFError, zlib.error, pa.ArrowException):
+        return None
+
+
+def _check_hub(recipe: Recipe) -> None:
+    """Raise UserError for models of a hub that cannot be reached: its library tries again for a
+    minute, for each file.
+
+    A cluster's machines have a network and a cache of their own.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    roles = {"policy": recipe.trainer.policy.model.path}
+    if recipe.trainer.algorithm.advantage_estimator is AdvantageEstimator["gae"]:
+        roles["critic"] = recipe.trainer.critic.model.path or roles["policy"]
+    for role, name in roles.items():
+        if locate(name) is not None:
+            continue
+        cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+        why = (
+            "HF_HUB_OFFLINE is set"
+            if constants.HF_HUB_OFFLINE
+            else _unreachable(constants.ENDPOINT)
+        )
+        if why is not None and not (cached and constants.HF_HUB_OFFLINE):
+            local = f"trainer.{role}.model.path=FOLDER names a local copy"
+            raise UserError(
+                f"trainer.{role}.model.path is a hub's, and the hub cannot be reached",
+                got=f"{name}: {why}",
+                allowed="a local folder with config.json, or a model in the hub's cache",
+                fix=f"HF_HUB_OFFLINE=1 takes the copy in the cache, or {local}"
+                if cached
+                else local,
+            )
+
+
+def _unreachable(endpoint: str) -> str | None:
+    """Why a server does not answer, None where it does, whatever it says."""
+    try:
+        urllib.request.urlopen(
+            urllib.request.Request(endpoint, method="HEAD"), timeout=HUB_SECONDS
+        ).close()
+    except urllib.error.HTTPError:
+        return None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return f"{endpoint}: {getattr(error, 'reason', error)}"
+    return None
+
+
+def _check_engine(recipe: Recipe) -> None:
+    """Refuse what the engine could not do after a minute of starting; a cluster's machines have
+    their own packages.
+    """
+    if recipe.generator.backend is not Backend.vllm:
+        return
+    check_engine_args(recipe)
+    on_gpu = uses_gpus(recipe)
+    if on_gpu:
+        _check_lora_dtype(recipe)
+    if address_of(recipe) is not None:
+        return
+    if not machine.has_vllm():
+        raise UserError(
+            "vLLM is not installed",
+            got="generator.backend=vllm",
+            allowed="generator.backend=transformers, for a run of one process with "
+            "trainer.placement.colocate_all=true",
+            fix="make install, or make install-gpu"
+            if machine.vllm_has_builds()
+            else "use Linux: vLLM has no build for this system",
+        )
+    if machine.vllm_build() == "cuda" and not on_gpu:
+        raise UserError(
+            "this vLLM is built for CUDA: it cannot sample on a CPU",
+            got="generator.backend=vllm, "
+            f"trainer.placement.device={recipe.trainer.placement.device.name}",
+            fix="generator.backend=transformers, or the CPU environment (make install)",
+        )
+
+
+def _check_lora_dtype(recipe: Recipe) -> None:
+    """On GPUs vLLM's LoRA kernels take 16-bit numbers alone."""
+    model = recipe.trainer.policy.model
+    if model.dtype is DType.float32 and sync_mode(model.lora) is not SyncMode.merge:
+        raise UserError(
+            "vLLM serves adapters on a GPU in bfloat16 alone",
+            got="trainer.policy.model.dtype=float32",
+            fix="trainer.policy.model.dtype=auto, trainer.policy.model.lora.sync=merge, or "
+            "generator.backend=transformers",
+        )
+
+
+def _check_model(recipe: Recipe, key: str, path: str) -> None:
+    """A local folder must hold a model; anything else must look like a hub's `owner/name`."""
+    found = locate(path)
+    if found is None:
+        if path.count("/") != 1 or path.startswith((".", "/", "~")):
+            raise UserError(
+                f"{key} names no folder",
+                got=path,
+                allowed="a local folder with config.json, or a hub name owner/name",
+            )
+        return
+    try:
+        config = json.loads((found / "config.json").read_text())
+    except OSError:
+        raise UserError(f"{key} holds no config.json", got=found) from None
+    except ValueError as error:
+        raise UserError("the model's config.json is damaged", got=f"{found}: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(
+            "the model's config.json is damaged",
+            got=f"{found}: no mapping, but {type(config).__name__}",
+        )
+    if isinstance(limit := config.get("max_position_embeddings"), int):
+        check_context(recipe, limit)
+    if not any(found.glob("*.safetensors")) and any(found.glob("*.bin")):
+        raise UserError(
+            f"{key} holds its weights as a pickle, which can run code when it is read: it "
+            "is not loaded",
+            got=next(found.glob("*.bin")),
+            allowed="*.safetensors",
+            fix=TO_SAFETENSORS,
+        )
+
+
+def _check_sync_path(recipe: Recipe) -> None:
+    wanted = recipe.trainer.policy.model.lora.lora_sync_path
+    if wanted is None:
+        return
+    folder = Path(wanted).absolute()
+    there = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(
+            "trainer.policy.model.lora.lora_sync_path cannot be written",
+            got=wanted,
+            fix="name another folder, or null for the run's own",
+        )
+
+
+def _check_resumption(recipe: Recipe) -> None:
+    mode = recipe.trainer.resume_mode
+    if mode not in (None, "none", "latest") and not os.path.isdir(mode):
+        raise UserError(
+            "trainer.resume_mode names no whole checkpoint",
+            got=mode,
+            allowed="latest, none, or a folder checkpoints/step_NNNNNN",
+        )
+
+
+def _check_critic(recipe: Recipe) -> None:
+    critic = recipe.trainer.critic.model
+    if critic.path is not None:
+        _check_model(recipe, "trainer.critic.model.path", critic.path)
+    targets = target_modules(recipe, critic.lora)
+    if isinstance(targets, list) and "lm_head" in targets:
+        raise UserError(
+            "a critic has a value head in the place of lm_head: an adapter there would never train",
+            got=f"target_modules={targets}",
+            fix="trainer.critic.model.lora.target_modules=all-linear",
+        )
+
+
+def _check_sync(recipe: Recipe) -> None:
+    """vLLM serves no adapter on the embedding or the head; those need another engine or sync."""
+    lora = recipe.trainer.policy.model.lora
+    targets = target_modules(recipe, lora)
+    if (
+        recipe.generator.backend is not Backend.vllm
+        or sync_mode(lora) is SyncMode.merge
+        or not isinstance(targets, list)
+    ):
+        return
+    refused = sorted({"lm_head", "embed_tokens"} & set(targets))
+    if refused:
+        raise UserError(
+            "vLLM serves no adapter on these modules",
+            got=f"trainer.target_modules={targets}",
+            fix="trainer.policy.model.lora.sync=merge, or leave out " + ", ".join(refused),
+        )

@@ -1,0 +1,173 @@
+"""Packs that a sweep chooses: one on each GPU, as large as memory and the sweep's runs make sense
+of.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+from harness.config import recipe as recipes
+from harness.config.schema import Recipe
+from rltrain.distributed import gpus
+from rltrain.distributed import placement as parallel
+from rltrain.distributed.gpus import Gpus
+from rltrain.models.memory import GIB
+from rltrain.tools import fit
+from sweeps import dry_run
+from sweeps.execution.placement import Places
+from sweeps.study import plan as plans
+from sweeps.study import trials
+from tests.unit.sweeps.curves import LR, RANK
+
+DROPOUT = "trainer.policy.model.lora.dropout"
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight GPUs of 80 GiB and 64 cores."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(parallel, "visible_gpus", lambda: 8)
+    monkeypatch.setattr(gpus, "visible_memory", lambda: [80 * GIB] * 8)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+
+
+def sweep(*overrides: str, name: str = "gsm8k_lora") -> Recipe:
+    return recipes.load(name, list(overrides))
+
+
+def chosen(recipe: Recipe, gpus: Gpus | None = None) -> tuple[int | None, int | None]:
+    settled = trials.settle(recipe, gpus).sweep
+    assert settled is not None
+    return settled.max_concurrent, settled.pack_size
+
+
+@pytest.mark.parametrize(
+    "name", ["gsm8k_lora", "gsm8k_ppo_lora", "lora_without_regret/qwen/lr_by_rank"]
+)
+def test_every_gpu_gets_a_pack_without_a_word_in_the_recipe(name: str) -> None:
+    recipe = sweep(name=f"recipes/{name}.yaml")
+    settled = trials.settle(recipe)
+    assert trials.packs_at_once(settled) == 8
+    assert trials.gpus_per_place(settled) == 1
+    assert trials.place_bundles(settled) == [{"CPU": 8.0, "GPU": 1.0}]
+    assert settled.trainer.num_threads == 8
+    assert "in 8 packs" in dry_run.describe(plans.build(recipe), "my.yaml", Gpus((8,), 80 * GIB))
+
+
+def test_a_trial_that_ends_its_pack_leaves_the_other_gpus_alone() -> None:
+    """On four GPUs there are four packs in processes of their own, not one over all four that dies
+    as one.
+    """
+
+    class Processes:
+        opened: tuple[str, ...] = ()
+
+        def open(self, name: str, *_: Any) -> None:
+            self.opened += (name,)
+
+        def lives(self, name: str) -> bool:
+            return name != "hub0"
+
+        def leave(self, *_: Any) -> None: ...
+
+        def close(self, name: str) -> None: ...
+
+    recipe, processes = trials.settle(sweep(), Gpus((4,), 80 * GIB)), Processes()
+    assert trials.gpus_per_place(recipe) == 1
+    places = Places(recipe, processes)
+    trial = recipes.with_values(recipe, {"sweep": None})
+    hubs = []
+    for number in range(8):
+        assert places.admit(number, trial, None, alone=False)  # type: ignore[arg-type]
+        hubs.append(places.hub_of(number))
+    assert processes.opened == ("hub0", "hub1", "hub2", "hub3")
+    assert hubs == ["hub0", "hub1", "hub2", "hub3"] * 2
+    places.leave(0, None)  # type: ignore[arg-type]
+    assert places.admit(8, trial, None, alone=False)  # type: ignore[arg-type]
+    assert places.hub_of(8) == "hub1"
+    assert [places.hub_of(number) for number in (1, 2, 3)] == ["hub1", "hub2", "hub3"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpus", "expected"),
+    [
+        # 72 runs by TPE: 24 of them at a time, and 16 to a pack at most.
+        ([], Gpus((8,), 80 * GIB), (8, 3)),
+        ([], Gpus((4,), 80 * GIB), (4, 6)),
+        ([], Gpus((1,), 80 * GIB), (1, 16)),
+        (["sweep.num_trials=3", "sweep.seeds=[0]"], Gpus((8,), 80 * GIB), (3, 1)),
+        (["sweep.sampler=random"], Gpus((8,), 80 * GIB), (8, 9)),
+        (["sweep.max_concurrent=2"], Gpus((8,), 80 * GIB), (2, 12)),
+        (["sweep.pack_size=5"], Gpus((8,), 80 * GIB), (8, 5)),
+        ([], Gpus((8,), None), (8, 1)),
+        (["trainer.policy.model.path=someone/unknown"], Gpus((8,), 80 * GIB), (8, 1)),
+        ([f"{DROPOUT}=0.1"], Gpus((8,), 80 * GIB), (8, 1)),
+        # Four ranks a pack; two machines of five GPUs hold one each.
+        (
+            ["trainer.placement.policy_num_gpus_per_node=4", "generator.num_inference_engines=4"],
+            Gpus((5, 5), 80 * GIB),
+            (2, 12),
+        ),
+        (
+            ["trainer.placement.colocate_all=false", "generator.num_inference_engines=2"],
+            Gpus((8,), 80 * GIB),
+            (2, 12),
+        ),
+    ],
+)
+def test_packs_and_their_size(overrides: list[str], gpus: Gpus, expected: tuple[int, int]) -> None:
+    assert chosen(sweep(*overrides), gpus) == expected
+
+
+def test_memory_bounds_a_pack() -> None:
+    seven = sweep(
+        "trainer.policy.model.path=Qwen/Qwen2.5-7B-Instruct", "generator.max_num_seqs=256"
+    )
+    _, on_80 = chosen(seven, Gpus((1,), 80 * GIB))
+    _, on_141 = chosen(seven, Gpus((1,), 141 * GIB))
+    assert on_80 is not None
+    assert on_141 is not None
+    assert 1 <= on_80 < on_141
+
+
+@pytest.mark.parametrize(("threads", "packs"), [(None, 1), (16, 4), (100, 1)])
+def test_on_a_cpu_its_cores_are_shared_out(threads: int | None, packs: int) -> None:
+    recipe = sweep(
+        "trainer.placement.device=cpu", "sweep.sampler=random", name="recipes/gsm8k_lora.yaml"
+    )
+    recipe.trainer.num_threads = threads
+    settled = trials.settle(recipe)
+    assert trials.packs_at_once(settled) == packs
+    assert settled.trainer.num_threads == (threads or 64)
+
+
+def test_what_was_chosen_stays() -> None:
+    settled = trials.settle(sweep())
+    assert trials.settle(settled, Gpus((2,), 24 * GIB)) == settled
+
+
+def test_the_largest_trials_are_a_pack_of_the_largest_rank_and_full_fine_tuning_alone() -> None:
+    plan = plans.build(
+        trials.settle(sweep(name="recipes/lora_without_regret/qwen/lr_by_rank.yaml"))
+    )
+    pack, full = trials.largest(plan)
+    assert (pack.trainer.policy.model.lora.rank, pack.generator.max_lora_rank) == (64, 64)
+    assert fit.runs_together(pack) == trials.trials_per_place(plan.recipe) > 1
+    assert (full.trainer.policy.model.lora.rank, fit.runs_together(full)) == (0, 1)
+    other = recipes.with_values(
+        plan.recipe, {"sweep.space": {LR: {"choices": [1e-5, 1e-4]}}, "sweep.first_trials": []}
+    )
+    (alone,) = trials.largest(plans.build(other))
+    assert alone.trainer.policy.model.lora.rank == 32
+    assert RANK not in (other.sweep.space if other.sweep else {})
+
+
+def test_a_cluster_that_is_not_reached_yet_plans_nothing() -> None:
+    text = dry_run.describe(
+        plans.build(sweep("ray.address=10.0.0.1:6379")), "my.yaml", Gpus((), None)
+    )
+    assert "as many packs as the GPUs hold" in text
+    assert "--gpu-memory" in text

@@ -1,0 +1,255 @@
+"""Trials as runs: their recipes, their directories, the overrides that make one again, and the
+mending after a kill.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+from optuna.trial import TrialState
+
+from harness import run
+from harness.config import recipe as recipes
+from harness.config.schema import Recipe
+from harness.core.errors import UserError
+from harness.records.metrics_file import MetricsFile
+from harness.records.run_dir import Status
+from sweeps.study import plan as plans
+from sweeps.study import trials
+from sweeps.study.study import Study
+from tests.unit.sweeps.curves import ALPHA, LR, RANK, TARGETS, begin, recipe_of
+
+
+def test_trials_share_an_engine_with_room_for_the_largest_rank() -> None:
+    recipe = recipe_of({RANK: {"choices": [1, 64, 8]}}, max_concurrent=2)
+    recipe.trainer.num_threads = None
+    assert trials.settle(recipe).trainer.num_threads == trials.cpus_per_trial(recipe)
+    assert trials.engine_rank(plans.build(recipe)) == 64
+    # The recipe's own rank counts only where rank is no axis; a limit in the recipe stands.
+    assert trials.engine_rank(plans.build(recipe_of({RANK: {"choices": [1, 8]}}))) == 8
+    other = recipe_of({LR: {"low": 1e-5, "high": 1e-3}})
+    assert trials.engine_rank(plans.build(other)) == 32
+    other.generator.max_lora_rank = 256
+    assert trials.engine_rank(plans.build(other)) == 256
+
+
+def test_a_trial_is_a_run_that_its_overrides_make_again(tmp_path: Path) -> None:
+    space = {
+        RANK: {"choices": [1, 8]},
+        LR: {"low": 1e-5, "high": 1e-2, "log": True},
+        ALPHA: {"choices": [16, 32]},
+        TARGETS: {"choices": [["q_proj", "v_proj"], ["k_proj"]]},
+        "generator.sampling_params.temperature": {"choices": [0.7, 1.0]},
+        "trainer.strategy": {"choices": ["fsdp2"]},
+    }
+    given = [
+        "trainer.policy.model.path=rltrain",
+        "trainer.max_steps=3",
+        "seed=7",
+        "trainer.run_name=x",
+        f"{RANK}=4",
+        "sweep.num_trials=2",
+    ]
+    recipe = recipes.with_values(
+        recipes.load("base", given), {"sweep": {"num_trials": 2, "seeds": [3], "space": space}}
+    )
+    plan, sweep_dir = begin(recipe, tmp_path)
+    sweep_dir.update(recipe={"source": "recipes/base.yaml", "overrides": given})
+    study = Study(sweep_dir.journal, plan)
+    for _ in range(2):
+        trial = study.ask()
+        assert trial is not None
+        run_dir = trials.create(plan, trial, sweep_dir)
+        manifest = run_dir.read_manifest()
+        assert manifest["kind"] == "trial"
+        assert manifest["trial"] == {
+            "number": trial.number,
+            "configuration": trial.configuration,
+            "seed": 3,
+            "params": trial.params,
+            "confirm": False,
+        }
+        overrides = manifest["recipe"]["overrides"]
+        assert not any(override.startswith(("sweep", "trainer.run_name")) for override in overrides)
+        again = recipes.load("recipes/base.yaml", overrides)
+        assert recipes.digest(again) == manifest["recipe"]["digest"]
+        own = recipes.read(run_dir.recipe)
+        assert own.sweep is None
+        assert own.seed == 3
+        assert own.trainer.target_modules == trial.params[TARGETS]
+        assert Path(own.trainer.ckpt_path) / str(own.trainer.run_name) == run_dir.path
+
+
+def test_an_interrupted_trials_directory_is_kept(tmp_path: Path) -> None:
+    plan, sweep_dir = begin(recipe_of(), tmp_path)
+    trial = Study(sweep_dir.journal, plan).ask()
+    assert trial is not None
+    run_dir = trials.create(plan, trial, sweep_dir)
+    run_dir.move_to(Status.RUNNING)
+    trials.create(plan, trial, sweep_dir)
+    assert run_dir.status is Status.RUNNING
+
+
+def test_study_and_directories_agree_again_after_a_kill(tmp_path: Path) -> None:
+    plan, sweep_dir = begin(recipe_of(num_trials=6), tmp_path)
+    study = Study(sweep_dir.journal, plan)
+    asked = [study.ask() for _ in range(6)]
+    run_dirs = [trials.create(plan, trial, sweep_dir) for trial in asked[:5] if trial is not None]
+    for run_dir in run_dirs:
+        run_dir.move_to(Status.RUNNING)
+    # Each killed between two lines of the program: 0 finished, 1 failed, 2 was pruned, 3 failed in
+    # the study alone, 4 was training, and 5 has no directory yet.
+    MetricsFile(run_dirs[0].metrics).append({"step": 4, "eval/accuracy": 0.5})
+    run_dirs[0].move_to(Status.COMPLETE)
+    run_dirs[1].move_to(Status.FAILED, reason="ValueError: no luck")
+    study._finish(2, TrialState.PRUNED, reason="pruned at step 1")
+    study.fail(3, "it died")
+    again = Study(sweep_dir.journal, plan)
+    trials.reconcile(again, sweep_dir)
+    states = [record.state.name for record in again.trials()]
+    assert states == ["COMPLETE", "FAIL", "PRUNED", "FAIL", "RUNNING", "RUNNING"]
+    assert again.trials()[0].value == 0.5
+    assert again.trials()[1].user_attrs["reason"] == "ValueError: no luck"
+    assert [run_dir.status.value for run_dir in run_dirs] == [
+        "COMPLETE",
+        "FAILED",
+        "PRUNED",
+        "FAILED",
+        "RUNNING",
+    ]
+    assert run_dirs[2].read_manifest()["reason"] == "pruned at step 1"
+    assert [trial and trial.number for trial in (again.ask(), again.ask(), again.ask())] == [
+        4,
+        5,
+        None,
+    ]
+
+
+def test_an_evaluation_logged_before_a_kill_reaches_the_study_and_its_pruner(
+    tmp_path: Path,
+) -> None:
+    plan, sweep_dir = begin(
+        recipe_of(num_trials=3, pruner={"name": "threshold", "lower": 0.25}), tmp_path
+    )
+    study = Study(sweep_dir.journal, plan)
+    asked = [study.ask() for _ in range(3)]
+    run_dirs = [trials.create(plan, trial, sweep_dir) for trial in asked if trial is not None]
+    for run_dir, value in zip(run_dirs, (0.5, 0.125, 0.75), strict=True):
+        run_dir.move_to(Status.RUNNING)
+        for step in range(3):
+            MetricsFile(run_dir.metrics).append({"step": step, "eval/accuracy": value})
+    study.report(0, 1, 0.5)
+    with run_dirs[2].metrics.open("a") as file:
+        file.write("garbage\n")
+    again = Study(sweep_dir.journal, plan)
+    trials.reconcile(again, sweep_dir)
+    first, second, third = again.trials()
+    assert first.intermediate_values == {1: 0.5, 2: 0.5}
+    assert (second.state, second.intermediate_values) == (TrialState.PRUNED, {1: 0.125})
+    assert run_dirs[1].status is Status.PRUNED
+    assert (third.state, third.intermediate_values) == (TrialState.RUNNING, {})
+
+
+def test_a_value_that_is_no_number_is_said_in_the_directory_too(tmp_path: Path) -> None:
+    plan, sweep_dir = begin(recipe_of(num_trials=2), tmp_path)
+    study = Study(sweep_dir.journal, plan)
+    asked = [study.ask() for _ in range(2)]
+    run_dirs = [trials.create(plan, trial, sweep_dir) for trial in asked if trial is not None]
+    for run_dir in run_dirs:
+        run_dir.move_to(Status.RUNNING)
+        MetricsFile(run_dir.metrics).append({"step": 4, "eval/accuracy": math.nan})
+        run_dir.move_to(Status.COMPLETE)
+    study.complete(0, math.nan, 4)  # killed before the directory was told
+    trials.reconcile(Study(sweep_dir.journal, plan), sweep_dir)
+    assert [run_dir.read_manifest()["reason"] for run_dir in run_dirs] == [
+        "eval/accuracy is nan at step 4"
+    ] * 2
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [(1, None), (2, "trials/0001: the study has no such trial"), (3, "trials/0001: the study has")],
+)
+def test_a_journal_that_lost_trials_is_refused(
+    tmp_path: Path, lines: int, said: str | None
+) -> None:
+    plan, sweep_dir = begin(recipe_of(num_trials=4), tmp_path)
+    study = Study(sweep_dir.journal, plan)
+    asked = [study.ask() for _ in range(3)]
+    for trial in asked:
+        assert trial is not None
+        trials.create(plan, trial, sweep_dir).move_to(Status.RUNNING)
+    sweep_dir.trial(1).move_to(Status.FAILED, reason="no luck")
+    content = sweep_dir.journal.read_bytes().splitlines(keepends=True)
+    sweep_dir.journal.write_bytes(b"".join(content[:-lines]))
+    again = Study(sweep_dir.journal, plan)
+    if said is not None:
+        with pytest.raises(UserError, match=f"has lost lines\n.*{said}"):
+            trials.reconcile(again, sweep_dir)
+        return
+    # The last line alone may be cut off: its trial is asked for again, as it was.
+    trials.reconcile(again, sweep_dir)
+    issued = [again.ask() for _ in range(2)]
+    assert issued == [asked[0], asked[2]]
+    other = dataclasses.replace(asked[2], seed=7) if asked[2] else None
+    assert other is not None
+    with pytest.raises(UserError, match="trials/0002: its seed differ"):
+        trials.create(plan, other, sweep_dir)
+
+
+@pytest.mark.parametrize(("threads", "concurrent", "expected"), [(3, 1, 3), (None, 10_000, 1)])
+def test_cores_are_shared_out(threads: int | None, concurrent: int, expected: int) -> None:
+    recipe = recipe_of(max_concurrent=concurrent)
+    recipe.trainer.num_threads = threads
+    assert trials.cpus_per_trial(recipe) == expected
+
+
+def test_a_sweep_on_the_cpu_asks_for_no_gpu() -> None:
+    assert trials.gpus_per_place(recipe_of()) == 0
+    assert trials.gpus_per_place(_on_gpus(recipe_of(), ranks=1)) == 1
+
+
+def test_a_trial_of_several_processes_holds_a_place_for_each() -> None:
+    recipe = _on_gpus(recipe_of(), ranks=4)
+    assert trials.gpus_per_place(recipe) == 4
+    threads = float(recipe.trainer.num_threads or 1)
+    assert trials.place_bundles(recipe) == [{"CPU": 1.0}, {"CPU": 4 * threads, "GPU": 4.0}]
+    apart = recipes.with_values(
+        recipe,
+        {
+            "trainer.placement.colocate_all": False,
+            "generator.inference_engine_tensor_parallel_size": 2,
+        },
+    )
+    assert trials.gpus_per_place(apart) == 4 + 4 * 2
+    assert len(trials.place_bundles(apart)) == 2 + 4
+
+
+def _on_gpus(recipe: Recipe, *, ranks: int) -> Recipe:
+    return recipes.with_values(
+        recipe,
+        {
+            "trainer.placement.device": "cuda",
+            "generator.num_inference_engines": ranks,
+            "trainer.placement.policy_num_gpus_per_node": ranks,
+        },
+    )
+
+
+def test_a_trial_is_resumed_with_its_sweep_alone(tmp_path: Path) -> None:
+    plan, sweep_dir = begin(recipe_of(), tmp_path / "sweep")
+    trial = Study(sweep_dir.journal, plan).ask()
+    assert trial is not None
+    run_dir = trials.create(plan, trial, sweep_dir)
+    run_dir.move_to(Status.FAILED, reason="no luck")
+    before = run_dir.manifest.read_bytes()
+    for arguments in (
+        ["--resume", str(run_dir.path)],
+        ["--resume", str(run_dir.path), "trainer.num_threads=2"],
+    ):
+        with pytest.raises(UserError, match=f"harness.sweep --resume {sweep_dir.path}"):
+            run.main(arguments)
+    assert run_dir.manifest.read_bytes() == before
