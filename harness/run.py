@@ -347,9 +347,9 @@ def _follow(recipe: Recipe, run_dir: RunDir) -> None:
         from rltrain.distributed.process import quiet_libraries
 
         quiet_libraries()
-        from rltrain.trainer import run
+        from rltrain.worker_group import train_run
 
-        for report in run(recipe, run_dir):
+        for report in train_run(recipe, run_dir):
             told.report(report.total_steps, report.metrics)
 
 

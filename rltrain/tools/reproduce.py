@@ -24,7 +24,7 @@ from harness.records.rerun import OWN_PLACE, name_of, record_of_run
 from harness.records.run_dir import RunDir, Status, damage, write_text
 
 if TYPE_CHECKING:
-    from rltrain.report import Report
+    from rltrain.report import StepReport
 
 # A run that was killed may have kept weights of an evaluation that it never logged.
 _ENDED = (Status.COMPLETE.value, Status.PRUNED.value)
@@ -127,11 +127,11 @@ def begin(planned: Reproduction) -> None:
     planned.run_dir.create(recipes.to_yaml(planned.recipe), planned.now)
 
 
-def rerun(planned: Reproduction) -> Generator[Report]:
+def rerun(planned: Reproduction) -> Generator[StepReport]:
     """Train again up to the last step that the original logged; a report after every step."""
-    from rltrain.trainer import run
+    from rltrain.worker_group import train_run
 
-    training = cast("Generator[Report]", run(planned.recipe, planned.run_dir))
+    training = cast("Generator[StepReport]", train_run(planned.recipe, planned.run_dir))
     with contextlib.closing(training) as reports:
         for report in reports:
             yield report

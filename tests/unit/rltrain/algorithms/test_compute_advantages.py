@@ -1,6 +1,4 @@
-"""Which tokens train and how good each was: every setting of the credit assignment on one batch
-worked out by hand.
-"""
+"""Loss masks, advantages and returns under every setting, on one batch worked out by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rltrain.algorithms.credit import Credit
+from rltrain.algorithms.advantages import compute_advantages
 from rltrain.data.batch import Batch, collate
 from tests.recipes import quickstart
 
@@ -36,12 +34,12 @@ def _batch(lengths: list[int], values: list[list[float]] | None = None) -> Batch
     return batch
 
 
-def _credited(
+def _computed(
     overrides: list[str], batch: Batch, rewards: list[list[float]], cut: list[bool] | None = None
 ) -> dict[str, float]:
-    """Assign credit under quickstart's settings with overrides; the metrics."""
-    cut_B = torch.tensor(cut or [False] * len(batch))
-    return Credit(quickstart(overrides))(batch, torch.tensor(rewards), cut_B)
+    """Compute advantages under quickstart's settings with overrides; the metrics."""
+    truncated_B = torch.tensor(cut or [False] * len(batch))
+    return compute_advantages(quickstart(overrides), batch, torch.tensor(rewards), truncated_B)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +60,7 @@ def _credited(
 def test_each_estimator_has_its_advantages(estimator: str, advantages: list[list[float]]) -> None:
     batch = _batch([2, 1], values=[[0.25, 0.5], [0.25, 0.0]])
     settings = ["gamma=0.5", "lambd=0", f"advantage_estimator={estimator}"]
-    _credited([f"trainer.algorithm.{setting}" for setting in settings], batch, [[1.0, 0.0]])
+    _computed([f"trainer.algorithm.{setting}" for setting in settings], batch, [[1.0, 0.0]])
     assert batch.advantages is not None
     torch.testing.assert_close(batch.advantages, torch.tensor(advantages), atol=1e-4, rtol=0)
 
@@ -77,7 +75,7 @@ def test_each_estimator_has_its_advantages(estimator: str, advantages: list[list
 )
 def test_grpo_divides_by_the_deviation_or_not(setting: str, size: float) -> None:
     batch = _batch([1, 1])
-    _credited([f"trainer.algorithm.{setting}"], batch, [[1.0, 0.0]])
+    _computed([f"trainer.algorithm.{setting}"], batch, [[1.0, 0.0]])
     assert batch.advantages is not None
     torch.testing.assert_close(batch.advantages, torch.tensor([[size], [-size]]), atol=1e-5, rtol=0)
 
@@ -96,7 +94,7 @@ def test_the_critics_targets_follow_gamma_and_lambda(
     gamma: float, lambd: float, returns: list[float]
 ) -> None:
     batch = _batch([2, 1], values=[[0.5, 0.2], [0.5, 0.0]])
-    _credited(
+    _computed(
         [GAE, f"trainer.algorithm.gamma={gamma}", f"trainer.algorithm.lambd={lambd}"],
         batch,
         [[1.0, 0.0]],
@@ -107,17 +105,17 @@ def test_the_critics_targets_follow_gamma_and_lambda(
 
 def test_what_the_values_explain_is_measured() -> None:
     batch = _batch([2, 1], values=[[0.5, 0.5], [0.5, 0.0]])
-    stats = _credited([GAE], batch, [[1.0, 0.0]])
+    stats = _computed([GAE], batch, [[1.0, 0.0]])
     # Returns 1, 1, 0 against values that do not vary.
     assert stats["critic/mean_value"] == pytest.approx(0.5)
     assert stats["critic/mean_return"] == pytest.approx(2 / 3)
     assert stats["critic/explained_variance"] == pytest.approx(0.0, abs=1e-6)
     knowing = _batch([2, 1], values=[[0.9, 0.9], [-0.1, 0.0]])
-    assert _credited([GAE], knowing, [[1.0, 0.0]])["critic/explained_variance"] == pytest.approx(
+    assert _computed([GAE], knowing, [[1.0, 0.0]])["critic/explained_variance"] == pytest.approx(
         1.0
     )
     assert (
-        _credited([GAE], _batch([1, 1], values=[[0.0], [1.0]]), [[1.0, 1.0]])[
+        _computed([GAE], _batch([1, 1], values=[[0.0], [1.0]]), [[1.0, 1.0]])[
             "critic/explained_variance"
         ]
         == 0
@@ -134,7 +132,7 @@ def test_kl_is_taken_off_each_tokens_reward(estimator: str, kl: float, coefficie
         f"trainer.algorithm.kl_estimator={estimator}",
         f"trainer.algorithm.kl_loss_coef={coefficient}",
     ]
-    stats = _credited([*KL_IN_REWARD, *settings], batch, [[1.0, 0.0]])
+    stats = _computed([*KL_IN_REWARD, *settings], batch, [[1.0, 0.0]])
     # Two tokens against one: 1 - 2 c kl against -c kl.
     difference = 1 - coefficient * kl
     assert batch.advantages is not None
@@ -146,7 +144,7 @@ def test_kl_is_taken_off_each_tokens_reward(estimator: str, kl: float, coefficie
 
 def test_without_kl_in_the_reward_the_reference_does_not_matter() -> None:
     batch = _batch([2, 1])
-    stats = _credited(["trainer.algorithm.advantage_estimator=rloo"], batch, [[1.0, 0.0]])
+    stats = _computed(["trainer.algorithm.advantage_estimator=rloo"], batch, [[1.0, 0.0]])
     assert batch.advantages is not None
     torch.testing.assert_close(batch.advantages, torch.tensor([[1.0, 1.0], [-1.0, 0.0]]))
     assert stats == {}
@@ -174,7 +172,7 @@ def test_what_is_left_out_of_the_loss(
     batch = _batch([2, 1, 2, 1])
     # The first completion was cut; the second group's rewards are equal, tenths that no binary
     # number is.
-    stats = _credited(settings, batch, [[1.0, 0.0], [0.1, 0.1]], cut=[True, False, False, False])
+    stats = _computed(settings, batch, [[1.0, 0.0], [0.1, 0.1]], cut=[True, False, False, False])
     assert batch.loss_mask.sum(dim=1).tolist() == trained
     assert stats.get("frac_masked_completions") == share
     # Left out of the loss is not left out of the group: the others' advantages stay.

@@ -12,17 +12,17 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from harness.config.schema import Recipe
 from rltrain.algorithms.critic import Critic
-from rltrain.algorithms.learner import Learner
-from rltrain.algorithms.objective import Objective
 from rltrain.algorithms.policy import Policy
+from rltrain.algorithms.trained_model import TrainedModel
 from rltrain.data.batch import Batch
 from rltrain.distributed.process_group import Ranks
 from tests.recipes import quickstart
 
 TOTAL_STEPS = 6
 ALONE = Ranks()
-MakeLearner = Callable[..., tuple[Learner, torch.nn.Parameter]]
+MakeModel = Callable[..., tuple[TrainedModel, torch.nn.Parameter]]
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +32,12 @@ def model() -> Any:
 
 
 @pytest.fixture(params=["policy", "critic"])
-def make(request: pytest.FixtureRequest, model: Any) -> MakeLearner:
+def make(request: pytest.FixtureRequest, model: Any) -> MakeModel:
     """The policy or the critic with one weight of 2 to train, under its optimizer_config with these
     settings.
     """
 
-    def build(*settings: str) -> tuple[Learner, torch.nn.Parameter]:
+    def build(*settings: str) -> tuple[TrainedModel, torch.nn.Parameter]:
         keys = [
             f"trainer.{request.param}.optimizer_config.{setting}"
             for setting in settings
@@ -55,19 +55,19 @@ def make(request: pytest.FixtureRequest, model: Any) -> MakeLearner:
     return build
 
 
-def _step(learner: Learner, weight: torch.nn.Parameter, gradient: float) -> dict[str, float]:
+def _step(trained: TrainedModel, weight: torch.nn.Parameter, gradient: float) -> dict[str, float]:
     weight.grad = torch.tensor([gradient])
-    return learner.optimize(ALONE)
+    return trained.optimize(ALONE)
 
 
-def test_adamw_is_one_fused_call(make: MakeLearner) -> None:
+def test_adamw_is_one_fused_call(make: MakeModel) -> None:
     assert make("lr=0.1")[0].optimizer.defaults["fused"] is True
 
 
 @pytest.mark.parametrize("lr", [0.01, 0.1])
-def test_adams_first_step_is_the_learning_rate(make: MakeLearner, lr: float) -> None:
-    learner, weight = make(f"lr={lr}")
-    assert _step(learner, weight, 0.3)["learning_rate"] == pytest.approx(lr)
+def test_adams_first_step_is_the_learning_rate(make: MakeModel, lr: float) -> None:
+    trained, weight = make(f"lr={lr}")
+    assert _step(trained, weight, 0.3)["learning_rate"] == pytest.approx(lr)
     assert weight.item() == pytest.approx(2 - lr, rel=1e-5)
 
 
@@ -84,34 +84,34 @@ def test_adams_first_step_is_the_learning_rate(make: MakeLearner, lr: float) -> 
     ],
 )
 def test_betas_say_how_long_gradients_are_remembered(
-    make: MakeLearner, betas: str, second: float
+    make: MakeModel, betas: str, second: float
 ) -> None:
-    learner, weight = make("lr=0.1", f"betas={betas}", "max_grad_norm=10")
-    _step(learner, weight, 0.5)
-    _step(learner, weight, -1.0)
+    trained, weight = make("lr=0.1", f"betas={betas}", "max_grad_norm=10")
+    _step(trained, weight, 0.5)
+    _step(trained, weight, -1.0)
     assert weight.item() == pytest.approx(2 - 0.1 + 0.1 * second, rel=1e-5)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_weight_decay_pulls_towards_zero(make: MakeLearner, decay: float) -> None:
-    learner, weight = make("lr=0.1", f"weight_decay={decay}")
-    _step(learner, weight, 0.3)
+def test_weight_decay_pulls_towards_zero(make: MakeModel, decay: float) -> None:
+    trained, weight = make("lr=0.1", f"weight_decay={decay}")
+    _step(trained, weight, 0.3)
     assert weight.item() == pytest.approx(2 * (1 - 0.1 * decay) - 0.1, rel=1e-5)
 
 
 @pytest.mark.parametrize(("limit", "used"), [(0.5, 0.5), (1.0, 1.0), (9.0, 4.0)])
 def test_gradients_longer_than_the_limit_are_scaled_to_it(
-    make: MakeLearner, limit: float, used: float
+    make: MakeModel, limit: float, used: float
 ) -> None:
-    learner, weight = make(f"max_grad_norm={limit}")
+    trained, weight = make(f"max_grad_norm={limit}")
     seen: list[float] = []
 
     def look(*_: object) -> None:
         assert weight.grad is not None
         seen.append(weight.grad.item())
 
-    learner.optimizer.register_step_pre_hook(look)
-    assert _step(learner, weight, -4.0)["grad_norm"] == 4.0
+    trained.optimizer.register_step_pre_hook(look)
+    assert _step(trained, weight, -4.0)["grad_norm"] == 4.0
     assert seen == [pytest.approx(-used, rel=1e-4)]
 
 
@@ -126,15 +126,15 @@ def test_gradients_longer_than_the_limit_are_scaled_to_it(
     ],
 )
 def test_the_learning_rate_follows_its_schedule(
-    make: MakeLearner, scheduler: str, warmup: int, factors: list[float]
+    make: MakeModel, scheduler: str, warmup: int, factors: list[float]
 ) -> None:
     settings = "lr=0.2", f"scheduler={scheduler}", f"num_warmup_steps={warmup}"
-    learner, weight = make(*settings)
+    trained, weight = make(*settings)
     rates = []
     for _ in factors:
-        rates.append(learner.learning_rate)
-        _step(learner, weight, 0.3)
-        learner.scheduler.step()
+        rates.append(trained.learning_rate)
+        _step(trained, weight, 0.3)
+        trained.scheduler.step()
     assert rates == pytest.approx([0.2 * factor for factor in factors], abs=1e-7)
     resumed, _ = make(*settings)
     for step, rate in enumerate(rates):
@@ -144,20 +144,26 @@ def test_the_learning_rate_follows_its_schedule(
 
 @pytest.mark.parametrize("limit", [1, 3])
 def test_so_many_gradients_in_a_row_that_are_no_numbers_fail_the_run(
-    make: MakeLearner, limit: int
+    make: MakeModel, limit: int
 ) -> None:
-    learner, weight = make("lr=0.1", f"max_bad_steps={limit}")
+    trained, weight = make("lr=0.1", f"max_bad_steps={limit}")
     for _ in range(limit - 1):
-        assert _step(learner, weight, math.nan)["skipped_updates"] == 1
+        assert _step(trained, weight, math.nan)["skipped_updates"] == 1
     assert weight.item() == 2
     if limit > 1:
-        assert _step(learner, weight, 0.3)["skipped_updates"] == 0  # the count starts anew
+        assert _step(trained, weight, 0.3)["skipped_updates"] == 0  # the count starts anew
         for _ in range(limit - 1):
-            _step(learner, weight, math.inf)
+            _step(trained, weight, math.inf)
     with pytest.raises(
-        FloatingPointError, match=f"the {learner.name}'s gradient was not finite {limit} times"
+        FloatingPointError, match=f"the {trained.name}'s gradient was not finite {limit} times"
     ):
-        _step(learner, weight, math.nan)
+        _step(trained, weight, math.nan)
+
+
+def policy_of(recipe: Recipe) -> Policy:
+    """A policy without a model, for its loss of given log-probabilities."""
+    weight = torch.nn.Parameter(torch.ones(1))
+    return Policy("policy", None, {"weight": weight}, recipe, None, 1, math.inf)
 
 
 def _batch(ratios: list[list[float]], advantages: list[list[float]]) -> tuple[torch.Tensor, Batch]:
@@ -181,9 +187,9 @@ def _batch(ratios: list[list[float]], advantages: list[list[float]]) -> tuple[to
 
 
 def _loss(settings: list[str], ratios: list[list[float]], advantages: list[list[float]]) -> float:
-    objective = Objective(quickstart([f"trainer.algorithm.{setting}" for setting in settings]))
+    policy = policy_of(quickstart([f"trainer.algorithm.{setting}" for setting in settings]))
     logprobs, batch = _batch(ratios, advantages)
-    return float(objective(logprobs, batch, objective.totals(batch))[0])
+    return float(policy.objective(logprobs, batch, policy.totals(batch))[0])
 
 
 @pytest.mark.parametrize(
@@ -240,9 +246,7 @@ def test_each_reduction_weighs_tokens_its_way(reduction: str, expected: float) -
 
 @pytest.mark.parametrize("loss", ["regular", "dual_clip", "gspo", "cispo", "dr_grpo"])
 @pytest.mark.parametrize("kl", [False, True])
-def test_only_what_cannot_have_a_gradient_is_said_not_to_move(
-    model: Any, loss: str, kl: bool
-) -> None:
+def test_only_what_cannot_have_a_gradient_is_said_not_to_move(loss: str, kl: bool) -> None:
     recipe = quickstart(
         [
             f"trainer.algorithm.policy_loss_type={loss}",
@@ -250,39 +254,36 @@ def test_only_what_cannot_have_a_gradient_is_said_not_to_move(
             "trainer.algorithm.tis=token",
         ]
     )
-    policy = Policy(
-        "policy", model, {"weight": torch.nn.Parameter(torch.ones(1))}, recipe, None, 1, math.inf
-    )
+    policy = policy_of(recipe)
     # An advantage of zero; one that stands on padding alone; one on a token.
     logprobs, batch = _batch(
         [[1.1, 0.5], [1.1, 0.0], [1.1, 0.5]], [[0.0, 0.0], [0.0, 1.0], [0.0, 1.0]]
     )
     batch.ref_logprobs = logprobs - 0.3
     leaf = logprobs.requires_grad_()
-    objective = Objective(recipe)
-    objective(leaf, batch, objective.totals(batch))[0].backward()
+    policy.objective(leaf, batch, policy.totals(batch))[0].backward()
     assert leaf.grad is not None
     moves = leaf.grad.ne(0).any(dim=1)
     assert moves.tolist() == ([True] * 3 if kl else [False, False, True])
-    assert policy.moves(batch).tolist() == moves.tolist()
+    assert policy.needs_grad(batch).tolist() == moves.tolist()
 
 
-def test_a_step_leaves_no_gradient_for_the_next(make: MakeLearner) -> None:
-    learner, weight = make()
-    _step(learner, weight, 0.3)
+def test_a_step_leaves_no_gradient_for_the_next(make: MakeModel) -> None:
+    trained, weight = make()
+    _step(trained, weight, 0.3)
     assert weight.grad is None or not weight.grad.any()
 
 
 @pytest.mark.parametrize("kl", [False, True])
 def test_completions_left_out_of_the_loss_mask_change_nothing(kl: bool) -> None:
     settings = [f"trainer.algorithm.use_kl_loss={kl}", "trainer.algorithm.tis=token"]
-    objective = Objective(quickstart(settings))
+    policy = policy_of(quickstart(settings))
 
     def seen(ratios: list[list[float]], advantages: list[list[float]]) -> dict[str, float]:
         logprobs, batch = _batch(ratios, advantages)
         batch.loss_mask[1:] = 0
         batch.ref_logprobs = logprobs - 0.3
-        stats = objective(logprobs, batch, objective.totals(batch))[1]
+        stats = policy.objective(logprobs, batch, policy.totals(batch))[1]
         return {name: float(value) for name, value in stats.items()}
 
     alone = seen([[1.1, 0.5]], [[1.0, 1.0]])

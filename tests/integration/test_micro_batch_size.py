@@ -11,17 +11,17 @@ import torch
 from harness.config import recipe as recipes
 from harness.records import manifest
 from harness.records.run_dir import RunDir
-from rltrain import passes
+from rltrain import micro_batch_size
 from rltrain.algorithms.critic import Critic
-from rltrain.algorithms.learner import Learner
 from rltrain.algorithms.policy import Policy
+from rltrain.algorithms.trained_model import TrainedModel
 from rltrain.data.batch import Batch
 from rltrain.models import memory
 from rltrain.pack import Pack
-from rltrain.trainer import Course
+from rltrain.trainer import Trainer
 from tests.integration.training import MakeRecipe, MakeRun, Open
 
-AUTO = f"{passes.KEY}=auto"
+AUTO = f"{micro_batch_size.KEY}=auto"
 
 
 def _stored(run: RunDir) -> Any:
@@ -35,15 +35,16 @@ def test_what_was_chosen_is_written_into_the_runs_recipe_and_stays(
     run = new_run(recipe, "run")
     digest = run.read_manifest()["recipe"]["digest"]
     monkeypatch.setattr(memory, "tokens_that_fit", lambda *_, **__: 512)
-    pack = Pack.open(recipe)
-    member = pack.join(recipe, run)
-    assert (member.max_tokens, _stored(run)) == (512, "auto")
-    list(Course(pack, member).begin())
+    trainer = Trainer(recipe)
+    assert _stored(run) == "auto"
+    trainer.add(recipe, run)
+    pack = trainer.pack
+    assert pack.members[0].max_tokens == 512
     assert _stored(run) == 512
     assert recipes.is_digest(digest, recipes.read(run.recipe))
     # Whatever fits another time.
     monkeypatch.setattr(memory, "tokens_that_fit", lambda *_, **__: 64)
-    assert pack.join(recipes.read(run.recipe), run).max_tokens == 512
+    assert pack.add(recipes.read(run.recipe), run).max_tokens == 512
     pack.close()
 
 
@@ -57,9 +58,9 @@ def test_the_memory_model_is_asked_with_what_is_free_and_the_packs_room(
         return 128
 
     monkeypatch.setattr(memory, "tokens_that_fit", fits)
-    pack = Pack.open(recipe, room=3)
+    pack = Pack.open(recipe, slots=3)
     for name in ("one", "two"):
-        pack.join(recipe, new_run(recipe, name))
+        pack.add(recipe, new_run(recipe, name))
     # Measured once: a member that is there already takes nothing from the next one's passes.
     assert len(set(asked)) == 1
     hidden, free, on_gpu, members = asked[0]
@@ -85,7 +86,7 @@ def test_a_pass_is_tried_and_made_smaller_until_it_fits(
     seen: dict[type, list[int]] = {Policy: [], Critic: []}
     for kind in seen:
         _fail_above(kind, 700, seen[kind], monkeypatch)
-    passes.try_pass(pack, member)
+    micro_batch_size.try_largest_micro_batch(pack, member)
     # Sequences of 128 + 64 tokens: 10 of them, then half, then half of that.
     assert member.max_tokens is not None
     assert member.max_tokens <= 700
@@ -94,17 +95,19 @@ def test_a_pass_is_tried_and_made_smaller_until_it_fits(
     assert tried == sorted(tried, reverse=True)
     assert bool(seen[Critic]) is critic
     assert all(torch.equal(p, before[name]) for name, p in member.policy.parameters.items())
-    assert all(p.grad is None for learner in member.learners for p in learner.parameters.values())
+    assert all(
+        p.grad is None for learner in member.trained_models for p in learner.parameters.values()
+    )
     assert not member.policy.optimizer.state
     assert not pack.model.training
 
 
 def _fail_above(
-    kind: type[Learner], most: int, seen: list[int], monkeypatch: pytest.MonkeyPatch
+    kind: type[TrainedModel], most: int, seen: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loss: Any = kind.loss
 
-    def failing(self: Learner, micro: Batch, totals: Any) -> Any:
+    def failing(self: TrainedModel, micro: Batch, totals: Any) -> Any:
         seen.append(micro.packed_tokens)
         if micro.packed_tokens > most:
             raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -116,16 +119,20 @@ def _fail_above(
 def test_a_gpu_is_tried_once_for_passes_of_a_size(
     small_recipe: MakeRecipe, new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pack = Pack.open(small_recipe(AUTO), room=3)
+    pack = Pack.open(small_recipe(AUTO), slots=3)
     tried: list[int | None] = []
-    monkeypatch.setattr(passes, "try_pass", lambda _, member: tried.append(member.max_tokens))
+    monkeypatch.setattr(
+        micro_batch_size,
+        "try_largest_micro_batch",
+        lambda _, member: tried.append(member.max_tokens),
+    )
     for place, tokens in enumerate([512, 256, 1024, 1024]):
         monkeypatch.setattr(memory, "tokens_that_fit", lambda *_, tokens=tokens, **__: tokens)
         recipe = small_recipe(AUTO)
-        member = pack.join(recipe, new_run(recipe, f"run{place}"))
+        member = pack.add(recipe, new_run(recipe, f"run{place}"))
         with monkeypatch.context() as patched:
             patched.setattr(pack, "device", torch.device("cuda"))
-            passes.settle_passes(pack, member)
+            micro_batch_size.settle_micro_batch_size(pack, member)
     assert tried == [512, 1024]
     pack.close()
 
@@ -141,5 +148,5 @@ def test_a_digest_from_before_passes_were_left_out_of_it_is_known(tmp_path: Path
     assert not recipes.is_digest(recipes.digest(recipe), other)
     record = manifest.build(recipe, kind="run", name="x", source="test")
     assert recipes.is_digest(
-        record["recipe"]["digest"], recipes.with_values(recipe, {passes.KEY: 77})
+        record["recipe"]["digest"], recipes.with_values(recipe, {micro_batch_size.KEY: 77})
     )
