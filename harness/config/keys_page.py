@@ -88,7 +88,7 @@ key after the guide. [`recipes/base.yaml`](../recipes/base.yaml) holds the same 
 inherits them.
 
 Made from the comments of `recipes/base.yaml` and from `harness/config/schema.py`:
-`python -m harness.config.keys_page > docs/keys.md`.
+`python -m harness.config.keys_page > docs/reference/keys.md`.
 """
 _WITHOUT_EFFECT = """
 ## Accepted without effect

@@ -1,4 +1,4 @@
-"""The faults that are tried, by name: what docs/reliability.md lists, and the tests go through."""
+"""The faults that are tried, by name; docs/guides/reliability.md lists them."""
 
 from __future__ import annotations
 
