@@ -68,3 +68,12 @@ def test_every_page_of_the_documentation_is_in_its_navigation() -> None:
         re.findall(r"(?m)^ +- (?:[^:\n]+: )?(\S+\.md)$", (PROJECT / "mkdocs.yml").read_text())
     )
     assert named == {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
+
+
+def test_the_files_to_read_exist_and_are_few() -> None:
+    text = (DOCS / "concepts.md").read_text().partition("\n## Which files to read\n")[2]
+    solo, _, packed = text.partition("packed sweep")
+    files = [re.findall(r"(?m)^\| `([\w./]+)` \|", part) for part in (solo, packed)]
+    assert 0 < len(files[0]) <= 12
+    assert len(files[0]) + len(files[1]) <= 25
+    assert not [name for part in files for name in part if not (PROJECT / name).is_file()]
