@@ -70,7 +70,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 @pytest.fixture(scope="module")
 def stopped(runs: Runs) -> RunDir:
     """A run killed in its fifth step, with checkpoints of its third and fourth."""
-    outcome = runs.start("stopped", fault=Fault("call", "rltrain.step:rollout", 5))
+    outcome = runs.start("stopped", fault=Fault("call", "rltrain.step:sample_rollouts", 5))
     assert outcome.killed, outcome.said
     run = runs.get("stopped")
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step_000003", "step_000004"]
@@ -167,7 +167,7 @@ def test_a_final_adapter_damaged_before_the_runs_end_is_written_again(
     made of.
     """
     name = "adapter/final damaged after the last checkpoint"
-    assert runs.start("ending", fault=Fault("call", "rltrain.trainer:finish")).killed
+    assert runs.start("ending", fault=Fault("call", "rltrain.trainer:Trainer._finish")).killed
     run = runs.get("ending")
     _spoil(run, "adapter/final/adapter_model.safetensors", "flip")
     with pytest.raises(UserError, match="adapter_model.safetensors is damaged"):
@@ -210,7 +210,7 @@ def test_a_run_from_anothers_checkpoint_goes_on_from_its_own(
     stopped: RunDir, runs: Runs, whole: Whole
 ) -> None:
     named = f"trainer.resume_mode={stopped.checkpoints}/step_000003"
-    assert runs.start("heir", named, fault=Fault("call", "rltrain.step:rollout", 3)).killed
+    assert runs.start("heir", named, fault=Fault("call", "rltrain.step:sample_rollouts", 3)).killed
     heir = runs.get("heir")
     outcome = runs.resume(heir)
     assert outcome.status == 0, outcome.said
@@ -222,7 +222,7 @@ def test_a_run_from_anothers_checkpoint_goes_on_from_its_own(
 
 def test_a_run_that_always_starts_anew_keeps_what_it_had(runs: Runs, whole: Whole) -> None:
     assert runs.start(
-        "anew", "trainer.resume_mode=none", fault=Fault("call", "rltrain.step:rollout", 3)
+        "anew", "trainer.resume_mode=none", fault=Fault("call", "rltrain.step:sample_rollouts", 3)
     ).killed
     run = runs.get("anew")
     outcome = runs.resume(run)

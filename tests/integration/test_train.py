@@ -95,7 +95,8 @@ def test_a_kill_between_two_records_loses_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(
-            *((checkpoint, "save") if moment.endswith("whole") else (trainer, "finish")), killed
+            *((checkpoint, "save") if moment.endswith("whole") else (trainer.Trainer, "_finish")),
+            killed,
         )
         with pytest.raises(KeyboardInterrupt):
             train_run(recipe, broken)

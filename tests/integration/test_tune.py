@@ -99,9 +99,9 @@ def test_every_way_a_trial_can_end(
 
     logs = [sweep_dir.trial(number).log.read_text() for number in range(6)]
     assert "unlucky\nin two lines" in logs[2]
-    # A process goes on from one trial to the next, a pruned one too; not after an exception.
+    # A pack server trains one trial after the other, also after an exception, until it dies.
     pids = [re.findall(r"pid (\d+)", log) for log in logs]
-    assert pids[0] == pids[1] == pids[2] != pids[3] != pids[4]
+    assert pids[0] == pids[1] == pids[2] == pids[3] != pids[4]
     assert pids[4] == pids[5]
     # Threads as in the recipe, the working directory as it was.
     assert all(f"threads 1 cwd {Path.cwd()}" in log for log in logs)
