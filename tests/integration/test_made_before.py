@@ -50,7 +50,6 @@ def assert_as_expected(run_dir: RunDir, name: str) -> None:
 
 def test_a_run_resumes_and_is_reproduced(tmp_path: Path) -> None:
     run_dir = copy_of("run", tmp_path)
-    assert run_dir.status is Status.RUNNING
     assert run.main(["--resume", str(run_dir.path)]) == 0
     assert run_dir.status is Status.COMPLETE
     assert_as_expected(run_dir, "run")
