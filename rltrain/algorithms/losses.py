@@ -1,6 +1,4 @@
-"""Losses, importance weights, KL estimators, reductions: registries of small pure functions over
-`[B, T]` tensors.
-"""
+"""Losses, importance weights, KL estimators and reductions: pure functions of `[B, T]`."""
 
 from __future__ import annotations
 
@@ -12,9 +10,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class PolicyInputs:
-    """What a policy loss is given: log-probabilities now and when sampled, advantages and mask `[B,
-    T]`, and bounds.
-    """
+    """Inputs of a policy loss: log-probabilities now and when sampled, advantages, mask; bounds."""
 
     logprobs_BT: torch.Tensor
     old_BT: torch.Tensor
@@ -25,21 +21,22 @@ class PolicyInputs:
     clip_c: float
 
 
-# -> the loss of each token, and where clipping takes the token's gradient away (cispo: shrinks it);
-# `[B, T]` both.
+# Returns each token's loss, and which tokens lose their gradient to clipping (cispo: part of it).
 PolicyLossFunction = Callable[[PolicyInputs], tuple[torch.Tensor, torch.Tensor]]
 
 
 def regular(inputs: PolicyInputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """PPO's clipped surrogate per token, and where the clip holds; `[B, T]` both. Schulman et al.
-    2017, eq. 7.
+    """Return PPO's clipped surrogate per token, and which tokens are clipped; `[B, T]` each.
+
+    Schulman et al. 2017, eq. 7.
     """
     return _clipped_surrogate(torch.exp(_log_ratio(inputs)), inputs)
 
 
 def dual_clip(inputs: PolicyInputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """`regular`, bounded by -c A where the advantage is negative; `[B, T]` both. Ye et al. 2020,
-    Dual-clip PPO.
+    """Return `regular`, bounded by -c A where the advantage is negative; `[B, T]` each.
+
+    Dual-clip PPO (Ye et al. 2020).
     """
     ratio = torch.exp(_log_ratio(inputs))
     loss, held = _clipped_surrogate(ratio, inputs)
@@ -49,12 +46,10 @@ def dual_clip(inputs: PolicyInputs) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def gspo(inputs: PolicyInputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clipped surrogate with the sequence's ratio, exp(mean log-ratio); `[B, T]` both. GSPO, Zheng
-    et al. 2025.
+    """Return the clipped surrogate with the sequence's ratio, exp(mean log-ratio); `[B, T]` each.
 
-    Eq. 13 and 14, GSPO-token: the value of each token's ratio is the sequence's, its gradient the
-    token's own. Where a sequence's tokens share one advantage this is GSPO itself (eq. 5), in value
-    and gradient.
+    GSPO-token (Zheng et al. 2025, eq. 13 and 14): a token's ratio has the sequence's value and the
+    token's gradient. With one advantage per sequence it equals GSPO (eq. 5), in value and gradient.
     """
     log_ratio = _log_ratio(inputs)
     lengths = inputs.mask_BT.sum(dim=1, keepdim=True).clamp(min=1)
@@ -63,8 +58,9 @@ def gspo(inputs: PolicyInputs) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def cispo(inputs: PolicyInputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """-sg(min(ratio, 1 + clip_high)) A log p: every token keeps a gradient; `[B, T]` both.
-    MiniMax-M1, eq. 4 and 5.
+    """Return -sg(min(ratio, 1 + clip_high)) A log p, and which tokens are clipped; `[B, T]` each.
+
+    Every token keeps a gradient (MiniMax-M1, eq. 4 and 5).
     """
     ratio = torch.exp(_log_ratio(inputs)).detach()
     advantages = _on_tokens(inputs.advantages_BT, inputs)
@@ -74,9 +70,7 @@ def cispo(inputs: PolicyInputs) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _on_tokens(values_BT: torch.Tensor, inputs: PolicyInputs) -> torch.Tensor:
-    """Zero where mask is 0, so that padding has neither value nor gradient, whatever
-    stands there.
-    """
+    """Set padding to zero: it has neither a value nor a gradient."""
     return torch.where(inputs.mask_BT > 0, values_BT, 0.0)
 
 
@@ -98,8 +92,7 @@ POLICY_LOSSES: dict[str, PolicyLossFunction] = {
     "dual_clip": dual_clip,
     "gspo": gspo,
     "cispo": cispo,
-    # Dr. GRPO (Liu et al. 2025) keeps the surrogate: it differs in reduction and in advantages not
-    # divided by std.
+    # Dr. GRPO (Liu et al. 2025) differs in the reduction and in the advantages only.
     "dr_grpo": regular,
 }
 
@@ -107,10 +100,9 @@ POLICY_LOSSES: dict[str, PolicyLossFunction] = {
 def value_loss(
     values_BT: torch.Tensor, old_values_BT: torch.Tensor, returns_BT: torch.Tensor, clip: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """0.5 max((V - R)^2, (V_clipped - R)^2) per token, and where the clip takes the gradient away;
-    `[B, T]` both.
+    """Return 0.5 max((V - R)^2, (V_clipped - R)^2), and which tokens are clipped; `[B, T]` each.
 
-    V_clipped is at most `clip` from the old value. Schulman et al. 2017 as implemented in OpenAI's
+    V_clipped is at most `clip` from the old value. Schulman et al. 2017, as implemented in OpenAI's
     baselines (ppo2).
     """
     moved = values_BT - old_values_BT
@@ -126,7 +118,7 @@ TISFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.
 def tis_token(
     old_BT: torch.Tensor, engine_BT: torch.Tensor, mask_BT: torch.Tensor, cap: float
 ) -> torch.Tensor:
-    """min(p_trainer / p_engine, cap) per token; `[B, T]`, no gradient, zero where mask is 0.
+    """Return min(p_trainer / p_engine, cap) per token; `[B, T]`, no gradient, 0 where masked.
 
     Truncated importance sampling; Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You
     Off-Policy RL Training".
@@ -139,9 +131,7 @@ def tis_token(
 def tis_sequence(
     old_BT: torch.Tensor, engine_BT: torch.Tensor, mask_BT: torch.Tensor, cap: float
 ) -> torch.Tensor:
-    """min(prod_t p_trainer / p_engine, cap) on each token of a sequence; otherwise as `tis_token`.
-    Same source.
-    """
+    """Return min(prod_t p_trainer / p_engine, cap) on each token of a sequence; see `tis_token`."""
     log_ratio = torch.where(mask_BT > 0, old_BT - engine_BT, 0.0)
     return log_ratio.sum(dim=1, keepdim=True).exp().clamp(max=cap) * (mask_BT > 0)
 
@@ -160,9 +150,7 @@ def k2(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 def k3(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """q/p - 1 - log(q/p): unbiased, never negative. Same source; GRPO's choice (DeepSeekMath, eq.
-    4).
-    """
+    """q/p - 1 - log(q/p): unbiased, never negative. Same source; DeepSeekMath, eq. 4."""
     log_ratio = reference - logprobs
     return torch.exp(log_ratio) - 1 - log_ratio
 
@@ -182,9 +170,7 @@ KL_ESTIMATORS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] =
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What a mini-batch's loss is divided by; taken over the whole mini-batch, so that
-    micro-batches only add up.
-    """
+    """Divisors of a loss, of the whole mini-batch: the losses of its micro-batches add up."""
 
     tokens: int
     sequences: int
@@ -192,14 +178,12 @@ class Totals:
 
 
 def token_mean(values_BT: torch.Tensor, mask_BT: torch.Tensor, totals: Totals) -> torch.Tensor:
-    """Every token of the mini-batch weighs the same (DAPO, eq. 8)."""
+    """Average over the tokens of the mini-batch (DAPO, eq. 8)."""
     return (values_BT * mask_BT).sum() / totals.tokens
 
 
 def sequence_mean(values_BT: torch.Tensor, mask_BT: torch.Tensor, totals: Totals) -> torch.Tensor:
-    """Every sequence weighs the same: mean over its tokens, then over sequences (DeepSeekMath, eq.
-    3).
-    """
+    """Average over a sequence's tokens, then over sequences (DeepSeekMath, eq. 3)."""
     lengths = mask_BT.sum(dim=1).clamp(min=1)
     return ((values_BT * mask_BT).sum(dim=1) / lengths).sum() / totals.sequences
 
@@ -207,7 +191,7 @@ def sequence_mean(values_BT: torch.Tensor, mask_BT: torch.Tensor, totals: Totals
 def seq_mean_token_sum_norm(
     values_BT: torch.Tensor, mask_BT: torch.Tensor, totals: Totals
 ) -> torch.Tensor:
-    """Token sums over a constant, the length limit: no length bias (Dr. GRPO, Liu et al. 2025)."""
+    """Divide token sums by the length limit: no length bias (Dr. GRPO, Liu et al. 2025)."""
     return (values_BT * mask_BT).sum() / (totals.max_length * totals.sequences)
 
 
