@@ -28,7 +28,7 @@ from rltrain.distributed.device_memory import release
 from rltrain.distributed.process import exits_are_failures
 from rltrain.distributed.process_group import Ranks
 from rltrain.engines.base import Engine, EngineOptions, Sample, stop_token_ids
-from rltrain.engines.build import place_engine
+from rltrain.engines.distributed import place_engine
 from rltrain.envs.problems import Problem, load_problems
 from rltrain.member import Member, sync_tolerance, total_steps
 from rltrain.models import loading as models

@@ -17,8 +17,7 @@ from rltrain.algorithms.objective import Objective
 from rltrain.data.batch import Batch
 from rltrain.models.loading import Reference, adapter_off
 from rltrain.models.logprobs import token_logprobs, token_logprobs_and_entropy
-from rltrain.sync.check import check_sync
-from rltrain.sync.probe import PROBE_ROWS, certain, check_gap
+from rltrain.sync.check import PROBE_ROWS, certain, check_gap, check_sync
 
 # A function of sequences over all of a batch, in passes that fit into memory: `[B, T]`.
 OverRows = Callable[[Batch, Callable[[Batch], torch.Tensor]], torch.Tensor]
