@@ -34,7 +34,7 @@ from rltrain.member import Member, sync_tolerance, total_steps
 from rltrain.models import loading as models
 from rltrain.models import memory
 from rltrain.models.flops import measured_peak
-from rltrain.models.logprobs import computing_dtype
+from rltrain.models.logprobs import AdapterOff, FrozenModel, Reference, computing_dtype
 from rltrain.sync.base import build_sync
 from rltrain.timer import Timer
 
@@ -260,17 +260,17 @@ class Pack:
     def _policy(self, name: str, recipe: Recipe, steps: int) -> Policy:
         algorithm, lora = recipe.trainer.algorithm, recipe.trainer.policy.model.lora
         wants_reference = algorithm.use_kl_loss or algorithm.use_kl_in_reward
-        reference: models.Reference | None = None
+        reference: Reference | None = None
         if lora.rank > 0:
             self._add_adapter(name, recipe, lora)
             parameters = models.adapter_parameters(self.model, name)
-            reference = models.AdapterOff(self.model) if wants_reference else None
+            reference = AdapterOff(self.model) if wants_reference else None
         else:
             # Full fine-tuning changes the base under everyone's feet: it is alone, and the pack
             # ends with it.
             if wants_reference:
                 path = recipe.trainer.policy.model.path
-                reference = models.FrozenModel(
+                reference = FrozenModel(
                     self._another_base(path, recipe, key="trainer.policy.model.path")
                 )
             parameters = dict(self.model.requires_grad_(True).named_parameters())

@@ -12,7 +12,8 @@ import torch
 from rltrain.algorithms.learner import Learner, Row, Statistics
 from rltrain.algorithms.objective import RATIO_MAX
 from rltrain.algorithms.policy import GAP_MAX
-from rltrain.data.batch import Batch, micro_batches, shares, training_parts
+from rltrain.data.batch import Batch
+from rltrain.data.micro_batches import micro_batches, shares, training_parts
 from rltrain.data.seeding import stream_seed
 from rltrain.member import Member
 from rltrain.out_of_memory import checked, with_smaller_passes

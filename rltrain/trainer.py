@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from harness.config.flops import flops_per_token
 from harness.config.schema import Recipe
 from harness.core.errors import UserError
 from harness.records.run_dir import RunDir, Status, damage, whole_folder
@@ -23,7 +24,6 @@ from rltrain.distributed.placement import dtype_of, needs_workers
 from rltrain.distributed.process import exits_are_failures
 from rltrain.evaluate import evaluate
 from rltrain.member import Member
-from rltrain.models.flops import step_flops
 from rltrain.models.loading import adapter_statistics
 from rltrain.pack import Pack
 from rltrain.passes import settle_passes
@@ -261,14 +261,7 @@ def performance(pack: Pack, member: Member, row: dict[str, float]) -> dict[str, 
     recipe = member.recipe
     samples = recipe.trainer.train_batch_size * recipe.generator.n_samples_per_prompt
     samples *= int(row.get("num_sampled_batches", 1))
-    forwards = (
-        1
-        + member.needs_old_logprobs
-        + (member.policy.reference is not None)
-        + (member.critic is not None)
-    )
-    full = recipe.trainer.policy.model.lora.rank == 0
-    flops = step_flops(pack.num_parameters, member.step_tokens, forwards=forwards, full=full)
+    flops = flops_per_token(recipe, pack.num_parameters) * member.step_tokens
     if pack.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated() / 2**30
     else:

@@ -15,8 +15,8 @@ from rltrain.algorithms.learner import Learner, Row, Statistics, mean_over
 from rltrain.algorithms.losses import Totals
 from rltrain.algorithms.objective import Objective
 from rltrain.data.batch import Batch
-from rltrain.models.loading import Reference, adapter_off
-from rltrain.models.logprobs import token_logprobs, token_logprobs_and_entropy
+from rltrain.models.logprobs import Reference, token_logprobs, token_logprobs_and_entropy
+from rltrain.models.lora import adapter_off
 from rltrain.sync.check import PROBE_ROWS, certain, check_gap, check_sync
 
 # A function of sequences over all of a batch, in passes that fit into memory: `[B, T]`.

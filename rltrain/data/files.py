@@ -121,6 +121,31 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def count_rows(paths: Sequence[str]) -> int | None:
+    """Return how many rows data files have together; None when one is missing or unreadable.
+
+    Parquet files are not read beyond their metadata.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    total = 0
+    for name in paths:
+        path = locate(name)
+        # A device or a pipe may have no end.
+        if path is None or not path.is_file():
+            return None
+        try:
+            if path.suffix == ".parquet":
+                total += int(pq.ParquetFile(path).metadata.num_rows)
+            else:
+                with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+                    total += sum(1 for line in file if line.strip())
+        except (OSError, EOFError, zlib.error, pa.ArrowException):
+            return None
+    return total if paths else None
+
+
 def write_rows(rows: Sequence[Row], path: Path) -> None:
     """Write rows as parquet, whole or not at all; raises UserError when the folder cannot be
     written.

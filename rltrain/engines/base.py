@@ -28,7 +28,7 @@ WEIGHTS_AT_ONCE = 512 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request for `n` samples of one prompt from `member`'s adapter (None: from the base model)."""
+    """A request for `n` samples of a prompt from `member`'s adapter; None: the base model."""
 
     prompt_token_ids: Sequence[int]
     n: int
@@ -88,7 +88,7 @@ class Engine(Protocol):
     def load_adapter_tensors(
         self, member: str, version: int, tensors: dict[str, torch.Tensor], config: dict[str, Any]
     ) -> None:
-        """Serve `member` from tensors under PEFT's names, and PEFT's configuration; change neither."""
+        """Serve `member` from tensors under PEFT's names; `config` is PEFT's configuration."""
         return
 
     def drop_adapter(self, member: str) -> None:

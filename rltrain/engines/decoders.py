@@ -11,14 +11,17 @@ from peft import PeftModel
 
 from rltrain.engines.base import unknown_member
 from rltrain.engines.cpu import decoder as llama
-from rltrain.models.loading import adapter_off
+from rltrain.models.lora import adapter_off
 
 
 class Decoder(Protocol):
     """A batch of sequences that are decoded together; every prompt is computed once."""
 
     def prefill(self, prompts: Sequence[Sequence[int]], prompt_of_N: torch.Tensor) -> torch.Tensor:
-        """Return logits `[N, V]` after the prompts; `prompt_of_N` (ascending) indexes the prompts."""
+        """Return logits `[N, V]` after prompts; sequence n continues prompt `prompt_of_N[n]`.
+
+        `prompt_of_N` is ascending.
+        """
 
     def step(self, token_N: torch.Tensor) -> torch.Tensor:
         """Append a token to every sequence; return logits `[N, V]`."""

@@ -52,10 +52,10 @@ class TransformersEngine(Engine):
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> list[list[Sample]]:
-        """Return samples `[P][G]` in the order of the requests; raise UserError as `Engine` says.
+        """Return samples `[P][G]` in the order of the requests.
 
-        Where a batch runs out of memory, all requests are sampled again in batches of half the
-        size, and so are later ones.
+        Raises UserError as `Engine.generate` does. Where a batch runs out of memory, all requests
+        are sampled again in batches of half the size, and so are later ones.
         """
         check_prompts(requests, self._max_input_length)
         while True:

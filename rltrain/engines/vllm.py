@@ -147,7 +147,10 @@ class VLLMEngine(Engine):
             self._llm = vllm.LLM(**settings | generator.engine_args)
 
     def generate(self, requests: Sequence[Request]) -> list[list[Sample]]:
-        """Return samples `[P][G]` in the order of the requests; raise UserError as `Engine` says."""
+        """Return samples `[P][G]` in the order of the requests.
+
+        Raises UserError as `Engine.generate` does.
+        """
         check_prompts(requests, self._max_input_length)
         prompts: list[dict[str, list[int]]] = []
         params: list[Any] = []

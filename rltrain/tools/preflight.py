@@ -4,14 +4,11 @@ ray.
 
 from __future__ import annotations
 
-import gzip
 import http.client
 import json
 import os
 import urllib.error
 import urllib.request
-import zlib
-from collections.abc import Sequence
 from pathlib import Path
 
 from harness.config.schema import AdvantageEstimator, Backend, DType, Recipe, SyncMode
@@ -75,35 +72,6 @@ def check_batch(problems: int, batch: int) -> None:
             got=f"{problems} problems, trainer.train_batch_size={batch}",
             fix=f"trainer.train_batch_size={problems} or less",
         )
-
-
-def count_rows(paths: Sequence[str]) -> int | None:
-    """Rows of data files together, without reading them whole; None when one is missing or cannot
-    be read.
-    """
-    counts = [_rows(path) for path in paths]
-    return (
-        sum(count for count in counts if count is not None)
-        if counts and None not in counts
-        else None
-    )
-
-
-def _rows(name: str) -> int | None:
-    path = locate(name)
-    # Not a device or a pipe, which may have no end.
-    if path is None or not path.is_file():
-        return None
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        if path.suffix == ".parquet":
-            return int(pq.ParquetFile(path).metadata.num_rows)
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            return sum(1 for line in file if line.strip())
-    except (OSError, EOFError, zlib.error, pa.ArrowException):
-        return None
 
 
 def _check_hub(recipe: Recipe) -> None:
