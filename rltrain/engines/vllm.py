@@ -19,7 +19,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read once, when vLLM is 
 import vllm
 from vllm.lora.request import LoRARequest
 
-from harness.config.schema import Recipe, Sampling
+from harness.config.schema import Recipe
 from harness.config.validate import VLLM_LORA_RANKS
 from rltrain.distributed import placement as parallel
 from rltrain.distributed.cluster import keep_to_loopback
@@ -164,7 +164,20 @@ class VLLMEngine(Engine):
             prompt = {"prompt_token_ids": list(request.prompt_token_ids)}
             for index in range(request.n):
                 prompts.append(prompt)
-                params.append(self._params(request.sampling, sample_seed(request.seed, index)))
+                params.append(
+                    vllm.SamplingParams(
+                        temperature=request.sampling.temperature,
+                        top_p=request.sampling.top_p,
+                        top_k=request.sampling.top_k,
+                        max_tokens=request.sampling.max_generate_length,
+                        stop_token_ids=self._stop_token_ids,
+                        seed=sample_seed(request.seed, index),
+                        logprobs=0,
+                        detokenize=False,
+                        # Nobody else holds it, and vLLM's deep copy takes 80 µs a sample.
+                        skip_clone=True,
+                    )
+                )
                 adapters.append(adapter)
         # No keys of older weights are reused, and the same call gives the same bits again.
         self._llm.llm_engine.reset_prefix_cache()
@@ -302,19 +315,6 @@ class VLLMEngine(Engine):
             engine = self._llm.llm_engine
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
             raise
-
-    def _params(self, sampling: Sampling, seed: int) -> Any:
-        return vllm.SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            max_tokens=sampling.max_generate_length,
-            stop_token_ids=self._stop_token_ids,
-            seed=seed,
-            logprobs=0,
-            detokenize=False,
-            skip_clone=True,  # vLLM's deep copy takes 80 µs a sample, and nobody else holds it
-        )
 
 
 def _sample(output: Any) -> Sample:
