@@ -287,7 +287,7 @@ def _read_parquet(path: Path) -> list[Row]:
         # A year beyond 9999, text that is not UTF-8.
         except (pa.ArrowException, ValueError, OverflowError) as error:
             raise UserError(
-                "a column holds what Python cannot",
+                "a column holds values that Python cannot represent",
                 got=f"{path}, column {name}: {str(error).splitlines()[0]}",
                 fix="leave the column out, or write it as text",
             ) from None

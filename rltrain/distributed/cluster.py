@@ -62,6 +62,7 @@ LARGE_STORE_BYTES = 2 * 2**30
 LOCK = ".lock"
 # A socket's path has at most 107 bytes, and Ray's part of it about 70.
 LONGEST_ROOT = 30
+PREFIX = f"noregret-{os.getuid()}-"
 
 
 @contextlib.contextmanager
@@ -174,7 +175,7 @@ def keep_to_loopback() -> None:
 
 def folders() -> list[Path]:
     """Return the folders of this user's commands that run Ray, and of killed ones that did."""
-    return [folder for folder in _temporary().glob(f"{_prefix()}{'?' * 8}") if _is_ours(folder)]
+    return [folder for folder in _temporary().glob(PREFIX + "?" * 8) if _is_ours(folder)]
 
 
 def clear_left_over() -> None:
@@ -226,7 +227,7 @@ def _own_folder() -> Iterator[Path]:
 
 def _new_folder() -> tuple[Path, KernelLock]:
     while True:
-        root = Path(tempfile.mkdtemp(prefix=_prefix(), dir=_temporary()))
+        root = Path(tempfile.mkdtemp(prefix=PREFIX, dir=_temporary()))
         lock = KernelLock(root / LOCK)
         # Before it is locked, another command may remove it.
         with contextlib.suppress(FileNotFoundError):
@@ -325,10 +326,6 @@ def _temporary() -> Path:
     """Return the parent of Ray's folders: the system's temporary folder if its path is short."""
     root = Path(tempfile.gettempdir())
     return root if len(str(root)) <= LONGEST_ROOT else Path("/tmp")
-
-
-def _prefix() -> str:
-    return f"noregret-{os.getuid()}-"
 
 
 def _is_ours(folder: Path) -> bool:

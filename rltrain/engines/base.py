@@ -15,8 +15,8 @@ from harness.core.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-# Each module has `build(recipe, model, options) -> Engine`; imported only when wanted, for vLLM
-# takes seconds.
+# Each module has `build(recipe, model, options) -> Engine`. Importing vLLM takes seconds, so only
+# the recipe's engine is imported.
 ENGINES: dict[Backend, str] = {
     Backend.vllm: "rltrain.engines.vllm",
     Backend.transformers: "rltrain.engines.transformers",

@@ -17,24 +17,23 @@ from rltrain.engines.base import Engine, EngineOptions, Request, Sample, build_e
 
 def place_engine(recipe: Recipe, model: Any, options: EngineOptions, ranks: Ranks) -> Engine:
     """Build the engine, or the engines behind one object, that the recipe's placement names."""
-    if not recipe.trainer.placement.colocate_all:
-        return RankZeroEngine(_separate_engines(recipe, options) if ranks.first else None, ranks)
-    engine = build_engine(recipe, model, options)
-    return engine if ranks.size == 1 else PerRankEngine(engine, ranks)
-
-
-def _separate_engines(recipe: Recipe, options: EngineOptions) -> Engine:
-    """Start engines in the last bundles of this rank's placement group (`placement.bundles`)."""
+    if recipe.trainer.placement.colocate_all:
+        engine = build_engine(recipe, model, options)
+        return engine if ranks.size == 1 else PerRankEngine(engine, ranks)
+    if not ranks.first:
+        return RankZeroEngine(None, ranks)
     import ray
 
     from rltrain.engines.remote import start_engines
 
+    # Separate engines have the last bundles of this rank's placement group (`placement.bundles`).
     group, count = ray.util.get_current_placement_group(), recipe.generator.num_inference_engines
     env = worker_environment(recipe.trainer.num_threads or 1, deterministic_environment(recipe))
     first = group.bundle_count - count
-    return start_engines(
+    engines = start_engines(
         recipe, options, count=count, placement_group=group, first_bundle=first, env=env
     )
+    return RankZeroEngine(engines, ranks)
 
 
 class PerRankEngine(Engine):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any
 
 from harness.config.schema import Recipe
 from harness.core.errors import UserError
@@ -27,15 +27,6 @@ UNWRAPPED_ERRORS = (UserError, SyncError)
 """Errors raised as they are; others are raised as Ray's, which hold the actor's traceback."""
 
 
-class EngineInParts(Engine, Protocol):
-    """An engine that can load new weights part by part, as no message holds a whole model."""
-
-    def load_weights(
-        self, weights: Iterable[tuple[str, torch.Tensor]], *, last: bool = True
-    ) -> None:
-        """Replace weights, in one call or in several of which the last has `last` set."""
-
-
 class EngineServer:
     """Runs in an actor's process: builds an engine and calls its methods."""
 
@@ -51,7 +42,7 @@ class EngineServer:
                 got=f"generator.backend={recipe.generator.backend.name}",
                 fix="set generator.backend=vllm, or trainer.placement.colocate_all=true",
             )
-        self._engine = cast(EngineInParts, engine)
+        self._engine = engine
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call the engine's method of that name."""
@@ -59,7 +50,10 @@ class EngineServer:
 
 
 class RemoteEngines(Engine):
-    """Several engines in actors behind one object; all serve the same weights."""
+    """Several engines in actors behind one object; all serve the same weights.
+
+    They have devices of their own, so `sleep` and `wake` do nothing.
+    """
 
     shares_weights = False
 
@@ -97,7 +91,10 @@ class RemoteEngines(Engine):
         self._all("drop_adapter", member)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Replace the weights; Ray's store holds one part (`in_parts`) of them at a time."""
+        """Replace the weights; Ray's store holds one part (`in_parts`) of them at a time.
+
+        The engines' `load_weights` must accept `last`, as vLLM's does.
+        """
         import ray
 
         for part in in_parts(weights):
@@ -105,14 +102,6 @@ class RemoteEngines(Engine):
                 "load_weights", ray.put([(name, tensor.cpu()) for name, tensor in part]), last=False
             )
         self._all("load_weights", [])
-
-    def sleep(self) -> None:
-        """Put every engine to sleep."""
-        self._all("sleep")
-
-    def wake(self) -> None:
-        """Wake every engine."""
-        self._all("wake")
 
     def close(self) -> None:
         """Shut the engines down, then their processes."""

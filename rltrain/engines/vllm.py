@@ -6,9 +6,8 @@ vllm.
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,8 +180,14 @@ class VLLMEngine(Engine):
                 adapters.append(adapter)
         # No keys of older weights are reused, and the same call gives the same bits again.
         self._llm.llm_engine.reset_prefix_cache()
-        with preserve_random_state(), without_torch_determinism(), self._abort_on_error():
-            outputs = self._llm.generate(prompts, params, lora_request=adapters, use_tqdm=False)
+        try:
+            with preserve_random_state(), without_torch_determinism():
+                outputs = self._llm.generate(prompts, params, lora_request=adapters, use_tqdm=False)
+        except BaseException:
+            # vLLM would continue the unfinished requests in the next call.
+            engine = self._llm.llm_engine
+            engine.abort_request(list(engine.output_processor.request_states), internal=True)
+            raise
         samples = iter([_sample(output.outputs[0]) for output in outputs])
         return [[next(samples) for _ in range(request.n)] for request in requests]
 
@@ -305,16 +310,6 @@ class VLLMEngine(Engine):
         llm, self._llm = self._llm, None
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
-
-    @contextlib.contextmanager
-    def _abort_on_error(self) -> Iterator[None]:
-        """Abort unfinished requests after an error: vLLM would continue them in the next call."""
-        try:
-            yield
-        except BaseException:
-            engine = self._llm.llm_engine
-            engine.abort_request(list(engine.output_processor.request_states), internal=True)
-            raise
 
 
 def _sample(output: Any) -> Sample:

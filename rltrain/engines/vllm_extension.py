@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -65,7 +64,13 @@ class WorkerExtension:
         manager._adapter_manager.add_adapter(adapter)
         manager._adapter_manager.activate_adapter(adapter_id)
         adapter.updatable_tensors, adapter.scale = copies, helper.vllm_lora_scaling_factor
-        served = {tensor.data_ptr() for lora in adapter.loras.values() for tensor in _parts(lora)}
+        served = {
+            tensor.data_ptr()
+            for lora in adapter.loras.values()
+            for part in (lora.lora_a, lora.lora_b)
+            for tensor in (part if isinstance(part, list) else [part])
+            if tensor is not None
+        }
         return all(tensor.data_ptr() in served for tensor in copies.values())
 
     def update_adapter(self, adapter_id: int, tensors: dict[str, torch.Tensor]) -> None:
@@ -115,10 +120,3 @@ class WorkerExtension:
         head = getattr(model, "lm_head", None)
         if head is not None and hasattr(head, "quant_method"):
             head.quant_method.process_weights_after_loading(head)
-
-
-def _parts(lora: Any) -> Iterator[torch.Tensor]:
-    """Yield A's and B's of one of vLLM's layers, which may pack several."""
-    for tensors in (lora.lora_a, lora.lora_b):
-        parts = tensors if isinstance(tensors, list) else [tensors]
-        yield from (part for part in parts if part is not None)

@@ -71,7 +71,7 @@ def memory_share(asked: float, free: int, total: int, least: int) -> float:
             allowed=f">= {least / GIB:.1f} GiB for vLLM: its copy of the model, and keys "
             "and values of one sequence",
             fix="end other processes on the GPU, raise generator.gpu_memory_utilization, "
-            "take a smaller model, or give "
+            "use a smaller model, or give "
             "engines GPUs of their own with trainer.placement.colocate_all=false",
         )
     return share

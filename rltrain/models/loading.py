@@ -141,8 +141,7 @@ def _check_dropout(key: str, path: str, model: PreTrainedModel) -> None:
             if "drop" in name and isinstance(value, float) and value > 0
         ]
         raise UserError(
-            f"{key} has dropout: the log-probabilities that train it would not be those "
-            "that it sampled with",
+            f"{key} has dropout: log-probabilities in training would differ from those in sampling",
             got=f"{path}: {first}",
             allowed="0",
             fix=f"set to 0 in its config.json: {', '.join(keys)}",
@@ -158,7 +157,7 @@ def _check_finite(key: str, path: str, model: PreTrainedModel) -> None:
             raise UserError(
                 f"{key} holds weights that are NaN or infinite",
                 got=f"{path}: {bad} of {parameter.numel()} in {name}",
-                fix="take another copy of the model: nothing can be trained from these",
+                fix="use another copy of the model: nothing can be trained from these weights",
             )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -59,11 +59,11 @@ class Reference(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class AdapterOff:
     """The reference of a LoRA run: the same model with its adapter disabled."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    model: Any
 
     @torch.no_grad()
     def logprobs(self, batch: Batch, temperature: float) -> torch.Tensor:
@@ -72,11 +72,11 @@ class AdapterOff:
             return token_logprobs(self.model, batch, temperature)
 
 
+@dataclass(frozen=True)
 class FrozenModel:
     """The reference of full fine-tuning: another model with the initial weights."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    model: Any
 
     @torch.no_grad()
     def logprobs(self, batch: Batch, temperature: float) -> torch.Tensor:
@@ -99,7 +99,7 @@ def at_predictors(
     if can_pack(model.config):
         # FlashAttention's call has no dropout.
         varlen = has_varlen(device, computing_dtype(model)) and not (
-            model.training and _attention_dropout(model)
+            model.training and getattr(model.config, "attention_dropout", None)
         )
         packing = pack(batch, share=not _drops(model), varlen=varlen, device=device)
         inputs = {
@@ -126,11 +126,14 @@ def at_predictors(
         def select(hidden: torch.Tensor) -> torch.Tensor:
             return hidden[:, :-1][mask]
 
-    with (
-        _in_place_of_the_head(base_model(model), lambda hidden: head(select(hidden))),
-        precision(model),
-    ):
-        result: torch.Tensor = model(**inputs, use_cache=False).logits[0]
+    base: Any = base_model(model)
+    original = base.get_output_embeddings()
+    base.set_output_embeddings(_Head(lambda hidden: head(select(hidden))))
+    try:
+        with precision(model):
+            result: torch.Tensor = model(**inputs, use_cache=False).logits[0]
+    finally:
+        base.set_output_embeddings(original)
     return result
 
 
@@ -143,18 +146,6 @@ class _Head(torch.nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.compute(hidden).unsqueeze(0)
-
-
-@contextlib.contextmanager
-def _in_place_of_the_head(
-    causal_lm: Any, compute: Callable[[torch.Tensor], torch.Tensor]
-) -> Iterator[None]:
-    head = causal_lm.get_output_embeddings()
-    causal_lm.set_output_embeddings(_Head(compute))
-    try:
-        yield
-    finally:
-        causal_lm.set_output_embeddings(head)
 
 
 def chosen_logprobs(
@@ -266,8 +257,6 @@ def _drops(model: Any) -> bool:
         if isinstance(model, PeftModel)
         else 0.0
     )
-    return bool(model.training and (adapter > 0 or _attention_dropout(model) > 0))
-
-
-def _attention_dropout(model: Any) -> float:
-    return getattr(model.config, "attention_dropout", None) or 0.0
+    return bool(
+        model.training and (adapter > 0 or getattr(model.config, "attention_dropout", None))
+    )

@@ -11,8 +11,7 @@ from rltrain.engines.base import SyncError
 
 # Every comparison with NaN is False: it has to be looked for.
 NOT_FINITE = (
-    "log-probabilities are NaN or infinite: the model's weights or activations "
-    "are no finite numbers any more"
+    "log-probabilities are NaN or infinite: the model's weights or activations are no longer finite"
 )
 PROBE_ROWS = 8
 """Sequences that are computed again with the adapter off: enough to decide, and cheap."""

@@ -45,7 +45,7 @@ class AdapterTensors:
         ]
         if names:
             raise RuntimeError(
-                f"PEFT stores what is no parameter of the model: {sorted(names.values())}"
+                f"PEFT stores tensors that are no parameters: {sorted(names.values())}"
             )
 
     def fits(self, model: Any) -> bool:
