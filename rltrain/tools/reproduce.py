@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -121,12 +121,9 @@ def begin(planned: Reproduction) -> None:
     planned.run_dir.create(recipes.to_yaml(planned.recipe), planned.now)
 
 
-def rerun(planned: Reproduction) -> Generator[Report]:
-    """Train up to the last step that the original logged; yield a report after every step."""
-    from rltrain.trainer import run
-
-    training = cast("Generator[Report]", run(planned.recipe, planned.run_dir))
-    with contextlib.closing(training) as reports:
+def until_last_step(planned: Reproduction, training: Iterator[Report]) -> Generator[Report]:
+    """Yield the reports of `training` up to the original's last step, then stop it."""
+    with contextlib.closing(cast("Generator[Report]", training)) as reports:
         for report in reports:
             yield report
             if report.step >= planned.last:
