@@ -27,7 +27,7 @@ COMPILE = pip compile --quiet --universal --python-version 3.11 --no-annotate \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-gpu quickstart study test-fast test test-all lint format typecheck lock bench clean
+.PHONY: help install install-gpu quickstart study test-fast test test-all lint docs format typecheck lock bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -58,11 +58,14 @@ test: $(INSTALLED)  ## all but the slow tests, two files at a time; K=expr as py
 test-all: $(INSTALLED)  ## every test
 	$(PYTEST) $(PYTEST_ARGS)
 
-lint: $(INSTALLED)  ## style, formatting, types and import contracts
+lint: $(INSTALLED) docs  ## style, formatting, types, import contracts, and that the documentation builds
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+docs: $(INSTALLED)  ## the documentation as a site in site/, every warning an error (some seconds)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(INSTALLED)  ## mend style and formatting, as far as ruff can
 	$(BIN)/ruff check --fix .
@@ -86,7 +89,7 @@ bench: $(INSTALLED)  ## every benchmark in tests/benchmarks, one after the other
 	$(BIN)/python -m tests.benchmarks.summarize
 
 clean:  ## remove the environments, build output and caches; runs/ stays
-	rm -rf .venv .venv-gpu .tools build dist ./*.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-gpu .tools build dist site ./*.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # install.py stamps last, so that an interrupted installation starts again.

@@ -42,7 +42,7 @@ def _environment(name: str) -> Any:
             "the environment module prepares no data",
             got=name,
             allowed="a module with prepare(source, output_dir)",
-            fix="name a data file in the recipe: docs/environments.md says which columns it needs",
+            fix="name a data file in the recipe: docs/guides/your_task.md says which columns",
         )
     return env
 

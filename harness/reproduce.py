@@ -128,7 +128,7 @@ def _train(planned: Reproduction, options: argparse.Namespace) -> int:
 
 def _follow(planned: Reproduction, options: argparse.Namespace) -> int:
     from rltrain.tools.compare import compare_rows, rows_until
-    from rltrain.trainer import run
+    from rltrain.worker_group import train_run
 
     wanted, console, departed, step = (
         rows_until(planned.original, planned.last),
@@ -136,7 +136,7 @@ def _follow(planned: Reproduction, options: argparse.Namespace) -> int:
         False,
         0,
     )
-    training = run(planned.recipe, planned.run_dir)
+    training = train_run(planned.recipe, planned.run_dir)
     with contextlib.closing(reproduce.until_last_step(planned, training)) as reports:
         for report in reports:
             step = report.step

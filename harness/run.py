@@ -57,21 +57,12 @@ SAME_RECIPE = (
 
 UNMET = 3
 # What a launch leaves that ended before its first step.
-LAUNCHED = {
-    "recipe.yaml",
-    "manifest.json",
-    ".lock",
-    "log.txt",
-    "tensorboard",
-    "wandb",
-    "study.journal",
-    "study.journal.lock",
-    "packs",
-}
+LAUNCHED = {"recipe.yaml", "manifest.json", ".lock", "log.txt", "tensorboard", "wandb", "packs"}
+LAUNCHED |= {"study.journal", "study.journal.lock"}
 
 
 def main(argv: list[str]) -> int:
-    """Parse, check, train, print the result; returns the exit status."""
+    """Parse, check, train and print the result; return the exit status."""
     parser = Parser(prog=invocation("run"), description="Train one run of a recipe.")
     parser.add_argument("recipe", nargs="?", help="a recipe, e.g. recipes/quickstart.yaml")
     parser.add_argument(
@@ -106,7 +97,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_intermixed_args(argv)
     options.name = options.recipe
     if options.taken:
-        _take(options)
+        _use_recipe_of_run(options)
     if options.dry_run:
         return _dry_run(options)
     if options.gpu_memory is not None:
@@ -114,36 +105,38 @@ def main(argv: list[str]) -> int:
             "--gpu-memory is for --dry-run: a run takes the GPUs that are there",
             got=options.gpu_memory,
         )
-    recipe, run_dir = _resumed(options) if options.resume else _started(options)
+    recipe, run_dir = _prepare_resume(options) if options.resume else _prepare_start(options)
     try:
-        met = _train_or_tell(recipe, run_dir, options)
+        met = _train_and_judge(recipe, run_dir, options)
     except UserError:
         if options.resume is None:
             clear_launch(run_dir)
         raise
-    print(_summary(run_dir, shown(run_dir.path)))
+    print(_summary(run_dir))
     return 0 if met or not options.check else UNMET
 
 
-def _train_or_tell(recipe: Recipe, run_dir: RunDir, options: argparse.Namespace) -> bool:
-    """Train what is left of the run, with its directory locked, and judge it; whether it is as
-    expected.
-    """
+def _train_and_judge(recipe: Recipe, run_dir: RunDir, options: argparse.Namespace) -> bool:
+    """Train what is left of the run, its directory locked; return whether it is as expected."""
     with run_dir.locked("another process is training this run"):
         if options.resume:
-            # As it was left: another process may have ended it meanwhile.
+            # Again, now that it is locked: another process may have finished it meanwhile.
             _check_same(recipes.read(run_dir.recipe), run_dir, options.changed_inputs)
         else:
-            _make(recipe, run_dir, options)
+            _create(recipe, run_dir, options)
         if _only_lacks_verdict(run_dir.sound_manifest()):
-            _tell_end(recipe, run_dir)
+            # A kill may have kept the last step from the loggers.
+            print(f"run {shown(run_dir.path)} is trained; its verdict was not written")
+            row = MetricsFile(run_dir.metrics).rows()[-1]
+            with contextlib.closing(sinks.Sinks(recipe, run_dir)) as loggers:
+                loggers.report(int(row["step"]), row)
         else:
             _train(recipe, run_dir, changed_inputs=options.changed_inputs)
-        return _as_expected(recipe, run_dir, options.check)
+        return _judge(recipe, run_dir, options.check)
 
 
-def _take(options: argparse.Namespace) -> None:
-    """Put the recipe of another run, to be overridden, in the place of a recipe file."""
+def _use_recipe_of_run(options: argparse.Namespace) -> None:
+    """Replace the recipe file of `options` by the recipe of the run that `--from` names."""
     words = [word for word in (options.recipe, *options.overrides) if word is not None]
     others = (
         ["--resume"] if options.resume is not None else [word for word in words if "=" not in word]
@@ -158,8 +151,8 @@ def _take(options: argparse.Namespace) -> None:
     options.overrides = [*fresh, *words]
 
 
-def _started(options: argparse.Namespace) -> tuple[Recipe, RunDir]:
-    """The recipe of a run, and where it goes. Nothing is made yet."""
+def _prepare_start(options: argparse.Namespace) -> tuple[Recipe, RunDir]:
+    """Return the recipe of a new run and its directory, which is not created yet."""
     recipe = _composed(options)
     _print_notes(recipe, options.overrides)
     cores = (os.cpu_count() or 1) // num_processes(recipe)
@@ -171,10 +164,8 @@ def _started(options: argparse.Namespace) -> tuple[Recipe, RunDir]:
     return recipe, run_dir
 
 
-def _make(recipe: Recipe, run_dir: RunDir, options: argparse.Namespace) -> None:
-    """Make the run's directory, or see that the one there is this run's: another start may just
-    have made it.
-    """
+def _create(recipe: Recipe, run_dir: RunDir, options: argparse.Namespace) -> None:
+    """Create the run's directory; check it where another start has just created it."""
     if run_dir.manifest.exists():
         _check_same(recipe, run_dir, options.changed_inputs)
         if recipe.trainer.max_tokens_per_microbatch == "auto":
@@ -227,7 +218,8 @@ def _print_notes(recipe: Recipe, overrides: list[str]) -> None:
         print(note)
 
 
-def _resumed(options: argparse.Namespace) -> tuple[Recipe, RunDir]:
+def _prepare_resume(options: argparse.Namespace) -> tuple[Recipe, RunDir]:
+    """Return the recipe and the directory of a run that is resumed."""
     run_dir = RunDir(options.resume)
     words = [word for word in (options.recipe, *options.overrides) if word is not None]
     refused = [word for word in words if not word.startswith(MOVABLE) or "=" not in word]
@@ -258,9 +250,7 @@ def _check(recipe: Recipe) -> None:
 
 
 def _check_same(recipe: Recipe, run_dir: RunDir, changed_inputs: bool) -> None:
-    """An existing directory is gone on with, never overwritten: unfinished, and of the same recipe
-    and inputs.
-    """
+    """Raise UserError unless a directory holds an unfinished run of this recipe and its inputs."""
     record = run_dir.sound_manifest()
     if record["kind"] == "sweep":
         raise UserError(
@@ -294,73 +284,54 @@ def _check_same(recipe: Recipe, run_dir: RunDir, changed_inputs: bool) -> None:
 
 
 def _only_lacks_verdict(record: dict[str, Any]) -> bool:
-    """Whether a run was killed after its last step, before its verdict; trials and repetitions
-    never get one.
+    """Return whether a run was killed between its last step and its verdict.
+
+    Trials and reproductions never get a verdict.
     """
     ended = record["kind"] == "run" and record["status"] == Status.COMPLETE.value
     return ended and not {"expect", "reproduces"} & record.keys()
 
 
-def _tell_end(recipe: Recipe, run_dir: RunDir) -> None:
-    """Tell the loggers of the last step and the result, which a kill may have kept from them."""
-    print(f"run {shown(run_dir.path)} is trained; its verdict was not written")
-    row = MetricsFile(run_dir.metrics).rows()[-1]
-    with contextlib.closing(sinks.Sinks(recipe, run_dir)) as told:
-        told.report(int(row["step"]), row)
-
-
 def _train(recipe: Recipe, run_dir: RunDir, *, changed_inputs: bool) -> None:
-    place = shown(run_dir.path)
+    path = shown(run_dir.path)
     if changed_inputs and (changes := manifest.accept_inputs(run_dir)):
         print(f"note: going on with changed inputs: {'; '.join(changes)}")
-    _note_resumption(recipe, run_dir)
-    print(f"run {place}", flush=True)
+    record = run_dir.read_manifest()
+    if record["status"] != Status.CREATED.value:
+        run_dir.update(resumed=[*record.get("resumed", []), manifest.resumption(record, recipe)])
+    print(f"run {path}", flush=True)
     try:
-        _follow(recipe, run_dir)
+        with contextlib.closing(sinks.Sinks(recipe, run_dir)) as loggers:
+            print("loading the model and starting the engine ...", flush=True)
+            from rltrain.distributed.process import quiet_libraries
+
+            quiet_libraries()
+            from rltrain.worker_group import train_run
+
+            for report in train_run(recipe, run_dir):
+                loggers.report(report.total_steps, report.metrics)
     except KeyboardInterrupt:
-        print(f"stopped; go on with: {invocation('run')} --resume {place}", file=sys.stderr)
+        print(f"stopped; go on with: {invocation('run')} --resume {path}", file=sys.stderr)
         raise
 
 
 def clear_launch(run_dir: RunDir) -> None:
-    """Remove the directory of what bad input ended before its first step: it holds nothing, and its
-    name is free.
-    """
+    """Remove the directory of a run that bad input ended before its first step."""
     if not run_dir.path.is_dir():
         return
-    with held(run_dir.path / ".lock") as mine:
-        if mine and set(os.listdir(run_dir.path)) <= LAUNCHED:
+    with held(run_dir.path / ".lock") as locked:
+        if locked and set(os.listdir(run_dir.path)) <= LAUNCHED:
             shutil.rmtree(run_dir.path)
 
 
-def _note_resumption(recipe: Recipe, run_dir: RunDir) -> None:
-    """Keep how a run is gone on with, and what differs from when it was made."""
-    record = run_dir.read_manifest()
-    if record["status"] != Status.CREATED.value:
-        run_dir.update(resumed=[*record.get("resumed", []), manifest.resumption(record, recipe)])
+def _judge(recipe: Recipe, run_dir: RunDir, forced: bool) -> bool:
+    """Judge the recipe's expectations by this run, print and record the verdicts.
 
-
-def _follow(recipe: Recipe, run_dir: RunDir) -> None:
-    """Train, and tell the recipe's loggers of every step."""
-    with contextlib.closing(sinks.Sinks(recipe, run_dir)) as told:
-        print("loading the model and starting the engine ...", flush=True)
-        from rltrain.distributed.process import quiet_libraries
-
-        quiet_libraries()
-        from rltrain.trainer import run
-
-        for report in run(recipe, run_dir):
-            told.report(report.total_steps, report.metrics)
-
-
-def _as_expected(recipe: Recipe, run_dir: RunDir, asked: bool) -> bool:
-    """Judge what the recipe expects by this one run, print it, and write it to the manifest.
-
-    Expectations are the recipe's as it is: of one with overrides they are judged only if that is
-    `asked`.
+    With overrides the recipe is another experiment: it is judged only if that is `forced`, or if
+    the expectations were overridden too. Returns whether all are met.
     """
-    others = [] if asked else overridden(run_dir)
-    if any(word.startswith("expect") for word in others):  # expectations of its own
+    others = [] if forced else overridden(run_dir)
+    if any(word.startswith("expect") for word in others):
         others = []
     verdicts = judge({} if others else recipe.expect, [MetricsFile(run_dir.metrics).rows()])
     run_dir.update(expect=[verdict.record() for verdict in verdicts])
@@ -375,26 +346,26 @@ def _as_expected(recipe: Recipe, run_dir: RunDir, asked: bool) -> bool:
 
 
 def overridden(run_dir: RunDir) -> list[str]:
-    """The overrides that made another experiment of a run's recipe file; those of a run whose
-    recipe it took too.
+    """Return the overrides that make a run another experiment than its recipe file.
+
+    Those of the run whose recipe it was started from count too.
     """
     record = run_dir.read_manifest()["recipe"]
-    given = [word for word in record.get("overrides") or () if not word.startswith(SAME_RECIPE)]
+    words = [word for word in record.get("overrides") or () if not word.startswith(SAME_RECIPE)]
     file = Path(record["source"])
-    taken = RunDir(file.parent)
-    inherits = (
-        file.name == taken.recipe.name and taken.manifest.exists() and taken.path != run_dir.path
+    origin = RunDir(file.parent)
+    has_origin = (
+        file.name == origin.recipe.name and origin.manifest.exists() and origin.path != run_dir.path
     )
-    return given + (overridden(taken) if inherits else [])
+    return words + (overridden(origin) if has_origin else [])
 
 
-def _summary(run_dir: RunDir, place: str) -> str:
+def _summary(run_dir: RunDir) -> str:
     result = run_dir.read_manifest()["result"]
     base = f" (base {result['base']['eval/accuracy']:.3f})" if result["base"] else ""
     return (
         f"held-out accuracy {result['metrics']['eval/accuracy']:.3f}{base} after "
-        f"{result['step']} steps "
-        f"in {metrics.duration(result['seconds'])}  {place}"
+        f"{result['step']} steps in {metrics.duration(result['seconds'])}  {shown(run_dir.path)}"
     )
 
 

@@ -98,7 +98,7 @@ def advice(output: str) -> str:
     if "No space left" in output:
         return "make room, or name a folder that has some in UV_CACHE_DIR, then run make again"
     if NETWORK.search(output):
-        return "check the network; docs/install.md says how to name a proxy or a mirror"
+        return "check the network; docs/guides/install.md says how to name a proxy or a mirror"
     return "read the log, then run make again"
 
 
@@ -264,8 +264,8 @@ def torch_flags(uv: Uv, python: str, pin: str) -> list[str]:
     raise Failure(
         f"no CPU build of {pin} for {version} can be had: the indexes in use have none, and"
         f" PyTorch's own cannot be reached ({LOG})",
-        "name a mirror that has it (docs/install.md), or make install TORCH=pypi, which takes"
-        " PyPI's build for CUDA: it runs on a CPU too, and needs 4 GB more of disk",
+        "name a mirror that has it (docs/guides/install.md), or make install TORCH=pypi, which"
+        " takes PyPI's build for CUDA: it runs on a CPU too, and needs 4 GB more of disk",
     )
 
 

@@ -1,6 +1,4 @@
-"""Checkpoints of a member: written whole or not at all, independent of how many processes wrote
-them.
-"""
+"""Checkpoints and adapters of a member, written whole or not at all, whatever the ranks."""
 
 from __future__ import annotations
 
@@ -17,9 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from harness.core.errors import UserError
 from harness.records.run_dir import RunDir, damage, remove_folder, whole_folder
-from rltrain.algorithms.learner import Learner
+from rltrain.algorithms.trained_model import TrainedModel
+from rltrain.distributed import placement
 from rltrain.distributed.process_group import Ranks, full, like
 from rltrain.member import Member
+from rltrain.pack import Pack
+from rltrain.sync.disk import write_adapter
+from rltrain.sync.merge import merged_weights
 
 COMPLETE = "COMPLETE"
 STATE = "state.json"
@@ -30,23 +32,22 @@ _FILES = {"policy": ("weights", "optimizer"), "critic": ("critic", "critic_optim
 def save(member: Member, ranks: Ranks) -> None:
     """Write `checkpoints/step_NNNNNN/` and remove the oldest beyond `trainer.max_ckpts_to_keep`.
 
-    Only what training changes is in it: adapters (or all weights, rank 0), value head, optimizers,
-    counters. Random streams, the data's order and the learning rate follow from seed and counters,
-    so there is no state of theirs.
+    It holds what training changes: adapters (or all weights, rank 0), value head, optimizers and
+    counters. Random streams, the data's order and the learning rate follow from seed and counters.
     """
     tensors: dict[str, dict[str, torch.Tensor]] = {}
-    for learner in member.learners:
-        weights, optimizer = _FILES[learner.name]
-        tensors[weights] = {name: full(p.detach()) for name, p in _named(learner)}
+    for model in member.trained_models:
+        weights, optimizer = _FILES[model.name]
+        tensors[weights] = {name: full(p.detach()) for name, p in _named(model)}
         tensors[optimizer] = {
-            name: full(value) for name, value in _optimizer_tensors(learner).items()
+            name: full(value) for name, value in _optimizer_tensors(model).items()
         }
     state = {
         "step": member.step,
         "batches": member.batches,
         "num_tokens": member.num_tokens,
         "best": member.best,
-        "bad_steps": {learner.name: learner.bad_steps for learner in member.learners},
+        "bad_steps": {model.name: model.bad_steps for model in member.trained_models},
     }
     ranks.once(lambda: _write(member, tensors, state))
 
@@ -71,12 +72,11 @@ def _write(
 
 
 def find(member: Member) -> Path | None:
-    """The checkpoint to go on from: the run's own latest that is sound, else the one
-    `trainer.resume_mode` names.
+    """Return the checkpoint to resume from; None to start at step 0.
 
-    One of the run's own that is named is gone back to. What is damaged, and what comes after the
-    step gone on from, is said and set aside. Raises UserError for a named one that is not sound.
-    For the one process that writes the run.
+    It is the run's latest sound one, else the one that `trainer.resume_mode` names. Naming one of
+    the run's own goes back to it. Damaged and later ones are set aside, with a message. Raises
+    UserError where the named one is damaged. Only the process that writes the run may call this.
     """
     run_dir, mode = member.run_dir, member.recipe.trainer.resume_mode or "none"
     run_dir.tidy()
@@ -92,10 +92,8 @@ def find(member: Member) -> Path | None:
 
 
 def _latest_sound(member: Member) -> Path | None:
-    """The run's latest checkpoint that is as it was written, like its rows and the best adapter it
-    knows of.
-    """
-    run_dir, found, faults = member.run_dir, None, []
+    """Return the latest checkpoint that is undamaged, with its rows and its best adapter."""
+    run_dir, sound, damaged = member.run_dir, None, []
     lost_rows, lost_best = member.metrics.damage(), math.inf
     for path in reversed(_steps(run_dir.checkpoints)):
         why = damage(path)
@@ -105,26 +103,23 @@ def _latest_sound(member: Member) -> Path | None:
             lost_rows = lost_rows or rows
             if lost_best == math.inf and state["best"] is not None and _best_is_lost(run_dir):
                 lost_best = state["best"]["step"]
-            # The best adapter of a later step is made again on the way to it.
-            why = rows or (
-                f"it needs adapter/best, of step {lost_best}"
-                if state["step"] >= lost_best
-                else None
-            )
+            # A best adapter of a later step will be written again when that step is reached.
+            needs_best = state["step"] >= lost_best
+            why = rows or (f"it needs adapter/best, of step {lost_best}" if needs_best else None)
         if why is None:
-            found = path
+            sound = path
             break
-        faults.append(path)
+        damaged.append(path)
         run_dir.set_aside(path, why)
     if lost_rows is not None and run_dir.metrics.exists():
         run_dir.set_aside(run_dir.metrics, lost_rows, copy=True)
-    if faults:
-        print(f"going on from {found.name if found else 'step 0'}", file=sys.stderr, flush=True)
-    return found
+    if damaged:
+        print(f"going on from {sound.name if sound else 'step 0'}", file=sys.stderr, flush=True)
+    return sound
 
 
 def _best_is_lost(run_dir: RunDir) -> bool:
-    """Whether the best adapter is not as it was written; it is set aside then."""
+    """Return whether `adapter/best` is damaged; set it aside then."""
     best = run_dir.adapter / "best"
     why = damage(best)
     if why is not None and best.exists():
@@ -133,7 +128,7 @@ def _best_is_lost(run_dir: RunDir) -> bool:
 
 
 def _asked_for(member: Member, path: Path) -> Path:
-    """The checkpoint that `trainer.resume_mode` names, if it is sound."""
+    """Return the checkpoint that `trainer.resume_mode` names; raise UserError if damaged."""
     fix = "name another, or resume with trainer.resume_mode=latest; nothing was changed"
     if not path.is_dir() or not (path / STATE).exists():
         raise UserError(
@@ -152,70 +147,101 @@ def _asked_for(member: Member, path: Path) -> Path:
 
 
 def load(member: Member, path: Path) -> None:
-    """Put a member where a checkpoint left it; raises UserError when the checkpoint is of another
-    shape.
-    """
+    """Load a checkpoint into a member; raises UserError when its shapes do not fit."""
     state: dict[str, Any] = json.loads((path / STATE).read_text())
-    read: list[tuple[Learner, dict[str, torch.Tensor]]] = []
-    for learner in member.learners:
-        file = path / f"{_FILES[learner.name][0]}.safetensors"
+    read: list[tuple[TrainedModel, dict[str, torch.Tensor]]] = []
+    for model in member.trained_models:
+        file = path / f"{_FILES[model.name][0]}.safetensors"
         weights = load_file(file) if file.is_file() else {}
-        own = dict(_named(learner))
+        own = dict(_named(model))
         if weights.keys() != own.keys() or any(weights[n].shape != p.shape for n, p in own.items()):
             raise UserError(
-                f"the checkpoint does not fit this recipe's {learner.name} (rank, target modules)",
+                f"the checkpoint does not fit this recipe's {model.name} (rank, target modules)",
                 got=path,
                 fix="resume with the recipe it was written with, or start anew with "
                 "trainer.resume_mode=none",
             )
-        read.append((learner, weights))
-    for learner, weights in read:
+        read.append((model, weights))
+    for model, weights in read:
         with torch.no_grad():
-            for name, parameter in _named(learner):
+            for name, parameter in _named(model):
                 parameter.copy_(like(weights[name], parameter))
-        _load_optimizer(learner, load_file(path / f"{_FILES[learner.name][1]}.safetensors"))
-        learner.bad_steps = state["bad_steps"][learner.name]
-        learner.set_step(state["step"])
+        _load_optimizer(model, load_file(path / f"{_FILES[model.name][1]}.safetensors"))
+        model.bad_steps = state["bad_steps"][model.name]
+        model.set_step(state["step"])
     member.step, member.batches = state["step"], state["batches"]
     member.num_tokens, member.best = state["num_tokens"], state["best"]
 
 
-def _named(learner: Learner) -> list[tuple[str, torch.nn.Parameter]]:
-    """Parameters by a name without the adapter's own, so that a checkpoint fits whatever the member
-    is called.
-    """
-    return [
-        (name.replace(f".{learner.adapter}.", "."), p) for name, p in learner.parameters.items()
-    ]
+def _named(model: TrainedModel) -> list[tuple[str, torch.nn.Parameter]]:
+    """Return parameters by name without the adapter's, which differs from pack to pack."""
+    return [(name.replace(f".{model.adapter}.", "."), p) for name, p in model.parameters.items()]
 
 
-def _optimizer_tensors(learner: Learner) -> dict[str, torch.Tensor]:
+def _optimizer_tensors(model: TrainedModel) -> dict[str, torch.Tensor]:
     return {
         f"{name}/{key}": value.detach()
-        for name, parameter in _named(learner)
-        for key, value in learner.optimizer.state.get(parameter, {}).items()
+        for name, parameter in _named(model)
+        for key, value in model.optimizer.state.get(parameter, {}).items()
     }
 
 
-def _load_optimizer(learner: Learner, tensors: dict[str, torch.Tensor]) -> None:
+def _load_optimizer(model: TrainedModel, tensors: dict[str, torch.Tensor]) -> None:
     by_name: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         name, _, kind = key.rpartition("/")
         by_name.setdefault(name, {})[kind] = value
-    for name, parameter in _named(learner):
+    for name, parameter in _named(model):
         if name in by_name:
             # AdamW counts steps in a tensor on the CPU; the moments lie as the parameter does.
-            learner.optimizer.state[parameter] = {
+            model.optimizer.state[parameter] = {
                 kind: value if value.dim() == 0 else like(value, parameter)
                 for kind, value in by_name[name].items()
             }
 
 
 def _steps(root: Path) -> list[Path]:
-    """The folders of checkpoints, earliest first."""
-    found = (
-        [(int(m[1]), p) for p in root.iterdir() if (m := _STEP.fullmatch(p.name))]
-        if root.is_dir()
-        else []
-    )
-    return [path for _, path in sorted(found)]
+    """Return the folders of checkpoints, earliest first."""
+    if not root.is_dir():
+        return []
+    steps = [(int(m[1]), path) for path in root.iterdir() if (m := _STEP.fullmatch(path.name))]
+    return [path for _, path in sorted(steps)]
+
+
+def keep_adapter(pack: Pack, member: Member, accuracy: float) -> None:
+    """Write `adapter/best` when the score is the best so far, and `adapter/final` at the end."""
+    folders = []
+    if member.best is None or accuracy > member.best["eval/accuracy"]:
+        member.best = {"step": member.step, "eval/accuracy": accuracy}
+        folders.append("best")
+    if member.done:
+        folders.append("final")
+    for folder in folders:
+        _write_policy(pack, member, member.run_dir.adapter / folder)
+
+
+def restore_final_adapter(pack: Pack, member: Member) -> None:
+    """Write `adapter/final` again where it is damaged, after a kill behind the last checkpoint."""
+    run_dir, final = member.run_dir, member.run_dir.adapter / "final"
+    why = pack.ranks.once(lambda: damage(final))
+    if why is None:
+        return
+    if pack.ranks.first and final.exists():
+        run_dir.set_aside(final, why)
+    _write_policy(pack, member, final)
+
+
+def _write_policy(pack: Pack, member: Member, folder: Path) -> None:
+    """Write the adapter in PEFT's format, or at rank 0 the whole model in transformers'."""
+    if member.recipe.trainer.policy.model.lora.rank > 0:
+        write_adapter(pack.model, member.name, folder, pack.ranks.once)
+        return
+    dtype = placement.dtype_of(member.recipe)
+    weights = {name: w.to(dtype) for name, w in merged_weights(pack.model, member.name)}
+
+    def write() -> None:
+        with whole_folder(folder) as new:
+            pack.model.save_pretrained(new, state_dict=weights)
+            pack.tokenizer.save_pretrained(new)
+
+    pack.ranks.once(write)

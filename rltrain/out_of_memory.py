@@ -1,6 +1,4 @@
-"""Out of memory in a pass: what was computed is computed again from its start, in smaller
-passes.
-"""
+"""Out of memory in a forward or backward pass: compute again, in smaller micro-batches."""
 
 from __future__ import annotations
 
@@ -22,56 +20,50 @@ RETRIES = 4
 
 
 class PassTooLarge(RuntimeError):
-    """A pass ran out of memory; `tokens` are those of the largest pass planned, `sequences` those
-    in it.
-    """
+    """A pass ran out of memory; `tokens` and `sequences` are those of the largest micro-batch."""
 
-    def __init__(self, passes: Sequence[Batch], reason: str) -> None:
-        largest = max(passes, key=lambda one: one.packed_tokens)
+    def __init__(self, micros: Sequence[Batch], reason: str) -> None:
+        largest = max(micros, key=lambda micro: micro.packed_tokens)
         self.sequences, self.tokens = len(largest), largest.packed_tokens
-        helps = "shorter sequences, trainer.gradient_checkpointing=true or a GPU with more memory"
+        fix = "shorter sequences, trainer.gradient_checkpointing=true or a GPU with more memory"
         if self.sequences > 1:
-            helps = f"trainer.max_tokens_per_microbatch={self.tokens // 2}"
+            fix = f"trainer.max_tokens_per_microbatch={self.tokens // 2}"
         super().__init__(
-            f"out of memory in a pass over {self.sequences} sequences, {self.tokens} "
-            f"tokens: {reason}; what would "
-            f"help: {helps}"
+            f"out of memory in a pass over {self.sequences} sequences, {self.tokens} tokens: "
+            f"{reason}; what would help: {fix}"
         )
 
 
 @contextlib.contextmanager
-def checked(passes: Sequence[Batch]) -> Iterator[None]:
-    """Raise PassTooLarge where one of these passes runs out of memory; nothing keeps its tensors
-    alive.
-    """
+def checked(micros: Sequence[Batch]) -> Iterator[None]:
+    """Raise PassTooLarge where one of these micro-batches runs out of memory; keep no tensors."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         release(error)
         reason = str(error).split(". ")[0]
-        raise PassTooLarge(passes, reason) from None
+        raise PassTooLarge(micros, reason) from None
 
 
-def with_smaller_passes(member: Member, ranks: Ranks, attempt: Callable[[], T]) -> T:
-    """Call `attempt`; where a pass is too large, again with passes of half the tokens, at most four
-    times.
+def with_smaller_passes(member: Member, ranks: Ranks, compute: Callable[[], T]) -> T:
+    """Call `compute`; where it runs out of memory, again with half the tokens, four times at most.
 
-    `attempt` must begin anew each time, and cut its passes by `member.max_tokens`. What fails with
-    one sequence in a pass, or on one of several ranks, which would wait for it, is raised.
+    `compute` must start anew each time and cut its micro-batches by `member.max_tokens`. The error
+    is raised where a single sequence is too large, and with several ranks, which would wait.
     """
     for _ in range(RETRIES):
         try:
-            return attempt()
+            return compute()
         except PassTooLarge as error:
             if error.sequences == 1 or ranks.size > 1:
                 raise
             tokens = max(1, error.tokens // 2)
         free_memory()
-        member.limit_passes(tokens)
+        member.limit_tokens(tokens)
         print(
-            f"out of memory at step {member.step + 1}: passes have at most {tokens} tokens "
-            "from now on",
+            f"out of memory at step {member.step + 1}: passes have at most {tokens} tokens from "
+            "now on",
             file=sys.stderr,
             flush=True,
         )
-    return attempt()
+    return compute()

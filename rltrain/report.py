@@ -1,4 +1,4 @@
-"""What a run tells of its way; apart from the trainer, for those who only listen."""
+"""Progress report of a run. Apart from the trainer: importing it does not load torch."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """Where a run stands after a step: its row of `metrics.jsonl`."""
+class StepReport:
+    """A run's progress after a step, with its row of `metrics.jsonl`."""
 
     step: int
     total_steps: int

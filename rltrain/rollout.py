@@ -1,44 +1,151 @@
-"""Prompts to samples to rewards."""
+"""From prompts to completions to rewards."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
+import pandas as pd
 import torch
 
 from harness.config.schema import Sampling
-from rltrain.algorithms.dynamic_sampling import RESAMPLING
+from harness.records.run_dir import write_bytes
+from rltrain.algorithms.dynamic_sampling import needs_another_batch, select_groups
+from rltrain.data.batch import Batch, collate
 from rltrain.data.seeding import stream_seed
 from rltrain.engines.base import Request, Sample
 from rltrain.envs.problems import Problem, reward_of
 from rltrain.member import Member
 from rltrain.pack import Pack
-from rltrain.scored import Rollout
 
 
-def rollout(pack: Pack, members: Sequence[Member]) -> list[tuple[Rollout, dict[str, float]]]:
-    """These members' scored samples for their coming steps, with statistics; batches as dynamic
-    sampling wants.
+@dataclass(slots=True)
+class Rollout:
+    """One member's scored samples.
+
+    `problems` `[P]`, `samples` and `completions` `[P][G]`, `rewards` `[P, G]`.
     """
-    kinds = {member: member.recipe.trainer.algorithm.dynamic_sampling.type for member in members}
-    collectors = {member: RESAMPLING[kind](member.recipe) for member, kind in kinds.items()}
+
+    member: Member
+    problems: list[Problem]
+    samples: list[list[Sample]]
+    completions: list[list[str]]
+    rewards: torch.Tensor
+
+    @property
+    def flat_samples(self) -> list[Sample]:
+        """All samples, group after group."""
+        return [sample for group in self.samples for sample in group]
+
+    @property
+    def truncated(self) -> torch.Tensor:
+        """Whether the length limit ended a completion, `[B]`, by the engine's finish reason."""
+        return torch.tensor([sample.finish_reason == "length" for sample in self.flat_samples])
+
+    def to_batch(self, pad_id: int) -> Batch:
+        """Return the samples as tensors."""
+        prompts = [p.prompt_ids for p in self.problems for _ in range(self.rewards.shape[1])]
+        samples = self.flat_samples
+        completions = [sample.token_ids for sample in samples]
+        logprobs = [sample.logprobs for sample in samples]
+        return collate(prompts, completions, logprobs, pad_id=pad_id)
+
+    def select(self, groups: Sequence[int]) -> Rollout:
+        """Return some groups, in this order; one may come several times."""
+        return Rollout(
+            self.member,
+            [self.problems[i] for i in groups],
+            [self.samples[i] for i in groups],
+            [self.completions[i] for i in groups],
+            self.rewards[list(groups)],
+        )
+
+    @classmethod
+    def join(cls, parts: Sequence[Rollout]) -> Rollout:
+        """Join the rollouts of one member."""
+        return cls(
+            parts[0].member,
+            [problem for part in parts for problem in part.problems],
+            [group for part in parts for group in part.samples],
+            [group for part in parts for group in part.completions],
+            torch.cat([part.rewards for part in parts]),
+        )
+
+    def length_statistics(self) -> tuple[float, float]:
+        """Return the mean completion length in tokens and the share that the limit truncated."""
+        lengths = [len(sample.token_ids) for sample in self.flat_samples]
+        return sum(lengths) / len(lengths), float(self.truncated.float().mean())
+
+    def statistics(self) -> dict[str, float]:
+        """Return rewards and lengths as metrics of a training step."""
+        rewards = self.rewards
+        std = rewards.std(dim=1) if rewards.shape[1] > 1 else torch.zeros(len(rewards))
+        mean_length, truncated = self.length_statistics()
+        return {
+            "reward": float(rewards.mean()),
+            "reward_std": float(std.mean()),
+            "frac_reward_zero_std": float((std == 0).float().mean()),
+            "completions/mean_length": mean_length,
+            "completions/clipped_ratio": truncated,
+        }
+
+    def save(self, path: Path, *, step: int, phase: str, limit: int) -> None:
+        """Write the first `limit` samples as parquet."""
+        rows = [
+            {
+                "step": step,
+                "phase": phase,
+                "index": problem.example.index,
+                "question": problem.example.question,
+                "ground_truth": problem.example.ground_truth,
+                "completion": text,
+                "reward": float(reward),
+                "num_tokens": len(sample.token_ids),
+                "finish_reason": sample.finish_reason,
+            }
+            for problem, samples, texts, rewards in zip(
+                self.problems, self.samples, self.completions, self.rewards, strict=True
+            )
+            for sample, text, reward in zip(samples, texts, rewards, strict=True)
+        ]
+        write_bytes(path, pd.DataFrame(rows[:limit]).to_parquet())
+
+
+def sample_rollouts(
+    pack: Pack, members: Sequence[Member]
+) -> dict[Member, tuple[Rollout, dict[str, float]]]:
+    """Sample and score the next batch of each member, in joint engine calls.
+
+    Dynamic sampling may sample several batches for a step. Members that fail here are left out.
+
+    Returns:
+        The groups to train on, and metrics of all that was sampled.
+    """
+    batches: dict[Member, list[Rollout]] = {member: [] for member in members}
     waiting = list(members)
-    with pack.timer.span("rollout"):
+    with pack.span("rollout"):
         while waiting:
-            scored = sample(pack, waiting)
-            waiting = [batch.member for batch in scored if collectors[batch.member].add(batch)]
-    return [
-        collector.result()
-        for member, collector in collectors.items()
-        if member not in pack.failures
-    ]
+            for rollout in _sample_batches(pack, waiting):
+                batches[rollout.member].append(rollout)
+            waiting = [
+                member
+                for member in waiting
+                if member not in pack.failures
+                and needs_another_batch(member.recipe, [r.rewards for r in batches[member]])
+            ]
+    selected = {}
+    for member in members:
+        if member not in pack.failures:
+            sampled = Rollout.join(batches[member])
+            groups, metrics = select_groups(member.recipe, sampled.rewards)
+            selected[member] = (sampled.select(groups), sampled.statistics() | metrics)
+    return selected
 
 
-def sample(pack: Pack, members: Sequence[Member]) -> list[Rollout]:
-    """The next batch of each of these members, scored, but for those that fail here; one engine
-    call for all.
-    """
-    drawn = [(member, member.batches, member.draw_problems()) for member in members]
+def _sample_batches(pack: Pack, members: Sequence[Member]) -> list[Rollout]:
+    """Sample and score one batch of each member; one engine call for all, if recipes allow it."""
+    problems = {member: member.next_problems() for member in members}
     requests = [
         request(
             pack,
@@ -47,50 +154,45 @@ def sample(pack: Pack, members: Sequence[Member]) -> list[Rollout]:
             member.recipe.generator.sampling_params,
             member.recipe.generator.n_samples_per_prompt,
             "sampling",
-            batch,
-            place,
+            member.batches - 1,
+            index,
         )
-        for member, batch, problems in drawn
-        for place, problem in enumerate(problems)
+        for member in members
+        for index, problem in enumerate(problems[member])
     ]
     batched = all(member.recipe.generator.batched for member in members)
-    calls = [requests] if batched else [[one] for one in requests]
+    calls = [requests] if batched else [[request] for request in requests]
     groups = iter([group for call in calls for group in pack.engine.generate(call)])
-    own = [(member, problems, [next(groups) for _ in problems]) for member, _, problems in drawn]
-    scored = [
-        pack.attempt(member, score, member, problems, samples) for member, problems, samples in own
+    samples = {member: [next(groups) for _ in problems[member]] for member in members}
+    rollouts = [
+        pack.isolate(member, score, pack, member, problems[member], samples[member])
+        for member in members
     ]
-    return [batch for batch in scored if batch is not None]
+    return [rollout for rollout in rollouts if rollout is not None]
 
 
 def request(
     pack: Pack, member: Member, problem: Problem, sampling: Sampling, n: int, *stream: str | int
 ) -> Request:
-    """A request whose seed depends on the run's seed and the stream's name, and on nothing else."""
-    return Request(
-        problem.prompt_ids,
-        n,
-        stream_seed(member.recipe.seed, *stream),
-        sampling,
-        pack.served_as(member),
-    )
+    """Return a request whose seed depends on the run's seed and the stream's name alone."""
+    seed = stream_seed(member.recipe.seed, *stream)
+    return Request(problem.prompt_ids, n, seed, sampling, pack.served_as(member))
 
 
 def score(
     pack: Pack, member: Member, problems: Sequence[Problem], samples: list[list[Sample]]
 ) -> Rollout:
-    """Decode completions and reward each against its problem's ground truth; every rank rewards its
-    share.
+    """Decode completions and reward each against its problem's ground truth.
 
-    Raises UserError for a reward that raises, or is no finite number.
+    Each rank rewards its share. Raises UserError for a reward that raises, or is not finite.
     """
     completions = [
         pack.tokenizer.batch_decode([s.token_ids for s in group], skip_special_tokens=True)
         for group in samples
     ]
-    own = [
+    share = [
         [reward_of(problems[i].env, problems[i].example, text) for text in completions[i]]
         for i in pack.ranks.share(len(problems))
     ]
-    rewards = torch.tensor(pack.ranks.interleave(own, len(problems)), dtype=torch.float32)
+    rewards = torch.tensor(pack.ranks.interleave(share, len(problems)), dtype=torch.float32)
     return Rollout(member, list(problems), samples, completions, rewards)

@@ -1,4 +1,7 @@
-"""Runs on several processes: Ray places the ranks, torch's process group joins them."""
+"""Worker groups: several processes that train the same runs in step, placed by Ray.
+
+Ray reads its settings when it is imported, so functions here import it after `cluster` made them.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import socket
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from harness.config.schema import Recipe
 from harness.config.validate import num_processes
@@ -24,148 +27,147 @@ from rltrain.distributed.placement import (
     bundles,
     deterministic_environment,
     device_of,
+    needs_workers,
     uses_gpus,
 )
-from rltrain.distributed.process import quiet_libraries, redirect_output
-from rltrain.report import Report
-from rltrain.trainer import recorded_failure
+from rltrain.distributed.process import exits_are_failures, quiet_libraries, redirect_output
+from rltrain.distributed.process_group import Ranks
+from rltrain.report import StepReport
+from rltrain.trainer import Trainer
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
 
-    from rltrain.crew import LocalCrew
-
-# Ray reads its settings when it is imported: here only inside functions, after `cluster` has made
-# them.
-
-# How long a cluster may take to find the places it has said it has, and a rank to give its engine's
-# memory back.
+# How long a cluster may take to place processes that it has room for.
 PLACING_SECONDS = 300.0
+# How long a rank may take to release its engine's memory.
 CLOSING_SECONDS = 60.0
 
 
-def run_on_workers(recipe: Recipe, run_dir: RunDir) -> Iterator[Report]:
-    """Train a run on a group of processes; a report after every step. Any failure is recorded.
+def train_run(recipe: Recipe, run_dir: RunDir) -> Iterator[StepReport]:
+    """Train a run to its end, from its last checkpoint if it has one.
 
-    Inside a Ray task or actor (a trial of a sweep) its own placement group must hold the bundles,
-    after its own.
+    It trains in this process, or in a worker group where its placement asks for one. Yields a
+    report after each step. An error is recorded as the run's FAILED status and raised; a consumer
+    that stops early leaves the run RUNNING.
     """
-    with recorded_failure(run_dir), contextlib.ExitStack() as stack:
-        inside = _inside_ray()
-        if not inside:
-            needs = bundles(recipe)
-            cpus, gpus = (sum(bundle[kind] for bundle in needs) for kind in ("CPU", "GPU"))
-            store = (
-                OBJECT_STORE_BYTES if recipe.trainer.placement.colocate_all else LARGE_STORE_BYTES
-            )
-            stack.enter_context(
-                cluster(
-                    cpus=cpus,
-                    gpus=gpus,
-                    threads=_threads(recipe),
-                    address=address_of(recipe),
-                    store=store,
-                )
-            )
-        group = _current_group() if inside else None
-        workers = stack.enter_context(WorkerGroup(recipe, 1, run_dir.log, group))
-        for report in _reports(workers, recipe, run_dir):
-            if report.done:
-                # Engines and process group go in order before anyone is told that the run is over.
-                workers.close()
-            yield report
+    with recorded_failure(run_dir), open_trainer(recipe, log=run_dir.log) as trainer:
+        reports = trainer.add(recipe, run_dir)
+        while not (reports and reports[-1].done):
+            yield from reports
+            outcome = trainer.step([run_dir])[run_dir.path]
+            if isinstance(outcome, Exception):
+                raise outcome
+            reports = [outcome]
+        # Engines and process group end before the consumer learns that the run is over.
+        trainer.close()
+        yield from reports
 
 
-def _reports(workers: WorkerGroup, recipe: Recipe, run_dir: RunDir) -> Iterator[Report]:
-    """A run's reports from its first to its last."""
-    done = False
-    for report in workers.take_in(recipe, run_dir):
-        done = report.done
-        yield report
-    while not done:
-        workers.train([run_dir])
-        report = workers.take(run_dir)
-        done = report.done
-        yield report
+def open_trainer(
+    recipe: Recipe, *, slots: int = 1, log: Path, group: PlacementGroup | None = None
+) -> Trainer | WorkerGroup:
+    """Return what trains runs of a recipe's placement: a trainer here, or a worker group.
+
+    `log` and `group` are for the worker group: where its ranks write, and the placement group
+    whose bundles after the first they take; None: one of its own.
+    """
+    if needs_workers(recipe):
+        return WorkerGroup(recipe, slots, log, group)
+    return Trainer(recipe, slots=slots)
+
+
+@contextlib.contextmanager
+def recorded_failure(run_dir: RunDir) -> Iterator[None]:
+    """Record an exception as the run's FAILED status, with its reason, and let it go on."""
+    try:
+        with exits_are_failures():
+            yield
+    except Exception as error:
+        run_dir.fail(error)
+        raise
 
 
 class WorkerGroup:
-    """A crew of ranks in step with each other; a context manager that ends their processes."""
+    """Ranks that train the same runs in step, each a process with a `Trainer`.
 
-    contains_failures = False
+    A context manager that starts the processes and ends them. An error in one rank is raised; the
+    group cannot be used after it.
+    """
+
+    isolates_failures = False
 
     def __init__(
-        self, recipe: Recipe, room: int, log: Path, group: PlacementGroup | None = None
+        self, recipe: Recipe, slots: int, log: Path, group: PlacementGroup | None = None
     ) -> None:
-        """Ranks for packs of `room` runs at a time, in the bundles of `group` after its first, or
-        in a group of their own; `log` is where they write.
-        """
         self._recipe = recipe
-        self._room = room
+        self._slots = slots
         self._log = log
         self._group = group
-        self._own: PlacementGroup | None = None
+        self._stack = contextlib.ExitStack()
         self._ranks: list[Any] = []
 
-    def __enter__(self) -> WorkerGroup:
-        try:
-            self._place()
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            if not _inside_ray():
+                stack.enter_context(self._cluster())
+            stack.callback(self._kill)
+            self._place(stack)
             address = _get(self._ranks[:1], "address")[0]
-            _get(self._ranks, "start", address, self._recipe, self._room, self._log)
-        except BaseException:
-            self.__exit__()
-            raise
+            _get(self._ranks, "start", address, self._recipe, self._slots, self._log)
+            self._stack = stack.pop_all()
         return self
 
-    def take_in(self, recipe: Recipe, run_dir: RunDir) -> list[Report]:
-        """A run joins every rank's pack; the first rank's reports."""
-        reports: list[Report] = _get(self._ranks, "take_in", recipe, run_dir)[0]
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def add(self, recipe: Recipe, run_dir: RunDir) -> list[StepReport]:
+        """Add a run on every rank; see `Trainer.add`."""
+        reports: list[StepReport] = _get(self._ranks, "add", recipe, run_dir)[0]
         return reports
 
-    def train(self, run_dirs: Sequence[RunDir]) -> None:
-        """One step of these runs, which all ranks take together."""
-        _get(self._ranks, "train", list(run_dirs))
+    def step(self, run_dirs: Sequence[RunDir]) -> dict[Path, StepReport | Exception]:
+        """Take one training step of these runs on every rank; see `Trainer.step`."""
+        outcomes: dict[Path, StepReport | Exception]
+        outcomes = _get(self._ranks, "call", "step", list(run_dirs))[0]
+        return outcomes
 
-    def take(self, run_dir: RunDir) -> Report:
-        """The first rank's report of the step."""
-        report: Report = _get(self._ranks, "take", run_dir)[0]
-        return report
-
-    def let_go(self, run_dir: RunDir) -> None:
-        """A run leaves every rank's pack."""
-        _get(self._ranks, "let_go", run_dir)
+    def remove(self, run_dir: RunDir) -> None:
+        """Remove a run on every rank."""
+        _get(self._ranks, "call", "remove", run_dir)
 
     def close(self) -> None:
-        """Give the engines' and the models' memory back; the process groups go with the engines."""
-        _get(self._ranks, "close", timeout=CLOSING_SECONDS)
+        """Release the memory of engines and models; the process groups end with the engines."""
+        _get(self._ranks, "call", "close", timeout=CLOSING_SECONDS)
 
-    def __exit__(self, *_: object) -> None:
+    def _cluster(self) -> contextlib.AbstractContextManager[Path]:
+        needs = bundles(self._recipe)
+        cpus, gpus = (sum(bundle[kind] for bundle in needs) for kind in ("CPU", "GPU"))
+        shared = self._recipe.trainer.placement.colocate_all
+        return cluster(
+            cpus=cpus,
+            gpus=gpus,
+            threads=_threads(self._recipe),
+            address=address_of(self._recipe),
+            store=OBJECT_STORE_BYTES if shared else LARGE_STORE_BYTES,
+        )
+
+    def _place(self, stack: contextlib.ExitStack) -> None:
+        """Start the ranks in the bundles of the placement group."""
         import ray
         from ray.util.placement_group import remove_placement_group
-
-        for rank in self._ranks:
-            ray.kill(rank)
-        if self._own is not None:
-            remove_placement_group(self._own)
-
-    def _place(self) -> None:
-        """Start the ranks where the placement group holds room for them."""
-        import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        needs = bundles(self._recipe)
         group, first = self._group, 1
         if group is None:
-            group = self._own = _reserve(
-                needs, apart=not self._recipe.trainer.placement.colocate_all
-            )
-            first = 0
-        threads, per_node = (
-            _threads(self._recipe),
-            self._recipe.trainer.placement.policy_num_gpus_per_node,
-        )
+            placement = self._recipe.trainer.placement
+            group, first = _reserve(bundles(self._recipe), apart=not placement.colocate_all), 0
+            stack.callback(remove_placement_group, group)
+        threads = _threads(self._recipe)
+        per_node = self._recipe.trainer.placement.policy_num_gpus_per_node
+        variables = worker_environment(threads, deterministic_environment(self._recipe))
         for rank in range(num_processes(self._recipe)):
-            place = PlacementGroupSchedulingStrategy(
+            strategy = PlacementGroupSchedulingStrategy(
                 group,
                 placement_group_bundle_index=first + rank // per_node,
                 placement_group_capture_child_tasks=True,
@@ -173,90 +175,60 @@ class WorkerGroup:
             options = {
                 "num_cpus": threads,
                 "num_gpus": int(uses_gpus(self._recipe)),
-                "scheduling_strategy": place,
-                "runtime_env": {
-                    "env_vars": worker_environment(threads, deterministic_environment(self._recipe))
-                },
+                "scheduling_strategy": strategy,
+                "runtime_env": {"env_vars": variables},
             }
             self._ranks.append(ray.remote(Rank).options(**options).remote(rank))
 
+    def _kill(self) -> None:
+        import ray
+
+        for rank in self._ranks:
+            ray.kill(rank)
+
 
 class Rank:
-    """One training process, a Ray actor: forms the process group with the others and trains in step
-    with them.
-    """
+    """One process of a worker group, a Ray actor: a `Trainer` in a torch process group."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
-        self._room = 1
-        self._crew: LocalCrew | None = None
-        self._meeting: socket.socket | None = None
+        self._slots = 1
+        self._socket: socket.socket | None = None
+        self._trainer: Trainer | None = None
 
     def address(self) -> tuple[str, int]:
-        """Where the ranks can meet, for the first of them to say: this node's address, and a port
-        it listens on.
-        """
+        """Return the host and port where the ranks meet; the first rank listens there."""
         import ray
 
         host: str = ray.util.get_node_ip_address()
-        self._meeting = socket.create_server(
-            (host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET
-        )
-        return host, self._meeting.getsockname()[1]
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._socket = socket.create_server((host, 0), family=family)
+        return host, self._socket.getsockname()[1]
 
-    def start(self, address: tuple[str, int], recipe: Recipe, room: int, log: Path) -> None:
+    def start(self, address: tuple[str, int], recipe: Recipe, slots: int, log: Path) -> None:
         """Join the process group, load the base and start the engine."""
         redirect_output(log)
         quiet_libraries()
-        from rltrain.crew import LocalCrew
-        from rltrain.distributed.process_group import Ranks
-        from rltrain.pack import Pack
+        size, device = num_processes(recipe), device_of(recipe)
+        ranks = Ranks.form(self._rank, size, address, device, self._socket)
+        self._slots = slots
+        self._trainer = Trainer(recipe, slots=slots, ranks=ranks)
 
-        self._room = room
-        ranks = Ranks.form(
-            self._rank, num_processes(recipe), address, device_of(recipe), self._meeting
-        )
-        self._crew = LocalCrew(Pack.open(recipe, room=room, ranks=ranks))
-
-    def take_in(self, recipe: Recipe, run_dir: RunDir) -> list[Report]:
-        """A run joins this rank's part of the pack; what a run alone prints is its own log's."""
-        if self._room == 1:
+    def add(self, recipe: Recipe, run_dir: RunDir) -> list[StepReport]:
+        """Add a run; with one slot, what the process prints goes to the run's log."""
+        if self._slots == 1:
             redirect_output(run_dir.log)
-        return self._own.take_in(recipe, run_dir)
+        reports: list[StepReport] = self.call("add", recipe, run_dir)
+        return reports
 
-    def train(self, run_dirs: Sequence[RunDir]) -> None:
-        """One step of these runs."""
-        self._own.train(run_dirs)
-
-    def take(self, run_dir: RunDir) -> Report:
-        """The report of the step."""
-        return self._own.take(run_dir)
-
-    def let_go(self, run_dir: RunDir) -> None:
-        """A run leaves."""
-        self._own.let_go(run_dir)
-
-    def close(self) -> None:
-        """Give the engine's and the model's memory back; the process group goes with the engine."""
-        if self._crew is not None:
-            self._crew.close()
-
-    @property
-    def _own(self) -> LocalCrew:
-        assert self._crew is not None
-        return self._crew
+    def call(self, method: str, *args: object) -> Any:
+        """Call a method of the trainer."""
+        return getattr(self._trainer, method)(*args)
 
 
 def _inside_ray() -> bool:
     ray = sys.modules.get("ray")
     return ray is not None and ray.is_initialized()
-
-
-def _current_group() -> PlacementGroup | None:
-    """The placement group of the Ray actor that this is."""
-    import ray
-
-    return ray.util.get_current_placement_group()
 
 
 def _threads(recipe: Recipe) -> int:
@@ -301,9 +273,7 @@ def _reserve(needs: Sequence[dict[str, float]], *, apart: bool) -> PlacementGrou
 def _get(
     ranks: Sequence[Any], method: str, *args: object, timeout: float | None = None
 ) -> list[Any]:
-    """Call a method on all ranks at once; the first failure of any is raised, though others still
-    wait for it.
-    """
+    """Call a method on all ranks at once; raise the first error, though other ranks still wait."""
     import ray
     from ray.exceptions import RayActorError, RayTaskError
 

@@ -128,7 +128,7 @@ def resume(
     return replace(session, changed_inputs=changed_inputs)
 
 
-def run(session: Session, actor: Callable[[], type] | None = None) -> Study:
+def run(session: Session, server: Callable[[], type] | None = None) -> Study:
     """Run what the sweep has left; its study afterwards.
 
     Raises UserError when another process is at it, and for inputs that changed unless
@@ -153,7 +153,7 @@ def run(session: Session, actor: Callable[[], type] | None = None) -> Study:
         write_text(sweep_dir.recipe, recipes.to_yaml(session.plan.recipe))
         sweep_dir.move_to(Status.RUNNING)
         try:
-            tune.run(sweep_dir, study, Progress(study), actor)
+            tune.run(sweep_dir, study, Progress(study), server)
         except Exception as error:
             sweep_dir.fail(error)
             if (machine := machine_error(error, writes=[sweep_dir.path])) is not None:

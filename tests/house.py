@@ -19,6 +19,7 @@ AREAS = ("harness", "rltrain", "sweeps", "analysis")
 MOST_MODULES = 12
 MOST_LEVELS = 10
 MOST_FUNCTIONS = 55
+MOST_LINES = 400
 LONGEST_LINE = 100
 
 Graph = Mapping[str, set[str]]
@@ -128,7 +129,7 @@ def levels(graph: Graph, area: str) -> int:
             depths[name] = 1 + max(below, default=0)
         return depths[name]
 
-    return max(depth(name, frozenset()) for name in inside)
+    return max((depth(name, frozenset()) for name in inside), default=0)
 
 
 def _within(name: str, area: str) -> bool:
@@ -147,7 +148,7 @@ def functions_per_1000_lines(modules: Mapping[str, Module]) -> float:
         for module in modules.values()
         for node in ast.walk(module.tree)
     )
-    return 1000 * count / sum(module.lines for module in modules.values())
+    return 1000 * count / max(1, sum(module.lines for module in modules.values()))
 
 
 def repeated_classes(modules: Mapping[str, Module]) -> dict[str, list[str]]:
@@ -179,12 +180,14 @@ def measure(root: Path = PROJECT) -> tuple[list[tuple[str, str, str]], list[str]
     lines = Counter[str]()
     for module in modules.values():
         lines[module.name.split(".")[0]] += module.lines
+    longest = sum(module.lines > MOST_LINES for module in modules.values())
     rows = [
         ("modules in the largest folder", f"{size} ({largest})", f"<= {MOST_MODULES}"),
         *(
             (f"levels of imports in {area}", str(levels(graph, area)), f"<= {MOST_LEVELS}")
             for area in AREAS
         ),
+        (f"modules of more than {MOST_LINES} lines", str(longest), "0"),
         ("functions per 1,000 lines", f"{functions:.0f}", f"<= {MOST_FUNCTIONS}"),
         ("circles of imports", str(len(around)), "0"),
         ("packages that import each other", str(len(mutual)), "0"),
@@ -202,6 +205,16 @@ def measure(root: Path = PROJECT) -> tuple[list[tuple[str, str, str]], list[str]
         for name, n in folders.items()
         if n > MOST_MODULES
     ]
+    faults += [
+        f"{module.name} has {module.lines} lines, more than {MOST_LINES}"
+        for module in modules.values()
+        if module.lines > MOST_LINES
+    ]
+    for area in AREAS:
+        if levels(graph, area) > MOST_LEVELS:
+            faults.append(
+                f"{area} has {levels(graph, area)} levels of imports, more than {MOST_LEVELS}"
+            )
     if functions > MOST_FUNCTIONS:
         faults.append(f"{functions:.0f} functions per 1,000 lines, more than {MOST_FUNCTIONS}")
     return rows, faults

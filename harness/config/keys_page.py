@@ -84,11 +84,10 @@ _HEAD = """# Keys of a recipe
 
 Every key with its default, the values its type allows, what it does, and what SkyRL has where it
 differs. The names are those of SkyRL's LoRA guide; "later" is the name or form that SkyRL gave a
-key after the guide. [`recipes/base.yaml`](../recipes/base.yaml) holds the same keys as a recipe
-inherits them.
+key after the guide. `recipes/base.yaml` holds the same keys as a recipe inherits them.
 
 Made from the comments of `recipes/base.yaml` and from `harness/config/schema.py`:
-`python -m harness.config.keys_page > docs/keys.md`.
+`python -m harness.config.keys_page > docs/reference/keys.md`.
 """
 _WITHOUT_EFFECT = """
 ## Accepted without effect

@@ -1,6 +1,6 @@
 """Every metric: meaning, unit, direction, when it is logged.
 
-`python -m harness.config.metrics` prints them as a page, docs/metrics.md.
+`python -m harness.config.metrics` prints them as a page, docs/reference/metrics.md.
 """
 
 from __future__ import annotations
@@ -307,7 +307,8 @@ a step of training or, before the first, the base's evaluation; what an evaluati
 row of its step. Where *better* is empty neither end is, and a sweep cannot optimise the metric.
 Timings differ between two equal runs, nothing else does.
 
-Made from `harness/config/metrics.py`: `python -m harness.config.metrics > docs/metrics.md`.
+Made from `harness/config/metrics.py`:
+`python -m harness.config.metrics > docs/reference/metrics.md`.
 
 """
 

@@ -1,6 +1,4 @@
-"""Advantage estimators: token-level rewards of a batch -> one advantage per token, and the rewards
-they start from.
-"""
+"""Advantages: from a batch's rewards to one advantage per completion token."""
 
 from __future__ import annotations
 
@@ -9,15 +7,83 @@ from dataclasses import dataclass
 
 import torch
 
+from harness.config.schema import PolicyLoss, Recipe
+from rltrain.algorithms.losses import KL_ESTIMATORS
+from rltrain.data.batch import Batch
+
 STD_EPS = 1e-6
 
 
-@dataclass(frozen=True, slots=True)
-class Returns:
-    """What an estimator is given; rows `g*G .. g*G+G-1` are samples of one prompt.
+def compute_advantages(
+    recipe: Recipe, batch: Batch, rewards_PG: torch.Tensor, truncated_B: torch.Tensor
+) -> dict[str, float]:
+    """Set the loss mask, the advantages and, with a critic, the returns of a batch.
 
-    Shapes: `rewards_BT`, `mask_BT` (1 on completion tokens) and the critic's `values_BT` are `[B,
-    T]`, B = P*G.
+    Args:
+        recipe: its `trainer.algorithm` chooses the estimator, the filters and the KL penalty.
+        batch: `[B, T]`, B = P * G, with old and reference log-probabilities where the rewards hold
+            a KL penalty, and with values where there is a critic.
+        rewards_PG: one reward per completion, `[P, G]`.
+        truncated_B: whether the length limit ended a completion, `[B]`.
+
+    Returns:
+        The metrics of what was masked, of the KL penalty and of the critic.
+    """
+    algorithm = recipe.trainer.algorithm
+    row: dict[str, float] = {}
+    if recipe.generator.apply_overlong_filtering or algorithm.zero_variance_filter:
+        masked_B = truncated_B & recipe.generator.apply_overlong_filtering
+        if algorithm.zero_variance_filter:
+            equal_P = (rewards_PG == rewards_PG[:, :1]).all(dim=1)
+            masked_B = masked_B | equal_P.repeat_interleave(rewards_PG.shape[1])
+        batch.loss_mask = batch.mask * ~masked_B.to(batch.mask.device).unsqueeze(1)
+        row["frac_masked_completions"] = float(masked_B.float().mean())
+    kl_BT = None
+    if algorithm.use_kl_in_reward:
+        assert batch.old_logprobs is not None
+        assert batch.ref_logprobs is not None
+        estimate_kl = KL_ESTIMATORS[algorithm.kl_estimator.name]
+        kl_BT = estimate_kl(batch.old_logprobs, batch.ref_logprobs)
+        row["kl_in_reward"] = float((kl_BT * batch.mask).sum() / batch.mask.sum())
+    scores_B = rewards_PG.flatten().to(batch.mask.device)
+    dr_grpo = algorithm.policy_loss_type is PolicyLoss.dr_grpo
+    inputs = AdvantageInputs(
+        rewards_BT=token_rewards(scores_B, batch.mask, kl_BT, algorithm.kl_loss_coef),
+        mask_BT=batch.mask,
+        group=rewards_PG.shape[1],
+        values_BT=batch.values,
+        gamma=algorithm.gamma,
+        lambd=algorithm.lambd,
+        norm_by_std=algorithm.grpo_norm_by_std and not dr_grpo,
+    )
+    batch.advantages = ADVANTAGES[algorithm.advantage_estimator.name](inputs)
+    if batch.values is not None:
+        batch.returns = gae_returns(inputs)
+        row |= _critic_metrics(batch.values, batch.returns, batch.mask)
+    return row
+
+
+def _critic_metrics(
+    values_BT: torch.Tensor, returns_BT: torch.Tensor, mask_BT: torch.Tensor
+) -> dict[str, float]:
+    """Return means over tokens, and the explained variance 1 - Var(R - V) / Var(R)."""
+    real = mask_BT.bool()
+    values, returns = values_BT[real], returns_BT[real]
+    variance = float(returns.var(correction=0))
+    unexplained = float((returns - values).var(correction=0))
+    return {
+        "critic/mean_value": float(values.mean()),
+        "critic/mean_return": float(returns.mean()),
+        "critic/explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class AdvantageInputs:
+    """Inputs of an advantage estimator; rows `p*G .. p*G+G-1` are the samples of prompt `p`.
+
+    `rewards_BT`, `mask_BT` (1 on completion tokens) and the critic's `values_BT` are `[B, T]`,
+    B = P * G.
     """
 
     rewards_BT: torch.Tensor
@@ -29,16 +95,15 @@ class Returns:
     norm_by_std: bool
 
 
-AdvantageFunction = Callable[[Returns], torch.Tensor]
+AdvantageFunction = Callable[[AdvantageInputs], torch.Tensor]
 
 
 def token_rewards(
     scores_B: torch.Tensor, mask_BT: torch.Tensor, kl_BT: torch.Tensor | None, coef: float
 ) -> torch.Tensor:
-    """Each completion's score on its last token, minus `coef` * KL on every token; `[B]`, `[B, T]`
-    -> `[B, T]`.
+    """Return token rewards `[B, T]`: the score on the last token, minus `coef` * KL on every token.
 
-    Ouyang et al. 2022, eq. 2, token by token. A row without tokens has no place for its score.
+    Ouyang et al. 2022, eq. 2, per token. The score `[B]` of a row without tokens is dropped.
     """
     real = mask_BT > 0
     last = real & (real.flip(1).cumsum(1).flip(1) == 1)
@@ -47,8 +112,7 @@ def token_rewards(
 
 
 def whiten(values_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
-    """Shifted and scaled to mean 0 and standard deviation 1 over the real tokens, zero elsewhere;
-    `[B, T]`.
+    """Scale to mean 0 and standard deviation 1 over the real tokens, zero elsewhere; `[B, T]`.
 
     Equal values become zeros.
     """
@@ -61,82 +125,76 @@ def whiten(values_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(values_BT).masked_scatter(real, whitened.to(values_BT.dtype))
 
 
-def grpo(returns: Returns) -> torch.Tensor:
-    """Group-relative advantage (r - mean) / (std + eps), unbiased std; `[B, T]`. DeepSeekMath, eq.
-    3 and section 4.1.2.
+def grpo(inputs: AdvantageInputs) -> torch.Tensor:
+    """Return the group-relative advantage (r - mean) / (std + eps), unbiased std; `[B, T]`.
 
-    Without `norm_by_std`, r - mean (Dr. GRPO, Liu et al. 2025). A group of one, or of equal
-    rewards, carries no signal: its advantages are zero.
+    DeepSeekMath (Shao et al. 2024), eq. 3 and section 4.1.2. Without `norm_by_std`, r - mean
+    (Dr. GRPO, Liu et al. 2025). A group of one, or of equal rewards, has advantages of zero.
     """
-    scores_PG = _group_scores(returns)
+    scores_PG = _group_scores(inputs)
     centred = scores_PG - scores_PG.mean(dim=1, keepdim=True)
-    if returns.norm_by_std and returns.group > 1:
+    if inputs.norm_by_std and inputs.group > 1:
         centred = centred / (scores_PG.std(dim=1, keepdim=True) + STD_EPS)
-    return _spread(centred, returns)
+    return _on_all_tokens(centred, inputs)
 
 
-def rloo(returns: Returns) -> torch.Tensor:
-    """Leave-one-out advantage: r minus the mean of the group's others; `[B, T]`. RLOO, Ahmadian et
-    al. 2024.
+def rloo(inputs: AdvantageInputs) -> torch.Tensor:
+    """Return the leave-one-out advantage: r minus the mean of the group's others; `[B, T]`.
 
-    A group of one has no others: its advantage is zero.
+    RLOO (Ahmadian et al. 2024). The advantage of a group of one is zero.
     """
-    scores_PG = _group_scores(returns)
+    scores_PG = _group_scores(inputs)
     centred = scores_PG - scores_PG.mean(dim=1, keepdim=True)
     # r - (sum - r) / (G-1) = (r - mean) * G / (G-1)
-    return _spread(centred * returns.group / max(1, returns.group - 1), returns)
+    return _on_all_tokens(centred * inputs.group / max(1, inputs.group - 1), inputs)
 
 
-def reinforce_plus_plus(returns: Returns) -> torch.Tensor:
-    """Discounted rewards to go, whitened over the batch's tokens; `[B, T]`. REINFORCE++,
-    Hu 2025.
+def reinforce_plus_plus(inputs: AdvantageInputs) -> torch.Tensor:
+    """Return discounted rewards-to-go, whitened over the batch's tokens; `[B, T]`.
+
+    REINFORCE++ (Hu 2025).
     """
-    no_values = torch.zeros_like(returns.rewards_BT)
-    return whiten(_gae(returns, no_values, lambd=1.0), returns.mask_BT)
+    no_values = torch.zeros_like(inputs.rewards_BT)
+    return whiten(_gae(inputs, no_values, lambd=1.0), inputs.mask_BT)
 
 
-def gae(returns: Returns) -> torch.Tensor:
-    """Generalized advantage estimate, whitened over the batch's tokens; `[B, T]`. Schulman et al.
-    2015, eq. 16.
+def gae(inputs: AdvantageInputs) -> torch.Tensor:
+    """Return the generalized advantage estimate, whitened over the batch's tokens; `[B, T]`.
+
+    Schulman et al. 2015, eq. 16.
     """
-    assert returns.values_BT is not None
-    return whiten(_gae(returns, returns.values_BT, returns.lambd), returns.mask_BT)
+    assert inputs.values_BT is not None
+    return whiten(_gae(inputs, inputs.values_BT, inputs.lambd), inputs.mask_BT)
 
 
-def gae_returns(returns: Returns) -> torch.Tensor:
-    """The critic's targets: advantages as estimated, not whitened, plus values; `[B, T]`, zero
-    where mask is 0.
-    """
-    assert returns.values_BT is not None
-    advantages = _gae(returns, returns.values_BT, returns.lambd)
-    return torch.where(returns.mask_BT > 0, advantages + returns.values_BT, 0.0)
+def gae_returns(inputs: AdvantageInputs) -> torch.Tensor:
+    """Return the critic's targets: unwhitened advantages plus values; `[B, T]`, 0 where masked."""
+    assert inputs.values_BT is not None
+    advantages = _gae(inputs, inputs.values_BT, inputs.lambd)
+    return torch.where(inputs.mask_BT > 0, advantages + inputs.values_BT, 0.0)
 
 
-def _group_scores(returns: Returns) -> torch.Tensor:
-    """Each sequence's sum of token rewards, by group; `[P, G]`, double, in which equal scores equal
-    their mean.
-    """
-    rewards = torch.where(returns.mask_BT > 0, returns.rewards_BT, 0.0)
-    return rewards.double().sum(dim=1).view(-1, returns.group)
+def _group_scores(inputs: AdvantageInputs) -> torch.Tensor:
+    """Sum each sequence's token rewards; `[P, G]`, double, where equal scores equal their mean."""
+    rewards = torch.where(inputs.mask_BT > 0, inputs.rewards_BT, 0.0)
+    return rewards.double().sum(dim=1).view(-1, inputs.group)
 
 
-def _spread(advantages_PG: torch.Tensor, returns: Returns) -> torch.Tensor:
-    """Each sample's advantage on all its tokens; `[P, G]` -> `[B, T]`."""
-    advantages = advantages_PG.to(returns.rewards_BT.dtype).view(-1, 1)
-    return torch.where(returns.mask_BT > 0, advantages, 0.0)
+def _on_all_tokens(advantages_PG: torch.Tensor, inputs: AdvantageInputs) -> torch.Tensor:
+    """Repeat each sample's advantage on all its tokens; `[P, G]` -> `[B, T]`."""
+    advantages = advantages_PG.to(inputs.rewards_BT.dtype).view(-1, 1)
+    return torch.where(inputs.mask_BT > 0, advantages, 0.0)
 
 
-def _gae(returns: Returns, values_BT: torch.Tensor, lambd: float) -> torch.Tensor:
-    """The recursion A_t = delta_t + gamma lambda A_{t+1}, delta_t = r_t + gamma V_{t+1} - V_t, over
-    real tokens.
-    """
-    real_BT = returns.mask_BT > 0
+def _gae(inputs: AdvantageInputs, values_BT: torch.Tensor, lambd: float) -> torch.Tensor:
+    """Compute A_t = delta_t + gamma lambda A_{t+1}, delta_t = r_t + gamma V_{t+1} - V_t."""
+    real_BT = inputs.mask_BT > 0
     estimates = torch.zeros_like(values_BT)
     following = next_value = torch.zeros_like(values_BT[:, 0])
     for t in reversed(range(values_BT.shape[1])):
         real, value = real_BT[:, t], values_BT[:, t]
-        delta = returns.rewards_BT[:, t] + returns.gamma * next_value - value
-        following = torch.where(real, delta + returns.gamma * lambd * following, following)
+        delta = inputs.rewards_BT[:, t] + inputs.gamma * next_value - value
+        following = torch.where(real, delta + inputs.gamma * lambd * following, following)
         next_value = torch.where(real, value, next_value)
         estimates[:, t] = torch.where(real, following, 0.0)
     return estimates

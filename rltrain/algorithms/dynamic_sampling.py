@@ -1,96 +1,50 @@
-"""Dynamic sampling: what becomes of groups whose rewards are all equal, and so carry no signal."""
+"""Dynamic sampling: what to do with groups whose rewards are all equal and so carry no signal."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+
+import torch
 
 from harness.config.schema import Recipe, Resampling
-from rltrain.scored import Rollout
 
 
-class Collector(Protocol):
-    """Takes the scored batches of one step, and says when there are enough."""
-
-    def add(self, scored: Rollout) -> bool:
-        """Take a batch; whether another is wanted."""
-
-    def result(self) -> tuple[Rollout, dict[str, float]]:
-        """The groups to train on, as many as a batch has, and metrics."""
+def groups_with_signal(rewards_PG: torch.Tensor) -> list[int]:
+    """Return the indices of the groups whose rewards differ; `[P, G]`."""
+    equal_P = (rewards_PG == rewards_PG[:, :1]).all(dim=1)
+    return [i for i, equal in enumerate(equal_P.tolist()) if not equal]
 
 
-class Keep:
-    """Trains on the first batch as it is."""
+def needs_another_batch(recipe: Recipe, rewards: Sequence[torch.Tensor]) -> bool:
+    """Return whether to sample again, given the rewards `[P, G]` of the step's batches so far.
 
-    def __init__(self, recipe: Recipe) -> None:
-        self._batch: Rollout | None = None
-
-    def add(self, scored: Rollout) -> bool:
-        """Take the batch; one is enough."""
-        self._batch = scored
+    `filter` samples until enough groups have a signal, or for `max_sample_batches` batches (DAPO,
+    Yu et al. 2025, eq. 11).
+    """
+    settings = recipe.trainer.algorithm.dynamic_sampling
+    if settings.type is not Resampling.filter or len(rewards) >= settings.max_sample_batches:
         return False
-
-    def result(self) -> tuple[Rollout, dict[str, float]]:
-        """The batch, with its statistics."""
-        assert self._batch is not None
-        return self._batch, self._batch.statistics()
+    return len(groups_with_signal(torch.cat(list(rewards)))) < recipe.trainer.train_batch_size
 
 
-class Filter:
-    """Samples further batches until enough groups have different rewards (DAPO, Yu et al. 2025, eq.
-    11).
+def select_groups(recipe: Recipe, rewards_PG: torch.Tensor) -> tuple[list[int], dict[str, float]]:
+    """Return which groups of the sampled ones to train on, in order, and metrics.
 
-    Groups are taken in the order they were drawn. After `max_sample_batches` what is missing is
-    filled with groups of equal rewards. The statistics are those of everything that was sampled.
+    `filter`: the first groups with a signal, then others where they are too few. `replace`: copies
+    of the groups with a signal, each in turn, replace the others (POLARIS, An et al. 2025); with
+    less than `min_replace_ratio` of them nothing is replaced, for a few groups would count too
+    much. `none`: all groups as they are.
     """
-
-    def __init__(self, recipe: Recipe) -> None:
-        self._size = recipe.trainer.train_batch_size
-        self._limit = recipe.trainer.algorithm.dynamic_sampling.max_sample_batches
-        self._batches: list[Rollout] = []
-
-    def add(self, scored: Rollout) -> bool:
-        """Take a batch; whether good groups are missing and may still be sampled."""
-        self._batches.append(scored)
-        found = sum(len(batch.signal()) for batch in self._batches)
-        return found < self._size and len(self._batches) < self._limit
-
-    def result(self) -> tuple[Rollout, dict[str, float]]:
-        """The first good groups, then others if need be."""
-        everything = Rollout.join(self._batches)
-        good = everything.signal()
-        others = sorted(set(range(len(everything.problems))) - set(good))
-        stats = everything.statistics() | {"num_sampled_batches": len(self._batches)}
-        return everything.groups([*good, *others][: self._size]), stats
-
-
-class Replace(Keep):
-    """Copies of good groups take the place of the others (POLARIS, An et al. 2025): each good one
-    in its turn.
-
-    With less than `min_replace_ratio` of good groups the batch stays as it is, for a few groups
-    would count too much.
-    """
-
-    def __init__(self, recipe: Recipe) -> None:
-        super().__init__(recipe)
-        self._least = recipe.trainer.algorithm.dynamic_sampling.min_replace_ratio
-
-    def result(self) -> tuple[Rollout, dict[str, float]]:
-        """The batch with its groups replaced."""
-        assert self._batch is not None
-        batch, count = self._batch, len(self._batch.problems)
-        good = batch.signal()
-        order = list(range(count))
-        if good and len(good) >= self._least * count:
-            bad = sorted(set(order) - set(good))
-            for turn, place in enumerate(bad):
-                order[place] = good[turn % len(good)]
-        replaced = sum(place != source for place, source in enumerate(order))
-        return batch.groups(order), batch.statistics() | {"num_replaced_groups": replaced}
-
-
-RESAMPLING: dict[Resampling, type[Keep] | type[Filter] | type[Replace]] = {
-    Resampling.none: Keep,
-    Resampling.filter: Filter,
-    Resampling.replace: Replace,
-}
+    settings, size = recipe.trainer.algorithm.dynamic_sampling, recipe.trainer.train_batch_size
+    order = list(range(len(rewards_PG)))
+    if settings.type is Resampling.none:
+        return order, {}
+    good = groups_with_signal(rewards_PG)
+    others = sorted(set(order) - set(good))
+    if settings.type is Resampling.filter:
+        return [*good, *others][:size], {"num_sampled_batches": len(order) // size}
+    if good and len(good) >= settings.min_replace_ratio * len(order):
+        for turn, index in enumerate(others):
+            order[index] = good[turn % len(good)]
+    replaced = sum(index != source for index, source in enumerate(order))
+    return order, {"num_replaced_groups": replaced}

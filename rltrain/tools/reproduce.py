@@ -20,7 +20,7 @@ from harness.records.rerun import OWN_PLACE, name_of, record_of_run
 from harness.records.run_dir import RunDir, Status, damage, write_text
 
 if TYPE_CHECKING:
-    from rltrain.report import Report
+    from rltrain.report import StepReport
 
 # A killed run may have weights of an evaluation that it never logged.
 _ENDED = (Status.COMPLETE.value, Status.PRUNED.value)
@@ -121,9 +121,9 @@ def begin(planned: Reproduction) -> None:
     planned.run_dir.create(recipes.to_yaml(planned.recipe), planned.now)
 
 
-def until_last_step(planned: Reproduction, training: Iterator[Report]) -> Generator[Report]:
+def until_last_step(planned: Reproduction, training: Iterator[StepReport]) -> Generator[StepReport]:
     """Yield the reports of `training` up to the original's last step, then stop it."""
-    with contextlib.closing(cast("Generator[Report]", training)) as reports:
+    with contextlib.closing(cast("Generator[StepReport]", training)) as reports:
         for report in reports:
             yield report
             if report.step >= planned.last:

@@ -1,6 +1,4 @@
-"""The process that trains trials as members of one pack, itself or with ranks: a Ray actor that
-each trial asks.
-"""
+"""The pack server: a Ray actor that trains trials as members of one pack."""
 
 from __future__ import annotations
 
@@ -8,37 +6,36 @@ import contextlib
 import os
 import threading
 import traceback
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.config import recipe as recipes
+from harness.config.schema import Recipe
 from harness.core.errors import MachineError, machine_error
 from harness.core.locks import KernelLock
 from harness.records.run_dir import RunDir, Status
-from rltrain.distributed.placement import needs_workers
 from rltrain.distributed.process import exits_are_failures, quiet_libraries, redirect_output
 from sweeps.execution.watchdog import stop_watching, watch
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
 
-    from rltrain.crew import Crew
-    from rltrain.report import Report
+    from rltrain.report import StepReport
+    from rltrain.trainer import Trainer
+    from rltrain.worker_group import WorkerGroup
 
-# A killed sweep's process may live on for some seconds: how long its successor waits for it to let
-# go of a directory.
+# A killed sweep's process may live on for seconds: how long its successor waits for a run's lock.
 TAKEOVER_SECONDS = 60.0
-# The next trial asks for a slot a tenth or two of a second after it is free; unawaited, it would
-# wait for a whole step.
+# The next trial asks for a slot some tenths of a second after it is free. Without this wait it
+# would have to wait for a whole step of the others.
 HANDOVER_SECONDS = 0.3
 EVALUATED = "eval/accuracy"
 
 
 class Stage(Enum):
-    """Where a trial stands; one that waits has been evaluated, and may be pruned."""
+    """Where a trial stands; a waiting one has been evaluated, and may be pruned."""
 
     JOINING = "joining"
     TRAINING = "training"
@@ -47,225 +44,211 @@ class Stage(Enum):
 
 
 @dataclass(eq=False)
-class Seat:
-    """A trial in the hub; `reports` are those that its process has not seen yet."""
+class ServedTrial:
+    """A trial in the server; `reports` are those that its own process has not fetched yet.
+
+    `machine` is set where a failure of the machine, not of the trial, ended it.
+    """
 
     run_dir: RunDir
+    recipe: Recipe
     stage: Stage = Stage.JOINING
-    reports: list[Report] = field(default_factory=list)
+    reports: list[StepReport] = field(default_factory=list)
     lock: KernelLock | None = None
     machine: MachineError | None = None
-    """What of the machine failed, where that ended the trial here."""
 
-    def add(self, report: Report) -> None:
-        """Keep a report, and see what it means."""
+    def add(self, report: StepReport) -> None:
+        """Keep a report, and move to the stage that it means."""
         self.reports.append(report)
         if report.done:
             self.stage = Stage.ENDED
         elif EVALUATED in report.metrics:
             self.stage = Stage.WAITING
 
+    def fail(self, error: Exception) -> None:
+        """End after an error, of the trial or of the machine; the run directory says why."""
+        self.machine = record_error(self.run_dir, error)
+        self.reports, self.stage = [], Stage.ENDED
 
-class Hub:
-    """A pack and the trials in it. One thread trains all that may go on, a step of each at a time;
-    others only ask.
 
-    Where the room is for several, an error that is nobody's own ends the process: each trial then
-    goes on alone. Among ranks every error is such a one.
+class PackServer:
+    """A trainer, and a queue of trials in front of its slots.
+
+    One thread trains all trials that may go on, a step at a time; calls of other processes wait.
+    An error that cannot be attributed to one trial ends a process with several slots: its trials
+    restart alone. Errors in a worker group never can.
     """
 
     def __init__(
         self,
         first: str,
-        room: int,
+        slots: int,
         log: str,
         stall_seconds: float,
         group: PlacementGroup | None = None,
     ) -> None:
-        """`first` is the directory of a run whose recipe says what base and engine to start;
-        `group` is the ranks'.
+        """Start the base model and engine of the recipe in the run directory `first`.
+
+        `group` is the placement group of a worker group's ranks.
         """
         self._recipe = recipes.read(RunDir(first).recipe)
-        self._room = room
+        self._slots = slots
         self._log = Path(log)
         self._group = group
         self._stall_seconds = stall_seconds
-        self._seats: dict[str, Seat] = {}
-        self._aboard: list[Seat] = []
-        self._freed = 0
+        self._trials: dict[str, ServedTrial] = {}
+        self._members: list[ServedTrial] = []
+        self._num_freed = 0
         self._changed = threading.Condition()
         self._broken = False
         redirect_output(self._log)
-        threading.Thread(target=self._work, name="training", daemon=True).start()
+        threading.Thread(target=self._train, name="training", daemon=True).start()
 
-    def advance(self, path: str) -> list[Report]:
-        """Train a run up to its next evaluation, or its end: the reports since the last one. None
-        at all: it failed.
+    def advance(self, path: str, recipe: Recipe) -> list[StepReport]:
+        """Train a run to its next evaluation, or its end.
 
-        Raises MachineError where not the run but the machine failed.
+        Returns:
+            The reports since the last call; none where the run failed.
+
+        Raises:
+            MachineError: the machine failed, not the run.
         """
         with self._changed:
-            seat = self._seats.setdefault(path, Seat(RunDir(path)))
-            if seat.stage is Stage.WAITING:
-                seat.stage = Stage.TRAINING
+            trial = self._trials.setdefault(path, ServedTrial(RunDir(path), recipe))
+            if trial.stage is Stage.WAITING:
+                trial.stage = Stage.TRAINING
             self._changed.notify_all()
-            self._changed.wait_for(lambda: seat.stage in (Stage.WAITING, Stage.ENDED))
-            if seat.stage is Stage.ENDED:
-                self._seats.pop(path, None)
-            if seat.machine is not None:
-                raise seat.machine
-            reports, seat.reports = seat.reports, []
+            self._changed.wait_for(lambda: trial.stage in (Stage.WAITING, Stage.ENDED))
+            if trial.stage is Stage.ENDED:
+                self._trials.pop(path, None)
+            if trial.machine is not None:
+                raise trial.machine
+            reports, trial.reports = trial.reports, []
             return reports
 
     def leave(self, path: str) -> None:
-        """Take a run out of the pack before its next step, if it is still in."""
+        """Remove a run from the pack before the next step, if it is still in."""
         with self._changed:
-            self._seats.pop(path, None)
+            self._trials.pop(path, None)
             self._changed.notify_all()
 
     def works(self) -> bool:
-        """Whether trials can train here."""
+        """Return whether trials can train here."""
         return not self._broken
 
-    def _work(self) -> None:
+    def _train(self) -> None:
         try:
-            with exits_are_failures():  # else this thread would end, and the trials wait for ever
+            with exits_are_failures():  # or this thread would end, and trials wait for ever
                 quiet_libraries()
-                crew = self._start()
+                trainer = self._open_trainer()
                 while True:
-                    self._turn(crew)
+                    self._turn(trainer)
         except Exception as error:
             traceback.print_exc()
-            # What is nobody's own hits everyone: alone, each shows whether it was its doing.
-            if self._room > 1 and self._aboard:
+            # Each trial restarts alone, and shows whether it was the cause.
+            if self._slots > 1 and self._members:
                 os._exit(1)
             self._refuse(error)
 
-    def _start(self) -> Crew:
-        """Base and engine: in this process, or in ranks that this one leads."""
-        if needs_workers(self._recipe):
-            from rltrain.worker_group import WorkerGroup
+    def _open_trainer(self) -> Trainer | WorkerGroup:
+        """Return the trainer, which ends with this process."""
+        from rltrain.worker_group import open_trainer
 
-            return WorkerGroup(self._recipe, self._room, self._log, self._group).__enter__()
-        from rltrain.crew import LocalCrew
-        from rltrain.pack import Pack
-
-        return LocalCrew(Pack.open(self._recipe, room=self._room))
+        trainer = open_trainer(self._recipe, slots=self._slots, log=self._log, group=self._group)
+        return trainer.__enter__()
 
     def _refuse(self, error: Exception) -> None:
-        """Every trial that is here, and every one that comes, fails for this reason."""
+        """Fail all trials, those that are here and those that come, with this error."""
         stop_watching()
         self._broken = True
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._at(Stage.JOINING, Stage.TRAINING))
-                for seat in self._at(Stage.JOINING, Stage.TRAINING):
-                    fail(seat, error)
+                for trial in self._at(Stage.JOINING, Stage.TRAINING):
+                    trial.fail(error)
                 self._changed.notify_all()
 
-    def _turn(self, crew: Crew) -> None:
-        """Let go of those that have left, take in those that have come, and train those that may go
-        on by one step.
-        """
+    def _turn(self, trainer: Trainer | WorkerGroup) -> None:
+        """Remove trials that left, add trials that wait for a slot, take one step of the rest."""
         with self._changed:
             stop_watching()
-            self._changed.wait_for(lambda: len(self._coming()) >= self._freed, HANDOVER_SECONDS)
-            self._freed = 0
             self._changed.wait_for(
-                lambda: self._gone() or self._coming() or self._at(Stage.TRAINING)
+                lambda: len(self._joining()) >= self._num_freed, HANDOVER_SECONDS
             )
-            gone = self._gone()
+            self._num_freed = 0
+            self._changed.wait_for(
+                lambda: self._left() or self._joining() or self._at(Stage.TRAINING)
+            )
+            left = self._left()
         watch(self._stall_seconds)
-        for seat in gone:
-            self._let_go(crew, seat)
-        for seat in self._coming():
-            self._take_in(crew, seat)
-        training = [seat for seat in self._aboard if seat.stage is Stage.TRAINING]
+        for trial in left:
+            self._remove(trainer, trial)
+        for trial in self._joining():
+            self._add(trainer, trial)
+        training = [trial for trial in self._members if trial.stage is Stage.TRAINING]
         if training:
-            self._step(crew, training)
-        for seat in [seat for seat in self._aboard if seat.stage is Stage.ENDED]:
-            self._let_go(crew, seat)
+            outcomes = trainer.step([trial.run_dir for trial in training])
+            for trial in training:
+                outcome = outcomes[trial.run_dir.path]
+                if isinstance(outcome, Exception):
+                    trial.fail(outcome)
+                else:
+                    trial.add(outcome)
+            # Before the ended ones are removed: the next trial prepares for the slot meanwhile.
+            with self._changed:
+                self._changed.notify_all()
+        for trial in [trial for trial in self._members if trial.stage is Stage.ENDED]:
+            self._remove(trainer, trial)
         with self._changed:
             self._changed.notify_all()
 
-    def _gone(self) -> list[Seat]:
-        return [seat for seat in self._aboard if seat not in self._seats.values()]
+    def _left(self) -> list[ServedTrial]:
+        return [trial for trial in self._members if trial not in self._trials.values()]
 
-    def _coming(self) -> list[Seat]:
-        """Those that can be taken in now: one that has ended may be slower to leave than the next
-        to come.
-        """
-        return self._at(Stage.JOINING)[: self._room - len(self._aboard)]
+    def _joining(self) -> list[ServedTrial]:
+        """Return the trials for which there is a slot now."""
+        return self._at(Stage.JOINING)[: self._slots - len(self._members)]
 
-    def _at(self, *stages: Stage) -> list[Seat]:
-        return [seat for seat in list(self._seats.values()) if seat.stage in stages]
+    def _at(self, *stages: Stage) -> list[ServedTrial]:
+        return [trial for trial in list(self._trials.values()) if trial.stage in stages]
 
-    def _take_in(self, crew: Crew, seat: Seat) -> None:
-        """Be the only process that writes the run's directory, and bring the run to where its
-        training begins.
-        """
-        self._aboard.append(seat)
-        if self._room == 1:
-            redirect_output(seat.run_dir.log)
-        with self._own_failure(crew, seat):
-            seat.lock = own(seat.run_dir)
-            for report in crew.take_in(recipes.read(seat.run_dir.recipe), seat.run_dir):
-                seat.add(report)
-            if seat.stage is Stage.JOINING:
-                seat.stage = Stage.TRAINING
-
-    def _step(self, crew: Crew, seats: list[Seat]) -> None:
-        crew.train([seat.run_dir for seat in seats])
-        for seat in seats:
-            with self._own_failure(crew, seat):
-                seat.add(crew.take(seat.run_dir))
-            # Now, not after the others' evaluations: meanwhile the next trial gets ready for the
-            # slot.
-            with self._changed:
-                self._changed.notify_all()
-
-    def _let_go(self, crew: Crew, seat: Seat) -> None:
-        self._aboard.remove(seat)
-        self._freed += 1
-        crew.let_go(seat.run_dir)
-        if seat.lock is not None:
-            seat.lock.release()
-
-    @contextlib.contextmanager
-    def _own_failure(self, crew: Crew, seat: Seat) -> Iterator[None]:
-        """What fails inside is the seat's failure alone, where the others can go on without it."""
+    def _add(self, trainer: Trainer | WorkerGroup, trial: ServedTrial) -> None:
+        """Lock the trial's directory for this process, and add the trial to the pack."""
+        self._members.append(trial)
+        if self._slots == 1:
+            redirect_output(trial.run_dir.log)
         try:
             with exits_are_failures():
-                yield
+                trial.lock = acquire_lock(trial.run_dir)
+                for report in trainer.add(trial.recipe, trial.run_dir):
+                    trial.add(report)
         except Exception as error:
-            if not crew.contains_failures:
+            if not trainer.isolates_failures:
                 raise
-            fail(seat, error)
+            trial.fail(error)
+        if trial.stage is Stage.JOINING:
+            trial.stage = Stage.TRAINING
+
+    def _remove(self, trainer: Trainer | WorkerGroup, trial: ServedTrial) -> None:
+        self._members.remove(trial)
+        self._num_freed += 1
+        trainer.remove(trial.run_dir)
+        if trial.lock is not None:
+            trial.lock.release()
 
 
-def own(run_dir: RunDir) -> KernelLock:
-    """The lock on a run's directory, this process's until it is released; RuntimeError when another
-    keeps it.
-    """
+def acquire_lock(run_dir: RunDir) -> KernelLock:
+    """Acquire the lock on a run's directory; raises RuntimeError when another process keeps it."""
     lock = KernelLock(run_dir.path / ".lock")
     if not lock.acquire(TAKEOVER_SECONDS):
         raise RuntimeError(f"another process still writes {run_dir.path}")
     return lock
 
 
-def fail(seat: Seat, error: Exception) -> None:
-    """A run has failed, or the machine under it: its process is told nothing more, its directory
-    says why.
-    """
-    seat.machine = record(seat.run_dir, error)
-    seat.reports, seat.stage = [], Stage.ENDED
+def record_error(run_dir: RunDir, error: Exception) -> MachineError | None:
+    """Write an error's traceback to the run's log and, unless the trainer did, fail the run.
 
-
-def record(run_dir: RunDir, error: Exception) -> MachineError | None:
-    """Write an error's traceback to the log, and its reason to the manifest unless the trainer did.
-
-    Returns what of the machine failed, None where it was the run: the disk may be full, and the
-    directory not say so.
+    Returns the machine's failure, if it was one. A full disk may keep the directory from saying so.
     """
     with contextlib.suppress(OSError), run_dir.log.open("a") as log:
         log.write("".join(traceback.format_exception(error)))

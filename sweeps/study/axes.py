@@ -42,7 +42,7 @@ RECORDS = (
     "ray.address",
     "expect",
 )
-# The same answers by contract (README, "Several processes"), sooner or with less memory.
+# The same answers by contract (docs/guides/cluster.md), sooner or with less memory.
 SPEED = (
     f"{PLACEMENT}.",
     "trainer.num_threads",

@@ -25,8 +25,6 @@ from sweeps.study.space import PLACES, from_recipe
 from sweeps.study.study import Study, Trial
 
 RANK = "trainer.policy.model.lora.rank"
-# What Ray is asked for a trial's own process when a hub trains it: next to nothing.
-ASKS = [{"CPU": 0.001}]
 _ENDED = (Status.COMPLETE, Status.PRUNED, Status.FAILED)
 _FINAL = {TrialState.PRUNED: Status.PRUNED, TrialState.FAIL: Status.FAILED}
 
@@ -79,7 +77,7 @@ def cpus_per_trial(recipe: Recipe) -> int:
     return recipe.trainer.num_threads or max(1, (os.cpu_count() or 1) // together)
 
 
-def place_bundles(recipe: Recipe) -> list[dict[str, float]]:
+def server_bundles(recipe: Recipe) -> list[dict[str, float]]:
     """What one place holds: the process of a pack or a trial; for one that leads, its ranks and
     engines too.
     """
@@ -115,7 +113,7 @@ def at_a_time(recipe: Recipe) -> str:
 
 def gpus_per_place(recipe: Recipe) -> int:
     """GPUs that one place holds; 0 when it trains on the CPU."""
-    return int(sum(bundle.get("GPU", 0.0) for bundle in place_bundles(recipe)))
+    return int(sum(bundle.get("GPU", 0.0) for bundle in server_bundles(recipe)))
 
 
 def trial_values(plan: Plan, trial: Trial) -> dict[str, Any]:

@@ -28,8 +28,7 @@ def main() -> None:
     from rltrain.distributed.process import quiet_libraries
 
     quiet_libraries()
-    from rltrain.pack import Pack
-    from rltrain.trainer import training
+    from rltrain.worker_group import train_run
 
     seconds: dict[str, list[float]] = {"with": [], "without": []}
     with tempfile.TemporaryDirectory() as scratch:
@@ -48,8 +47,7 @@ def main() -> None:
             recipes.to_yaml(recipe),
             manifest.build(recipe, kind="run", name="run", source="benchmark"),
         )
-        pack = Pack.open(recipe)
-        reports = training(pack, pack.join(recipe, run_dir))
+        reports = train_run(recipe, run_dir)
         # One warm-up each, then in turn, so that a slow minute of the machine meets both.
         for turn in range(2 * (REPEATS + 1)):
             name = ("with", "without")[turn % 2]
@@ -60,7 +58,6 @@ def main() -> None:
             if turn > 1:
                 seconds[name].append((time.perf_counter() - start) / STEPS)
             print(f"{name:>8}  {(time.perf_counter() - start) / STEPS:.3f} s a step", flush=True)
-        pack.close()
     # Neighbours are compared with each other: the policy's completions grow and shrink as it
     # learns.
     ratio = statistics.median(

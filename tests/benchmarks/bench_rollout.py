@@ -82,12 +82,12 @@ def _open(backend: str, scratch: Path) -> tuple[Any, list[Any]]:
     recipe = recipes.load(
         "quickstart", [f"generator.backend={backend}", "generator.max_num_seqs=512"]
     )
-    pack = Pack.open(recipe, room=ADAPTERS)
+    pack = Pack.open(recipe, slots=ADAPTERS)
     members = []
     for place in range(ADAPTERS):
         run_dir = RunDir(scratch / backend / str(place))
         run_dir.create("", {})
-        members.append(pack.join(recipe, run_dir))
+        members.append(pack.add(recipe, run_dir))
     torch.manual_seed(0)
     with torch.no_grad():
         for member in members:

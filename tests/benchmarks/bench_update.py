@@ -67,8 +67,8 @@ def _open(scratch: Path) -> tuple[Any, Any]:
             "trainer.policy.optimizer_config.lr=1e-12",
         ],
     )
-    pack = Pack.open(recipe, room=max(COMPANIONS))
-    member = pack.join(recipe, _run_dir(scratch, "run"))
+    pack = Pack.open(recipe, slots=max(COMPANIONS))
+    member = pack.add(recipe, _run_dir(scratch, "run"))
     pack.publish_member(member)
     return pack, member
 
@@ -83,13 +83,14 @@ def _measure(pack: Any, member: Any, count: int, prompts: int) -> list[dict[str,
     """A row for each way: seconds, CPU seconds and tokens a second of one update of so many
     completions.
     """
-    from rltrain.rollout import rollout
-    from rltrain.step import MiniBatch, prepare, update
+    from rltrain.algorithms.advantages import compute_advantages
+    from rltrain.rollout import sample_rollouts
+    from rltrain.step import update
 
-    ((scored, stats),) = rollout(pack, [member])
-    scored = scored.groups(range(prompts))
-    batch = prepare(pack, scored, stats).batch
-    mini = MiniBatch(member, member.policy, 0, batch)
+    ((rollout, _),) = sample_rollouts(pack, [member]).values()
+    rollout = rollout.select(range(prompts))
+    batch = rollout.to_batch(pack.pad_id)
+    compute_advantages(member.recipe, batch, rollout.rewards, rollout.truncated)
     rows: list[dict[str, Any]] = [
         {"completions": count, "way": way, "seconds": [], "cpu_seconds": []} for way in WAYS
     ]
@@ -102,7 +103,7 @@ def _measure(pack: Any, member: Any, count: int, prompts: int) -> list[dict[str,
                 setattr(trainer, key, value)
             with _way(pack, *kind):
                 start, cpu = time.perf_counter(), time.process_time()
-                update(pack, mini)
+                update(pack, member, member.policy, batch, 0)
                 spent = time.perf_counter() - start, time.process_time() - cpu
             if repeat:
                 row["seconds"].append(round(spent[0], 4))
@@ -129,8 +130,8 @@ def _way(
     """Switch parts of the update off, for comparison."""
     from peft.tuners import lora
 
-    from rltrain.algorithms.learner import Learner
     from rltrain.algorithms.policy import Policy
+    from rltrain.algorithms.trained_model import TrainedModel
     from rltrain.models import attention, logprobs
     from rltrain.models.lora import LoRALinear
 
@@ -142,7 +143,7 @@ def _way(
         if not one_product:
             stack.enter_context(mock.patch.object(LoRALinear, "forward", lora.Linear.forward))
         if not skipping:
-            stack.enter_context(mock.patch.object(Policy, "moves", Learner.moves))
+            stack.enter_context(mock.patch.object(Policy, "needs_grad", TrainedModel.needs_grad))
         assert pack.model.config._attn_implementation == attention.NAME
         yield
 
@@ -152,7 +153,7 @@ def _switching(pack: Any, recipe: Any, scratch: Path) -> list[dict[str, Any]]:
     rows = []
     for count in COMPANIONS:
         while len(pack.members) < count:
-            pack.join(recipe, _run_dir(scratch, f"companion{len(pack.members)}"))
+            pack.add(recipe, _run_dir(scratch, f"companion{len(pack.members)}"))
         times = []
         for _ in range(REPEATS):
             start = time.process_time()

@@ -37,24 +37,20 @@ class Measurement:
     """A pack of mixed members under a clock."""
 
     def __init__(self, spec: dict[str, Any], scratch: Path) -> None:
-        from rltrain.pack import Pack
-        from rltrain.trainer import Course
+        from rltrain.trainer import Trainer
 
         self._spec = spec
         chosen = [self._recipe(number) for number in range(spec["members"])]
-        self._pack = Pack.open(chosen[0], room=spec["members"])
+        self._trainer = Trainer(chosen[0], slots=spec["members"])
+        self._pack = self._trainer.pack
         self._memory = [memory_gb()]
-        self._courses = []
         for number, recipe in enumerate(chosen):
             run_dir = RunDir(scratch / str(number))
             run_dir.create(
                 recipes.to_yaml(recipe),
                 manifest.build(recipe, kind="run", name="run", source="benchmark"),
             )
-            course = Course(self._pack, self._pack.join(recipe, run_dir))
-            for _ in course.begin():
-                pass
-            self._courses.append(course)
+            self._trainer.add(recipe, run_dir)
         self._memory.append(memory_gb())
 
     def result(self) -> dict[str, Any]:
@@ -62,7 +58,7 @@ class Measurement:
         from rltrain.models.loading import adapter_parameters
 
         began = time.time()
-        steps = [self._step(list(range(len(self._courses)))) for _ in range(self._spec["steps"])]
+        steps = [self._step(list(range(self._spec["members"]))) for _ in range(self._spec["steps"])]
         ended = time.time()
         adapters = [
             p
@@ -83,14 +79,14 @@ class Measurement:
         }
         if self._spec.get("alternate"):
             content["gains"] = self._gains(self._spec["alternate"])
-        self._pack.close()
+        self._trainer.close()
         return content
 
     def _gains(self, repeats: int) -> dict[str, float | None]:
         """g and c: seconds a token of steps made one member at a time, over those of steps that all
         make together.
         """
-        everyone = range(len(self._courses))
+        everyone = range(self._spec["members"])
         ratios: dict[str, list[float]] = {part: [] for part in MAKESPAN_PARTS}
         for _ in range(repeats):
             together = self._step(list(everyone))
@@ -105,15 +101,15 @@ class Measurement:
         """One step of some members: seconds of rollout and of the rest, tokens, and shares of the
         peak.
         """
-        from rltrain.trainer import advance
-
         members = [self._pack.members[place] for place in places]
         start = time.perf_counter()
-        steps = advance(self._pack, members)
-        for place, member in zip(places, members, strict=True):
-            self._courses[place].take(steps[member])
+        outcomes = self._trainer.step([member.run_dir for member in members])
         whole = time.perf_counter() - start
-        rows = {member: step.row for member, step in steps.items()}
+        rows = {}
+        for member, outcome in zip(members, outcomes.values(), strict=True):
+            if isinstance(outcome, Exception):
+                raise outcome
+            rows[member] = outcome.metrics
         row = rows[members[0]]
         rollout, update = row["timing_s/rollout"], row["timing_s/update"]
         flops = (

@@ -67,7 +67,7 @@ def accuracy(pack: Any, adapter: dict[str, str], shared: list[str], place: Path)
     )
     run_dir = RunDir(place)
     run_dir.create("", {})
-    member = pack.join(recipe, run_dir)
+    member = pack.add(recipe, run_dir)
     weights = load_file(
         adapter.get("weights") or Path(adapter["folder"]) / "adapter_model.safetensors"
     )
@@ -80,7 +80,7 @@ def accuracy(pack: Any, adapter: dict[str, str], shared: list[str], place: Path)
         )
     pack.publish_member(member)
     metrics, _ = evaluate(pack, [member])[member]
-    pack.leave(member)
+    pack.remove(member)
     return round(metrics["eval/accuracy"], 4)
 
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -343,10 +344,10 @@ def page(records: dict[str, Record], found: list[Record], drawn: dict[str, str])
     lines = [
         "# Benchmarks",
         "",
-        "`make bench` measures all of this again and writes this page; each script runs alone, as",
-        (
-            "`python -m tests.benchmarks.bench_NAME`. Ratios are of medians taken by turns on "
-            "one machine in one run."
+        wrapped(
+            "`make bench` measures all of this again and writes this page; each script also runs "
+            "alone, as `python -m tests.benchmarks.bench_NAME`. Ratios are of medians, measured "
+            "in turn on one machine in one run."
         ),
         "",
         "## Targets",
@@ -364,7 +365,7 @@ def page(records: dict[str, Record], found: list[Record], drawn: dict[str, str])
             "",
             f"## {name.replace('_', ' ').capitalize()}",
             "",
-            " ".join("\n".join(what).split()),
+            wrapped("\n".join(what)),
             "",
         ]
         if name in drawn:
@@ -379,9 +380,14 @@ def page(records: dict[str, Record], found: list[Record], drawn: dict[str, str])
             ]
         load, machine = record.get("load_average", [0.0]), record["hardware"]
         where = f"{machine['cpu']}, {machine['cores']} cores, load average at the end {load[0]:.1f}"
-        lines += ["", f"{where}: [{name}.json]({name}.json)."]
-    lines += ["", "What missed its target, and why: [missed.md](missed.md)."]
+        lines += ["", wrapped(f"{where}: [{name}.json]({name}.json).")]
+    lines += ["", "[missed.md](missed.md) says which targets were missed, and why."]
     return "\n".join(lines) + "\n"
+
+
+def wrapped(text: str) -> str:
+    """Return a paragraph in lines of at most 100 columns."""
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
 MET = {True: "yes", False: "**no**", None: ""}

@@ -1,4 +1,4 @@
-"""The faults that are tried, by name: what docs/reliability.md lists, and the tests go through."""
+"""The faults that are tried, by name; docs/guides/reliability.md lists them."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ from dataclasses import dataclass
 
 from tests.faults.hooks import Fault
 
-SAME = "goes on; the same to the bit as never killed"
-OLDER = "named and set aside; goes on from the checkpoint before it; the same to the bit"
-CLEARED = "cleared away; goes on from the checkpoint before it; the same to the bit"
+SAME = "resumes; the same to the bit as never killed"
+OLDER = "named and set aside; resumes from the checkpoint before it; the same to the bit"
+CLEARED = "removed; resumes from the checkpoint before it; the same to the bit"
 ANEW = "named and set aside; starts again from step 0; the same to the bit"
 REFUSED = "named, refused with exit status 2; no file changed"
-TOLD = (
-    "a sound recipe or a dry run comes of it, or one message; never a traceback, never "
-    "a start on nonsense"
-)
+TOLD = "a valid recipe or a dry run, or one message; never a traceback, never a start on nonsense"
 ALONE = (
     "FAILED, with its reason on the console, in study and report; the others "
     "complete; no process left"
@@ -279,9 +276,9 @@ OTHERS = {
     NAMED: REFUSED,
     "a checkpoint of another rank": REFUSED,
     "read-only run directory": REFUSED,
-    "a file-size limit in mid-run": "named, exit status 2; with more room goes on; the "
+    "a file-size limit in mid-run": "named, exit status 2; with more room resumes; the "
     "same to the bit",
-    "disk full in mid-run": "named, exit status 2; with more room goes on; the same to the bit",
+    "disk full in mid-run": "named, exit status 2; with more room resumes; the same to the bit",
     "study.journal: one bit flipped in the middle": REFUSED,
     "study.journal: a line missing": REFUSED,
 }

@@ -64,7 +64,7 @@ def results() -> Iterator[list[tuple[str, str, int]]]:
         rows = table.gather(found)
         missing = cases.expected().items() - {(row.fault, row.tried) for row in rows}
         assert not missing, (
-            f"docs/reliability.md is not written: not all was tried: {sorted(missing)}"
+            f"docs/guides/reliability.md is not written: not all was tried: {sorted(missing)}"
         )
         order = list(cases.expected())
         table.PAGE.write_text(table.page(sorted(rows, key=lambda row: order.index(row.fault))))

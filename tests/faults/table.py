@@ -1,4 +1,4 @@
-"""docs/reliability.md: words that stay, and a table of the faults as the tests found them."""
+"""Write docs/guides/reliability.md: fixed text, and a table of the faults as the tests saw them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from harness.core.paths import PROJECT
 
-PAGE = PROJECT / "docs" / "reliability.md"
+PAGE = PROJECT / "docs" / "guides" / "reliability.md"
 HEAD = "| fault | times tried | what happened | lost steps |"
 # How the names of three kinds of faults begin; all others are damage to files, or no room for them.
 KINDS = ("SIGKILL: ", "mutated ", "a trial")

@@ -1,6 +1,4 @@
-"""docs/reliability.md lists the faults that are tried, as often as they are, and says what the
-tests expect.
-"""
+"""Compare the table of docs/guides/reliability.md with the faults that the tests try."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def opened(
     """A pack with these members, their adapters published; closed in the end."""
     from rltrain.pack import Pack
 
-    pack = Pack.open(members[0], room=room or len(members))
+    pack = Pack.open(members[0], slots=room or len(members))
     try:
         yield (
             pack,
@@ -113,7 +113,7 @@ def opened(
 
 def join(pack: Any, recipe: Recipe, folder: Path) -> Any:
     """Put a member into the pack and publish its adapter."""
-    member = pack.join(recipe, new_run(folder, recipe))
+    member = pack.add(recipe, new_run(folder, recipe))
     pack.publish_member(member)
     return member
 
@@ -250,7 +250,7 @@ def contain_failures(pack: Any) -> dict[Any, Exception]:
     """Let a member that fails leave the others' step going on; who failed, and why, is found in the
     result.
     """
-    pack.contains_failures = True
+    pack.isolates_failures = True
     failures: dict[Any, Exception] = pack.failures
     return failures
 
@@ -268,10 +268,10 @@ def train(
     """Train a run in this process, to its end or to a step whose row ends it; its rows, times
     included.
     """
-    from rltrain.trainer import run
+    from rltrain.worker_group import train_run
 
     rows: list[Row] = []
-    with contextlib.closing(run(recipe, new_run(folder, recipe))) as reports:  # type: ignore[type-var]
+    with contextlib.closing(train_run(recipe, new_run(folder, recipe))) as reports:  # type: ignore[type-var]
         for report in reports:
             rows.append(dict(report.metrics))
             if until(rows[-1]):

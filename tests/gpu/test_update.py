@@ -86,19 +86,19 @@ def test_nothing_waits_for_the_gpu_within_a_mini_batch(
         {ours.DTYPE: "bfloat16", "trainer.micro_train_batch_size_per_gpu": 2}
     )
     ours.step(pack, [member])
-    loss, add_up, passes = Policy.loss, step.add_up, []
+    loss, add, passes = Policy.loss, step.add_statistics, []
 
     def watched(*arguments: Any) -> Any:
         torch.cuda.set_sync_debug_mode("error")
         return loss(*arguments)
 
     def noted(*arguments: Any) -> None:
-        add_up(*arguments)
+        add(*arguments)
         torch.cuda.set_sync_debug_mode("default")
         passes.append(arguments)
 
     monkeypatch.setattr(Policy, "loss", watched)
-    monkeypatch.setattr(step, "add_up", noted)
+    monkeypatch.setattr(step, "add_statistics", noted)
     try:
         ours.step(pack, [member])
     finally:

@@ -92,7 +92,7 @@ def opened(small_recipe: MakeRecipe, new_run: MakeRun) -> Iterator[Open]:
     def make(*overrides: str) -> tuple[Pack, Member]:
         recipe = small_recipe(*overrides)
         packs.append(Pack.open(recipe))
-        member = packs[-1].join(recipe, new_run(recipe, f"run{len(packs)}"))
+        member = packs[-1].add(recipe, new_run(recipe, f"run{len(packs)}"))
         packs[-1].publish_member(member)
         return packs[-1], member
 

@@ -17,9 +17,8 @@ from harness.core.errors import UserError
 from harness.core.paths import PROJECT
 from harness.loggers.logfiles import event_steps
 from harness.records.run_dir import RunDir
-from rltrain import trainer
 from rltrain.member import Member
-from rltrain.trainer import finish
+from rltrain.trainer import Trainer
 from tests.integration.conftest import heed_interrupts
 from tests.recipes import quickstart
 
@@ -178,12 +177,14 @@ def test_a_run_killed_before_its_verdict_gets_it_without_training_again(
     logger = "trainer.logger=[console,tensorboard]"
     start = [file, logger, f"trainer.ckpt_path={tmp_path}", "trainer.run_name=run"]
 
-    def killed(member: Member) -> None:
-        finish(member)
+    finish = Trainer._finish
+
+    def killed(self: Trainer, member: Member) -> None:
+        finish(self, member)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "finish", killed)
+        patch.setattr(Trainer, "_finish", killed)
         with pytest.raises(KeyboardInterrupt):
             run.main(start)
     run_dir = RunDir(tmp_path / "run")

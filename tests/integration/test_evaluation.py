@@ -12,17 +12,17 @@ import torch
 
 from harness.config.metrics import without_timings
 from harness.config.schema import Recipe
-from rltrain.crew import LocalCrew
 from rltrain.engines.base import Request, Sample
 from rltrain.evaluate import evaluate
 from rltrain.pack import Pack
+from rltrain.trainer import Trainer
 from tests.integration.training import MakeRecipe, MakeRun
 
 
 def test_untrained_members_share_their_first_evaluation(
     small_recipe: MakeRecipe, new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pack = Pack.open(small_recipe(), room=4)
+    pack = Pack.open(small_recipe(), slots=4)
     others = [
         (),
         (
@@ -34,7 +34,7 @@ def test_untrained_members_share_their_first_evaluation(
         ("generator.eval_sampling_params.temperature=0.5",),
     ]
     members = [
-        pack.join(small_recipe(*more), new_run(small_recipe(*more), f"run{i}"))
+        pack.add(small_recipe(*more), new_run(small_recipe(*more), f"run{i}"))
         for i, more in enumerate(others)
     ]
     pack.publish(members)
@@ -106,7 +106,8 @@ def _trained(
     """The last rows of runs trained in packs; the members of each engine call are noted."""
     last = []
     for number, recipes in enumerate(packs):
-        pack = Pack.open(recipes[0], room=len(recipes))
+        trainer = Trainer(recipes[0], slots=len(recipes))
+        pack = trainer.pack
         generate = pack.engine.generate
 
         def watch(requests: Sequence[Request], generate: Any = generate) -> list[list[Sample]]:
@@ -114,17 +115,15 @@ def _trained(
             return list(generate(requests))
 
         monkeypatch.setattr(pack.engine, "generate", watch)
-        crew, runs = (
-            LocalCrew(pack),
-            [new_run(r, f"{len(packs)}-{number}-{i}") for i, r in enumerate(recipes)],
-        )
+        runs = [new_run(r, f"{len(packs)}-{number}-{i}") for i, r in enumerate(recipes)]
         for recipe, run in zip(recipes, runs, strict=True):
-            crew.take_in(recipe, run)
+            trainer.add(recipe, run)
         for _ in range(2):
-            crew.train(runs)
-            reports = [crew.take(run) for run in runs]
+            outcomes = list(trainer.step(runs).values())
+        reports = [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
+        assert len(reports) == len(runs)
         last += [without_timings(report.metrics) for report in reports]
-        pack.close()
+        trainer.close()
     return last
 
 

@@ -25,9 +25,9 @@ from harness.core.paths import locate
 from harness.records import manifest
 from harness.records.run_dir import RunDir, write_json
 from rltrain.data.files import load_examples
-from rltrain.pack import Pack
 from rltrain.tools import export
-from rltrain.trainer import train
+from rltrain.trainer import Trainer
+from tests.integration.training import train
 from tests.integration.vllm_server import ask, serving
 from tests.recipes import quickstart
 
@@ -67,19 +67,19 @@ def _train(folder: Path, small_data: list[str], *overrides: str) -> Trained:
         recipes.to_yaml(recipe),
         manifest.build(recipe, kind="run", name=folder.name, source="quickstart"),
     )
-    pack = Pack.open(recipe)
+    trainer = Trainer(recipe)
+    pack = trainer.pack
     chat = [
         *load_examples(recipe.data.val_data)[0].prompt,
         {"role": "assistant", "content": "3+4=7\n#### 7"},
     ]
     tokens = pack.tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=False)[0]
     base = _logprobs(pack.model, tokens)
-    member = pack.join(recipe, run)
-    for _ in train(pack, member):
+    for _ in train(trainer, recipe, run):
         pass
-    member.policy.activate()  # not the critic
+    pack.members[0].policy.activate()  # not the critic
     trained = Trained(run, recipe, tokens, _logprobs(pack.model.eval(), tokens), base)
-    pack.close()
+    trainer.close()
     return trained
 
 

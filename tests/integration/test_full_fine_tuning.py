@@ -6,9 +6,8 @@ import torch
 from safetensors.torch import load_file
 
 from rltrain.distributed.placement import shares_base
-from rltrain.pack import Pack
-from rltrain.trainer import train
-from tests.integration.training import MakeRecipe, MakeRun, rows
+from rltrain.trainer import Trainer
+from tests.integration.training import MakeRecipe, MakeRun, rows, train
 
 
 def test_full_fine_tuning_trains_every_weight(small_recipe: MakeRecipe, new_run: MakeRun) -> None:
@@ -20,10 +19,10 @@ def test_full_fine_tuning_trains_every_weight(small_recipe: MakeRecipe, new_run:
         "trainer.policy.optimizer_config.lr=1e-4",
     )
     run = new_run(recipe, "full")
-    pack = Pack.open(recipe)
+    trainer = Trainer(recipe)
+    pack = trainer.pack
     before = {name: p.clone() for name, p in pack.model.named_parameters()}
-    member = pack.join(recipe, run)
-    for _ in train(pack, member):
+    for _ in train(trainer, recipe, run):
         pass
     assert all(not torch.equal(p, before[name]) for name, p in pack.model.named_parameters())
     assert not shares_base(recipe)
@@ -32,7 +31,7 @@ def test_full_fine_tuning_trains_every_weight(small_recipe: MakeRecipe, new_run:
     assert torch.equal(
         saved["model.norm.weight"], dict(pack.model.named_parameters())["model.norm.weight"]
     )
-    pack.close()
+    trainer.close()
 
 
 def test_full_fine_tuning_in_bfloat16_keeps_small_updates(
@@ -46,12 +45,13 @@ def test_full_fine_tuning_in_bfloat16_keeps_small_updates(
         "trainer.policy.optimizer_config.lr=1e-6",
     )
     run = new_run(recipe, "full")
-    pack = Pack.open(recipe)
+    trainer = Trainer(recipe)
+    pack = trainer.pack
     before = {name: p.clone() for name, p in pack.model.named_parameters()}
-    assert list(train(pack, pack.join(recipe, run)))
+    assert list(train(trainer, recipe, run))
     matrices = {name: p for name, p in pack.model.named_parameters() if p.dim() == 2}
     # A bfloat16 weight of 0.02 moves by 6e-5 or not at all.
     assert all(0 < (p - before[name]).abs().max() < 1e-5 for name, p in matrices.items())
     saved = load_file(run.adapter / "final" / "model.safetensors")
     assert all(tensor.dtype == torch.bfloat16 for tensor in saved.values())
-    pack.close()
+    trainer.close()

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 
 from harness.config.schema import Recipe
 from harness.records.run_dir import RunDir, Status
-from rltrain.algorithms.learner import Row
+from rltrain.algorithms.dynamic_sampling import groups_with_signal
+from rltrain.algorithms.trained_model import Row
 from rltrain.engines.base import SyncError
 from rltrain.member import sync_tolerance
 from rltrain.pack import Pack
-from rltrain.rollout import rollout
-from rltrain.scored import Rollout
+from rltrain.rollout import Rollout, sample_rollouts
 from rltrain.step import train_step
 from tests.integration.training import MakeRecipe, MakeRun, Open, rows, train_run
 
@@ -33,25 +33,25 @@ def _run(recipe: Recipe, run: RunDir, stop_after: int | None = None) -> list[Row
 
 
 def _rolled_out(pack: Pack) -> tuple[Rollout, Row]:
-    ((scored, stats),) = rollout(pack, pack.members)
+    ((scored, stats),) = sample_rollouts(pack, pack.members).values()
     return scored, stats
 
 
 def test_filter_draws_until_the_batch_has_signal(opened: Open) -> None:
     pack, _ = opened()
     plain, _ = _rolled_out(pack)
-    assert 0 < len(plain.signal()) < 4
+    assert 0 < len(groups_with_signal(plain.rewards)) < 4
     pack, member = opened(FILTER)
     scored, stats = _rolled_out(pack)
-    assert scored.signal() == [0, 1, 2, 3]
+    assert groups_with_signal(scored.rewards) == [0, 1, 2, 3]
     assert member.batches == stats["num_sampled_batches"] > 1
     # What the first batch had of it comes first.
-    kept = [plain.problems[i].example.index for i in plain.signal()]
+    kept = [plain.problems[i].example.index for i in groups_with_signal(plain.rewards)]
     assert [problem.example.index for problem in scored.problems][: len(kept)] == kept
     assert stats["frac_reward_zero_std"] > 0
     pack, member = opened(FILTER, f"{ALGORITHM}.dynamic_sampling.max_sample_batches=1")
     scored, stats = _rolled_out(pack)
-    assert len(scored.signal()) == len(kept) < len(scored.problems) == 4
+    assert len(groups_with_signal(scored.rewards)) == len(kept) < len(scored.problems) == 4
     assert member.batches == stats["num_sampled_batches"] == 1
 
 
@@ -63,7 +63,7 @@ def test_replace_fills_the_batch_with_copies(opened: Open) -> None:
     scored, stats = _rolled_out(pack)
     assert stats["num_replaced_groups"] > 0
     assert member.batches == 1
-    assert scored.signal() == [0, 1, 2, 3]
+    assert groups_with_signal(scored.rewards) == [0, 1, 2, 3]
     assert (
         len({problem.example.index for problem in scored.problems})
         == 4 - stats["num_replaced_groups"]

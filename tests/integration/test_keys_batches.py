@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rltrain.algorithms.critic import Critic
-from rltrain.algorithms.learner import Learner, Row
 from rltrain.algorithms.policy import Policy
+from rltrain.algorithms.trained_model import Row, TrainedModel
 from rltrain.data.batch import Batch
 from rltrain.distributed.process_group import Ranks
 from rltrain.engines.base import Request, Sample
@@ -19,7 +19,7 @@ from rltrain.evaluate import evaluate
 from rltrain.member import Member
 from rltrain.models import sequence_packing as packing
 from rltrain.pack import Pack
-from rltrain.rollout import rollout
+from rltrain.rollout import sample_rollouts
 from rltrain.step import train_step
 from tests.integration.training import Open
 
@@ -50,13 +50,13 @@ def test_a_batch_makes_so_many_updates(
 ) -> None:
     pack, member = opened(*overrides)
     seen: list[str] = []
-    optimize = Learner.optimize
+    optimize = TrainedModel.optimize
 
-    def noting(self: Learner, ranks: Ranks) -> Row:
+    def noting(self: TrainedModel, ranks: Ranks) -> Row:
         seen.append(self.name)
         return optimize(self, ranks)
 
-    monkeypatch.setattr(Learner, "optimize", noting)
+    monkeypatch.setattr(TrainedModel, "optimize", noting)
     _step(pack, member)
     assert seen == updates
 
@@ -76,10 +76,10 @@ class Noted:
         ):
             self._watch(monkeypatch, owner, name)
 
-    def _watch(self, monkeypatch: pytest.MonkeyPatch, owner: type[Learner], name: str) -> None:
+    def _watch(self, monkeypatch: pytest.MonkeyPatch, owner: type[TrainedModel], name: str) -> None:
         method, seen = getattr(owner, name), self.batches.setdefault(f"{owner.name}.{name}", [])
 
-        def noting(learner: Learner, batch: Batch, *rest: Any) -> Any:
+        def noting(learner: TrainedModel, batch: Batch, *rest: Any) -> Any:
             seen.append(batch)
             return method(learner, batch, *rest)
 
@@ -162,7 +162,7 @@ def test_a_step_samples_so_many_prompts_so_often(
         f"trainer.train_batch_size={batch}", f"generator.n_samples_per_prompt={samples}"
     )
     calls = _watch_engine(pack, monkeypatch)
-    ((scored, _),) = rollout(pack, pack.members)
+    ((scored, _),) = sample_rollouts(pack, pack.members).values()
     assert scored.rewards.shape == (batch, samples)
     assert [[one.n for one in requests] for requests in calls] == [[samples] * batch]
 
@@ -174,7 +174,7 @@ def test_batched_is_one_engine_call_or_one_for_each_prompt(
     for batched in ("true", "false"):
         pack, _ = opened(f"generator.batched={batched}")
         calls = _watch_engine(pack, monkeypatch)
-        ((scored, _),) = rollout(pack, pack.members)
+        ((scored, _),) = sample_rollouts(pack, pack.members).values()
         assert [len(requests) for requests in calls] == ([4] if batched == "true" else [1] * 4)
         found.append([[sample.token_ids for sample in group] for group in scored.samples])
     assert found[0] == found[1]
@@ -225,7 +225,7 @@ def test_so_many_sequences_are_decoded_at_once(
         widths: list[int] = []
         with monkeypatch.context() as patch:
             _watch_widths(patch, widths)
-            ((scored, _),) = rollout(pack, pack.members)
+            ((scored, _),) = sample_rollouts(pack, pack.members).values()
         assert max(widths) == most
         found.append([[sample.token_ids for sample in group] for group in scored.samples])
     assert found[0] == found[1]

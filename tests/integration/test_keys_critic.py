@@ -17,8 +17,8 @@ from rltrain.algorithms.critic import Critic
 from rltrain.member import Member
 from rltrain.pack import Pack
 from rltrain.step import train_step
-from rltrain.trainer import train
-from tests.integration.training import MakeRecipe, MakeRun, rows
+from rltrain.trainer import Trainer
+from tests.integration.training import MakeRecipe, MakeRun, rows, train, train_run
 
 Tensors = dict[str, torch.Tensor]
 PPO = "trainer.algorithm.advantage_estimator=gae"
@@ -26,16 +26,11 @@ PPO = "trainer.algorithm.advantage_estimator=gae"
 
 def _run(recipe: Recipe, run: RunDir, stop_after: int | None = None) -> Tensors:
     """Train; the critic's parameters at the end."""
-    pack = Pack.open(recipe)
-    member = pack.join(recipe, run)
-    reports = train(pack, member)
-    for _ in islice(reports, stop_after):
-        pass
-    reports.close()
-    assert member.critic is not None
-    values = {name: p.detach().clone() for name, p in member.critic.parameters.items()}
-    pack.close()
-    return values
+    with Trainer(recipe) as trainer:
+        list(islice(train(trainer, recipe, run), stop_after))
+        critic = trainer.pack.members[0].critic
+        assert critic is not None
+        return {name: p.detach().clone() for name, p in critic.parameters.items()}
 
 
 @pytest.fixture
@@ -108,9 +103,7 @@ def test_a_checkpoint_without_a_critic_starts_none(
 ) -> None:
     first = new_run(small_recipe(), "grpo")
     recipe = small_recipe("trainer.max_steps=1", "trainer.eval_before_train=false")
-    pack = Pack.open(recipe)
-    assert list(train(pack, pack.join(recipe, first)))
-    pack.close()
+    train_run(recipe, first)
     other = ppo(f"trainer.resume_mode={first.checkpoints}/step_000001")
     with pytest.raises(UserError, match="does not fit this recipe's critic"):
         _run(other, new_run(other, "ppo"))
@@ -121,11 +114,11 @@ def _stepped(
 ) -> tuple[Pack, Member, Critic, dict[str, Tensors], dict[str, float]]:
     """A pack after a step of its member; each learner's parameters from before, and the metrics."""
     pack = Pack.open(recipe)
-    member = pack.join(recipe, run)
+    member = pack.add(recipe, run)
     pack.publish_member(member)
     before = {
         one.name: {n: p.detach().clone() for n, p in one.parameters.items()}
-        for one in member.learners
+        for one in member.trained_models
     }
     row = train_step(pack, pack.members)[member]
     assert member.critic is not None
@@ -158,7 +151,7 @@ def test_full_fine_tuning_of_the_policy_with_a_critic(
     recipe = ppo(*full, f"trainer.critic.model.lora.rank={rank}")
     pack, member, critic, before, row = _stepped(recipe, new_run(recipe, "run"))
     assert critic.model is not member.policy.model
-    for learner in member.learners:
+    for learner in member.trained_models:
         changed = [
             not torch.equal(p, before[learner.name][name]) for name, p in learner.parameters.items()
         ]
@@ -175,7 +168,7 @@ def test_the_base_of_policy_and_critic_stays_as_it_is(ppo: MakeRecipe, new_run: 
     base = {name: p.detach().clone() for name, p in pack.model.named_parameters()}
     pack.close()
     pack, member, critic, before, _ = _stepped(recipe, new_run(recipe, "run"))
-    for learner in member.learners:
+    for learner in member.trained_models:
         assert any(
             not torch.equal(p, before[learner.name][name]) for name, p in learner.parameters.items()
         )

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from harness.config.schema import Recipe
 from harness.records.run_dir import RunDir
 from rltrain.algorithms.critic import Critic
-from rltrain.algorithms.learner import Learner
+from rltrain.algorithms.trained_model import TrainedModel
 from rltrain.member import Member
 from rltrain.models.loading import adapter_layers
 from rltrain.pack import Pack
@@ -24,7 +24,7 @@ from rltrain.step import train_step
 
 MakeRecipe = Callable[..., Recipe]
 MakeRun = Callable[[Recipe, str], RunDir]
-Join = Callable[..., Learner]
+Join = Callable[..., TrainedModel]
 
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 PPO = "trainer.algorithm.advantage_estimator=gae"
@@ -48,22 +48,22 @@ def join(
     """
     members: list[Member] = []
 
-    def make(*settings: str) -> Learner:
+    def make(*settings: str) -> TrainedModel:
         lora = f"trainer.{request.param}.model.lora"
         recipe = small_recipe(
             PPO, *(s if "." in s.split("=")[0] else f"{lora}.{s}" for s in settings)
         )
         if not packs:
-            packs.append(Pack.open(recipe, room=2))
-        members.append(packs[0].join(recipe, new_run(recipe, f"run{len(members)}")))
-        return {learner.name: learner for learner in members[-1].learners}[request.param]
+            packs.append(Pack.open(recipe, slots=2))
+        members.append(packs[0].add(recipe, new_run(recipe, f"run{len(members)}")))
+        return {learner.name: learner for learner in members[-1].trained_models}[request.param]
 
     yield make
     for member in members:
-        packs[0].leave(member)
+        packs[0].remove(member)
 
 
-def _layers(learner: Learner) -> dict[str, LoraLayer]:
+def _layers(learner: TrainedModel) -> dict[str, LoraLayer]:
     return adapter_layers(learner.model, learner.adapter)
 
 
@@ -131,7 +131,7 @@ def test_modules_are_its_own_or_else_the_trainers(
 
 def test_one_has_other_modules_than_the_other(join: Join, packs: list[Pack]) -> None:
     learner = join("target_modules=[q_proj]")
-    other = next(one for one in packs[0].members[-1].learners if one is not learner)
+    other = next(one for one in packs[0].members[-1].trained_models if one is not learner)
     assert {name.rsplit(".", 1)[1] for name in _layers(other)} == LINEAR
 
 
@@ -153,7 +153,7 @@ def test_a_starts_as_init_method_says_and_b_at_zero(join: Join) -> None:
 def _opened(small_recipe: MakeRecipe, new_run: MakeRun, *overrides: str) -> tuple[Pack, Member]:
     recipe = small_recipe(PPO, *overrides)
     pack = Pack.open(recipe)
-    member = pack.join(recipe, new_run(recipe, "own"))
+    member = pack.add(recipe, new_run(recipe, "own"))
     pack.publish(pack.members)
     return pack, member
 

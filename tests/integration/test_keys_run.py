@@ -18,8 +18,9 @@ from harness.records.run_dir import RunDir
 from harness.run import main
 from rltrain.member import Member
 from rltrain.pack import Pack
-from rltrain.report import Report
-from rltrain.trainer import train
+from rltrain.report import StepReport
+from rltrain.trainer import Trainer
+from tests.integration.training import train
 
 MakeRecipe = Callable[..., Recipe]
 MakeRun = Callable[[Recipe, str], RunDir]
@@ -95,8 +96,8 @@ def test_a_run_computes_with_so_many_threads(small_recipe: MakeRecipe, threads: 
 
 
 def _joined(pack: Pack, recipe: Recipe, run: RunDir) -> Member:
-    member = pack.join(recipe, run)
-    pack.leave(member)
+    member = pack.add(recipe, run)
+    pack.remove(member)
     return member
 
 
@@ -107,7 +108,7 @@ def test_an_epoch_is_every_problem_once(small_recipe: MakeRecipe, new_run: MakeR
     pack = Pack.open(recipe)
     member = _joined(pack, recipe, new_run(recipe, "epochs"))
     assert member.total_steps == 6  # 24 problems
-    epochs = [[p.example.index for _ in range(3) for p in member.draw_problems()] for _ in range(2)]
+    epochs = [[p.example.index for _ in range(3) for p in member.next_problems()] for _ in range(2)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(24))] * 2
     assert epochs[0] != epochs[1]
     limited = small_recipe("trainer.max_steps=7", "trainer.epochs=2", "trainer.train_batch_size=8")
@@ -126,18 +127,14 @@ def test_the_order_of_the_data_follows_the_seed(small_recipe: MakeRecipe, new_ru
     for name, override in (("one", "seed=1"), ("same", "trainer.seed=1"), ("other", "seed=2")):
         recipe = small_recipe(override)
         member = _joined(pack, recipe, new_run(recipe, name))
-        drawn.append([problem.example.index for problem in member.draw_problems()])
+        drawn.append([problem.example.index for problem in member.next_problems()])
     pack.close()
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def _reports(recipe: Recipe, run: RunDir, count: int | None = None) -> list[Report]:
-    pack = Pack.open(recipe)
-    reports = train(pack, pack.join(recipe, run))
-    taken = list(islice(reports, count))
-    reports.close()
-    pack.close()
-    return taken
+def _reports(recipe: Recipe, run: RunDir, count: int | None = None) -> list[StepReport]:
+    with Trainer(recipe) as trainer:
+        return list(islice(train(trainer, recipe, run), count))
 
 
 @pytest.mark.parametrize(("mode", "first"), [("latest", 3), ("none", 0), ("null", 0)])

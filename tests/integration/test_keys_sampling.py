@@ -9,13 +9,12 @@ import pytest
 
 from harness.config.schema import Recipe
 from harness.records.run_dir import RunDir
-from rltrain.algorithms.learner import Row
+from rltrain.algorithms.trained_model import Row
 from rltrain.engines.base import Request, Sample
 from rltrain.evaluate import evaluate
 from rltrain.member import Member
 from rltrain.pack import Pack
-from rltrain.rollout import rollout
-from rltrain.scored import Rollout
+from rltrain.rollout import Rollout, sample_rollouts
 from rltrain.step import train_step
 
 MakeRecipe = Callable[..., Recipe]
@@ -34,7 +33,7 @@ class Sampler:
     def train(self, *overrides: str) -> Rollout:
         """What a step would train on."""
         with self._member(*overrides):
-            ((scored, _),) = rollout(self.pack, self.pack.members)
+            ((scored, _),) = sample_rollouts(self.pack, self.pack.members).values()
         return scored
 
     def evaluate(self, *overrides: str) -> tuple[Row, Rollout]:
@@ -51,12 +50,12 @@ class Sampler:
     def _member(self, *overrides: str) -> Iterator[Member]:
         recipe = self._make(*overrides)
         self._count += 1
-        member = self.pack.join(recipe, self._new_run(recipe, f"run{self._count}"))
+        member = self.pack.add(recipe, self._new_run(recipe, f"run{self._count}"))
         self.pack.publish_member(member)
         try:
             yield member
         finally:
-            self.pack.leave(member)
+            self.pack.remove(member)
 
 
 @pytest.fixture
@@ -91,7 +90,7 @@ def test_the_length_limits_are_training_s_and_evaluation_s_own(sampler: Sampler)
     } == {5}
     row, scored = sampler.evaluate(*limits)
     assert _longest(scored) == 7
-    assert row["eval/clipped_ratio"] == scored.cut.float().mean() > 0
+    assert row["eval/clipped_ratio"] == scored.truncated.float().mean() > 0
     # The limit cuts a sample and changes nothing before.
     longer = sampler.train("generator.sampling_params.max_generate_length=8")
     shorter = sampler.train(*limits)

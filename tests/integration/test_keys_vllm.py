@@ -39,7 +39,7 @@ def running(small_recipe: MakeRecipe, new_run: MakeRun) -> Iterator[tuple[Pack, 
     """A pack on vLLM with one member, ready to roll out."""
     recipe = small_recipe(*(f"generator.{key}" for key in KEYS))
     pack = Pack.open(recipe)
-    member = pack.join(recipe, new_run(recipe, "run"))
+    member = pack.add(recipe, new_run(recipe, "run"))
     pack.publish(pack.members)
     yield pack, member
     pack.close()

@@ -5,6 +5,7 @@ it.
 from __future__ import annotations
 
 import gc
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,13 +17,14 @@ from harness.config.metrics import without_timings
 from harness.config.schema import Recipe
 from harness.records.metrics_file import MetricsFile
 from rltrain.algorithms.policy import Policy
-from rltrain.crew import LocalCrew
 from rltrain.data.batch import Batch
 from rltrain.engines.transformers import TransformersEngine
 from rltrain.models import logprobs as logprobs_module
 from rltrain.out_of_memory import PassTooLarge
 from rltrain.pack import Pack
-from tests.integration.training import MakeRecipe, MakeRun
+from rltrain.report import StepReport
+from rltrain.trainer import Trainer
+from tests.integration.training import MakeRecipe, MakeRun, train_run
 
 BUDGET, FITS = 400, 110
 KEY = "trainer.max_tokens_per_microbatch"
@@ -97,18 +99,16 @@ class Runs:
     ) -> list[Any]:
         """Rows, adapter and manifest of each run; `before` gets the pack when all have joined."""
         self._count += 1
-        pack = Pack.open(recipes[0], room=len(recipes))
-        crew, runs = (
-            LocalCrew(pack),
-            [self._new_run(one, f"{self._count}-{i}") for i, one in enumerate(recipes)],
-        )
+        trainer = Trainer(recipes[0], slots=len(recipes))
+        pack = trainer.pack
+        runs = [self._new_run(one, f"{self._count}-{i}") for i, one in enumerate(recipes)]
         for recipe, run in zip(recipes, runs, strict=True):
-            crew.take_in(recipe, run)
+            trainer.add(recipe, run)
         before(pack)
         for _ in range(recipes[0].trainer.max_steps or 0):
-            crew.train(runs)
-            for run in runs:
-                crew.take(run)
+            for outcome in trainer.step(runs).values():
+                if isinstance(outcome, Exception):
+                    raise outcome
         weights = [
             {n: p.detach().clone() for n, p in m.policy.parameters.items()} for m in pack.members
         ]
@@ -162,10 +162,10 @@ def test_a_resumed_run_goes_on_with_smaller_passes(
     recipe = small_recipe(f"{KEY}={BUDGET}", "trainer.max_steps=4")
     run = new_run(recipe, "stopped")
     pack = Pack.open(recipe)
-    member = pack.join(recipe, run)
-    member.limit_passes(90)
-    pack.leave(member)
-    assert pack.join(recipe, run).max_tokens == 90
+    member = pack.add(recipe, run)
+    member.limit_tokens(90)
+    pack.remove(member)
+    assert pack.add(recipe, run).max_tokens == 90
     pack.close()
 
 
@@ -183,22 +183,21 @@ def test_what_fails_with_one_sequence_is_the_members_failure_and_keeps_no_tensor
         return loss(self, micro, totals)
 
     recipes = runs.recipes(2, [BUDGET] * 2, ["trainer.max_steps=1"])
-    pack = Pack.open(recipes[0], room=2)
-    crew, own = LocalCrew(pack), [new_run(recipe, f"own{i}") for i, recipe in enumerate(recipes)]
+    trainer = Trainer(recipes[0], slots=2)
+    own = [new_run(recipe, f"own{i}") for i, recipe in enumerate(recipes)]
     for recipe, run in zip(recipes, own, strict=True):
-        crew.take_in(recipe, run)
+        trainer.add(recipe, run)
     monkeypatch.setattr(Policy, "loss", failing)
-    crew.train(own)
-    assert crew.take(own[0]).done
-    with pytest.raises(
-        PassTooLarge, match=r"1 sequences, \d+ tokens: CUDA out of memory"
-    ) as caught:
-        crew.take(own[1])
+    done, error = trainer.step(own).values()
+    assert isinstance(done, StepReport)
+    assert done.done
+    assert isinstance(error, PassTooLarge)
+    assert re.search(r"1 sequences, \d+ tokens: CUDA out of memory", str(error))
     gc.collect()
     assert len(kept) > 1
     assert all(ref() is None for ref in kept)
-    assert "failing" in {entry.name for entry in caught.traceback} or caught.value.sequences == 1
-    pack.close()
+    assert error.sequences == 1
+    trainer.close()
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -229,13 +228,8 @@ def test_sampling_goes_on_with_fewer_sequences_at_a_time(
             if patch:
                 patched.setattr(TransformersEngine, "_batch", failing)
             recipe = small_recipe(f"generator.max_num_seqs={most}", "trainer.max_steps=2")
-            pack = Pack.open(recipe)
-            crew, run = LocalCrew(pack), new_run(recipe, f"most{most}")
-            crew.take_in(recipe, run)
-            for _ in range(2):
-                crew.train([run])
-                crew.take(run)
-            pack.close()
+            run = new_run(recipe, f"most{most}")
+            train_run(recipe, run)
             found.append([without_timings(row) for row in MetricsFile(run.metrics).rows()])
     assert [row["eval/accuracy"] for row in found[0] if "eval/accuracy" in row] == [
         row["eval/accuracy"] for row in found[1] if "eval/accuracy" in row

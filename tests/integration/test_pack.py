@@ -21,8 +21,8 @@ from rltrain.member import Member
 from rltrain.models.loading import adapter_layers
 from rltrain.pack import Pack
 from rltrain.step import train_step
-from rltrain.trainer import train
-from tests.integration.training import MakeRecipe, MakeRun, assert_equal
+from rltrain.trainer import Trainer
+from tests.integration.training import MakeRecipe, MakeRun, assert_equal, train
 
 
 def test_a_member_of_a_pack_trains_as_if_alone(small_recipe: MakeRecipe, new_run: MakeRun) -> None:
@@ -40,13 +40,13 @@ def test_a_member_of_a_pack_trains_as_if_alone(small_recipe: MakeRecipe, new_run
     assert all(
         shares_base(recipe) and pack_key(recipe) == pack_key(recipes[0]) for recipe in recipes
     )
-    members = [pack.join(recipe, new_run(recipe, f"m{i}")) for i, recipe in enumerate(recipes)]
+    members = [pack.add(recipe, new_run(recipe, f"m{i}")) for i, recipe in enumerate(recipes)]
     pack.publish(pack.members)
     rows = _two_steps(pack)
     together = [rows[member] for member in members]
     _leave_all(pack, members)
     for recipe, expected in zip(recipes, together, strict=True):
-        member = pack.join(recipe, new_run(recipe, f"solo{recipe.seed}"))
+        member = pack.add(recipe, new_run(recipe, f"solo{recipe.seed}"))
         pack.publish(pack.members)
         alone = _two_steps(pack)[member]
         _leave_all(pack, [member])
@@ -64,7 +64,7 @@ def _two_steps(pack: Pack) -> dict[Member, dict[str, float]]:
 
 def _leave_all(pack: Pack, members: list[Member]) -> None:
     for member in members:
-        pack.leave(member)
+        pack.remove(member)
 
 
 def test_a_pack_is_as_new_when_a_member_has_left(
@@ -72,14 +72,12 @@ def test_a_pack_is_as_new_when_a_member_has_left(
 ) -> None:
     recipe = small_recipe("trainer.max_steps=2")
     first, second = new_run(recipe, "first"), new_run(recipe, "second")
-    pack = Pack.open(recipe)
-    for run in (first, second):
-        member = pack.join(recipe, run)
-        for _ in train(pack, member):
-            pass
-        pack.leave(member)
-        assert not (run.path / "sync").exists()
-    pack.close()
+    with Trainer(recipe) as trainer:
+        for run in (first, second):
+            for _ in train(trainer, recipe, run):
+                pass
+            trainer.remove(run)
+            assert not (run.path / "sync").exists()
     assert_equal(first, second)
 
 
@@ -125,7 +123,7 @@ def test_target_modules_are_what_the_recipe_says(
 ) -> None:
     recipe = small_recipe(f"trainer.target_modules={targets}", f"trainer.exclude_modules={exclude}")
     pack = open_pack(recipe)
-    member = pack.join(recipe, new_run(recipe, "run"))
+    member = pack.add(recipe, new_run(recipe, "run"))
     found = adapter_layers(pack.model, member.name)
     assert {name.rsplit(".", 1)[1] for name in found} == leaves
     layers = 1 if "layers" in targets else pack.model.config.num_hidden_layers
@@ -141,14 +139,14 @@ def test_a_target_that_matches_nothing_is_refused(
 ) -> None:
     recipe = small_recipe("trainer.target_modules=[q_proj,query]")
     with pytest.raises(UserError, match=r"names no module.*\n.*query"):
-        open_pack(recipe).join(recipe, new_run(recipe, "run"))
+        open_pack(recipe).add(recipe, new_run(recipe, "run"))
 
 
 def test_non_finite_gradients_are_skipped_then_fail(
     small_recipe: MakeRecipe, new_run: MakeRun, open_pack: Callable[[Recipe], Pack]
 ) -> None:
     recipe = small_recipe("trainer.max_bad_steps=2")
-    member = open_pack(recipe).join(recipe, new_run(recipe, "run"))
+    member = open_pack(recipe).add(recipe, new_run(recipe, "run"))
     before = [p.clone() for p in member.policy.parameters.values()]
 
     def step_with_nan() -> dict[str, float]:
@@ -172,7 +170,7 @@ def test_gradients_are_clipped_to_the_recipes_norm(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = small_recipe("trainer.policy.optimizer_config.max_grad_norm=0.5")
-    member = open_pack(recipe).join(recipe, new_run(recipe, "run"))
+    member = open_pack(recipe).add(recipe, new_run(recipe, "run"))
     parameters = member.policy.parameters.values()
     seen: list[float] = []
 
@@ -195,12 +193,11 @@ def test_too_few_short_prompts_are_explained(
 ) -> None:
     pack = open_pack(small_recipe())
     shortest = min(
-        len(p.prompt_ids)
-        for p in pack.join(small_recipe(), new_run(small_recipe(), "all")).problems
+        len(p.prompt_ids) for p in pack.add(small_recipe(), new_run(small_recipe(), "all")).problems
     )
     recipe = small_recipe(f"generator.max_input_length={shortest}", "trainer.train_batch_size=24")
     with pytest.raises(UserError, match="fill a batch"):
-        pack.join(recipe, new_run(recipe, "some"))
+        pack.add(recipe, new_run(recipe, "some"))
 
 
 def test_runs_of_one_name_sync_apart(small_recipe: MakeRecipe, tmp_path: Path) -> None:
@@ -209,10 +206,10 @@ def test_runs_of_one_name_sync_apart(small_recipe: MakeRecipe, tmp_path: Path) -
         "generator.backend=vllm", f"trainer.policy.model.lora.lora_sync_path={shared}"
     )
     runs = [RunDir(tmp_path / sweep / "0000") for sweep in ("one", "two")]
-    pack = Pack.open(recipe, room=2)
+    pack = Pack.open(recipe, slots=2)
     for run in runs:
         run.create("", {})
-        pack.publish_member(pack.join(recipe, run))
+        pack.publish_member(pack.add(recipe, run))
         pack.publish_member(pack.members[-1])
     folders = sorted(
         p.relative_to(shared).as_posix().split("/", 1)[1] for p in shared.glob("*/*/*")

@@ -13,8 +13,8 @@ import torch
 from harness.config import metrics
 from harness.config.schema import Recipe
 from harness.records.run_dir import RunDir
-from rltrain.algorithms.learner import Learner
 from rltrain.algorithms.policy import Policy
+from rltrain.algorithms.trained_model import TrainedModel
 from rltrain.distributed.placement import pack_key, shares_base
 from rltrain.engines.base import Request, Sample
 from rltrain.member import Member
@@ -107,14 +107,14 @@ def _train(pack: Pack, members: Sequence[Member]) -> list[list[dict[str, float]]
         for own, member in zip(rows, members, strict=True):
             own.append(metrics.without_timings(found[member]))
             member.step += 1
-            for learner in member.learners:
+            for learner in member.trained_models:
                 learner.scheduler.step()
     return rows
 
 
 def _state(member: Member) -> Iterable[tuple[str, torch.Tensor]]:
     """What a member has learned, and the mean of its gradients and of their squares."""
-    for learner in member.learners:
+    for learner in member.trained_models:
         for name, parameter in learner.parameters.items():
             yield name.replace(f".{learner.adapter}.", "."), parameter.detach()
             for kind, value in learner.optimizer.state[parameter].items():
@@ -129,19 +129,17 @@ def test_members_of_a_pack_learn_what_each_would_alone(
     tape, alone, rows = Tape(), [], []
     for label, recipe in enumerate(chosen):
         pack = Pack.open(recipe)
-        member = pack.join(recipe, new_run(recipe, f"alone{label}"))
+        member = pack.add(recipe, new_run(recipe, f"alone{label}"))
         tape.watch(pack, {member.name: label}, monkeypatch)
         rows += _train(pack, [member])
         alone.append(dict(_state(member)))
         pack.close()
     assert tape.replayed == 0
-    pack = Pack.open(chosen[0], room=len(chosen))
+    pack = Pack.open(chosen[0], slots=len(chosen))
     assert all(shares_base(recipe) and pack_key(recipe) == pack_key(chosen[0]) for recipe in chosen)
     # Joined in another order, so that names and places differ.
     order = [4, 0, 5, 2, 1, 3]
-    members = [
-        pack.join(chosen[label], new_run(chosen[label], f"packed{label}")) for label in order
-    ]
+    members = [pack.add(chosen[label], new_run(chosen[label], f"packed{label}")) for label in order]
     tape.watch(
         pack,
         {member.name: label for member, label in zip(members, order, strict=True)},
@@ -177,11 +175,11 @@ def test_what_is_not_gone_back_through_changes_no_result(
     for index in range(2):
         recipe = small_recipe("trainer.policy_mini_batch_size=4")
         pack = Pack.open(recipe)
-        member = pack.join(recipe, new_run(recipe, f"run{index}"))
+        member = pack.add(recipe, new_run(recipe, f"run{index}"))
         tape.watch(pack, {member.name: 0}, monkeypatch)
         found.append((_train(pack, [member]), dict(_state(member))))
         pack.close()
-        monkeypatch.setattr(Policy, "moves", Learner.moves)
+        monkeypatch.setattr(Policy, "needs_grad", TrainedModel.needs_grad)
     ((one,), ours), ((other,), theirs) = found
     # Some groups were all right or all wrong, and some were not.
     assert any(0 < row["frac_reward_zero_std"] < 1 for row in one)

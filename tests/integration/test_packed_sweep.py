@@ -16,7 +16,7 @@ from harness.config import metrics
 from harness.config import recipe as recipes
 from harness.records.metrics_file import MetricsFile
 from harness.records.run_dir import RunDir
-from rltrain.trainer import run
+from rltrain.worker_group import train_run
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -104,7 +104,7 @@ def assert_as_alone(trial: RunDir, folder: Path) -> None:
     alone = RunDir(folder)
     alone.create(trial.recipe.read_text(), {"status": "CREATED", "status_history": []})
     recipe = recipes.read(trial.recipe)
-    assert list(run(recipe, alone))
+    assert list(train_run(recipe, alone))
     assert compared(alone) == compared(trial), trial.path.name
     adapter = ["adapter_model.safetensors", "adapter_config.json"]
     for file in adapter if recipe.trainer.policy.model.lora.rank else ["model.safetensors"]:

@@ -15,7 +15,7 @@ from harness.config import recipe as recipes
 from harness.records import manifest
 from harness.records.metrics_file import MetricsFile
 from harness.records.run_dir import RunDir, Status
-from rltrain.trainer import run
+from rltrain.worker_group import train_run
 from tests.recipes import quickstart
 
 pytestmark = pytest.mark.timeout(600)
@@ -74,7 +74,7 @@ def train(small_data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Tr
         if not run_dir.manifest.exists():
             record = manifest.build(recipe, kind="run", name=run_dir.path.name, source="test")
             run_dir.create(recipes.to_yaml(recipe), record)
-        for _ in itertools.islice(run(recipe, run_dir), reports):
+        for _ in itertools.islice(train_run(recipe, run_dir), reports):
             pass
         return run_dir
 

@@ -26,7 +26,8 @@ from harness.config.schema import Recipe
 from harness.core.errors import UserError
 from harness.core.paths import PROJECT
 from harness.records.run_dir import RunDir, Status, write_json
-from rltrain import trainer
+from rltrain import worker_group
+from rltrain.trainer import Trainer
 from tests.integration.training import MakeRecipe, MakeRun, rows
 
 Capture = pytest.CaptureFixture[str]
@@ -55,7 +56,7 @@ def train(small_recipe: MakeRecipe, new_run: MakeRun) -> Callable[..., RunDir]:
 
 
 def go_on(recipe: Recipe, run_dir: RunDir, reports: int | None = None) -> None:
-    with contextlib.closing(cast(Any, trainer.run(recipe, run_dir))) as training:
+    with contextlib.closing(cast(Any, worker_group.train_run(recipe, run_dir))) as training:
         for _ in islice(training, reports):
             pass
 
@@ -263,15 +264,15 @@ def test_a_repetition_that_fails_says_where_and_why(
     error: Exception,
     said: str,
 ) -> None:
-    run_dir, log, seen = train(), trainer.log, [0]
+    run_dir, write, seen = train(), Trainer._record, [0]
 
     def failing(*arguments: Any) -> Any:
         seen[0] += 1
         if seen[0] > calls:
             raise error
-        return log(*arguments)
+        return write(*arguments)
 
-    monkeypatch.setattr(trainer, "log", failing)
+    monkeypatch.setattr(Trainer, "_record", failing)
     assert reproduced(run_dir) == 4
     told = capsys.readouterr()
     assert told.out.splitlines()[-1].startswith(said)

@@ -9,12 +9,11 @@ import torch
 
 from harness.core.errors import UserError
 from harness.records.run_dir import Status
-from rltrain import checkpoint, trainer
+from rltrain import checkpoint, trainer, worker_group
 from rltrain.engines.base import Engine, SyncError
 from rltrain.member import Member
 from rltrain.pack import Pack
 from rltrain.sync.memory import MemorySync
-from rltrain.trainer import train
 from tests.integration.training import MakeRecipe, MakeRun, adapter, assert_equal, rows, train_run
 
 
@@ -155,8 +154,6 @@ def test_a_sync_that_does_not_arrive_fails_the_run(
 ) -> None:
     recipe = small_recipe("generator.backend=vllm", "trainer.policy.optimizer_config.lr=1e-2")
     run = new_run(recipe, "run")
-    pack = Pack.open(recipe)
-    member = pack.join(recipe, run)
     publish = MemorySync.publish
 
     def first_only(self: MemorySync, engine: Engine, model: Any, name: str, version: int) -> None:
@@ -165,16 +162,15 @@ def test_a_sync_that_does_not_arrive_fails_the_run(
 
     monkeypatch.setattr(MemorySync, "publish", first_only)
     with pytest.raises(SyncError):
-        list(train(pack, member))
+        list(worker_group.train_run(recipe, run))
     assert run.status is Status.FAILED
     assert "SyncError" in run.read_manifest()["reason"]
-    pack.close()
 
 
 def test_long_prompts_are_dropped_and_counted(small_recipe: MakeRecipe, new_run: MakeRun) -> None:
     lengths = small_recipe("generator.max_input_length=128")
     pack = Pack.open(lengths)
-    member = pack.join(lengths, new_run(lengths, "all"))
+    member = pack.add(lengths, new_run(lengths, "all"))
     sizes, held_out = (
         sorted(len(problem.prompt_ids) for problem in problems)
         for problems in (member.problems, member.held_out)

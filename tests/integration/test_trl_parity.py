@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from rltrain.algorithms.advantages import ADVANTAGES, Returns, token_rewards
+from rltrain.algorithms.advantages import ADVANTAGES, AdvantageInputs, token_rewards
 from rltrain.algorithms.losses import (
     KL_ESTIMATORS,
     POLICY_LOSSES,
@@ -157,9 +157,9 @@ def _theirs(trainer: Any, case: Case, engine: bool) -> Outcome:
     )
 
 
-def _returns(case: Case, norm_by_std: bool, kl: torch.Tensor | None = None) -> Returns:
+def _returns(case: Case, norm_by_std: bool, kl: torch.Tensor | None = None) -> AdvantageInputs:
     rewards = token_rewards(case.scores, case.mask, kl, BETA)
-    return Returns(rewards, case.mask, GROUP, None, 1.0, 1.0, norm_by_std)
+    return AdvantageInputs(rewards, case.mask, GROUP, None, 1.0, 1.0, norm_by_std)
 
 
 def _ours(

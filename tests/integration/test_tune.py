@@ -28,7 +28,7 @@ from tests.unit.sweeps.curves import (
     RAISES,
     RANK,
     begin,
-    curve_actor,
+    curve_server,
     recipe_of,
 )
 
@@ -54,13 +54,13 @@ def test_every_way_a_trial_can_end(
     with pytest.raises(
         MachineError, match=f"{sweep_dir.trial(7).checkpoints}: No space left on device"
     ):
-        tune.run(sweep_dir, study, Progress(study, Console(file=said, width=200)), curve_actor)
+        tune.run(sweep_dir, study, Progress(study, Console(file=said, width=200)), curve_server)
     assert sweep_dir.trial(7).status is Status.RUNNING
     assert study.trials()[7].state.name == "RUNNING"
     # With room, the next resume takes it up.
     (sweep_dir.trials / "room").touch()
     study = Study(sweep_dir.journal, plan)
-    tune.run(sweep_dir, study, Progress(study, Console(file=said, width=200)), curve_actor)
+    tune.run(sweep_dir, study, Progress(study, Console(file=said, width=200)), curve_server)
     records = study.trials()
     assert records.pop().state.name == "COMPLETE"
     assert [record.state.name for record in records] == [
@@ -125,7 +125,7 @@ def test_a_sweep_hears_at_once_that_ray_has_died(tmp_path: Path, rays_folder: Pa
     threading.Thread(target=kill, daemon=True).start()
     before = time.monotonic()
     with pytest.raises(MachineError, match="its process gcs_server was ended"):
-        tune.run(sweep_dir, study, Progress(study, Console(file=io.StringIO())), curve_actor)
+        tune.run(sweep_dir, study, Progress(study, Console(file=io.StringIO())), curve_server)
     assert time.monotonic() - before < 55  # Ray itself would end this process after 60 s
     assert study.trials()[0].state.name == "RUNNING"
     assert sweep_dir.trial(0).status is Status.RUNNING

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 
 import torch
@@ -14,7 +14,8 @@ from harness.records.metrics_file import MetricsFile
 from harness.records.run_dir import RunDir
 from rltrain.member import Member
 from rltrain.pack import Pack
-from rltrain.trainer import train
+from rltrain.report import StepReport
+from rltrain.trainer import Trainer
 
 MakeRecipe = Callable[..., Recipe]
 MakeRun = Callable[[Recipe, str], RunDir]
@@ -23,12 +24,20 @@ Open = Callable[..., tuple[Pack, Member]]
 
 def train_run(recipe: Recipe, run: RunDir, *, stop_after: int | None = None) -> None:
     """Train to the end, or for so many reports as if killed then."""
-    pack = Pack.open(recipe)
-    reports = train(pack, pack.join(recipe, run))
-    for _ in islice(reports, stop_after):
-        pass
-    reports.close()
-    pack.close()
+    with Trainer(recipe) as trainer:
+        list(islice(train(trainer, recipe, run), stop_after))
+
+
+def train(trainer: Trainer, recipe: Recipe, run: RunDir) -> Iterator[StepReport]:
+    """Add a run and train it to its end; what makes it fail is raised."""
+    reports = trainer.add(recipe, run)
+    yield from reports
+    while not (reports and reports[-1].done):
+        outcome = trainer.step([run])[run.path]
+        if isinstance(outcome, Exception):
+            raise outcome
+        reports = [outcome]
+        yield outcome
 
 
 def rows(run: RunDir) -> list[dict[str, float]]:

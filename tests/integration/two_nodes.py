@@ -19,7 +19,7 @@ from harness.core.errors import UserError
 from harness.records.metrics_file import MetricsFile
 from harness.records.run_dir import RunDir, Status
 from rltrain.distributed.cluster import QUIET, gpus_of, this_machine
-from rltrain.trainer import run
+from rltrain.worker_group import train_run
 
 MakeRecipe = Callable[..., Recipe]
 MakeRun = Callable[[Recipe, str], RunDir]
@@ -61,14 +61,14 @@ def test_two_nodes_train_as_one_process_does(
     ]
     alone = small_recipe(*keys)
     one = new_run(alone, "one")
-    assert list(run(alone, one))
+    assert list(train_run(alone, one))
     two_nodes = ["trainer.placement.policy_num_nodes=2", "generator.num_inference_engines=2"]
     recipe = small_recipe(*keys, *two_nodes, f"ray.address={ray_cluster.address}")
     with pytest.raises(UserError, match=r"(?s)no room.*2 CPUs and 0 GPUs in 2 bundles.*on 1 nodes"):
-        list(run(recipe, new_run(recipe, "too many")))
+        list(train_run(recipe, new_run(recipe, "too many")))
     ray_cluster.add_node(**ONE_CPU)
     two = new_run(recipe, "two")
-    assert list(run(recipe, two))
+    assert list(train_run(recipe, two))
     assert two.status is Status.COMPLETE
     (first,), (second,) = (MetricsFile(each.metrics).rows() for each in (one, two))
     for name in ("reward", "loss", "entropy", "grad_norm", "eval/accuracy"):

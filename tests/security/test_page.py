@@ -1,4 +1,4 @@
-"""Each claim of docs/security.md is named by a test that holds it: `@pytest.mark.claim("...")`."""
+"""Check that a test names each claim of docs/guides/security.md: `@pytest.mark.claim("...")`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def named(source: str) -> Iterator[str]:
 
 
 def test_every_claim_of_the_page_is_held_by_a_test_that_names_it() -> None:
-    on_page = claims((PROJECT / "docs" / "security.md").read_text())
+    on_page = claims((PROJECT / "docs" / "guides" / "security.md").read_text())
     in_tests = {claim for file in TESTS for claim in named(file.read_text())}
     assert len(on_page) == len(set(on_page)) > 10
     assert set(on_page) - in_tests == set(), "no test names these"

@@ -100,18 +100,18 @@ def test_both_commands_refuse_it_before_they_write(command: str, tmp_path: Path)
 
 @pytest.mark.claim("Names lead nowhere else")
 def test_synced_adapters_lie_in_a_folder_of_the_runs_own(base: Recipe, tmp_path: Path) -> None:
-    from rltrain.pack import _sync_root
+    from rltrain.pack import _sync_folder
 
     recipe = recipes.with_values(base, {"trainer.policy.model.lora.lora_sync_path": str(tmp_path)})
     # Trials of two sweeps have the same names.
     roots = [
-        _sync_root(recipe, RunDir(Path("/runs") / name))
+        _sync_folder(recipe, RunDir(Path("/runs") / name))
         for name in ("a/trials/0000", "b/trials/0000", "..x", "a b")
     ]
     assert all(root.resolve().parent == tmp_path.resolve() for root in roots)
     assert len(set(roots)) == len(roots)
     own = recipes.with_values(base, {"trainer.policy.model.lora.lora_sync_path": None})
-    assert _sync_root(own, RunDir(tmp_path / "run")).parent == tmp_path / "run"
+    assert _sync_folder(own, RunDir(tmp_path / "run")).parent == tmp_path / "run"
 
 
 OUTSIDE = [

@@ -22,7 +22,7 @@ from harness.core.paths import PROJECT
 WORKFLOW = PROJECT / ".github" / "workflows" / "ci.yml"
 HOOKS = PROJECT / ".pre-commit-config.yaml"
 CHECK_SUBJECT = PROJECT / ".ci" / "check-subject"
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/install.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/guides/install.md"]
 
 
 def targets() -> set[str]:

@@ -1,4 +1,4 @@
-"""What git tracks is small enough to clone in seconds, and holds no generated page."""
+"""Check what git tracks: its size, no generated page, the width of Markdown."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 from harness.core.paths import PROJECT
 
 LIMIT = 10_000_000
+COLUMNS = 100
+WRITTEN_BY_REPORT = PROJECT / "docs" / "study" / "report.md"
 
 
 @pytest.fixture(scope="module")
@@ -37,3 +39,16 @@ def test_a_clone_is_small(tracked: list[Path]) -> None:
 def test_pages_are_made_not_tracked(tracked: list[Path]) -> None:
     pages = [path.relative_to(PROJECT) for path in tracked if path.suffix in (".html", ".htm")]
     assert pages == [], "only templates (*.html.j2) are tracked; the command that makes a page is"
+
+
+def test_markdown_is_wrapped(tracked: list[Path]) -> None:
+    """Tables and addresses may be longer, and so may the page that harness.report writes."""
+    pages = [path for path in tracked if path.suffix == ".md" and path != WRITTEN_BY_REPORT]
+    assert len(pages) > 10
+    too_long = {
+        f"{page.relative_to(PROJECT)}:{number}"
+        for page in pages
+        for number, line in enumerate(page.read_text().splitlines(), start=1)
+        if len(line) > COLUMNS and not line.lstrip().startswith("|") and "://" not in line
+    }
+    assert too_long == set()

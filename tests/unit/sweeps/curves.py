@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from harness.config.schema import Recipe
 from harness.records import manifest
 from harness.records.metrics_file import MetricsFile
 from harness.records.run_dir import RunDir, Status
-from rltrain.report import Report
+from rltrain.report import StepReport
 from sweeps.study import plan as plans
 from sweeps.study.plan import Plan
 from sweeps.study.trials import settle
@@ -69,7 +69,7 @@ def curve(rank: int, step: int) -> float:
     return 0.25 + step * (0.0625 if rank == 1 else 0.125)
 
 
-def follow(run_dir: RunDir) -> Iterator[Report]:
+def follow(run_dir: RunDir) -> Iterator[StepReport]:
     """The reports of a run that computes nothing."""
     recipe = recipes.read(run_dir.recipe)
     rank, total = recipe.trainer.policy.model.lora.rank, recipe.trainer.max_steps or 0
@@ -91,21 +91,44 @@ def follow(run_dir: RunDir) -> Iterator[Report]:
         log.append(row)
         if step == total:
             run_dir.move_to(Status.COMPLETE, result={"step": step, "metrics": row, "seconds": 1.0})
-        yield Report(step, total, row)
+        yield StepReport(step, total, row)
 
 
-def curve_actor() -> type:
-    """A Trainable that follows `curve` where the trainer would train; its log says which process it
-    was.
-    """
+class Curves:
+    """A trainer whose runs follow `curve`."""
+
+    isolates_failures = True
+
+    def __init__(self) -> None:
+        self._reports: dict[Path, Iterator[StepReport]] = {}
+
+    def add(self, recipe: Recipe, run_dir: RunDir) -> list[StepReport]:
+        self._reports[run_dir.path] = follow(run_dir)
+        return [next(self._reports[run_dir.path])]
+
+    def step(self, run_dirs: Sequence[RunDir]) -> dict[Path, StepReport | Exception]:
+        outcomes: dict[Path, StepReport | Exception] = {}
+        for run_dir in run_dirs:
+            try:
+                outcomes[run_dir.path] = next(self._reports[run_dir.path])
+            except Exception as error:
+                outcomes[run_dir.path] = error
+        return outcomes
+
+    def remove(self, run_dir: RunDir) -> None:
+        self._reports.pop(run_dir.path, None)
+
+
+def curve_server() -> type:
+    """Return a pack server whose trainer follows `curve`."""
     import ray.cloudpickle
 
-    from sweeps.execution.trial_actor import TrialActor
+    from sweeps.execution.pack_server import PackServer
 
-    class CurveActor(TrialActor):
-        def train_here(self, run_dir: RunDir) -> Iterator[Report]:
-            return follow(run_dir)
+    class CurveServer(PackServer):
+        def _open_trainer(self) -> Any:
+            return Curves()
 
     # Ray's workers do not know where the tests are.
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    return CurveActor
+    return CurveServer

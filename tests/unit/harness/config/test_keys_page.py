@@ -1,4 +1,4 @@
-"""docs/keys.md is what base.yaml and the schema make it, and each key is set or read by a test."""
+"""Check docs/reference/keys.md against base.yaml and the schema, and that tests use every key."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from harness.config.recipe_keys import RENAMED, WITHOUT_EFFECT, known_keys
 from harness.config.schema import Recipe, Sweep
 from harness.core.paths import PROJECT, RECIPES
 
-PAGE = PROJECT / "docs" / "keys.md"
+PAGE = PROJECT / "docs" / "reference" / "keys.md"
 
 
 def cells(line: str) -> list[str]:
@@ -45,7 +45,7 @@ def test_the_page_is_what_the_code_prints() -> None:
         check=True,
     )
     assert PAGE.read_text() == printed.stdout, (
-        "make it again: python -m harness.config.keys_page > docs/keys.md"
+        "make it again: python -m harness.config.keys_page > docs/reference/keys.md"
     )
 
 

@@ -23,7 +23,7 @@ def cells(line: str) -> list[str]:
 def page_rows() -> dict[str, list[str]]:
     lines = [
         line
-        for line in (PROJECT / "docs" / "metrics.md").read_text().splitlines()
+        for line in (PROJECT / "docs" / "reference" / "metrics.md").read_text().splitlines()
         if line.startswith("| `")
     ]
     return {row[0].strip("`"): row for row in map(cells, lines)}
@@ -37,8 +37,8 @@ def test_the_page_is_what_the_code_prints() -> None:
         text=True,
         check=True,
     )
-    assert (PROJECT / "docs" / "metrics.md").read_text() == printed.stdout, (
-        "make it again: python -m harness.config.metrics > docs/metrics.md"
+    assert (PROJECT / "docs" / "reference" / "metrics.md").read_text() == printed.stdout, (
+        "make it again: python -m harness.config.metrics > docs/reference/metrics.md"
     )
 
 

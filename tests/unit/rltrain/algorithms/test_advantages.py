@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from harness.config.schema import AdvantageEstimator
 from rltrain.algorithms.advantages import (
     ADVANTAGES,
-    Returns,
+    AdvantageInputs,
     gae,
     gae_returns,
     grpo,
@@ -28,14 +28,14 @@ from rltrain.algorithms.advantages import (
 TWO_AND_THREE = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
 
 
-def _scored(scores: list[float], group: int, norm_by_std: bool = True) -> Returns:
+def _scored(scores: list[float], group: int, norm_by_std: bool = True) -> AdvantageInputs:
     """Samples of two tokens each whose last token carries the score."""
     rewards = torch.tensor([[0.0, score] for score in scores])
-    return Returns(rewards, torch.ones_like(rewards), group, None, 1.0, 1.0, norm_by_std)
+    return AdvantageInputs(rewards, torch.ones_like(rewards), group, None, 1.0, 1.0, norm_by_std)
 
 
 @st.composite
-def batches(draw: st.DrawFn) -> Returns:
+def batches(draw: st.DrawFn) -> AdvantageInputs:
     """Random rewards and values of P groups of G right-padded completions; some completions are
     empty.
     """
@@ -46,7 +46,7 @@ def batches(draw: st.DrawFn) -> Returns:
     mask = (torch.arange(width) < lengths.unsqueeze(1)).float()
     rewards, values = (torch.tensor(draw(numbers)).view(rows, width) * mask for _ in range(2))
     gamma, lambd = draw(st.floats(0, 1)), draw(st.floats(0, 1))
-    return Returns(rewards, mask, group, values, gamma, lambd, draw(st.booleans()))
+    return AdvantageInputs(rewards, mask, group, values, gamma, lambd, draw(st.booleans()))
 
 
 def test_every_estimator_of_the_schema_is_registered() -> None:
@@ -117,13 +117,15 @@ def test_rloo_leaves_each_sample_out_of_its_baseline() -> None:
 
 def test_a_groups_score_is_the_sum_of_token_rewards() -> None:
     rewards = torch.tensor([[0.5, 0.25, 99.0], [1.0, 1.0, 1.0]])  # 0.75 and 3; the 99 is padding
-    found = rloo(Returns(rewards, TWO_AND_THREE, 2, None, 1.0, 1.0, True))
+    found = rloo(AdvantageInputs(rewards, TWO_AND_THREE, 2, None, 1.0, 1.0, True))
     assert torch.equal(found, torch.tensor([[-2.25, -2.25, 0.0], [2.25, 2.25, 2.25]]))
 
 
 def test_reinforce_plus_plus_by_hand() -> None:
     rewards = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 2.0]])
-    found = ADVANTAGES["reinforce++"](Returns(rewards, TWO_AND_THREE, 1, None, 0.5, 1.0, True))
+    found = ADVANTAGES["reinforce++"](
+        AdvantageInputs(rewards, TWO_AND_THREE, 1, None, 0.5, 1.0, True)
+    )
     # To go: 0.5, 1 and 0.5, 1, 2: mean 1, variance (0.25 + 0 + 0.25 + 0 + 1) / 5.
     half = 0.5 / math.sqrt(0.3)
     expected = torch.tensor([[-half, 0.0, 0.0], [-half, 0.0, 2 * half]])
@@ -132,7 +134,9 @@ def test_reinforce_plus_plus_by_hand() -> None:
 
 def test_gae_by_hand() -> None:
     rewards, values = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.5, 0.4, 0.6]])
-    returns = Returns(rewards, torch.ones(1, 3), 1, values, gamma=0.9, lambd=0.5, norm_by_std=True)
+    returns = AdvantageInputs(
+        rewards, torch.ones(1, 3), 1, values, gamma=0.9, lambd=0.5, norm_by_std=True
+    )
     # delta: 0.9 * 0.4 - 0.5 = -0.14, 0.9 * 0.6 - 0.4 = 0.14, 1 - 0.6 = 0.4; each plus 0.9 * 0.5
     # times the next.
     raw = [-0.14 + 0.45 * 0.32, 0.14 + 0.45 * 0.4, 0.4]
@@ -146,19 +150,23 @@ def test_gae_by_hand() -> None:
 def test_gae_at_lambda_one_aims_at_the_rewards_to_go() -> None:
     rewards, values = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[9.0, -3.0, 5.0]])
     targets = gae_returns(
-        Returns(rewards, torch.ones(1, 3), 1, values, gamma=0.5, lambd=1.0, norm_by_std=True)
+        AdvantageInputs(
+            rewards, torch.ones(1, 3), 1, values, gamma=0.5, lambd=1.0, norm_by_std=True
+        )
     )
     torch.testing.assert_close(targets, torch.tensor([[1 + 1 + 1.0, 2 + 2.0, 4.0]]))
     # At lambda 0 it is the reward plus the discounted next value.
     near = gae_returns(
-        Returns(rewards, torch.ones(1, 3), 1, values, gamma=0.5, lambd=0.0, norm_by_std=True)
+        AdvantageInputs(
+            rewards, torch.ones(1, 3), 1, values, gamma=0.5, lambd=0.0, norm_by_std=True
+        )
     )
     torch.testing.assert_close(near, torch.tensor([[1 - 1.5, 2 + 2.5, 4.0]]))
 
 
 @given(batches())
 @settings(max_examples=60, deadline=None)
-def test_gae_is_the_discounted_sum_of_residuals(returns: Returns) -> None:
+def test_gae_is_the_discounted_sum_of_residuals(returns: AdvantageInputs) -> None:
     assert returns.values_BT is not None
     targets = gae_returns(returns)
     for row, length in enumerate(returns.mask_BT.sum(dim=1).long().tolist()):
@@ -175,7 +183,7 @@ def test_gae_is_the_discounted_sum_of_residuals(returns: Returns) -> None:
 
 @given(batches(), st.sampled_from(sorted(ADVANTAGES)), st.sampled_from([math.nan, math.inf, 1e30]))
 @settings(max_examples=120, deadline=None)
-def test_padding_changes_nothing(returns: Returns, name: str, garbage: float) -> None:
+def test_padding_changes_nothing(returns: AdvantageInputs, name: str, garbage: float) -> None:
     assert returns.values_BT is not None
     real = returns.mask_BT > 0
     dirty = replace(
@@ -192,7 +200,9 @@ def test_padding_changes_nothing(returns: Returns, name: str, garbage: float) ->
 
 @given(batches(), st.sampled_from(sorted(ADVANTAGES)))
 @settings(max_examples=60, deadline=None)
-def test_a_gap_in_a_completion_is_as_if_it_were_not_there(returns: Returns, name: str) -> None:
+def test_a_gap_in_a_completion_is_as_if_it_were_not_there(
+    returns: AdvantageInputs, name: str
+) -> None:
     """Tokens that are not the policy's own may stand between those that are."""
     assert returns.values_BT is not None
 
@@ -212,7 +222,7 @@ def test_a_gap_in_a_completion_is_as_if_it_were_not_there(returns: Returns, name
 
 @given(batches())
 @settings(max_examples=60, deadline=None)
-def test_group_advantages_add_up_to_zero_and_forget_a_shift(returns: Returns) -> None:
+def test_group_advantages_add_up_to_zero_and_forget_a_shift(returns: AdvantageInputs) -> None:
     mask = torch.ones_like(returns.mask_BT)
     shifted = replace(returns, mask_BT=mask, rewards_BT=returns.rewards_BT + 3)
     for estimate in (grpo, rloo):
@@ -225,7 +235,7 @@ def test_group_advantages_add_up_to_zero_and_forget_a_shift(returns: Returns) ->
 
 @given(batches())
 @settings(max_examples=60, deadline=None)
-def test_whitened_numbers_have_mean_zero_and_deviation_one(returns: Returns) -> None:
+def test_whitened_numbers_have_mean_zero_and_deviation_one(returns: AdvantageInputs) -> None:
     real = returns.mask_BT > 0
     before = returns.rewards_BT[real]
     after = whiten(returns.rewards_BT, returns.mask_BT)[real]

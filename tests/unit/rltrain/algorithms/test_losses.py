@@ -21,9 +21,9 @@ from rltrain.algorithms.losses import (
     Totals,
     value_loss,
 )
-from rltrain.algorithms.objective import Objective
 from rltrain.data.batch import Batch
 from tests.recipes import quickstart
+from tests.unit.rltrain.algorithms.test_trained_model import policy_of
 
 OLD = -0.7  # an old log-probability; cispo's loss depends on the log-probability itself
 
@@ -316,8 +316,8 @@ def _batch() -> Batch:
 def _objective(*overrides: str) -> tuple[float, dict[str, float]]:
     """The loss of `_batch` on the policy that sampled it, and its statistics."""
     keys = [f"trainer.algorithm.{override}" for override in overrides]
-    objective, batch = Objective(quickstart(keys)), _batch()
-    loss, stats = objective(torch.zeros(2, 2), batch, objective.totals(batch))
+    policy, batch = policy_of(quickstart(keys)), _batch()
+    loss, stats = policy.objective(torch.zeros(2, 2), batch, policy.totals(batch))
     return loss.item(), {name: float(value) for name, value in stats.items()}
 
 

@@ -1,6 +1,4 @@
-"""The documented example of a user's environment, taken from docs/environments.md and run as it
-stands there.
-"""
+"""Run the example environment of docs/guides/your_task.md as the page shows it."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ from rltrain.envs.problems import load_problems
 from rltrain.tools.preflight import check_run
 from tests.recipes import quickstart
 
-PAGE = (PROJECT / "docs" / "environments.md").read_text()
+PAGE = (PROJECT / "docs" / "guides" / "your_task.md").read_text()
 
 
 def block(language: str) -> str:
@@ -45,7 +43,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_documented_environment_runs_as_documented(folder: Path, tiny_model_dir: Path) -> None:
-    prepare, run = (shlex.split(line) for line in block("sh").splitlines())
+    prepare, run = (shlex.split(line) for line in block("sh").replace("\\\n", " ").splitlines())
     assert prepare[0] == run[0] == "python"
     env = {**os.environ, "PYTHONPATH": str(PROJECT)}
     subprocess.run([sys.executable, *prepare[1:]], cwd=folder, env=env, check=True)
@@ -88,7 +86,7 @@ def test_a_users_module_that_is_not_there_is_refused_before_anything_starts(
 
 def test_the_documented_row_is_one_the_trainer_reads(tmp_path: Path) -> None:
     row: dict[str, Any] = json.loads(block("json"))
-    (tmp_path / "row.jsonl").write_text(block("json"))
+    (tmp_path / "row.jsonl").write_text(json.dumps(row))
     assert load_examples([tmp_path / "row.jsonl"]) == [
         Example(row["prompt"], "gsm8k", "5", 0, "What is 2 + 3?")
     ]

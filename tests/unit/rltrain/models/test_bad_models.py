@@ -203,5 +203,5 @@ def test_prompts_that_are_all_too_long_or_too_few_are_counted(
     )
     pack = Pack.open(few)
     with pytest.raises(UserError, match="too few prompts are short enough"):
-        pack.join(few, RunDir(tmp_path))
+        pack.add(few, RunDir(tmp_path))
     pack.close()

@@ -16,13 +16,13 @@ from harness.config import recipe as recipes
 from harness.core.errors import NO_MEMORY, MachineError
 from harness.records.metrics_file import MetricsFile
 from harness.records.run_dir import RunDir, Status
-from sweeps.execution import controller as ledgers
-from sweeps.execution.controller import Ledger, Stop
+from sweeps.execution import controller as controllers
+from sweeps.execution.controller import StopSweep, TrialController
 from sweeps.study import trials
 from sweeps.study.progress import Progress
 from sweeps.study.study import Study
 from tests.unit.sweeps.curves import begin, recipe_of
-from tests.unit.sweeps.execution.test_placement import Processes
+from tests.unit.sweeps.execution.test_server_pool import Processes
 
 
 @pytest.fixture
@@ -31,16 +31,18 @@ def said() -> io.StringIO:
 
 
 @pytest.fixture
-def ledger(tmp_path: Path, said: io.StringIO) -> Ledger:
+def controller(tmp_path: Path, said: io.StringIO) -> TrialController:
     plan, sweep_dir = begin(
         recipe_of(max_concurrent=2, pruner={"name": "median", "n_startup_trials": 1}), tmp_path
     )
     study = Study(sweep_dir.journal, plan)
-    return Ledger(sweep_dir, study, Progress(study, Console(file=said, width=200)))
+    return TrialController(
+        sweep_dir, study, Progress(study, Console(file=said, width=200)), Processes()
+    )
 
 
-def start(ledger: Ledger, name: str) -> RunDir:
-    config = ledger.begin(name)
+def start(controller: TrialController, name: str) -> RunDir:
+    config = controller.begin(name)
     assert config is not None
     run_dir = RunDir(config["run_dir"])
     run_dir.move_to(Status.RUNNING)
@@ -51,19 +53,19 @@ def log(run_dir: RunDir, step: int, value: float) -> None:
     MetricsFile(run_dir.metrics).append({"step": step, "eval/accuracy": value})
 
 
-def finish(ledger: Ledger, name: str, value: float) -> RunDir:
-    run_dir = start(ledger, name)
+def finish(controller: TrialController, name: str, value: float) -> RunDir:
+    run_dir = start(controller, name)
     for step in (1, 4):
-        ledger.report(name, step, 4, value)
+        controller.report(name, step, 4, value)
         log(run_dir, step, value)
     run_dir.move_to(Status.COMPLETE, result={"step": 4})
-    ledger.end(name, died=False)
+    controller.end(name, died=False)
     return run_dir
 
 
-def test_a_complete_trial(ledger: Ledger, said: io.StringIO) -> None:
-    finish(ledger, "a", 0.75)
-    record = ledger.study.trials()[0]
+def test_a_complete_trial(controller: TrialController, said: io.StringIO) -> None:
+    finish(controller, "a", 0.75)
+    record = controller.study.trials()[0]
     assert (record.state.name, record.value, record.intermediate_values) == (
         "COMPLETE",
         0.75,
@@ -72,129 +74,138 @@ def test_a_complete_trial(ledger: Ledger, said: io.StringIO) -> None:
     assert "trial 0 complete: eval/accuracy 0.75" in said.getvalue()
 
 
-def test_time_adds_up_over_processes(ledger: Ledger) -> None:
-    ledger.sweep_dir.update(seconds=100.0)
-    again = Ledger(ledger.sweep_dir, ledger.study, ledger.progress)
+def test_time_adds_up_over_processes(controller: TrialController) -> None:
+    controller.sweep_dir.update(seconds=100.0)
+    again = TrialController(
+        controller.sweep_dir, controller.study, controller.progress, Processes()
+    )
     finish(again, "a", 0.5)
-    assert 100 < ledger.sweep_dir.read_manifest()["seconds"] < 200
+    assert 100 < controller.sweep_dir.read_manifest()["seconds"] < 200
 
 
-def test_no_more_trials_at_once_than_asked_for(ledger: Ledger) -> None:
-    start(ledger, "a")
-    start(ledger, "b")
-    assert ledger.begin("c") is None
-    assert not ledger.over
+def test_no_more_trials_at_once_than_asked_for(controller: TrialController) -> None:
+    start(controller, "a")
+    start(controller, "b")
+    assert controller.begin("c") is None
+    assert not controller.over
 
 
-def test_a_pruned_trial(ledger: Ledger, said: io.StringIO) -> None:
-    finish(ledger, "a", 0.75)
-    run_dir = start(ledger, "b")
-    assert not ledger.report("b", 0, 4, 0.1)  # the base model: nothing to prune by
-    assert ledger.report("b", 1, 4, 0.25)
-    ledger.end("b", died=False)
+def test_a_pruned_trial(controller: TrialController, said: io.StringIO) -> None:
+    finish(controller, "a", 0.75)
+    run_dir = start(controller, "b")
+    assert not controller.report("b", 0, 4, 0.1)  # the base model: nothing to prune by
+    assert controller.report("b", 1, 4, 0.25)
+    controller.end("b", died=False)
     reason = "pruned at step 1: eval/accuracy 0.25 by MedianPruner"
     assert (run_dir.status, run_dir.read_manifest()["reason"]) == (Status.PRUNED, reason)
-    assert ledger.study.trials()[1].state.name == "PRUNED"
+    assert controller.study.trials()[1].state.name == "PRUNED"
     assert f"trial 1 {reason}" in said.getvalue()
 
 
-def test_a_trial_that_raised(ledger: Ledger, said: io.StringIO) -> None:
-    run_dir = start(ledger, "a")
+def test_a_trial_that_raised(controller: TrialController, said: io.StringIO) -> None:
+    run_dir = start(controller, "a")
     run_dir.move_to(Status.FAILED, reason="step 2: ValueError: no luck")
-    ledger.end("a", died=True)
-    record = ledger.study.trials()[0]
+    controller.end("a", died=True)
+    record = controller.study.trials()[0]
     assert (record.state.name, record.user_attrs["reason"]) == (
         "FAIL",
         "step 2: ValueError: no luck",
     )
     assert "trial 0 failed: step 2: ValueError: no luck" in said.getvalue()
-    start(ledger, "b")
-    start(ledger, "c")
+    start(controller, "b")
+    start(controller, "c")
 
 
-def test_a_trial_whose_process_died(ledger: Ledger) -> None:
-    run_dir = start(ledger, "a")
-    ledger.end("a", died=True)
+def test_a_trial_whose_process_died(controller: TrialController) -> None:
+    run_dir = start(controller, "a")
+    controller.end("a", died=True)
     assert run_dir.status is Status.FAILED
     assert "the trial's process died" in run_dir.read_manifest()["reason"]
-    assert ledger.study.trials()[0].state.name == "FAIL"
+    assert controller.study.trials()[0].state.name == "FAIL"
 
 
 def test_a_failure_of_the_machine_stops_the_sweep_and_its_trial_goes_on_later(
-    ledger: Ledger,
+    controller: TrialController,
 ) -> None:
-    run_dir = start(ledger, "a")
-    with pytest.raises(Stop) as stop:
-        ledger.end(
+    run_dir = start(controller, "a")
+    with pytest.raises(StopSweep) as stop:
+        controller.end(
             "a", died=False, machine=MachineError("a file cannot be written", fix="make room")
         )
     assert "make room" in str(stop.value.error)
-    start(ledger, "b")
-    ledger.note("b", RuntimeError("The actor died because its node has died."))
-    with pytest.raises(Stop, match="a node of the Ray cluster was lost"):
-        ledger.end("b", died=True)
+    start(controller, "b")
+    controller.note_error("b", RuntimeError("The actor died because its node has died."))
+    with pytest.raises(StopSweep, match="a node of the Ray cluster was lost"):
+        controller.end("b", died=True)
     assert run_dir.status is Status.RUNNING
-    assert ledger.study.counts() == {"RUNNING": 2}
-    again = Ledger(
-        ledger.sweep_dir, Study(ledger.sweep_dir.journal, ledger.study.plan), ledger.progress
+    assert controller.study.counts() == {"RUNNING": 2}
+    again = TrialController(
+        controller.sweep_dir,
+        Study(controller.sweep_dir.journal, controller.study.plan),
+        controller.progress,
+        Processes(),
     )
     assert start(again, "c").path == run_dir.path
 
 
 def test_a_trial_that_the_kernel_ends_twice_for_want_of_memory_fails(
-    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+    controller: TrialController, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kills = count(1 << 40)
     monkeypatch.setattr(
-        ledgers, "oom_kills", lambda: next(kills)
+        controllers, "oom_kills", lambda: next(kills)
     )  # no test may have the kernel kill
-    run_dir = start(ledger, "a")
-    with pytest.raises(Stop, match=NO_MEMORY):
-        ledger.end("a", died=True)
-    again = Ledger(
-        ledger.sweep_dir, Study(ledger.sweep_dir.journal, ledger.study.plan), ledger.progress
+    run_dir = start(controller, "a")
+    with pytest.raises(StopSweep, match=NO_MEMORY):
+        controller.end("a", died=True)
+    again = TrialController(
+        controller.sweep_dir,
+        Study(controller.sweep_dir.journal, controller.study.plan),
+        controller.progress,
+        Processes(),
     )
     assert start(again, "b").path == run_dir.path
     again.end("b", died=True)
     assert again.study.trials()[0].user_attrs["reason"].startswith(f"{NO_MEMORY} a second time")
 
 
-def test_a_trial_whose_metric_is_nan(ledger: Ledger) -> None:
-    run_dir = finish(ledger, "a", math.nan)
-    assert ledger.study.trials()[0].state.name == "FAIL"
+def test_a_trial_whose_metric_is_nan(controller: TrialController) -> None:
+    run_dir = finish(controller, "a", math.nan)
+    assert controller.study.trials()[0].state.name == "FAIL"
     assert run_dir.read_manifest()["reason"] == "eval/accuracy is nan at step 4"
 
 
-def test_a_trial_that_logged_nothing(ledger: Ledger) -> None:
-    run_dir = start(ledger, "a")
+def test_a_trial_that_logged_nothing(controller: TrialController) -> None:
+    run_dir = start(controller, "a")
     run_dir.move_to(Status.COMPLETE)
-    ledger.end("a", died=False)
-    assert ledger.study.trials()[0].user_attrs["reason"] == "the run logged no eval/accuracy"
+    controller.end("a", died=False)
+    assert controller.study.trials()[0].user_attrs["reason"] == "the run logged no eval/accuracy"
 
 
-def test_it_ends_when_no_trial_is_left(ledger: Ledger) -> None:
+def test_it_ends_when_no_trial_is_left(controller: TrialController) -> None:
     for name in "abcd":
-        finish(ledger, name, 0.5)
-    assert ledger.begin("e") is None
-    assert ledger.study.num_left == 0
+        finish(controller, name, 0.5)
+    assert controller.begin("e") is None
+    assert controller.study.num_left == 0
 
 
 def test_failures_in_a_row_stop_the_sweep(tmp_path: Path, said: io.StringIO) -> None:
     plan, sweep_dir = begin(recipe_of(num_trials=9, max_failures=2, max_concurrent=2), tmp_path)
-    ledger = Ledger(
+    controller = TrialController(
         sweep_dir,
         study := Study(sweep_dir.journal, plan),
         Progress(study, Console(file=said, width=200)),
+        Processes(),
     )
 
     def fail(name: str) -> None:
-        start(ledger, name).move_to(Status.FAILED, reason="MemoryError: no room")
-        ledger.end(name, died=True)
+        start(controller, name).move_to(Status.FAILED, reason="MemoryError: no room")
+        controller.end(name, died=True)
 
     fail("a")
-    finish(ledger, "b", 0.5)
+    finish(controller, "b", 0.5)
     fail("c")
-    running = start(ledger, "d")
+    running = start(controller, "d")
     fail("e")
     assert study.stopped is None  # one that runs may yet end well
     fail("g")
@@ -202,11 +213,11 @@ def test_failures_in_a_row_stop_the_sweep(tmp_path: Path, said: io.StringIO) -> 
         study.stopped
         == "2 trials failed in a row (sweep.max_failures); the last: MemoryError: no room"
     )
-    assert ledger.begin("f") is None
+    assert controller.begin("f") is None
     # What runs already runs to its end.
     log(running, 4, 0.75)
     running.move_to(Status.COMPLETE, result={"step": 4})
-    ledger.end("d", died=False)
+    controller.end("d", died=False)
     assert study.counts() == {"FAIL": 4, "COMPLETE": 2}
     assert not study.finished
 
@@ -222,29 +233,31 @@ def test_no_trial_begins_once_the_inputs_have_changed(tmp_path: Path, said: io.S
         recipes.with_values(recipe_of(max_concurrent=2), files), tmp_path / "sweep"
     )
     study = Study(sweep_dir.journal, plan)
-    ledger = Ledger(sweep_dir, study, Progress(study, Console(file=said, width=200)))
-    first = start(ledger, "a")
+    controller = TrialController(
+        sweep_dir, study, Progress(study, Console(file=said, width=200)), Processes()
+    )
+    first = start(controller, "a")
     data.write_text("{}\n" * 129)
-    assert ledger.begin("b") is None
+    assert controller.begin("b") is None
     assert study.stopped is not None
     assert study.stopped.startswith(f"the sweep's inputs changed: data {data}: sha256:")
-    assert not ledger.over
+    assert not controller.over
     first.move_to(Status.COMPLETE, result={"step": 4})
     log(first, 4, 0.5)
-    ledger.end("a", died=False)
-    assert ledger.over
+    controller.end("a", died=False)
+    assert controller.over
     assert study.trials()[0].value == 0.5
 
 
-def test_a_trial_that_hung_is_told_from_one_that_died(ledger: Ledger) -> None:
+def test_a_trial_that_hung_is_told_from_one_that_died(controller: TrialController) -> None:
     for name, last_words in (
         ("a", "Timeout (0:00:01)!\nThread 0x1 (most recent call first):\n"),
         ("b", "Killed\n"),
     ):
-        run_dir = start(ledger, name)
+        run_dir = start(controller, name)
         run_dir.log.write_text(f"step 1\n{last_words}")
-        ledger.end(name, died=True)
-    hung, died = (ledger.sweep_dir.trial(number).read_manifest()["reason"] for number in (0, 1))
+        controller.end(name, died=True)
+    hung, died = (controller.sweep_dir.trial(number).read_manifest()["reason"] for number in (0, 1))
     assert hung == "no report for 3600 s (sweep.stall_seconds): it hung and was ended; see log.txt"
     assert "process died" in died
 
@@ -253,34 +266,36 @@ def test_trials_whose_pack_died_go_on_alone_and_are_judged_by_that(
     tmp_path: Path, said: io.StringIO
 ) -> None:
     plan, sweep_dir = begin(recipe_of(num_trials=3, max_concurrent=1, pack_size=2), tmp_path)
-    study, hubs = Study(sweep_dir.journal, plan), Processes()
-    ledger = Ledger(sweep_dir, study, Progress(study, Console(file=said, width=200)), hubs)
-    runs = [start(ledger, name) for name in "ab"]
-    assert hubs.rooms == {"hub0": 2}
-    hubs.close("hub0")
+    study, servers = Study(sweep_dir.journal, plan), Processes()
+    controller = TrialController(
+        sweep_dir, study, Progress(study, Console(file=said, width=200)), servers
+    )
+    runs = [start(controller, name) for name in "ab"]
+    assert servers.slots == {"pack0": 2}
+    servers.end("pack0")
     for name in "ab":
-        ledger.end(name, died=True)
+        controller.end(name, died=True)
     assert study.counts() == {"RUNNING": 2}
     assert (
         "trial 0: its pack's process died; it goes on from its checkpoint, alone" in said.getvalue()
     )
-    assert not ledger.over
+    assert not controller.over
 
-    assert start(ledger, "c").path == runs[0].path
-    assert hubs.rooms == {"hub0": 2, "hub1": 1}
-    assert ledger.begin("d") is None  # alone is alone
-    hubs.close("hub1")
-    ledger.end("c", died=True)
+    assert start(controller, "c").path == runs[0].path
+    assert servers.slots == {"pack0": 2, "pack1": 1}
+    assert controller.begin("d") is None  # alone is alone
+    servers.end("pack1")
+    controller.end("c", died=True)
     assert "the trial's process died" in runs[0].read_manifest()["reason"]
-    assert start(ledger, "d").path == runs[1].path
+    assert start(controller, "d").path == runs[1].path
     log(runs[1], 4, 0.5)
     runs[1].move_to(Status.COMPLETE, result={"step": 4})
-    ledger.end("d", died=False)
-    finish(ledger, "e", 0.75)
-    assert hubs.rooms == {"hub0": 2, "hub1": 1, "hub2": 1, "hub3": 2}
+    controller.end("d", died=False)
+    finish(controller, "e", 0.75)
+    assert servers.slots == {"pack0": 2, "pack1": 1, "pack2": 1, "pack3": 2}
     assert study.counts() == {"FAIL": 1, "COMPLETE": 2}
-    assert ledger.begin("f") is None
-    assert ledger.over
+    assert controller.begin("f") is None
+    assert controller.over
 
 
 def fates(folder: Path, *, lost: bool) -> list[str]:
@@ -292,8 +307,10 @@ def fates(folder: Path, *, lost: bool) -> list[str]:
     plan, sweep_dir = begin(
         recipe_of(num_trials=6, max_concurrent=1, pack_size=3, pruner=pruner), folder
     )
-    study, hubs = Study(sweep_dir.journal, plan), Processes()
-    ledger = Ledger(sweep_dir, study, Progress(study, Console(file=io.StringIO())), hubs)
+    study, servers = Study(sweep_dir.journal, plan), Processes()
+    controller = TrialController(
+        sweep_dir, study, Progress(study, Console(file=io.StringIO())), servers
+    )
     names, steps = count(), dict.fromkeys(range(6), 0)
     trained: dict[str, int] = {}
 
@@ -305,13 +322,13 @@ def fates(folder: Path, *, lost: bool) -> list[str]:
             log(run_dir, steps[number], values[number])
         if steps[number] == 4:
             run_dir.move_to(Status.COMPLETE, result={"step": 4})
-        elif not ledger.report(name, steps[number], 4, values[number]):
+        elif not controller.report(name, steps[number], 4, values[number]):
             return
         del trained[name]
-        ledger.end(name, died=False)
+        controller.end(name, died=False)
 
     while True:
-        while (config := ledger.begin(name := f"tune{next(names)}")) is not None:
+        while (config := controller.begin(name := f"tune{next(names)}")) is not None:
             run_dir = RunDir(config["run_dir"])
             run_dir.move_to(Status.RUNNING)
             trained[name] = int(run_dir.path.name)
@@ -321,10 +338,10 @@ def fates(folder: Path, *, lost: bool) -> list[str]:
             advance(name)
         if lost and steps[0] == 2:
             lost = False
-            hubs.close("hub0")
+            servers.end("pack0")
             for name in list(trained):
                 steps[trained.pop(name)] = 0  # no checkpoint: it goes on from the start
-                ledger.end(name, died=True)
+                controller.end(name, died=True)
 
 
 def test_a_lost_pack_changes_nothing_in_what_the_pruner_decides(tmp_path: Path) -> None:

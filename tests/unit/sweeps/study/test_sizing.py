@@ -11,13 +11,14 @@ import pytest
 
 from harness.config import recipe as recipes
 from harness.config.schema import Recipe
+from harness.records.run_dir import RunDir
 from rltrain.distributed import gpus
 from rltrain.distributed import placement as parallel
 from rltrain.distributed.gpus import Gpus
 from rltrain.models.memory import GIB
 from rltrain.tools import fit
 from sweeps import dry_run
-from sweeps.execution.placement import Places
+from sweeps.execution.server_pool import ServerPool
 from sweeps.study import plan as plans
 from sweeps.study import trials
 from tests.unit.sweeps.curves import LR, RANK
@@ -52,7 +53,7 @@ def test_every_gpu_gets_a_pack_without_a_word_in_the_recipe(name: str) -> None:
     settled = trials.settle(recipe)
     assert trials.packs_at_once(settled) == 8
     assert trials.gpus_per_place(settled) == 1
-    assert trials.place_bundles(settled) == [{"CPU": 8.0, "GPU": 1.0}]
+    assert trials.server_bundles(settled) == [{"CPU": 8.0, "GPU": 1.0}]
     assert settled.trainer.num_threads == 8
     assert "in 8 packs" in dry_run.describe(plans.build(recipe), "my.yaml", Gpus((8,), 80 * GIB))
 
@@ -65,30 +66,27 @@ def test_a_trial_that_ends_its_pack_leaves_the_other_gpus_alone() -> None:
     class Processes:
         opened: tuple[str, ...] = ()
 
-        def open(self, name: str, *_: Any) -> None:
+        def start(self, name: str, *_: Any) -> None:
             self.opened += (name,)
 
-        def lives(self, name: str) -> bool:
-            return name != "hub0"
+        def works(self, name: str) -> bool:
+            return name != "pack0"
 
-        def leave(self, *_: Any) -> None: ...
+        def remove(self, *_: Any) -> None: ...
 
-        def close(self, name: str) -> None: ...
+        def end(self, name: str) -> None: ...
 
     recipe, processes = trials.settle(sweep(), Gpus((4,), 80 * GIB)), Processes()
     assert trials.gpus_per_place(recipe) == 1
-    places = Places(recipe, processes)
+    pool = ServerPool(recipe, processes)
     trial = recipes.with_values(recipe, {"sweep": None})
-    hubs = []
+    servers, run_dir = [], RunDir("runs/trial")
     for number in range(8):
-        assert places.admit(number, trial, None, alone=False)  # type: ignore[arg-type]
-        hubs.append(places.hub_of(number))
-    assert processes.opened == ("hub0", "hub1", "hub2", "hub3")
-    assert hubs == ["hub0", "hub1", "hub2", "hub3"] * 2
-    places.leave(0, None)  # type: ignore[arg-type]
-    assert places.admit(8, trial, None, alone=False)  # type: ignore[arg-type]
-    assert places.hub_of(8) == "hub1"
-    assert [places.hub_of(number) for number in (1, 2, 3)] == ["hub1", "hub2", "hub3"]
+        servers.append(pool.admit(number, trial, run_dir, alone=False))
+    assert processes.opened == ("pack0", "pack1", "pack2", "pack3")
+    assert servers == ["pack0", "pack1", "pack2", "pack3"] * 2
+    pool.remove(0, run_dir)
+    assert pool.admit(8, trial, run_dir, alone=False) == "pack1"
 
 
 @pytest.mark.parametrize(

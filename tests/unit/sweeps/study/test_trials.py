@@ -216,7 +216,7 @@ def test_a_trial_of_several_processes_holds_a_place_for_each() -> None:
     recipe = _on_gpus(recipe_of(), ranks=4)
     assert trials.gpus_per_place(recipe) == 4
     threads = float(recipe.trainer.num_threads or 1)
-    assert trials.place_bundles(recipe) == [{"CPU": 1.0}, {"CPU": 4 * threads, "GPU": 4.0}]
+    assert trials.server_bundles(recipe) == [{"CPU": 1.0}, {"CPU": 4 * threads, "GPU": 4.0}]
     apart = recipes.with_values(
         recipe,
         {
@@ -225,7 +225,7 @@ def test_a_trial_of_several_processes_holds_a_place_for_each() -> None:
         },
     )
     assert trials.gpus_per_place(apart) == 4 + 4 * 2
-    assert len(trials.place_bundles(apart)) == 2 + 4
+    assert len(trials.server_bundles(apart)) == 2 + 4
 
 
 def _on_gpus(recipe: Recipe, *, ranks: int) -> Recipe:

@@ -1,0 +1,152 @@
+"""The tokens of a pass that a recipe leaves open: chosen, tried, and written down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harness.config import recipe as recipes
+from harness.records import manifest
+from harness.records.run_dir import RunDir
+from rltrain import micro_batch_size
+from rltrain.algorithms.critic import Critic
+from rltrain.algorithms.policy import Policy
+from rltrain.algorithms.trained_model import TrainedModel
+from rltrain.data.batch import Batch
+from rltrain.models import memory
+from rltrain.pack import Pack
+from rltrain.trainer import Trainer
+from tests.integration.training import MakeRecipe, MakeRun, Open
+
+AUTO = f"{micro_batch_size.KEY}=auto"
+
+
+def _stored(run: RunDir) -> Any:
+    return recipes.read(run.recipe).trainer.max_tokens_per_microbatch
+
+
+def test_what_was_chosen_is_written_into_the_runs_recipe_and_stays(
+    small_recipe: MakeRecipe, new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small_recipe(AUTO)
+    run = new_run(recipe, "run")
+    digest = run.read_manifest()["recipe"]["digest"]
+    monkeypatch.setattr(memory, "tokens_that_fit", lambda *_, **__: 512)
+    trainer = Trainer(recipe)
+    assert _stored(run) == "auto"
+    trainer.add(recipe, run)
+    pack = trainer.pack
+    assert pack.members[0].max_tokens == 512
+    assert _stored(run) == 512
+    assert recipes.is_digest(digest, recipes.read(run.recipe))
+    # Whatever fits another time.
+    monkeypatch.setattr(memory, "tokens_that_fit", lambda *_, **__: 64)
+    assert pack.add(recipes.read(run.recipe), run).max_tokens == 512
+    pack.close()
+
+
+def test_the_memory_model_is_asked_with_what_is_free_and_the_packs_room(
+    small_recipe: MakeRecipe, new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, asked = small_recipe(AUTO), []
+
+    def fits(given: Any, shape: Any, free: float, *, on_gpu: bool, members: int) -> int:
+        asked.append((shape.hidden, free, on_gpu, members))
+        return 128
+
+    monkeypatch.setattr(memory, "tokens_that_fit", fits)
+    pack = Pack.open(recipe, slots=3)
+    for name in ("one", "two"):
+        pack.add(recipe, new_run(recipe, name))
+    # Measured once: a member that is there already takes nothing from the next one's passes.
+    assert len(set(asked)) == 1
+    hidden, free, on_gpu, members = asked[0]
+    assert (hidden, on_gpu, members) == (pack.model.config.hidden_size, False, 3)
+    assert free > 2**28
+    pack.close()
+
+
+def test_a_model_of_unknown_kind_has_a_bound_all_the_same(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "shape_of", lambda path: None)
+    assert opened(AUTO)[1].max_tokens == 2048
+
+
+@pytest.mark.parametrize("critic", [False, True])
+def test_a_pass_is_tried_and_made_smaller_until_it_fits(
+    opened: Open, monkeypatch: pytest.MonkeyPatch, critic: bool
+) -> None:
+    ppo = ["trainer.algorithm.advantage_estimator=gae"] * critic
+    pack, member = opened(AUTO, "trainer.micro_train_batch_size_per_gpu=null", *ppo)
+    before = {name: p.detach().clone() for name, p in member.policy.parameters.items()}
+    seen: dict[type, list[int]] = {Policy: [], Critic: []}
+    for kind in seen:
+        _fail_above(kind, 700, seen[kind], monkeypatch)
+    micro_batch_size.try_largest_micro_batch(pack, member)
+    # Sequences of 128 + 64 tokens: 10 of them, then half, then half of that.
+    assert member.max_tokens is not None
+    assert member.max_tokens <= 700
+    tried = seen[Critic if critic else Policy]
+    assert tried[0] == 10 * (128 + 64)
+    assert tried == sorted(tried, reverse=True)
+    assert bool(seen[Critic]) is critic
+    assert all(torch.equal(p, before[name]) for name, p in member.policy.parameters.items())
+    assert all(
+        p.grad is None for learner in member.trained_models for p in learner.parameters.values()
+    )
+    assert not member.policy.optimizer.state
+    assert not pack.model.training
+
+
+def _fail_above(
+    kind: type[TrainedModel], most: int, seen: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss: Any = kind.loss
+
+    def failing(self: TrainedModel, micro: Batch, totals: Any) -> Any:
+        seen.append(micro.packed_tokens)
+        if micro.packed_tokens > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return loss(self, micro, totals)
+
+    monkeypatch.setattr(kind, "loss", failing)
+
+
+def test_a_gpu_is_tried_once_for_passes_of_a_size(
+    small_recipe: MakeRecipe, new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = Pack.open(small_recipe(AUTO), slots=3)
+    tried: list[int | None] = []
+    monkeypatch.setattr(
+        micro_batch_size,
+        "try_largest_micro_batch",
+        lambda _, member: tried.append(member.max_tokens),
+    )
+    for place, tokens in enumerate([512, 256, 1024, 1024]):
+        monkeypatch.setattr(memory, "tokens_that_fit", lambda *_, tokens=tokens, **__: tokens)
+        recipe = small_recipe(AUTO)
+        member = pack.add(recipe, new_run(recipe, f"run{place}"))
+        with monkeypatch.context() as patched:
+            patched.setattr(pack, "device", torch.device("cuda"))
+            micro_batch_size.settle_micro_batch_size(pack, member)
+    assert tried == [512, 1024]
+    pack.close()
+
+
+def test_a_digest_from_before_passes_were_left_out_of_it_is_known(tmp_path: Path) -> None:
+    recipe = recipes.load("quickstart")
+    old = recipes._digest(recipes.to_dict(recipe))
+    assert old != recipes.digest(recipe)
+    assert recipes.is_digest(old, recipe)
+    assert recipes.is_digest(recipes.digest(recipe), recipe)
+    other = recipes.load("quickstart", ["seed=1"])
+    assert not recipes.is_digest(old, other)
+    assert not recipes.is_digest(recipes.digest(recipe), other)
+    record = manifest.build(recipe, kind="run", name="x", source="test")
+    assert recipes.is_digest(
+        record["recipe"]["digest"], recipes.with_values(recipe, {micro_batch_size.KEY: 77})
+    )
