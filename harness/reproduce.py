@@ -128,6 +128,7 @@ def _train(planned: Reproduction, options: argparse.Namespace) -> int:
 
 def _follow(planned: Reproduction, options: argparse.Namespace) -> int:
     from rltrain.tools.compare import compare_rows, rows_until
+    from rltrain.worker_group import train_run
 
     wanted, console, departed, step = (
         rows_until(planned.original, planned.last),
@@ -135,7 +136,8 @@ def _follow(planned: Reproduction, options: argparse.Namespace) -> int:
         False,
         0,
     )
-    with contextlib.closing(reproduce.rerun(planned)) as reports:
+    training = train_run(planned.recipe, planned.run_dir)
+    with contextlib.closing(reproduce.until_last_step(planned, training)) as reports:
         for report in reports:
             step = report.step
             console.step(min(report.total_steps, planned.last), report.metrics)

@@ -30,12 +30,12 @@ from rltrain.distributed.device_memory import release
 from rltrain.distributed.process import exits_are_failures
 from rltrain.distributed.process_group import Ranks
 from rltrain.engines.base import Engine, EngineOptions, Sample, stop_token_ids
-from rltrain.engines.build import place_engine
+from rltrain.engines.distributed import place_engine
 from rltrain.envs.problems import Problem, load_problems
 from rltrain.member import Member, sync_tolerance, total_steps
 from rltrain.models import loading, memory
 from rltrain.models.flops import measured_peak
-from rltrain.models.logprobs import computing_dtype
+from rltrain.models.logprobs import AdapterOff, FrozenModel, Reference, computing_dtype
 from rltrain.sync.base import build_sync
 
 P = ParamSpec("P")
@@ -268,17 +268,17 @@ class Pack:
     def _policy(self, name: str, recipe: Recipe, steps: int) -> Policy:
         algorithm, lora = recipe.trainer.algorithm, recipe.trainer.policy.model.lora
         wants_reference = algorithm.use_kl_loss or algorithm.use_kl_in_reward
-        reference: loading.Reference | None = None
+        reference: Reference | None = None
         if lora.rank > 0:
             self._add_adapter(name, recipe, lora)
             parameters = loading.adapter_parameters(self.model, name)
-            reference = loading.AdapterOff(self.model) if wants_reference else None
+            reference = AdapterOff(self.model) if wants_reference else None
         else:
             # Full fine-tuning changes the base: its member is alone in the pack.
             if wants_reference:
                 path = recipe.trainer.policy.model.path
                 frozen = self._load_model(path, recipe, key="trainer.policy.model.path")
-                reference = loading.FrozenModel(frozen)
+                reference = FrozenModel(frozen)
             parameters = dict(self.model.requires_grad_(True).named_parameters())
         tolerance = sync_tolerance(recipe)
         return Policy(name, self.model, parameters, recipe, reference, steps, tolerance)

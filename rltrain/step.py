@@ -9,7 +9,8 @@ import torch
 
 from rltrain.algorithms.advantages import compute_advantages
 from rltrain.algorithms.trained_model import MAXIMA, Row, Statistics, TrainedModel
-from rltrain.data.batch import Batch, micro_batches, shares, training_parts
+from rltrain.data.batch import Batch
+from rltrain.data.micro_batches import micro_batches, shares, training_parts
 from rltrain.data.seeding import stream_seed
 from rltrain.member import Member
 from rltrain.out_of_memory import checked, with_smaller_passes

@@ -12,6 +12,7 @@ from typing import Self
 
 import torch
 
+from harness.config.flops import flops_per_token
 from harness.config.schema import Recipe
 from harness.core.errors import UserError
 from harness.records.run_dir import RunDir, Status
@@ -20,7 +21,6 @@ from rltrain.distributed.process_group import Ranks
 from rltrain.evaluate import Evaluation, evaluate
 from rltrain.member import Member
 from rltrain.micro_batch_size import settle_micro_batch_size
-from rltrain.models.flops import step_flops
 from rltrain.models.loading import adapter_statistics
 from rltrain.pack import Pack
 from rltrain.report import StepReport
@@ -210,10 +210,7 @@ def performance(pack: Pack, member: Member, row: dict[str, float]) -> dict[str, 
     recipe = member.recipe
     samples = recipe.trainer.train_batch_size * recipe.generator.n_samples_per_prompt
     samples *= int(row.get("num_sampled_batches", 1))
-    forwards = 1 + member.needs_old_logprobs
-    forwards += (member.policy.reference is not None) + (member.critic is not None)
-    full = recipe.trainer.policy.model.lora.rank == 0
-    flops = step_flops(pack.num_parameters, member.step_tokens, forwards=forwards, full=full)
+    flops = flops_per_token(recipe, pack.num_parameters) * member.step_tokens
     if pack.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated() / 2**30
     else:

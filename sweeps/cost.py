@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.config import recipe as recipes
+from harness.config.flops import flops_per_token, training_flops
 from harness.config.schema import Device, Recipe
 from harness.config.shapes import shape_of
 from harness.core.errors import UserError
 from harness.core.paths import locate
-from rltrain.tools.preflight import count_rows
+from rltrain.data.files import count_rows
 from sweeps.study.plan import Plan
 from sweeps.study.space import Params
 
@@ -32,6 +33,12 @@ COST_KEYS = frozenset(
         "trainer.eval_interval",
         "trainer.eval_before_train",
         "trainer.algorithm.use_kl_loss",
+        "trainer.algorithm.use_kl_in_reward",
+        "trainer.algorithm.advantage_estimator",
+        "trainer.update_epochs_per_batch",
+        "trainer.policy_mini_batch_size",
+        "trainer.policy.model.lora.dropout",
+        "trainer.critic.model.lora.rank",
         "trainer.policy.model.path",
         "trainer.policy.model.lora.rank",
         "generator.n_samples_per_prompt",
@@ -41,8 +48,8 @@ COST_KEYS = frozenset(
         "generator.eval_sampling_params.max_generate_length",
     }
 )
-# Billions of parameters in a model's name.
-_IN_NAME = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?)[bB](?![a-zA-Z])")
+# Billions of parameters in a model's name; after an A those that are active for a token.
+_IN_NAME = re.compile(r"(?<![\d.])(A?)(\d+(?:\.\d+)?)[bB](?![a-zA-Z])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,26 +166,21 @@ def pace(plan: Plan, source: str) -> Pace | None:
 
 
 def _flops(recipe: Recipe, trained: int, evaluated: int) -> float | None:
-    """Order of magnitude of a run on a GPU: 2 FLOPs a parameter and token forward; None on a CPU or
-    for unknown sizes.
-
-    Sampled tokens go through sampling, old log-probabilities, forward and backward; LoRA's backward
-    skips the weights' gradients.
-    """
+    """Return model FLOPs of a run on a GPU; None on a CPU or for a model of unknown size."""
     parameters = _parameters(recipe.trainer.policy.model.path)
     if parameters is None or recipe.trainer.placement.device is Device.cpu:
         return None
-    backward = 4 if recipe.trainer.policy.model.lora.rank == 0 else 2
-    passes = 2 + 2 + 2 + backward + (2 if recipe.trainer.algorithm.use_kl_loss else 0)
-    return float(parameters) * (passes * trained + 2 * evaluated)
+    sampling = training_flops(parameters, forwards=1, updates=0, full=False)
+    return flops_per_token(recipe, parameters) * trained + sampling * evaluated
 
 
 def _parameters(path: str) -> float | None:
-    """Of a model whose sizes are known; of another of the hub by its name, which may say so
-    (My-0.5B).
+    """Return a model's parameters by its sizes, else by a hub name like My-0.5B or My-30B-A3B.
+
+    Of a mixture of experts these are the active parameters.
     """
     shape = shape_of(path)
     if shape is not None:
         return float(shape.parameters)
-    named = _IN_NAME.search(path) if locate(path) is None else None
-    return float(named[1]) * 1e9 if named else None
+    names = _IN_NAME.findall(path) if locate(path) is None else []
+    return float(next((n for active, n in names if active), names[0][1])) * 1e9 if names else None

@@ -14,10 +14,11 @@ from harness.config.schema import LoRA, Recipe, Sampler
 from harness.config.validate import num_processes, sync_mode, target_modules
 from harness.core.cli import invocation
 from harness.core.paths import locate
+from rltrain.data.files import count_rows
 from rltrain.distributed.gpus import Gpus
 from rltrain.models.targets import check_adapters
 from rltrain.tools.fit import check_fit, memory_table
-from rltrain.tools.preflight import check_batch, count_rows
+from rltrain.tools.preflight import check_batch
 from sweeps.cost import Cost, Pace, costs, pace, run_cost
 from sweeps.study import trials
 from sweeps.study.plan import Plan, preview

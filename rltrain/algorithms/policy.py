@@ -29,10 +29,9 @@ from rltrain.algorithms.trained_model import (
     mean_over,
 )
 from rltrain.data.batch import Batch
-from rltrain.models.loading import Reference, adapter_off
-from rltrain.models.logprobs import token_logprobs, token_logprobs_and_entropy
-from rltrain.sync.check import check_sync
-from rltrain.sync.probe import PROBE_ROWS, certain, check_gap
+from rltrain.models.logprobs import Reference, token_logprobs, token_logprobs_and_entropy
+from rltrain.models.lora import adapter_off
+from rltrain.sync.check import PROBE_ROWS, certain, check_gap, check_sync
 
 # Computes `[B, T]` over a batch, by calling a function of micro-batches.
 InMicroBatches = Callable[[Batch, Callable[[Batch], torch.Tensor]], torch.Tensor]

@@ -1,6 +1,4 @@
-"""Data files: reading and writing parquet and JSONL, and the examples a run trains or
-evaluates on.
-"""
+"""Data files: read and write parquet and JSONL, and the examples a run trains or evaluates on."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ Row = dict[str, Any]
 Chat = list[dict[str, str]]
 
 JSON_LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
-# Names of columns with a question and with its answer, the likelier first.
+# Usual names of columns with a question and with its answer, in order of preference.
 QUESTIONS = ("question", "problem", "prompt", "query")
 ANSWERS = ("answer", "final_answer", "ground_truth", "solution", "target")
 
@@ -36,11 +34,11 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt with what its completions are scored against.
+    """A prompt and the ground truth that its completions are scored against.
 
-    `prompt` is empty where the file has a question alone: its environment makes the prompt.
-    `env_class` is empty where the file names none; `index` is the row's place in the concatenated
-    files, `where` its file and row, from 1.
+    `prompt` is empty where the file has only a question: its environment makes the prompt.
+    `env_class` is empty where the file names none. `index` counts the rows of all files from 0,
+    `where` is the file and its row, from 1.
     """
 
     prompt: Chat
@@ -54,11 +52,11 @@ class Example:
 def load_examples(
     paths: Sequence[str | Path], data: Data | None = None, say: Callable[[str], None] | None = None
 ) -> list[Example]:
-    """The examples of parquet or JSONL files, in order; raises UserError naming the file and what
-    is wrong with it.
+    """Return the examples of parquet or JSONL files, in order.
 
     A file has `prompt` and `reward_spec`, or a question and an answer: the columns that `data`
-    names, or else those with a usual name, of which `say` is told.
+    names, or else columns with a usual name, which are reported to `say`. Raises UserError naming
+    the file and what is wrong with it.
     """
     examples: list[Example] = []
     for name in paths:
@@ -78,11 +76,9 @@ def load_examples(
 
 
 def _question_and_answer(row: Row, data: Data) -> tuple[str, str] | None:
-    """The columns that hold a question and its answer; None where the file has, or should have,
-    prompt and reward_spec.
+    """Return the columns of question and answer; None for a file with prompt and reward_spec.
 
-    Columns that the recipe names count in the files that have them: others may have prompt and
-    reward_spec.
+    Columns that the recipe names apply to files that have them.
     """
     named = {data.question_column, data.answer_column} & row.keys()
     if not named and {"prompt", "reward_spec"} <= row.keys():
@@ -97,8 +93,9 @@ def _question_and_answer(row: Row, data: Data) -> tuple[str, str] | None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All rows of a parquet or JSONL file; raises UserError when it is missing, unreadable or
-    empty.
+    """Return all rows of a parquet or JSONL file.
+
+    Raises UserError when it is missing, unreadable or empty.
     """
     if not os.path.isfile(path):
         raise UserError(
@@ -121,10 +118,33 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def write_rows(rows: Sequence[Row], path: Path) -> None:
-    """Write rows as parquet, whole or not at all; raises UserError when the folder cannot be
-    written.
+def count_rows(paths: Sequence[str]) -> int | None:
+    """Return how many rows data files have together; None when one is missing or unreadable.
+
+    Parquet files are not read beyond their metadata.
     """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    total = 0
+    for name in paths:
+        path = locate(name)
+        # A device or a pipe may have no end.
+        if path is None or not path.is_file():
+            return None
+        try:
+            if path.suffix == ".parquet":
+                total += int(pq.ParquetFile(path).metadata.num_rows)
+            else:
+                with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+                    total += sum(1 for line in file if line.strip())
+        except (OSError, EOFError, zlib.error, pa.ArrowException):
+            return None
+    return total if paths else None
+
+
+def write_rows(rows: Sequence[Row], path: Path) -> None:
+    """Write rows as parquet, atomically; raise UserError when the folder cannot be written."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -138,8 +158,23 @@ def write_rows(rows: Sequence[Row], path: Path) -> None:
             "cannot write the data file", got=f"{path}: {error.strerror or error}"
         ) from None
     finally:
-        with contextlib.suppress(OSError):  # renamed already, or never made
+        with contextlib.suppress(OSError):  # already renamed, or never written
             temporary.unlink()
+
+
+def split_of_file(path: Path) -> str:
+    """Return "train" for a file named *train*, "validation" for one named *test*.
+
+    Raises UserError for a name with neither or both.
+    """
+    is_train, is_test = "train" in path.name.lower(), "test" in path.name.lower()
+    if is_train == is_test:
+        raise UserError(
+            "cannot tell the split from the file's name",
+            got=path,
+            allowed="a name with train or test in it",
+        )
+    return "train" if is_train else "validation"
 
 
 def require_columns(
@@ -174,7 +209,7 @@ def _example(row: Row, columns: tuple[str, str] | None, index: int, where: str) 
             allowed='{"question": "...", ...}, or none',
         )
     if columns is None:
-        asked, spec = row["prompt"], row["reward_spec"]
+        prompt, spec = row["prompt"], row["reward_spec"]
         if not isinstance(spec, dict) or spec.get("ground_truth") is None:
             raise UserError(
                 "reward_spec has no ground_truth",
@@ -183,26 +218,23 @@ def _example(row: Row, columns: tuple[str, str] | None, index: int, where: str) 
             )
         truth = spec["ground_truth"]
     else:
-        asked, truth = row[columns[0]], row[columns[1]]
+        prompt, truth = row[columns[0]], row[columns[1]]
     truth = _ground_truth(truth, where)
-    if columns is not None and isinstance(asked, str) and asked.strip():
-        return Example([], env_class, truth, index, asked, where)
-    if not is_chat(asked):
+    if columns is not None and isinstance(prompt, str) and prompt.strip():
+        return Example([], env_class, truth, index, prompt, where)
+    if not is_chat(prompt):
         raise UserError(
             "a prompt is not a chat",
-            got=f"{where}: {_short(asked)}",
+            got=f"{where}: {_short(prompt)}",
             allowed='[{"role": "user", "content": "..."}]'
             + (", or text" if columns is not None else ""),
         )
-    return Example(
-        asked, env_class, truth, index, extra_info.get("question") or asked[-1]["content"], where
-    )
+    question = extra_info.get("question") or prompt[-1]["content"]
+    return Example(prompt, env_class, truth, index, question, where)
 
 
 def _ground_truth(value: object, where: str) -> str:
-    """A ground truth as the text that rewards get: of nothing, NaN or a list no completion could
-    ever be the answer.
-    """
+    """Return a ground truth as text; raise UserError for one that no completion can match."""
     if isinstance(value, str):
         usable = bool(value.strip())
     else:
@@ -220,7 +252,7 @@ def _ground_truth(value: object, where: str) -> str:
 
 
 def is_chat(messages: object) -> bool:
-    """Return whether something is a list of messages, each with a role and a content."""
+    """Return whether an object is a list of messages, each with a role and a content."""
     return (
         isinstance(messages, list)
         and len(messages) > 0
@@ -234,7 +266,7 @@ def is_chat(messages: object) -> bool:
 
 
 def _short(value: object) -> str:
-    """A value in few characters, however long or deep it is."""
+    """Return a short representation of any value."""
     return reprlib.repr(value)[:80]
 
 
@@ -252,13 +284,10 @@ def _read_parquet(path: Path) -> list[Row]:
     for name, column in zip(table.column_names, table.itercolumns(), strict=True):
         try:
             columns.append(column.to_pylist())
-        except (
-            pa.ArrowException,
-            ValueError,
-            OverflowError,
-        ) as error:  # a year beyond 9999, text that is not UTF-8
+        # A year beyond 9999, text that is not UTF-8.
+        except (pa.ArrowException, ValueError, OverflowError) as error:
             raise UserError(
-                "a column holds what Python cannot",
+                "a column holds values that Python cannot represent",
                 got=f"{path}, column {name}: {str(error).splitlines()[0]}",
                 fix="leave the column out, or write it as text",
             ) from None
@@ -269,9 +298,9 @@ def _read_parquet(path: Path) -> list[Row]:
 
 def _read_jsonl(path: Path) -> list[Row]:
     rows: list[Row] = []
-    opened = gzip.open if path.suffix == ".gz" else open
+    open_text = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened(path, "rt", encoding="utf-8-sig") as file:
+        with open_text(path, "rt", encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     rows.append(_json_row(line, f"{path}, line {number}"))
@@ -285,9 +314,8 @@ def _read_jsonl(path: Path) -> list[Row]:
 def _json_row(line: str, where: str) -> Row:
     try:
         row = json.loads(line)
-        if _SURROGATE.search(
-            line
-        ):  # half of a pair is a character that neither tokenizer nor parquet takes
+        # Neither tokenizers nor parquet accept half of a surrogate pair.
+        if _SURROGATE.search(line):
             json.dumps(row, ensure_ascii=False).encode()
     except RecursionError:
         raise UserError("a line is nested too deep", got=where) from None
@@ -295,7 +323,7 @@ def _json_row(line: str, where: str) -> Row:
         raise UserError(
             "a line holds half of a surrogate pair, which is no character", got=where
         ) from None
-    except ValueError as error:  # also for a number of thousands of digits
+    except ValueError as error:  # also raised for a number of thousands of digits
         raise UserError("a line is not valid JSON", got=f"{where}: {error}") from None
     if not isinstance(row, dict):
         raise UserError("a line is not a JSON object", got=f"{where}: {line.strip()[:80]}")

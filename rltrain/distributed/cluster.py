@@ -1,6 +1,4 @@
-"""Ray for one run or sweep: quiet, on loopback, with a short-lived directory; or a running
-cluster.
-"""
+"""Ray for one run or sweep: quiet, on loopback and in a temporary folder, or a running cluster."""
 
 from __future__ import annotations
 
@@ -26,29 +24,27 @@ from harness.core.locks import KernelLock, held
 from harness.core.paths import INSTALLED, PROJECT
 from rltrain.distributed.gpus import Gpus, visible_memory
 
-# Ray and Tune read these when they are imported: nothing of Ray is imported before `cluster` has
-# set them.
+# Ray and Tune read these when they are imported, which is after `cluster` has set them.
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Messages about dead workers come past `log_to_driver`; the trial's reason says it.
+    # Messages about dead workers ignore `log_to_driver`; a trial's reason reports them.
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_RESULT_BUFFER_LENGTH": "1",
 }
-# Ray's way to say "no cluster of several machines": it then listens on the loopback device alone.
+# Without clusters of several machines Ray listens on the loopback device only.
 LOOPBACK = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    # Workers are to be as quick as a run of their own: Ray would make them yield to everything
-    # else.
+    # Ray would lower the priority of its workers.
     "RAY_worker_niceness": "0",
 }
-# Every user of the machine reaches its loopback device, and who reaches Ray runs code as its owner:
-# hence a token, one for this process and its children.
+# Every user of the machine can reach the loopback device and so run code as Ray's owner: only this
+# process and its children have the token.
 TOKEN = {
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),
@@ -56,17 +52,17 @@ TOKEN = {
 LOOPBACK_ADDRESS = "127.0.0.1"
 STARTS = 3
 ASK_SECONDS = 60
-# Ray's processes on this machine that no other can do without, and how often to look whether they
-# run.
-RAYS_OWN = ("gcs_server", "raylet")
+# Processes that Ray cannot run without, and how often they are checked.
+RAY_PROCESSES = ("gcs_server", "raylet")
 WATCH_SECONDS = 1.0
 OBJECT_STORE_BYTES = 100 * 2**20
-# For what engines in processes of their own are sent: whole models in parts of some 500 MiB.
+# For engines in processes of their own: they are sent whole models in parts of 512 MiB.
 LARGE_STORE_BYTES = 2 * 2**30
-# In a folder of Ray's: held by the command that has it up.
+# The lock in Ray's folder, held by the command that started Ray.
 LOCK = ".lock"
-# A socket's path has at most 107 bytes, of which Ray's own part takes about 70.
+# A socket's path has at most 107 bytes, and Ray's part of it about 70.
 LONGEST_ROOT = 30
+PREFIX = f"noregret-{os.getuid()}-"
 
 
 @contextlib.contextmanager
@@ -79,12 +75,11 @@ def cluster(
     scratch: str = "scratch",
     store: int = OBJECT_STORE_BYTES,
 ) -> Iterator[Path]:
-    """Ray is up inside, with room for so many CPUs and GPUs; yields a folder. Nothing of either is
-    left afterwards.
+    """Start Ray with this many CPUs and GPUs, or connect to a cluster; yield a scratch folder.
 
-    `threads` are those of each process, `address` that of a running cluster, None for this machine
-    alone, `store` the bytes for objects. What killed commands left is cleared away first. Raises
-    MachineError where Ray itself dies.
+    `threads` are those of each process, `address` that of a running cluster (None: this machine
+    alone), `store` the bytes for objects. Remains of killed commands are removed first, and Ray and
+    its folder afterwards. Raises MachineError where Ray itself dies.
     """
     os.environ.update(QUIET if address else QUIET | this_machine())
     if not address:
@@ -95,13 +90,23 @@ def cluster(
         import ray
 
         logging.getLogger("ray").setLevel(logging.CRITICAL)
-        options = {
+        options: dict[str, object] = {
             "log_to_driver": False,
             "configure_logging": False,
             "runtime_env": {"env_vars": worker_environment(threads)},
         }
         try:
-            _start(options | ({"address": address} if address else _alone(root, cpus, gpus, store)))
+            if address:
+                options["address"] = address
+            else:
+                options |= {
+                    "num_cpus": math.ceil(cpus),
+                    "num_gpus": math.ceil(gpus),
+                    "include_dashboard": False,
+                    "_temp_dir": str(root / "ray"),
+                    "object_store_memory": store,
+                }
+            _start(options)
             with _watched():
                 yield root / scratch
         finally:
@@ -109,8 +114,7 @@ def cluster(
 
 
 def gpus_of(address: str) -> Gpus:
-    """The GPUs of a running cluster's machines, and the memory of one of them where it can be
-    asked.
+    """Return the GPUs of a cluster's machines, and the memory of one of them if it is available.
 
     Raises UserError where no cluster answers.
     """
@@ -129,7 +133,7 @@ def gpus_of(address: str) -> Gpus:
 
 
 def _memory_of_a_gpu() -> list[int]:
-    """Bytes of a GPU of the cluster; [] where none is free or its machine does not say."""
+    """Return the bytes of one GPU of the cluster; empty where none is free or does not tell."""
     import ray
 
     task = ray.remote(num_cpus=0, num_gpus=1, max_retries=0)(visible_memory).remote()
@@ -142,26 +146,25 @@ def _memory_of_a_gpu() -> list[int]:
 
 
 def this_machine() -> dict[str, str]:
-    """Ray's settings for a cluster of this machine alone, which only this process's children can
-    use.
-    """
+    """Return Ray's settings for a cluster on this machine that only child processes can use."""
     if "ray" in sys.modules and os.environ.get("RAY_AUTH_MODE") != TOKEN["RAY_AUTH_MODE"]:
-        # Imported already (vLLM does), Ray would go without a token here and ask for one there.
+        # vLLM has imported Ray without a token: only its workers would require one.
         return LOOPBACK | {"RAY_AUTH_MODE": "disabled"}
     return LOOPBACK | TOKEN
 
 
 def keep_to_loopback() -> None:
-    """Have gloo, NCCL and vLLM listen on the loopback device alone, where the environment does not
-    name another.
+    """Make gloo, NCCL and vLLM listen on the loopback device, unless the environment names another.
 
-    By themselves they listen on the device that the machine's name or its route to the network
-    leads to.
+    Their default is the device of the machine's name or of its route to the network.
     """
     devices = psutil.net_if_addrs().items()
-    device = next(
-        (name for name, own in devices if any(one.address == LOOPBACK_ADDRESS for one in own)), "lo"
+    names = (
+        name
+        for name, addresses in devices
+        if any(address.address == LOOPBACK_ADDRESS for address in addresses)
     )
+    device = next(names, "lo")
     for name, value in {
         "GLOO_SOCKET_IFNAME": device,
         "NCCL_SOCKET_IFNAME": device,
@@ -171,43 +174,42 @@ def keep_to_loopback() -> None:
 
 
 def folders() -> list[Path]:
-    """The folders of this user's commands that have Ray up, and of killed ones that had."""
-    return [folder for folder in _temporary().glob(f"{_prefix()}{'?' * 8}") if _is_ours(folder)]
+    """Return the folders of this user's commands that run Ray, and of killed ones that did."""
+    return [folder for folder in _temporary().glob(PREFIX + "?" * 8) if _is_ours(folder)]
 
 
 def clear_left_over() -> None:
-    """End and remove what killed commands of this user left, whichever sweep they ran and wherever
-    that is now.
+    """End processes and remove folders that killed commands of this user left.
 
-    Most of Ray dies with the process that started it, but its agents linger for minutes.
+    Most of Ray ends with the process that started it, but its agents linger for minutes.
     """
     for folder in folders():
-        # Whoever has it up holds its lock.
+        # The lock is held while its command runs.
         with contextlib.suppress(OSError), held(folder / LOCK) as free:
             if free:
                 _clear(folder)
 
 
 def _clear(root: Path) -> None:
-    """Remove a folder, and end the processes that write there."""
-    # Of macOS's /tmp, a link, open files have the real path.
-    real = root.resolve()
-    others = (
-        process for process in psutil.process_iter() if process.pid != os.getpid()
-    )  # it holds the lock
-    old = [process for process in others if _writes_under(process, real)]
-    for process in old:
+    """Remove a folder, and end the processes that have files open there."""
+    real = root.resolve()  # macOS's /tmp is a link, and open files have the real path
+    users = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            inside = any(Path(file.path).is_relative_to(real) for file in process.open_files())
+            # This process holds the lock.
+            if inside and process.pid != os.getpid():
+                users.append(process)
+    for process in users:
         with contextlib.suppress(psutil.Error):
             process.kill()
-    psutil.wait_procs(old, timeout=10)
+    psutil.wait_procs(users, timeout=10)
     shutil.rmtree(root, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _own_folder() -> Iterator[Path]:
-    """A new folder that no other user can enter, locked for as long as it is in use, and removed
-    afterwards.
-    """
+    """Yield a new private folder, locked while it is in use and removed afterwards."""
     try:
         root, lock = _new_folder()
     except OSError as error:
@@ -225,9 +227,9 @@ def _own_folder() -> Iterator[Path]:
 
 def _new_folder() -> tuple[Path, KernelLock]:
     while True:
-        root = Path(tempfile.mkdtemp(prefix=_prefix(), dir=_temporary()))
+        root = Path(tempfile.mkdtemp(prefix=PREFIX, dir=_temporary()))
         lock = KernelLock(root / LOCK)
-        # Until it is locked, another command may clear it away.
+        # Before it is locked, another command may remove it.
         with contextlib.suppress(FileNotFoundError):
             if lock.acquire(0):
                 if (root / LOCK).exists():
@@ -237,29 +239,29 @@ def _new_folder() -> tuple[Path, KernelLock]:
 
 @contextlib.contextmanager
 def _watched() -> Iterator[None]:
-    """Raise MachineError inside, within seconds, when a process of Ray's own dies: Ray itself is
-    silent for a minute.
+    """Raise MachineError in the block, within seconds, when one of Ray's own processes dies.
 
-    Nothing is watched in a thread other than the main one, nor of a cluster that was there before.
+    Ray itself reports nothing for a minute. Nothing is watched outside the main thread, nor for a
+    cluster that was running before.
     """
-    own = {
+    names = {
         process: process.name()
         for process in psutil.Process().children()
-        if process.name() in RAYS_OWN
+        if process.name() in RAY_PROCESSES
     }
-    if not own or threading.current_thread() is not threading.main_thread():
+    if not names or threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def interrupt(*_: object) -> NoReturn:
-        # Ray, which may be waiting, lets no other exception of a signal's pass
+        # While Ray waits, it swallows other exceptions of signal handlers.
         raise KeyboardInterrupt
 
     ended = threading.Event()
 
     def look() -> None:
         while not ended.wait(WATCH_SECONDS):
-            if not all(_runs(process) for process in own):
+            if not all(_runs(process) for process in names):
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
                 return
 
@@ -269,7 +271,7 @@ def _watched() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        dead = ", ".join(name for process, name in own.items() if not _runs(process))
+        dead = ", ".join(name for process, name in names.items() if not _runs(process))
         if not dead:
             raise
         raise MachineError(
@@ -284,22 +286,15 @@ def _watched() -> Iterator[None]:
 
 
 def _runs(process: psutil.Process) -> bool:
-    """Whether a child of this process has not ended; one that nobody has waited for yet has."""
+    """Return whether a child process has not ended; a zombie has."""
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:
         return False
 
 
-def _writes_under(process: psutil.Process, root: Path) -> bool:
-    try:
-        return any(Path(file.path).is_relative_to(root) for file in process.open_files())
-    except psutil.Error:
-        return False
-
-
 def _start(options: dict[str, object]) -> None:
-    """Start Ray; on a machine so busy that its half minute for that runs out, again."""
+    """Start Ray; retry on a machine so busy that Ray's 30 seconds run out."""
     import ray
 
     for left in reversed(range(STARTS)):
@@ -312,21 +307,9 @@ def _start(options: dict[str, object]) -> None:
                 raise
 
 
-def _alone(root: Path, cpus: float, gpus: float, store: int) -> dict[str, object]:
-    return {
-        "num_cpus": math.ceil(cpus),
-        "num_gpus": math.ceil(gpus),
-        "include_dashboard": False,
-        "_temp_dir": str(root / "ray"),
-        "object_store_memory": store,
-    }
-
-
 def worker_environment(threads: int, more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Environment of Ray's processes: threads as the recipe says, the project importable, and
-    `more`.
-    """
-    # site-packages before Python's own library would let packages replace modules of it.
+    """Return the environment of Ray's processes: thread counts, import path, and `more`."""
+    # An installed project needs no path: site-packages first would shadow the standard library.
     project = [] if INSTALLED else [str(PROJECT)]
     path = [*project, str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
@@ -340,19 +323,13 @@ def worker_environment(threads: int, more: Mapping[str, str] | None = None) -> d
 
 
 def _temporary() -> Path:
-    """Where Ray's folders go: the system's place for them, or /tmp where the path of that is too
-    long.
-    """
+    """Return the parent of Ray's folders: the system's temporary folder if its path is short."""
     root = Path(tempfile.gettempdir())
     return root if len(str(root)) <= LONGEST_ROOT else Path("/tmp")
 
 
-def _prefix() -> str:
-    return f"noregret-{os.getuid()}-"
-
-
 def _is_ours(folder: Path) -> bool:
-    """Whether it is a folder, no link, that this user made."""
+    """Return whether this is a folder, not a link, that this user owns."""
     try:
         status = folder.lstat()
     except OSError:

@@ -1,4 +1,4 @@
-"""Give device memory back, after an error too."""
+"""Free device memory, also after an error."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import torch
 
 
 def free_memory() -> None:
-    """Give back what nobody holds any more, PyTorch's cached blocks too."""
+    """Free unreferenced objects and PyTorch's cached blocks."""
     gc.collect()
-    torch.cuda.empty_cache()  # nothing, where CUDA has not started
+    torch.cuda.empty_cache()  # does nothing before CUDA has started
 
 
 def release(error: BaseException) -> None:
-    """Clear the local variables that an error's traceback keeps alive, tensors among them; its text
-    stays whole.
+    """Clear the local variables that an error's traceback keeps alive, tensors among them.
+
+    The error's text stays complete.
     """
     chain: BaseException | None = error
     while chain is not None:

@@ -14,16 +14,14 @@ SECONDS = 20
 
 @dataclass(frozen=True, slots=True)
 class Gpus:
-    """GPUs to plan for: how many each machine has, and the bytes of the smallest; None:
-    not known.
-    """
+    """GPUs to plan for: the count on each machine, and the smallest's bytes (None: unknown)."""
 
     per_machine: tuple[int, ...]
     memory: int | None
 
     @property
     def count(self) -> int:
-        """GPUs of all machines."""
+        """Number of GPUs of all machines."""
         return sum(self.per_machine)
 
     def __str__(self) -> str:
@@ -35,15 +33,16 @@ class Gpus:
 
 
 def local_gpus() -> Gpus:
-    """The GPUs that this process may use, and their memory by nvidia-smi."""
+    """Return the GPUs that this process may use, with their memory by nvidia-smi."""
     count = placement.visible_gpus()
     sizes = visible_memory() if count else []
     return Gpus((count,), min(sizes) if sizes else None)
 
 
 def visible_memory() -> list[int]:
-    """Bytes of each GPU that this process may use; [] where nvidia-smi does not say, as of parts of
-    a GPU (MIG).
+    """Return the bytes of each GPU that this process may use.
+
+    Empty where nvidia-smi does not tell, as for parts of a GPU (MIG).
     """
     query = ["nvidia-smi", "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"]
     try:

@@ -19,19 +19,17 @@ OLDEST_DRIVER = {"12": 525, "13": 580}
 
 
 def visible_gpus() -> int:
-    """Return how many NVIDIA GPUs training can use here, without importing torch: none where torch
-    is a CPU build.
-    """
+    """Return how many GPUs training can use here: 0 with a CPU build of torch. Imports no torch."""
     return machine.present_gpus() if machine.torch_cuda_version() is not None else 0
 
 
 def needs_workers(recipe: Recipe) -> bool:
-    """Whether a run needs processes besides this one: several ranks, or engines apart from them."""
+    """Return whether a run needs more processes: several ranks, or separate engines."""
     return num_processes(recipe) > 1 or not recipe.trainer.placement.colocate_all
 
 
 def uses_gpus(recipe: Recipe) -> bool:
-    """Whether training runs on GPUs, as far as can be told without importing torch."""
+    """Return whether training runs on GPUs, as far as this is known without importing torch."""
     device = recipe.trainer.placement.device
     return device is Device.cuda or (
         device is Device.auto and (visible_gpus() > 0 or address_of(recipe) is not None)
@@ -39,14 +37,12 @@ def uses_gpus(recipe: Recipe) -> bool:
 
 
 def address_of(recipe: Recipe) -> str | None:
-    """The running Ray cluster to use; None: this machine alone."""
+    """Return the address of the running Ray cluster to use; None: this machine alone."""
     return recipe.ray.address or os.environ.get("RAY_ADDRESS") or None
 
 
 def bundles(recipe: Recipe) -> list[dict[str, float]]:
-    """What a run's processes need: one bundle of CPUs and GPUs per node of ranks, then one per
-    engine apart.
-    """
+    """Return the CPUs and GPUs of a run: a bundle per node, then one per separate engine."""
     placement, generator = recipe.trainer.placement, recipe.generator
     threads = recipe.trainer.num_threads or 1
     gpus = int(uses_gpus(recipe))
@@ -61,10 +57,9 @@ def bundles(recipe: Recipe) -> list[dict[str, float]]:
 
 
 def check_placement(recipe: Recipe) -> None:
-    """Raise UserError, saying what was asked and what there is, for a placement this machine cannot
-    give.
+    """Raise UserError for a placement that this machine cannot satisfy.
 
-    A cluster is asked when it is reached; a CPU gives any number of processes.
+    A cluster is checked when it is reached. A CPU allows any number of processes.
     """
     placement = recipe.trainer.placement
     if address_of(recipe) is not None:
@@ -77,139 +72,120 @@ def check_placement(recipe: Recipe) -> None:
             fix="trainer.placement.policy_num_nodes=1, or ray.address=HOST:PORT of a "
             "running Ray cluster",
         )
-    there, processes = visible_gpus(), num_processes(recipe)
-    # `auto` falls back to the CPU for one process; several were meant for GPUs.
-    wants = placement.device is Device.cuda or (
+    present, processes = visible_gpus(), num_processes(recipe)
+    # `auto` falls back to the CPU for one process; several are meant for GPUs.
+    needs_gpus = placement.device is Device.cuda or (
         placement.device is Device.auto and needs_workers(recipe)
     )
     engines = 0 if placement.colocate_all else recipe.generator.num_inference_engines
     tensor_parallel = recipe.generator.inference_engine_tensor_parallel_size
     asked = processes + engines * tensor_parallel
-    if wants and asked > there:
+    if needs_gpus and asked > present:
         each = f" + {engines} engines x {tensor_parallel}" if engines else ""
         raise UserError(
             "not enough GPUs for trainer.placement",
-            got=f"{asked} asked ({processes} ranks{each}), {there} there",
+            got=f"{asked} asked ({processes} ranks{each}), {present} there",
             fix="trainer.placement.policy_num_gpus_per_node=1 generator.num_inference_engines=1 "
             "trainer.placement.ref_num_gpus_per_node=null trains in one process"
-            + ("" if there else "; trainer.placement.device=cpu needs no GPU"),
+            + ("" if present else "; trainer.placement.device=cpu needs no GPU"),
         )
 
 
 def _check_gpu_software(recipe: Recipe) -> None:
-    """Raise UserError where this machine has GPUs that torch's build or the driver keeps a recipe
-    from using.
-    """
-    device, there, cuda = (
-        recipe.trainer.placement.device,
-        machine.present_gpus(),
-        machine.torch_cuda_version(),
-    )
-    if device is Device.cpu or not there:
+    """Raise UserError where torch's build or the driver prevents the use of this machine's GPUs."""
+    device, gpus = recipe.trainer.placement.device, machine.present_gpus()
+    if device is Device.cpu or not gpus:
         return
+    cuda = machine.torch_cuda_version()
     if cuda is None:
         # `auto` trains on the CPU then, with a note (`harness.config.recipe.engine_notes`).
         if device is Device.cuda:
             raise UserError(
                 "torch is its CPU build: it cannot use this machine's GPUs",
-                got=f"trainer.placement.device=cuda, {there} GPUs",
+                got=f"trainer.placement.device=cuda, {gpus} GPUs",
                 fix="use the environment that make install-gpu makes, or "
                 "trainer.placement.device=cpu",
             )
         return
     driver = machine.driver_version()
     if driver is not None and int(driver.split(".")[0]) < OLDEST_DRIVER.get(cuda.split(".")[0], 0):
-        # Only torch can tell: with CUDA's forward compatibility package an older driver does.
+        # Only torch can tell: CUDA's forward compatibility package supports older drivers.
         device_of(recipe)
-
-
-def _unusable_gpus(there: int) -> UserError:
-    """The error for GPUs that CUDA cannot use, most often under a driver older than
-    torch's CUDA.
-    """
-    cuda = machine.torch_cuda_version() or "unknown"
-    oldest = OLDEST_DRIVER.get(cuda.split(".")[0])
-    return UserError(
-        "torch cannot use this machine's GPUs",
-        got=f"{there} GPUs, NVIDIA driver {machine.driver_version() or 'unknown'}, torch "
-        f"for CUDA {cuda}",
-        allowed=f"driver {oldest} or newer" if oldest else None,
-        fix="install a newer driver, or a torch for an older CUDA; "
-        "trainer.placement.device=cpu trains without a GPU",
-    )
 
 
 def device_of(recipe: Recipe) -> torch.device:
     """Return the device the policy trains on.
 
-    Raises UserError, with the driver's version, where there are GPUs that torch was built for and
-    cannot use.
+    Raises UserError, with the driver's version, where torch was built for GPUs and cannot use them.
     """
     import torch
 
-    wanted = recipe.trainer.placement.device
-    if wanted is Device.cpu:
+    device = recipe.trainer.placement.device
+    if device is Device.cpu:
         return torch.device("cpu")
     available = torch.cuda.is_available()
-    if not available and (there := visible_gpus()):
-        raise _unusable_gpus(there)
-    return torch.device("cuda" if available or wanted is Device.cuda else "cpu")
+    if not available and (gpus := visible_gpus()):
+        cuda = machine.torch_cuda_version() or "unknown"
+        oldest = OLDEST_DRIVER.get(cuda.split(".")[0])
+        raise UserError(
+            "torch cannot use this machine's GPUs",
+            got=f"{gpus} GPUs, NVIDIA driver {machine.driver_version() or 'unknown'}, torch "
+            f"for CUDA {cuda}",
+            allowed=f"driver {oldest} or newer" if oldest else None,
+            fix="install a newer driver, or a torch for an older CUDA; "
+            "trainer.placement.device=cpu trains without a GPU",
+        )
+    return torch.device("cuda" if available or device is Device.cuda else "cpu")
 
 
 def dtype_of(recipe: Recipe) -> torch.dtype:
-    """The base model's dtype: `auto` is bfloat16 on a GPU, float32 on a CPU."""
+    """Return the base model's dtype: `auto` is bfloat16 on a GPU, float32 on a CPU."""
     import torch
 
-    wanted = recipe.trainer.policy.model.dtype
-    if wanted is DType.auto:
+    dtype = recipe.trainer.policy.model.dtype
+    if dtype is DType.auto:
         return torch.float32 if device_of(recipe).type == "cpu" else torch.bfloat16
-    return {DType.float32: torch.float32, DType.bfloat16: torch.bfloat16}[wanted]
+    return {DType.float32: torch.float32, DType.bfloat16: torch.bfloat16}[dtype]
 
 
 def prepare_process(recipe: Recipe) -> None:
-    """Set a training or engine process up, before CUDA starts and vLLM is imported: CPU threads and
-    determinism.
+    """Set CPU threads and determinism of a training or engine process.
 
-    Raises UserError where the GPU cannot keep what `deterministic: true` asks for.
+    Call it before CUDA starts and vLLM is imported. Raises UserError where the GPU cannot do what
+    `deterministic: true` requires.
     """
     import torch
 
-    # Results to the bit depend on the number of threads, and Ray's workers would set one.
+    # Results depend on the number of threads, bit by bit, and Ray's workers would set one.
     if recipe.trainer.num_threads is not None:
         torch.set_num_threads(recipe.trainer.num_threads)
     if recipe.deterministic and device_of(recipe).type == "cuda":
         os.environ.update(_deterministic_variables(recipe))
         torch.use_deterministic_algorithms(True)
-        # Otherwise every `torch.empty` is filled, to no use where all of it is written.
+        # Filling every `torch.empty` costs time, and all of it is written anyway.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         check_batch_invariance(recipe, torch.cuda.get_device_capability())
 
 
 def deterministic_environment(recipe: Recipe) -> dict[str, str]:
-    """Return what `deterministic: true` adds to the environment of Ray's processes; {} for a run on
-    a CPU.
-    """
+    """Return the variables that `deterministic: true` sets for Ray's processes; none on a CPU."""
     return _deterministic_variables(recipe) if recipe.deterministic and uses_gpus(recipe) else {}
 
 
 def _deterministic_variables(recipe: Recipe) -> dict[str, str]:
-    """What must be set before CUDA starts, which is when cuBLAS reads its part, and before vLLM is
-    imported.
-    """
+    """Return variables that cuBLAS reads when CUDA starts, and vLLM when it is imported."""
     if recipe.generator.backend is not Backend.vllm:
         return {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     variables = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "VLLM_BATCH_INVARIANT": "1"}
     if recipe.trainer.placement.colocate_all:
-        # Against split K on Hopper and later. vLLM sets them itself when its engine starts: too
-        # late in the trainer's process, which has multiplied matrices by then.
+        # They disable split K on Hopper and newer. vLLM sets them when its engine starts, but by
+        # then the trainer in the same process has multiplied matrices.
         variables |= {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "1"}
     return variables
 
 
 def check_batch_invariance(recipe: Recipe, capability: tuple[int, int]) -> None:
-    """Raise UserError where vLLM's batch-invariant kernels do not fit the GPU's compute capability
-    or the placement.
-    """
+    """Raise UserError where vLLM's batch-invariant kernels do not fit the GPU or placement."""
     if recipe.generator.backend is not Backend.vllm:
         return
     major, minor = capability
@@ -221,8 +197,7 @@ def check_batch_invariance(recipe: Recipe, capability: tuple[int, int]) -> None:
             fix="deterministic=false, or generator.backend=transformers",
         )
     if major == 8 and recipe.trainer.placement.colocate_all:
-        # It replaces aten::linear and aten::matmul in the whole process, and those have no backward
-        # pass then.
+        # vLLM replaces aten::linear and aten::matmul in the whole process, without a backward pass.
         raise UserError(
             "vLLM's batch-invariant matrix products for this GPU have no gradients: the "
             "trainer cannot "
@@ -235,17 +210,16 @@ def check_batch_invariance(recipe: Recipe, capability: tuple[int, int]) -> None:
 
 
 def shares_base(recipe: Recipe) -> bool:
-    """Whether a run can be a member of a pack of several: it leaves the base and the engine's
-    weights as they are.
+    """Return whether a run can share a pack: it leaves the base and the engine's weights unchanged.
 
-    Dropout needs modules in training mode, passes that several members share need them out of it.
+    Dropout needs modules in training mode, shared passes need eval mode.
     """
     lora = recipe.trainer.policy.model.lora
     return lora.rank > 0 and lora.dropout == 0 and sync_mode(lora) is not SyncMode.merge
 
 
 def pack_key(recipe: Recipe) -> tuple[object, ...]:
-    """What two runs must have in common to share a base and an engine, without importing torch."""
+    """Return what two runs must have in common to share a base and an engine. Imports no torch."""
     model, generator = recipe.trainer.policy.model, recipe.generator
     lengths = [
         generator.max_input_length,

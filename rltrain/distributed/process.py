@@ -1,6 +1,4 @@
-"""Keep libraries and rewards from what is not theirs: the console, memory for what nobody needs,
-the exit status.
-"""
+"""Keep libraries from printing, from loading what is not needed, and from ending the process."""
 
 from __future__ import annotations
 
@@ -15,10 +13,9 @@ from pathlib import Path
 
 
 def quiet_libraries() -> None:
-    """Silence progress bars and known harmless warnings; call before torch is imported for all of
-    it to work.
+    """Silence progress bars and known harmless warnings; errors still show.
 
-    What goes wrong still shows.
+    Call it before torch is imported for full effect.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -28,14 +25,14 @@ def quiet_libraries() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    # The report has both; transformers would import them, for a second or two, to help assistant
-    # models guess and to match boxes in pictures.
+    # Both are installed, and transformers would import them, which takes seconds, for assisted
+    # generation and image models.
     for name in ("is_sklearn_available", "is_scipy_available"):
         setattr(transformers_utils, name, lambda: False)
 
 
 def redirect_output(log: Path) -> None:
-    """Send everything this process prints, native code included, to a file's end."""
+    """Append everything this process prints, native code included, to a file."""
     sys.stdout.flush()
     sys.stderr.flush()
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
@@ -46,11 +43,10 @@ def redirect_output(log: Path) -> None:
 
 @contextlib.contextmanager
 def exits_are_failures() -> Iterator[None]:
-    """Raise RuntimeError where a reward or a library calls `sys.exit`: a run cut short must not end
-    with status 0.
+    """Raise RuntimeError where a reward or a library calls `sys.exit`.
 
-    So does any other exception that `except Exception` would let pass, an interrupt and Ray's own
-    exit aside.
+    A run that was cut short must not end with status 0. Any other exception that is no `Exception`
+    is treated likewise, except an interrupt and Ray's own exit.
     """
     try:
         yield
@@ -66,8 +62,9 @@ def exits_are_failures() -> Iterator[None]:
 
 
 def is_rays_exit(error: BaseException) -> bool:
-    """Whether an exception is the exit by which Ray ends its processes at SIGTERM, wherever their
-    main thread is.
+    """Return whether an exception is the exit by which Ray ends its processes at SIGTERM.
+
+    Ray raises it in the main thread, wherever that is.
     """
     modules = [
         frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)

@@ -1,4 +1,4 @@
-"""The processes that train one run together: who this one is, and what they tell each other."""
+"""The ranks of one run: torch's process group, what they exchange, and sharded weights."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# A rank that waits this long for the others gives up; an evaluation of one rank's share is well
-# below.
+# How long a rank waits for the others; an evaluation of one rank's share is much shorter.
 TIMEOUT = datetime.timedelta(hours=2)
 
 
 class Ranks:
-    """One process of `size`; alone, every exchange is free. All ranks must make the same calls in
-    the same order.
+    """This process as one of `size` ranks; alone, every exchange returns its input.
+
+    All ranks must make the same calls in the same order.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
@@ -45,13 +45,11 @@ class Ranks:
         device: torch.device,
         meeting: socket.socket | None,
     ) -> Ranks:
-        """Join torch's process group of `size` ranks, which meets at `address`: NCCL on GPUs, gloo
-        on CPUs.
+        """Join torch's process group of `size` ranks at `address`: NCCL on GPUs, gloo on CPUs.
 
-        The first rank gives the socket that listens there: torch's own would listen on every
-        device.
+        `meeting` is the first rank's listening socket: torch's own would listen on every device.
         """
-        # vLLM inside this process reads them as well.
+        # Also read by vLLM in this process.
         os.environ |= {
             "RANK": str(rank),
             "WORLD_SIZE": str(size),
@@ -72,18 +70,20 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes what is written once."""
+        """Whether this is rank 0, which writes files."""
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """This rank's part of `count` things: every `size`-th, so that neighbours of like length
-        are spread.
+        """Return this rank's indices of `count` items: every `size`-th.
+
+        Neighbours, which are often of similar length, go to different ranks.
         """
         return range(self.rank, count, self.size)
 
     def once(self, action: Callable[[], T]) -> T:
-        """The first rank acts when all have come here; every rank gets its result, or fails as it
-        failed.
+        """Run an action on rank 0 once all ranks have called this.
+
+        Every rank returns its result or raises its error.
         """
         if self.size == 1:
             return action()
@@ -101,7 +101,7 @@ class Ranks:
         return result
 
     def all_objects(self, own: T) -> list[T]:
-        """Every rank's object, in the order of the ranks."""
+        """Return every rank's object, in the order of the ranks."""
         if self.size == 1:
             return [own]
         everyone: list[Any] = [None] * self.size
@@ -109,27 +109,23 @@ class Ranks:
         return everyone
 
     def interleave(self, own: list[T], count: int) -> list[T]:
-        """`count` things of which each rank made its `share`, in order, on every rank."""
+        """Return `count` items in order on every rank, from each rank's `share` of them."""
         parts = self.all_objects(own)
         return [parts[i % self.size][i // self.size] for i in range(count)]
 
     def sum_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """The sum over ranks of a tensor; where each fills its own rows and zeros elsewhere,
-        everyone's rows.
-        """
+        """Return a tensor's sum over ranks; where each fills its own rows, everyone's rows."""
         if self.size > 1:
             dist.all_reduce(rows)
         return rows
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Make every gradient the sum of all ranks'; losses are divided by global totals, so none
-        is averaged.
-        """
+        """Replace every gradient by its sum over ranks; losses are divided by global totals."""
         parameters = list(parameters)
         if self.size == 1:
             return
         for sharded in [p for p in parameters if isinstance(p, DTensor)]:
-            if sharded.grad is not None:  # FSDP has taken the mean, and gloo knows no other factor
+            if sharded.grad is not None:  # FSDP has averaged, and gloo supports no other factor
                 sharded.grad.mul_(self.size)
         plain = [p for p in parameters if not isinstance(p, DTensor)]
         if plain:
@@ -143,24 +139,24 @@ class Ranks:
                 parameter.grad = gradient.view_as(parameter)
 
     def add_up(self, stats: Mapping[str, float], maxima: Iterable[str] = ()) -> dict[str, float]:
-        """The sum of each statistic over the ranks; the largest for those named in `maxima`."""
+        """Return each statistic's sum over ranks, or its maximum for names in `maxima`."""
         everyone = self.all_objects(dict(stats))
         largest = set(maxima)
-        names = dict.fromkeys(name for one in everyone for name in one)
+        names = dict.fromkeys(name for rank in everyone for name in rank)
         return {
-            n: (max if n in largest else sum)(one[n] for one in everyone if n in one) for n in names
+            name: (max if name in largest else sum)(r[name] for r in everyone if name in r)
+            for name in names
         }
 
     def shard(self, model: Any, computes_in: torch.dtype) -> None:
-        """Split a transformers model's weights over the ranks, layer by layer (FSDP2, arXiv
-        2304.11277).
+        """Shard a transformers model's weights over the ranks by layer (FSDP2, arXiv 2304.11277).
 
-        They travel in the dtype they compute in: bfloat16, where they are float32 to be trained.
+        They are gathered in the dtype `computes_in`, also where they are trained in float32.
         """
         if self.size == 1:
             return
         self._mesh = self._mesh or init_device_mesh(self._device.type, (self.size,))
-        # What goes from layer to layer stays as it is in one process.
+        # Activations between layers keep their dtype, as in one process.
         policy = MixedPrecisionPolicy(
             param_dtype=computes_in,
             reduce_dtype=next(model.parameters()).dtype,
@@ -169,17 +165,17 @@ class Ranks:
         layers = set(model._no_split_modules or ())
         for module in [m for m in model.modules() if type(m).__name__ in layers]:
             fully_shard(module, mesh=self._mesh, mp_policy=policy)
-        # Tied embedding and head stay together in the root's group.
+        # A tied embedding and head stay in the root's group.
         fully_shard(model, mesh=self._mesh, mp_policy=policy)
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor whole; one that FSDP sharded is gathered, so every rank must ask for it."""
+    """Return a whole tensor; a sharded one is gathered, so every rank must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def like(whole: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """A whole tensor on another's device, sharded as that one is."""
-    if isinstance(place, DTensor):
-        return distribute_tensor(whole.to(place.device), place.device_mesh, place.placements)
-    return whole.to(place.device)
+def like(whole: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Return a whole tensor on another's device, sharded as that one is."""
+    if isinstance(other, DTensor):
+        return distribute_tensor(whole.to(other.device), other.device_mesh, other.placements)
+    return whole.to(other.device)

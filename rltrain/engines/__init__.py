@@ -1,1 +1,1 @@
-"""Rollout engines: one protocol, one file per backend."""
+"""Rollout engines: one protocol, and one module per backend."""

@@ -1,6 +1,4 @@
-"""`generator.engine_args`: which arguments of vLLM a recipe may set. Imports neither torch nor
-vllm.
-"""
+"""Which arguments of vLLM `generator.engine_args` may set. Imports neither torch nor vllm."""
 
 from __future__ import annotations
 
@@ -34,14 +32,13 @@ OF_ENGINE = frozenset(
         "worker_extension_cls",
     }
 )
-"""Arguments that the engine needs as it sets them."""
+"""Arguments that the engine sets itself."""
 
 
 def check_engine_args(recipe: Recipe) -> None:
-    """Raise UserError for a name in `generator.engine_args` that vLLM does not know, or that is set
-    elsewhere.
+    """Raise UserError for a name in `generator.engine_args` that vLLM lacks or another key sets.
 
-    Where vLLM is not installed its names are not known, and only the others are checked.
+    Where vLLM is not installed its arguments are unknown, and only the second is checked.
     """
     known = machine.vllm_arguments()
     for name in recipe.generator.engine_args:

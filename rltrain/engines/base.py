@@ -1,6 +1,4 @@
-"""What a rollout engine is: requests in, samples out, adapters and weights loaded; and the registry
-of engines.
-"""
+"""The engine protocol (requests in, samples out, adapters loaded) and the registry of engines."""
 
 from __future__ import annotations
 
@@ -17,22 +15,20 @@ from harness.core.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-# Each module has `build(recipe, model, options) -> Engine`; imported only when wanted, for vLLM
-# takes seconds.
+# Each module has `build(recipe, model, options) -> Engine`. Importing vLLM takes seconds, so only
+# the recipe's engine is imported.
 ENGINES: dict[Backend, str] = {
     Backend.vllm: "rltrain.engines.vllm",
     Backend.transformers: "rltrain.engines.transformers",
 }
 
 WEIGHTS_AT_ONCE = 512 * 2**20
-"""Bytes of new weights that go to an engine in one message."""
+"""Bytes of new weights that are sent to an engine in one message."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """`n` samples wanted for one prompt, drawn from `member`'s adapter; None: from the
-    base model.
-    """
+    """A request for `n` samples of a prompt from `member`'s adapter; None: the base model."""
 
     prompt_token_ids: Sequence[int]
     n: int
@@ -43,11 +39,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One completion. `finish_reason` is "stop" (its last token is the EOS) or "length".
+    """One completion. `finish_reason` is "stop" (its last token is an EOS) or "length".
 
-    `logprobs[t]` is the log-probability of `token_ids[t]` under the distribution it was drawn from:
-    temperature, top-k and top-p applied. At temperature 0 the token is the likeliest, and its
-    log-probability that of temperature 1.
+    `logprobs[t]` is the log-probability of `token_ids[t]` under the distribution that it was
+    sampled from: temperature, top-k and top-p applied. At temperature 0 the token is the likeliest,
+    and its log-probability that of temperature 1.
     """
 
     token_ids: list[int]
@@ -57,8 +53,9 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What an engine must know besides the recipe. `max_lora_rank` 0: no adapters, weights come by
-    `load_weights`.
+    """What an engine needs besides the recipe.
+
+    `max_lora_rank` 0: there are no adapters, and weights are set by `load_weights`.
     """
 
     model_path: str
@@ -69,64 +66,67 @@ class EngineOptions:
 
 
 class Engine(Protocol):
-    """Draws samples from the base model and from the adapters loaded on it."""
+    """Samples from the base model and from the adapters loaded on it.
+
+    Methods that return None do nothing here; a subclass overrides those that it needs.
+    """
 
     shares_weights: bool
-    """True: samples from the trainer's own modules, so there is nothing to sync."""
+    """Whether it samples from the trainer's own modules, so that there is nothing to sync."""
 
     def generate(self, requests: Sequence[Request]) -> list[list[Sample]]:
-        """Samples `[P][G]` in the order of the requests; a sample depends on its weights, prompt,
-        seed, place in G and sampling only. Raises UserError for a member with no adapter here and
-        for a prompt that is too long.
+        """Return samples `[P][G]` in the order of the requests.
+
+        A sample depends on its weights, prompt, seed, index in G and sampling parameters only.
+        Raises UserError for a member without an adapter and for a prompt that is too long.
         """
 
     def load_adapter(self, member: str, version: int, path: Path) -> None:
-        """Serve `member` from the PEFT folder `path` from now on; its earlier version is
-        dropped.
-        """
+        """Serve `member` from the PEFT folder `path` from now on; drop its earlier version."""
+        return
 
     def load_adapter_tensors(
         self, member: str, version: int, tensors: dict[str, torch.Tensor], config: dict[str, Any]
     ) -> None:
-        """As `load_adapter`, from tensors under PEFT's names and PEFT's configuration; both are
-        left as they are.
-        """
+        """Serve `member` from tensors under PEFT's names; `config` is PEFT's configuration."""
+        return
 
     def drop_adapter(self, member: str) -> None:
-        """Forget the member's adapter; a member that has none is no error."""
+        """Remove the member's adapter; a member without one is no error."""
+        return
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Replace the model's weights: all of them, under the names of the base model's
-        `state_dict`.
-        """
+        """Replace all weights; the names are those of the base model's `state_dict`."""
+        return
 
     def use_model(self, model: Any) -> None:
-        """Where weights are shared: sample from this model from now on (the trainer's changes with
-        its adapters).
-        """
+        """Sample from this model from now on, where weights are shared."""
+        return
 
     def sleep(self) -> None:
-        """Give accelerator memory back until `wake`; nothing to do where engine and trainer do not
-        compete for it.
-        """
+        """Release accelerator memory until `wake`, where trainer and engine share a device."""
+        return
 
     def wake(self) -> None:
-        """Make ready to generate again after `sleep`."""
+        """Get ready to generate again after `sleep`."""
+        return
 
     def close(self) -> None:
-        """Free everything the engine holds; it cannot be used afterwards."""
+        """Free all resources; the engine cannot be used afterwards."""
+        return
 
 
 def build_engine(recipe: Recipe, model: Any, options: EngineOptions) -> Engine:
-    """The engine that `generator.backend` names; `model` is the trainer's (PEFT or plain) model."""
+    """Return the engine that `generator.backend` names; `model` is the trainer's, PEFT or plain."""
     module = importlib.import_module(ENGINES[recipe.generator.backend])
     engine: Engine = module.build(recipe, model, options)
     return engine
 
 
 def stop_token_ids(model: Any, tokenizer: Any = None) -> tuple[int, ...]:
-    """The ids that end a completion: EOS of the model's generation config and config, and of the
-    tokenizer, sorted.
+    """Return the ids that end a completion, sorted.
+
+    These are the EOS ids of the model's generation config and config, and of the tokenizer.
     """
     ids: set[int] = set()
     for owner in (
@@ -141,9 +141,7 @@ def stop_token_ids(model: Any, tokenizer: Any = None) -> tuple[int, ...]:
 
 
 def sample_seed(seed: int, index: int) -> int:
-    """The seed of the `index`-th sample of a request, below 2^63; hashed, so that no two share a
-    stream.
-    """
+    """Return the seed of a request's `index`-th sample, below 2^63; hashed, so that all differ."""
     digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -151,9 +149,7 @@ def sample_seed(seed: int, index: int) -> int:
 def in_parts(
     weights: Iterable[tuple[str, torch.Tensor]], limit: int = WEIGHTS_AT_ONCE
 ) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """The same weights as lists of at most `limit` bytes each; one tensor that is larger makes a
-    list of its own.
-    """
+    """Yield the weights in lists of at most `limit` bytes; a larger tensor is in a list alone."""
     part: list[tuple[str, torch.Tensor]] = []
     size = 0
     for name, tensor in weights:
@@ -180,7 +176,7 @@ def check_prompts(requests: Sequence[Request], max_input_length: int) -> None:
 
 
 def unknown_member(member: str, known: Iterable[str]) -> UserError:
-    """The error for a request whose member has no adapter in the engine."""
+    """Return the error for a request whose member has no adapter in the engine."""
     return UserError(
         "no adapter is loaded for a member of the pack",
         got=member,
@@ -190,4 +186,4 @@ def unknown_member(member: str, known: Iterable[str]) -> UserError:
 
 
 class SyncError(RuntimeError):
-    """The engine does not serve the weights that were published to it."""
+    """Raised when the engine does not serve the weights that were published to it."""

@@ -1,4 +1,4 @@
-"""Logits for the next token of many sequences at once: what the sampling loop asks of a model."""
+"""Decoders: the next token's logits for a batch of sequences."""
 
 from __future__ import annotations
 
@@ -11,29 +11,28 @@ from peft import PeftModel
 
 from rltrain.engines.base import unknown_member
 from rltrain.engines.cpu import decoder as llama
-from rltrain.models.loading import adapter_off
+from rltrain.models.lora import adapter_off
 
 
 class Decoder(Protocol):
-    """One batch of sequences while they are decoded; every prompt is computed once, whatever
-    samples it has.
-    """
+    """A batch of sequences that are decoded together; every prompt is computed once."""
 
     def prefill(self, prompts: Sequence[Sequence[int]], prompt_of_N: torch.Tensor) -> torch.Tensor:
-        """Take the prompts, and for each of N sequences which of them it continues (ascending);
-        logits `[N, V]`.
+        """Return logits `[N, V]` after prompts; sequence n continues prompt `prompt_of_N[n]`.
+
+        `prompt_of_N` is ascending.
         """
 
     def step(self, token_N: torch.Tensor) -> torch.Tensor:
-        """Continue every sequence by its token; logits `[N, V]`."""
+        """Append a token to every sequence; return logits `[N, V]`."""
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Go on with these sequences only, in this order (ascending)."""
+        """Continue with these sequences only, in this order (ascending)."""
 
 
 @contextlib.contextmanager
 def decoder(model: Any, member: str | None) -> Iterator[Decoder]:
-    """A decoder with the member's adapter on (None: off); the model is as it was afterwards.
+    """Yield a decoder with the member's adapter on (None: off); restore the model afterwards.
 
     Raises UserError for a member that has no adapter on the model.
     """
@@ -42,12 +41,12 @@ def decoder(model: Any, member: str | None) -> Iterator[Decoder]:
     if llama.supports(model, member):
         yield llama.LlamaDecoder(model, member)
         return
-    with _serving(model, member):
+    with _eval_mode(model), adapter_off(model) if member is None else _adapter_on(model, member):
         yield ModelDecoder(model)
 
 
 class ModelDecoder:
-    """The model's own forward pass, for any architecture; prompts are padded on the left."""
+    """Decodes with the model's own forward pass, for any architecture; prompts are left-padded."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -55,9 +54,7 @@ class ModelDecoder:
         self._cache: Any = None
 
     def prefill(self, prompts: Sequence[Sequence[int]], prompt_of_N: torch.Tensor) -> torch.Tensor:
-        """Logits `[N, V]` after the prompts; keys and values are repeated for each sample of a
-        prompt.
-        """
+        """Return logits `[N, V]` after the prompts; each sample gets a copy of keys and values."""
         self._cache = None
         width = max(map(len, prompts))
         device = self._model.device
@@ -67,23 +64,19 @@ class ModelDecoder:
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         mask = (torch.arange(width, device=device) >= (width - lengths)[:, None]).long()
         logits = self._forward(ids, mask, (mask.cumsum(dim=-1) - 1).clamp(min=0))
-        self._keep_cache(prompt_of_N)
+        self._cache.batch_select_indices(prompt_of_N)
         self._mask = mask[prompt_of_N]
         return logits[prompt_of_N]
 
     def step(self, token_N: torch.Tensor) -> torch.Tensor:
-        """Logits `[N, V]` after one more token each."""
+        """Return logits `[N, V]` after one more token each."""
         self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
         return self._forward(token_N[:, None], self._mask, self._mask.sum(dim=1, keepdim=True) - 1)
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Go on with these sequences only."""
-        self._keep_cache(rows)
-        self._mask = self._mask[rows]
-
-    def _keep_cache(self, rows: torch.Tensor) -> None:
-        """Keys and values of these rows, in this order; a row may be taken more than once."""
+        """Continue with these sequences only."""
         self._cache.batch_select_indices(rows)
+        self._mask = self._mask[rows]
 
     def _forward(
         self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor
@@ -102,16 +95,13 @@ class ModelDecoder:
 
 
 @contextlib.contextmanager
-def _serving(model: Any, member: str | None) -> Iterator[None]:
-    """Eval mode with the member's adapter on (None: off); modes, flags and active adapters come
-    back afterwards.
-    """
+def _eval_mode(model: Any) -> Iterator[None]:
+    """Put the model into eval mode; restore modes and gradient flags afterwards."""
     training = [module for module in model.modules() if module.training]
     requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.eval()
     try:
-        with _adapter(model, member):
-            yield
+        yield
     finally:
         for module in training:
             module.training = True
@@ -120,15 +110,11 @@ def _serving(model: Any, member: str | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _adapter(model: Any, member: str | None) -> Iterator[None]:
-    if member is None or not isinstance(model, PeftModel):
-        with adapter_off(model):
-            yield
-    else:
-        active, before = model.active_adapter, list(model.base_model.active_adapters)
-        model.set_adapter(member)
-        try:
-            yield
-        finally:
-            model.active_adapter = active
-            model.base_model.set_adapter(before)
+def _adapter_on(model: PeftModel, member: str) -> Iterator[None]:
+    active, before = model.active_adapter, list(model.base_model.active_adapters)
+    model.set_adapter(member)
+    try:
+        yield
+    finally:
+        model.active_adapter = active
+        model.base_model.set_adapter(before)

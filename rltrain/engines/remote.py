@@ -1,12 +1,10 @@
-"""Engines in processes of their own: Ray actors that each build one, and the engine that divides
-work among them.
-"""
+"""Engines in Ray actors, and the engine that divides requests among them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any
 
 from harness.config.schema import Recipe
 from harness.core.errors import UserError
@@ -25,25 +23,15 @@ from rltrain.engines.base import (
 if TYPE_CHECKING:
     import torch
 
-OURS = (UserError, SyncError)
-"""Errors that leave an actor as they are; others come as Ray's, which hold the actor's traceback.
-"""
-
-
-class EngineInParts(Engine, Protocol):
-    """An engine that takes new weights part by part, for no message holds a whole model."""
-
-    def load_weights(
-        self, weights: Iterable[tuple[str, torch.Tensor]], *, last: bool = True
-    ) -> None:
-        """As the engine's, in one call or in several of which the last has `last` set."""
+UNWRAPPED_ERRORS = (UserError, SyncError)
+"""Errors raised as they are; others are raised as Ray's, which hold the actor's traceback."""
 
 
 class EngineServer:
-    """What runs in an actor's process: one engine, built there."""
+    """Runs in an actor's process: builds an engine and calls its methods."""
 
     def start(self, recipe: Recipe, options: EngineOptions) -> None:
-        """Build the engine that the recipe names; raises what building it raises."""
+        """Build the engine that the recipe names; raise what building it raises."""
         quiet_libraries()
         parallel.prepare_process(recipe)
         engine = build_engine(recipe, None, options)
@@ -54,16 +42,17 @@ class EngineServer:
                 got=f"generator.backend={recipe.generator.backend.name}",
                 fix="set generator.backend=vllm, or trainer.placement.colocate_all=true",
             )
-        self._engine = cast(EngineInParts, engine)
+        self._engine = engine
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Have the engine do what its method of that name does."""
+        """Call the engine's method of that name."""
         return getattr(self._engine, method)(*args, **kwargs)
 
 
-class RemoteEngines:
-    """Engines behind actor handles as one: every engine serves the same weights, and each a share
-    of the prompts.
+class RemoteEngines(Engine):
+    """Several engines in actors behind one object; all serve the same weights.
+
+    They have devices of their own, so `sleep` and `wake` do nothing.
     """
 
     shares_weights = False
@@ -72,8 +61,9 @@ class RemoteEngines:
         self._actors = list(actors)
 
     def generate(self, requests: Sequence[Request]) -> list[list[Sample]]:
-        """Samples `[P][G]` in the order of the requests; prompts go round robin, all samples of one
-        to one engine.
+        """Return samples `[P][G]` in the order of the requests.
+
+        Prompts are assigned round robin; all samples of a prompt come from one engine.
         """
         count = len(self._actors)
         shares = [list(requests[i::count]) for i in range(min(count, len(requests)))]
@@ -90,19 +80,20 @@ class RemoteEngines:
     def load_adapter_tensors(
         self, member: str, version: int, tensors: dict[str, torch.Tensor], config: dict[str, Any]
     ) -> None:
-        """As `load_adapter`; the tensors are stored once, for all engines."""
+        """Serve `member` from tensors, which are stored once for all engines."""
         import ray
 
         stored = ray.put({name: tensor.cpu() for name, tensor in tensors.items()})
         self._all("load_adapter_tensors", member, version, stored, config)
 
     def drop_adapter(self, member: str) -> None:
-        """Forget the member's adapter; a member that has none is no error."""
+        """Remove the member's adapter; a member without one is no error."""
         self._all("drop_adapter", member)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Replace the weights, part by part: at most one part (`in_parts`) of them is in Ray's
-        store at a time.
+        """Replace the weights; Ray's store holds one part (`in_parts`) of them at a time.
+
+        The engines' `load_weights` must accept `last`, as vLLM's does.
         """
         import ray
 
@@ -111,17 +102,6 @@ class RemoteEngines:
                 "load_weights", ray.put([(name, tensor.cpu()) for name, tensor in part]), last=False
             )
         self._all("load_weights", [])
-
-    def use_model(self, model: Any) -> None:
-        """The engines have weights of their own."""
-
-    def sleep(self) -> None:
-        """Have every engine give its memory back."""
-        self._all("sleep")
-
-    def wake(self) -> None:
-        """Have every engine undo `sleep`."""
-        self._all("wake")
 
     def close(self) -> None:
         """Shut the engines down, then their processes."""
@@ -147,11 +127,10 @@ def start_engines(
     first_bundle: int = 0,
     env: Mapping[str, str] | None = None,
 ) -> RemoteEngines:
-    """`count` engines (`generator.num_inference_engines`), each in an actor with the CPUs and GPUs
-    that it uses.
+    """Start `count` engines (default `generator.num_inference_engines`), each in an actor.
 
-    In a placement group engine i takes bundle `first_bundle` + i. Ray must be up; this waits until
-    all engines are.
+    An actor gets the CPUs and GPUs that its engine uses. In a placement group engine i gets bundle
+    `first_bundle` + i. Ray must be up; this waits until all engines are.
     """
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -180,12 +159,12 @@ def start_engines(
 
 
 def _results(calls: Iterable[Any]) -> list[Any]:
-    """What calls to actors return, in order; all are made before the first is waited for."""
+    """Return the results of actor calls, in order; all are made before the first is awaited."""
     import ray
 
     try:
         return ray.get(list(calls))
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, OURS):
+        if isinstance(error.cause, UNWRAPPED_ERRORS):
             raise error.cause from error
         raise

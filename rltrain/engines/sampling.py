@@ -1,4 +1,4 @@
-"""Drawing tokens: each row with uniform numbers of its own, by inversion of its distribution."""
+"""Token sampling by inversion of the distribution, with each row's own uniform numbers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,8 @@ from transformers.generation.logits_process import (
 from harness.config.schema import Sampling
 
 
-class Drawing:
-    """How tokens are drawn under one `Sampling`: transformers' own warpers in vLLM's order, then
-    the draw.
-    """
+class TokenSampler:
+    """Samples tokens: transformers' logits warpers in vLLM's order, then inversion."""
 
     def __init__(self, sampling: Sampling) -> None:
         self._greedy = sampling.temperature == 0
@@ -31,24 +29,23 @@ class Drawing:
             if sampling.top_p < 1:
                 self._warpers.append(TopPLogitsWarper(sampling.top_p))
 
-    def draw(
+    def sample(
         self, logits_NV: torch.Tensor, uniform_N: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and their log-probabilities, each `[N]`, float32; `uniform_N` in [0, 1) decides.
+        """Return tokens and their log-probabilities, each `[N]`, float32.
 
-        The token is the first whose cumulative probability exceeds the uniform number (inverse
+        The token is the first whose cumulative probability exceeds `uniform_N`, in [0, 1) (inverse
         transform sampling).
         """
-        scores_NV = self._warpers(
-            logits_NV, logits_NV.float()
-        )  # these warpers never look at the ids
+        # These warpers ignore the token ids, their first argument.
+        scores_NV = self._warpers(logits_NV, logits_NV.float())
         probs_NV = scores_NV.softmax(dim=-1)
         if self._greedy:
             token_N1 = scores_NV.argmax(dim=-1, keepdim=True)
         else:
             cumulative_NV = probs_NV.cumsum(dim=-1)
             total_N1 = cumulative_NV[:, -1:]
-            # Below the total in float32 too, where the product may round up to it.
+            # In float32 the product may round up to the total: keep it below.
             target_N1 = torch.minimum(
                 uniform_N[:, None] * total_N1, total_N1.nextafter(torch.zeros_like(total_N1))
             )
@@ -57,8 +54,9 @@ class Drawing:
 
 
 def uniform_numbers(seeds: Sequence[int], steps: int, device: torch.device) -> torch.Tensor:
-    """`[N, steps]` in [0, 1), float32: a row depends on its seed alone, and fewer steps are the
-    first of more.
+    """Return uniform numbers `[N, steps]` in [0, 1), float32.
+
+    A row depends on its seed alone; fewer steps give the first numbers of more.
     """
     generator = torch.Generator()
     numbers = torch.empty(len(seeds), steps)

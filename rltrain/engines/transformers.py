@@ -1,41 +1,43 @@
-"""Sampling from the trainer's own modules: nothing to sync, quickest for tiny models on a CPU."""
+"""The engine that samples from the trainer's own modules: nothing to sync, fast for tiny models."""
 
 from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from harness.config.schema import Recipe
 from rltrain.distributed.device_memory import free_memory, release
-from rltrain.engines.base import EngineOptions, Request, Sample, check_prompts, sample_seed
+from rltrain.engines.base import (
+    Engine,
+    EngineOptions,
+    Request,
+    Sample,
+    check_prompts,
+    sample_seed,
+)
 from rltrain.engines.decoders import Decoder, decoder
-from rltrain.engines.sampling import Drawing, uniform_numbers
+from rltrain.engines.sampling import TokenSampler, uniform_numbers
 
 COMPACTION = 0.8
-"""Finished sequences leave the batch when no more than this share of it is left: leaving copies the
-others' keys.
-"""
+"""Finished sequences are removed once at most this share still runs: it copies the others' keys."""
 
 
 def build(recipe: Recipe, model: Any, options: EngineOptions) -> TransformersEngine:
-    """An engine on the trainer's model itself."""
+    """Return an engine on the trainer's model itself."""
     generator = recipe.generator
     return TransformersEngine(
         model, options.stop_token_ids, generator.max_input_length, generator.max_num_seqs
     )
 
 
-class TransformersEngine:
-    """Samples from the trainer's modules, one batch per member and sampling parameters, each prompt
-    computed once.
+class TransformersEngine(Engine):
+    """Samples from the trainer's modules, one batch per member and sampling parameters.
 
-    Adapters and weights are those the trainer holds this moment: what loads and drops them has
-    nothing to do, and neither have `sleep` and `wake`.
+    Adapters and weights are those that the trainer holds at that moment, so nothing is loaded.
     """
 
     shares_weights = True
@@ -50,10 +52,10 @@ class TransformersEngine:
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> list[list[Sample]]:
-        """Samples `[P][G]` in the order of the requests. Raises UserError as the protocol says.
+        """Return samples `[P][G]` in the order of the requests.
 
-        Where a batch runs out of memory, all are drawn again in batches of half as many sequences,
-        from then on.
+        Raises UserError as `Engine.generate` does. Where a batch runs out of memory, all requests
+        are sampled again in batches of half the size, and so are later ones.
         """
         check_prompts(requests, self._max_input_length)
         while True:
@@ -73,7 +75,7 @@ class TransformersEngine:
             )
 
     def _samples(self, requests: Sequence[Request]) -> list[list[Sample]]:
-        wanted: dict[tuple[str | None, tuple[Any, ...]], list[tuple[int, int]]] = defaultdict(list)
+        groups: dict[tuple[str | None, tuple[Any, ...]], list[tuple[int, int]]] = defaultdict(list)
         for p, request in enumerate(requests):
             sampling = request.sampling
             key = (
@@ -82,15 +84,14 @@ class TransformersEngine:
                 sampling.top_p,
                 sampling.top_k,
             )
-            wanted[request.member, key].extend((p, g) for g in range(request.n))
+            groups[request.member, key].extend((p, g) for g in range(request.n))
         samples: dict[tuple[int, int], Sample] = {}
-        for (member, _), places in wanted.items():
-            # Neighbours of like length waste little padding; the sort is stable and changes no
-            # sample.
-            places.sort(key=lambda place: len(requests[place[0]].prompt_token_ids))
+        for (member, _), indices in groups.items():
+            # Sorted by length, batches have little padding; the order changes no sample.
+            indices.sort(key=lambda index: len(requests[index[0]].prompt_token_ids))
             with decoder(self._model, member) as serving:
-                for start in range(0, len(places), self._max_num_seqs):
-                    batch = places[start : start + self._max_num_seqs]
+                for start in range(0, len(indices), self._max_num_seqs):
+                    batch = indices[start : start + self._max_num_seqs]
                     samples |= zip(batch, self._batch(requests, batch, serving), strict=True)
         return [[samples[p, g] for g in range(request.n)] for p, request in enumerate(requests)]
 
@@ -98,58 +99,32 @@ class TransformersEngine:
         """Sample from this model's modules from now on."""
         self._model = model
 
-    def load_adapter(self, member: str, version: int, path: Path) -> None:
-        """The trainer's adapter is the engine's."""
-
-    def load_adapter_tensors(
-        self, member: str, version: int, tensors: dict[str, torch.Tensor], config: dict[str, Any]
-    ) -> None:
-        """The trainer's adapter is the engine's."""
-
-    def drop_adapter(self, member: str) -> None:
-        """The trainer's adapter is the engine's."""
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """The trainer's weights are the engine's."""
-
-    def sleep(self) -> None:
-        """The engine holds no memory of its own."""
-
-    def wake(self) -> None:
-        """The engine holds no memory of its own."""
-
     def close(self) -> None:
-        """Let go of the trainer's model."""
+        """Release the trainer's model."""
         self._model = None
 
     def _batch(
-        self, requests: Sequence[Request], places: Sequence[tuple[int, int]], decoder: Decoder
+        self, requests: Sequence[Request], indices: Sequence[tuple[int, int]], decoder: Decoder
     ) -> Iterator[Sample]:
-        """One batch, all of one member and one Sampling, in the order of the places; a prompt's are
-        neighbours.
-        """
-        sampling, device = requests[places[0][0]].sampling, self._model.device
-        index_of = {p: index for index, p in enumerate(dict.fromkeys(p for p, _ in places))}
-        prompt_of_N = torch.tensor([index_of[p] for p, _ in places], device=device)
-        seeds = [sample_seed(requests[p].seed, g) for p, g in places]
-        uniform_NT = uniform_numbers(seeds, sampling.max_generate_length, device)
-        logits_NV = decoder.prefill([requests[p].prompt_token_ids for p in index_of], prompt_of_N)
-        return self._decode(decoder, logits_NV, uniform_NT, Drawing(sampling))
+        """Sample one batch of one member and Sampling, in the order of `indices` (request, sample).
 
-    def _decode(
-        self, decoder: Decoder, logits_NV: torch.Tensor, uniform_NT: torch.Tensor, drawing: Drawing
-    ) -> Iterator[Sample]:
-        """Samples until each has ended; sequences that have are left out of the batch now
-        and then.
+        All samples of a prompt must be neighbours. Sequences that have ended are removed from time
+        to time.
         """
-        count, longest = uniform_NT.shape
+        sampling, device = requests[indices[0][0]].sampling, self._model.device
+        row_of = {p: row for row, p in enumerate(dict.fromkeys(p for p, _ in indices))}
+        prompt_of_N = torch.tensor([row_of[p] for p, _ in indices], device=device)
+        seeds = [sample_seed(requests[p].seed, g) for p, g in indices]
+        uniform_NT = uniform_numbers(seeds, sampling.max_generate_length, device)
+        logits_NV = decoder.prefill([requests[p].prompt_token_ids for p in row_of], prompt_of_N)
+        sampler, (count, longest) = TokenSampler(sampling), uniform_NT.shape
         rows = torch.arange(count, device=uniform_NT.device)
         token_NT = torch.zeros(count, longest, dtype=torch.long, device=uniform_NT.device)
         logprob_NT = torch.zeros(count, longest, device=uniform_NT.device)
         length_N = torch.full((count,), longest, device=uniform_NT.device)
         running = torch.ones(count, dtype=torch.bool, device=uniform_NT.device)
         for t in range(longest):
-            token, logprob = drawing.draw(logits_NV, uniform_NT[rows, t])
+            token, logprob = sampler.sample(logits_NV, uniform_NT[rows, t])
             token_NT[rows, t], logprob_NT[rows, t] = token, logprob
             ended = torch.isin(token, self._stop_token_ids.to(token.device)) & running
             length_N[rows[ended]] = t + 1

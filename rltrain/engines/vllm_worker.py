@@ -1,6 +1,4 @@
-"""vLLM's worker on a GPU, with a KV cache no larger than the engine can fill. Beside vllm.py, it
-imports vllm.
-"""
+"""vLLM's GPU worker with a KV cache no larger than the engine can fill. Imports vllm."""
 
 from __future__ import annotations
 
@@ -8,20 +6,17 @@ from vllm.v1.worker import gpu_worker
 
 
 class Worker(gpu_worker.Worker):
-    """vLLM's own worker; the GPU memory that a full batch cannot use stays free for the trainer and
-    other packs.
+    """vLLM's worker, which leaves GPU memory free that a full batch cannot use.
 
-    `kv_cache_memory_bytes` would set a size as well, but then vLLM no longer measures what its
-    model and activations leave of `gpu_memory_utilization`, and a size that is too large ends in an
+    `kv_cache_memory_bytes` would set a size as well, but vLLM then skips measuring what its model
+    and activations leave of `gpu_memory_utilization`, and a size that is too large ends in an
     out-of-memory error.
     """
 
     def determine_available_memory(self) -> int:
-        """Return the bytes for keys and values: what vLLM measures, or what `max_num_seqs` whole
-        sequences take.
+        """Return the bytes for keys and values: as measured, or what `max_num_seqs` sequences need.
 
-        One sequence more than that, for vLLM's empty block and for blocks that are not freed at
-        once.
+        One sequence is added for vLLM's empty block and for blocks that are not freed at once.
         """
         available = int(super().determine_available_memory())
         specs = self.get_kv_cache_spec().values()

@@ -1,6 +1,4 @@
-"""Environments: one module each, with its reward and what else it offers. A new file here registers
-itself.
-"""
+"""Environments: one module each, with its reward. A new file here registers itself."""
 
 from __future__ import annotations
 
@@ -15,33 +13,36 @@ from harness.core.errors import UserError, nearest
 class Env(Protocol):
     """What the trainer needs of an environment module.
 
-    A module may also offer
+    A module may also define
 
-    - `prompt(question) -> list[dict[str, str]]`: the chat messages for a question; without it, one
-      user message,
-    - `can_score(ground_truth) -> bool`: whether any completion can score against this truth;
-      without it, all can,
-    - `prepare(source, output_dir) -> dict[str, int]`: writes the data files for `harness.prepare`,
-      and returns the rows of each split. `source` None: the environment's own source.
+    - `prompt(question) -> list[dict[str, str]]`: the chat messages for a question; the default is
+      one user message,
+
+    - `can_score(ground_truth) -> bool`: whether any completion can score against this truth; the
+      default is True,
+
+    - `prepare(source, output_dir) -> dict[str, int]`: write the data files for `harness.prepare`
+      and return the rows of each split. `source` None is the environment's own source.
     """
 
     def reward(self, completion: str, ground_truth: str) -> float:
-        """The score of a completion. Must not raise on any completion."""
+        """Return the score of a completion. Must not raise for any completion."""
 
 
 @functools.cache
 def env_names() -> tuple[str, ...]:
-    """Names of the built-in environments."""
-    found = (module.name for module in pkgutil.iter_modules(__path__))
+    """Return the names of the built-in environments."""
+    names = (module.name for module in pkgutil.iter_modules(__path__))
     return tuple(
-        name for name in found if offers(importlib.import_module(f"{__name__}.{name}"), "reward")
+        name for name in names if offers(importlib.import_module(f"{__name__}.{name}"), "reward")
     )
 
 
 @functools.cache
 def get_env(env_class: str) -> Env:
-    """The environment of a built-in name or of a dotted module path; raises UserError when there is
-    none.
+    """Return the environment of a built-in name or of a dotted module path.
+
+    Raises UserError when there is none.
     """
     if "." not in env_class:
         names = env_names()
@@ -57,10 +58,7 @@ def get_env(env_class: str) -> Env:
         return cast(Env, importlib.import_module(f"{__name__}.{env_class}"))
     try:
         module = importlib.import_module(env_class)
-    except (
-        Exception,
-        SystemExit,
-    ) as error:  # the user's own module may fail in any way while it is imported
+    except (Exception, SystemExit) as error:  # a user's module can raise anything
         raise UserError(
             "cannot import the environment module",
             got=f"env_class={env_class}: {type(error).__name__}: {error}",

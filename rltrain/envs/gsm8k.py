@@ -1,5 +1,6 @@
-"""GSM8K: grade-school math, scored on the number after the last `####` (Cobbe et al. 2021,
-arXiv:2110.14168).
+"""GSM8K: grade-school math, scored on the number after the last `####`.
+
+Cobbe et al. 2021, arXiv:2110.14168.
 """
 
 from __future__ import annotations
@@ -15,29 +16,29 @@ from harness.core.errors import UserError
 PROMPT_SUFFIX = 'Let\'s think step by step and output the final answer after "####".'
 MARKER = "####"
 
-# An optional sign before or after an optional dollar sign, then digits with thousands commas.
+# A sign before or after a dollar sign (all optional), digits with thousands commas, a fraction.
 _NUMBER = re.compile(r"([-−]\s?)?\$?\s?([-−])?([0-9][0-9,]*(?:\.[0-9]*)?|\.[0-9]+)(\s?/\s?[0-9])?")
 _HUB_REPOSITORY = "openai/gsm8k"
 _HUB_FILES = ("main/train-00000-of-00001.parquet", "main/test-00000-of-00001.parquet")
 
 
 def prompt(question: str) -> list[dict[str, str]]:
-    """The chat messages for a question: one user message, the question and the instruction."""
+    """Return the chat for a question: one user message, the question and the instruction."""
     return [{"role": "user", "content": f"{question} {PROMPT_SUFFIX}"}]
 
 
 def reward(completion: str, ground_truth: str) -> float:
-    """1.0 where the number after the completion's last `####` equals the ground truth as a number,
-    else 0.0.
+    """Return 1.0 if the number after the completion's last `####` is the ground truth, else 0.0.
 
-    The ground truth is a number, or a worked solution that ends in `####` and one.
+    Numbers are compared by value. The ground truth is a number, or a worked solution that ends in
+    `####` and one.
     """
     answer = final_number(completion)
     return 1.0 if answer is not None and answer == _truth(ground_truth) else 0.0
 
 
 def can_score(ground_truth: str) -> bool:
-    """Whether the ground truth holds a number."""
+    """Return whether the ground truth holds a number."""
     return _truth(ground_truth) is not None
 
 
@@ -46,10 +47,10 @@ def _truth(ground_truth: str) -> Decimal | None:
 
 
 def final_number(completion: str) -> Decimal | None:
-    """The number a person would read after the last `####`, or None where there is none.
+    """Return the number that a person would read after the last `####`, None where there is none.
 
-    Currency signs, thousands commas, units and a trailing point do not matter; in `2+3=5` the
-    result counts.
+    Currency signs, thousands commas, units and a trailing point do not matter; of `2+3=5` the
+    result is read.
     """
     _, marker, tail = completion.rpartition(MARKER)
     lines = tail.strip().splitlines()
@@ -68,7 +69,7 @@ def _number(text: str) -> Decimal | None:
 
 
 def row(question: str, answer: str, split: str, index: int, *, data_source: str) -> dict[str, Any]:
-    """One row of a data file; `answer` is a worked solution ending in `#### N`."""
+    """Return one row of a data file; `answer` is a worked solution ending in `#### N`."""
     return {
         "data_source": data_source,
         "prompt": prompt(question),
@@ -79,40 +80,27 @@ def row(question: str, answer: str, split: str, index: int, *, data_source: str)
 
 
 def prepare(source: Sequence[Path] | None, output_dir: Path) -> dict[str, int]:
-    """Write train.parquet and validation.parquet from local files, or from the hub; returns rows
-    per split.
+    """Write train.parquet and validation.parquet from local files, or from the hub.
 
-    Files named *train* become the train split, files named *test* the validation split.
-    Raises UserError for bad files, and before anything is written.
+    Files named *train* become the train split, files named *test* the validation split. Returns the
+    rows of each split. Raises UserError for bad files, before anything is written.
     """
-    from rltrain.data.files import write_rows
+    from rltrain.data.files import split_of_file, write_rows
 
-    by_split = _by_split(source if source is not None else _download())
-    rows = {split: _read_split(paths, split) for split, paths in by_split.items()}
+    files: dict[str, list[Path]] = {"train": [], "validation": []}
+    for path in source if source is not None else _download():
+        files[split_of_file(path)].append(path)
+    for split, word in (("train", "train"), ("validation", "test")):
+        if not files[split]:
+            raise UserError(
+                f"no source file for the {split} split",
+                got=", ".join(map(str, source or ())) or "no files",
+                fix=f"add a file with {word} in its name",
+            )
+    rows = {split: _read_split(paths, split) for split, paths in files.items()}
     for split, split_rows in rows.items():
         write_rows(split_rows, output_dir / f"{split}.parquet")
     return {split: len(split_rows) for split, split_rows in rows.items()}
-
-
-def _by_split(source: Sequence[Path]) -> dict[str, list[Path]]:
-    by_split: dict[str, list[Path]] = {"train": [], "validation": []}
-    for path in source:
-        is_train, is_test = "train" in path.name.lower(), "test" in path.name.lower()
-        if is_train == is_test:
-            raise UserError(
-                "cannot tell the split from the file's name",
-                got=path,
-                allowed="a name with train or test in it",
-            )
-        by_split["train" if is_train else "validation"].append(path)
-    for split, word in (("train", "train"), ("validation", "test")):
-        if not by_split[split]:
-            raise UserError(
-                f"no source file for the {split} split",
-                got=", ".join(map(str, source)) or "no files",
-                fix=f"add a file with {word} in its name",
-            )
-    return by_split
 
 
 def _read_split(paths: Sequence[Path], split: str) -> list[dict[str, Any]]:

@@ -25,11 +25,9 @@ from harness.core.errors import UserError
 
 PROMPT_SUFFIX = "Let's think step by step and put the final answer in \\boxed{}."
 LONGEST = 500
-"""Characters of an answer that math-verify is asked about; longer ones must equal the truth's text.
-"""
+"""Characters of an answer that math-verify gets; a longer one must equal the truth as text."""
 CPU_SECONDS = 5
-"""What one comparison may cost. CPU time, not the clock's: a busy machine gives the same rewards.
-"""
+"""CPU time of one comparison. Wall time would make rewards depend on the machine's load."""
 MEMORY_BYTES = 4 << 30
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
@@ -53,16 +51,15 @@ _SUBJECTS = (
 
 
 def prompt(question: str) -> list[dict[str, str]]:
-    """The chat messages for a question: one user message, the question and the instruction."""
+    """Return the chat for a question: one user message, the question and the instruction."""
     return [{"role": "user", "content": f"{question} {PROMPT_SUFFIX}"}]
 
 
 def reward(completion: str, ground_truth: str) -> float:
-    """1.0 where the completion's last `\\boxed{}` is the ground truth, as text or as mathematics,
-    else 0.0.
+    """Return 1.0 if the completion's last `\\boxed{}` equals the ground truth, else 0.0.
 
-    Words (Yes, True, a name) are compared as text, whatever their case; all else by math-verify.
-    The ground truth is an answer, or a worked solution with its `\\boxed{}`.
+    Answers are compared as text, then by math-verify; words (Yes, True, a name) as text only,
+    ignoring case. The ground truth is an answer, or a worked solution with its `\\boxed{}`.
     """
     answer, truth = final_answer(completion), _truth(ground_truth)
     if answer is None or not truth:
@@ -78,7 +75,7 @@ def reward(completion: str, ground_truth: str) -> float:
 
 
 def can_score(ground_truth: str) -> bool:
-    """Whether the ground truth holds an answer."""
+    """Return whether the ground truth holds an answer."""
     return bool(_truth(ground_truth))
 
 
@@ -87,8 +84,9 @@ def _truth(ground_truth: str) -> str:
 
 
 def final_answer(completion: str) -> str | None:
-    """What the completion's last `\\boxed{}` (or `\\fbox{}`) holds, on one line; None: no box, an
-    empty or open one.
+    """Return the content of the last `\\boxed{}` (or `\\fbox{}`) on one line.
+
+    None where there is no box, or an empty or open one.
     """
     box = _BOX.match(completion, max(completion.rfind("\\boxed"), completion.rfind("\\fbox"), 0))
     if box is None:
@@ -97,48 +95,44 @@ def final_answer(completion: str) -> str | None:
     if completion[start : start + 1] != "{":
         bare = _BARE.match(completion, start)
         return (_one_line(bare[0]) or None) if bare else None
-    depth, place = 0, start
-    while place < len(completion):
-        character = completion[place]
+    depth, index = 0, start
+    while index < len(completion):
+        character = completion[index]
         depth += (character == "{") - (character == "}")
         if depth == 0:
-            return _one_line(completion[start + 1 : place]) or None
-        place += 2 if character == "\\" else 1
+            return _one_line(completion[start + 1 : index]) or None
+        index += 2 if character == "\\" else 1
     return None
 
 
 def _one_line(latex: str) -> str:
-    """Without dollar signs, a point at the end and line breaks."""
+    """Return LaTeX without dollar signs, a final point and line breaks."""
     return " ".join(re.sub(r"\\?\$", "", latex).split()).removesuffix(".").rstrip()
 
 
 def _text(latex: str) -> str:
-    """The same text for answers that look the same."""
+    """Return text that is the same for answers that look the same."""
     plain = re.sub(r"\\[dt]frac", r"\\frac", _TEXT.sub(r"\1", latex))
     return _SPACING.sub("", plain)
 
 
 def _words(latex: str) -> str | None:
-    """The answer in lower case if it is words, not a formula; else None. `x - y` and `ab` are
-    formulas.
-    """
+    """Return an answer of words in lower case; None for formulas, which `x - y` and `ab` are."""
     text = " ".join(_SPACING.sub(" ", _TEXT.sub(r"\1", latex)).split()).casefold()
     return text if _WORDS.fullmatch(text) else None
 
 
 @functools.lru_cache(maxsize=1 << 14)
 def _equal(truth: str, answer: str) -> bool:
-    """Whether math-verify finds two formulas equal; False where it cannot tell within its
-    bounds.
-    """
+    """Return whether math-verify finds two formulas equal; False where it cannot tell."""
     return _VERIFIER.equal(truth, answer)
 
 
 class Verifier:
-    """math-verify in a process of its own, started when first needed and again after it died.
+    """math-verify in a child process, started when needed and again after it died.
 
-    Comparing short formulas can take for ever (`9^{9^{9^9}}`, many integrals), in C code that no
-    exception interrupts, and math-verify's own limit needs the main thread: so the process has a
+    Comparing short formulas can take forever (`9^{9^{9^9}}`, many integrals), in C code that no
+    exception interrupts, and math-verify's own limit needs the main thread. So the process has a
     CPU timer, and the kernel ends it.
     """
 
@@ -148,7 +142,7 @@ class Verifier:
         self._process: subprocess.Popen[str] | None = None
 
     def equal(self, truth: str, answer: str) -> bool:
-        """Whether the two formulas are equal; False where the comparison ends the process.
+        """Return whether two formulas are equal; False where the comparison ends the process.
 
         Raises RuntimeError when the process does not start.
         """
@@ -157,31 +151,27 @@ class Verifier:
                 self._close()
                 self._process = _start(self._cpu_seconds)
             try:
-                reply = self._ask(self._process, json.dumps([truth, answer]))
-            except BaseException:  # an interrupt: the answer to come must not become the next one's
+                assert self._process.stdin is not None
+                assert self._process.stdout is not None
+                with contextlib.suppress(BrokenPipeError):
+                    self._process.stdin.write(json.dumps([truth, answer]) + "\n")
+                    self._process.stdin.flush()
+                reply = self._process.stdout.readline()
+            except BaseException:  # an interrupt: its answer must not be read as the next one's
                 self._close()
                 raise
             if not reply:
-                self._close()  # waits for its end, or the next comparison might still find it there
+                self._close()  # waits, so that the next comparison starts a new process
             return reply == "equal\n"
 
     def close(self) -> None:
-        """End the process, if there is one."""
+        """End the process, if it runs."""
         with self._lock:
             self._close()
 
     def forget(self) -> None:
-        """In a forked child: the process is the parent's, and so may be the lock."""
+        """Reset in a forked child: the process belongs to the parent, and the lock may be held."""
         self._lock, self._process = threading.Lock(), None
-
-    @staticmethod
-    def _ask(process: subprocess.Popen[str], line: str) -> str:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(line + "\n")
-            process.stdin.flush()
-        return process.stdout.readline()
 
     def _close(self) -> None:
         process, self._process = self._process, None
@@ -198,13 +188,13 @@ os.register_at_fork(after_in_child=_VERIFIER.forget)
 
 def _start(cpu_seconds: float) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        # -P: this folder on the path would put this module in the place of Python's own math.
+        # -P: with this folder on the path, this module would shadow Python's own math.
         [sys.executable, "-P", "-c", f"from {__name__} import serve; serve({cpu_seconds})"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
         text=True,
-        process_group=0,  # an interrupt from the keyboard is for the run alone
+        process_group=0,  # a keyboard interrupt goes to the run only
     )
     assert process.stdout is not None
     if process.stdout.readline() != "ready\n":
@@ -216,16 +206,14 @@ def _start(cpu_seconds: float) -> subprocess.Popen[str]:
 
 
 def serve(cpu_seconds: float) -> None:
-    """The process: a line in with truth and answer as JSON, a line out with `equal` or
-    `different`.
-    """
+    """Run the child process: read truth and answer as JSON, write `equal` or `different`."""
     import logging
 
     from math_verify import LatexExtractionConfig, parse, verify  # type: ignore[import-untyped]
 
     logging.disable()
     config = [LatexExtractionConfig()]
-    # Its parser's messages would come between the answers.
+    # The parser prints messages, which must not mix with the answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
@@ -235,12 +223,12 @@ def serve(cpu_seconds: float) -> None:
         with contextlib.suppress(ValueError, OSError):  # a lower limit is set already
             resource.setrlimit(limit, (value, value))
 
-    @functools.lru_cache(maxsize=1 << 12)  # a truth meets many answers
+    @functools.lru_cache(maxsize=1 << 12)  # a truth is compared with many answers
     def parsed(latex: str) -> list[Any]:
-        # What math-verify does not read: \frac\pi2, and a percent sign before the closing dollar.
+        # math-verify cannot read \frac\pi2, nor a percent sign before the closing dollar.
         number, percent = _PERCENT.subn("", _FRACTION_OF_PI.sub(r"\\frac{\\pi}", latex))
-        found: list[Any] = parse(f"${number}${'%' * percent}", config, parsing_timeout=None)
-        return found
+        result: list[Any] = parse(f"${number}${'%' * percent}", config, parsing_timeout=None)
+        return result
 
     for line in sys.stdin:
         truth, answer = json.loads(line)
@@ -249,54 +237,43 @@ def serve(cpu_seconds: float) -> None:
             equal = verify(
                 parsed(truth), parsed(answer), allow_set_relation_comp=True, timeout_seconds=None
             )
-        except Exception:  # whatever sympy says of it, such an answer does not score
+        except Exception:  # sympy can raise anything: such an answer does not score
             equal = False
         signal.setitimer(signal.ITIMER_PROF, 0)
         print("equal" if equal else "different", file=answers)
 
 
 def prepare(source: Sequence[Path] | None, output_dir: Path) -> dict[str, int]:
-    """Write train.parquet and validation.parquet from local files, or MATH from the hub; returns
-    rows per split.
+    """Write train.parquet and validation.parquet from local files, or MATH from the hub.
 
-    Files named *train* become the train split, files named *test* the validation split; one of them
-    is enough. A file has MATH's columns (problem, solution or answer) or DeepMath's (question,
-    final_answer). Raises UserError for bad files, and before anything is written.
+    Files named *train* become the train split, files named *test* the validation split; one is
+    enough. A file has MATH's columns (problem, solution or answer) or DeepMath's (question,
+    final_answer). Returns the rows of each split. Raises UserError for bad files, before anything
+    is written.
     """
-    from rltrain.data.files import write_rows
+    from rltrain.data.files import split_of_file, write_rows
 
     rows: dict[str, list[dict[str, Any]]] = {}
     for path in source if source is not None else _download():
-        split = _split_of(path)
+        split = split_of_file(path)
         rows.setdefault(split, []).extend(_read(path, split, len(rows.get(split, []))))
     for split, split_rows in rows.items():
         write_rows(split_rows, output_dir / f"{split}.parquet")
     return {split: len(split_rows) for split, split_rows in rows.items()}
 
 
-def _split_of(path: Path) -> str:
-    is_train, is_test = "train" in path.name.lower(), "test" in path.name.lower()
-    if is_train == is_test:
-        raise UserError(
-            "cannot tell the split from the file's name",
-            got=path,
-            allowed="a name with train or test in it",
-        )
-    return "train" if is_train else "validation"
-
-
 def _read(path: Path, split: str, first: int) -> list[dict[str, Any]]:
-    """The file's rows as those of a data file, numbered from `first`."""
+    """Return a source file's rows as rows of a data file, numbered from `first`."""
     from rltrain.data.files import read_rows, require_columns
 
     source_rows = read_rows(path)
     in_math = "problem" in source_rows[0]
-    asked = "problem" if in_math else "question"
-    require_columns(source_rows, (asked,) if in_math else (asked, "final_answer"), path)
+    column = "problem" if in_math else "question"
+    require_columns(source_rows, (column,) if in_math else (column, "final_answer"), path)
     rows: list[dict[str, Any]] = []
     for number, source_row in enumerate(source_rows, start=1):
         truth, worked = _truth_of(source_row, in_math)
-        question = source_row[asked]
+        question = source_row[column]
         if not isinstance(question, str) or not isinstance(truth, str) or not _one_line(truth):
             raise UserError(
                 "a problem has no final answer",
@@ -322,7 +299,7 @@ def _read(path: Path, split: str, first: int) -> list[dict[str, Any]]:
 
 
 def _truth_of(row: dict[str, Any], in_math: bool) -> tuple[Any, Any]:
-    """The final answer, and the worked solution where there is one."""
+    """Return the final answer, and the worked solution if there is one."""
     if not in_math:
         return row["final_answer"], row["final_answer"]
     solution, answer = row.get("solution"), row.get("answer")

@@ -1,6 +1,4 @@
-"""Problems: examples with their prompts tokenised; prompts that are too long are dropped and
-counted.
-"""
+"""Problems: examples with tokenised prompts, and the rewards of their completions."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ from rltrain.distributed.process import is_rays_exit
 from rltrain.envs import Env, get_env, offers
 
 LARGEST_REWARD = 1e9
-"""float32 holds the squares of rewards of this size, and their sum over a batch."""
+"""The squares of rewards of this size, summed over a batch, fit float32."""
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 200
@@ -30,7 +28,7 @@ _SHORT.maxstring = _SHORT.maxother = 200
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One example with its prompt's token ids and the environment that scores its completions."""
+    """An example, its prompt's token ids, and the environment that scores its completions."""
 
     example: Example
     prompt_ids: tuple[int, ...]
@@ -40,44 +38,35 @@ class Problem:
 def reward_of(env: Env, example: Example, completion: str) -> float:
     """Return the environment's reward of a completion.
 
-    Raises UserError, with the module, problem, completion and what was returned, for an exception
-    in the reward and for anything but a number from -`LARGEST_REWARD` to `LARGEST_REWARD`.
+    Raises UserError, with the module, problem, completion and result, for an exception in the
+    reward and for anything but a number from -`LARGEST_REWARD` to `LARGEST_REWARD`.
     """
     try:
-        given = env.reward(completion, example.ground_truth)
+        reward = env.reward(completion, example.ground_truth)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # sys.exit as well: it would end the run as if all were well
-        if _is_the_machines(error):
+    except BaseException as error:  # sys.exit, too, which would end the run with status 0
+        full_disk = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full_disk or is_rays_exit(error):  # not the reward's fault
             raise
         raise UserError(
             f"the reward of {_name(env)} raised {type(error).__name__}: {error}",
             got=f"{_case(example, completion)}{_line(env, error)}",
             allowed="a number for every completion: 0.0 for one that cannot be read",
         ) from error
-    if getattr(given, "shape", None) == () and hasattr(
-        given, "item"
-    ):  # a scalar of NumPy or PyTorch
-        given = given.item()
-    if isinstance(given, numbers.Real) and abs(given) <= LARGEST_REWARD:
-        return float(given)
-    if inspect.iscoroutine(given):
-        given.close()
+    # A scalar of NumPy or PyTorch.
+    if getattr(reward, "shape", None) == () and hasattr(reward, "item"):
+        reward = reward.item()
+    if isinstance(reward, numbers.Real) and abs(reward) <= LARGEST_REWARD:
+        return float(reward)
+    if inspect.iscoroutine(reward):
+        reward.close()
     raise UserError(
-        f"the reward of {_name(env)} returned {_SHORT.repr(given)} ({type(given).__name__})",
+        f"the reward of {_name(env)} returned {_SHORT.repr(reward)} ({type(reward).__name__})",
         got=_case(example, completion),
         allowed=f"a number from -{LARGEST_REWARD:g} to {LARGEST_REWARD:g}",
-        fix="write `def reward`, without async" if inspect.iscoroutine(given) else None,
+        fix="write `def reward`, without async" if inspect.iscoroutine(reward) else None,
     )
-
-
-def _is_the_machines(error: BaseException) -> bool:
-    """Whether an exception in a reward is none of its doing: a full disk, or Ray's exit at
-    SIGTERM.
-    """
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return is_rays_exit(error)
 
 
 def _name(env: Env) -> str:
@@ -92,40 +81,37 @@ def _case(example: Example, completion: str) -> str:
 
 
 def _line(env: Env, error: BaseException) -> str:
-    """Where in the environment's module an exception was raised, if there."""
+    """Return the line of the environment's module that raised an exception, if it did."""
     frames = [
-        one
-        for one in traceback.extract_tb(error.__traceback__)
-        if one.filename == getattr(env, "__file__", "")
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename == getattr(env, "__file__", "")
     ]
     return f"; {frames[-1].filename}, line {frames[-1].lineno}" if frames else ""
 
 
 def messages(env: Env, example: Example) -> Chat:
-    """Return an example's chat messages, which its environment makes where the file has a question
-    alone.
+    """Return an example's chat, which its environment makes where the file has only a question.
 
-    Raises UserError for an environment's `prompt` that raises, or returns no chat.
+    Raises UserError for an environment's `prompt` that raises or returns no chat.
     """
     if example.prompt:
         return example.prompt
     if not offers(env, "prompt"):
         return [{"role": "user", "content": example.question}]
-    made = _asked(env, "prompt", example.question, example)
-    if not is_chat(made):
+    chat = _call(env, "prompt", example.question, example)
+    if not is_chat(chat):
         raise UserError(
             f"the prompt function of {_name(env)} returned no chat",
-            got=f"{_SHORT.repr(made)} for the question of {example.where}",
+            got=f"{_SHORT.repr(chat)} for the question of {example.where}",
             allowed='[{"role": "user", "content": "..."}]',
         )
-    return cast(Chat, made)
+    return cast(Chat, chat)
 
 
 def check_truth(env: Env, example: Example) -> None:
-    """Raise UserError for a ground truth of which its environment says that no completion can score
-    against it.
-    """
-    if offers(env, "can_score") and not _asked(env, "can_score", example.ground_truth, example):
+    """Raise UserError for a ground truth that no completion can score against."""
+    if offers(env, "can_score") and not _call(env, "can_score", example.ground_truth, example):
         raise UserError(
             f"no completion can score against this ground truth in the environment {_name(env)}",
             got=f"{example.where}: {_SHORT.repr(example.ground_truth)}",
@@ -134,11 +120,11 @@ def check_truth(env: Env, example: Example) -> None:
         )
 
 
-def _asked(env: Env, part: str, text: str, example: Example) -> object:
-    """What a function of an environment that it need not have answers."""
+def _call(env: Env, part: str, text: str, example: Example) -> object:
+    """Call an environment's optional function; raise UserError where it raises."""
     try:
         return getattr(env, part)(text)
-    except (Exception, SystemExit) as error:  # the user's own module may fail in any way
+    except (Exception, SystemExit) as error:  # a user's module can raise anything
         raise UserError(
             f"the {part} function of {_name(env)} raised {type(error).__name__}: {error}",
             got=f"{_SHORT.repr(text)} of {example.where}{_line(env, error)}",
@@ -148,7 +134,7 @@ def _asked(env: Env, part: str, text: str, example: Example) -> object:
 def load_problems(
     recipe: Recipe, paths: Sequence[str], tokenizer: Any
 ) -> tuple[list[Problem], int]:
-    """The problems whose prompts fit `generator.max_input_length`, and how many did not.
+    """Return the problems whose prompts fit `generator.max_input_length`, and how many do not.
 
     Raises UserError where none fits, and for a prompt that the tokenizer's chat template refuses.
     """
@@ -171,14 +157,13 @@ def load_problems(
 
 
 def _prompt_ids(example: Example, chat: Chat, tokenizer: Any) -> list[int]:
-    """The messages under the tokenizer's own chat template, the assistant's turn opened."""
+    """Return a chat's token ids under the tokenizer's template, with an open assistant turn."""
     try:
-        # verbose=False: a prompt that is too long is ours to drop and count, not the tokenizer's to
-        # warn of.
+        # verbose=False: prompts that are too long are dropped and counted, without a warning.
         ids: list[int] = tokenizer.apply_chat_template(
             chat, add_generation_prompt=True, return_dict=False, tokenizer_kwargs={"verbose": False}
         )
-    except Exception as error:  # a template may go wrong in any way
+    except Exception as error:  # a template can raise anything
         roles = ", ".join(message["role"] for message in chat)
         why = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
         raise UserError(

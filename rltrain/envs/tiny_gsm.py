@@ -1,6 +1,4 @@
-"""Templated grade-school word problems that run through the gsm8k environment: problems, splits,
-habits, data files.
-"""
+"""Templated grade-school word problems for the gsm8k environment, with splits and data files."""
 
 from __future__ import annotations
 
@@ -23,12 +21,12 @@ can_score = gsm8k.can_score
 
 TEMPLATES = Path(__file__).parent.parent / "assets" / "tiny_gsm_templates.yaml"
 DATA_SOURCE = "tiny_gsm"
-DATA_SEED = 2024  # the data files are the same whatever seed the model is trained with
+DATA_SEED = 2024  # of the data files, whatever seed the model is trained with
 SPLIT_SIZES = {"train": 2048, "validation": 512, "test": 1024}
-LARGEST = 60  # arithmetic that a model of 0.75 M parameters gets right when it reasons
+LARGEST = 60  # the largest number that a model of 0.75 M parameters reasons with reliably
 
-# How the base answers: share of the pretraining answers. Which habit an answer shows does not
-# depend on its problem, so reinforcement learning can shift the mixture.
+# Habits of the base's answers and their shares in pretraining. They do not depend on the problem,
+# so reinforcement learning can shift the mixture.
 HABITS = {"reasoned": 0.30, "guess": 0.25, "unmarked": 0.25, "bare": 0.20}
 
 _CALCULATION = re.compile(r"\[(\w+)([-+*/])(\w+)\]")
@@ -36,7 +34,7 @@ _NUMBER = re.compile(r"\d+")
 
 
 @dataclass(frozen=True)
-class Problem:
+class WordProblem:
     """A word problem: question, reasoning sentences, answer."""
 
     question: str
@@ -45,12 +43,12 @@ class Problem:
 
     @property
     def solution(self) -> str:
-        """The reasoning, a sentence a line, ending in `#### N` as in GSM8K."""
+        """The reasoning, one sentence a line, and `#### N` as in GSM8K."""
         return "\n".join((*self.steps, f"#### {self.answer}"))
 
 
 def split_of(question: str, answer: int) -> str:
-    """The split a problem belongs to, by a hash of its quantities in order and its answer.
+    """Return a problem's split, by a hash of its quantities in order and its answer.
 
     Problems that differ only in names, objects or phrasing share a split, so no split holds
     another's arithmetic. Train, validation and test get 80%, 10% and 10% of the hashes.
@@ -60,8 +58,8 @@ def split_of(question: str, answer: int) -> str:
     return {0: "validation", 1: "test"}.get(bucket, "train")
 
 
-def problems(split: str, seed: int) -> Iterator[Problem]:
-    """Endless problems of one split; the same split and seed give the same problems."""
+def problems(split: str, seed: int) -> Iterator[WordProblem]:
+    """Yield endless problems of a split; split and seed determine them."""
     rng = random.Random(f"tiny_gsm/{split}/{seed}")
     while True:
         problem = _sample(rng)
@@ -69,22 +67,21 @@ def problems(split: str, seed: int) -> Iterator[Problem]:
             yield problem
 
 
-def answer_with_habit(problem: Problem, habit: str, rng: random.Random) -> str:
-    """A completion showing one of HABITS: only `reasoned` (and a lucky `guess`) scores."""
+def answer_with_habit(problem: WordProblem, habit: str, rng: random.Random) -> str:
+    """Return an answer with one of HABITS; only `reasoned` and a lucky `guess` score."""
     if habit == "reasoned":
         return problem.solution
     if habit == "unmarked":
         return "\n".join((*problem.steps, f"The answer is {problem.answer}."))
-    # Hurried answers are off by up to ten either way: near, seldom right.
-    hurried = min(LARGEST, max(1, problem.answer + rng.randint(-10, 10)))
-    return f"#### {hurried}" if habit == "guess" else str(hurried)
+    # Near the answer, seldom right.
+    guess = min(LARGEST, max(1, problem.answer + rng.randint(-10, 10)))
+    return f"#### {guess}" if habit == "guess" else str(guess)
 
 
 def prepare(source: Sequence[Path] | None, output_dir: Path) -> dict[str, int]:
-    """Write train, validation and test parquet files of distinct problems to `output_dir`; returns
-    rows per split.
+    """Write parquet files of distinct problems to `output_dir`; return the rows of each split.
 
-    Always the same problems. Raises UserError when given a source: the problems are made here.
+    The problems are always the same. Raises UserError for a source: the problems are made here.
     """
     from rltrain.data.files import write_rows
 
@@ -93,7 +90,7 @@ def prepare(source: Sequence[Path] | None, output_dir: Path) -> dict[str, int]:
             "tiny_gsm makes its own problems", got=f"--source {source[0]}", fix="leave out --source"
         )
     for split, size in SPLIT_SIZES.items():
-        distinct: dict[str, Problem] = {}
+        distinct: dict[str, WordProblem] = {}
         for problem in problems(split, DATA_SEED):
             distinct.setdefault(problem.question, problem)
             if len(distinct) == size:
@@ -115,20 +112,18 @@ def _vocabulary() -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return content["words"], content["templates"]
 
 
-def _sample(rng: random.Random) -> Problem | None:
-    """One problem, or None when the drawn quantities give a result that is not a whole number from
-    1 to LARGEST.
-    """
+def _sample(rng: random.Random) -> WordProblem | None:
+    """Sample a problem; None where the result is not a whole number from 1 to LARGEST."""
     words, templates = _vocabulary()
     template = rng.choice(templates)
     values = {name: rng.randint(low, high) for name, (low, high) in template["ranges"].items()}
-    slots = _draw_words(words, rng) | {name: str(value) for name, value in values.items()}
+    slots = _sample_words(words, rng) | {name: str(value) for name, value in values.items()}
     question = rng.choice(template["questions"])
     steps = []
     result: int | None = None
     for result_name, sentence in zip("xyz", template["steps"], strict=False):
         left, operator, right = _CALCULATION.findall(sentence)[0]
-        # The right side may be a number of the template's own: twice, half, a week.
+        # The right side may be a number in the template: twice, half, a week.
         left_value, right_value = values[left], values[right] if right in values else int(right)
         result = _calculate(left_value, operator, right_value)
         if result is None:
@@ -136,18 +131,18 @@ def _sample(rng: random.Random) -> Problem | None:
         values[result_name] = result
         shown = f"{left_value}{operator}{right_value}={result}"
         steps.append(_CALCULATION.sub(shown, sentence).format_map(slots))
-    return None if result is None else Problem(question.format_map(slots), tuple(steps), result)
+    return None if result is None else WordProblem(question.format_map(slots), tuple(steps), result)
 
 
 def _calculate(left: int, operator: str, right: int) -> int | None:
-    """The result where it is a whole number from 1 to LARGEST, else None."""
+    """Return the result if it is a whole number from 1 to LARGEST, else None."""
     if operator == "/" and left % right:
         return None
     result = {"+": left + right, "-": left - right, "*": left * right, "/": left // right}[operator]
     return result if 1 <= result <= LARGEST else None
 
 
-def _draw_words(words: dict[str, Any], rng: random.Random) -> dict[str, str]:
+def _sample_words(words: dict[str, Any], rng: random.Random) -> dict[str, str]:
     he = rng.random() < 0.5
     people = words["he"] + words["she"]
     name = rng.choice(words["he"] if he else words["she"])

@@ -1,6 +1,4 @@
-"""Train the tiny_gsm base model from nothing on a CPU: Qwen2 architecture, a mixture of good and
-bad answer habits.
-"""
+"""Train the tiny_gsm base model from scratch on a CPU, on a mixture of good and bad answers."""
 
 from __future__ import annotations
 
@@ -24,14 +22,12 @@ if TYPE_CHECKING:
 TokenPair = tuple[list[int], list[int]]  # prompt, completion
 
 MAX_NEW_TOKENS = 64
-_MICRO_BATCH = 32  # sequences in one pass, of like length, so that little is padding
+_MICRO_BATCH = 32  # sequences of similar length in one pass, with little padding
 
 
 @dataclass(frozen=True)
 class Pretraining:
-    """How the base is trained: optimizer steps, sequences a step, peak learning rate, seed, CPU
-    threads.
-    """
+    """Settings: optimizer steps, sequences a step, peak learning rate, seed, CPU threads."""
 
     steps: int = 1500
     batch_size: int = 128
@@ -46,7 +42,7 @@ class Pretraining:
 def prepare(
     output_dir: Path, settings: Pretraining, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Write data, tokenizer, trained model and `card.json` to `output_dir`; returns the card.
+    """Write data, tokenizer, trained model and `card.json` to `output_dir`; return the card.
 
     The same settings on the same machine give the same weights.
     """
@@ -85,7 +81,7 @@ def prepare(
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
-    """A freshly initialised Qwen2 model of about 0.75 M parameters in float32, embeddings tied."""
+    """Return a new Qwen2 model of about 0.75 M parameters in float32, with tied embeddings."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -117,9 +113,7 @@ def train(
     settings: Pretraining,
     say: Callable[[str], None],
 ) -> float:
-    """Supervised training on the completions only; returns the mean loss (nats per token) of the
-    last steps.
-    """
+    """Train on the completions; return the mean loss (nats per token) of the last 50 steps."""
     import torch
 
     optimizer = torch.optim.AdamW(
@@ -147,23 +141,20 @@ def train(
 def measure(
     model: Qwen2ForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    held_out: Sequence[tiny_gsm.Problem],
+    held_out: Sequence[tiny_gsm.WordProblem],
     seed: int,
 ) -> dict[str, float]:
-    """Sample one completion a problem at temperature 1; accuracy under the gsm8k reward, overall
-    and when well formed.
+    """Sample one completion a problem at temperature 1 and return accuracies.
 
-    Well formed: reasoning first, then `####`. `accuracy_when_well_formed` is what reinforcement
-    learning can reach by shifting habits alone.
+    A completion is well formed if reasoning precedes `####`. `accuracy_when_well_formed` is what
+    reinforcement learning can reach by shifting habits alone.
     """
     import torch
 
     torch.manual_seed(seed)
     completions = sample(model, tokenizer, [gsm8k.prompt(problem.question) for problem in held_out])
     rewards = [gsm8k.reward(c, str(p.answer)) for c, p in zip(completions, held_out, strict=True)]
-    formed = [
-        reward for reward, c in zip(rewards, completions, strict=True) if c.find(gsm8k.MARKER) > 0
-    ]
+    formed = [r for r, c in zip(rewards, completions, strict=True) if c.find(gsm8k.MARKER) > 0]
     return {
         "problems": len(held_out),
         "accuracy": round(sum(rewards) / len(rewards), 4),
@@ -177,7 +168,7 @@ def sample(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[dict[str, str]]],
 ) -> list[str]:
-    """One completion a prompt, temperature 1, at most MAX_NEW_TOKENS tokens, end token removed."""
+    """Return one completion a prompt at temperature 1, of at most MAX_NEW_TOKENS tokens."""
     import torch
 
     texts = [_chat_text(tokenizer, messages) for messages in prompts]
@@ -203,11 +194,9 @@ def sample(
 def _batches(
     tokenizer: PreTrainedTokenizerBase, settings: Pretraining
 ) -> Iterator[list[TokenPair]]:
-    """Endless batches of (prompt tokens, completion tokens) from the train split, each in order of
-    length.
-    """
+    """Yield batches of (prompt tokens, completion tokens) of the train split, sorted by length."""
     problems = tiny_gsm.problems("train", settings.seed)
-    # Its own stream: which habit an answer shows must not depend on the problem.
+    # A separate stream: habits must not depend on the problem.
     rng = random.Random(f"tiny_gsm/habits/{settings.seed}")
     names, weights = list(tiny_gsm.HABITS), list(tiny_gsm.HABITS.values())
     while True:
@@ -225,9 +214,7 @@ def _batches(
 
 
 def _backward(model: Qwen2ForCausalLM, batch: list[TokenPair]) -> float:
-    """Accumulate the gradient of the mean cross-entropy over the batch's completion tokens; returns
-    the loss.
-    """
+    """Accumulate gradients of the mean cross-entropy over completion tokens; return the loss."""
     import torch
 
     total = sum(len(completion) for _, completion in batch)
@@ -245,7 +232,7 @@ def _backward(model: Qwen2ForCausalLM, batch: list[TokenPair]) -> float:
 
 
 def _right_pad(pairs: Sequence[TokenPair]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens `[B, T]` and which of them are completion `[B, T]`."""
+    """Return tokens `[B, T]`, and which of them belong to completions `[B, T]`."""
     import torch
 
     longest = max(len(prompt) + len(completion) for prompt, completion in pairs)

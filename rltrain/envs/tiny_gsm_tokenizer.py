@@ -1,6 +1,4 @@
-"""The tiny_gsm tokenizer: Qwen2's byte-level BPE with a token for every word of the task, and
-digits one by one.
-"""
+"""The tiny_gsm tokenizer: Qwen2's byte-level BPE with a token for every word and digit."""
 
 from __future__ import annotations
 
@@ -26,11 +24,9 @@ _SAMPLED_PROBLEMS = 20_000
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-    """A tokenizer whose merges are learnt from the words of a fixed sample of problems and their
-    answers.
+    """Return a tokenizer trained on the words of a fixed sample of problems and answers.
 
-    It is Qwen2's own class because that is what `AutoTokenizer` builds for a Qwen2 model, whatever
-    the saved class.
+    Its class is Qwen2's, because `AutoTokenizer` builds that for a Qwen2 model.
     """
     import json
 
@@ -41,8 +37,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
     texts = ["system\n", "user\n", "assistant\n", "The answer is 1."]
     for problem in itertools.islice(tiny_gsm.problems("train", seed=0), _SAMPLED_PROBLEMS):
         texts += [problem.question, problem.solution]
-    # Each word once: merges then go on until every word is one token, and frequent letters are
-    # shared.
+    # With each word once, merging continues until every word is one token.
     pieces = sorted(
         {piece for text in texts for piece, _ in blank.pre_tokenizer.pre_tokenize_str(text)}
     )
@@ -69,6 +64,6 @@ def build_tokenizer() -> Qwen2Tokenizer:
         padding_side="left",
         model_max_length=MAX_LENGTH,
     )
-    # The instruction is the same in every prompt, and rollouts pay for each token: one token.
+    # The instruction of every prompt is one token, which makes rollouts cheaper.
     tokenizer.add_tokens([AddedToken(f" {gsm8k.PROMPT_SUFFIX}", normalized=False, special=False)])
     return tokenizer

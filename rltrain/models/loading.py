@@ -1,12 +1,10 @@
-"""The base model, LoRA through PEFT, and the reference policy."""
+"""Load base models and put LoRA adapters on them through PEFT."""
 
 from __future__ import annotations
 
-import contextlib
 import re
 import sys
-from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -22,10 +20,8 @@ from harness.config.schema import LoRA, Recipe
 from harness.config.validate import check_context, exclude_modules, num_processes, target_modules
 from harness.core.errors import UserError
 from harness.core.paths import locate
-from rltrain.data.batch import Batch
 from rltrain.distributed.placement import device_of, dtype_of
 from rltrain.models import attention
-from rltrain.models.logprobs import token_logprobs
 from rltrain.models.lora import LoRALinear, base_model
 from rltrain.models.memory import checkpoints
 from rltrain.models.targets import (
@@ -37,20 +33,20 @@ from rltrain.models.targets import (
     modules,
 )
 
-# A model's folder or repository may hold Python code of its own: it is never run, nor is anybody
-# asked.
+# Python code in a model's folder or repository is never run, and transformers does not ask.
 NO_CODE = {"trust_remote_code": False}
 
 
 def model_folder(path: str) -> str:
-    """A local folder's absolute path, or a hub name as it is."""
-    found = locate(path)
-    return str(found) if found else path
+    """Return a local folder's absolute path; a hub name is returned as it is."""
+    folder = locate(path)
+    return str(folder) if folder else path
 
 
 def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model, frozen, and its tokenizer; raises UserError when they cannot be had or lack a
-    chat template.
+    """Load the frozen base model and its tokenizer.
+
+    Raises UserError when they cannot be loaded or there is no chat template.
     """
     path = recipe.trainer.policy.model.path
     full = recipe.trainer.policy.model.lora.rank == 0
@@ -66,7 +62,7 @@ def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 def _check_tokenizer(tokenizer: Any, model: PreTrainedModel, path: str) -> None:
-    """A tokenizer with a chat template, whose tokens are the model's."""
+    """Raise UserError for a tokenizer without a chat template, or with tokens the model lacks."""
     if tokenizer.chat_template is None:
         raise UserError(
             "the tokenizer has no chat template", got=path, fix="use an instruction-tuned model"
@@ -84,16 +80,15 @@ def _check_tokenizer(tokenizer: Any, model: PreTrainedModel, path: str) -> None:
 
 
 def load_model(path: str, recipe: Recipe, *, key: str, full: bool) -> PreTrainedModel:
-    """A causal language model, frozen, in eval mode, on the recipe's device; raises UserError
-    naming the key.
+    """Load a causal language model, frozen and in eval mode, on the recipe's device.
 
-    With `full` fine-tuning ahead its weights are float32, whatever it computes in (`precision`): a
-    bfloat16 weight has 8 bits, and most updates of a fine-tuning learning rate are smaller than its
-    last one.
+    For `full` fine-tuning the weights are float32, whatever dtype the model computes in
+    (`precision`): a bfloat16 weight has 8 bits, and most updates of a fine-tuning learning rate are
+    smaller than its last bit. Raises UserError naming `key`.
     """
     dtype = torch.float32 if full else dtype_of(recipe)
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             model_folder(path),
             dtype=dtype,
             attn_implementation=attention.NAME,
@@ -101,43 +96,34 @@ def load_model(path: str, recipe: Recipe, *, key: str, full: bool) -> PreTrained
             use_safetensors=True,
             **NO_CODE,
         )
-    except Exception as error:  # what a damaged or foreign file leads to is of every kind
+    except Exception as error:  # a damaged file can raise anything
         raise _cannot_load(key, path, error) from error
-    if found["missing_keys"]:
+    if info["missing_keys"]:
         raise UserError(
             f"{key} lacks weights of its architecture: they would be random",
-            got=f"{path}: {len(found['missing_keys'])} missing, "
-            f"{sorted(found['missing_keys'])[0]} first",
+            got=f"{path}: {len(info['missing_keys'])} missing, "
+            f"{sorted(info['missing_keys'])[0]} first",
             fix="check config.json against the weights",
         )
     _check_dropout(key, path, model)
     model.computes_in = dtype_of(recipe)
     model.requires_grad_(False).eval()
-    if (
-        num_processes(recipe) == 1
-    ):  # else FSDP moves it, each rank its part: no GPU need hold it whole
+    if num_processes(recipe) == 1:  # else FSDP moves each rank's shard: no GPU holds it whole
         model.to(device_of(recipe))
     _check_finite(key, path, model)
     if checkpoints(recipe, on_gpu=device_of(recipe).type == "cuda"):
-        # To keep the state of the random numbers costs time, and only dropout draws any.
-        model.gradient_checkpointing_enable(
-            {"use_reentrant": False, "preserve_rng_state": _drops(recipe)}
+        # Restoring the random state costs time, and only dropout uses it.
+        dropout = any(
+            role.model.lora.dropout > 0 for role in (recipe.trainer.policy, recipe.trainer.critic)
         )
-        # a frozen embedding's output has no gradient, and needs none
+        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": dropout})
+        # Without reentrant checkpoints the frozen embedding's output needs no gradient.
         model.disable_input_require_grads()
     return model
 
 
-def _drops(recipe: Recipe) -> bool:
-    return any(
-        role.model.lora.dropout > 0 for role in (recipe.trainer.policy, recipe.trainer.critic)
-    )
-
-
 def _check_dropout(key: str, path: str, model: PreTrainedModel) -> None:
-    """Raise UserError for a base that trains with dropout: what was sampled without it has other
-    probabilities.
-    """
+    """Raise UserError for a base with dropout: log-probabilities would differ from the engine's."""
     rates = (
         (f"{name}.{attribute}", value)
         for name, module in model.named_modules()
@@ -155,8 +141,7 @@ def _check_dropout(key: str, path: str, model: PreTrainedModel) -> None:
             if "drop" in name and isinstance(value, float) and value > 0
         ]
         raise UserError(
-            f"{key} has dropout: the log-probabilities that train it would not be those "
-            "that it sampled with",
+            f"{key} has dropout: log-probabilities in training would differ from those in sampling",
             got=f"{path}: {first}",
             allowed="0",
             fix=f"set to 0 in its config.json: {', '.join(keys)}",
@@ -165,14 +150,14 @@ def _check_dropout(key: str, path: str, model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def _check_finite(key: str, path: str, model: PreTrainedModel) -> None:
-    """Raise UserError for weights that are NaN or infinite: every log-probability would be NaN."""
+    """Raise UserError for weights that are NaN or infinite: all log-probabilities would be NaN."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter.sum(dtype=torch.float32)):
             bad = int((~torch.isfinite(parameter)).sum())
             raise UserError(
                 f"{key} holds weights that are NaN or infinite",
                 got=f"{path}: {bad} of {parameter.numel()} in {name}",
-                fix="take another copy of the model: nothing can be trained from these",
+                fix="use another copy of the model: nothing can be trained from these weights",
             )
 
 
@@ -193,7 +178,7 @@ def _cannot_load(key: str, path: str, error: Exception) -> UserError:
 
 
 def lora_config(recipe: Recipe, lora: LoRA) -> LoraConfig:
-    """PEFT's configuration of an adapter of the recipe's policy or critic."""
+    """Return PEFT's configuration of an adapter of the recipe's policy or critic."""
     targets = target_modules(recipe, lora)
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
@@ -211,27 +196,28 @@ def lora_config(recipe: Recipe, lora: LoRA) -> LoraConfig:
 def add_adapter(
     model: PreTrainedModel | PeftModel, name: str, config: LoraConfig, seed: int
 ) -> PeftModel:
-    """Put a fresh adapter on the base, its A drawn from `seed`; raises UserError when a target
-    names no module.
+    """Put a new adapter on the base; `seed` initialises its A.
+
+    Raises UserError when a target names no module.
     """
-    there = modules_of(model)
-    check_modules("trainer.target_modules", config.target_modules, there)
-    check_modules("trainer.exclude_modules", config.exclude_modules, there)
+    known = modules_of(model)
+    check_modules("trainer.target_modules", config.target_modules, known)
+    check_modules("trainer.exclude_modules", config.exclude_modules, known)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if isinstance(model, PeftModel):
-            # PEFT names the base in the first adapter's configuration alone.
+            # PEFT names the base only in the first adapter's configuration.
             config.base_model_name_or_path = model.get_base_model().name_or_path
             model.add_adapter(name, config)
         else:
             model = get_peft_model(model, config, adapter_name=name)
-            # PEFT enables them where layers are checkpointed
+            # PEFT enables them where layers are checkpointed.
             model.get_base_model().disable_input_require_grads()
     return model
 
 
 def modules_of(model: Any) -> Modules:
-    """The modules of a model, whatever adapters are on it."""
+    """Return a model's modules, ignoring the adapters on it."""
     named = {
         name.replace(".base_layer", ""): module
         for name, module in base_model(model).named_modules()
@@ -247,64 +233,21 @@ def modules_of(model: Any) -> Modules:
 
 
 def adapter_layers(model: torch.nn.Module, name: str) -> dict[str, LoraLayer]:
-    """The LoRA layers that carry an adapter, by module name."""
+    """Return the LoRA layers that have an adapter, by module name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer) and name in m.lora_A}
 
 
 def adapter_parameters(model: torch.nn.Module, name: str) -> dict[str, torch.nn.Parameter]:
-    """An adapter's own parameters by full name, in a fixed order."""
-    own = re.compile(rf"\.lora_\w+\.{re.escape(name)}(\.|$)")
-    return {n: p for n, p in model.named_parameters() if own.search(n)}
-
-
-@contextlib.contextmanager
-def adapter_off(model: Any) -> Iterator[None]:
-    """The base policy: every adapter disabled (a plain model is its own base)."""
-    with model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext():
-        yield
-
-
-class Reference(Protocol):
-    """The policy that KL is measured against."""
-
-    def logprobs(self, batch: Batch, temperature: float) -> torch.Tensor:
-        """Log-probabilities under the reference, `[B, T]`."""
-        ...
-
-
-class AdapterOff:
-    """The reference of a LoRA run: the same model with its adapter disabled. Holds no weights of
-    its own.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    @torch.no_grad()
-    def logprobs(self, batch: Batch, temperature: float) -> torch.Tensor:
-        """Log-probabilities under the base, `[B, T]`."""
-        with adapter_off(self.model):
-            return token_logprobs(self.model, batch, temperature)
-
-
-class FrozenModel:
-    """The reference of full fine-tuning: another model that holds the weights training
-    starts from.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    @torch.no_grad()
-    def logprobs(self, batch: Batch, temperature: float) -> torch.Tensor:
-        """Log-probabilities under that model, `[B, T]`."""
-        return token_logprobs(self.model, batch, temperature)
+    """Return an adapter's parameters by full name, in a fixed order."""
+    pattern = re.compile(rf"\.lora_\w+\.{re.escape(name)}(\.|$)")
+    return {n: p for n, p in model.named_parameters() if pattern.search(n)}
 
 
 @torch.no_grad()
 def adapter_statistics(model: torch.nn.Module, name: str) -> dict[str, float]:
-    """Norms of A and B and the mean effective rank of BA (exp of the entropy of its normalised
-    singular values).
+    """Return the norms of A and B and the mean effective rank of BA.
+
+    The effective rank is the exponential of the entropy of the normalised singular values.
     """
     square_a = square_b = 0.0
     ranks = []

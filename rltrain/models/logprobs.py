@@ -1,10 +1,10 @@
-"""Log-probabilities and entropies of completions' tokens under a causal language model."""
+"""Log-probabilities and entropies of completion tokens, under the policy and the reference."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
@@ -12,21 +12,19 @@ from torch.utils.checkpoint import checkpoint
 
 from rltrain.data.batch import Batch, to_device
 from rltrain.models.attention import can_pack, has_varlen
-from rltrain.models.lora import base_model
+from rltrain.models.lora import adapter_off, base_model
 from rltrain.models.memory import LOGITS_CHUNK
 from rltrain.models.sequence_packing import pack
 
 LOGITS_BYTES = LOGITS_CHUNK
-"""Float32 logits made at a time; a pass holds about three such tensors, never one of all tokens by
-the vocabulary.
-"""
+"""Bytes of float32 logits computed at a time; a pass holds about three such tensors."""
 
 # Models with one of these set change their logits after the head (Gemma 2, Granite, Cohere).
 _CHANGES_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 def token_logprobs(model: Any, batch: Batch, temperature: float) -> torch.Tensor:
-    """Log-probabilities of the completions' tokens, `[B, T]`, float32, zero where there is none.
+    """Return log-probabilities of completion tokens, `[B, T]`, float32, zero on padding.
 
     Logits are divided by the temperature, as the engine does before it samples. The result is on
     the model's device.
@@ -37,8 +35,9 @@ def token_logprobs(model: Any, batch: Batch, temperature: float) -> torch.Tensor
 def token_logprobs_and_entropy(
     model: Any, batch: Batch, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`token_logprobs`, and the entropies (nats) of the distributions there, `[B, T]`, without
-    gradient.
+    """Return `token_logprobs`, and the entropies (nats) of the distributions, `[B, T]`.
+
+    The entropies have no gradient.
     """
     tokens = to_device(batch.completion_ids[batch.mask.bool()], model.device)
     head: Any = base_model(model).get_output_embeddings()
@@ -52,36 +51,68 @@ def token_logprobs_and_entropy(
     return on_tokens(both[:, 0], batch), on_tokens(both[:, 1].detach(), batch)
 
 
+class Reference(Protocol):
+    """The policy that KL is measured against."""
+
+    def logprobs(self, batch: Batch, temperature: float) -> torch.Tensor:
+        """Return log-probabilities under the reference, `[B, T]`."""
+        ...
+
+
+@dataclass(frozen=True)
+class AdapterOff:
+    """The reference of a LoRA run: the same model with its adapter disabled."""
+
+    model: Any
+
+    @torch.no_grad()
+    def logprobs(self, batch: Batch, temperature: float) -> torch.Tensor:
+        """Return log-probabilities under the base, `[B, T]`."""
+        with adapter_off(self.model):
+            return token_logprobs(self.model, batch, temperature)
+
+
+@dataclass(frozen=True)
+class FrozenModel:
+    """The reference of full fine-tuning: another model with the initial weights."""
+
+    model: Any
+
+    @torch.no_grad()
+    def logprobs(self, batch: Batch, temperature: float) -> torch.Tensor:
+        """Return log-probabilities under that model, `[B, T]`."""
+        return token_logprobs(self.model, batch, temperature)
+
+
 def at_predictors(
     model: Any, batch: Batch, head: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """Run the model with `head` in place of its own head, where completions' tokens are predicted.
+    """Run the model with `head` in place of its own, on the tokens that predict completion tokens.
 
-    `head` gets the hidden states `[M, d]` before each of the M tokens of all completions in turn;
-    what it makes of them, `[M, ...]`, is returned. It is called inside the model's forward pass,
-    where FSDP has its weights gathered. Prompts are computed once for all that share them, and
-    padding is not, where the model's attention allows it; prompts under dropout are each sequence's
-    own. The batch may be on the CPU: only what the pass needs is moved.
+    `head` gets the hidden states `[M, d]` before each of the M completion tokens, in batch order,
+    and its result `[M, ...]` is returned. It runs inside the model's forward pass, where FSDP has
+    gathered the weights. Where the model's attention allows it, padding is not computed and a
+    shared prompt is computed once, except under dropout. The batch may be on the CPU: only what the
+    pass needs is moved.
     """
     device = model.device
     if can_pack(model.config):
-        # FlashAttention's call draws no dropout masks.
+        # FlashAttention's call has no dropout.
         varlen = has_varlen(device, computing_dtype(model)) and not (
-            model.training and _attention_dropout(model)
+            model.training and getattr(model.config, "attention_dropout", None)
         )
-        packing = pack(batch, share=not _drops(model), varlen=varlen).to(device)
+        packing = pack(batch, share=not _drops(model), varlen=varlen, device=device)
         inputs = {
             "input_ids": packing.input_ids,
             "position_ids": packing.position_ids,
-            # A mask of four dimensions is taken as it is; the packing says what this one does not.
+            # transformers passes a mask of four dimensions on; the packing masks instead.
             "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
             "packing": packing,
             "logits_to_keep": packing.predictors,
         }
 
         def select(hidden: torch.Tensor) -> torch.Tensor:
-            # As an embedding: it adds up the gradients of a place that several tokens have in a
-            # fixed order.
+            # `embedding` sums the gradients of a token that predicts several in a fixed order.
             return torch.nn.functional.embedding(packing.rows, hidden[0])
     else:
         inputs = {
@@ -95,16 +126,19 @@ def at_predictors(
         def select(hidden: torch.Tensor) -> torch.Tensor:
             return hidden[:, :-1][mask]
 
-    with (
-        _in_place_of_the_head(base_model(model), lambda hidden: head(select(hidden))),
-        precision(model),
-    ):
-        found: torch.Tensor = model(**inputs, use_cache=False).logits[0]
-    return found
+    base: Any = base_model(model)
+    original = base.get_output_embeddings()
+    base.set_output_embeddings(_Head(lambda hidden: head(select(hidden))))
+    try:
+        with precision(model):
+            result: torch.Tensor = model(**inputs, use_cache=False).logits[0]
+    finally:
+        base.set_output_embeddings(original)
+    return result
 
 
 class _Head(torch.nn.Module):
-    """A function where a model wants a module; its result gets a batch dimension."""
+    """A function as a module; adds a batch dimension to its result."""
 
     def __init__(self, compute: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
@@ -114,28 +148,16 @@ class _Head(torch.nn.Module):
         return self.compute(hidden).unsqueeze(0)
 
 
-@contextlib.contextmanager
-def _in_place_of_the_head(
-    causal_lm: Any, compute: Callable[[torch.Tensor], torch.Tensor]
-) -> Iterator[None]:
-    head = causal_lm.get_output_embeddings()
-    causal_lm.set_output_embeddings(_Head(compute))
-    try:
-        yield
-    finally:
-        causal_lm.set_output_embeddings(head)
-
-
 def chosen_logprobs(
     hidden: torch.Tensor, head: Any, tokens: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """log softmax(head(h) / temperature) at one token each, and the entropies: `[M, d]`, `[M]` ->
-    `[M, 2]`, float32.
+    """Return log softmax(head(h) / temperature) at one token each, and entropies, `[M, 2]`.
 
-    Some rows at a time, so that no tensor of all rows by the vocabulary is made. Under a frozen
-    head the gradient of log p(y) by h, (W[y] - p W) / temperature, is linear in what comes from
-    above: it is made in the forward pass and kept, M x d, so that nothing is computed twice. A head
-    that is trained is computed again in the backward pass.
+    `hidden` is `[M, d]`, `tokens` `[M]`; results are float32. Rows are computed in chunks, so that
+    no `[M, V]` tensor is made. Under a frozen head the gradient of log p(y) by h, (W[y] - p W) /
+    temperature, scales linearly with the incoming gradient: it is computed in the forward pass and
+    kept, `[M, d]`, so that nothing is computed twice. A trained head is recomputed in the backward
+    pass.
     """
     if not len(hidden):
         return hidden.new_zeros((0, 2), dtype=torch.float32)
@@ -151,7 +173,7 @@ def chosen_logprobs(
         return torch.stack([logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1), entropy], dim=1)
 
     parts = zip(hidden.split(rows), tokens.split(rows), strict=True)
-    return torch.cat([checkpoint(part, *some, use_reentrant=False) for some in parts])
+    return torch.cat([checkpoint(part, *chunk, use_reentrant=False) for chunk in parts])
 
 
 class _Chosen(torch.autograd.Function):
@@ -171,23 +193,22 @@ class _Chosen(torch.autograd.Function):
         entropy = torch.empty_like(chosen)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), rows):
-            some = slice(start, start + rows)
-            index = tokens[some].unsqueeze(1)
-            logits = torch.nn.functional.linear(hidden[some], weight, bias).float()
+            chunk = slice(start, start + rows)
+            index = tokens[chunk].unsqueeze(1)
+            logits = torch.nn.functional.linear(hidden[chunk], weight, bias).float()
             logprobs = torch.log_softmax(
                 logits if temperature == 1 else logits.div_(temperature), dim=-1
             )
             del logits
-            chosen[some] = logprobs.gather(1, index).squeeze(1)
+            chosen[chunk] = logprobs.gather(1, index).squeeze(1)
             probabilities = logprobs.exp()
-            entropy[some] = torch.linalg.vecdot(probabilities, logprobs).neg_()
+            entropy[chunk] = torch.linalg.vecdot(probabilities, logprobs).neg_()
             del logprobs
             if gradient is not None:
-                # 1 - p in float32: the difference of W[y] and p W in half precision would lose its
-                # digits.
+                # 1 - p in float32: in half precision W[y] - p W would lose its digits.
                 difference = probabilities.neg_()
                 difference.scatter_add_(1, index, torch.ones_like(index, dtype=difference.dtype))
-                gradient[some] = (difference.to(weight.dtype) @ weight).div_(temperature)
+                gradient[chunk] = (difference.to(weight.dtype) @ weight).div_(temperature)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(entropy)
         return chosen, entropy
@@ -206,39 +227,36 @@ class _Chosen(torch.autograd.Function):
 
 
 def on_tokens(values: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Values of all completions' tokens in turn, `[M]`, at their places, `[B, T]`; zeros
-    elsewhere.
+    """Scatter values of all completion tokens, `[M]` in batch order, to `[B, T]`.
+
+    Padding is zero.
     """
-    # By places found on the CPU: the backward pass of `masked_scatter` waits for the GPU to count a
-    # mask.
-    places = to_device(batch.mask.flatten().nonzero().squeeze(1), values.device)
-    return values.new_zeros(batch.mask.numel()).scatter(0, places, values).view(batch.mask.shape)
+    # Indices from the CPU's mask: the backward pass of `masked_scatter` would wait for the GPU to
+    # count it.
+    indices = to_device(batch.mask.flatten().nonzero().squeeze(1), values.device)
+    return values.new_zeros(batch.mask.numel()).scatter(0, indices, values).view(batch.mask.shape)
 
 
 def computing_dtype(model: Any) -> torch.dtype:
-    """The dtype that a model's products are computed in; its weights' own unless it was loaded for
-    another.
-    """
+    """Return the dtype of a model's products: its weights', unless it was loaded for another."""
     base = base_model(model)
     dtype: torch.dtype = getattr(base, "computes_in", base.dtype)
     return dtype
 
 
 def precision(model: Any) -> torch.autocast:
-    """The precision a model computes in, where that is not its weights' own."""
+    """Return an autocast context for a model that computes in another dtype than its weights'."""
     differs = computing_dtype(model) != base_model(model).dtype
     return torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=differs)
 
 
 def _drops(model: Any) -> bool:
-    """Whether the model's passes draw dropout masks."""
+    """Return whether the model's passes use dropout."""
     adapter = (
         model.peft_config[model.active_adapter].lora_dropout
         if isinstance(model, PeftModel)
         else 0.0
     )
-    return bool(model.training and (adapter > 0 or _attention_dropout(model) > 0))
-
-
-def _attention_dropout(model: Any) -> float:
-    return getattr(model.config, "attention_dropout", None) or 0.0
+    return bool(
+        model.training and (adapter > 0 or getattr(model.config, "attention_dropout", None))
+    )

@@ -1,9 +1,9 @@
-"""PEFT's models and LoRA layer: the base under an adapter, and a layer that computes and keeps less
-than PEFT's.
-"""
+"""LoRA layers that compute and keep less than PEFT's, and access to the base under an adapter."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,29 +13,34 @@ from torch.nn.functional import linear
 
 
 def base_model(model: Any) -> Any:
-    """The transformers model that adapters are on; a plain model is its own base."""
+    """Return the transformers model under the adapters; a plain model is its own base."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-class LoRALinear(lora.Linear):
-    """y = x W^T + b + s (x A^T) B^T in the dtype of x, which is kept once for all layers that share
-    it.
+@contextlib.contextmanager
+def adapter_off(model: Any) -> Iterator[None]:
+    """Disable every adapter inside the block; a plain model is its own base."""
+    with model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext():
+        yield
 
-    PEFT casts x to the adapter's float32 in each layer and multiplies that. Where dropout, several
-    adapters or another form of LoRA ask for more, it computes as PEFT does.
+
+class LoRALinear(lora.Linear):
+    """y = x W^T + b + s (x A^T) B^T in the dtype of x, which all layers keep once.
+
+    PEFT casts x to the adapter's float32 in each layer. Where dropout, several adapters or another
+    variant of LoRA need more, this computes as PEFT does.
     """
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """`[..., in]` -> `[..., out]`."""
-        name = self._alone(x, kwargs)
+        """Return y `[..., out]` for x `[..., in]`."""
+        name = self._single_adapter(x, kwargs)
         if name is None:
             result: torch.Tensor = super().forward(x, *args, **kwargs)
             return result
         base = self.base_layer
         low, high = self.lora_A[name].weight, self.lora_B[name].weight
-        # Products of x with A and B against one of B with A, per unit of rank: for many tokens the
-        # sum of the weights costs less. On a GPU it would be another copy of them, and in half
-        # precision lose the adapter's digits.
+        # For many tokens W + s B A costs less than products with A and B. On a GPU it would be
+        # another copy of the weights, and in half precision lose the adapter's digits.
         merges = x.device.type == "cpu" and x.dtype == low.dtype
         merges = (
             merges
@@ -45,8 +50,8 @@ class LoRALinear(lora.Linear):
         y: torch.Tensor = function.apply(x, base.weight, base.bias, low, high, self.scaling[name])
         return y
 
-    def _alone(self, x: torch.Tensor, kwargs: dict[str, Any]) -> str | None:
-        """The one adapter to compute with; None: it is for PEFT to compute."""
+    def _single_adapter(self, x: torch.Tensor, kwargs: dict[str, Any]) -> str | None:
+        """Return the only adapter to compute with; None where PEFT must compute."""
         if self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None:
             return None
         names = [name for name in self.active_adapters if name in self.lora_A]
@@ -60,7 +65,7 @@ class LoRALinear(lora.Linear):
 
 
 class _LowRank(torch.autograd.Function):
-    """The base's product and, beside it, those of the adapter, cast to the base's dtype."""
+    """The base's product plus the adapter's low-rank products, cast to the base's dtype."""
 
     @staticmethod
     def forward(
@@ -72,11 +77,11 @@ class _LowRank(torch.autograd.Function):
         high: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        own_low, own_high = low.to(x.dtype), high.to(x.dtype)
-        y, narrow = linear(x, weight, bias), linear(x, own_low)
-        y.view(-1, y.shape[-1]).addmm_(narrow.flatten(0, -2), own_high.T, alpha=scale)
-        ctx.save_for_backward(x, weight, own_low, own_high, narrow)
         ctx.scale, ctx.dtype = scale, low.dtype
+        low, high = low.to(x.dtype), high.to(x.dtype)
+        y, narrow = linear(x, weight, bias), linear(x, low)
+        y.view(-1, y.shape[-1]).addmm_(narrow.flatten(0, -2), high.T, alpha=scale)
+        ctx.save_for_backward(x, weight, low, high, narrow)
         return y
 
     @staticmethod
@@ -95,9 +100,7 @@ class _LowRank(torch.autograd.Function):
 
 
 class _Merged(torch.autograd.Function):
-    """The layer's product and its gradients; the sum of the weights is made again for the backward
-    pass, not kept.
-    """
+    """The product with W + s B A, which is recomputed in the backward pass instead of kept."""
 
     @staticmethod
     def forward(

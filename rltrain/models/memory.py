@@ -1,9 +1,8 @@
-"""What a run holds in a GPU's memory, by arithmetic on the model's shape: nothing here imports
-torch.
+"""Estimate a run's GPU memory from the model's shape. Imports no torch.
 
-A GPU has two phases. While sampling it holds the trainer's weights, adapters and optimizers, and
-the engine awake; while training the gradients and a pass's activations, and the engine asleep.
-Sizes are bytes throughout, and counted from the tensors that the trainer keeps.
+There are two phases. While sampling, a GPU holds the trainer's weights, adapters and optimizers,
+and the awake engine. While training, it holds the weights, gradients and a pass's activations, and
+the sleeping engine. Sizes are bytes, counted from the tensors that the trainer keeps.
 """
 
 from __future__ import annotations
@@ -28,41 +27,33 @@ __all__ = [
 MIB, GIB = 2**20, 2**30
 
 MOST_TOKENS, MOST_TOKENS_CPU, FEWEST_TOKENS = 65_536, 2_048, 256
-"""Of a pass: more tokens are no faster."""
+"""Limits of a pass's tokens: more are no faster."""
 ROOM_TOKENS, MOST_MEMBERS = 16_384, 16
-"""A pack takes in no further member when a pass of so many tokens would no longer fit on a GPU, or
-at so many members.
-"""
+"""A pack on a GPU grows up to MOST_MEMBERS members while a pass of ROOM_TOKENS tokens fits."""
 SAFETY = 0.85
-"""Share of the free memory that a pass is planned for: allocators split blocks, and lengths vary.
-"""
+"""Share of the free memory to plan a pass for: allocators split blocks, and lengths vary."""
 PACKED = 0.95
-"""Share of a GPU's memory that the size of a pack is chosen for."""
+"""Share of a GPU's memory to choose a pack's size for."""
 
 WORKSPACE = 1.07
-"""What a layer takes over the tensors that autograd keeps of it, which are counted here: allocators
-round up.
-"""
+"""A layer's memory over the tensors that autograd keeps: allocators round up."""
 LOGITS_CHUNK = 128 * MIB
-"""Float32 logits of one chunk of tokens, of which there are three at a time: logits, probabilities,
-gradient.
-"""
+"""Float32 logits of a chunk of tokens; logits, probabilities and gradient are three of these."""
 
 CONTEXT = int(1.5 * GIB)
-"""CUDA's context, the kernels loaded, and blocks that the allocator keeps."""
+"""CUDA's context, loaded kernels, and blocks that the allocator keeps."""
 ENGINE_ASLEEP = 1 * GIB
-"""What vLLM keeps while asleep, its weights in the host's memory and its cache dropped."""
+"""What vLLM keeps while asleep, with its weights in host memory and its cache dropped."""
 ENGINE_AWAKE = int(1.5 * GIB)
-"""vLLM's activations and CUDA graphs, its sampler's logits aside."""
+"""vLLM's activations and CUDA graphs, without its sampler's logits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Bytes that one GPU holds in each phase, by part; `apart`: one GPU of an engine that has GPUs
-    of its own.
+    """Bytes that one GPU holds in each phase, by part; `apart`: one GPU of a separate engine.
 
-    `tokens` is what a training pass computes at most; `engine` all that vLLM takes while awake,
-    which `generator.gpu_memory_utilization` bounds, and 0 for another engine.
+    `tokens` are those of the largest training pass. `engine` is all that vLLM allocates while
+    awake, which `generator.gpu_memory_utilization` limits; 0 for another engine.
     """
 
     sampling: dict[str, int]
@@ -72,7 +63,7 @@ class Usage:
     engine: int
 
     def phases(self) -> dict[str, dict[str, int]]:
-        """The parts by phase, and those of the engine apart, if there is one."""
+        """Return the parts by phase, and those of a separate engine if there is one."""
         return {"sampling": self.sampling, "training": self.training} | (
             {"engine": self.apart} if self.apart else {}
         )
@@ -81,13 +72,13 @@ class Usage:
 def usage(
     recipe: Recipe, shape: ModelShape, memory: int, *, members: int = 1, on_gpu: bool = True
 ) -> Usage:
-    """What one GPU of `memory` bytes holds of a run, or of a pack of `members` runs like it.
+    """Return what one GPU of `memory` bytes holds of a run, or of a pack of `members` such runs.
 
-    On a CPU `memory` is what the process may take.
+    On a CPU `memory` is what the process may use.
     """
     lora, vllm = recipe.trainer.policy.model.lora.rank > 0, recipe.generator.backend is Backend.vllm
     apart = vllm and not recipe.trainer.placement.colocate_all
-    own, weights = _process(on_gpu), _weights(recipe, shape, members, on_gpu)
+    process, weights = _process(on_gpu), _weights(recipe, shape, members, on_gpu)
     awake = _engine(recipe, shape, memory, members, on_gpu)
     untrained = _untrained(recipe, shape, memory, members, on_gpu)
     tokens = _pass_tokens(recipe, shape, memory - sum(untrained.values()), members, on_gpu)
@@ -101,9 +92,9 @@ def usage(
         "logits of a chunk": head,
     }
     return Usage(
-        sampling=_held(own | weights | trained | ({} if apart else awake)),
-        training=_held(untrained | trained | passing),
-        apart=_held(own | awake) if apart else {},
+        sampling=_nonzero(process | weights | trained | ({} if apart else awake)),
+        training=_nonzero(untrained | trained | passing),
+        apart=_nonzero(process | awake) if apart else {},
         tokens=tokens,
         engine=sum(awake.values()) if vllm and on_gpu else 0,
     )
@@ -112,13 +103,12 @@ def usage(
 def tokens_that_fit(
     recipe: Recipe, shape: ModelShape, free_bytes: float, *, on_gpu: bool, members: int
 ) -> int:
-    """Tokens of a training pass: the largest power of two that `free_bytes` hold, 65,536 at most (a
-    CPU: 2,048).
+    """Return the tokens of a training pass: the largest power of two that `free_bytes` hold.
 
-    `free_bytes` is what is free while the engine sleeps, with the base there and no adapter yet:
-    what the adapters of `members` runs, their gradients and optimizers will take is left to them.
-    At least 256, whether they fit or not. Trials of a sweep get the same number, whatever their
-    rank and modules: all are reckoned with as the largest.
+    It is at most 65,536 (2,048 on a CPU), and at least 256 even if these do not fit. `free_bytes`
+    is what is free with a sleeping engine and no adapters: room for the adapters of `members` runs,
+    their gradients and optimizers is subtracted. All trials of a sweep get the same number,
+    whatever their rank and modules, because the largest rank is assumed for all.
     """
     left = SAFETY * free_bytes - sum(_state(recipe, shape, members))
     tokens = MOST_TOKENS if on_gpu else MOST_TOKENS_CPU
@@ -128,9 +118,9 @@ def tokens_that_fit(
 
 
 def members_that_fit(recipe: Recipe, shape: ModelShape, memory: int, *, on_gpu: bool = True) -> int:
-    """Runs like this one that one pack holds on a GPU of `memory` bytes, 1 to 16.
+    """Return how many runs like this one fit a pack on a GPU of `memory` bytes, 1 to 16.
 
-    They leave room for a pass of 16,384 tokens (a CPU: 2,048) where one run alone does.
+    They leave room for a pass of 16,384 tokens (2,048 on a CPU).
     """
 
     def fit(members: int) -> bool:
@@ -138,26 +128,21 @@ def members_that_fit(recipe: Recipe, shape: ModelShape, memory: int, *, on_gpu: 
         free = memory - sum(_untrained(recipe, shape, memory, members, on_gpu).values())
         tokens = tokens_that_fit(recipe, shape, free, on_gpu=on_gpu, members=members)
         parts = [held.sampling, held.training, held.apart]
-        whole = all(sum(one.values()) <= PACKED * memory for one in parts)
-        return whole and tokens >= (ROOM_TOKENS if on_gpu else MOST_TOKENS_CPU)
+        fits = all(sum(part.values()) <= PACKED * memory for part in parts)
+        return fits and tokens >= (ROOM_TOKENS if on_gpu else MOST_TOKENS_CPU)
 
     return max((members for members in range(1, MOST_MEMBERS + 1) if fit(members)), default=1)
 
 
 def pass_bytes(recipe: Recipe, shape: ModelShape, tokens: int, *, on_gpu: bool) -> int:
-    """What a forward and backward pass over so many tokens takes at its highest, beside weights and
-    gradients.
-    """
+    """Return the peak bytes of a forward and backward pass, without weights and gradients."""
     return sum(_pass(recipe, shape, tokens, on_gpu))
 
 
 def _pass(recipe: Recipe, shape: ModelShape, tokens: int, on_gpu: bool) -> tuple[int, int, int]:
-    """What is kept for the backward pass, what one layer holds while it is computed (again), and
-    the head's.
-    """
+    """Return bytes kept for the backward pass, of the layer being computed, and of the head."""
     width, layer = _width(recipe, on_gpu), _layer_bytes(recipe, shape, on_gpu)
-    # The widest gradient on its way, the down projection's: the base's share of it and the
-    # adapter's.
+    # The widest gradient, of the down projection's input: the base's term and the adapter's.
     moving = tokens * 2 * width * shape.intermediate
     if checkpoints(recipe, on_gpu):
         kept, one_layer = (
@@ -167,11 +152,15 @@ def _pass(recipe: Recipe, shape: ModelShape, tokens: int, on_gpu: bool) -> tuple
     else:
         kept, one_layer = math.ceil(tokens * shape.layers * layer), moving
     head = 3 * min(LOGITS_CHUNK, 4 * tokens * shape.vocab) + tokens * shape.hidden * width
-    return kept, one_layer + _gathered(recipe, shape, on_gpu), head
+    if _ranks(recipe) > 1:
+        # FSDP2 holds embedding and head, one layer, and the next.
+        gathered = 4 if recipe.trainer.policy.model.lora.rank == 0 else width
+        one_layer += gathered * (shape.embedding_parameters + 2 * shape.layer_parameters)
+    return kept, one_layer, head
 
 
 def _layer_bytes(recipe: Recipe, shape: ModelShape, on_gpu: bool) -> float:
-    """What autograd keeps of one layer for each token, all projections adapted or trained."""
+    """Return bytes that autograd keeps of a layer for a token, with all projections adapted."""
     width, hidden, inner, query = (
         _width(recipe, on_gpu),
         shape.hidden,
@@ -182,23 +171,19 @@ def _layer_bytes(recipe: Recipe, shape: ModelShape, on_gpu: bool) -> float:
     attention = width * 2 * (query + shape.key_value)  # queries and output, keys and values
     mlp = width * 3 * inner  # gate, its SiLU, up
     if recipe.trainer.policy.model.lora.rank == 0:
-        trained = width * (
-            4 * hidden + query + inner
-        )  # inputs of the projections, and of the norms' weights
+        # Inputs of the projections, and of the norms' weights.
+        trained = width * (4 * hidden + query + inner)
     else:
-        # Inputs, of which q, k and v share one, and gate and up; and what each adapter's A makes of
-        # its own.
+        # Inputs (q, k and v share one, and so do gate and up), and each adapter's A times its own.
         rank = _largest_rank(recipe, recipe.trainer.policy.model.lora.rank)
         trained = width * (2 * hidden + query + inner + len(ATTENTION + MLP) * rank)
     return WORKSPACE * (norms + attention + mlp + trained)
 
 
 def checkpoints(recipe: Recipe, on_gpu: bool) -> bool:
-    """Whether a pass keeps each layer's input alone and computes the rest again; `auto` does on a
-    GPU.
-    """
-    wanted = recipe.trainer.gradient_checkpointing
-    return on_gpu if wanted == "auto" else bool(wanted)
+    """Return whether a pass recomputes layers from their inputs; `auto` does on a GPU."""
+    setting = recipe.trainer.gradient_checkpointing
+    return on_gpu if setting == "auto" else bool(setting)
 
 
 def _process(on_gpu: bool) -> dict[str, int]:
@@ -208,8 +193,9 @@ def _process(on_gpu: bool) -> dict[str, int]:
 def _untrained(
     recipe: Recipe, shape: ModelShape, memory: int, members: int, on_gpu: bool
 ) -> dict[str, int]:
-    """All there is while training but adapters, optimizers, gradients and a pass; a CPU's engine
-    does not sleep.
+    """Return what is held while training without adapters, optimizers, gradients and a pass.
+
+    A CPU's engine does not sleep.
     """
     held = _process(on_gpu) | _weights(recipe, shape, members, on_gpu)
     if not on_gpu:
@@ -221,9 +207,7 @@ def _untrained(
 
 
 def _weights(recipe: Recipe, shape: ModelShape, members: int, on_gpu: bool) -> dict[str, int]:
-    """The policy's weights, those of a reference model, and bases of critics; sharded over the
-    ranks.
-    """
+    """Return the weights of policy, reference model and critics' bases, sharded over the ranks."""
     width, ranks, trainer = _width(recipe, on_gpu), _ranks(recipe), recipe.trainer
     full, algorithm = trainer.policy.model.lora.rank == 0, trainer.algorithm
     held = {
@@ -239,37 +223,32 @@ def _weights(recipe: Recipe, shape: ModelShape, members: int, on_gpu: bool) -> d
 
 
 def _state(recipe: Recipe, shape: ModelShape, members: int) -> tuple[int, int]:
-    """Adapters with AdamW's two moments, and gradients, all float32, of all members; whole on every
-    rank.
+    """Return bytes of trained state and of gradients of all members, float32, on every rank.
 
-    Of full fine-tuning the moments alone, sharded as its weights are.
+    State is an adapter with AdamW's two moments; in full fine-tuning only the moments, sharded as
+    the weights are.
     """
     trainer = recipe.trainer
     ranks = [(trainer.policy.model.lora.rank, shape)]
     if trainer.algorithm.advantage_estimator is AdvantageEstimator["gae"]:
         ranks.append((trainer.critic.model.lora.rank, _critic_base(recipe, shape) or shape))
-    trained = [_trained(recipe, model, rank) for rank, model in ranks]
+    trained = [
+        model.adapter_parameters(_largest_rank(recipe, rank))
+        if rank
+        else model.parameters // _ranks(recipe)
+        for rank, model in ranks
+    ]
     beside = [n * (3 if rank else 2) for n, (rank, _) in zip(trained, ranks, strict=True)]
     return members * 4 * sum(beside), members * 4 * sum(trained)
 
 
-def _trained(recipe: Recipe, shape: ModelShape, rank: int) -> int:
-    if rank == 0:
-        return shape.parameters // _ranks(recipe)
-    return shape.adapter_parameters(_largest_rank(recipe, rank))
-
-
 def _largest_rank(recipe: Recipe, rank: int) -> int:
-    """The rank to reckon with: a sweep's trials have different ones, and must come to the same
-    numbers.
-    """
+    """Return the rank to plan for: a sweep's trials must get equal numbers whatever their rank."""
     return max(rank, recipe.generator.max_lora_rank or 0)
 
 
 def _critic_base(recipe: Recipe, shape: ModelShape) -> ModelShape | None:
-    """The shape of a critic's own base; None where there is no critic, or it has its adapter on the
-    policy's.
-    """
+    """Return the shape of a critic's own base; None without one."""
     trainer = recipe.trainer
     critic, policy = trainer.critic.model, trainer.policy.model
     if trainer.algorithm.advantage_estimator is not AdvantageEstimator["gae"]:
@@ -280,21 +259,12 @@ def _critic_base(recipe: Recipe, shape: ModelShape) -> ModelShape | None:
     return shape if path == policy.path else shape_of(path) or shape
 
 
-def _gathered(recipe: Recipe, shape: ModelShape, on_gpu: bool) -> int:
-    """What FSDP2 holds whole during a pass: the embedding and head, one layer, and the next on its
-    way.
-    """
-    if _ranks(recipe) == 1:
-        return 0
-    width = 4 if recipe.trainer.policy.model.lora.rank == 0 else _width(recipe, on_gpu)
-    return width * (shape.embedding_parameters + 2 * shape.layer_parameters)
-
-
 def _engine(
     recipe: Recipe, shape: ModelShape, memory: int, members: int, on_gpu: bool
 ) -> dict[str, int]:
-    """The engine awake, on one of its GPUs; samples of the trainer's own model need a
-    cache only.
+    """Return the awake engine's parts on one of its GPUs.
+
+    An engine on the trainer's own model needs a cache and logits only.
     """
     generator, width = recipe.generator, _width(recipe, on_gpu)
     logits = 2 * 4 * generator.max_num_seqs * shape.vocab
@@ -314,19 +284,19 @@ def _engine(
         slot = width * shape.adapter_parameters(engine_lora_rank(recipe))
         held["engine: room for adapters"] = members * slot // split
     if on_gpu:
-        leaves = int(generator.gpu_memory_utilization * memory) - sum(held.values())
-        # Without room for one sequence the engine does not start: what it would take is counted.
-        least, wanted = (
+        rest = int(generator.gpu_memory_utilization * memory) - sum(held.values())
+        # Without room for one sequence the engine does not start: at least that is counted.
+        least, most = (
             cache_bytes(recipe, shape, n, on_gpu=True) for n in (1, generator.max_num_seqs)
         )
-        cache = max(least, min(wanted, leaves))
+        cache = max(least, min(most, rest))
     else:
         cache = generator.cpu_kv_cache_gb * GIB
     return held | {"engine: keys and values": cache}
 
 
 def cache_bytes(recipe: Recipe, shape: ModelShape, sequences: int, *, on_gpu: bool) -> int:
-    """Keys and values of so many sequences at their longest, on one of an engine's GPUs."""
+    """Return bytes of keys and values of the longest sequences, on one of an engine's GPUs."""
     generator = recipe.generator
     completion = max(
         generator.sampling_params.max_generate_length,
@@ -340,8 +310,9 @@ def cache_bytes(recipe: Recipe, shape: ModelShape, sequences: int, *, on_gpu: bo
 
 
 def _pass_tokens(recipe: Recipe, shape: ModelShape, free: float, members: int, on_gpu: bool) -> int:
-    """Tokens of the largest training pass: the budget's, within what a mini-batch has; a longest
-    sequence at least.
+    """Return tokens of the largest pass: the budget, but a mini-batch at most.
+
+    It is one sequence at least.
     """
     trainer, generator = recipe.trainer, recipe.generator
     longest = generator.max_input_length + generator.sampling_params.max_generate_length
@@ -363,10 +334,10 @@ def _ranks(recipe: Recipe) -> int:
 
 
 def _width(recipe: Recipe, on_gpu: bool) -> int:
-    """Bytes of a number that the model computes with."""
-    wanted = recipe.trainer.policy.model.dtype
-    return 2 if wanted is DType.bfloat16 or (wanted is DType.auto and on_gpu) else 4
+    """Return bytes of a number that the model computes with."""
+    dtype = recipe.trainer.policy.model.dtype
+    return 2 if dtype is DType.bfloat16 or (dtype is DType.auto and on_gpu) else 4
 
 
-def _held(parts: dict[str, int]) -> dict[str, int]:
+def _nonzero(parts: dict[str, int]) -> dict[str, int]:
     return {name: size for name, size in parts.items() if size > 0}

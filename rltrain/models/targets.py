@@ -1,6 +1,4 @@
-"""Which of a model's modules an adapter is asked for, by names alone: checked before the model is
-loaded. No torch.
-"""
+"""Check an adapter's target modules by the names in the model's files. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from harness.config.validate import exclude_modules, target_modules
 from harness.core.errors import UserError, nearest
 from harness.core.paths import locate
 
-# Named sets for architectures of the Llama family (Qwen2, Qwen3, Llama, Mistral).
+# For architectures of the Llama family (Qwen2, Qwen3, Llama, Mistral).
 MODULE_SETS = {"attention": list(ATTENTION), "mlp": list(MLP)}
 # How to convert a model's pickled weights.
 TO_SAFETENSORS = (
@@ -30,24 +28,19 @@ LARGEST_HEADER = 100 * 2**20  # safetensors' own limit
 
 @dataclass(frozen=True, slots=True)
 class Modules:
-    """A model's modules by full name: those with a matrix of weights, which can have an adapter,
-    and all others.
-    """
+    """A model's modules by full name: those with a weight matrix, and all others."""
 
     matrices: frozenset[str]
     others: frozenset[str]
 
 
 def stored_modules(path: str) -> Modules | None:
-    """The modules of a model on this machine, by its safetensors files' headers; None where these
-    are not there.
-    """
+    """Return a local model's modules from its safetensors headers; None where there are none."""
     folder = _folder(path)
     dimensions: dict[str, int] = {}
     for file in sorted(folder.glob("model*.safetensors")) if folder is not None else ():
-        with contextlib.suppress(
-            OSError, ValueError, AttributeError, KeyError, TypeError
-        ):  # damage is told at loading
+        # Loading reports a damaged file.
+        with contextlib.suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
             with file.open("rb") as content:
                 size = int.from_bytes(content.read(8), "little")
                 header = json.loads(content.read(size)) if size <= LARGEST_HEADER else {}
@@ -64,7 +57,7 @@ def stored_modules(path: str) -> Modules | None:
 
 
 def modules(matrices: Collection[str], others: Collection[str]) -> Modules:
-    """The modules with a matrix, and the others with those that hold any of them."""
+    """Return the modules with a matrix, and the others with all parents of either."""
     parents = {
         name[: dot.start()] for name in (*matrices, *others) for dot in re.finditer(r"\.", name)
     }
@@ -72,44 +65,41 @@ def modules(matrices: Collection[str], others: Collection[str]) -> Modules:
 
 
 def check_adapters(recipe: Recipe, known: Modules | None = None) -> None:
-    """Raise UserError for targets or exclusions of the recipe's adapters that name no module of
-    their model.
+    """Raise UserError for targets or exclusions that name no module of their model.
 
-    `known` are the policy's modules, by default those of its files; a critic's own model is known
+    `known` are the policy's modules, by default those of its files. A critic's own model is known
     by its files alone.
     """
     trainer = recipe.trainer
     policy = known or stored_modules(trainer.policy.model.path)
     roles = {"policy": policy}
     if trainer.algorithm.advantage_estimator.name == "gae":
-        own = trainer.critic.model.path not in (None, trainer.policy.model.path)
-        roles["critic"] = stored_modules(str(trainer.critic.model.path)) if own else policy
-    for role, there in roles.items():
+        same = trainer.critic.model.path in (None, trainer.policy.model.path)
+        roles["critic"] = policy if same else stored_modules(str(trainer.critic.model.path))
+    for role, model in roles.items():
         lora = getattr(trainer, role).model.lora
-        if there is None or lora.rank == 0:
+        if model is None or lora.rank == 0:
             continue
-        for name, wanted in (
+        for name, value in (
             ("target", target_modules(recipe, lora)),
             ("exclude", exclude_modules(recipe, lora)),
         ):
-            own = getattr(lora, f"{name}_modules") is not None
-            check_modules(
-                f"trainer.{role}.model.lora.{name}_modules" if own else f"trainer.{name}_modules",
-                wanted,
-                there,
+            common = getattr(lora, f"{name}_modules") is None
+            key = (
+                f"trainer.{name}_modules" if common else f"trainer.{role}.model.lora.{name}_modules"
             )
+            check_modules(key, value, model)
 
 
-def check_modules(key: str, wanted: Any, known: Modules) -> None:
-    """Raise UserError for a value of `target_modules` or `exclude_modules` that the model has no
-    modules for.
+def check_modules(key: str, value: Any, known: Modules) -> None:
+    """Raise UserError for `target_modules` or `exclude_modules` that match no module of the model.
 
-    As PEFT matches: a text is a regex of a module's whole name, an element of a list its end.
+    Matching is PEFT's: a text is a regex of a module's whole name, a list's element its end.
     """
-    if wanted is None or wanted == "all-linear":
+    if value is None or value == "all-linear":
         return
-    named_set = isinstance(wanted, str) and wanted in MODULE_SETS
-    names = MODULE_SETS[wanted] if named_set else wanted
+    named_set = isinstance(value, str) and value in MODULE_SETS
+    names = MODULE_SETS[value] if named_set else value
     parts = [names] if isinstance(names, str) else list(names)
     misses = [
         part for part in parts if not any(_matches(names, part, name) for name in known.matrices)
@@ -130,8 +120,8 @@ def check_modules(key: str, wanted: Any, known: Modules) -> None:
             for miss in misses
             if miss in (*MODULE_SETS, "all-linear")
         ]
-        if isinstance(wanted, str) and wanted in leaves:
-            guesses = [f"[{wanted}], a list; a text is a regex of the whole name"]
+        if isinstance(value, str) and value in leaves:
+            guesses = [f"[{value}], a list; a text is a regex of the whole name"]
         raise UserError(
             f"{key} names no module of the model",
             got=", ".join(misses),
@@ -155,18 +145,18 @@ def check_modules(key: str, wanted: Any, known: Modules) -> None:
 def _matches(names: str | Sequence[str], part: str, module: str) -> bool:
     if not isinstance(names, str):
         return module == part or module.endswith(f".{part}")
-    # A file may leave out the name that the whole model has for its body.
+    # A file's names may lack the prefix that the whole model has.
     return any(
         re.fullmatch(part, f"{body}{module}") is not None for body in ("", "model.", "transformer.")
     )
 
 
 def _folder(path: str) -> Path | None:
-    found = locate(path)
-    if found is None:
+    folder = locate(path)
+    if folder is None:
         from huggingface_hub import try_to_load_from_cache
 
         with contextlib.suppress(ValueError, OSError):  # a name that the hub could not have
             config = try_to_load_from_cache(path, "config.json")
             return Path(config).parent if isinstance(config, str) else None
-    return found
+    return folder

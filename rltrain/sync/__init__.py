@@ -1,1 +1,1 @@
-"""From the trainer's adapter to the rollout engine, and the proof that it arrived."""
+"""Syncs copy trained weights into the rollout engine; a check confirms that they arrived."""

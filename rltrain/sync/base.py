@@ -1,4 +1,4 @@
-"""What a sync is: it publishes a member's adapter to the engine; and the registry of sync modes."""
+"""The sync protocol, and the registry of sync modes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from rltrain.sync.merge import MergeSync
 
 
 class Sync(Protocol):
-    """Publishes what the trainer has learned. An engine that shares the trainer's weights needs
-    nothing published.
-    """
+    """Publishes a member's weights to the engine; does nothing for an engine that shares them."""
 
     def publish(self, engine: Engine, model: Any, member: str, version: int) -> None:
         """Make `engine` serve `member` with the weights that `model` (PEFT or plain) holds now.
@@ -33,9 +31,8 @@ SYNCS: dict[SyncMode, Callable[[Path, Once], Sync]] = {
 
 
 def build_sync(mode: SyncMode, root: Path, once: Once = run_here) -> Sync:
-    """The sync that `trainer.policy.model.lora.sync` names.
+    """Return the sync that `trainer.policy.model.lora.sync` names.
 
-    `root` is where disk sync keeps its adapters, `once` runs what only one of several training
-    processes must do.
+    `root` is the folder of disk sync; `once` runs an action in one of several ranks.
     """
     return SYNCS[mode](root, once)

@@ -1,29 +1,28 @@
-"""The proof that a sync arrived: the engine's log-probabilities are the trainer's, not the
-base's.
-"""
+"""Checks that the engine serves the trainer's adapter, by the log-probabilities of both."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from rltrain.engines.base import SyncError
 
-# What a comparison with NaN says nothing about.
+# Every comparison with NaN is False: it has to be looked for.
 NOT_FINITE = (
-    "log-probabilities are NaN or infinite: the model's weights or activations "
-    "are no finite numbers any more"
+    "log-probabilities are NaN or infinite: the model's weights or activations are no longer finite"
 )
+PROBE_ROWS = 8
+"""Sequences that are computed again with the adapter off: enough to decide, and cheap."""
 
 
 @dataclass(frozen=True, slots=True)
 class SyncGap:
-    """Mean absolute differences of log-probabilities (nats) over one probe batch's completion
-    tokens.
+    """Mean absolute differences of the log-probabilities of the same tokens, in nats.
 
-    `engine`: engine against trainer; `largest`: its greatest; `adapter`: trainer with the adapter
-    on against off, None where there is no adapter.
+    `engine`: engine against trainer; `largest`: the largest of these; `adapter`: trainer with the
+    adapter on against off, None where there is no adapter.
     """
 
     engine: float
@@ -38,20 +37,19 @@ def check_sync(
     *,
     tolerance: float,
 ) -> SyncGap:
-    """Compare log-probabilities of the same tokens, each `[N]`, and raise SyncError for an engine
-    out of step.
+    """Compare log-probabilities of the same tokens, each `[N]`, in nats.
 
-    `trainer_off` is the trainer's with the adapter disabled; None for full fine-tuning. Out of step
-    is a mean difference above `tolerance` (nats), or, where the adapter changes more than that, an
-    engine nearer to the base.
+    `trainer_off` is the trainer's with the adapter disabled; None for full fine-tuning. Raises
+    SyncError for a mean difference above `tolerance`, and for an engine that is nearer to the base
+    where the adapter changes more than that.
     """
     others = [trainer_on] if trainer_off is None else [trainer_on, trainer_off]
     if engine.numel() == 0 or any(other.shape != engine.shape for other in others):
         raise ValueError(
-            "log-probabilities of the same tokens are wanted, got "
+            "log-probabilities of the same tokens are required, got "
             f"{[len(x) for x in (engine, *others)]}"
         )
-    if not all(torch.isfinite(one).all() for one in (engine, *others)):
+    if not all(torch.isfinite(x).all() for x in (engine, *others)):
         raise SyncError(f"{'trainer' if torch.isfinite(engine).all() else 'engine'}: {NOT_FINITE}")
     difference = (engine - trainer_on).abs()
     gap = SyncGap(
@@ -78,3 +76,24 @@ def check_sync(
             f"{gap.engine:.2e} nats, tolerance {tolerance:.2e} (largest {gap.largest:.2e})"
         )
     return gap
+
+
+def certain(engine: torch.Tensor, trainer: torch.Tensor, tolerance: float) -> bool:
+    """Return whether log-probabilities `[N]` prove by themselves that the engine has the adapter.
+
+    Let adapter and base differ by more than the tolerance, and the engine from the adapter by less
+    than half of it. By the triangle inequality the base is then farther from the engine.
+    """
+    return float((engine - trainer).abs().mean()) < tolerance / 2
+
+
+def check_gap(mean: float, largest: float, tolerance: float) -> None:
+    """Raise SyncError when a batch's mean gap, in nats, is above the tolerance or NaN."""
+    if not math.isfinite(mean):
+        raise SyncError(NOT_FINITE)
+    if mean > tolerance:
+        raise SyncError(
+            "the engine did not sample from the trainer's weights: mean |log-probability "
+            f"difference| {mean:.2e} nats "
+            f"over the batch, tolerance {tolerance:.2e} (largest difference {largest:.2e})"
+        )

@@ -1,6 +1,4 @@
-"""Sync through files: the adapter in PEFT format, one directory per version, loaded by the engine
-from there.
-"""
+"""Sync through files: one PEFT folder per adapter version, which the engine loads."""
 
 from __future__ import annotations
 
@@ -11,27 +9,45 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from harness.records.run_dir import whole_folder
+from rltrain.distributed.process_group import full
 from rltrain.engines.base import Engine
-from rltrain.sync.adapter import adapter_config, adapter_tensors
 
-# Runs what several processes that train together must do but once; the others wait for it.
 Once = Callable[[Callable[[], None]], None]
+"""Runs an action in one of several ranks while the others wait for it."""
 
 
 def run_here(action: Callable[[], None]) -> None:
-    """The one process does it."""
+    """Run the action: the `Once` of a single process."""
     action()
 
 
-class DiskSync:
-    """Writes `<root>/<member>/v000012/`, has the engine load it, then removes the member's other
-    versions.
+def adapter_tensors(model: Any, member: str) -> dict[str, torch.Tensor]:
+    """Return the PEFT model's adapter `member` under the names of a stored adapter.
 
-    The default, for it works with every engine and leaves the adapter where other programs can read
-    it.
+    The tensors are detached and share the trainer's memory. All ranks must call this where the
+    model is sharded: it gathers, and PEFT asks for the state dict of the whole model, upon which
+    FSDP reshards parameters that a forward pass has left gathered.
+    """
+    # "auto" would ask a hub whether the vocabulary was resized.
+    tensors = get_peft_model_state_dict(model, adapter_name=member, save_embedding_layers=False)
+    return {name: full(tensor.detach()) for name, tensor in tensors.items()}
+
+
+def adapter_config(model: Any, member: str) -> dict[str, Any]:
+    """Return PEFT's configuration of an adapter as JSON values: sets become sorted lists."""
+    config = model.peft_config[member].to_dict().items()
+    values = {key: sorted(value) if isinstance(value, set) else value for key, value in config}
+    return values | {"inference_mode": True}
+
+
+class DiskSync:
+    """Writes `<root>/<member>/v000012/`, has the engine load it, then removes older versions.
+
+    The default: it works with every engine, and other programs can read the adapter.
     """
 
     def __init__(self, root: Path, once: Once = run_here) -> None:
@@ -39,14 +55,12 @@ class DiskSync:
         self._once = once
 
     def publish(self, engine: Engine, model: Any, member: str, version: int) -> None:
-        """Make the engine serve `member` with the adapter of that name that the PEFT model holds
-        now.
-        """
+        """Make the engine serve `member` with the adapter that the PEFT model holds now."""
         if engine.shares_weights:
             return
         folder = self._root / member / f"v{version:06d}"
         tensors, config = adapter_tensors(model, member), adapter_config(model, member)
-        # The engine reads it at once and the next step replaces it: after a crash nothing does.
+        # Unsealed: the engine reads the folder at once, and after a crash nothing does.
         self._once(lambda: write_tensors(tensors, config, folder, sealed=False))
         engine.load_adapter(member, version, folder)
         self._once(lambda: _remove_others(folder))
@@ -61,7 +75,7 @@ def _remove_others(folder: Path) -> None:
 def write_adapter(model: Any, member: str, folder: Path, once: Once = run_here) -> None:
     """Write the PEFT model's adapter `member` into `folder`, as `write_tensors` does.
 
-    Where the model is sharded over ranks all of them must call this.
+    All ranks must call this where the model is sharded.
     """
     tensors, config = adapter_tensors(model, member), adapter_config(model, member)
     once(lambda: write_tensors(tensors, config, folder))
@@ -70,11 +84,10 @@ def write_adapter(model: Any, member: str, folder: Path, once: Once = run_here) 
 def write_tensors(
     tensors: dict[str, torch.Tensor], config: dict[str, Any], folder: Path, *, sealed: bool = True
 ) -> None:
-    """Write an adapter (`adapter_tensors`, `adapter_config`), whole or not at all, in place of what
-    was in `folder`.
+    """Write an adapter's tensors and configuration into `folder`, atomically.
 
-    `sealed` as for `whole_folder`: with checksums, and on disk. The folder loads with plain
-    `PeftModel.from_pretrained` and as a plain vLLM LoRARequest; r and alpha as trained.
+    The folder loads with plain `PeftModel.from_pretrained` and as a plain vLLM LoRARequest; r and
+    alpha are those of training. `sealed` is as for `whole_folder`: with checksums, and flushed.
     """
     with whole_folder(folder, sealed=sealed) as new:
         save_file(

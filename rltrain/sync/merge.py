@@ -1,6 +1,4 @@
-"""Sync by merging: base + scaled BA, or all weights of a plain model, written into the engine's own
-weights.
-"""
+"""Sync by merging: the engine gets base + scaled BA, or all weights of a plain model."""
 
 from __future__ import annotations
 
@@ -17,27 +15,22 @@ from rltrain.models.lora import base_model
 
 
 class MergeSync:
-    """Has the engine take the merged weights for its own. For rank 0, and for the fastest decoding
-    of a pack of one.
-    """
+    """Replaces the engine's weights by merged ones: for full fine-tuning, and to decode fastest."""
 
     def publish(self, engine: Engine, model: Any, member: str, version: int) -> None:
-        """Give the engine `model`'s weights with the member's adapter merged in; the trainer's stay
-        as they are.
-        """
+        """Give the engine `model`'s weights with the member's adapter merged into copies."""
         if not engine.shares_weights:
             engine.load_weights(merged_weights(model, member))
 
 
 @torch.no_grad()
 def merged_weights(model: Any, member: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) for each tensor of the base model's `state_dict`, one at a time; a tied head
-    is left out.
+    """Yield (name, tensor) for each tensor of the base model's `state_dict`, tied heads left out.
 
-    Where the model is sharded over ranks each is gathered, so that all of them must go through the
-    iterator. For a PEFT model each weight the adapter `member` targets is W + scale * B A (LoRA,
-    arXiv 2106.09685, eq. 3). Raises UserError for an adapter on one of two tied weights: merged, it
-    would change both.
+    Each weight that the PEFT adapter `member` targets becomes W + scale * B A (LoRA, arXiv
+    2106.09685, eq. 3). A sharded model's tensors are gathered one at a time, so all ranks must
+    iterate. Raises UserError for an adapter on one of two tied weights: merged, it would change
+    both.
     """
     base = base_model(model)
     tied = (

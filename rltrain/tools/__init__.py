@@ -1,1 +1,1 @@
-"""What commands need besides training: checks before a run, memory plans, export, comparison."""
+"""What commands need besides training: checks, memory plans, export, comparison, reproduction."""

@@ -1,6 +1,4 @@
-"""A run's policy as a folder that other programs load: a PEFT adapter, or a plain transformers
-model.
-"""
+"""Export a run's policy as a PEFT adapter or a transformers model."""
 
 from __future__ import annotations
 
@@ -32,9 +30,7 @@ ACCURACY = "eval/accuracy"
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """What is exported: the policy in `source`, as a whole model where `merged`, to the folder
-    `output`.
-    """
+    """An export of the policy in `source` to the folder `output`, as a whole model if `merged`."""
 
     run_dir: RunDir
     recipe: Recipe
@@ -50,18 +46,14 @@ class Export:
 
     @property
     def base(self) -> str:
-        """The base model as other programs find it: a local folder's absolute path, or a
-        hub name.
-        """
+        """The base model for other programs: a local folder's absolute path, or a hub name."""
         path = self.recipe.trainer.policy.model.path
-        found = locate(path)
-        return str(found) if found else path
+        folder = locate(path)
+        return str(folder) if folder else path
 
     @property
     def evaluated(self) -> dict[str, float] | None:
-        """The row of `metrics.jsonl` of the evaluation that the policy was kept at; None when there
-        is none.
-        """
+        """The row of `metrics.jsonl` of the exported policy's evaluation; None if there is none."""
         rows = [
             row
             for row in MetricsFile(self.run_dir.metrics).rows()
@@ -78,7 +70,7 @@ def plan(
     """Check an export of a run's `final` or `best` policy; imports nothing heavy.
 
     Raises UserError for a directory that is no run, a run without that policy, a base model that is
-    gone or changed since, a policy that is damaged, and an output folder that exists.
+    gone or has changed, a damaged policy, and an output folder that exists.
     """
     run_dir, output = RunDir(directory), Path(output).absolute()
     manifest = run_dir.read_manifest()
@@ -97,7 +89,7 @@ def plan(
 
 
 def write(export: Export) -> None:
-    """Write the export's folder, whole or not at all; raises UserError when it cannot be made."""
+    """Write the export's folder, atomically; raise UserError when it cannot be written."""
     try:
         with whole_folder(export.output) as new:
             if not export.is_adapter:
@@ -114,14 +106,19 @@ def write(export: Export) -> None:
 
 
 def _check_policy(export: Export) -> None:
-    """The run must hold the policy asked for; `final` is written at the last step."""
+    """Raise UserError where the run lacks the policy; `final` is written at the last step."""
     which, status = export.source.name, export.manifest["status"]
     if which == "final" and status != Status.COMPLETE.value:
+        fix = None
+        if _holds_policy(export.run_dir.adapter / "best"):
+            fix = "--which best exports the best evaluated so far"
+        elif status != Status.PRUNED.value:
+            fix = f"go on with it: {invocation('run')} --resume {shown(export.run_dir.path)}"
         raise UserError(
             f"the run is {status}: it has no final policy",
             got=shown(export.run_dir.path),
             allowed=f"a run that is {Status.COMPLETE.value}",
-            fix=_instead_of_final(export, status),
+            fix=fix,
         )
     if not _holds_policy(export.source):
         raise UserError(
@@ -131,19 +128,12 @@ def _check_policy(export: Export) -> None:
     verify_folder(export.source)
 
 
-def _instead_of_final(export: Export, status: str) -> str | None:
-    if _holds_policy(export.run_dir.adapter / "best"):
-        return "--which best exports the best evaluated so far"
-    resume = f"go on with it: {invocation('run')} --resume {shown(export.run_dir.path)}"
-    return None if status == Status.PRUNED.value else resume
-
-
 def _holds_policy(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("adapter_config.json", "config.json"))
 
 
 def _check_base(export: Export) -> None:
-    """A local base must be what the run was trained on; one from a hub had no digest."""
+    """Raise UserError for a local base that has changed; a hub's model has no digest."""
     digest = export.manifest["model"]["digest"]
     path = export.recipe.trainer.policy.model.path
     if digest is None:
@@ -163,7 +153,7 @@ def _check_base(export: Export) -> None:
 
 
 def _write_adapter(export: Export, folder: Path) -> None:
-    """The adapter as it was trained, the name of its base, and the base's tokenizer."""
+    """Write the adapter, the name of its base, and the base's tokenizer."""
     shutil.copy(export.source / "adapter_model.safetensors", folder)
     config = json.loads((export.source / "adapter_config.json").read_text())
     write_json(folder / "adapter_config.json", {**config, "base_model_name_or_path": export.base})
@@ -171,7 +161,7 @@ def _write_adapter(export: Export, folder: Path) -> None:
 
 
 def _write_merged(export: Export, folder: Path) -> None:
-    """base + scale * B A in the dtype that the base is stored in."""
+    """Write base + scale * B A in the base's dtype."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -185,7 +175,7 @@ def _write_merged(export: Export, folder: Path) -> None:
         raise _cannot_load(export, error) from None
     try:
         model = PeftModel.from_pretrained(base, str(export.source), torch_device="cpu")
-    except Exception as error:  # what a damaged or foreign adapter leads to is of every kind
+    except Exception as error:  # a damaged adapter can raise anything
         reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         raise UserError(
             "cannot load the run's adapter", got=f"{shown(export.source)}: {reason}"
@@ -218,7 +208,7 @@ def _cannot_load(export: Export, error: Exception) -> UserError:
 
 
 def _card(export: Export) -> str:
-    """The model card: what this is, where it comes from, how it is loaded."""
+    """Return the model card: what this is, where it comes from, how to load it."""
     adapter = export.is_adapter and not export.merged
     header = {
         "library_name": "peft" if adapter else "transformers",
@@ -239,13 +229,14 @@ def _card(export: Export) -> str:
 
 
 def _facts(export: Export) -> dict[str, str]:
-    """The card's table: recipe, base, adapter, result, code."""
+    """Return the card's table: recipe, base, adapter, result, code."""
     recipe, manifest = export.recipe, export.manifest
     lora, evaluated = recipe.trainer.policy.model.lora, export.evaluated
+    digest = manifest["model"]["digest"]
     facts = {
         "recipe": f"{manifest['recipe']['source']}, digest `{manifest['recipe']['digest']}`",
         "base model": f"`{recipe.trainer.policy.model.path}`"
-        + _digest(manifest["model"]["digest"]),
+        + ("" if digest is None else f", digest `{digest}`"),
         "training": f"{recipe.trainer.algorithm.advantage_estimator.name}, seed {recipe.seed}, "
         f"learning rate {recipe.trainer.policy.optimizer_config.lr:g}",
     }
@@ -260,7 +251,12 @@ def _facts(export: Export) -> dict[str, str]:
         facts["policy"] = (
             f"{export.source.name}: step {evaluated['step']}, of a run that is {manifest['status']}"
         )
-        facts["held-out accuracy"] = f"{evaluated[ACCURACY]:.3f}" + _base_accuracy(export)
+        rows = MetricsFile(export.run_dir.metrics).rows()
+        first = next((row for row in rows if ACCURACY in row), None)
+        has_base = first is not None and first["step"] == 0
+        facts["held-out accuracy"] = f"{evaluated[ACCURACY]:.3f}" + (
+            f" (base {first[ACCURACY]:.3f})" if first is not None and has_base else ""
+        )
     for entry in manifest.get("resumed") or []:
         if "inputs" in entry:
             changes = "; ".join(f"`{change}`" for change in entry["different"])

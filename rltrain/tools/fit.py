@@ -1,6 +1,4 @@
-"""Whether a run fits the GPUs it is to run on, and which overrides make it fit. Imports no
-torch.
-"""
+"""Whether a run fits its GPUs, and overrides that make it fit. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from harness.config.validate import num_processes
 from harness.core.errors import UserError
 from rltrain.distributed import placement as parallel
 from rltrain.distributed.gpus import Gpus, local_gpus
-from rltrain.models.memory import GIB, Usage, checkpoints, shape_of, usage
+from rltrain.models.memory import GIB, checkpoints, shape_of, usage
 
 PLACEMENT, GENERATOR, LORA = "trainer.placement", "generator", "trainer.policy.model.lora"
 UTILIZATIONS = (0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
@@ -24,25 +22,25 @@ FEWEST_SEQUENCES = 16
 
 
 def named_gpus(text: str, asked: int) -> Gpus:
-    """The GPUs of `--gpu-memory`: `80`, as many as `asked`, or `8x80`, GiB each; raises UserError
-    for anything else.
+    """Return the GPUs of `--gpu-memory`: `80`, for as many as `asked`, or `8x80`; GiB each.
+
+    Raises UserError for any other text.
     """
-    found = re.fullmatch(r"(?:([1-9]\d{0,3})x)?(\d{1,4}(?:\.\d+)?)", text.strip())
-    if found is None or float(found[2]) <= 0:
+    match = re.fullmatch(r"(?:([1-9]\d{0,3})x)?(\d{1,4}(?:\.\d+)?)", text.strip())
+    if match is None or float(match[2]) <= 0:
         raise UserError(
             "--gpu-memory cannot be read",
             got=text,
             allowed="GiB of each GPU, or COUNTxGiB: 80, 8x80",
         )
-    return Gpus((int(found[1] or max(asked, 1)),), int(float(found[2]) * GIB))
+    return Gpus((int(match[1] or max(asked, 1)),), int(float(match[2]) * GIB))
 
 
 def gpus_to_plan_for(recipe: Recipe, named: str | None) -> Gpus | None:
-    """Those of `--gpu-memory`, else those that are there; None: the recipe uses none. A cluster's
-    are not known here.
+    """Return the GPUs of `--gpu-memory`, else this machine's; None for a recipe that uses none.
 
-    Raises UserError for a `--gpu-memory` that cannot be read, or that a recipe for the CPU has no
-    use for.
+    A cluster's GPUs are unknown here. Raises UserError for a `--gpu-memory` that cannot be read, or
+    with a recipe for the CPU.
     """
     device = recipe.trainer.placement.device.name
     if named is not None and device == "cpu":
@@ -58,27 +56,25 @@ def gpus_to_plan_for(recipe: Recipe, named: str | None) -> Gpus | None:
         return None
     if parallel.address_of(recipe) is not None:
         return Gpus((), None)
-    there = local_gpus()
-    wants = device == "cuda" or parallel.needs_workers(recipe)
-    return there if there.count or wants else None
+    gpus = local_gpus()
+    needs_gpus = device == "cuda" or parallel.needs_workers(recipe)
+    return gpus if gpus.count or needs_gpus else None
 
 
 def gpus_asked(recipe: Recipe) -> int:
-    """GPUs that one run, or one pack, of a recipe for GPUs takes: its ranks', and those of engines
-    apart.
-    """
+    """Return the GPUs of one run, or one pack: its ranks', and those of separate engines."""
     placement, generator = recipe.trainer.placement, recipe.generator
     apart = 0 if placement.colocate_all else generator.num_inference_engines
     return num_processes(recipe) + apart * generator.inference_engine_tensor_parallel_size
 
 
 def runs_together(recipe: Recipe) -> int:
-    """Members of a pack of the recipe's sweep; 1 where there is none."""
+    """Return the members of a pack of the recipe's sweep; 1 without a sweep."""
     return (recipe.sweep.pack_size or 1) if recipe.sweep is not None else 1
 
 
 def memory_table(recipe: Recipe, gpus: Gpus) -> str:
-    """What each GPU holds by part and phase, in GiB, or why that is not known."""
+    """Return what each GPU holds by part and phase, in GiB, or why that is unknown."""
     name = recipe.trainer.policy.model.path
     shape = shape_of(name)
     if gpus.memory is None:
@@ -88,33 +84,25 @@ def memory_table(recipe: Recipe, gpus: Gpus) -> str:
         )
     if shape is None:
         return (
-            f"memory: not known: no config.json of {name} is on this machine, or it is "
-            "of a kind not reckoned with"
+            f"memory: not known: no config.json of {name} is on this machine, or its "
+            "architecture is not supported"
         )
     held = usage(recipe, shape, gpus.memory, members=runs_together(recipe))
     together = runs_together(recipe)
     who = f"a pack of {together} runs" if together > 1 else "a run"
     count = f"each of {gpus_asked(recipe)} GPUs" if gpus_asked(recipe) > 1 else "the GPU"
-    return f"memory of {who}, GiB on {count}\n{_rows(held, gpus.memory)}"
-
-
-def _rows(held: Usage, memory: int) -> str:
     phases = held.phases()
-    parts = dict.fromkeys(name for phase in phases.values() for name in phase)
     rows = [["", *phases]]
     rows += [
         [name, *(_gib(phase[name]) if name in phase else "" for phase in phases.values())]
-        for name in parts
+        for name in dict.fromkeys(name for phase in phases.values() for name in phase)
     ]
-    rows.append(
-        [
-            f"in all, of {memory / GIB:.2f}",
-            *(_gib(sum(phase.values())) for phase in phases.values()),
-        ]
-    )
+    totals = [_gib(sum(phase.values())) for phase in phases.values()]
+    rows.append([f"in all, of {gpus.memory / GIB:.2f}", *totals])
     first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
     aligned = ([name.ljust(first), *map(str.rjust, cells, others)] for name, *cells in rows)
-    return "\n".join(f"  {'  '.join(cells)}".rstrip() for cells in aligned)
+    lines = [f"  {'  '.join(cells)}".rstrip() for cells in aligned]
+    return "\n".join([f"memory of {who}, GiB on {count}", *lines])
 
 
 def _gib(size: int) -> str:
@@ -122,34 +110,39 @@ def _gib(size: int) -> str:
 
 
 def check_fit(recipe: Recipe, gpus: Gpus | None) -> None:
-    """Raise UserError for a run, or a sweep's pack, that the GPUs cannot hold, with overrides that
-    they can.
+    """Raise UserError for a run, or a sweep's pack, that does not fit the GPUs.
 
-    What is not known (the model's sizes, the GPUs' memory) refuses nothing.
+    The error names overrides that fit. A model or memory of unknown size is not refused.
     """
     if gpus is None or gpus.memory is None:
         return
-    wrong = _problem(recipe, gpus)
-    if wrong is None:
+    asked = gpus_asked(recipe)
+    if asked > gpus.count:
+        reason = f"{asked} GPUs asked, {gpus.count} there"
+    else:
+        reason = "; ".join(
+            f"{name}: {_gib(size)} GiB of {_gib(room)}"
+            for name, size, room in _sizes(recipe, gpus)
+            if size > room
+        )
+    if not reason:
         return
-    found = [
-        " ".join(recipes.override_for(key, value) for key, value in one.items())
-        for one in _fixes(recipe, gpus)
+    fixes = [
+        " ".join(recipes.override_for(key, value) for key, value in changes.items())
+        for changes in _fixes(recipe, gpus)
     ]
     raise UserError(
         "this does not fit the GPUs",
-        got=wrong,
+        got=reason,
         allowed=f"{gpus}",
-        fix=", or ".join(found)
+        fix=", or ".join(fixes)
         or "a smaller model, or more or larger GPUs: neither fewer members, sequences and "
         "tokens at a time nor more ranks make it fit these",
     )
 
 
 def note_fit(recipe: Recipe, gpus: Gpus | None) -> None:
-    """Say on stderr what `check_fit` would raise: a run may try what is an estimate, a dry run
-    refuses it.
-    """
+    """Print what `check_fit` raises to stderr: it is an estimate, which only a dry run refuses."""
     try:
         check_fit(recipe, gpus)
     except UserError as error:
@@ -158,24 +151,8 @@ def note_fit(recipe: Recipe, gpus: Gpus | None) -> None:
         )
 
 
-def _problem(recipe: Recipe, gpus: Gpus) -> str | None:
-    """Why a recipe does not fit, in words; None when it does, or when that is not known."""
-    asked = gpus_asked(recipe)
-    if asked > gpus.count:
-        return f"{asked} GPUs asked, {gpus.count} there"
-    beyond = {what: (size, room) for what, size, room in _sizes(recipe, gpus) if size > room}
-    return (
-        "; ".join(
-            f"{what}: {_gib(size)} GiB of {_gib(room)}" for what, (size, room) in beyond.items()
-        )
-        or None
-    )
-
-
 def _sizes(recipe: Recipe, gpus: Gpus) -> list[tuple[str, int, int]]:
-    """What must fit: its name, its bytes, and those there are for it; nothing where sizes are not
-    known.
-    """
+    """Return what must fit as (name, bytes, available bytes); empty where sizes are unknown."""
     shape = shape_of(recipe.trainer.policy.model.path)
     if shape is None or gpus.memory is None:
         return []
@@ -188,9 +165,7 @@ def _sizes(recipe: Recipe, gpus: Gpus) -> list[tuple[str, int, int]]:
 
 
 def _excess(recipe: Recipe, changes: dict[str, Any], gpus: Gpus) -> float:
-    """Bytes beyond what there is, of all that must fit taken together; infinite for what cannot be
-    asked for.
-    """
+    """Return the missing bytes with some changes; infinite where these are not allowed."""
     try:
         changed = recipes.with_values(recipe, changes)
     except UserError:
@@ -201,73 +176,57 @@ def _excess(recipe: Recipe, changes: dict[str, Any], gpus: Gpus) -> float:
 
 
 def _fixes(recipe: Recipe, gpus: Gpus) -> list[dict[str, Any]]:
-    """Overrides that make a recipe fit: single changes that do, three at most, else the fewest
-    together that do.
-    """
-    fewer = _fewer_gpus(recipe, gpus)
-    if fewer is None:
-        return []
-    if fewer and _fits(recipe, fewer, gpus):
+    """Return overrides that make a recipe fit: up to three single changes, else one combination."""
+    fewer: dict[str, Any] = {}
+    if gpus_asked(recipe) > gpus.count:
+        most = max(gpus.per_machine, default=0)
+        ranks = min(recipe.trainer.placement.policy_num_gpus_per_node, most)
+        if not ranks:
+            return []
+        fewer = _colocated(recipe, ranks)
+    if fewer and _excess(recipe, fewer, gpus) == 0:
         return [fewer]
     base = recipes.with_values(recipe, fewer)
     axes = list(_changes(base, gpus))
-    alone = [next((one for one in axis if _fits(base, one, gpus)), None) for axis in axes]
-    found = [fewer | one for one in alone if one is not None][:3]
-    return found or [fewer | one for one in _together(base, axes, gpus)]
+    single = [
+        next((changes for changes in axis if _excess(base, changes, gpus) == 0), None)
+        for axis in axes
+    ]
+    fixes = [fewer | changes for changes in single if changes is not None][:3]
+    return fixes or [fewer | changes for changes in _together(base, axes, gpus)]
 
 
 def _together(
     recipe: Recipe, axes: Sequence[list[dict[str, Any]]], gpus: Gpus
 ) -> list[dict[str, Any]]:
-    """Changes that fit together: of each kind in turn what helps most, until they do; then the
-    mildest of it.
+    """Return a combination of changes that fits, or nothing.
+
+    It adds of each kind in order what helps most, until the recipe fits, and then replaces each by
+    the mildest that still fits.
     """
-    taken: list[dict[str, Any]] = [{} for _ in axes]
-    for place in range(len(axes)):
-        taken = min(
-            _with_each(taken, place, axes), key=lambda one: _excess(recipe, _merged(one), gpus)
-        )
-        if _fits(recipe, _merged(taken), gpus):
+    chosen: list[dict[str, Any]] = [{} for _ in axes]
+
+    def excess(index: int, changes: dict[str, Any]) -> float:
+        """Return the excess with other changes of one kind, the rest as chosen."""
+        candidates = [*chosen[:index], changes, *chosen[index + 1 :]]
+        merged = {key: value for kind in candidates for key, value in kind.items()}
+        return _excess(recipe, merged, gpus)
+
+    for index, axis in enumerate(axes):
+        chosen[index] = min([{}, *axis], key=lambda changes: excess(index, changes))
+        if excess(index, chosen[index]) == 0:
             break
     else:
         return []
-    for place in range(len(axes)):
-        taken = next(
-            one for one in _with_each(taken, place, axes) if _fits(recipe, _merged(one), gpus)
-        )
-    return [_merged(taken)]
-
-
-def _with_each(
-    taken: list[dict[str, Any]], place: int, axes: Sequence[list[dict[str, Any]]]
-) -> Iterator[list[dict[str, Any]]]:
-    """The changes with none of an axis, then with each of its own."""
-    for one in [{}, *axes[place]]:
-        yield [*taken[:place], one, *taken[place + 1 :]]
-
-
-def _merged(changes: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return {key: value for one in changes for key, value in one.items()}
-
-
-def _fits(recipe: Recipe, changes: dict[str, Any], gpus: Gpus) -> bool:
-    return _excess(recipe, changes, gpus) == 0
-
-
-def _fewer_gpus(recipe: Recipe, gpus: Gpus) -> dict[str, Any] | None:
-    """What makes a recipe ask for no more GPUs than there are; {}: it does not; None: there are
-    none.
-    """
-    if gpus_asked(recipe) <= gpus.count:
-        return {}
-    ranks = min(recipe.trainer.placement.policy_num_gpus_per_node, max(gpus.per_machine, default=0))
-    return _colocated(recipe, ranks) if ranks else None
+    for index, axis in enumerate(axes):
+        chosen[index] = next(c for c in [{}, *axis] if excess(index, c) == 0)
+    return [{key: value for kind in chosen for key, value in kind.items()}]
 
 
 def _colocated(recipe: Recipe, ranks: int) -> dict[str, Any]:
-    """So many ranks on one machine, each with its engine."""
+    """Return values for this many ranks on one machine, each with its engine."""
     placement = recipe.trainer.placement
-    wanted = {
+    values = {
         f"{PLACEMENT}.policy_num_gpus_per_node": ranks,
         f"{PLACEMENT}.policy_num_nodes": 1,
         f"{PLACEMENT}.colocate_all": True,
@@ -276,13 +235,14 @@ def _colocated(recipe: Recipe, ranks: int) -> dict[str, Any]:
     }
     for role in ("ref", "critic"):
         if getattr(placement, f"{role}_num_gpus_per_node") is not None:
-            wanted[f"{PLACEMENT}.{role}_num_gpus_per_node"] = ranks
-    return {key: value for key, value in wanted.items() if recipes.get(recipe, key) != value}
+            values[f"{PLACEMENT}.{role}_num_gpus_per_node"] = ranks
+    return {key: value for key, value in values.items() if recipes.get(recipe, key) != value}
 
 
 def _changes(recipe: Recipe, gpus: Gpus) -> Iterator[list[dict[str, Any]]]:
-    """What may be changed to need less, each as a list from the mildest on; those that cost least
-    come first.
+    """Yield changes that need less memory, a list per kind, each from the mildest on.
+
+    Kinds that cost least come first.
     """
     trainer, generator = recipe.trainer, recipe.generator
     if trainer.max_tokens_per_microbatch != "auto":
@@ -315,9 +275,9 @@ def _changes(recipe: Recipe, gpus: Gpus) -> Iterator[list[dict[str, Any]]]:
 
 
 def _halves(number: int, least: int) -> list[int]:
-    """Half of a number, a quarter of it, and so on, not below the least."""
-    found = []
+    """Return half of a number, a quarter of it, and so on, down to `least`."""
+    halves = []
     while number // 2 >= least:
         number //= 2
-        found.append(number)
-    return found
+        halves.append(number)
+    return halves

@@ -1,17 +1,12 @@
-"""What can be checked of a run before anything heavy starts. Imports neither torch nor vllm nor
-ray.
-"""
+"""Checks of a run before anything heavy starts. Imports neither torch nor vllm nor ray."""
 
 from __future__ import annotations
 
-import gzip
 import http.client
 import json
 import os
 import urllib.error
 import urllib.request
-import zlib
-from collections.abc import Sequence
 from pathlib import Path
 
 from harness.config.schema import AdvantageEstimator, Backend, DType, Recipe, SyncMode
@@ -30,10 +25,10 @@ HUB_SECONDS = 5.0
 
 
 def check_run(recipe: Recipe) -> None:
-    """Raise UserError for data, environment, model folder, placement that would fail the run later.
+    """Raise UserError for data, environment, model or placement that would fail the run later.
 
-    Asks each environment for one prompt and one reward. Says which columns of a data file were
-    taken for question and answer where the recipe does not name them.
+    It asks each environment for one prompt and one reward. It prints which columns of a data file
+    are used where the recipe does not name them.
     """
     check_placement(recipe)
     _check_engine(recipe)
@@ -68,7 +63,7 @@ def check_run(recipe: Recipe) -> None:
 
 
 def check_batch(problems: int, batch: int) -> None:
-    """Raise UserError for training data that do not fill a batch: a run of no steps."""
+    """Raise UserError for training data that do not fill a batch."""
     if problems < batch:
         raise UserError(
             "data.train_data holds fewer problems than one batch",
@@ -77,40 +72,11 @@ def check_batch(problems: int, batch: int) -> None:
         )
 
 
-def count_rows(paths: Sequence[str]) -> int | None:
-    """Rows of data files together, without reading them whole; None when one is missing or cannot
-    be read.
-    """
-    counts = [_rows(path) for path in paths]
-    return (
-        sum(count for count in counts if count is not None)
-        if counts and None not in counts
-        else None
-    )
-
-
-def _rows(name: str) -> int | None:
-    path = locate(name)
-    # Not a device or a pipe, which may have no end.
-    if path is None or not path.is_file():
-        return None
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        if path.suffix == ".parquet":
-            return int(pq.ParquetFile(path).metadata.num_rows)
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            return sum(1 for line in file if line.strip())
-    except (OSError, EOFError, zlib.error, pa.ArrowException):
-        return None
-
-
 def _check_hub(recipe: Recipe) -> None:
-    """Raise UserError for models of a hub that cannot be reached: its library tries again for a
-    minute, for each file.
+    """Raise UserError for a hub's models when the hub cannot be reached.
 
-    A cluster's machines have a network and a cache of their own.
+    Its library would retry for a minute for each file. A cluster's machines have their own network
+    and cache.
     """
     from huggingface_hub import constants, try_to_load_from_cache
 
@@ -139,7 +105,7 @@ def _check_hub(recipe: Recipe) -> None:
 
 
 def _unreachable(endpoint: str) -> str | None:
-    """Why a server does not answer, None where it does, whatever it says."""
+    """Return why a server does not answer; None where it answers anything."""
     try:
         urllib.request.urlopen(
             urllib.request.Request(endpoint, method="HEAD"), timeout=HUB_SECONDS
@@ -152,15 +118,21 @@ def _unreachable(endpoint: str) -> str | None:
 
 
 def _check_engine(recipe: Recipe) -> None:
-    """Refuse what the engine could not do after a minute of starting; a cluster's machines have
-    their own packages.
+    """Raise UserError where vLLM could not start, or could not serve the adapters on a GPU.
+
+    A cluster's machines have their own packages.
     """
     if recipe.generator.backend is not Backend.vllm:
         return
     check_engine_args(recipe)
-    on_gpu = uses_gpus(recipe)
-    if on_gpu:
-        _check_lora_dtype(recipe)
+    on_gpu, model = uses_gpus(recipe), recipe.trainer.policy.model
+    if on_gpu and model.dtype is DType.float32 and sync_mode(model.lora) is not SyncMode.merge:
+        raise UserError(
+            "vLLM serves adapters on a GPU only in bfloat16",
+            got="trainer.policy.model.dtype=float32",
+            fix="trainer.policy.model.dtype=auto, trainer.policy.model.lora.sync=merge, or "
+            "generator.backend=transformers",
+        )
     if address_of(recipe) is not None:
         return
     if not machine.has_vllm():
@@ -182,22 +154,10 @@ def _check_engine(recipe: Recipe) -> None:
         )
 
 
-def _check_lora_dtype(recipe: Recipe) -> None:
-    """On GPUs vLLM's LoRA kernels take 16-bit numbers alone."""
-    model = recipe.trainer.policy.model
-    if model.dtype is DType.float32 and sync_mode(model.lora) is not SyncMode.merge:
-        raise UserError(
-            "vLLM serves adapters on a GPU in bfloat16 alone",
-            got="trainer.policy.model.dtype=float32",
-            fix="trainer.policy.model.dtype=auto, trainer.policy.model.lora.sync=merge, or "
-            "generator.backend=transformers",
-        )
-
-
 def _check_model(recipe: Recipe, key: str, path: str) -> None:
-    """A local folder must hold a model; anything else must look like a hub's `owner/name`."""
-    found = locate(path)
-    if found is None:
+    """Raise UserError unless a path is a local model folder or looks like a hub's `owner/name`."""
+    folder = locate(path)
+    if folder is None:
         if path.count("/") != 1 or path.startswith((".", "/", "~")):
             raise UserError(
                 f"{key} names no folder",
@@ -206,38 +166,38 @@ def _check_model(recipe: Recipe, key: str, path: str) -> None:
             )
         return
     try:
-        config = json.loads((found / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text())
     except OSError:
-        raise UserError(f"{key} holds no config.json", got=found) from None
+        raise UserError(f"{key} holds no config.json", got=folder) from None
     except ValueError as error:
-        raise UserError("the model's config.json is damaged", got=f"{found}: {error}") from None
+        raise UserError("the model's config.json is damaged", got=f"{folder}: {error}") from None
     if not isinstance(config, dict):
         raise UserError(
             "the model's config.json is damaged",
-            got=f"{found}: no mapping, but {type(config).__name__}",
+            got=f"{folder}: no mapping, but {type(config).__name__}",
         )
     if isinstance(limit := config.get("max_position_embeddings"), int):
         check_context(recipe, limit)
-    if not any(found.glob("*.safetensors")) and any(found.glob("*.bin")):
+    if not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
         raise UserError(
             f"{key} holds its weights as a pickle, which can run code when it is read: it "
             "is not loaded",
-            got=next(found.glob("*.bin")),
+            got=next(folder.glob("*.bin")),
             allowed="*.safetensors",
             fix=TO_SAFETENSORS,
         )
 
 
 def _check_sync_path(recipe: Recipe) -> None:
-    wanted = recipe.trainer.policy.model.lora.lora_sync_path
-    if wanted is None:
+    path = recipe.trainer.policy.model.lora.lora_sync_path
+    if path is None:
         return
-    folder = Path(wanted).absolute()
-    there = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+    folder = Path(path).absolute()
+    existing = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(
             "trainer.policy.model.lora.lora_sync_path cannot be written",
-            got=wanted,
+            got=path,
             fix="name another folder, or null for the run's own",
         )
 
@@ -259,14 +219,14 @@ def _check_critic(recipe: Recipe) -> None:
     targets = target_modules(recipe, critic.lora)
     if isinstance(targets, list) and "lm_head" in targets:
         raise UserError(
-            "a critic has a value head in the place of lm_head: an adapter there would never train",
+            "a critic has a value head in place of lm_head: an adapter there would never train",
             got=f"target_modules={targets}",
             fix="trainer.critic.model.lora.target_modules=all-linear",
         )
 
 
 def _check_sync(recipe: Recipe) -> None:
-    """vLLM serves no adapter on the embedding or the head; those need another engine or sync."""
+    """Raise UserError for adapters on the embedding or head, which vLLM does not serve."""
     lora = recipe.trainer.policy.model.lora
     targets = target_modules(recipe, lora)
     if (

@@ -1,14 +1,10 @@
-"""A run trained again in a directory of its own, and what of the first run there is to compare it
-with.
-
-Planning imports neither torch nor vllm nor ray.
-"""
+"""Repeat a run in a new directory, to compare both. Planning imports no torch, vllm or ray."""
 
 from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -26,14 +22,16 @@ from harness.records.run_dir import RunDir, Status, damage, write_text
 if TYPE_CHECKING:
     from rltrain.report import StepReport
 
-# A run that was killed may have kept weights of an evaluation that it never logged.
+# A killed run may have weights of an evaluation that it never logged.
 _ENDED = (Status.COMPLETE.value, Status.PRUNED.value)
 
 
 @dataclass(frozen=True, slots=True)
 class Reproduction:
-    """A run (`original`, its manifest `was`, its last logged step `last`) and its repetition, not
-    yet begun.
+    """A run and its planned repetition.
+
+    `was` is the manifest of the run, `original`, and `last` its last logged step; `now` is the
+    repetition's manifest.
     """
 
     original: RunDir
@@ -45,19 +43,16 @@ class Reproduction:
 
     @property
     def ended(self) -> bool:
-        """Whether the original came to its end: its weights are then those of its last logged
-        evaluations.
-        """
+        """Whether the original ended normally: its weights are then those it logged last."""
         return self.was.get("status") in _ENDED
 
     def agreement(self) -> manifest.Agreement:
-        """What the original was made from and with, against what there is now."""
+        """Compare what the original was made from and with, with what is installed now."""
         return manifest.compare(self.was, self.now)
 
 
 def plan(directory: str | Path, output: str | Path | None = None) -> Reproduction:
-    """How the run in a directory would be repeated, by default in runs/NAME-reproduced-TIME;
-    nothing is written.
+    """Plan a run's repetition, by default in runs/NAME-reproduced-TIME; write nothing.
 
     Raises UserError for a sweep, a run without a step, an output that exists, and what
     `recipes.read` raises.
@@ -74,8 +69,11 @@ def plan(directory: str | Path, output: str | Path | None = None) -> Reproductio
     run_dir = RunDir(output or default)
     if run_dir.path.exists():
         raise _exists(run_dir)
-    place = {"trainer.ckpt_path": str(run_dir.path.parent), "trainer.run_name": run_dir.path.name}
-    recipe = recipes.with_values(recipes.read(original.recipe), place)
+    location = {
+        "trainer.ckpt_path": str(run_dir.path.parent),
+        "trainer.run_name": run_dir.path.name,
+    }
+    recipe = recipes.with_values(recipes.read(original.recipe), location)
     now = manifest.build(
         recipe,
         kind="run",
@@ -100,9 +98,7 @@ def _exists(run_dir: RunDir) -> UserError:
 
 
 def check(planned: Reproduction) -> None:
-    """Raise UserError for what would fail the repetition later: model, data, checkpoint, devices
-    that are not there.
-    """
+    """Raise UserError for what would fail the repetition: model, data, checkpoint, devices."""
     from rltrain.tools.fit import gpus_to_plan_for, note_fit
     from rltrain.tools.preflight import check_run
 
@@ -119,20 +115,15 @@ def check(planned: Reproduction) -> None:
 
 
 def begin(planned: Reproduction) -> None:
-    """Make the repetition's directory; UserError when it cannot be written, or another repetition
-    has just made it.
-    """
+    """Create the repetition's directory; raise UserError when it exists or cannot be written."""
     if planned.run_dir.manifest.exists():
         raise _exists(planned.run_dir)
     planned.run_dir.create(recipes.to_yaml(planned.recipe), planned.now)
 
 
-def rerun(planned: Reproduction) -> Generator[StepReport]:
-    """Train again up to the last step that the original logged; a report after every step."""
-    from rltrain.worker_group import train_run
-
-    training = cast("Generator[StepReport]", train_run(planned.recipe, planned.run_dir))
-    with contextlib.closing(training) as reports:
+def until_last_step(planned: Reproduction, training: Iterator[StepReport]) -> Generator[StepReport]:
+    """Yield the reports of `training` up to the original's last step, then stop it."""
+    with contextlib.closing(cast("Generator[StepReport]", training)) as reports:
         for report in reports:
             yield report
             if report.step >= planned.last:
@@ -140,9 +131,7 @@ def rerun(planned: Reproduction) -> Generator[StepReport]:
 
 
 def conclude(planned: Reproduction, verdict: str, step: int) -> None:
-    """Write the verdict to the repetition's manifest; one stopped before its recipe's end is
-    PRUNED.
-    """
+    """Write the verdict to the repetition's manifest; a run stopped before its end is PRUNED."""
     run_dir = planned.run_dir
     if run_dir.status is Status.RUNNING:
         run_dir.move_to(
@@ -152,8 +141,9 @@ def conclude(planned: Reproduction, verdict: str, step: int) -> None:
 
 
 def give_up(planned: Reproduction, verdict: str, error: Exception) -> None:
-    """Record a repetition that failed: its verdict, and in its `log.txt` where; as far as the disk
-    takes it.
+    """Record a failed repetition: its verdict and, in `log.txt`, the traceback.
+
+    A full disk is ignored.
     """
     run_dir = planned.run_dir
     if run_dir.status is not Status.FAILED:

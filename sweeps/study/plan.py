@@ -21,7 +21,8 @@ from harness.config import recipe as recipes
 from harness.config.schema import Recipe, Sampler, Sweep
 from harness.config.validate import check
 from harness.core.errors import UserError, nearest
-from rltrain.tools.preflight import check_batch, count_rows
+from rltrain.data.files import count_rows
+from rltrain.tools.preflight import check_batch
 from sweeps.study.pruner import build_pruner
 from sweeps.study.space import Params, Space, from_recipe, identity, show
 

@@ -35,13 +35,13 @@ from rltrain.engines.base import (
 )
 from rltrain.models.loading import (
     adapter_layers,
-    adapter_off,
     adapter_parameters,
     add_adapter,
     load_base,
     lora_config,
 )
 from rltrain.models.logprobs import token_logprobs
+from rltrain.models.lora import adapter_off
 from rltrain.sync.base import build_sync
 from tests.recipes import quickstart
 

@@ -17,8 +17,7 @@ from peft import PeftModel
 from harness.core.errors import UserError
 from rltrain.engines.base import Engine, Request, SyncError
 from rltrain.engines.remote import RemoteEngines
-from rltrain.sync.adapter import adapter_config, adapter_tensors
-from rltrain.sync.disk import DiskSync, write_tensors
+from rltrain.sync.disk import DiskSync, adapter_config, adapter_tensors, write_tensors
 from tests.contracts.tiny import (
     ADAPTERS,
     KINDS,

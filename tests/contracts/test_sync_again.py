@@ -13,8 +13,8 @@ from peft.tuners.lora import LoraLayer
 
 from harness.config.schema import Backend
 from rltrain.engines.base import Engine
-from rltrain.sync.adapter import AdapterTensors, adapter_tensors
-from rltrain.sync.memory import MemorySync
+from rltrain.sync.disk import adapter_tensors
+from rltrain.sync.memory import AdapterTensors, MemorySync
 from tests.contracts.tiny import (
     ADAPTERS,
     adapt,

@@ -35,7 +35,7 @@ def test_one_call_is_what_the_blocks_are(device: str, samples: int) -> None:
     )
     results = []
     for varlen in (True, False):
-        packing = pack(batch, share=True, varlen=varlen).to(where)
+        packing = pack(batch, share=True, varlen=varlen, device=where)
         torch.manual_seed(0)
         tokens = packing.input_ids.shape[1]
         shapes = [(1, heads, tokens, SIZE) for heads in (HEADS, KV_HEADS, KV_HEADS)]

@@ -27,6 +27,7 @@ from rltrain.distributed import placement as parallel
 from rltrain.engines import remote, vllm_gpu
 from rltrain.engines import vllm as engines
 from rltrain.engines.base import EngineOptions
+from rltrain.engines.vllm_extension import WorkerExtension
 from rltrain.engines.vllm_worker import Worker
 from tests.recipes import quickstart
 
@@ -192,7 +193,7 @@ def test_vllms_own_kinds_of_cache_tell_what_a_sequence_takes() -> None:
 
 def test_our_workers_methods_are_not_vllms() -> None:
     # vLLM refuses an extension that has a name of its worker.
-    own = {name for name in dir(engines.WorkerExtension) if not name.startswith("__")}
+    own = {name for name in dir(WorkerExtension) if not name.startswith("__")}
     assert not own & set(dir(Worker))
 
 

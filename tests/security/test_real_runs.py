@@ -249,7 +249,7 @@ def test_ray_leaves_neither_its_folder_nor_its_token(watched: Watched) -> None:
     from rltrain.distributed import cluster
 
     said = " ".join(watched.commands)
-    assert cluster._prefix() in said
+    assert cluster.PREFIX in said
     assert not [folder for folder in cluster.folders() if folder.name in said]
     assert not [
         line for line in watched.commands if "auth" in line.lower() and "token" in line.lower()
@@ -273,7 +273,7 @@ def test_rays_folder_is_for_its_owner_alone() -> None:
 
     with cluster._own_folder() as ours:
         assert ours.stat().st_mode & 0o777 == 0o700
-        (link := ours / f"{cluster._prefix()}12345678").symlink_to("/etc")
+        (link := ours / f"{cluster.PREFIX}12345678").symlink_to("/etc")
         assert not cluster._is_ours(link)
 
 

@@ -1,1 +1,1 @@
-"""What is quick on a CPU, and never on the path of a GPU."""
+"""Fast paths for CPUs; none of them runs on a GPU."""

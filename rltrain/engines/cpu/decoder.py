@@ -1,6 +1,4 @@
-"""A decoder for float32 models of the Llama family, with few and large operations: adapters merged,
-prompts shared.
-"""
+"""A decoder for float32 models of the Llama family: few, large operations; adapters merged."""
 
 from __future__ import annotations
 
@@ -20,16 +18,14 @@ from rltrain.models.lora import base_model
 
 ARCHITECTURES = {"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 ROPES = {"default", "linear", "llama3", "yarn"}
-"""Those whose angles depend on the position alone."""
+"""Rotary embeddings whose angles depend on the position alone."""
 
 PREFILL_TOKENS = 4096
-"""Tokens of prompts in one pass; more is slower on a CPU, for the activations leave the cache."""
+"""Prompt tokens in one pass: the activations of more leave a CPU's cache."""
 
 
 def supports(model: Any, member: str | None) -> bool:
-    """Whether LlamaDecoder computes what the model computes with the member's adapter on (None:
-    off).
-    """
+    """Return whether LlamaDecoder computes the model with the member's adapter on (None: off)."""
     base = base_model(model)
     config = base.config
     if type(base).__name__ not in ARCHITECTURES or config.hidden_act != "silu":
@@ -46,9 +42,7 @@ def supports(model: Any, member: str | None) -> bool:
 
 
 def _plain(module: torch.nn.Module, member: str | None) -> bool:
-    """Whether an adapter leaves the module alone, or does no more to it than add B A to a linear
-    layer's weight.
-    """
+    """Return whether a module is unadapted, or a linear layer plus B A and nothing else."""
     if not isinstance(module, BaseTunerLayer):
         return not isinstance(module, AuxiliaryTrainingWrapper)
     if module.merged or not isinstance(module, LoraLayer):
@@ -67,7 +61,7 @@ class _Linear:
     bias: torch.Tensor | None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """`[N, in]` -> `[N, out]`, each row the same to the bit whatever the other rows."""
+        """Return `[N, out]` for `[N, in]`; a row's bits do not depend on the other rows."""
         missing = fewest_rows() - x.shape[0]
         if missing > 0:
             return F.linear(F.pad(x, (0, 0, 0, missing)), self.weight, self.bias)[: x.shape[0]]
@@ -87,11 +81,11 @@ class _Layer:
 
 
 class _Weights:
-    """The model's weights with one adapter merged into copies; the model's own stay untouched.
+    """The model's weights with one adapter merged into copies; the model is left unchanged.
 
-    Rows of queries and keys are reordered so that the two halves that rotary embeddings turn into
-    each other are neighbours, and queries carry the attention's scale: neither changes a product of
-    query and key.
+    Rows of queries and keys are reordered so that the two halves that rotary embeddings mix are
+    neighbours, and queries are scaled as attention needs. Neither changes a product of query and
+    key.
     """
 
     def __init__(self, base: Any, member: str | None) -> None:
@@ -106,21 +100,26 @@ class _Weights:
         self.norm = base.model.norm.weight
         self.head = _merged(base.get_output_embeddings(), member)
         self._rotary = base.model.rotary_emb
+        self._rotations = torch.empty(0, self.head_dim // 2, dtype=torch.complex64)
 
     def rotations(self, positions: int) -> torch.Tensor:
-        """cos + i sin of every position's angles, `[positions, head_dim / 2]`."""
-        cos, sin = self._rotary(
-            self.embedding, torch.arange(positions, device=self.embedding.device)[None]
-        )
-        half = self.head_dim // 2
-        return torch.complex(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
+        """Return cos + i sin of each position's angles, `[>= positions, head_dim / 2]`."""
+        if len(self._rotations) < positions:
+            cos, sin = self._rotary(
+                self.embedding, torch.arange(2 * positions, device=self.embedding.device)[None]
+            )
+            half = self.head_dim // 2
+            cos, sin = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+            self._rotations = torch.complex(cos, sin)
+        return self._rotations
 
     def _layer(self, layer: Any, member: str | None) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
         scale = attention.scaling
         query, key, value = (
-            _merged(one, member) for one in (attention.q_proj, attention.k_proj, attention.v_proj)
+            _merged(module, member)
+            for module in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         query, key = (
             self._reordered(query, scale if query_norm is None else 1.0),
@@ -149,9 +148,7 @@ class _Weights:
 
 
 def _merged(module: Any, member: str | None) -> _Linear:
-    """W + alpha/r B A, where the member has an adapter on the layer (LoRA, arXiv 2106.09685, eq.
-    3).
-    """
+    """Return W + alpha/r B A of a layer that the member adapts (LoRA, arXiv 2106.09685, eq. 3)."""
     base = module.get_base_layer() if isinstance(module, LoraLayer) else module
     if isinstance(module, LoraLayer) and member in module.lora_A:
         return _Linear(base.weight + module.get_delta_weight(member), base.bias)
@@ -159,7 +156,7 @@ def _merged(module: Any, member: str | None) -> _Linear:
 
 
 def _joined(parts: Sequence[_Linear]) -> _Linear:
-    """One layer for several with the same input."""
+    """Return one layer for several with the same input."""
     biases = [part.bias for part in parts if part.bias is not None]
     return _Linear(
         torch.cat([part.weight for part in parts]), torch.cat(biases) if biases else None
@@ -167,17 +164,18 @@ def _joined(parts: Sequence[_Linear]) -> _Linear:
 
 
 class LlamaDecoder:
-    """Decodes sequences of one member; weights are those the model held when it was made."""
+    """Decodes sequences of one member, with the weights of the time when it was made."""
 
     def __init__(self, model: Any, member: str | None) -> None:
         self._weights = _Weights(base_model(model), member)
-        self._rotations = self._weights.rotations(0)
+
         self._positions = torch.empty(0, dtype=torch.long)
         self._attention: SharedPrompts | None = None
 
     def prefill(self, prompts: Sequence[Sequence[int]], prompt_of_N: torch.Tensor) -> torch.Tensor:
-        """Logits `[N, V]` after the prompts, which are padded on the right: later tokens change no
-        earlier one.
+        """Return logits `[N, V]` after the prompts.
+
+        Prompts are padded on the right, where the causal mask keeps padding from changing them.
         """
         weights, device = self._weights, prompt_of_N.device
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -198,12 +196,11 @@ class LlamaDecoder:
         return self._logits(torch.cat(hidden))[prompt_of_N]
 
     def step(self, token_N: torch.Tensor) -> torch.Tensor:
-        """Logits `[N, V]` after one more token each."""
+        """Return logits `[N, V]` after one more token each."""
         assert self._attention is not None
         weights = self._weights
-        rotation = self._angles(self._attention.width + self._attention.steps + 1)[self._positions][
-            :, None
-        ]
+        rotations = weights.rotations(self._attention.width + self._attention.steps + 1)
+        rotation = rotations[self._positions][:, None]
         x = F.embedding(token_N, weights.embedding)
         self._attention.grow()
         for index, layer in enumerate(weights.layers):
@@ -214,7 +211,7 @@ class LlamaDecoder:
         return self._logits(x)
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Go on with these sequences only."""
+        """Continue with these sequences only."""
         assert self._attention is not None
         self._attention.keep(rows)
         self._positions = self._positions[rows]
@@ -222,10 +219,9 @@ class LlamaDecoder:
     def _prefill_part(
         self, prompts: Sequence[Sequence[int]], start: int, stop: int
     ) -> torch.Tensor:
-        """The last token's hidden state of some of the prompts, `[P, C]`; keys and values are
-        stored.
+        """Return the last token's hidden state of some prompts, `[P, C]`; store keys and values.
 
-        Only attention sees the prompts padded: all else takes their tokens in one row.
+        Only attention sees the prompts padded; all other layers see their tokens in one row.
         """
         assert self._attention is not None
         weights, part = self._weights, prompts[start:stop]
@@ -234,21 +230,21 @@ class LlamaDecoder:
         lengths = torch.tensor([len(prompt) for prompt in part], device=device)
         width = padded(int(lengths.max()))
         real = torch.arange(width, device=device) < lengths[:, None]
-        rotation = self._angles(width)[:width].expand(len(part), -1, -1)[real][:, None]
+        rotation = weights.rotations(width)[:width].expand(len(part), -1, -1)[real][:, None]
         x = F.embedding(ids, weights.embedding)
         for index, layer in enumerate(weights.layers):
             query, key, value = (
-                one.new_zeros(*real.shape, *one.shape[1:]).index_put_((real,), one).transpose(1, 2)
-                for one in self._query_key_value(layer, x, rotation)
+                rows.new_zeros(*real.shape, *rows.shape[1:])
+                .index_put_((real,), rows)
+                .transpose(1, 2)
+                for rows in self._query_key_value(layer, x, rotation)
             )
             self._attention.store(index, start, key, value)
             mixed = F.scaled_dot_product_attention(
                 query, key, value, is_causal=True, scale=1.0, enable_gqa=weights.repeats > 1
             )
             mixed = mixed.transpose(1, 2)[real].flatten(1)
-            if (
-                index == len(weights.layers) - 1
-            ):  # nobody asks for the other tokens of the last layer
+            if index == len(weights.layers) - 1:  # only the last token's output is used
                 last = lengths.cumsum(0) - 1
                 x, mixed = x[last], mixed[last]
             x = x + layer.out(mixed)
@@ -258,22 +254,25 @@ class LlamaDecoder:
     def _query_key_value(
         self, layer: _Layer, x: torch.Tensor, rotation: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rotated queries `[N, H, D]` and keys, and values, `[N, groups, D]`, of x `[N, C]`."""
+        """Return rotated queries `[N, H, D]`, rotated keys and values `[N, groups, D]`.
+
+        x is `[N, C]`.
+        """
         weights = self._weights
         heads = layer.query_key_value(self._normed(x, layer.attention_norm)).unflatten(
             -1, (-1, weights.head_dim)
         )
-        turned, value = heads.split([weights.groups * (weights.repeats + 1), weights.groups], dim=1)
+        both, value = heads.split([weights.groups * (weights.repeats + 1), weights.groups], dim=1)
         split = [weights.groups * weights.repeats, weights.groups]
         if layer.query_norm is not None and layer.key_norm is not None:
-            query, key = turned.split(split, dim=1)
-            turned = torch.cat(
+            query, key = both.split(split, dim=1)
+            both = torch.cat(
                 [self._normed(query, layer.query_norm), self._normed(key, layer.key_norm)], dim=1
             )
-        turned = torch.view_as_real(
-            torch.view_as_complex(turned.unflatten(-1, (-1, 2))) * rotation
+        both = torch.view_as_real(
+            torch.view_as_complex(both.unflatten(-1, (-1, 2))) * rotation
         ).flatten(-2)
-        query, key = turned.split(split, dim=1)
+        query, key = both.split(split, dim=1)
         return query, key, value
 
     def _mlp(self, layer: _Layer, x: torch.Tensor) -> torch.Tensor:
@@ -285,9 +284,3 @@ class LlamaDecoder:
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         return self._weights.head(self._normed(x, self._weights.norm))
-
-    def _angles(self, positions: int) -> torch.Tensor:
-        """Rotations of at least so many positions; the table doubles when it is short."""
-        if len(self._rotations) < positions:
-            self._rotations = self._weights.rotations(2 * positions)
-        return self._rotations

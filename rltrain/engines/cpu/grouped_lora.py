@@ -1,4 +1,4 @@
-"""vLLM's LoRA on a CPU, with few and large matrix products. Beside vllm.py, it imports vllm."""
+"""vLLM's LoRA on a CPU, with few and large matrix products. Imports vllm."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ from vllm.platforms import current_platform
 from rltrain.engines.cpu.products import fewest_rows
 
 VERSIONS = ("0.32.0",)
-"""Those it was checked against; another version keeps its own operations."""
+"""Versions that this was checked against; others keep their own operations."""
 
 FEWEST_COLUMNS = 16
-"""Columns of a product: fewer than 12, and MKL rounds otherwise, so that slots times rank would
-show in the results.
-"""
+"""Columns of a product: below 12, MKL's rounding would depend on slots times rank."""
 
 TOGETHER = 128
-"""Slots times rank up to which one product for all slots costs less than one for each."""
+"""Slots times rank up to which one product for all slots is faster than one for each."""
 
 Adapters = Sequence[tuple[torch.Tensor, torch.Tensor, int]]
 
 
 def install() -> bool:
-    """Have vLLM use `GroupedLoRA` in this process, on a CPU and for versions it is known to fit;
-    whether it does.
+    """Make vLLM use `GroupedLoRA` in this process, if it runs on a CPU in a checked version.
+
+    Returns whether it does.
     """
     fits = current_platform.is_cpu() and vllm.__version__.split("+")[0] in VERSIONS
     if fits:
@@ -39,16 +38,15 @@ def install() -> bool:
 
 
 class GroupedLoRA(PunicaWrapperCPU):
-    """The operations of `PunicaWrapperCPU` on linear layers: one product for all adapters, or one
-    each if that is less.
+    """`PunicaWrapperCPU` on linear layers with one product for all adapters, or one for each.
 
-    vLLM's own gather a copy of A and B for every token, and give rows of the base (index -1) the
-    last slot's adapter. A row's result is the same to the bit whatever other rows and adapters are
-    in the batch, and however many slots the engine has.
+    vLLM's own copies A and B for every token, and applies the last slot's adapter to rows of the
+    base (index -1). A row's bits here depend neither on other rows and adapters in the batch nor on
+    the number of slots.
     """
 
     def update_metadata(self, *args: Any, **kwargs: Any) -> None:
-        """Note which rows of the batch belong to which adapter slot."""
+        """Record which rows of the batch belong to which adapter slot."""
         super().update_metadata(*args, **kwargs)
         self._groups: list[tuple[int, torch.Tensor | None]] | None = None
         self._masks: dict[tuple[int, int], torch.Tensor] = {}
@@ -63,10 +61,10 @@ class GroupedLoRA(PunicaWrapperCPU):
         output_slices: tuple[int, ...],
         **kwargs: Any,
     ) -> None:
-        """y += scale * x A^T B^T in place: y `[N, out]`, x `[N, in]`, A `[slots, 1, r, in]`, B
-        `[slots, 1, out, r]`.
+        """Add scale * x A^T B^T to y in place.
 
-        q, k and v (gate and up) come packed: one A and one B each, every B for its slice of `out`.
+        y is `[N, out]`, x `[N, in]`, A `[slots, 1, r, in]`, B `[slots, 1, out, r]`. q, k and v
+        (gate and up) are packed: each has an A, a B and a slice of `out`.
         """
         slots, rank = lora_a_stacked[0].shape[0], lora_a_stacked[0].shape[2]
         adapters = list(zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True))
@@ -78,60 +76,57 @@ class GroupedLoRA(PunicaWrapperCPU):
     def _add_together(
         self, y: torch.Tensor, x: torch.Tensor, adapters: Adapters, scale: float, mask: torch.Tensor
     ) -> None:
-        """All slots' products for all rows, those of other slots times zero."""
+        """Multiply all slots with all rows, and rows of other slots by zero."""
         missing = fewest_rows() - len(x)
         if missing > 0:
-            enough, x, mask = (F.pad(one, (0, 0, 0, missing)) for one in (y, x, mask))
+            padded, x, mask = (F.pad(rows, (0, 0, 0, missing)) for rows in (y, x, mask))
         else:
-            enough = y
-        parts = enough.split([size for _, _, size in adapters], dim=1)
+            padded = y
+        parts = padded.split([size for _, _, size in adapters], dim=1)
         for part, (lora_a, lora_b, _) in zip(parts, adapters, strict=True):
-            inner = (x @ _enough_rows(lora_a.flatten(0, 2)).T).mul_(mask)
-            part.addmm_(
-                inner, _enough_rows(lora_b[:, 0].transpose(1, 2).flatten(0, 1)), alpha=scale
-            )
+            inner = (x @ _padded(lora_a.flatten(0, 2)).T).mul_(mask)
+            part.addmm_(inner, _padded(lora_b[:, 0].transpose(1, 2).flatten(0, 1)), alpha=scale)
         if missing > 0:
-            y.copy_(enough[: len(y)])
+            y.copy_(padded[: len(y)])
 
     def _add_apart(
         self, y: torch.Tensor, x: torch.Tensor, adapters: Adapters, scale: float
     ) -> None:
-        """Each slot's products for its own rows."""
+        """Multiply each slot with its own rows."""
         if self._groups is None:
             self._groups = rows_by_slot(self.token_lora_indices)
         for slot, rows in self._groups:
-            mine, theirs = (
+            outputs, inputs = (
                 (y, x) if rows is None else (y.index_select(0, rows), x.index_select(0, rows))
             )
-            parts = mine.split([size for _, _, size in adapters], dim=1)
+            parts = outputs.split([size for _, _, size in adapters], dim=1)
             for part, (lora_a, lora_b, _) in zip(parts, adapters, strict=True):
-                inner = theirs @ _enough_rows(lora_a[slot, 0]).T
-                part.addmm_(inner, _enough_rows(lora_b[slot, 0].T), alpha=scale)
+                inner = inputs @ _padded(lora_a[slot, 0]).T
+                part.addmm_(inner, _padded(lora_b[slot, 0].T), alpha=scale)
             if rows is not None:
-                y.index_copy_(0, rows, mine)
+                y.index_copy_(0, rows, outputs)
 
     def _mask(self, slots: int, rank: int) -> torch.Tensor:
-        """`[N, slots * r or more]`: ones where a row's own adapter stands; none for rows of the
-        base.
-        """
+        """Return `[N, >= slots * r]`: one in the columns of a row's adapter, zero elsewhere."""
         if (slots, rank) not in self._masks:
-            own = self.token_lora_indices[:, None] == torch.arange(slots)
+            active = self.token_lora_indices[:, None] == torch.arange(slots)
             missing = max(0, FEWEST_COLUMNS - slots * rank)
             self._masks[slots, rank] = F.pad(
-                own.repeat_interleave(rank, dim=1).float(), (0, missing)
+                active.repeat_interleave(rank, dim=1).float(), (0, missing)
             )
         return self._masks[slots, rank]
 
 
-def _enough_rows(matrix: torch.Tensor) -> torch.Tensor:
-    """A or B^T with rows of zeros up to `FEWEST_COLUMNS`."""
+def _padded(matrix: torch.Tensor) -> torch.Tensor:
+    """Return A or B^T with rows of zeros up to `FEWEST_COLUMNS`."""
     missing = FEWEST_COLUMNS - len(matrix)
     return F.pad(matrix, (0, 0, 0, missing)) if missing > 0 else matrix
 
 
 def rows_by_slot(slot_N: torch.Tensor) -> list[tuple[int, torch.Tensor | None]]:
-    """(slot, its rows) for each adapter in the batch; None stands for all rows; few rows are
-    repeated to be enough.
+    """Return (slot, rows) for each adapter in the batch; None stands for all rows.
+
+    Few rows are repeated up to `fewest_rows`.
     """
     fewest = fewest_rows()
     slots = slot_N.unique().tolist()

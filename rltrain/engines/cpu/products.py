@@ -5,20 +5,17 @@ from __future__ import annotations
 import torch
 
 FEWEST_ROWS = 16
-"""Rows in x W^T: with fewer, MKL takes another kernel where they are 24 times as wide as there are
-rows.
-"""
+"""Rows in x W^T: with fewer, MKL uses another kernel where rows are 24 times as wide as many."""
 
 
 def fewest_rows() -> int:
-    """Rows that x W^T needs for each of them to be rounded as it is among any others; few are
-    padded to so many.
-    """
+    """Return the rows that x W^T needs to round each of them as among any others; pad to these."""
     return FEWEST_ROWS * torch.get_num_threads()
 
 
 def fewest_in_batch(width: int) -> int:
-    """As `fewest_rows`, for each of a batch of products, which threads do not split: no more than
-    rows so wide need.
+    """Return `fewest_rows` for each product of a batch, which threads do not split.
+
+    Rows of this `width` need no more.
     """
     return max(4, min(FEWEST_ROWS, width // 24 + 1))

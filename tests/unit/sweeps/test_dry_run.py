@@ -130,7 +130,12 @@ def test_a_given_number_of_steps_costs_what_it_costs_without_any_data(recipe: Re
 
 @pytest.mark.parametrize(
     ("name", "billions"),
-    [("Qwen/Qwen2.5-0.5B-Instruct", 0.494), ("someone/Other-1B", 1), ("google/bert", None)],
+    [
+        ("Qwen/Qwen2.5-0.5B-Instruct", 0.494),
+        ("someone/Other-1B", 1),
+        ("a/Mix-30B-A3B", 3),
+        ("google/bert", None),
+    ],
 )
 def test_a_hubs_model_has_its_published_size_or_its_names(
     recipe: Recipe, name: str, billions: float | None
@@ -141,7 +146,7 @@ def test_a_hubs_model_has_its_published_size_or_its_names(
     assert cost.flops == (
         None
         if billions is None
-        else pytest.approx(billions * 1e9 * (8 * 144 * 30 + 2 * 15 * 40), rel=1e-3)
+        else pytest.approx(billions * 1e9 * (6 * 144 * 30 + 2 * 15 * 40), rel=1e-3)
     )
 
 
@@ -166,7 +171,7 @@ def test_arithmetic_of_a_gpu_recipe(recipe: Recipe, tmp_path: Path) -> None:
         recipe, {"trainer.placement.device": "cuda", "trainer.policy.model.path": str(tmp_path)}
     )
     (cost,) = estimate.costs(plans.build(gpu))
-    assert cost.flops == pytest.approx(494e6 * (8 * 144 * 30 + 2 * 15 * 40), rel=1e-2)
+    assert cost.flops == pytest.approx(494e6 * (6 * 144 * 30 + 2 * 15 * 40), rel=1e-2)
     assert "FLOPs" in dry_run.describe(plans.build(gpu), "my.yaml")
 
 

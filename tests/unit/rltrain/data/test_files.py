@@ -12,8 +12,7 @@ import pytest
 
 from harness.config.schema import Data
 from harness.core.errors import UserError
-from rltrain.data.files import Example, load_examples, read_rows, write_rows
-from rltrain.tools.preflight import count_rows
+from rltrain.data.files import Example, count_rows, load_examples, read_rows, write_rows
 
 
 def row(number: int) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def test_the_next_start_clears_what_a_killed_one_left_and_nothing_else(place: Pa
         assert root.stat().st_mode & 0o777 == 0o700
         killed.kill()
         killed.wait()
-        (place / f"{cluster._prefix()}12345678").symlink_to("/etc")  # not a folder of ours
+        (place / f"{cluster.PREFIX}12345678").symlink_to("/etc")  # not a folder of ours
         cluster.clear_left_over()
         assert not root.exists()
         assert not psutil.pid_exists(left) or psutil.Process(left).status() == psutil.STATUS_ZOMBIE

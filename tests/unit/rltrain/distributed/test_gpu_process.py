@@ -180,7 +180,7 @@ def test_vllm_for_cuda_is_refused_on_a_cpu(
 def test_vllm_serves_no_float32_adapter_on_a_gpu(gpus: GPUs, tiny_model_dir: Path) -> None:
     gpus(1)
     wide = "trainer.policy.model.dtype=float32"
-    with pytest.raises(UserError, match="bfloat16 alone"):
+    with pytest.raises(UserError, match="only in bfloat16"):
         check_run(quickstart([AUTO, wide]))
     for allowed in (
         "trainer.policy.model.lora.sync=merge",

@@ -18,7 +18,7 @@ from rltrain.envs import gsm8k, tiny_gsm
 SPLITS = ("train", "validation", "test")
 
 
-def draw(split: str, seed: int, count: int) -> list[tiny_gsm.Problem]:
+def draw(split: str, seed: int, count: int) -> list[tiny_gsm.WordProblem]:
     return list(itertools.islice(tiny_gsm.problems(split, seed), count))
 
 

@@ -11,8 +11,8 @@ from peft.tuners.lora import LoraLayer
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rltrain.data.batch import Batch, collate
-from rltrain.models.loading import AdapterOff, adapter_statistics, add_adapter, lora_config
-from rltrain.models.logprobs import token_logprobs, token_logprobs_and_entropy
+from rltrain.models.loading import adapter_statistics, add_adapter, lora_config
+from rltrain.models.logprobs import AdapterOff, token_logprobs, token_logprobs_and_entropy
 from rltrain.pack import _adapter_seed
 from tests.recipes import quickstart
 

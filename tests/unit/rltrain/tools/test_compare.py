@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from harness.records.run_dir import RunDir
-from rltrain.tools.compare import Comparison, Departure, compare, compare_rows
+from rltrain.tools.compare import RunComparison, RunDifference, compare, compare_rows
 
 LAST = 4
 
@@ -66,13 +66,13 @@ def pair(tmp_path: Path) -> tuple[RunDir, RunDir]:
     return write(RunDir(tmp_path / "one")), write(RunDir(tmp_path / "two"))
 
 
-def compared(pair: tuple[RunDir, RunDir], last: int = LAST, weights: bool = True) -> Comparison:
+def compared(pair: tuple[RunDir, RunDir], last: int = LAST, weights: bool = True) -> RunComparison:
     return compare(*pair, last=last, weights=weights)
 
 
 def test_equal_runs_are_identical(pair: tuple[RunDir, RunDir]) -> None:
     found = compared(pair)
-    assert found.departures == []
+    assert found.differences == []
     assert found.first(0.0) is None
     assert (
         found.verdict(0.0) == "identical: 5 rows of metrics, 18 completions, weights best and final"
@@ -115,7 +115,7 @@ def test_within_a_tolerance_runs_are_equal_and_the_largest_difference_is_told(
 
 def test_timings_are_no_difference_and_nan_equals_nan(pair: tuple[RunDir, RunDir]) -> None:
     change_row(pair[1], 2, step_time=99.0)
-    assert compared(pair).departures == []
+    assert compared(pair).differences == []
     assert compare_rows(1, {"kl": math.nan}, {"kl": math.nan}) == []
     # A row in memory has the infinity that the file writes as null.
     assert compare_rows(1, {"kl": math.nan}, {"kl": math.inf}) == []
@@ -125,7 +125,7 @@ def test_timings_are_no_difference_and_nan_equals_nan(pair: tuple[RunDir, RunDir
 
 def test_a_metric_that_only_one_run_logged(pair: tuple[RunDir, RunDir]) -> None:
     change_row(pair[1], 3, entropy=1.0)
-    (found,) = compared(pair).departures
+    (found,) = compared(pair).differences
     assert str(found) == "step 3: entropy absent -> 1"
 
 
@@ -133,7 +133,7 @@ def test_a_metric_that_only_one_run_logged(pair: tuple[RunDir, RunDir]) -> None:
 def test_missing_and_extra_rows(pair: tuple[RunDir, RunDir], shorter: int, told: str) -> None:
     rows = [json.loads(line) for line in pair[shorter].metrics.read_text().splitlines()]
     put(pair[shorter], rows[:4])
-    (found,) = compared(pair).departures
+    (found,) = compared(pair).differences
     assert str(found) == f"step 4: metrics {told}"
     assert compared(pair).first(1e9) is not None
 
@@ -142,15 +142,15 @@ def test_samples_are_compared_completion_by_completion(pair: tuple[RunDir, RunDi
     frame = pd.read_parquet(pair[1].eval_samples(2))
     frame.loc[3, "completion"] = "another " * 20
     frame.head(5).to_parquet(pair[1].eval_samples(2))
-    first, second = compared(pair).departures
+    first, second = compared(pair).differences
     assert str(first).startswith("step 2: sample 3's completion 'answer 3' -> 'another another")
     assert str(first).endswith("…")
     assert str(second) == "step 2: sample 5's completion 'answer 5' -> absent"
     pair[1].eval_samples(2).write_bytes(b"PAR1")
-    (found,) = compared(pair).departures
+    (found,) = compared(pair).differences
     assert str(found) == "step 2: samples 6 rows -> unreadable"
     pair[1].eval_samples(2).unlink()
-    (found,) = compared(pair).departures
+    (found,) = compared(pair).differences
     assert str(found) == "step 2: samples 6 rows -> absent"
 
 
@@ -158,9 +158,9 @@ def test_weights_of_the_best_evaluation_count_at_its_step(pair: tuple[RunDir, Ru
     other = torch.full((2, 3), 1.0)
     other[1, 2] = 1.25
     change_weights(pair[1], "best", a=other)
-    (found,) = compared(pair).departures
+    (found,) = compared(pair).differences
     assert str(found) == "step 2: weights best: a 1 -> 1.25 (by 0.25)"
-    assert compared(pair, weights=False).departures == []
+    assert compared(pair, weights=False).differences == []
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_another_adapter_is_told_by_its_tensor(
     pair: tuple[RunDir, RunDir], tensors: dict[str, torch.Tensor], told: str
 ) -> None:
     change_weights(pair[1], "final", **tensors)
-    (found,) = compared(pair).departures
+    (found,) = compared(pair).differences
     assert str(found) == f"step 4: weights final: {told}"
 
 
@@ -186,9 +186,9 @@ def test_tensors_are_compared_to_the_bit(pair: tuple[RunDir, RunDir]) -> None:
     nan, zero = torch.tensor([math.nan, 0.0]), torch.tensor([math.nan, -0.0])
     for run in pair:
         change_weights(run, "final", c=nan)
-    assert compared(pair).departures == []
+    assert compared(pair).differences == []
     change_weights(pair[1], "final", c=zero)
-    (found,) = compared(pair).departures
+    (found,) = compared(pair).differences
     assert found.size == 0
     assert (
         compared(pair)
@@ -200,11 +200,11 @@ def test_tensors_are_compared_to_the_bit(pair: tuple[RunDir, RunDir]) -> None:
 def test_a_policy_that_is_missing_or_damaged_is_a_difference(pair: tuple[RunDir, RunDir]) -> None:
     file = pair[1].adapter / "final" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:40])
-    assert [str(found) for found in compared(pair).departures] == [
+    assert [str(found) for found in compared(pair).differences] == [
         "step 4: weights final 2 tensors -> unreadable"
     ]
     file.unlink()
-    assert [str(found) for found in compared(pair).departures] == [
+    assert [str(found) for found in compared(pair).differences] == [
         "step 4: weights final 2 tensors -> absent"
     ]
 
@@ -213,7 +213,7 @@ def test_only_what_is_up_to_the_last_step_is_compared(pair: tuple[RunDir, RunDir
     change_row(pair[1], 3, reward=0.0)
     pair[1].eval_samples(4).unlink()
     found = compared(pair, last=2, weights=False)
-    assert found.departures == []
+    assert found.differences == []
     assert found.verdict(0.0) == "identical: 3 rows of metrics, 12 completions, no weights"
 
 
@@ -222,7 +222,7 @@ def test_at_one_step_metrics_come_before_samples_and_weights(pair: tuple[RunDir,
     frame = pd.read_parquet(pair[1].eval_samples(2))
     frame.assign(reward=2.0).to_parquet(pair[1].eval_samples(2))
     change_row(pair[1], 2, reward=0.0)
-    assert [found.what.split()[0] for found in compared(pair).departures] == [
+    assert [found.what.split()[0] for found in compared(pair).differences] == [
         "reward",
         *["sample"] * 6,
         "weights",
@@ -230,5 +230,5 @@ def test_at_one_step_metrics_come_before_samples_and_weights(pair: tuple[RunDir,
 
 
 def test_a_difference_that_is_no_number_is_beyond_every_tolerance() -> None:
-    found = Comparison([Departure(1, "samples", "a", "b")], 1, 0, [])
+    found = RunComparison([RunDifference(1, "samples", "a", "b")], 1, 0, [])
     assert found.first(1e300) is not None

@@ -52,7 +52,7 @@ def test_the_quickstart_passes(tiny_model_dir: Path) -> None:
         ),
         (
             [*PPO, "trainer.critic.model.lora.target_modules=[q_proj,lm_head]"],
-            "value head in the place of lm_head",
+            "value head in place of lm_head",
         ),
         (["generator.max_input_length=200"], "<= 256 together"),
     ],

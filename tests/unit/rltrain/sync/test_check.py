@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from rltrain.engines.base import SyncError
-from rltrain.sync.check import check_sync
-from rltrain.sync.probe import certain, check_gap
+from rltrain.sync.check import certain, check_gap, check_sync
 
 
 def test_gaps_of_both_signs_do_not_cancel() -> None:
