@@ -1,6 +1,4 @@
-"""The documented example of a user's environment, taken from docs/environments.md and run as it
-stands there.
-"""
+"""The example of a user's environment in docs/environments.md runs as documented."""
 
 from __future__ import annotations
 
