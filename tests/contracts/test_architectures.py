@@ -1,4 +1,4 @@
-"""Qwen2, Qwen3 and Llama, tiny and random: loaded, adapted, trained and sampled from alike."""
+"""Tiny random Qwen2, Qwen3 and Llama models are loaded, adapted, trained and sampled from."""
 
 from __future__ import annotations
 
@@ -97,9 +97,7 @@ CHATS = [
 
 @dataclass(frozen=True)
 class Case:
-    """An architecture's recipe and model: frozen base, and an adapter of every kind of TARGETS, B
-    not zero.
-    """
+    """An architecture's recipe and model: a frozen base with several adapters, B not zero."""
 
     recipe: Recipe
     model: PeftModel

@@ -1,6 +1,4 @@
-"""The decoder for models of the Llama family and the one for all others say what the trainer's
-model says.
-"""
+"""Both decoders compute the log-probabilities of the trainer's model."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""What every registered engine must do; an engine added to the registry is tested here without
-another line.
-"""
+"""What every registered engine must do. A new engine in the registry is tested without changes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""What every registered sync must do with every registered engine, and that a sync which does not
-is caught.
-"""
+"""What every registered sync must do with every engine, and that failing syncs are detected."""
 
 from __future__ import annotations
 
@@ -109,26 +107,24 @@ def _tell(engine: Engine, model: PeftModel, mode: SyncMode, root: Path) -> Story
 
 
 class Deaf:
-    """An engine to which nothing gets through, and which says nothing of it."""
+    """An engine that silently ignores new adapters and weights."""
 
     def __init__(self, engine: Engine) -> None:
         self.shares_weights = engine.shares_weights
 
     def load_adapter(self, *args: object) -> None:
-        """Unheard."""
+        """Do nothing."""
 
     def load_adapter_tensors(self, *args: object) -> None:
-        """Unheard."""
+        """Do nothing."""
 
     def load_weights(self, weights: Iterable[object]) -> None:
-        """Taken and thrown away."""
+        """Iterate over the weights and do nothing."""
         list(weights)
 
 
 class Stories:
-    """Stories told so far, each once, and the engine of the last of them: engines are slow to
-    start.
-    """
+    """All stories, each told once, and the engine of the latest: engines are slow to start."""
 
     def __init__(self, base_dir: Path, root: Path) -> None:
         self._base_dir = base_dir
@@ -139,7 +135,7 @@ class Stories:
         self._ray = contextlib.ExitStack()
 
     def get(self, kind: Kind, mode: SyncMode) -> Story:
-        """The story of that kind of engine and that sync."""
+        """Return the story of a kind of engine and a sync."""
         if (kind, mode) not in self._told:
             model = adapt(load_base(self._base_dir), [MEMBER])
             engine = self._started(kind, model, 0 if mode is SyncMode.merge else 4)
@@ -167,7 +163,7 @@ class Stories:
         return self._engine
 
     def close(self) -> None:
-        """End the engine that is up."""
+        """Close the open engine."""
         if self._engine is not None:
             self._engine.close()
         self._engine = None

@@ -1,6 +1,4 @@
-"""Memory sync of later versions: what the first one found out is used again, and only while it
-holds.
-"""
+"""Memory sync of later versions: parameters found once are reused while they are valid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tiny random Qwen2 with real adapters, and what the trainer thinks of an engine's samples."""
+"""A tiny random Qwen2 with adapters, and the trainer's log-probabilities of an engine's samples."""
 
 from __future__ import annotations
 
@@ -115,19 +115,17 @@ def start(
 
 
 def ray_for_two() -> contextlib.AbstractContextManager[object]:
-    """Ray on this machine, with two CPUs to give away; "remote" engines must be closed before it
-    ends.
-    """
+    """Start Ray on this machine with two CPUs; close "remote" engines before it ends."""
     return cluster(cpus=2, gpus=0, threads=1, address=None)
 
 
 def name_of(kind: Kind) -> str:
-    """What a kind of engine is called in the names of tests."""
+    """Return the name of a kind of engine in test ids."""
     return kind if kind == "remote" else kind.name
 
 
 def marks_of(kind: Kind) -> list[pytest.MarkDecorator]:
-    """Engines in actors of their own take Ray and several processes: their tests are slow."""
+    """Return marks: engines in actors need Ray and several processes, so their tests are slow."""
     return [pytest.mark.slow] if kind == "remote" else []
 
 
@@ -192,9 +190,7 @@ def trainer_logprobs(
     requests: Sequence[Request],
     groups: Sequence[Sequence[Sample]],
 ) -> torch.Tensor:
-    """What the trainer's model says of the same tokens, one sequence at a time: logits over
-    temperature.
-    """
+    """Return the trainer's log-probabilities of the samples, computed one sequence at a time."""
     found = []
     for one, group in zip(requests, groups, strict=True):
         for sample in group:

@@ -1,4 +1,4 @@
-"""Data files: examples in order, and every kind of bad file named."""
+"""Data files: examples in order, and an error for every kind of bad file."""
 
 from __future__ import annotations
 

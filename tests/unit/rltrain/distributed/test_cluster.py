@@ -1,4 +1,4 @@
-"""What Ray's processes inherit, and what a killed one left behind."""
+"""The environment of Ray's processes, and removal of what killed commands left."""
 
 from __future__ import annotations
 

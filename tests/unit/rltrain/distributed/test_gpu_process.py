@@ -1,6 +1,4 @@
-"""A process on a GPU, as far as a CPU can tell: drivers and builds, and what `deterministic: true`
-sets.
-"""
+"""GPU settings that can be tested on a CPU: drivers, builds, and `deterministic: true`."""
 
 from __future__ import annotations
 
@@ -42,7 +40,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> GPUs:
 
 @pytest.fixture
 def process_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Torch's switches and the environment are put back."""
+    """Restore torch's switches and the environment."""
     for name in ("CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE", "VLLM_BATCH_INVARIANT"):
         monkeypatch.setenv(name, "")  # noted, so that it is taken away again
         monkeypatch.delenv(name)

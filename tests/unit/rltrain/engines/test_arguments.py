@@ -1,4 +1,4 @@
-"""`generator.engine_args`: names that vLLM has, names that a key sets, and what goes with them."""
+"""`generator.engine_args`: arguments of vLLM, and those that a key sets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The part of an engine in an actor that needs no actor."""
+"""The parts of remote engines that need no actor."""
 
 from __future__ import annotations
 

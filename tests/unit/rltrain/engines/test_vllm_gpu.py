@@ -1,4 +1,4 @@
-"""What vLLM is given on a GPU: memory, CUDA graphs, a cache of its own."""
+"""vLLM's settings on a GPU: memory, CUDA graphs, and a cache folder for each process."""
 
 from __future__ import annotations
 

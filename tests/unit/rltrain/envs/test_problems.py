@@ -1,6 +1,4 @@
-"""Problems: files of several tasks mixed, long prompts dropped and counted, the chat template as it
-comes.
-"""
+"""Problems: mixed tasks, long prompts dropped and counted, chat templates."""
 
 from __future__ import annotations
 

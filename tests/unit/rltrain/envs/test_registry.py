@@ -1,4 +1,4 @@
-"""Environments are found by name or by the dotted path of the user's own module."""
+"""Environments are found by name or by the dotted path of a user's module."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ EXAMPLE = Example(
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any:
-    """A function that makes an environment of a module's text, and returns its name."""
+    """Rewards and prompts of a user's module: every invalid result is one clear error."""
     package = f"rewards{abs(hash(request.node.name))}"
     (tmp_path / package).mkdir()
     monkeypatch.syspath_prepend(tmp_path)

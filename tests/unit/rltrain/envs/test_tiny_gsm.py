@@ -1,6 +1,4 @@
-"""The tiny_gsm problems: deterministic, right, disjoint across splits, and exactly what the files
-hold.
-"""
+"""tiny_gsm's problems are deterministic, right, disjoint across splits, and equal to the files."""
 
 from __future__ import annotations
 

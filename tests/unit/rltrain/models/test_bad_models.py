@@ -1,6 +1,4 @@
-"""Models and tokenizers that cannot serve: said when they are loaded, never trained on as if they
-could.
-"""
+"""Models and tokenizers that cannot be used are refused when they are loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast the machine multiplies: the best of several sizes."""
+"""The peak speed of matrix products: the fastest of several sizes."""
 
 from __future__ import annotations
 

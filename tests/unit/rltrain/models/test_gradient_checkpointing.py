@@ -1,6 +1,4 @@
-"""Layers that keep their input alone: the same gradients to the bit, and a thirtieth of what is
-kept.
-"""
+"""Checkpointed layers give the same gradients, bit by bit, and keep a thirtieth of the memory."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Log-probabilities from hidden states, some rows at a time: equal to those of all logits, never of
-their size.
-"""
+"""Log-probabilities computed in chunks equal those from all logits, and need less memory."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""What a run holds in memory: by hand, against what autograd keeps of real modules, and which way
-numbers go.
-"""
+"""Memory estimates against arithmetic by hand and against what autograd keeps."""
 
 from __future__ import annotations
 

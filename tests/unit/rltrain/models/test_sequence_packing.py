@@ -1,6 +1,4 @@
-"""A packed row with shared prompts gives what each sequence alone does, gradients included; so does
-a LoRA layer.
-"""
+"""A packed row gives what separate sequences give, gradients included; so do LoRA layers."""
 
 from __future__ import annotations
 
@@ -87,9 +85,7 @@ def _weights(batch: Batch) -> torch.Tensor:
 
 
 class FlashAttention:
-    """What `torch.nn.attention.varlen.varlen_attn` computes on a GPU, stretch by stretch; counts
-    its calls.
-    """
+    """`torch.nn.attention.varlen.varlen_attn` computed by segment on a CPU; counts its calls."""
 
     def __init__(self) -> None:
         self.calls = 0

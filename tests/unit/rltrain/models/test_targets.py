@@ -1,6 +1,4 @@
-"""Target modules against a model's own, by the names in its files: said before anything is
-loaded.
-"""
+"""Target modules are checked against the names in a model's files before it is loaded."""
 
 from __future__ import annotations
 
@@ -30,7 +28,7 @@ def known(tiny_model_dir: Path) -> Modules:
 
 
 def told(wanted: Any, known: Modules, key: str = KEY) -> str:
-    """What is said of a value; "" where it is taken."""
+    """Return the message about a value; "" if it is accepted."""
     try:
         check_modules(key, wanted, known)
     except UserError as error:

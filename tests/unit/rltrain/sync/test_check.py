@@ -1,4 +1,4 @@
-"""When an engine's log-probabilities prove that it samples from the trainer's policy."""
+"""Which log-probabilities prove that the engine samples from the trainer's policy."""
 
 from __future__ import annotations
 

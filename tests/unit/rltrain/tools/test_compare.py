@@ -1,4 +1,4 @@
-"""Two runs compared: what differs is found, at its step and with its size, and nothing else is."""
+"""Comparisons of runs report all differences, with step and size, and nothing else."""
 
 from __future__ import annotations
 

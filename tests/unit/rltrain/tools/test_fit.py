@@ -1,4 +1,4 @@
-"""Whether a recipe fits the GPUs, what would make it fit, and how GPUs are named and found."""
+"""Whether a recipe fits the GPUs, overrides that make it fit, and how GPUs are named."""
 
 from __future__ import annotations
 

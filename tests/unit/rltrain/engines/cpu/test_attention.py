@@ -1,6 +1,4 @@
-"""Attention of sequences that share prompts: no sequence's bits depend on how many share its
-prompt.
-"""
+"""Attention over shared prompts: bits do not depend on how many sequences share a prompt."""
 
 from __future__ import annotations
 
