@@ -14,7 +14,7 @@ from harness.config.schema import Device
 from harness.core.cli import Parser, invocation, run_command
 from harness.core.errors import UserError
 from harness.core.paths import shown
-from harness.loggers.sinks import Console
+from harness.loggers.console import Console
 from harness.records.metrics_file import MetricsFile
 from harness.records.run_dir import one_line
 from rltrain.tools import reproduce
@@ -138,7 +138,7 @@ def _follow(planned: Reproduction, options: argparse.Namespace) -> int:
     with contextlib.closing(reproduce.rerun(planned)) as reports:
         for report in reports:
             step = report.step
-            console.step(min(report.total_steps, planned.last), report.metrics)
+            console.log(report.metrics, [], min(report.total_steps, planned.last))
             found = compare_rows(step, wanted.get(step), without_timings(report.metrics))
             beyond = next(
                 (departure for departure in found if departure.size > options.tolerance), None

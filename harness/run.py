@@ -21,7 +21,8 @@ from harness.core.cli import GPU_MEMORY, Parser, invocation, run_command
 from harness.core.errors import UserError
 from harness.core.locks import held
 from harness.core.paths import shown
-from harness.loggers import sinks
+from harness.loggers.loggers import Loggers
+from harness.loggers.wandb import wandb_mode
 from harness.records import manifest, rerun
 from harness.records.metrics_file import MetricsFile
 from harness.records.run_dir import RunDir, Status, place
@@ -254,7 +255,7 @@ def _check(recipe: Recipe) -> None:
     check_run(recipe)
     note_fit(recipe, gpus_to_plan_for(recipe, None))
     if Logger.wandb in recipe.trainer.logger:
-        sinks.wandb_mode()
+        wandb_mode()
 
 
 def _check_same(recipe: Recipe, run_dir: RunDir, changed_inputs: bool) -> None:
@@ -305,8 +306,8 @@ def _tell_end(recipe: Recipe, run_dir: RunDir) -> None:
     """Tell the loggers of the last step and the result, which a kill may have kept from them."""
     print(f"run {shown(run_dir.path)} is trained; its verdict was not written")
     row = MetricsFile(run_dir.metrics).rows()[-1]
-    with contextlib.closing(sinks.Sinks(recipe, run_dir)) as told:
-        told.report(int(row["step"]), row)
+    with contextlib.closing(Loggers(recipe, run_dir)) as loggers:
+        loggers.report(int(row["step"]), row)
 
 
 def _train(recipe: Recipe, run_dir: RunDir, *, changed_inputs: bool) -> None:
@@ -342,7 +343,7 @@ def _note_resumption(recipe: Recipe, run_dir: RunDir) -> None:
 
 def _follow(recipe: Recipe, run_dir: RunDir) -> None:
     """Train, and tell the recipe's loggers of every step."""
-    with contextlib.closing(sinks.Sinks(recipe, run_dir)) as told:
+    with contextlib.closing(Loggers(recipe, run_dir)) as loggers:
         print("loading the model and starting the engine ...", flush=True)
         from rltrain.distributed.process import quiet_libraries
 
@@ -350,7 +351,7 @@ def _follow(recipe: Recipe, run_dir: RunDir) -> None:
         from rltrain.trainer import run
 
         for report in run(recipe, run_dir):
-            told.report(report.total_steps, report.metrics)
+            loggers.report(report.total_steps, report.metrics)
 
 
 def _as_expected(recipe: Recipe, run_dir: RunDir, asked: bool) -> bool:

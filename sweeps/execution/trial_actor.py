@@ -12,7 +12,7 @@ from ray.tune import Trainable
 
 from harness.config import recipe as recipes
 from harness.core.errors import MachineError, machine_error
-from harness.loggers.sinks import Sinks
+from harness.loggers.loggers import Loggers
 from harness.records.run_dir import RunDir
 from rltrain.distributed.process import redirect_output
 from sweeps.execution.pack_server import EVALUATED, own, record
@@ -30,7 +30,7 @@ class TrialActor(Trainable):
         train in, are given.
         """
         self._reports: Iterator[Report] | None = None
-        self._sinks: Sinks | None = None
+        self._loggers: Loggers | None = None
         self._trial = config
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -49,7 +49,7 @@ class TrialActor(Trainable):
         try:
             if self._reports is None:
                 redirect_output(run_dir.log)
-                self._sinks = Sinks(
+                self._loggers = Loggers(
                     recipes.read(run_dir.recipe), run_dir, group=run_dir.path.parents[1].name
                 )
                 hub = self._trial["hub"]
@@ -59,8 +59,8 @@ class TrialActor(Trainable):
                     else self._watched(run_dir)
                 )
             for report in self._reports:
-                assert self._sinks is not None
-                self._sinks.report(report.total_steps, report.metrics)
+                assert self._loggers is not None
+                self._loggers.report(report.total_steps, report.metrics)
                 if EVALUATED in report.metrics or report.done:
                     return {
                         "step": report.step,
@@ -121,9 +121,9 @@ class TrialActor(Trainable):
         if isinstance(self._reports, Generator):
             self._reports.close()
         self._reports = None
-        if self._sinks is not None:
-            self._sinks.close()
-            self._sinks = None
+        if self._loggers is not None:
+            self._loggers.close()
+            self._loggers = None
 
 
 def _ended_by(machine: MachineError) -> dict[str, Any]:
