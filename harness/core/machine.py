@@ -1,6 +1,4 @@
-"""What a run computes with: code, packages, processor, GPUs and threads. Some 50 ms in all, and no
-secrets.
-"""
+"""The code, packages and hardware that a run computes with. Secrets are never read."""
 
 from __future__ import annotations
 
@@ -14,17 +12,18 @@ import platform
 import re
 import subprocess
 import sys
-import tomllib
-from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
 from harness.core.paths import INSTALLED, PROJECT
 
 DISTRIBUTION = "noregret"
-# Those of development are no part of a run.
-EXTRAS = frozenset({"cpu", "gpu"})
+# Extras that a run may need; `dev` is not among them.
+EXTRAS = ("cpu", "gpu")
 # The packages that compute a run; the others plan and read it.
 SOURCES = ("harness", "rltrain")
 # A longer diff is known by its digest alone: the manifest is written anew at each step.
@@ -38,8 +37,6 @@ THREAD_VARIABLES = (
 )
 # What sums and products in another order, or with other rounding, come from.
 _SIMD = re.compile(r"(avx|amx|fma|asimd|sve)\w*")
-_REQUIREMENT = re.compile(r"([\w.-]+)(?:\[([^]]*)])?")
-_EXTRA = re.compile(r"extra == ['\"]([^'\"]+)")
 
 
 @functools.cache
@@ -106,64 +103,27 @@ def module_digest(name: str) -> str | None:
 
 @functools.cache
 def packages() -> tuple[dict[str, str], dict[str, str]]:
-    """Installed versions by name: of the packages that the project asks for, and of all that those
-    need in turn.
+    """Return installed versions by name: of packages that this project requires, and of all others.
+
+    Where the project itself is not installed, all are among the others.
     """
-    queue = _asked(_own_requirements(), EXTRAS)
-    direct = {name for name, _ in queue}
     versions: dict[str, str] = {}
-    seen: set[tuple[str, frozenset[str]]] = set()
-    while queue:
-        name, extras = queue.pop()
-        if (name, extras) in seen:
-            continue
-        seen.add((name, extras))
-        header = _header(name)
-        if header is None:
-            continue
-        versions[name] = _fields(header, "Version")[0]
-        queue += _asked(_fields(header, "Requires-Dist"), extras)
+    for distribution in metadata.distributions():
+        fields = distribution.metadata
+        versions.setdefault(canonicalize_name(fields["Name"]), fields["Version"])
+    required = set()
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        for line in metadata.requires(DISTRIBUTION) or ():
+            requirement = Requirement(line)
+            marker = requirement.marker
+            if marker is None or any(marker.evaluate({"extra": extra}) for extra in EXTRAS):
+                required.add(canonicalize_name(requirement.name))
+    versions.pop(DISTRIBUTION, None)
     known = sorted(versions.items())
-    return {n: v for n, v in known if n in direct}, {n: v for n, v in known if n not in direct}
-
-
-def _own_requirements() -> list[str]:
-    """What the project asks for: as its checkout says, else as it was installed."""
-    file = PROJECT / "pyproject.toml"
-    if INSTALLED or not file.exists():
-        return _fields(_header(DISTRIBUTION) or [], "Requires-Dist")
-    project = tomllib.loads(file.read_text())["project"]
-    extras: dict[str, list[str]] = project["optional-dependencies"]
-    return [*project["dependencies"], *(line for extra in sorted(EXTRAS) for line in extras[extra])]
-
-
-def _asked(lines: Iterable[str], extras: frozenset[str]) -> list[tuple[str, frozenset[str]]]:
-    """Names and extras of the requirements that hold for a package with `extras`; markers of
-    systems are ignored.
-    """
-    asked = []
-    for line in lines:
-        found = _REQUIREMENT.match(line)
-        marker = _EXTRA.search(line)
-        if found and (marker is None or marker[1] in extras):
-            own = frozenset(extra.strip() for extra in (found[2] or "").split(",") if extra.strip())
-            asked.append((re.sub(r"[-_.]+", "-", found[1]).lower(), own))
-    return asked
-
-
-def _header(name: str) -> list[str] | None:
-    """The metadata's lines up to its text; importlib's own parsing of all of them takes five times
-    as long.
-    """
-    try:
-        text = metadata.distribution(name).read_text("METADATA")
-    except metadata.PackageNotFoundError:
-        return None
-    return None if text is None else text.split("\n\n", 1)[0].splitlines()
-
-
-def _fields(header: list[str], name: str) -> list[str]:
-    return [line.partition(":")[2].strip() for line in header if line.startswith(f"{name}:")]
+    return (
+        {name: version for name, version in known if name in required},
+        {name: version for name, version in known if name not in required},
+    )
 
 
 def has_vllm() -> bool:

@@ -212,11 +212,12 @@ def compare(record: dict[str, Any], again: dict[str, Any]) -> Agreement:
             if values or kind not in _OPTIONAL:
                 agreement.unrecorded.append(kind)
             continue
-        names = dict.fromkeys([*old[kind], *values])
+        # A package that was not recorded is none that the run used.
+        names = old[kind] if kind == "packages" else dict.fromkeys([*old[kind], *values])
         found = [_difference(name, old[kind].get(name), values.get(name)) for name in names]
         agreement.different.extend(difference for difference in found if difference is not None)
         if not any(found):
-            agreement.equal.append(f"{len(values)} packages" if kind == "packages" else kind)
+            agreement.equal.append(f"{len(names)} packages" if kind == "packages" else kind)
     return agreement
 
 
