@@ -15,6 +15,7 @@ from hydra.errors import HydraException
 
 from analysis.records import Record
 from harness.config import recipe as recipes
+from harness.config.digest import recipe_digest
 from harness.config.schema import Trainer
 from harness.core.errors import UserError
 from harness.core.paths import shown
@@ -85,7 +86,7 @@ def _composes(source: str, overrides: Sequence[str], resolved: dict[str, Any]) -
     except UserError:
         return False
     found.sweep = wanted.sweep = None
-    return recipes.digest(found) == recipes.digest(wanted)
+    return recipe_digest(found) == recipe_digest(wanted)
 
 
 def _set(values: dict[str, Any], override: str) -> bool:

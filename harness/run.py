@@ -14,6 +14,7 @@ from typing import Any
 
 from harness.config import metrics
 from harness.config import recipe as recipes
+from harness.config.digest import exempt_from, is_recipe_digest
 from harness.config.expect import judge
 from harness.config.schema import Logger, Recipe
 from harness.config.validate import num_processes
@@ -27,35 +28,8 @@ from harness.records import manifest, rerun
 from harness.records.metrics_file import MetricsFile
 from harness.records.run_dir import RunDir, Status, place
 
-# What may differ where a run goes on: the number of processes and their devices, not what they
-# compute.
-MOVABLE = (
-    "trainer.placement.",
-    "trainer.micro_",
-    "trainer.max_tokens_per_microbatch",
-    "trainer.gradient_checkpointing",
-    "trainer.num_threads",
-    "trainer.logger",
-    "generator.num_inference_engines",
-    "generator.inference_engine_tensor_parallel_size",
-    "generator.gpu_memory_utilization",
-    "ray.address",
-)
-
-# What may be given besides and leaves the recipe the one that its expectations are about.
-SAME_RECIPE = (
-    *MOVABLE,
-    "trainer.run_name",
-    "trainer.ckpt_path",
-    "trainer.resume_mode",
-    "trainer.project_name",
-    "trainer.samples_per_dump",
-    "trainer.max_ckpts_to_keep",
-    "seed",
-    "trainer.seed",
-    "sweep",
-)
-
+MOVABLE = exempt_from("run")
+SAME_RECIPE = exempt_from("expectations")
 UNMET = 3
 # What a launch leaves that ended before its first step.
 LAUNCHED = {
@@ -275,7 +249,7 @@ def _check_same(recipe: Recipe, run_dir: RunDir, changed_inputs: bool) -> None:
             "run of its own: "
             f"{invocation('run')} --from {shown(run_dir.path)}",
         )
-    same = recipes.is_digest(record["recipe"]["digest"], recipe)
+    same = is_recipe_digest(record["recipe"]["digest"], recipe)
     if record["status"] in (Status.COMPLETE.value, Status.PRUNED.value) and not (
         same and _only_lacks_verdict(record)
     ):

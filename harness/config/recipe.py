@@ -222,44 +222,6 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def digest(recipe: Recipe) -> str:
-    """SHA-256 of the resolved recipe, the run's name and place aside: equal digests mean the same
-    experiment.
-
-    The tokens of a pass are left out, too: a run may choose them itself, and then writes them into
-    its recipe.
-    """
-    values = to_dict(recipe)
-    values["trainer"].pop("max_tokens_per_microbatch")
-    return _digest(values)
-
-
-def is_digest(recorded: str, recipe: Recipe) -> bool:
-    """Return whether a digest in a manifest is a recipe's; one that is older has the tokens of a
-    pass in it.
-    """
-    return recorded in (digest(recipe), _digest(to_dict(recipe)))
-
-
-def _digest(values: dict[str, Any]) -> str:
-    for key in ("ray", "expect"):
-        values.pop(key)
-    for key in ("run_name", "ckpt_path", "resume_mode"):
-        values["trainer"].pop(key)
-    # These keys are younger than run directories: at their defaults a digest is what it was without
-    # them.
-    for group, key in (
-        (values, "deterministic"),
-        (values["trainer"], "gradient_checkpointing"),
-        (values["generator"], "engine_args"),
-        (values["data"], "question_column"),
-        (values["data"], "answer_column"),
-    ):
-        if group[key] in (False, "auto", {}, None):
-            group.pop(key)
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
 def get(recipe: Recipe, key: str) -> Any:
     """The value of a dotted key, e.g. `trainer.policy.model.lora.rank`."""
     return functools.reduce(getattr, key.split("."), recipe)

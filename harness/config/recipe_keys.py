@@ -154,6 +154,15 @@ def _flat_axes(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]
             yield key, value
 
 
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested mappings by dotted key; an empty mapping has none."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 def set_values(plain: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Set dotted keys of nested values, in place, and return these."""
     for key, value in values.items():

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.config import recipe as recipes
+from harness.config.digest import recipe_digest
 from harness.config.schema import AdvantageEstimator, Recipe
 from harness.core import machine
 from harness.core.cli import started_by_script
@@ -61,7 +61,7 @@ def build(
         "recipe": {
             "source": source,
             "overrides": list(overrides),
-            "digest": recipes.digest(recipe),
+            "digest": recipe_digest(recipe),
         },
         "seed": recipe.seed,
         "trial": trial,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from harness.config import recipe as recipes
+from harness.config.digest import is_recipe_digest
 from harness.config.schema import Recipe, Trainer
 from harness.core.errors import UserError
 from harness.core.paths import shown
@@ -84,7 +85,7 @@ def plan(directory: str | Path, output: str | Path | None = None) -> Reproductio
         overrides=OWN_PLACE,
         command=manifest.this_command(),
     )
-    if isinstance(was.get("recipe"), dict) and recipes.is_digest(
+    if isinstance(was.get("recipe"), dict) and is_recipe_digest(
         str(was["recipe"].get("digest")), recipe
     ):
         now["recipe"]["digest"] = was["recipe"]["digest"]
