@@ -72,7 +72,7 @@ _YOUNGER: dict[str, tuple[Any, ...]] = {
 
 
 def exempt_from(rule: Rule) -> tuple[str, ...]:
-    """Return the keys that are exempt from a rule, some by their beginning, for `str.startswith`."""
+    """Return the keys and prefixes of keys that are exempt from a rule, for `str.startswith`."""
     return tuple(key for key, rules in _EXEMPT.items() if rule in rules)
 
 

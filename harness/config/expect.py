@@ -17,7 +17,7 @@ BOUNDS = ("min", "max")
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class ExpectationResult:
     """One expectation: the mean of a metric over runs that differ by their seed, its 95% interval,
     and what it met.
 
@@ -76,7 +76,7 @@ def check_expectations(expect: Mapping[str, Any]) -> None:
 
 def judge(
     expect: Mapping[str, Mapping[str, float]], runs: Sequence[Sequence[Mapping[str, float]]]
-) -> list[Verdict]:
+) -> list[ExpectationResult]:
     """A verdict for each expectation, from the rows of `metrics.jsonl` of one or more runs."""
     return [
         _verdict(name, dict(bounds), [_value(name, rows) for rows in runs])
@@ -94,7 +94,7 @@ def _value(name: str, rows: Sequence[Mapping[str, float]]) -> float:
     return values[-1] if name.startswith("eval/") else statistics.fmean(values[len(values) // 2 :])
 
 
-def _verdict(name: str, bounds: dict[str, float], values: list[float]) -> Verdict:
+def _verdict(name: str, bounds: dict[str, float], values: list[float]) -> ExpectationResult:
     mean, low, high = statistics.fmean(values), None, None
     if len(values) > 1 and math.isfinite(mean):
         from scipy import stats
@@ -107,4 +107,4 @@ def _verdict(name: str, bounds: dict[str, float], values: list[float]) -> Verdic
         low, high = mean - half, mean + half
     # A NaN, a metric that was never logged, is within no bounds.
     met = bounds.get("min", -math.inf) <= mean <= bounds.get("max", math.inf)
-    return Verdict(name, bounds, values, mean, low, high, met)
+    return ExpectationResult(name, bounds, values, mean, low, high, met)

@@ -184,13 +184,13 @@ class Optimizer:
 
 
 @dataclass(kw_only=True, slots=True)
-class Policy:
+class PolicyConfig:
     model: PolicyModel = field(default_factory=PolicyModel)
     optimizer_config: Optimizer = field(default_factory=Optimizer)
 
 
 @dataclass(kw_only=True, slots=True)
-class Critic:
+class CriticConfig:
     model: CriticModel = field(default_factory=CriticModel)
     optimizer_config: Optimizer = field(default_factory=Optimizer)
 
@@ -206,10 +206,10 @@ class Placement:
 
 
 @dataclass(kw_only=True, slots=True)
-class Trainer:
+class TrainerConfig:
     algorithm: Algorithm = field(default_factory=Algorithm)
-    policy: Policy = field(default_factory=Policy)
-    critic: Critic = field(default_factory=Critic)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     target_modules: Any = "all-linear"
     exclude_modules: Any = None
     strategy: Strategy = Strategy.fsdp2
@@ -300,7 +300,7 @@ class Recipe:
     seed: int = num(0, ge=0)
     deterministic: bool = False
     data: Data = field(default_factory=Data)
-    trainer: Trainer = field(default_factory=Trainer)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
     generator: Generator = field(default_factory=Generator)
     environment: Environment = field(default_factory=Environment)
     ray: Ray = field(default_factory=Ray)

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import recipe as recipes
-from harness.config.schema import Trainer
+from harness.config.schema import TrainerConfig
 from harness.core.errors import UserError
 from harness.core.paths import shown
 from harness.records.run_dir import RunDir
 
 # Not into the directory of the run that the recipe is from.
-OWN_PLACE = ("trainer.run_name=null", f"trainer.ckpt_path={Trainer().ckpt_path}")
+OWN_PLACE = ("trainer.run_name=null", f"trainer.ckpt_path={TrainerConfig().ckpt_path}")
 _TIME = re.compile(r"-\d{8}-\d{6}$")
 
 
@@ -26,7 +26,7 @@ def taken(directory: str | Path) -> tuple[str, list[str], str]:
     run_dir = RunDir(directory)
     run_dir.sound_manifest()
     recipes.read(run_dir.recipe)
-    fresh = [*OWN_PLACE, f"trainer.resume_mode={Trainer().resume_mode}"]
+    fresh = [*OWN_PLACE, f"trainer.resume_mode={TrainerConfig().resume_mode}"]
     return shown(run_dir.recipe), fresh, _TIME.sub("", name_of(run_dir))
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from harness.config import recipe as recipes
 from harness.config.digest import is_recipe_digest
-from harness.config.schema import Recipe, Trainer
+from harness.config.schema import Recipe, TrainerConfig
 from harness.core.errors import UserError
 from harness.core.paths import shown
 from harness.records import manifest
@@ -70,7 +70,8 @@ def plan(directory: str | Path, output: str | Path | None = None) -> Reproductio
             "this run has logged no step: there is nothing to compare", got=shown(original.path)
         )
     default = (
-        Path(Trainer().ckpt_path) / f"{name_of(original)}-reproduced-{datetime.now():%Y%m%d-%H%M%S}"
+        Path(TrainerConfig().ckpt_path)
+        / f"{name_of(original)}-reproduced-{datetime.now():%Y%m%d-%H%M%S}"
     )
     run_dir = RunDir(output or default)
     if run_dir.path.exists():
