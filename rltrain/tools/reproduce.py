@@ -69,10 +69,8 @@ def plan(directory: str | Path, output: str | Path | None = None) -> Reproductio
         raise UserError(
             "this run has logged no step: there is nothing to compare", got=shown(original.path)
         )
-    default = (
-        Path(TrainerConfig().ckpt_path)
-        / f"{name_of(original)}-reproduced-{datetime.now():%Y%m%d-%H%M%S}"
-    )
+    name = f"{name_of(original)}-reproduced-{datetime.now():%Y%m%d-%H%M%S}"
+    default = Path(TrainerConfig().ckpt_path) / name
     run_dir = RunDir(output or default)
     if run_dir.path.exists():
         raise _exists(run_dir)
