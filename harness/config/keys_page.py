@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
+from harness.config.bounds import bounded, described
 from harness.config.recipe_keys import RENAMED, WITHOUT_EFFECT, known_keys
 from harness.config.schema import Recipe
-from harness.config.validate import bounded, described
 from harness.core.paths import RECIPES
 
 # `sweep` is null by default: base.yaml shows its keys in comments, below this line.

@@ -18,6 +18,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
+from harness.config.bounds import described, names_of
+from harness.config.plain import check_plain
 from harness.config.recipe_keys import (
     WITHOUT_EFFECT,
     check_interpolations,
@@ -26,7 +28,7 @@ from harness.config.recipe_keys import (
     set_values,
 )
 from harness.config.schema import Backend, Device, Recipe
-from harness.config.validate import check, check_plain, described, names_of
+from harness.config.validate import check
 from harness.core import machine
 from harness.core.errors import UserError, nearest
 from harness.core.paths import RECIPES

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import operator
 import re
-import typing
-from collections.abc import Mapping
-from enum import Enum
 from typing import Any
 
+from harness.config.bounds import check_bounds
 from harness.config.expect import check_expectations
+from harness.config.plain import LONGEST_NAME
 from harness.config.schema import Backend, LoRA, Optimizer, PolicyLoRA, Recipe, Resampling, SyncMode
 from harness.core.errors import UserError
-
-_BOUNDS = {
-    "ge": (operator.ge, ">="),
-    "gt": (operator.gt, ">"),
-    "le": (operator.le, "<="),
-    "lt": (operator.lt, "<"),
-}
 
 # PEFT inits that rewrite the base weights: the disabled adapter is then no reference, the engine's
 # base not ours.
@@ -28,92 +18,12 @@ BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga", "or
 INITS = ("kaiming", "gaussian")
 VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
-# Far above what a recipe holds, far below what takes long to read: YAML's aliases make any size out
-# of a few lines.
-MOST_VALUES = 20_000
-DEEPEST = 40
-LARGEST = 2**63 - 1
-LONGEST_NAME = 200
-# What YAML and Hydra would read as the value of an environment variable, among others.
-_RESOLVER = re.compile(r"\$\{[^{}]*:")
-
-
-def check_plain(values: Any, source: str) -> None:
-    """Check that nested values are text, finite numbers, true, false or null: what any recipe can
-    hold.
-
-    Nothing is read from outside the recipe: not the environment, where keys and tokens are, by an
-    interpolation.
-    """
-    if not isinstance(values, dict):
-        raise UserError(
-            f"{source}: a recipe is a mapping of keys to values", got=type(values).__name__
-        )
-    left: list[tuple[str, Any]] = [("", values)]
-    for _ in range(MOST_VALUES):
-        if not left:
-            return
-        key, value = left.pop()
-        if isinstance(value, dict):
-            for name in value:
-                if not isinstance(name, str):
-                    raise UserError(
-                        f"{source}: a key is not text", got=f"{name!r} under {key or 'the top'}"
-                    )
-                _check_text(f"a key under {key or 'the top'}", name, source)
-            left += [(f"{key}.{name}" if key else name, inner) for name, inner in value.items()]
-        elif isinstance(value, list):
-            left += [(f"{key}[{place}]", inner) for place, inner in enumerate(value)]
-        else:
-            _check_scalar(key, value, source)
-        if len(key) > LONGEST_NAME * DEEPEST or key.count(".") + key.count("[") > DEEPEST:
-            raise UserError(
-                f"{source}: values are nested too deep",
-                got=f"{key[:80]}...",
-                allowed=f"<= {DEEPEST}",
-            )
-    raise UserError(
-        f"{source} holds too many values",
-        allowed=f"<= {MOST_VALUES}, aliases written out",
-        fix="write out what is meant, without aliases of aliases",
-    )
-
-
-def _check_scalar(key: str, value: Any, source: str) -> None:
-    if isinstance(value, str):
-        _check_text(key, value, source)
-        if _RESOLVER.search(value):
-            raise UserError(
-                f"{source}: {key} asks for something outside the recipe",
-                got=value,
-                fix="write the value itself: a recipe is the same everywhere",
-            )
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{source}: {key} is out of range", got=value, allowed="finite numbers")
-    elif isinstance(value, int) and abs(value) > LARGEST:
-        raise UserError(
-            f"{source}: {key} is out of range", got=value, allowed="whole numbers of 64 bits"
-        )
-    elif value is not None and not isinstance(value, float | int):
-        raise UserError(
-            f"{source}: {key} cannot take this value",
-            got=f"{value} ({type(value).__name__})",
-            allowed="text, a number, true, false, null, a list",
-            fix="put text in quotes",
-        )
-
-
-def _check_text(key: str, text: str, source: str) -> None:
-    """No file name has a NUL, and no file half of a surrogate pair."""
-    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
-        raise UserError(f"{source}: {key} holds a character that no file can", got=ascii(text)[:80])
-
 
 def check(recipe: Recipe) -> None:
     """Check every bound and every rule between keys; settings given under a second name go to their
     own.
     """
-    _check_bounds(recipe, "")
+    check_bounds(recipe)
     _check_run_name(recipe)
     _merge_names(recipe)
     _check_batches(recipe)
@@ -145,86 +55,6 @@ def _check_run_name(recipe: Recipe) -> None:
             f"most {LONGEST_NAME} bytes",
             fix="name the place with trainer.ckpt_path",
         )
-
-
-def _check_bounds(node: Any, prefix: str) -> None:
-    hints = typing.get_type_hints(type(node))
-    for item in dataclasses.fields(node):
-        value, key = getattr(node, item.name), f"{prefix}{item.name}"
-        _check_elements(key, value, hints[item.name])
-        if dataclasses.is_dataclass(value):
-            _check_bounds(value, f"{key}.")
-        elif "one_of" in item.metadata:
-            if not _is_one_of(value, item.metadata["one_of"]):
-                raise UserError(
-                    f"{key} cannot take this value", got=value, allowed=bounded(item.metadata)
-                )
-        elif value is not None and item.metadata:
-            held = all(_BOUNDS[name][0](value, limit) for name, limit in item.metadata.items())
-            if not held or not math.isfinite(value):
-                raise UserError(f"{key} is out of range", got=value, allowed=bounded(item.metadata))
-
-
-def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
-    if int in allowed and isinstance(value, int) and not isinstance(value, bool):
-        return 1 <= value <= LARGEST
-    return any(value is one or (isinstance(one, str) and value == one) for one in allowed)
-
-
-def bounded(limits: Mapping[str, Any]) -> str:
-    """Return what a key's metadata allows in words: `>= 0 and <= 1`, `auto, true, false`; "" where
-    it says nothing.
-    """
-    if "one_of" in limits:
-        words = {None: "null", True: "true", False: "false", int: "whole numbers >= 1"}
-        return ", ".join(words.get(one, one) for one in limits["one_of"])
-    return " and ".join(f"{_BOUNDS[name][1]} {limit:g}" for name, limit in limits.items())
-
-
-def _check_elements(key: str, value: Any, hint: Any) -> None:
-    """A list's elements, and that a mapping is one: OmegaConf lets other things by in a list or an
-    interpolation.
-    """
-    kind, optional = typing.get_origin(hint), type(None) in typing.get_args(hint)
-    if optional:
-        hint = typing.get_args(hint)[0]
-        kind = typing.get_origin(hint)
-    if kind not in (list, dict) or (optional and value is None):
-        return
-    inner = typing.get_args(hint)[0]
-    wanted: Any = (int, float) if inner is float else typing.get_origin(inner) or inner
-    if not isinstance(value, kind) or any(
-        isinstance(item, bool) or not isinstance(item, wanted) for item in value
-    ):
-        raise UserError(f"{key} cannot take this value", got=value, allowed=described(hint))
-
-
-def names_of(hint: Any) -> list[str]:
-    """The names that a key of this type, or each element of it, may have; [] where it takes other
-    values.
-    """
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return [member.name for member in hint]
-    return [name for inner in typing.get_args(hint) for name in names_of(inner)]
-
-
-def described(hint: Any) -> str:
-    """A type in words: `a list of int`, `grpo, rloo`."""
-    inner = typing.get_args(hint)
-    if typing.get_origin(hint) is list:
-        return f"a list of {described(inner[0])}"
-    if typing.get_origin(hint) is dict:
-        return "a mapping"
-    if inner:
-        return " or ".join("null" if one is type(None) else described(one) for one in inner)
-    words = {
-        Any: "any value",
-        str: "text",
-        int: "whole numbers",
-        float: "numbers",
-        bool: "true, false",
-    }
-    return ", ".join(names_of(hint)) or words.get(hint) or "a group of keys"
 
 
 def _merge_names(recipe: Recipe) -> None:

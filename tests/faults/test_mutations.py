@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 
 from harness import export, prepare, report, reproduce, run, sweep
 from harness.config import recipe as recipes
+from harness.config.bounds import BOUNDS
 from harness.config.digest import recipe_digest
 from harness.config.recipe_keys import known_keys
 from harness.config.schema import Recipe
-from harness.config.validate import _BOUNDS
 from harness.core.errors import UserError
 from harness.core.paths import RECIPES
 from rltrain.tools.preflight import check_run
@@ -185,7 +185,7 @@ def check_node(node: Any) -> None:
         for item in dataclasses.fields(node):
             value = getattr(node, item.name)
             for name, limit in item.metadata.items():
-                assert value is None or _BOUNDS[name][0](value, limit), item.name
+                assert value is None or BOUNDS[name][0](value, limit), item.name
             check_node(value)
     elif isinstance(node, dict | list):
         for value in [*node, *node.values()] if isinstance(node, dict) else node:
