@@ -18,8 +18,9 @@ from harness.config.expect import judge
 from harness.core.cli import Parser, invocation, run_command
 from harness.core.errors import UserError
 from harness.core.paths import shown
+from harness.records.files import write_json
 from harness.records.metrics_file import MetricsFile
-from harness.records.run_dir import RunDir, write_json
+from harness.records.run_dir import RunDir
 
 
 def main(argv: list[str]) -> int:

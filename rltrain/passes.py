@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 
 from harness.config import recipe as recipes
-from harness.records.run_dir import write_text
+from harness.records.files import write_text
 from rltrain.data.batch import Batch, collate
 from rltrain.member import Member
 from rltrain.out_of_memory import with_smaller_passes

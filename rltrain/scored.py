@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from harness.records.run_dir import write_bytes
+from harness.records.files import write_bytes
 from rltrain.data.batch import Batch, collate
 from rltrain.engines.base import Sample
 from rltrain.envs.problems import Problem

@@ -17,7 +17,8 @@ import torch
 
 from harness.config.schema import Recipe
 from harness.core.errors import UserError
-from harness.records.run_dir import RunDir, Status, damage, whole_folder
+from harness.records.files import damage, whole_folder
+from harness.records.run_dir import RunDir, Status
 from rltrain import checkpoint
 from rltrain.distributed.placement import dtype_of, needs_workers
 from rltrain.distributed.process import exits_are_failures

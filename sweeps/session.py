@@ -17,7 +17,8 @@ from harness.core.cli import invocation
 from harness.core.errors import MachineError, UserError, machine_error
 from harness.core.paths import shown
 from harness.records import manifest
-from harness.records.run_dir import RunDir, Status, place, write_text
+from harness.records.files import write_text
+from harness.records.run_dir import RunDir, Status, place
 from rltrain.distributed.cluster import gpus_of
 from rltrain.distributed.gpus import Gpus
 from rltrain.distributed.placement import address_of, uses_gpus, visible_gpus

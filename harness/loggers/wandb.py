@@ -13,7 +13,8 @@ from harness.config import recipe as recipes
 from harness.config.schema import Recipe
 from harness.core.errors import UserError
 from harness.loggers.base import RunLogger
-from harness.records.run_dir import RunDir, Status, write_text
+from harness.records.files import write_text
+from harness.records.run_dir import RunDir, Status
 
 WandBMode = Literal["offline", "online", "disabled"]
 # W&B's own code for a run that was interrupted is 255.

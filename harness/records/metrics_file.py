@@ -13,7 +13,7 @@ from typing import Any
 
 from harness.config.metrics import lookup
 from harness.core.errors import UserError
-from harness.records.run_dir import named, write_bytes
+from harness.records.files import named, write_bytes
 
 # More than any run has, and still a whole number wherever it is read.
 MOST_STEPS = 2**53

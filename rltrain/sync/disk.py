@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from harness.records.run_dir import whole_folder
+from harness.records.files import whole_folder
 from rltrain.engines.base import Engine
 from rltrain.sync.adapter import adapter_config, adapter_tensors
 

@@ -20,9 +20,10 @@ from harness.config.schema import Recipe, TrainerConfig
 from harness.core.errors import UserError
 from harness.core.paths import shown
 from harness.records import manifest
+from harness.records.files import damage, write_text
 from harness.records.metrics_file import MetricsFile
 from harness.records.rerun import OWN_PLACE, name_of, record_of_run
-from harness.records.run_dir import RunDir, Status, damage, write_text
+from harness.records.run_dir import RunDir, Status
 
 if TYPE_CHECKING:
     from rltrain.report import Report

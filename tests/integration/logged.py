@@ -14,8 +14,9 @@ import pandas as pd
 from harness.config import recipe as recipes
 from harness.config.schema import Recipe
 from harness.loggers.loggers import Loggers
+from harness.records.files import write_bytes
 from harness.records.metrics_file import MetricsFile
-from harness.records.run_dir import RunDir, Status, write_bytes
+from harness.records.run_dir import RunDir, Status
 from tests.recipes import quickstart
 
 

@@ -26,7 +26,8 @@ from harness.config.digest import recipe_digest
 from harness.config.schema import Recipe
 from harness.core.errors import UserError
 from harness.core.paths import PROJECT
-from harness.records.run_dir import RunDir, Status, write_json
+from harness.records.files import write_json
+from harness.records.run_dir import RunDir, Status
 from rltrain import trainer
 from tests.integration.training import MakeRecipe, MakeRun, rows
 

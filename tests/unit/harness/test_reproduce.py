@@ -21,8 +21,9 @@ from harness.config import recipe as recipes
 from harness.core.errors import UserError
 from harness.core.paths import PROJECT
 from harness.records import manifest, rerun
+from harness.records.files import seal, write_json
 from harness.records.metrics_file import MetricsFile
-from harness.records.run_dir import RunDir, Status, seal, write_json
+from harness.records.run_dir import RunDir, Status
 from rltrain.tools import compare
 from rltrain.tools import reproduce as planning
 from tests.recipes import quickstart

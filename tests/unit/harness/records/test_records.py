@@ -13,8 +13,9 @@ from harness.config import recipe as recipes
 from harness.config.digest import recipe_digest
 from harness.core.errors import UserError
 from harness.records import manifest
+from harness.records.files import write_text
 from harness.records.metrics_file import MetricsFile
-from harness.records.run_dir import RunDir, Status, place, write_text
+from harness.records.run_dir import RunDir, Status, place
 from tests.recipes import quickstart
 
 
