@@ -1,6 +1,4 @@
-"""The whole recipe as dataclasses, on one page. `recipes/base.yaml` says in words what each key
-means.
-"""
+"""The whole recipe as dataclasses. `recipes/base.yaml` explains each key."""
 
 from __future__ import annotations
 
@@ -10,18 +8,16 @@ from typing import Any
 
 
 def num(default: float | int | None, **bounds: float) -> Any:
-    """A number with bounds (`ge`, `gt`, `le`, `lt`), checked by `harness.config.validate`."""
+    """Declare a number with bounds `ge`, `gt`, `le` or `lt`, checked by `config.bounds`."""
     return field(default=default, metadata=bounds)
 
 
 def one_of(*allowed: Any) -> dict[str, tuple[Any, ...]]:
-    """Metadata of a key whose type OmegaConf cannot say: one of these values, or with `int` a whole
-    number >= 1.
-    """
+    """Return metadata for a key with one of these values; `int` is any whole number >= 1."""
     return {"one_of": allowed}
 
 
-# The functional form, for "reinforce++" is no Python name.
+# In the functional form, because "reinforce++" is no Python name.
 AdvantageEstimator = Enum(
     "AdvantageEstimator",
     {"grpo": "grpo", "rloo": "rloo", "reinforce++": "reinforce++", "gae": "gae"},

@@ -24,7 +24,7 @@ from harness.records.files import (
     write_text,
 )
 from harness.records.metrics_file import MetricsFile
-from harness.records.run_dir import RunDir
+from harness.records.run_dir import RunDir, Status
 
 
 @pytest.fixture
@@ -226,7 +226,7 @@ def test_a_manifest_to_go_on_with_is_sound(
         run_dir.sound_manifest()
     if "status" in change:
         with pytest.raises(UserError, match="manifest is damaged\n.*'DONE' is not a valid Status"):
-            run_dir.move_to(rundir.Status.RUNNING)
+            run_dir.move_to(Status.RUNNING)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe\x00"])

@@ -146,7 +146,7 @@ def test_direction_comes_from_the_definition() -> None:
     assert metrics.direction("eval/accuracy") == "maximize"
     assert metrics.direction("eval/pass@8") == "maximize"
     assert metrics.direction("step_time") == "minimize"
-    with pytest.raises(UserError, match="no better end"):
+    with pytest.raises(UserError, match="neither direction is better"):
         metrics.direction("entropy")
 
 
