@@ -215,7 +215,7 @@ def test_a_run_killed_before_its_verdict_gets_it_without_training_again(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["recipes/base.yaml", "trainer.policy.model.path=x"], "expects nothing"),
+        (["recipes/base.yaml", "trainer.policy.model.path=x"], "has no expectations"),
         (["recipes/quickstart.yaml", "--seeds", "0,zero"], "different numbers"),
         (["recipes/quickstart.yaml", "--seeds", "1,1"], "different numbers"),
         ([], "recipe"),

@@ -187,7 +187,7 @@ def test_what_can_be_expected_on_a_gpu(
     record["hardware"]["gpus"] = gpus
     write_json(source.manifest, record)
     planned = planning.plan(source.path, tmp_path / "again")
-    reproduce._tell_agreement(planned)
+    reproduce._print_agreement(planned)
     said = capsys.readouterr().out
     assert ("on a GPU: " in said) is (expected is not None)
     assert expected is None or f"on a GPU: its recipe has {expected}, so the same" in said
