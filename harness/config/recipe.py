@@ -56,7 +56,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, sweeps: bool = True
 
     file = find(path)
     overrides = [override for override in overrides if not _without_effect(override)]
-    given = _values_of(overrides)
+    overridden = _values_of(overrides)
     try:
         _check_file(file)
         with initialize_config_dir(str(file.parent), version_base="1.3"):
@@ -76,7 +76,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, sweeps: bool = True
             f"cannot compose the recipe {path}", got=_first_line(error), fix=fix
         ) from None
     values: dict[str, Any] = OmegaConf.to_container(composed)  # type: ignore[assignment]
-    recipe = from_dict(values, source=str(path), overridden=given)
+    recipe = from_dict(values, source=str(path), overridden=overridden)
     if sweeps and recipe.sweep is not None:
         plain: Any = OmegaConf.to_container(
             OmegaConf.merge(_schema(), _one_as_list(values)), enum_to_str=True
