@@ -26,7 +26,7 @@ from harness.loggers.loggers import Loggers
 from harness.loggers.wandb import wandb_mode
 from harness.records import manifest, rerun
 from harness.records.metrics_file import MetricsFile
-from harness.records.run_dir import RunDir, Status, place
+from harness.records.run_dir import RunDir, Status, run_dir_for
 
 MOVABLE = exempt_from("run")
 SAME_RECIPE = exempt_from("expectations")
@@ -129,7 +129,7 @@ def _take(options: argparse.Namespace) -> None:
             got=" ".join(others),
             allowed="key=value overrides",
         )
-    options.recipe, fresh, options.name = rerun.taken(options.taken)
+    options.recipe, fresh, options.name = rerun.new_run_from(options.taken)
     options.overrides = [*fresh, *words]
 
 
@@ -140,7 +140,7 @@ def _started(options: argparse.Namespace) -> tuple[Recipe, RunDir]:
     cores = (os.cpu_count() or 1) // num_processes(recipe)
     recipe.trainer.num_threads = recipe.trainer.num_threads or max(1, cores)
     _check(recipe)
-    run_dir = place(recipe, options.name)
+    run_dir = run_dir_for(recipe, options.name)
     if run_dir.manifest.exists():
         _check_same(recipe, run_dir, options.changed_inputs)
     return recipe, run_dir

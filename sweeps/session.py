@@ -18,7 +18,7 @@ from harness.core.errors import MachineError, UserError, machine_error
 from harness.core.paths import shown
 from harness.records import manifest
 from harness.records.files import write_text
-from harness.records.run_dir import RunDir, Status, place
+from harness.records.run_dir import RunDir, Status, run_dir_for
 from rltrain.distributed.cluster import gpus_of
 from rltrain.distributed.gpus import Gpus
 from rltrain.distributed.placement import address_of, uses_gpus, visible_gpus
@@ -58,7 +58,7 @@ def start(source: str, overrides: Sequence[str], confirm: int | None = None) -> 
     """
     recipe = recipes.load(source, overrides)
     plan = plans.build(recipe)
-    sweep_dir = place(recipe, source)
+    sweep_dir = run_dir_for(recipe, source)
     _check_new(sweep_dir)
     session = _session(recipe, plan, sweep_dir, confirm)
     recipe = session.plan.recipe
@@ -214,7 +214,7 @@ def _by_name(recipe: Recipe | None, source: str | None) -> RunDir:
             allowed=", ".join(known) or f"none in {root}",
             fix="name its directory after --resume",
         )
-    return place(recipe, source)
+    return run_dir_for(recipe, source)
 
 
 def _as_settled(recipe: Recipe, stored: Recipe) -> Recipe:

@@ -17,7 +17,7 @@ OWN_PLACE = ("trainer.run_name=null", f"trainer.ckpt_path={TrainerConfig().ckpt_
 _TIME = re.compile(r"-\d{8}-\d{6}$")
 
 
-def taken(directory: str | Path) -> tuple[str, list[str], str]:
+def new_run_from(directory: str | Path) -> tuple[str, list[str], str]:
     """Return a run's recipe file, overrides for a new run, and the start of the new run's name.
 
     Raises UserError for a directory that is no run's or has no readable recipe.

@@ -54,7 +54,7 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def place(recipe: Recipe, source: str | Path) -> RunDir:
+def run_dir_for(recipe: Recipe, source: str | Path) -> RunDir:
     """Return the directory of a new run or sweep: `trainer.ckpt_path`/`trainer.run_name`.
 
     The default is runs/<recipe>-<time>.
@@ -92,10 +92,10 @@ class RunDir:
         return RunDir(self.trials / f"{number:04d}")
 
     @contextlib.contextmanager
-    def locked(self, taken: str) -> Iterator[None]:
+    def locked(self, message: str) -> Iterator[None]:
         """Make the directory and hold its lock; only its holder writes there.
 
-        Raises UserError with the message `taken` when another process holds it.
+        Raises UserError with a message when another process holds it.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ class RunDir:
         with held(self.path / ".lock") as acquired:
             if not acquired:
                 raise UserError(
-                    taken,
+                    message,
                     got=shown(self.path),
                     fix="wait for it, or choose another trainer.run_name",
                 )

@@ -15,7 +15,7 @@ from harness.core.errors import UserError
 from harness.records import manifest
 from harness.records.files import write_text
 from harness.records.metrics_file import MetricsFile
-from harness.records.run_dir import RunDir, Status, place
+from harness.records.run_dir import RunDir, Status, run_dir_for
 from tests.recipes import quickstart
 
 
@@ -108,8 +108,8 @@ def test_unwritable_place_is_a_user_error(tmp_path: Path) -> None:
 
 def test_place_uses_name_and_folder() -> None:
     recipe = quickstart(["trainer.run_name=mine", "trainer.ckpt_path=/tmp/there"])
-    assert place(recipe, "recipes/quickstart.yaml").path == Path("/tmp/there/mine")
-    unnamed = place(quickstart(), "recipes/quickstart.yaml").path
+    assert run_dir_for(recipe, "recipes/quickstart.yaml").path == Path("/tmp/there/mine")
+    unnamed = run_dir_for(quickstart(), "recipes/quickstart.yaml").path
     assert unnamed.parent == Path.cwd() / "runs"
     assert unnamed.name.startswith("quickstart-")
 
