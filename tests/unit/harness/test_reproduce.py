@@ -228,9 +228,11 @@ def test_a_new_run_takes_name_and_place_of_its_own(made: MakeRun) -> None:
         ("mine", "mine"),
         ("sweep/trials/0003", "sweep-0003"),
     ]:
-        source, overrides, own = rerun.taken(made("trainer.resume_mode=none", name=name).path)
+        source, overrides, start = rerun.new_run_from(
+            made("trainer.resume_mode=none", name=name).path
+        )
         recipe = recipes.load(source, overrides)
-        assert own == wanted
+        assert start == wanted
         assert (recipe.trainer.run_name, recipe.trainer.ckpt_path, recipe.trainer.resume_mode) == (
             None,
             "runs",
