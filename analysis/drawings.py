@@ -19,7 +19,7 @@ from typing import Any
 from analysis.experiment import Experiment
 from analysis.figures import Figure, Plot, all_figures
 from analysis.figures.theme import Look, PlacedTrace, darkened, render, render_all
-from harness.records.run_dir import write_bytes
+from harness.records.files import write_bytes
 
 _SIZE = re.compile(rb'viewBox="[\d.]+ [\d.]+ ([\d.]+) ([\d.]+)"')
 # CSS pixels in a point, an SVG's unit here.

@@ -8,7 +8,6 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Iterable
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from analysis.records import Record, check_own, lookup
 from harness.config import advice
+from harness.config.recipe_keys import flatten
 from harness.config.shapes import shape_of
 from harness.core.errors import UserError
 from harness.core.paths import locate
@@ -120,7 +120,7 @@ def facts(directory: Path, record: Record, metric: str, maximize: bool) -> dict[
 def _context(recipe: dict[str, Any], manifest: dict[str, Any], metric: str) -> str:
     kept = {
         key: value
-        for key, value in _leaves(recipe)
+        for key, value in flatten(recipe)
         if not any(_within(key, varied) for varied in _VARIED)
     }
     # By content where that is known: the same files may lie elsewhere.
@@ -134,14 +134,6 @@ def _context(recipe: dict[str, Any], manifest: dict[str, Any], metric: str) -> s
     }
     text = json.dumps([metric, kept, inputs], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _leaves(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _within(key: str, section: str) -> bool:

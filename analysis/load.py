@@ -18,7 +18,8 @@ from analysis.records import OTHER_INPUTS, Record, check_own, parsed_recipe, rea
 from analysis.rerun import Commands
 from harness.core.cli import invocation
 from harness.core.errors import UserError
-from harness.records.run_dir import RunDir, write_bytes
+from harness.records.files import write_bytes
+from harness.records.run_dir import RunDir
 
 _KEY, _LEAD = rows.KEY, list(rows.IDENTITY)
 _SAMPLE = ("step", "phase", "index", "question", "ground_truth", "completion", "reward")

@@ -14,7 +14,8 @@ from analysis.experiment import Experiment
 from analysis.load import TABLES, Tables, load
 from analysis.records import check_own
 from harness.core.errors import UserError
-from harness.records.run_dir import RunDir, write_text
+from harness.records.files import write_text
+from harness.records.run_dir import RunDir
 
 # Where the tables lie beside the page, and how they make it again from there.
 FOLDER = "tables"

@@ -15,7 +15,8 @@ from hydra.errors import HydraException
 
 from analysis.records import Record
 from harness.config import recipe as recipes
-from harness.config.schema import Trainer
+from harness.config.digest import recipe_digest
+from harness.config.schema import TrainerConfig
 from harness.core.errors import UserError
 from harness.core.paths import shown
 
@@ -56,7 +57,7 @@ class Commands:
         if own or not self._gives(source, overrides, record.recipe):
             source = shown((self._directory / record.run_dir / "recipe.yaml").resolve())
             # Not into the directory of the run that is to be repeated.
-            overrides = ["trainer.run_name=null", f"trainer.ckpt_path={Trainer().ckpt_path}"]
+            overrides = ["trainer.run_name=null", f"trainer.ckpt_path={TrainerConfig().ckpt_path}"]
         return shlex.join(["python", "-m", "harness.run", source, *overrides])
 
     def _gives(self, source: str, overrides: Sequence[str], resolved: dict[str, Any]) -> bool:
@@ -85,7 +86,7 @@ def _composes(source: str, overrides: Sequence[str], resolved: dict[str, Any]) -
     except UserError:
         return False
     found.sweep = wanted.sweep = None
-    return recipes.digest(found) == recipes.digest(wanted)
+    return recipe_digest(found) == recipe_digest(wanted)
 
 
 def _set(values: dict[str, Any], override: str) -> bool:

@@ -1,1 +1,1 @@
-"""The front door: commands (one file each) and the records every layer writes."""
+"""Commands, one file each, and the recipes, records and loggers that all packages use."""

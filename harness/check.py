@@ -1,6 +1,4 @@
-"""`python -m harness.check RECIPE [overrides]`: train a recipe once per seed, and check what it
-expects of the mean.
-"""
+"""`python -m harness.check RECIPE`: train a recipe once per seed, and check its expectations."""
 
 from __future__ import annotations
 
@@ -18,13 +16,15 @@ from harness.config.expect import judge
 from harness.core.cli import Parser, invocation, run_command
 from harness.core.errors import UserError
 from harness.core.paths import shown
+from harness.records.files import write_json
 from harness.records.metrics_file import MetricsFile
-from harness.records.run_dir import RunDir, write_json
+from harness.records.run_dir import RunDir
 
 
 def main(argv: list[str]) -> int:
-    """Parse, train every seed, judge, print; 3 when an expectation is not met, a run's own status
-    where one fails.
+    """Run the command and return its exit status.
+
+    It is 3 when an expectation is not met, and the status of the first run that fails.
     """
     parser = Parser(
         prog=invocation("check"),
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     recipe = recipes.load(options.recipe, options.overrides, sweeps=False)
     if not recipe.expect:
         raise UserError(
-            "the recipe expects nothing",
+            "the recipe has no expectations",
             got=options.recipe,
             fix="add an expect: block, e.g. expect: {eval/accuracy: {min: 0.9}}",
         )
@@ -52,48 +52,45 @@ def main(argv: list[str]) -> int:
     )
     root = Path(recipe.trainer.ckpt_path) / name
     for seed in seeds:
-        own = [
+        of_seed = [
             f"seed={seed}",
             "trainer.seed=null",
             recipes.override_for("trainer.ckpt_path", str(root)),
             f"trainer.run_name=seed{seed}",
         ]
-        status = _train([options.recipe, *options.overrides, *own, "--check"])
+        status = _train([options.recipe, *options.overrides, *of_seed, "--check"])
         if status not in (0, run.UNMET):
             with contextlib.suppress(OSError):
-                root.rmdir()  # empty where the run was refused
+                root.rmdir()  # empty if the run's input was refused
             return status
     rows = [MetricsFile(RunDir(root / f"seed{seed}").metrics).rows() for seed in seeds]
-    verdicts = judge(recipe.expect, rows)
+    results = judge(recipe.expect, rows)
     write_json(
         root / "check.json",
         {
             "recipe": options.recipe,
             "overrides": options.overrides,
             "seeds": seeds,
-            "verdicts": [verdict.record() for verdict in verdicts],
+            "verdicts": [result.record() for result in results],
         },
     )
-    for verdict in verdicts:
-        print(verdict)
+    for result in results:
+        print(result)
     print(
-        f"{sum(v.met for v in verdicts)} of {len(verdicts)} expectations met over "
+        f"{sum(result.met for result in results)} of {len(results)} expectations met over "
         f"{len(seeds)} seeds  {shown(root)}"
     )
-    return 0 if all(verdict.met for verdict in verdicts) else run.UNMET
+    return 0 if all(result.met for result in results) else run.UNMET
 
 
 def _train(arguments: Sequence[str]) -> int:
-    """Train one run in a process of its own and return its exit status, 128 + its number after a
-    signal.
+    """Train one run in a subprocess and return its exit status, 128 + the number of a signal.
 
-    vLLM starts no second engine on a GPU in one process, and gives memory back only when that ends.
-    Ctrl-C and SIGTERM are passed on; after Ctrl-C the run has stopped in order when
-    KeyboardInterrupt is raised.
+    A process cannot start a second vLLM engine on a GPU, and frees its memory only at exit. Ctrl-C
+    and SIGTERM are passed on. After Ctrl-C, KeyboardInterrupt is raised once the run has stopped.
     """
     sys.stdout.flush()
-    # In a group of its own, so that the terminal's Ctrl-C does not reach the run beside the one
-    # that is passed on.
+    # In its own process group, so that the run gets Ctrl-C once: passed on, not from the terminal.
     process = subprocess.Popen([sys.executable, "-m", "harness.run", *arguments], process_group=0)
     before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
@@ -103,7 +100,7 @@ def _train(arguments: Sequence[str]) -> int:
         process.wait()
         raise
     finally:
-        process.kill()  # nothing, once it has ended
+        process.kill()  # has no effect once it has ended
         signal.signal(signal.SIGTERM, before)
     return status if status >= 0 else 128 - status
 

@@ -1,6 +1,4 @@
-"""`python -m harness.export RUN [--merged] [--which best] --output DIR`: a run's policy for other
-programs to load.
-"""
+"""`python -m harness.export RUN --output DIR`: export a run's policy for other programs."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from rltrain.tools import export
 
 
 def main(argv: list[str]) -> int:
-    """Check, export, say what was exported."""
+    """Run the command and return its exit status."""
     parser = Parser(
         prog=invocation("export"),
         description="Export a run's policy for transformers, PEFT and vLLM.",
@@ -23,7 +21,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--merged",
         action="store_true",
-        help="the base with the adapter merged in, a model of its own",
+        help="export the base with the adapter merged in, as a complete model",
     )
     parser.add_argument(
         "--which",
@@ -39,7 +37,10 @@ def main(argv: list[str]) -> int:
     planned = export.plan(
         arguments.run, arguments.output, which=arguments.which, merged=arguments.merged
     )
-    _write(planned)
+    from rltrain.distributed.process import quiet_libraries
+
+    quiet_libraries()
+    export.write(planned)
     row = planned.evaluated
     scored = f", held-out accuracy {row[export.ACCURACY]:.3f} at step {row['step']}" if row else ""
     print(f"{arguments.which} policy{scored}  {shown(planned.output)}")
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> int:
 
 
 def _refuse_sweep(directory: Path) -> None:
-    """A sweep holds many policies: name its winner's."""
+    """Raise UserError for a sweep, which has many policies, naming its best trial."""
     if RunDir(directory).read_manifest().get("kind") != "sweep":
         return
     from analysis.experiment import Experiment
@@ -64,13 +65,6 @@ def _refuse_sweep(directory: Path) -> None:
         allowed=f"one of {directory / 'trials'}/*",
         fix=winner,
     )
-
-
-def _write(planned: export.Export) -> None:
-    from rltrain.distributed.process import quiet_libraries
-
-    quiet_libraries()
-    export.write(planned)
 
 
 if __name__ == "__main__":

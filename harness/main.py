@@ -1,4 +1,4 @@
-"""`noregret COMMAND ...`: the console script, one name for every `python -m harness.COMMAND`."""
+"""The console script: `noregret COMMAND ...` is `python -m harness.COMMAND ...`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from harness.core.errors import UserError, nearest
 
 COMMANDS = {
     "run": "train one run of a recipe",
-    "sweep": "run every trial of a recipe's sweep, and report what won",
+    "sweep": "run every trial of a recipe's sweep, and write its report",
     "report": "write the report of sweeps and runs",
     "prepare": "make data files, or the tiny model",
     "reproduce": "train a run again, and compare the two step by step",
@@ -22,17 +22,16 @@ COMMANDS = {
 
 
 def script() -> NoReturn:
-    """Run the console script: `main` on the process's own arguments."""
-    sys.path.append(
-        ""
-    )  # the working directory, as with `python -m`: it may hold an environment of the user's own
+    """Run the console script."""
+    # As with `python -m`, modules in the working directory can be imported: a user's environment.
+    sys.path.append("")
     run_command(main)
 
 
 def main(argv: list[str]) -> int:
     """Run the command that `argv` begins with, or list the commands; return the exit status.
 
-    Raises UserError for an unknown command. Only the command asked for is imported.
+    Only that command is imported. Raises UserError for an unknown command.
     """
     name, *arguments = argv or ["--help"]
     if name in ("-h", "--help"):
@@ -57,5 +56,5 @@ def _help() -> str:
     commands = "\n".join(f"  {name:<11}{line}" for name, line in COMMANDS.items())
     return (
         f"usage: {SCRIPT} COMMAND ...\n\n{commands}\n\n"
-        f"{SCRIPT} COMMAND --help says more of one, {SCRIPT} --version which version this is."
+        f"{SCRIPT} COMMAND --help describes a command, {SCRIPT} --version prints the version."
     )

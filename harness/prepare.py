@@ -1,6 +1,4 @@
-"""Prepare data, and the tiny model: `python -m harness.prepare {gsm8k,math,tiny_gsm,MODULE}
---output-dir DIR`.
-"""
+"""`python -m harness.prepare TASK --output-dir DIR`: make data files, or the tiny model."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from harness.core.errors import UserError
 
 
 def main(argv: list[str]) -> int:
-    """Run the command; returns the exit status. Raises UserError for bad input."""
+    """Run the command and return its exit status."""
     args = _parser([word for word in argv[:1] if "." in word]).parse_args(argv)
     env = None if args.task == "tiny_gsm" else _environment(args.task)
     try:
@@ -31,9 +29,7 @@ def main(argv: list[str]) -> int:
 
 
 def _environment(name: str) -> Any:
-    """The environment of a name that has a `prepare` function; raises UserError where there is
-    none.
-    """
+    """Return the environment of a name; raises UserError if it has no `prepare` function."""
     from rltrain.envs import get_env, offers
 
     env = get_env(name)
@@ -66,9 +62,7 @@ def _prepare_tiny_gsm(args: argparse.Namespace) -> None:
 
 
 def _parser(modules: list[str]) -> Parser:
-    """The command's parser; `modules` are environments of the user's own, to be taken as
-    tasks too.
-    """
+    """Return the command's parser; `modules` are the user's environments, accepted as tasks too."""
     parser = Parser(
         prog=invocation("prepare"),
         description="Make data files, or the tiny model, for recipes to use. "
@@ -80,7 +74,7 @@ def _parser(modules: list[str]) -> Parser:
 
     data = {"gsm8k": "GSM8K", "math": "MATH, or files of its or DeepMath's columns,"}
     for task in (*data, *modules):
-        what = data.get(task, f"what {task} makes,")
+        what = data.get(task, f"the data of {task}")
         parser_of_task = tasks.add_parser(
             task, help=f"{what} as train.parquet and validation.parquet"
         )
@@ -94,7 +88,7 @@ def _parser(modules: list[str]) -> Parser:
         )
 
     tiny_gsm = tasks.add_parser(
-        "tiny_gsm", help="word problems, and a tiny base model trained on them from nothing"
+        "tiny_gsm", help="word problems, and a tiny base model pretrained on them"
     )
     tiny_gsm.add_argument("--output-dir", type=Path, required=True)
     tiny_gsm.add_argument(

@@ -1,6 +1,4 @@
-"""`python -m harness.report DIR...`: write the report of sweeps, runs or their tables, and say what
-it found.
-"""
+"""`python -m harness.report DIR...`: write the report of sweeps, runs or their tables."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> int:
-    """Write the report and print its answer and its path."""
+    """Write the report, print its answer and its path, and return the exit status."""
     arguments = _parse(argv)
     from analysis.load import write_results
     from analysis.records import check_own
@@ -26,26 +24,26 @@ def main(argv: list[str]) -> int:
     from analysis.watch import watch_report
 
     directories: list[Path] = arguments.directories
-    made = [directory for directory in directories if not holds_tables(directory)]
+    runs = [directory for directory in directories if not holds_tables(directory)]
     sweeps = [
-        directory.resolve() for directory in made if _manifest(directory).get("kind") == "sweep"
+        directory.resolve() for directory in runs if _manifest(directory).get("kind") == "sweep"
     ]
-    folder = arguments.output or _folder(directories, bool(made))
-    if arguments.output is None and made == directories and len(directories) == 1:
+    folder = arguments.output or _folder(directories, bool(runs))
+    if arguments.output is None and runs == directories and len(directories) == 1:
         check_own(RunDir(directories[0]), folder, folder / "figures", folder / "tables")
 
     def report(refresh: int | None = None) -> Report:
-        found = read(directories)
-        for experiment in found:
+        experiments = read(directories)
+        for experiment in experiments:
             if experiment.path in sweeps:
                 write_results(experiment.path, experiment.trials)
-        return write(found, folder, refresh=refresh, processes=os.cpu_count() or 1)
+        return write(experiments, folder, refresh=refresh, processes=os.cpu_count() or 1)
 
     try:
         if arguments.watch is None:
             written = report()
         else:
-            written = watch_report(report, made, every=arguments.watch, begun=_begun)
+            written = watch_report(report, runs, every=arguments.watch, begun=_begun)
     except (NotADirectoryError, FileExistsError) as error:
         raise UserError(
             "cannot write the report",
@@ -108,17 +106,18 @@ def _tables_of_several(directory: Path) -> bool:
     return holds_tables(directory) and len(Tables.read(directory).sources) > 1
 
 
-def _folder(directories: list[Path], made: bool) -> Path:
-    """Where a report goes that was not told where."""
+def _folder(directories: list[Path], of_runs: bool) -> Path:
+    """Return the default folder of a report: of runs or sweeps if `of_runs`, else of tables."""
     first = directories[0]
     if len(directories) > 1:
         return first.resolve().parent / "comparison"
-    return RunDir(first).report if made else first.resolve().parent
+    return RunDir(first).report if of_runs else first.resolve().parent
 
 
 def _manifest(directory: Path) -> dict[str, object]:
-    """The manifest of a run or sweep; raises UserError naming those that lie under runs/ or under
-    `directory`.
+    """Return the manifest of a run or sweep.
+
+    Raises UserError where there is none, with the runs and sweeps in `directory` or in runs/.
     """
     from analysis.records import check_own
 
@@ -127,15 +126,13 @@ def _manifest(directory: Path) -> dict[str, object]:
         check_own(run, run.manifest)
         return run.read_manifest()
     here = directory if directory.is_dir() else Path("runs")
-    known = sorted(str(found.parent) for found in here.glob("*/manifest.json"))
+    known = sorted(str(file.parent) for file in here.glob("*/manifest.json"))
     guess = nearest(str(directory), known)
     raise UserError(
         "not a run or sweep: there is no manifest.json",
         got=directory,
         allowed=", ".join(known) or f"nothing yet: {here}/ holds no run",
-        fix=f"did you mean {guess}?"
-        if guess
-        else "name a directory that a run or a sweep has made",
+        fix=f"did you mean {guess}?" if guess else "name the directory of a run or a sweep",
     )
 
 

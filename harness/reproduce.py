@@ -1,6 +1,4 @@
-"""`python -m harness.reproduce RUN_DIR`: train a run again and say whether it comes out the same,
-step by step.
-"""
+"""`python -m harness.reproduce RUN_DIR`: train a run again, and compare the two step by step."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from harness.config.schema import Device
 from harness.core.cli import Parser, invocation, run_command
 from harness.core.errors import UserError
 from harness.core.paths import shown
-from harness.loggers.sinks import Console
+from harness.loggers.console import Console
 from harness.records.metrics_file import MetricsFile
 from harness.records.run_dir import one_line
 from rltrain.tools import reproduce
@@ -25,12 +23,10 @@ FAILED = 4
 
 
 def main(argv: list[str]) -> int:
-    """Parse, compare what the run was made with, train it again, compare; 0: equal, 1: not, 4: it
-    failed on the way.
-    """
+    """Run the command and return its exit status: 0 equal, 1 not equal, 4 the new run failed."""
     options = _parse(argv)
     planned = reproduce.plan(options.run, options.output)
-    agrees = _tell_agreement(planned)
+    agrees = _print_agreement(planned)
     reproduce.check(planned)
     if options.check_only:
         return 0 if agrees else DEPARTS
@@ -42,7 +38,7 @@ def main(argv: list[str]) -> int:
             print(f"stopped, nothing is compared  {shown(planned.run_dir.path)}", file=sys.stderr)
             raise
         except Exception as error:
-            return _tell_failure(planned, error)
+            return _end_failed(planned, error)
         return _conclude(planned, step, options.tolerance)
 
 
@@ -55,11 +51,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "run", metavar="RUN_DIR", help="a run, or a trial of a sweep: runs/NAME/trials/0003"
     )
     parser.add_argument(
-        "--output", metavar="DIR", help="where it goes (default: runs/NAME-reproduced-TIME)"
+        "--output",
+        metavar="DIR",
+        help="its directory (default: runs/NAME-reproduced-TIME)",
     )
-    only = (
-        "say what differs from when the run was made, and no more; exit with 1 when anything does"
-    )
+    only = "only print what differs from when the run was made; exit with 1 when anything does"
     parser.add_argument("--check-only", action="store_true", help=only)
     most = "the largest difference of a number that counts as equal (default: 0)"
     parser.add_argument("--tolerance", type=float, default=0.0, metavar="X", help=most)
@@ -74,8 +70,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def _tell_agreement(planned: Reproduction) -> bool:
-    """Print what is as it was when the run was made and what is not; whether nothing differs."""
+def _print_agreement(planned: Reproduction) -> bool:
+    """Print what is the same and what differs since the run was made; return if all is the same."""
     status = planned.was.get("status")
     print(f"reproducing {shown(planned.original.path)}: {status}, up to step {planned.last}")
     agreement = planned.agreement()
@@ -94,9 +90,7 @@ def _tell_agreement(planned: Reproduction) -> bool:
 
 
 def _of_gpu(planned: Reproduction) -> str | None:
-    """Say how closely a run that was made on a GPU can be reproduced; None for a CPU: to
-    the bit.
-    """
+    """Return how closely a GPU run can be reproduced; None for a CPU run, which is exact."""
     hardware = planned.was.get("hardware")
     gpus = hardware.get("gpus") if isinstance(hardware, dict) else None
     if not gpus or planned.recipe.trainer.placement.device is Device.cpu:
@@ -113,9 +107,7 @@ def _of_gpu(planned: Reproduction) -> str | None:
 
 
 def _train(planned: Reproduction, options: argparse.Namespace) -> int:
-    """Train again, with a line per step and one at the first that departs; the last step
-    trained.
-    """
+    """Train again and return the last step; prints each step, and the first difference."""
     print(
         f"run {shown(planned.run_dir.path)}\nloading the model and starting the engine ...",
         flush=True,
@@ -123,39 +115,34 @@ def _train(planned: Reproduction, options: argparse.Namespace) -> int:
     from rltrain.distributed.process import quiet_libraries
 
     quiet_libraries()
-    return _follow(planned, options)
-
-
-def _follow(planned: Reproduction, options: argparse.Namespace) -> int:
     from rltrain.tools.compare import compare_rows, rows_until
     from rltrain.worker_group import train_run
 
-    wanted, console, departed, step = (
-        rows_until(planned.original, planned.last),
-        Console(),
-        False,
-        0,
-    )
+    original_rows = rows_until(planned.original, planned.last)
+    console, departed, step = Console(), False, 0
     training = train_run(planned.recipe, planned.run_dir)
     with contextlib.closing(reproduce.until_last_step(planned, training)) as reports:
         for report in reports:
             step = report.step
-            console.step(min(report.total_steps, planned.last), report.metrics)
-            found = compare_rows(step, wanted.get(step), without_timings(report.metrics))
-            beyond = next(
-                (departure for departure in found if departure.size > options.tolerance), None
-            )
-            if beyond is not None and not departed:
+            console.log(report.metrics, [], min(report.total_steps, planned.last))
+            row = without_timings(report.metrics)
+            departures = [
+                departure
+                for departure in compare_rows(step, original_rows.get(step), row)
+                if departure.size > options.tolerance
+            ]
+            if departures and not departed:
                 departed = True
-                print(f"departs at {beyond}", flush=True)
+                print(f"departs at {departures[0]}", flush=True)
             if departed and options.stop_at_departure:
                 break
     return step
 
 
-def _tell_failure(planned: Reproduction, error: Exception) -> int:
-    """Say how far a repetition came that failed, and why; bad input that was found before the first
-    step is raised.
+def _end_failed(planned: Reproduction, error: Exception) -> int:
+    """Record and print how far the new run came and why it failed; return the exit status.
+
+    Bad input that was found before the first step is raised again.
     """
     rows, run_dir = MetricsFile(planned.run_dir.metrics).rows(), planned.run_dir
     if isinstance(error, BrokenPipeError) or (isinstance(error, UserError) and not rows):
@@ -163,15 +150,13 @@ def _tell_failure(planned: Reproduction, error: Exception) -> int:
     where = f"after step {rows[-1]['step']} of {planned.last}" if rows else "before its first step"
     verdict = f"failed {where}: {one_line(error)}"
     reproduce.give_up(planned, verdict, error)
-    print(f"nothing is compared; where it failed stands in {shown(run_dir.log)}", file=sys.stderr)
+    print(f"nothing is compared; the traceback is in {shown(run_dir.log)}", file=sys.stderr)
     print(f"{verdict}  {shown(run_dir.path)}")
     return FAILED
 
 
 def _conclude(planned: Reproduction, step: int, tolerance: float) -> int:
-    """Compare all there is of both, print the verdict, and write it to the repetition's
-    manifest.
-    """
+    """Compare the two runs, and print the verdict and write it to the new run's manifest."""
     from rltrain.tools.compare import compare
 
     result = compare(

@@ -14,6 +14,7 @@ from typing import Any
 
 from harness.config import metrics
 from harness.config import recipe as recipes
+from harness.config.digest import exempt_from, is_recipe_digest
 from harness.config.expect import judge
 from harness.config.schema import Logger, Recipe
 from harness.config.validate import num_processes
@@ -21,40 +22,14 @@ from harness.core.cli import GPU_MEMORY, Parser, invocation, run_command
 from harness.core.errors import UserError
 from harness.core.locks import held
 from harness.core.paths import shown
-from harness.loggers import sinks
+from harness.loggers.loggers import Loggers
+from harness.loggers.wandb import wandb_mode
 from harness.records import manifest, rerun
 from harness.records.metrics_file import MetricsFile
-from harness.records.run_dir import RunDir, Status, place
+from harness.records.run_dir import RunDir, Status, run_dir_for
 
-# What may differ where a run goes on: the number of processes and their devices, not what they
-# compute.
-MOVABLE = (
-    "trainer.placement.",
-    "trainer.micro_",
-    "trainer.max_tokens_per_microbatch",
-    "trainer.gradient_checkpointing",
-    "trainer.num_threads",
-    "trainer.logger",
-    "generator.num_inference_engines",
-    "generator.inference_engine_tensor_parallel_size",
-    "generator.gpu_memory_utilization",
-    "ray.address",
-)
-
-# What may be given besides and leaves the recipe the one that its expectations are about.
-SAME_RECIPE = (
-    *MOVABLE,
-    "trainer.run_name",
-    "trainer.ckpt_path",
-    "trainer.resume_mode",
-    "trainer.project_name",
-    "trainer.samples_per_dump",
-    "trainer.max_ckpts_to_keep",
-    "seed",
-    "trainer.seed",
-    "sweep",
-)
-
+MOVABLE = exempt_from("run")
+SAME_RECIPE = exempt_from("expectations")
 UNMET = 3
 # What a launch leaves that ended before its first step.
 LAUNCHED = {"recipe.yaml", "manifest.json", ".lock", "log.txt", "tensorboard", "wandb", "packs"}
@@ -128,7 +103,7 @@ def _train_and_judge(recipe: Recipe, run_dir: RunDir, options: argparse.Namespac
             # A kill may have kept the last step from the loggers.
             print(f"run {shown(run_dir.path)} is trained; its verdict was not written")
             row = MetricsFile(run_dir.metrics).rows()[-1]
-            with contextlib.closing(sinks.Sinks(recipe, run_dir)) as loggers:
+            with contextlib.closing(Loggers(recipe, run_dir)) as loggers:
                 loggers.report(int(row["step"]), row)
         else:
             _train(recipe, run_dir, changed_inputs=options.changed_inputs)
@@ -147,7 +122,7 @@ def _use_recipe_of_run(options: argparse.Namespace) -> None:
             got=" ".join(others),
             allowed="key=value overrides",
         )
-    options.recipe, fresh, options.name = rerun.taken(options.taken)
+    options.recipe, fresh, options.name = rerun.new_run_from(options.taken)
     options.overrides = [*fresh, *words]
 
 
@@ -158,7 +133,7 @@ def _prepare_start(options: argparse.Namespace) -> tuple[Recipe, RunDir]:
     cores = (os.cpu_count() or 1) // num_processes(recipe)
     recipe.trainer.num_threads = recipe.trainer.num_threads or max(1, cores)
     _check(recipe)
-    run_dir = place(recipe, options.name)
+    run_dir = run_dir_for(recipe, options.name)
     if run_dir.manifest.exists():
         _check_same(recipe, run_dir, options.changed_inputs)
     return recipe, run_dir
@@ -246,7 +221,7 @@ def _check(recipe: Recipe) -> None:
     check_run(recipe)
     note_fit(recipe, gpus_to_plan_for(recipe, None))
     if Logger.wandb in recipe.trainer.logger:
-        sinks.wandb_mode()
+        wandb_mode()
 
 
 def _check_same(recipe: Recipe, run_dir: RunDir, changed_inputs: bool) -> None:
@@ -264,7 +239,7 @@ def _check_same(recipe: Recipe, run_dir: RunDir, changed_inputs: bool) -> None:
             "run of its own: "
             f"{invocation('run')} --from {shown(run_dir.path)}",
         )
-    same = recipes.is_digest(record["recipe"]["digest"], recipe)
+    same = is_recipe_digest(record["recipe"]["digest"], recipe)
     if record["status"] in (Status.COMPLETE.value, Status.PRUNED.value) and not (
         same and _only_lacks_verdict(record)
     ):
@@ -301,7 +276,7 @@ def _train(recipe: Recipe, run_dir: RunDir, *, changed_inputs: bool) -> None:
         run_dir.update(resumed=[*record.get("resumed", []), manifest.resumption(record, recipe)])
     print(f"run {path}", flush=True)
     try:
-        with contextlib.closing(sinks.Sinks(recipe, run_dir)) as loggers:
+        with contextlib.closing(Loggers(recipe, run_dir)) as loggers:
             print("loading the model and starting the engine ...", flush=True)
             from rltrain.distributed.process import quiet_libraries
 

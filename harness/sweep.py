@@ -1,6 +1,4 @@
-"""`python -m harness.sweep RECIPE [overrides]`: every trial of a recipe's sweep, its results and
-its report.
-"""
+"""`python -m harness.sweep RECIPE`: run every trial of a recipe's sweep, and write its report."""
 
 from __future__ import annotations
 
@@ -26,15 +24,13 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> int:
-    """Parse, check, run the sweep or say what it would do; 0 when a trial completed, 1 when none
-    did.
-    """
+    """Run the command and return its exit status: 0 when a trial completed, 1 when none did."""
     options = parse(argv)
     if options.dry_run:
         return _dry_run(options)
     if options.gpu_memory is not None:
         raise UserError(
-            "--gpu-memory is for --dry-run: a sweep takes the GPUs there are",
+            "--gpu-memory is for --dry-run: a sweep takes the GPUs that it finds",
             got=options.gpu_memory,
         )
     from sweeps import session as sessions
@@ -53,8 +49,9 @@ def main(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Recipe, overrides, `resume` (None, a directory, or "" for the recipe's), `confirm`,
-    `dry_run`, in any order.
+    """Parse the arguments, which come in any order.
+
+    `resume` is None, a directory, or "" for the directory that the recipe names.
     """
     parser = Parser(
         prog=invocation("sweep"),
@@ -89,14 +86,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options = parser.parse_intermixed_args(argv)
     if options.confirm is not None and options.confirm < 1:
         raise UserError(
-            "--confirm is how many of the best to run again", got=options.confirm, allowed=">= 1"
+            "--confirm is the number of best configurations to run again",
+            got=options.confirm,
+            allowed=">= 1",
         )
     if options.changed_inputs and options.resume is None:
-        raise UserError(
-            "--changed-inputs is for --resume: a new sweep has none that could have changed"
-        )
+        raise UserError("--changed-inputs is for --resume: a new sweep has no earlier inputs")
     words = list(options.arguments)
-    # `--resume` takes the next word, whichever of the three it is.
+    # argparse gives `--resume` the next word, also when that is a recipe or an override.
     if (
         options.resume
         and not Path(options.resume).is_dir()
@@ -104,13 +101,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ):
         words.insert(0, options.resume)
         options.resume = ""
-    named = [word for word in words if "=" not in word]
+    sources = [word for word in words if "=" not in word]
     options.overrides = [word for word in words if "=" in word]
-    if len(named) > 1:
+    if len(sources) > 1:
         raise UserError(
-            "one recipe at a time", got=" ".join(named), allowed="RECIPE and key=value overrides"
+            "one recipe at a time", got=" ".join(sources), allowed="RECIPE and key=value overrides"
         )
-    options.recipe = named[0] if named else None
+    options.recipe = sources[0] if sources else None
     return options
 
 
@@ -178,7 +175,7 @@ def _run(session: Session, *, new: bool) -> int:
 
 
 def _finish(session: Session, study: Study, place: str) -> int:
-    """Results, report, best configuration and the command that runs its best trial again."""
+    """Write results and report, and print the best configuration and how to run it again."""
     from analysis.experiment import Experiment
     from analysis.load import write_results
     from analysis.report import write_report
@@ -205,7 +202,7 @@ def _finish(session: Session, study: Study, place: str) -> int:
 
 
 def _best(experiment: Experiment, trial: pd.Series | None) -> dict[str, Any] | None:
-    """The best configuration, for the sweep's manifest."""
+    """Return the best configuration for the sweep's manifest."""
     best = experiment.best
     if best is None or trial is None:
         return None

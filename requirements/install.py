@@ -5,8 +5,8 @@
     python requirements/install.py uv              print the path of uv, installed if there is none
 
 Runs on Python 3.9 or newer with the standard library alone. uv does not read pip's configuration,
-so it is passed on: what pip finds, uv finds. Failures are one line on stderr, and exit status 2;
-what uv said is in .tools/install.log.
+so this script passes it on. A failure prints one line to stderr and exits with status 2; uv's
+output is in .tools/install.log.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ NETWORK = re.compile(r"dns error|\(Connect\)|timed out|error sending request|fai
 
 
 class Failure(Exception):
-    """What went wrong, and what to do about it."""
+    """An installation that cannot go on: the problem, and how to fix it."""
 
     def __init__(self, problem: str, fix: str) -> None:
         super().__init__(f"error: {problem}; fix: {fix}")
 
 
 def pip_options(listing: str) -> dict[str, str]:
-    """The options of `pip install` in the output of `pip config list`, by their long name."""
+    """Return the options of `pip install` in the output of `pip config list`, by long name."""
     options: dict[str, str] = {}
-    # The later wins, as in pip: any command's, those of `install`, the environment's.
+    # As in pip, later sections override earlier ones; `:env:` is for environment variables.
     for section in ("global", "install", ":env:"):
         for line in listing.splitlines():
             name, _, value = line.partition("=")
@@ -55,14 +55,14 @@ def pip_options(listing: str) -> dict[str, str]:
     return options
 
 
-def uv_settings(pip: Mapping[str, str], given: Mapping[str, str]) -> dict[str, str]:
-    """uv's environment variables for pip's options; what `given`, the environment, says stays."""
+def uv_settings(pip: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, str]:
+    """Return uv's environment variables for pip's options, except those set in `environment`."""
     extra = " ".join(pip.get("extra-index-url", "").split())
     timeout = pip.get("timeout", pip.get("default-timeout", ""))
-    wanted = {
+    settings = {
         "UV_DEFAULT_INDEX": pip.get("index-url", ""),
         "UV_INDEX": extra,
-        # pip takes the best of all indexes, uv by itself whatever the first one has.
+        # pip takes the best version of all indexes, uv by default that of the first index.
         "UV_INDEX_STRATEGY": "unsafe-best-match" if extra else "",
         "UV_FIND_LINKS": ",".join(pip.get("find-links", "").split()),
         "UV_INSECURE_HOST": " ".join(pip.get("trusted-host", "").split()),
@@ -71,46 +71,46 @@ def uv_settings(pip: Mapping[str, str], given: Mapping[str, str]) -> dict[str, s
         "SSL_CLIENT_CERT": pip.get("client-cert", ""),
         "HTTP_PROXY": pip.get("proxy", ""),
         "HTTPS_PROXY": pip.get("proxy", ""),
-        # pip trusts what the system trusts.
+        # Like pip, trust the system's certificates.
         "UV_SYSTEM_CERTS": "true" if _system_has_certificates() else "",
     }
     older = {"UV_DEFAULT_INDEX": "UV_INDEX_URL", "UV_INDEX": "UV_EXTRA_INDEX_URL"}
     return {
         name: value
-        for name, value in wanted.items()
-        if value and not {name, name.lower(), older.get(name, name)} & set(given)
+        for name, value in settings.items()
+        if value and not {name, name.lower(), older.get(name, name)} & set(environment)
     }
 
 
 def _system_has_certificates() -> bool:
-    found = ssl.get_default_verify_paths()
-    return bool(found.cafile or (found.capath and os.listdir(found.capath)))
+    paths = ssl.get_default_verify_paths()
+    return bool(paths.cafile or (paths.capath and os.listdir(paths.capath)))
 
 
 def reason(output: str) -> str:
-    """The first and the last of the lines in which uv says what failed and why."""
-    said = re.findall(r"^ *(?:error|cause|Caused by): *(.+)", output, re.M)
-    return ": ".join(dict.fromkeys([*said[:1], *said[-1:]])).rstrip(".") or "it gave no reason"
+    """Return the first and the last error line of uv's output."""
+    lines = re.findall(r"^ *(?:error|cause|Caused by): *(.+)", output, re.M)
+    return ": ".join(dict.fromkeys([*lines[:1], *lines[-1:]])).rstrip(".") or "it gave no reason"
 
 
 def advice(output: str) -> str:
-    """What to do about a failure of uv."""
+    """Return how to fix a failure of uv."""
     if "No space left" in output:
-        return "make room, or name a folder that has some in UV_CACHE_DIR, then run make again"
+        return "make room, or set UV_CACHE_DIR to a folder with room, then run make again"
     if NETWORK.search(output):
         return "check the network; docs/guides/install.md says how to name a proxy or a mirror"
     return "read the log, then run make again"
 
 
 class Uv(NamedTuple):
-    """uv, with pip's configuration in the form that uv understands."""
+    """The uv command, with pip's configuration as environment variables and flags."""
 
     path: str
     environment: dict[str, str]
     flags: list[str]
 
     def run(self, *arguments: str) -> tuple[bool, str]:
-        """Run uv out of sight; return whether it went well, and what it said."""
+        """Run uv without showing its output; return whether it succeeded, and its output."""
         result = subprocess.run(
             [self.path, *arguments],
             env=self.environment,
@@ -125,14 +125,14 @@ class Uv(NamedTuple):
         return result.returncode == 0, result.stdout
 
     def must(self, what: str, *arguments: str) -> None:
-        """Run uv; raise Failure where it fails. On a terminal its progress shows."""
+        """Run uv, with its progress on a terminal; raise Failure when it fails."""
         if sys.stderr.isatty():
             command = [self.path, *arguments]
             if subprocess.run(command, env=self.environment, check=False).returncode:
                 raise Failure(f"uv could not {what}: see above", advice(""))
             return
-        well, output = self.run(*arguments)
-        if not well:
+        succeeded, output = self.run(*arguments)
+        if not succeeded:
             raise Failure(f"uv could not {what}: {reason(output)} ({LOG})", advice(output))
 
 
@@ -144,44 +144,44 @@ def _works(*command: str | Path) -> bool:
 
 
 def find_pip() -> list[str] | None:
-    """The command of this Python's pip, else of one in an environment of its own, else None."""
-    own = [sys.executable, "-m", "pip"]
-    if _works(*own, "--version"):
-        return own
+    """Return the command of this Python's pip, else of pip in a new environment, else None."""
+    command = [sys.executable, "-m", "pip"]
+    if _works(*command, "--version"):
+        return command
     folder = TOOLS / "pip"
-    other = [str(folder / "bin" / "python"), "-m", "pip"]
-    if _works(*other, "--version") or _works(sys.executable, "-m", "venv", "--clear", folder):
-        return other
+    command = [str(folder / "bin" / "python"), "-m", "pip"]
+    if _works(*command, "--version") or _works(sys.executable, "-m", "venv", "--clear", folder):
+        return command
     return None
 
 
 def find_uv(pip: list[str] | None) -> str:
-    """The path of a uv: one on PATH that is new enough, else the pinned one, installed by pip."""
-    own = TOOLS / "uv" / "bin" / "uv"
-    for path, oldest in ((shutil.which("uv"), OLDEST_UV), (own, _numbers(UV))):
+    """Return the path of a new enough uv on PATH, else of the pinned uv, installed by pip."""
+    pinned = TOOLS / "uv" / "bin" / "uv"
+    for path, oldest in ((shutil.which("uv"), OLDEST_UV), (pinned, _numbers(UV))):
         if path is not None and _works(path, "--version"):
-            said = subprocess.check_output([path, "--version"], text=True)
-            if _numbers(said) >= oldest:
+            version = subprocess.check_output([path, "--version"], text=True)
+            if _numbers(version) >= oldest:
                 return str(path)
     if pip is None:
         raise Failure(
             f"uv is not installed, and {sys.executable} has neither pip nor venv to get it with",
             "install uv, or the package python3-venv or python3-pip of your system",
         )
-    shutil.rmtree(own.parent.parent, ignore_errors=True)
+    shutil.rmtree(pinned.parent.parent, ignore_errors=True)
     print(f"Getting uv {UV}", file=sys.stderr, flush=True)
-    command = [*pip, "install", "--target", str(own.parent.parent), "--no-deps", f"uv=={UV}"]
-    # A user installation, or one into an environment alone, does not go with --target.
-    given = {**os.environ, "PIP_USER": "0", "PIP_REQUIRE_VIRTUALENV": "0"}
+    command = [*pip, "install", "--target", str(pinned.parent.parent), "--no-deps", f"uv=={UV}"]
+    # These options of pip exclude --target.
+    environment = {**os.environ, "PIP_USER": "0", "PIP_REQUIRE_VIRTUALENV": "0"}
     with LOG.open("a") as log:
         log.write(f"$ {' '.join(command)}\n")
         log.flush()
-        if subprocess.run(command, env=given, stdout=log, stderr=log, check=False).returncode:
+        if subprocess.run(command, env=environment, stdout=log, stderr=log, check=False).returncode:
             raise Failure(
                 f"pip could not install uv {UV} ({LOG})",
                 "check the network and pip's configuration, or install uv by other means",
             )
-    return str(own)
+    return str(pinned)
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -189,14 +189,17 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def prepare_uv() -> Uv:
-    """A uv that finds what pip finds."""
+    """Find or install uv, and give it pip's configuration."""
     TOOLS.mkdir(exist_ok=True)
     LOG.write_text("")
     pip = find_pip()
     path = find_uv(pip)
     if pip is None:
-        given = [(name[4:], value) for name, value in os.environ.items() if name.startswith("PIP_")]
-        options = {name.lower().replace("_", "-"): value for name, value in given}
+        options = {
+            name[4:].lower().replace("_", "-"): value
+            for name, value in os.environ.items()
+            if name.startswith("PIP_")
+        }
     else:
         command = [*pip, "config", "list"]
         listing = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout
@@ -207,7 +210,7 @@ def prepare_uv() -> Uv:
 
 
 def check_machine(variant: str, torch: str, folder: Path) -> None:
-    """Raise Failure for a system that has no builds, or too little room."""
+    """Raise Failure for a system that has no builds, or too little room on disk."""
     if sys.platform not in ("linux", "darwin"):
         raise Failure(f"{sys.platform} is not supported", "use Linux (WSL on Windows) or macOS")
     if sys.platform == "darwin" and variant == "gpu":
@@ -221,34 +224,34 @@ def check_machine(variant: str, torch: str, folder: Path) -> None:
 
 
 def python_request() -> str:
-    """What to ask uv for: this Python where it fits, else any that does, downloaded if need be."""
+    """Return this Python if supported, else a range of versions, which uv may download."""
     if OLDEST_PYTHON <= sys.version_info[:2] < NEXT_PYTHON:
-        # In a virtual environment, the one it was made from: it may be this one that is made anew.
+        # In a virtual environment its base Python, because the environment may be made again.
         return getattr(sys, "_base_executable", sys.executable)
     oldest, following = (".".join(map(str, version)) for version in (OLDEST_PYTHON, NEXT_PYTHON))
     return f">={oldest},<{following}"
 
 
 def make_environment(uv: Uv, folder: Path, complete: bool) -> None:
-    """Make the environment anew, or keep it where it was complete and has the Python asked for."""
+    """Make the environment, or keep one that is complete and has the right Python."""
     this = "python{}.{}".format(*sys.version_info)
     request = python_request()
     keep = complete and ((folder / "lib" / this).is_dir() or request.startswith(">="))
     if keep and _works(folder / "bin" / "python", "--version"):
         return
-    well, output = uv.run("venv", "--clear", "--no-project", "--python", request, str(folder))
-    if well:
+    made, output = uv.run("venv", "--clear", "--no-project", "--python", request, str(folder))
+    if made:
         return
     if not request.startswith(">="):
         raise Failure(f"uv could not make {folder}: {reason(output)} ({LOG})", advice(output))
     raise Failure(
-        f"no Python {request} is here, nor could uv download one: {reason(output)} ({LOG})",
+        f"no Python {request} is installed, nor could uv download one: {reason(output)} ({LOG})",
         "install one and run make again, with PYTHON=/path/to/python if it is not found",
     )
 
 
 def torch_flags(uv: Uv, python: str, pin: str) -> list[str]:
-    """uv's flags that make `pin` the CPU build of torch; Failure where none can be had."""
+    """Return uv's flags that make `pin` the CPU build of torch; Failure if there is none."""
     if sys.platform == "darwin" or "UV_TORCH_BACKEND" in uv.environment:
         return []
     ask = ["pip", "install", "--dry-run", "--reinstall", "--no-deps", "--python", python]
@@ -262,7 +265,7 @@ def torch_flags(uv: Uv, python: str, pin: str) -> list[str]:
         return backend
     version = subprocess.check_output([python, "--version"], text=True).strip()
     raise Failure(
-        f"no CPU build of {pin} for {version} can be had: the indexes in use have none, and"
+        f"no CPU build of {pin} for {version} was found: the indexes in use have none, and"
         f" PyTorch's own cannot be reached ({LOG})",
         "name a mirror that has it (docs/guides/install.md), or make install TORCH=pypi, which"
         " takes PyPI's build for CUDA: it runs on a CPU too, and needs 4 GB more of disk",
@@ -270,15 +273,15 @@ def torch_flags(uv: Uv, python: str, pin: str) -> list[str]:
 
 
 def cuda_flags(pins: list[str]) -> list[str]:
-    """uv's flags that keep away torch's CPU builds, where pip's configuration offers them."""
-    refused = [pin.replace("==", "!=") + "+cpu" for pin in pins if pin.startswith("torch")]
+    """Return uv's flags that exclude torch's CPU builds, which pip's indexes may have."""
+    excluded = [pin.replace("==", "!=") + "+cpu" for pin in pins if pin.startswith("torch")]
     file = TOOLS / "cuda.txt"
-    file.write_text("\n".join(refused))
+    file.write_text("\n".join(excluded))
     return ["--constraints", str(file)]
 
 
 def install(variant: str, folder: Path, torch: str) -> None:
-    """Make `folder` an environment that holds what the lock says, the project and nothing else."""
+    """Make `folder` an environment of exactly the packages in the lock, and the project."""
     check_machine(variant, torch, folder)
     lock = Path("requirements", f"{variant}.txt")
     pins = [line.partition(" ;")[0] for line in lock.read_text().splitlines() if "==" in line]
@@ -295,7 +298,7 @@ def install(variant: str, folder: Path, torch: str) -> None:
     into = ["--python", python, *uv.flags]
     on_cpu = variant == "cpu" and torch == "auto"
     flags = torch_flags(uv, python, pin) if on_cpu else cuda_flags(pins)
-    # The stamp goes first and comes last, so that an interrupted installation starts again.
+    # Without the stamp an installation that was interrupted starts again.
     stamp.unlink(missing_ok=True)
     uv.must(f"install {lock.name}", "pip", "sync", *into, *flags, str(lock))
     if variant == "cpu" and torch == "pypi":

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from harness.core.errors import UserError
-from harness.records.run_dir import RunDir, damage, remove_folder, whole_folder
+from harness.records.files import damage, remove_folder, whole_folder
+from harness.records.run_dir import RunDir
 from rltrain.algorithms.trained_model import TrainedModel
 from rltrain.distributed import placement
 from rltrain.distributed.process_group import Ranks, full, like

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from harness.config import recipe as recipes
-from harness.records.run_dir import write_text
+from harness.records.files import write_text
 from rltrain.algorithms.trained_model import TrainedModel
 from rltrain.data.batch import Batch, collate
 from rltrain.member import Member

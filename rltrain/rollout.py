@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from harness.config.schema import Sampling
-from harness.records.run_dir import write_bytes
+from harness.records.files import write_bytes
 from rltrain.algorithms.dynamic_sampling import needs_another_batch, select_groups
 from rltrain.data.batch import Batch, collate
 from rltrain.data.seeding import stream_seed

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import recipe as recipes
+from harness.config.digest import exempt_from
+from harness.config.recipe_keys import flatten
 from harness.config.schema import Recipe
 from harness.core.cli import invocation
 from harness.core.errors import MachineError, UserError, machine_error
 from harness.core.paths import shown
 from harness.records import manifest
-from harness.records.run_dir import RunDir, Status, place, write_text
+from harness.records.files import write_text
+from harness.records.run_dir import RunDir, Status, run_dir_for
 from rltrain.distributed.cluster import gpus_of
 from rltrain.distributed.gpus import Gpus
 from rltrain.distributed.placement import address_of, uses_gpus, visible_gpus
@@ -26,27 +29,10 @@ from sweeps.study import plan as plans
 from sweeps.study import trials
 from sweeps.study.plan import Plan
 from sweeps.study.progress import Progress
-from sweeps.study.space import PLACES
 from sweeps.study.study import Study
 
-# What a resumed sweep may set anew; anything else would make its later trials another experiment
-# than its first.
-FREE = frozenset(
-    {
-        *PLACES,
-        "trainer.logger",
-        "sweep.num_trials",
-        "sweep.max_concurrent",
-        "sweep.pack_size",
-        "sweep.sampler",
-        "sweep.max_failures",
-        "sweep.stall_seconds",
-    }
-)
 # What a sweep chooses when it begins, where its recipe does not say.
 SETTLED = ("trainer.num_threads", "sweep.max_concurrent", "sweep.pack_size")
-# The pruner is free too; the others the study compares, and says better what changed.
-STUDIED = ("sweep.pruner", "sweep.space", "sweep.metric", "sweep.seeds")
 RUNS_ALREADY = "another process is running this sweep"
 
 
@@ -72,7 +58,7 @@ def start(source: str, overrides: Sequence[str], confirm: int | None = None) -> 
     """
     recipe = recipes.load(source, overrides)
     plan = plans.build(recipe)
-    sweep_dir = place(recipe, source)
+    sweep_dir = run_dir_for(recipe, source)
     _check_new(sweep_dir)
     session = _session(recipe, plan, sweep_dir, confirm)
     recipe = session.plan.recipe
@@ -228,7 +214,7 @@ def _by_name(recipe: Recipe | None, source: str | None) -> RunDir:
             allowed=", ".join(known) or f"none in {root}",
             fix="name its directory after --resume",
         )
-    return place(recipe, source)
+    return run_dir_for(recipe, source)
 
 
 def _as_settled(recipe: Recipe, stored: Recipe) -> Recipe:
@@ -240,9 +226,9 @@ def _as_settled(recipe: Recipe, stored: Recipe) -> Recipe:
 
 
 def _check_same(recipe: Recipe, stored: Recipe) -> None:
-    new, old = _flat(recipes.to_dict(recipe)), _flat(recipes.to_dict(stored))
+    new, old = dict(flatten(recipes.to_dict(recipe))), dict(flatten(recipes.to_dict(stored)))
     differ = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
-    changed = [key for key in differ if key not in FREE and not key.startswith(STUDIED)]
+    changed = [key for key in differ if not key.startswith(exempt_from("sweep"))]
     if changed:
         raise UserError(
             "the recipe is not the one this sweep began with",
@@ -266,14 +252,3 @@ def _check_inputs(session: Session, study: Study) -> None:
     if changes:
         trials.accept_inputs(session.sweep_dir)
         print(f"note: going on with changed inputs: {'; '.join(map(str, changes))}", flush=True)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= (
-            _flat(value, f"{prefix}{name}.")
-            if isinstance(value, dict)
-            else {f"{prefix}{name}": value}
-        )
-    return flat

@@ -34,7 +34,7 @@ from harness.config.metrics import duration
 from harness.core.cli import Parser, run_command
 from harness.core.errors import UserError, nearest
 from harness.core.paths import PROJECT
-from harness.records.run_dir import write_json, write_text
+from harness.records.files import write_json, write_text
 
 DATA = Path(__file__).with_name("planted_faults.yaml")
 PACKAGES = ("harness", "rltrain", "sweeps", "analysis")

@@ -1,5 +1,6 @@
-"""What is known of LoRA in reinforcement learning, as warnings before a run. Nothing here stops
-one.
+"""Warnings before a run about unusual settings of LoRA in reinforcement learning.
+
+No warning stops a run.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 from harness.config.schema import LoRA, Recipe
 from harness.config.shapes import ATTENTION, MLP, read_config, shape_of
+from harness.config.validate import exclude_modules, target_modules
 from harness.core.paths import locate
 
 REGRET = "LoRA Without Regret, Schulman et al. 2025, thinkingmachines.ai/blog/lora"
@@ -19,15 +21,16 @@ MISMATCH = "Yao et al. 2025, Your Efficient RL Framework Secretly Brings You Off
 GRPO = "DeepSeekMath, Shao et al. 2024, section 4.1"
 SAMPLING = "the default of SkyRL, TRL and verl"
 
-# SkyRL's, TRL's and verl's recipes train all weights by RL at 1e-6; LoRA's best is ten times that.
+# Recipes of SkyRL, TRL and verl train all weights by RL at 1e-6; the best rate of LoRA is ten times
+# that.
 FULL_LR = 1e-6
 LORA_LR = 1e-5
-# On the embedded model 1.6 times the rule's rate learns best and 16 times it collapses; this is
-# between.
+# With the embedded model, 1.6 times the rule's rate learns best and 16 times collapses.
 OVER_RULE = 5
 # The rule's exponents, by model family.
 EXPONENTS = {"llama": 0.781, "qwen": 0.0775}
-RULE_AT_2000 = 5e-4  # in every family
+# In every family.
+RULE_AT_2000 = 5e-4
 LARGE_RANK = 128
 ALPHA = 32
 ALPHA_FACTOR = 4
@@ -39,9 +42,7 @@ TEMPERATURES = (0.7, 1.3)
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """A warning: what is unusual and what is known instead, where that is from, and the recipe's
-    key.
-    """
+    """A warning about a recipe's key: what is unusual, what is usual, and the source of that."""
 
     text: str
     source: str
@@ -58,11 +59,10 @@ def advise(
     num_problems: int | None = None,
     hidden_size: int | None = None,
 ) -> list[Advice]:
-    """Warnings about a recipe's own values; those that its sweep varies are the sweep's to find
-    out.
+    """Return warnings about a recipe's values, except for keys that its sweep varies.
 
-    `num_parameters` the adapter's, `hidden_size` the model's: by default as known of the model.
-    `num_problems` the training data's, for runs counted in epochs.
+    `num_parameters` of the adapter and `hidden_size` of the model are looked up by default.
+    `num_problems` is the size of the training data, for runs counted in epochs.
     """
     config = _model_config(recipe.trainer.policy.model.path)
     if hidden_size is not None:
@@ -87,10 +87,10 @@ def advise(
 
 
 def rule_learning_rate(config: dict[str, Any]) -> float | None:
-    """LoRA's learning rate by model family and hidden size, 5e-5 x 10 x (2000/hidden)^p, fitted to
-    supervised runs.
+    """Return LoRA's learning rate, 5e-5 x 10 x (2000/hidden)^p with p by model family.
 
-    Schulman et al. 2025 and its tinker-cookbook. None for a family it was not fitted to.
+    It was fitted to supervised runs by Schulman et al. 2025 (tinker-cookbook). None for a family
+    that it was not fitted to.
     """
     family = next(
         (name for name in EXPONENTS if str(config.get("model_type", "")).startswith(name)), None
@@ -101,15 +101,16 @@ def rule_learning_rate(config: dict[str, Any]) -> float | None:
 
 
 def adapted_modules(targets: Any, excluded: Any) -> list[str]:
-    """Which of a Llama's or Qwen's projections get an adapter, as PEFT would choose; none where
-    names are others.
+    """Return the projections of a Llama or Qwen model that PEFT would adapt.
+
+    It is empty where the modules have other names.
     """
     paths = {name: f"model.layers.0.self_attn.{name}" for name in ATTENTION}
     paths |= {name: f"model.layers.0.mlp.{name}" for name in MLP}
     return [
         name
         for name, path in paths.items()
-        if _chosen(targets, path) and not _chosen(excluded, path)
+        if _matches(targets, path) and not _matches(excluded, path)
     ]
 
 
@@ -132,7 +133,7 @@ def _learning_rate(recipe: Recipe, config: dict[str, Any]) -> Iterator[Advice]:
         yield Advice(
             f"{key}={lr:g} is above {most:.1e}, {OVER_RULE} times the rule fitted to "
             f"supervised runs ({known}): "
-            "at 16 times it the embedded model lost all it knew",
+            "at 16 times the rule the embedded model collapsed",
             f"{REGRET}; the quickstart's sweep",
             key,
         )
@@ -153,8 +154,9 @@ def _full_learning_rate(recipe: Recipe) -> Iterator[Advice]:
 def _capacity(
     recipe: Recipe, num_parameters: int | None, num_problems: int | None
 ) -> Iterator[Advice]:
-    """A rank too small: RL teaches about a bit an episode, and an adapter holds about two bits a
-    parameter.
+    """Warn of a small rank.
+
+    RL teaches about one bit an episode, and an adapter holds about two bits a parameter.
     """
     trainer, lora = recipe.trainer, recipe.trainer.policy.model.lora
     if num_parameters is None and (shape := shape_of(trainer.policy.model.path)) is not None:
@@ -224,7 +226,7 @@ def _adapter(recipe: Recipe, prefix: str, lora: LoRA) -> Iterator[Advice]:
             "trainer.target_modules" if lora.target_modules is None else f"{prefix}.target_modules"
         )
         yield Advice(
-            f"{key}={_given(recipe, lora, 'target_modules')} adapts attention alone "
+            f"{key}={target_modules(recipe, lora)} adapts attention alone "
             f"({', '.join(modules)}): worse than "
             "the MLP alone at equal parameters; all-linear has both",
             f"{REGRET}; {SKYRL}",
@@ -234,12 +236,12 @@ def _adapter(recipe: Recipe, prefix: str, lora: LoRA) -> Iterator[Advice]:
 
 def _sampling(recipe: Recipe) -> Iterator[Advice]:
     prefix, sampling = "generator.sampling_params", recipe.generator.sampling_params
-    cut = {
+    truncations = {
         "top_p": (sampling.top_p, sampling.top_p < 1, "1"),
         "top_k": (sampling.top_k, sampling.top_k > 0, "-1"),
     }
-    for name, (value, cuts, off) in cut.items():
-        if cuts:
+    for name, (value, truncates, off) in truncations.items():
+        if truncates:
             yield Advice(
                 f"{prefix}.{name}={value:g} instead of {off} (off) samples from a part of "
                 "the distribution: engine and "
@@ -274,46 +276,33 @@ def _group(recipe: Recipe) -> Iterator[Advice]:
         )
 
 
-def _given(recipe: Recipe, lora: LoRA, name: str) -> Any:
-    """`target_modules` or `exclude_modules`: an adapter's own, else the trainer's."""
-    own = getattr(lora, name)
-    return getattr(recipe.trainer, name) if own is None else own
-
-
 def _modules(recipe: Recipe, lora: LoRA) -> list[str]:
-    return adapted_modules(
-        _given(recipe, lora, "target_modules"), _given(recipe, lora, "exclude_modules")
-    )
+    return adapted_modules(target_modules(recipe, lora), exclude_modules(recipe, lora))
 
 
-def _chosen(wanted: Any, path: str) -> bool:
-    """Whether a module is among those wanted: a named set, a regex over its path, or a list of
-    names.
-    """
+def _matches(targets: Any, path: str) -> bool:
+    """Return whether a module is among targets: a named set, a regex over its path, or names."""
     sets = {"all-linear": (*ATTENTION, *MLP), "attention": ATTENTION, "mlp": MLP}
-    if isinstance(wanted, str) and wanted not in sets:
+    if isinstance(targets, str) and targets not in sets:
         try:
-            return re.fullmatch(wanted, path) is not None
+            return re.fullmatch(targets, path) is not None
         except re.error:
             return False
-    names = sets[wanted] if isinstance(wanted, str) else wanted or ()
+    names = sets[targets] if isinstance(targets, str) else targets or ()
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
 def _model_config(path: str) -> dict[str, Any]:
-    """A local model's type and sizes; for a hub's name what the name gives away."""
+    """Return a local model's type and sizes, or the type that a hub name contains."""
     if locate(path) is None:
         return {"model_type": next((name for name in EXPONENTS if name in path.lower()), "")}
     return stored_config(path)
 
 
 def stored_config(path: str) -> dict[str, Any]:
-    """A local model's type and sizes by its config.json; empty where there is none. Damage is for
-    others to report.
-    """
-    known = read_config(path).items()
-    return {name: value for name, value in known if name == "model_type" or _is_size(value)}
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    """Return a local model's type and sizes from its config.json; {} where there is none."""
+    return {
+        name: value
+        for name, value in read_config(path).items()
+        if name == "model_type" or (type(value) is int and value > 0)
+    }

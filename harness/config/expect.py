@@ -1,6 +1,4 @@
-"""What a recipe expects of its finished runs, and whether they show it: a mean over seeds with its
-interval.
-"""
+"""The expectations of a recipe (`expect`), judged by the mean over runs of different seeds."""
 
 from __future__ import annotations
 
@@ -17,11 +15,10 @@ BOUNDS = ("min", "max")
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """One expectation: the mean of a metric over runs that differ by their seed, its 95% interval,
-    and what it met.
+class ExpectationResult:
+    """A metric's mean over seeds, its 95% interval, and whether it is within the expected bounds.
 
-    `low` and `high` are the t-interval of the mean; None with one run, whose spread is not known.
+    `low` and `high` are the t-interval of the mean; None with one run.
     """
 
     metric: str
@@ -33,7 +30,7 @@ class Verdict:
     met: bool
 
     def __str__(self) -> str:
-        wanted = " and ".join(
+        expected = " and ".join(
             f"{'>=' if name == 'min' else '<='} {limit:g}" for name, limit in self.bounds.items()
         )
         spread = (
@@ -43,18 +40,16 @@ class Verdict:
         )
         return (
             f"{'met' if self.met else 'NOT MET'}: {self.metric} {self.mean:.4g} "
-            f"({spread}), expected {wanted}"
+            f"({spread}), expected {expected}"
         )
 
     def record(self) -> dict[str, Any]:
-        """As the manifest holds it."""
+        """Return the fields as the manifest holds them."""
         return asdict(self)
 
 
 def check_expectations(expect: Mapping[str, Any]) -> None:
-    """Raise UserError for an unknown metric, for bounds that are no numbers, and for a range that
-    holds nothing.
-    """
+    """Raise UserError for an unknown metric, bounds that are no numbers, and an empty range."""
     for name, bounds in expect.items():
         metrics.lookup(name)
         if not isinstance(bounds, dict) or not bounds or set(bounds) - set(BOUNDS):
@@ -76,25 +71,23 @@ def check_expectations(expect: Mapping[str, Any]) -> None:
 
 def judge(
     expect: Mapping[str, Mapping[str, float]], runs: Sequence[Sequence[Mapping[str, float]]]
-) -> list[Verdict]:
-    """A verdict for each expectation, from the rows of `metrics.jsonl` of one or more runs."""
+) -> list[ExpectationResult]:
+    """Judge each expectation by the rows of `metrics.jsonl` of one or more runs."""
     return [
-        _verdict(name, dict(bounds), [_value(name, rows) for rows in runs])
+        _judge(name, dict(bounds), [_value(name, rows) for rows in runs])
         for name, bounds in expect.items()
     ]
 
 
 def _value(name: str, rows: Sequence[Mapping[str, float]]) -> float:
-    """A run's value: an evaluation's last one; of what each step logs the mean over the second half
-    of the steps.
-    """
+    """Return a run's last evaluation, or of other metrics the mean over its later half."""
     values = [row[name] for row in rows if name in row and row["step"] > 0]
     if not values:
         return math.nan
     return values[-1] if name.startswith("eval/") else statistics.fmean(values[len(values) // 2 :])
 
 
-def _verdict(name: str, bounds: dict[str, float], values: list[float]) -> Verdict:
+def _judge(name: str, bounds: dict[str, float], values: list[float]) -> ExpectationResult:
     mean, low, high = statistics.fmean(values), None, None
     if len(values) > 1 and math.isfinite(mean):
         from scipy import stats
@@ -105,6 +98,6 @@ def _verdict(name: str, bounds: dict[str, float], values: list[float]) -> Verdic
             / math.sqrt(len(values))
         )
         low, high = mean - half, mean + half
-    # A NaN, a metric that was never logged, is within no bounds.
+    # The mean is NaN for a metric that was never logged, and within no bounds.
     met = bounds.get("min", -math.inf) <= mean <= bounds.get("max", math.inf)
-    return Verdict(name, bounds, values, mean, low, high, met)
+    return ExpectationResult(name, bounds, values, mean, low, high, met)

@@ -1,4 +1,4 @@
-"""The page of a recipe's keys, made from the schema and the comments of `recipes/base.yaml`."""
+"""Makes docs/keys.md from the schema and the comments of `recipes/base.yaml`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
+from harness.config.bounds import bounded, described
 from harness.config.recipe_keys import RENAMED, WITHOUT_EFFECT, known_keys
 from harness.config.schema import Recipe
-from harness.config.validate import bounded, described
 from harness.core.paths import RECIPES
 
 # `sweep` is null by default: base.yaml shows its keys in comments, below this line.
@@ -20,7 +20,7 @@ _SWEEP = "\n# sweep:\n"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
-    """A key or group of base.yaml: default as written, meaning, SkyRL's difference."""
+    """A key or group of base.yaml: its default as written, its meaning, and how SkyRL differs."""
 
     default: str
     meaning: str
@@ -28,9 +28,9 @@ class Entry:
 
 
 def entries(text: str) -> dict[str, Entry]:
-    """Return what a text like base.yaml's says of every key and group in it.
+    """Return the entries of a text like base.yaml, by key or group.
 
-    A comment begins after a key's value and goes on in the lines below that hold only a comment.
+    A comment begins after a key's value and continues in the lines below that are only a comment.
     """
     base, _, sweep = text.partition(_SWEEP)
     shown = "\n".join(line.removeprefix("# ") for line in sweep.splitlines())
@@ -38,7 +38,7 @@ def entries(text: str) -> dict[str, Entry]:
 
 
 def _read(text: str) -> dict[str, Entry]:
-    lines, found = text.splitlines(), {}
+    lines, read = text.splitlines(), {}
 
     def visit(node: yaml.MappingNode, prefix: str) -> None:
         for name, value in node.value:
@@ -48,14 +48,14 @@ def _read(text: str) -> dict[str, Entry]:
             meaning, _, skyrl = _comment(lines, end.line, end.column).partition("SkyRL: ")
             # Below a key that is no group a block is an example, not a default.
             default = "{}" if block else text[value.start_mark.index : value.end_mark.index]
-            found[key] = Entry(default, meaning.strip().removesuffix("."), skyrl)
+            read[key] = Entry(default, meaning.strip().removesuffix("."), skyrl)
             if block and key not in known_keys():
                 visit(value, f"{key}.")
 
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     assert isinstance(root, yaml.MappingNode)
     visit(root, "")
-    return found
+    return read
 
 
 def _comment(lines: list[str], line: int, column: int) -> str:
@@ -68,7 +68,7 @@ def _comment(lines: list[str], line: int, column: int) -> str:
 
 
 def allowed(key: str) -> str:
-    """Return in words which values the schema lets a key have; "" where no type says it."""
+    """Return in words which values a key's type and bounds allow; "" where it has neither."""
     *groups, name = key.split(".")
     owner: Any = Recipe
     for group in groups:
@@ -124,10 +124,10 @@ def _section(group: str, keys: list[str], written: dict[str, Entry]) -> str:
     if group in written and (intro := written[group]).meaning:
         text += intro.meaning[0].upper() + intro.meaning[1:] + "."
         text += f" SkyRL: {intro.skyrl}.\n\n" if intro.skyrl else "\n\n"
-    said = {key: written[key] for key in keys}
     rows = [
         (f"`{key}`", f"`{entry.default}`", allowed(key), entry.meaning, entry.skyrl)
-        for key, entry in said.items()
+        for key in keys
+        for entry in [written[key]]
     ]
     head = ("key", "default", "allowed", "meaning", "SkyRL, where it differs")
     differs = any(row[-1] for row in rows)

@@ -1,4 +1,4 @@
-"""Every metric: meaning, unit, direction, when it is logged.
+"""Every metric with its meaning, unit, direction, and when it is logged.
 
 `python -m harness.config.metrics` prints them as a page, docs/reference/metrics.md.
 """
@@ -16,8 +16,10 @@ Direction = Literal["maximize", "minimize"]
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One logged metric; no `direction` where neither end is better, `timing` where equal runs
-    differ.
+    """One logged metric.
+
+    `direction` is None where neither end is better. `timing` marks metrics that differ between
+    equal runs.
     """
 
     name: str
@@ -259,7 +261,7 @@ _FAMILIES = {
 
 
 def lookup(name: str) -> Metric:
-    """The definition of a metric; raises UserError with the nearest name for an unknown one."""
+    """Return a metric by name; raises UserError with the nearest name for an unknown one."""
     if name in METRICS:
         return METRICS[name]
     for prefix, metric in _FAMILIES.items():
@@ -275,23 +277,25 @@ def lookup(name: str) -> Metric:
 
 
 def direction(name: str) -> Direction:
-    """Which way is better for a metric a sweep optimises; raises UserError when neither is."""
-    found = lookup(name).direction
-    if found is None:
+    """Return the better direction of a metric; raises UserError when neither is better."""
+    better_end = lookup(name).direction
+    if better_end is None:
         better = ", ".join(m.name for m in METRICS.values() if m.direction and not m.timing)
         raise UserError(
-            "this metric has no better end: a sweep cannot optimise it", got=name, allowed=better
+            "a sweep cannot optimise this metric: neither direction is better",
+            got=name,
+            allowed=better,
         )
-    return found
+    return better_end
 
 
 def without_timings(row: Mapping[str, float]) -> dict[str, float]:
-    """A metrics row without what differs between two equal runs."""
+    """Return a row without the metrics that differ between equal runs."""
     return {name: value for name, value in row.items() if not lookup(name).timing}
 
 
 def duration(seconds: float) -> str:
-    """A duration for people: `47 s`, `3 min 20 s`, `2 h 05 min`."""
+    """Return a duration in words: `47 s`, `3 min 20 s`, `2 h 05 min`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -314,7 +318,7 @@ Made from `harness/config/metrics.py`:
 
 
 def markdown() -> str:
-    """Every metric as a Markdown page: name, meaning, unit, direction, when logged."""
+    """Return docs/metrics.md: every metric with meaning, unit, direction and when it is logged."""
     rows = [
         (f"`{m.name}`", m.meaning, m.unit, m.direction or "", m.logged, "yes" if m.timing else "")
         for m in (*METRICS.values(), *_FAMILIES.values())

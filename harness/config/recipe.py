@@ -6,11 +6,11 @@ import dataclasses
 import functools
 import hashlib
 import json
+import operator
 import os
 import re
 import typing
 from collections.abc import Iterable, Sequence
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
+from harness.config.bounds import described, names_of
+from harness.config.plain import check_plain
 from harness.config.recipe_keys import (
     WITHOUT_EFFECT,
     check_interpolations,
@@ -26,7 +28,7 @@ from harness.config.recipe_keys import (
     set_values,
 )
 from harness.config.schema import Backend, Device, Recipe
-from harness.config.validate import check, check_plain, described, names_of
+from harness.config.validate import check
 from harness.core import machine
 from harness.core.errors import UserError, nearest
 from harness.core.paths import RECIPES
@@ -34,29 +36,27 @@ from harness.core.paths import RECIPES
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
-# What others call a value that has another name here, and is too unlike it for a guess.
+# Names that other projects give to values, too unlike ours to be guessed.
 RENAMED_VALUES = {"gpu": "cuda", "fp32": "float32", "ppo": "gae"}
 
 COMMAND_LINE = "the command line"
-# What stands before a stored recipe's own checksum, in its last line.
+# The last line of a stored recipe begins with this, then has the checksum of the lines above.
 _SUM = "# sha256 "
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), *, sweeps: bool = True) -> Recipe:
-    """The recipe in a YAML file with command-line overrides applied, validated; raises UserError on
-    anything wrong.
+    """Compose the recipe in a YAML file with command-line overrides, and validate it.
 
-    Where vLLM has no build, `generator.backend` is that of the engine that stands in for it. With
-    `sweeps` an interpolation must not read a key that the sweep varies; one run alone has one value
-    of each.
+    Where vLLM has no build, `generator.backend` becomes transformers. With `sweeps`, interpolations
+    must not read a key that the sweep varies. Raises UserError for anything wrong.
     """
-    # Here, not above: a sweep's many processes only read recipes that were composed before.
+    # Imported here because most processes of a sweep only read recipes, and Hydra loads slowly.
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
 
     file = find(path)
     overrides = [override for override in overrides if not _without_effect(override)]
-    given = _values_of(overrides)
+    overridden = _values_of(overrides)
     try:
         _check_file(file)
         with initialize_config_dir(str(file.parent), version_base="1.3"):
@@ -76,7 +76,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, sweeps: bool = True
             f"cannot compose the recipe {path}", got=_first_line(error), fix=fix
         ) from None
     values: dict[str, Any] = OmegaConf.to_container(composed)  # type: ignore[assignment]
-    recipe = from_dict(values, source=str(path), overridden=given)
+    recipe = from_dict(values, source=str(path), overridden=overridden)
     if sweeps and recipe.sweep is not None:
         plain: Any = OmegaConf.to_container(
             OmegaConf.merge(_schema(), _one_as_list(values)), enum_to_str=True
@@ -86,15 +86,13 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, sweeps: bool = True
 
 
 def notes(overrides: Sequence[str]) -> list[str]:
-    """What a user should know of overrides that are taken and have no effect."""
+    """Return a note for each override that is accepted and has no effect."""
     keys = [override.partition("=")[0] for override in overrides if _without_effect(override)]
     return [f"{key} has no effect here: {WITHOUT_EFFECT[key]}" for key in keys]
 
 
 def engine_notes(recipe: Recipe) -> list[str]:
-    """Return what a user should know of engine and device: what this system's packages keep a
-    recipe from using.
-    """
+    """Return a note for each engine or device that the installed packages cannot use."""
     notes = []
     if recipe.generator.backend is Backend.transformers and _vllm_is_left_out():
         notes.append(
@@ -120,9 +118,7 @@ def _vllm_is_left_out() -> bool:
 
 
 def _without_vllm(recipe: Recipe) -> Recipe:
-    """Return a recipe with the in-process engine in vLLM's place; unchanged where that engine
-    cannot serve it.
-    """
+    """Return a recipe with the transformers engine; unchanged where that engine cannot serve it."""
     try:
         return with_values(recipe, {"generator.backend": Backend.transformers.name})
     except UserError:
@@ -130,8 +126,9 @@ def _without_vllm(recipe: Recipe) -> Recipe:
 
 
 def read(path: Path) -> Recipe:
-    """The resolved recipe that a run directory keeps; raises UserError when it is missing, damaged
-    or was edited.
+    """Read the resolved recipe in a run directory.
+
+    Raises UserError when it is missing, damaged or was edited.
     """
     try:
         text = path.read_text()
@@ -142,7 +139,7 @@ def read(path: Path) -> Recipe:
         raise UserError(
             "a run's recipe is damaged, or was edited",
             got=f"{path}: its SHA-256 is not the one in its last line",
-            fix="put a copy of it back; nothing was changed",
+            fix="restore it from a copy; nothing was changed",
         )
     try:
         values = yaml.safe_load(body)
@@ -156,17 +153,17 @@ def read(path: Path) -> Recipe:
 def from_dict(
     values: dict[str, Any], *, source: str = "the recipe", overridden: Iterable[str] = ()
 ) -> Recipe:
-    """A validated recipe from plain nested values; raises UserError naming the key at fault, and
-    where it was set.
+    """Return a validated recipe from plain nested values.
 
-    That is `source`, and the command line for the keys that are `overridden`.
+    Raises UserError naming the wrong key and where it was set: in `source`, or for `overridden`
+    keys on the command line.
     """
     check_plain(values, source)
     for key in keys_given(values):
         check_key(key, source)
     values = _one_as_list(values)
     try:
-        # Of values that are the defaults the merge would make the same, and take longer.
+        # Merging takes longer the more values it gets, so defaults are left out.
         merged = OmegaConf.merge(_schema(), _without_defaults(values, _defaults()))
         recipe = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
@@ -182,38 +179,35 @@ def from_dict(
 
 
 def with_values(recipe: Recipe, values: dict[str, Any]) -> Recipe:
-    """A copy of a recipe with dotted keys set to plain values, validated again."""
+    """Return a copy of a recipe with dotted keys set to plain values, validated again."""
     for key in values:
         check_key(key, "these values")
     return from_dict(set_values(to_dict(recipe), values))
 
 
 def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
-    """A copy of a recipe with command-line overrides applied, validated again."""
+    """Return a copy of a recipe with command-line overrides applied, validated again."""
     values = _values_of(overrides)
     return from_dict(set_values(to_dict(recipe), values), overridden=values)
 
 
 def _values_of(overrides: Sequence[str]) -> dict[str, Any]:
-    """What command-line overrides set, by dotted key; raises UserError for one that no recipe can
-    hold.
-    """
+    """Return the values that overrides set, by dotted key; raises UserError for a wrong one."""
     parsed = [_check_override(override) for override in overrides]
-    values = {str(one.key_or_group): one.value() for one in parsed}
+    values = {str(override.key_or_group): override.value() for override in parsed}
     check_plain(values, COMMAND_LINE)
     return values
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as plain nested values, enums by name."""
-    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe), default=_enum_name))
+    """Return a recipe as plain nested values, enums by name."""
+    text = json.dumps(dataclasses.asdict(recipe), default=operator.attrgetter("name"))
+    values: dict[str, Any] = json.loads(text)
     return values
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, every key written out, and at the end its SHA-256 as a
-    comment.
-    """
+    """Return the resolved recipe as YAML; its last line is a comment with its SHA-256."""
     body = yaml.safe_dump(to_dict(recipe), sort_keys=False)
     return f"{body}{_SUM}{_sha256(body)}\n"
 
@@ -222,62 +216,25 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def digest(recipe: Recipe) -> str:
-    """SHA-256 of the resolved recipe, the run's name and place aside: equal digests mean the same
-    experiment.
-
-    The tokens of a pass are left out, too: a run may choose them itself, and then writes them into
-    its recipe.
-    """
-    values = to_dict(recipe)
-    values["trainer"].pop("max_tokens_per_microbatch")
-    return _digest(values)
-
-
-def is_digest(recorded: str, recipe: Recipe) -> bool:
-    """Return whether a digest in a manifest is a recipe's; one that is older has the tokens of a
-    pass in it.
-    """
-    return recorded in (digest(recipe), _digest(to_dict(recipe)))
-
-
-def _digest(values: dict[str, Any]) -> str:
-    for key in ("ray", "expect"):
-        values.pop(key)
-    for key in ("run_name", "ckpt_path", "resume_mode"):
-        values["trainer"].pop(key)
-    # These keys are younger than run directories: at their defaults a digest is what it was without
-    # them.
-    for group, key in (
-        (values, "deterministic"),
-        (values["trainer"], "gradient_checkpointing"),
-        (values["generator"], "engine_args"),
-        (values["data"], "question_column"),
-        (values["data"], "answer_column"),
-    ):
-        if group[key] in (False, "auto", {}, None):
-            group.pop(key)
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
 def get(recipe: Recipe, key: str) -> Any:
-    """The value of a dotted key, e.g. `trainer.policy.model.lora.rank`."""
+    """Return the value of a dotted key, e.g. `trainer.policy.model.lora.rank`."""
     return functools.reduce(getattr, key.split("."), recipe)
 
 
 def override_for(key: str, value: Any) -> str:
-    """One `key=value` command-line override in Hydra's grammar, such that `load` reads back the
-    same value.
-    """
+    """Return a `key=value` override in Hydra's grammar that `load` reads back as `value`."""
     if isinstance(value, str) and _reads_back(key, value):
         return f"{key}={value}"
     return f"{key}={_written(value)}"
 
 
 def find(path: str | Path) -> Path:
-    """The recipe file a path names; raises UserError listing the recipes there are."""
+    """Return the recipe file that a path or name stands for.
+
+    Raises UserError listing the recipes where there is none.
+    """
     for candidate in (Path(path), RECIPES.parent / path, RECIPES / path, RECIPES / f"{path}.yaml"):
-        if os.path.isfile(candidate):  # unlike Path's, it says no to a name that no file can have
+        if os.path.isfile(candidate):  # unlike Path.is_file, it does not raise for impossible names
             if candidate.suffix not in (".yaml", ".yml"):
                 raise UserError("a recipe is a YAML file", got=candidate, allowed="*.yaml")
             return candidate.resolve()
@@ -289,9 +246,7 @@ def find(path: str | Path) -> Path:
 
 
 def _check_file(file: Path) -> None:
-    """What a recipe file may not say, before Hydra acts on it; raises UserError, or YAMLError where
-    it is no YAML.
-    """
+    """Check a recipe file before Hydra reads it; raises UserError or YAMLError."""
     values = yaml.safe_load(file.read_text(encoding="utf-8"))
     if values is None:
         return
@@ -304,7 +259,7 @@ def _check_file(file: Path) -> None:
 
 @functools.cache
 def _schema() -> DictConfig:
-    # Building it takes half of a validation's time; merging copies it.
+    # Cached because building it takes half of a validation's time; merging copies it.
     return OmegaConf.structured(Recipe)
 
 
@@ -320,7 +275,7 @@ def _without_defaults(values: dict[str, Any], defaults: dict[str, Any]) -> dict[
         default = defaults.get(name)
         if isinstance(value, dict) and isinstance(default, dict):
             kept[name] = _without_defaults(value, default)
-        elif name not in defaults or repr(value) != repr(default):  # 1, 1.0 and true are equal
+        elif name not in defaults or repr(value) != repr(default):  # repr: 1 == 1.0 == True
             kept[name] = value
     return kept
 
@@ -338,7 +293,7 @@ def _without_effect(override: str) -> bool:
 
 
 def _one_as_list(values: dict[str, Any]) -> dict[str, Any]:
-    """`trainer.logger: wandb` means a list of one."""
+    """Read `trainer.logger: wandb` as a list of one."""
     trainer = values.get("trainer")
     if isinstance(trainer, dict) and isinstance(trainer.get("logger"), str):
         return {**values, "trainer": {**trainer, "logger": [trainer["logger"]]}}
@@ -346,7 +301,7 @@ def _one_as_list(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parse(override: str) -> Override:
-    """An override by Hydra's grammar; raises HydraException."""
+    """Parse an override by Hydra's grammar; raises HydraException."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     return OverridesParser.create().parse_override(override)
@@ -400,17 +355,15 @@ def _hint_of(key: str) -> Any:
 
 
 def _written(value: Any) -> str:
-    """A plain value in Hydra's grammar, which is JSON but for backslashes: only those before a
-    quote are doubled.
+    """Write a plain value in Hydra's grammar.
+
+    That is JSON, except that only backslashes before a quote are doubled.
     """
     if isinstance(value, str):
-        return (
-            '"'
-            + re.sub(
-                r'(\\*)("|\Z)', lambda found: found[1] * 2 + found[2].replace('"', '\\"'), value
-            )
-            + '"'
+        escaped = re.sub(
+            r'(\\*)("|\Z)', lambda match: match[1] * 2 + match[2].replace('"', '\\"'), value
         )
+        return f'"{escaped}"'
     if isinstance(value, list):
         return f"[{','.join(map(_written, value))}]"
     if isinstance(value, dict):
@@ -431,9 +384,3 @@ def _first_line(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
         return f"{error.problem}, line {error.problem_mark.line + 1}"
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _enum_name(value: object) -> str:
-    if isinstance(value, Enum):
-        return value.name
-    raise TypeError(f"a recipe holds no {type(value).__name__}")

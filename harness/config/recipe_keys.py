@@ -1,4 +1,4 @@
-"""The keys of a recipe: which there are, and which one a wrong name meant."""
+"""The keys of a recipe, and the key that was meant by an unknown one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from harness.config.schema import Recipe
 from harness.core.errors import UserError, nearest
 
-# Names in SkyRL, most of them later ones, of keys that this project spells as the guide does.
+# SkyRL's names, most of them later ones, for keys that this project spells as the guide does.
 RENAMED = {
     "generator.inference_engine.num_engines": "generator.num_inference_engines",
     "generator.inference_engine.tensor_parallel_size": "generator.inference_engine_tensor_parallel_size",  # noqa: E501
@@ -34,8 +34,8 @@ RENAMED = {
     "generator.model_dtype": "trainer.policy.model.dtype",
 }
 
-# The last part of a key as PEFT, TRL, verl and transformers name it, where that is too unlike ours
-# for a guess.
+# Names that PEFT, TRL, verl and transformers give to the last part of a key, too unlike ours to be
+# guessed.
 OTHER_NAMES = {
     "learning_rate": "lr",
     "lora_rank": "rank",
@@ -57,13 +57,12 @@ OTHER_NAMES = {
     "output_dir": "ckpt_path",
 }
 
-# No value of any key.
+# A value that no key can have.
 _OTHER = "\0"
-# What makes a mapping under `sweep.space` an axis.
+# A mapping under `sweep.space` with one of these keys is an axis.
 AXIS_FIELDS = ("choices", "low", "high", "log", "step")
 
-# Settings of SkyRL's guide that there is nothing to set for here: taken on the command line, and
-# left out.
+# Settings of SkyRL's guide that have no counterpart here: accepted on the command line and ignored.
 WITHOUT_EFFECT = {
     "generator.run_engines_locally": "engines always run beside the trainer, under Ray "
     "where there are several",
@@ -74,7 +73,7 @@ WITHOUT_EFFECT = {
 
 @functools.cache
 def known_keys() -> tuple[str, ...]:
-    """Every dotted key of a recipe, leaves only, in the schema's order."""
+    """Return every dotted key of a recipe, leaves only, in the schema's order."""
     return tuple(key for key, leaf in _walk(Recipe) if leaf)
 
 
@@ -97,8 +96,9 @@ def _walk(cls: type, prefix: str = "") -> Iterator[tuple[str, bool]]:
 
 
 def keys_given(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Every dotted key that nested values set, known or not; raises UserError where a group of keys
-    has a value.
+    """Yield every dotted key that nested values set, known or not.
+
+    Raises UserError where a group of keys has a value.
     """
     for name, value in values.items():
         key = f"{prefix}{name}"
@@ -113,9 +113,7 @@ def keys_given(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def check_key(key: str, source: str) -> None:
-    """Raise UserError, with the key that was probably meant, unless a recipe has the
-    dotted `key`.
-    """
+    """Raise UserError for an unknown dotted key, with the key that was probably meant."""
     known = known_keys()
     open_dicts = ("sweep.space.", "sweep.pruner.", "expect.", "generator.engine_args.")
     if key in known or key in _sections() or key.startswith(open_dicts):
@@ -130,9 +128,9 @@ def check_key(key: str, source: str) -> None:
 
 
 def axes_in(space: Mapping[str, Any]) -> dict[str, Any]:
-    """Each axis of `sweep.space` as it is written, by key.
+    """Return each axis of `sweep.space` as it is written, by dotted key.
 
-    Overrides arrive nested where YAML has dotted keys; an axis set to null is taken out.
+    YAML has dotted keys there, overrides are nested. An axis set to null is left out.
     """
     axes: dict[str, Any] = {}
     for key, axis in _flat_axes(space, ""):
@@ -146,16 +144,25 @@ def _flat_axes(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]
     for name, value in node.items():
         key = f"{prefix}{name}"
         group = isinstance(value, Mapping) and value and key not in known_keys()
-        # A group of keys holds groups or axes; a mapping with a field of an axis is an axis, even
-        # of an unknown key.
+        # A group of keys holds groups or axes; a mapping with an axis field is an axis, even if its
+        # key is unknown.
         if group and not set(value) & set(AXIS_FIELDS):
             yield from _flat_axes(value, f"{key}.")
         else:
             yield key, value
 
 
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested mappings by dotted key; an empty mapping has none."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 def set_values(plain: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Set dotted keys of nested values, in place, and return these."""
+    """Set dotted keys of nested values in place, and return the nested values."""
     for key, value in values.items():
         *groups, leaf = key.split(".")
         group = plain
@@ -170,10 +177,9 @@ def set_values(plain: dict[str, Any], values: Mapping[str, Any]) -> dict[str, An
 def check_interpolations(plain: dict[str, Any], space: dict[str, Any]) -> None:
     """Raise UserError for an interpolation that reads a key that the sweep varies.
 
-    The recipe is resolved before there are trials, so that each of them would have the value of the
-    recipe's own key. `plain` has every key, interpolations as they are written. Every way to read a
-    key (relative, through another key, as a part of a group or of a text) shows when the key has
-    another value.
+    A recipe is resolved before its trials exist, so all trials would get the same value. `plain`
+    has every key, with interpolations as written. Readers of a key are found by giving it another
+    value and comparing what is resolved, which finds relative, indirect and partial references too.
     """
     if "${" not in json.dumps(plain):
         return
@@ -182,7 +188,7 @@ def check_interpolations(plain: dict[str, Any], space: dict[str, Any]) -> None:
         other = OmegaConf.create(set_values(copy.deepcopy(plain), {key: _OTHER}))
         try:
             reader = _first_difference(OmegaConf.to_container(other, resolve=True), resolved, key)
-        except OmegaConfBaseException as error:  # it reads a key below the swept one
+        except OmegaConfBaseException as error:  # an interpolation reads a key below the swept one
             reader = str(error.full_key)
         if reader is not None:
             by = "sweep.seeds" if key.endswith("seed") else "sweep.space"
@@ -198,23 +204,22 @@ def check_interpolations(plain: dict[str, Any], space: dict[str, Any]) -> None:
 
 
 def _first_difference(one: Any, other: Any, but: str, key: str = "") -> str | None:
-    """The dotted key of the first value in which two nested ones differ, the key `but` aside; None:
-    in none.
-    """
+    """Return the first dotted key other than `but` whose value differs, or None."""
     if key == but or one == other:
         return None
     if not isinstance(one, dict) or not isinstance(other, dict):
         return key
-    found = (
+    differences = (
         _first_difference(one[name], other.get(name), but, f"{key}.{name}" if key else name)
         for name in one
     )
-    return next((name for name in found if name is not None), None)
+    return next((difference for difference in differences if difference is not None), None)
 
 
 def _meant(key: str) -> str | None:
-    """The known key or group that an unknown one is near to: whole, and in its last name; never a
-    group it is in.
+    """Return the known key or group most like an unknown key, or None.
+
+    The last part counts most. A group that the unknown key is in is never returned.
     """
     last = OTHER_NAMES.get(_last(key), _last(key))
     key = key.removesuffix(_last(key)) + last

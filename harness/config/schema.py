@@ -1,6 +1,4 @@
-"""The whole recipe as dataclasses, on one page. `recipes/base.yaml` says in words what each key
-means.
-"""
+"""The whole recipe as dataclasses. `recipes/base.yaml` explains each key."""
 
 from __future__ import annotations
 
@@ -10,18 +8,16 @@ from typing import Any
 
 
 def num(default: float | int | None, **bounds: float) -> Any:
-    """A number with bounds (`ge`, `gt`, `le`, `lt`), checked by `harness.config.validate`."""
+    """Declare a number with bounds `ge`, `gt`, `le` or `lt`, checked by `config.bounds`."""
     return field(default=default, metadata=bounds)
 
 
 def one_of(*allowed: Any) -> dict[str, tuple[Any, ...]]:
-    """Metadata of a key whose type OmegaConf cannot say: one of these values, or with `int` a whole
-    number >= 1.
-    """
+    """Return metadata for a key with one of these values; `int` is any whole number >= 1."""
     return {"one_of": allowed}
 
 
-# The functional form, for "reinforce++" is no Python name.
+# In the functional form, because "reinforce++" is no Python name.
 AdvantageEstimator = Enum(
     "AdvantageEstimator",
     {"grpo": "grpo", "rloo": "rloo", "reinforce++": "reinforce++", "gae": "gae"},
@@ -184,13 +180,13 @@ class Optimizer:
 
 
 @dataclass(kw_only=True, slots=True)
-class Policy:
+class PolicyConfig:
     model: PolicyModel = field(default_factory=PolicyModel)
     optimizer_config: Optimizer = field(default_factory=Optimizer)
 
 
 @dataclass(kw_only=True, slots=True)
-class Critic:
+class CriticConfig:
     model: CriticModel = field(default_factory=CriticModel)
     optimizer_config: Optimizer = field(default_factory=Optimizer)
 
@@ -206,10 +202,10 @@ class Placement:
 
 
 @dataclass(kw_only=True, slots=True)
-class Trainer:
+class TrainerConfig:
     algorithm: Algorithm = field(default_factory=Algorithm)
-    policy: Policy = field(default_factory=Policy)
-    critic: Critic = field(default_factory=Critic)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     target_modules: Any = "all-linear"
     exclude_modules: Any = None
     strategy: Strategy = Strategy.fsdp2
@@ -300,7 +296,7 @@ class Recipe:
     seed: int = num(0, ge=0)
     deterministic: bool = False
     data: Data = field(default_factory=Data)
-    trainer: Trainer = field(default_factory=Trainer)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
     generator: Generator = field(default_factory=Generator)
     environment: Environment = field(default_factory=Environment)
     ray: Ray = field(default_factory=Ray)

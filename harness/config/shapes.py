@@ -1,6 +1,4 @@
-"""Sizes of causal language models: by their config.json, by the hub's cache on this machine, or as
-published.
-"""
+"""Sizes of causal language models, from their config.json or as published."""
 
 from __future__ import annotations
 
@@ -9,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,9 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """Sizes of a decoder of the Llama family (Llama, Qwen2, Qwen3, SmolLM2); `tied`: the embedding
-    is the head too.
+    """Sizes of a decoder of the Llama family (Llama, Qwen2, Qwen3, SmolLM2).
+
+    `tied` models use the embedding as their head.
     """
 
     hidden: int
@@ -37,33 +36,34 @@ class ModelShape:
 
     @property
     def query(self) -> int:
-        """Width of a token's queries, all heads together."""
+        """Return the width of a token's queries, all heads together."""
         return self.heads * self.head_dim
 
     @property
     def key_value(self) -> int:
-        """Width of a token's keys, and of its values, all heads together."""
+        """Return the width of a token's keys, and of its values, all heads together."""
         return self.kv_heads * self.head_dim
 
     @property
     def layer_parameters(self) -> int:
-        """Parameters of one layer's projections; norms and biases are a ten-thousandth of
-        a model.
+        """Return the parameters of one layer's projections.
+
+        Norms and biases are left out: they are a ten-thousandth of a model.
         """
         return sum(inputs * outputs for inputs, outputs in self.linears().values())
 
     @property
     def embedding_parameters(self) -> int:
-        """Parameters of the embedding, and of the head where it has its own."""
+        """Return the parameters of the embedding, and of the head where it is not tied."""
         return self.vocab * self.hidden * (1 if self.tied else 2)
 
     @property
     def parameters(self) -> int:
-        """Parameters of the whole model."""
+        """Return the parameters of the whole model."""
         return self.embedding_parameters + self.layers * self.layer_parameters
 
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Inputs and outputs of each projection of a layer, by PEFT's name."""
+        """Return the inputs and outputs of each projection of a layer, by PEFT's name."""
         hidden, inner = self.hidden, self.intermediate
         attention = {
             "q_proj": (hidden, self.query),
@@ -78,19 +78,20 @@ class ModelShape:
         }
 
     def cache_bytes_per_token(self, dtype_bytes: int, split: int = 1) -> int:
-        """Bytes of one token's keys and values in all layers, on one of `split` GPUs that share its
-        heads.
+        """Return the bytes of one token's keys and values in all layers.
+
+        They are those on one of `split` GPUs that share the heads.
         """
         return 2 * self.layers * math.ceil(self.kv_heads / split) * self.head_dim * dtype_bytes
 
     def adapter_parameters(self, rank: int, modules: Sequence[str] = ATTENTION + MLP) -> int:
-        """Parameters of A and B of these projections in every layer."""
+        """Return the parameters of A and B of these projections in every layer."""
         linears = self.linears()
         return rank * self.layers * sum(sum(linears[name]) for name in modules)
 
 
-# As in the models' config.json on the hub; tests/unit/harness/config/test_shapes.py holds them
-# against the published totals.
+# From the models' config.json on the hub; tests/unit/harness/config/test_shapes.py compares them
+# with the published totals.
 _PUBLISHED = {
     "Qwen2.5-0.5B": ModelShape(896, 24, 14, 2, 64, 4864, 151_936, True),
     "Qwen2.5-1.5B": ModelShape(1536, 28, 12, 2, 128, 8960, 151_936, True),
@@ -111,24 +112,22 @@ _PUBLISHED = {
     "SmolLM2-360M": ModelShape(960, 32, 15, 5, 64, 2560, 49_152, True),
     "SmolLM2-1.7B": ModelShape(2048, 24, 32, 32, 64, 8192, 49_152, True),
 }
-# What a name may hold besides without another shape.
+# Parts of a name that do not change the shape.
 _VARIANT = re.compile(r"^Meta-|-(Coder|Math|Base|(Instruct|Thinking)(-2507)?)(?=-|$)")
 
 
 def shape_of(path: str) -> ModelShape | None:
-    """Sizes of a local model, or of one of the hub by its name, without network; None when they are
-    not known.
-    """
-    found = read_config(path)
-    if not found and locate(path) is None:
-        found = _cached_config(path)
-        if not found:
+    """Return the sizes of a local model or a hub model, without network; None if not known."""
+    config = read_config(path)
+    if not config and locate(path) is None:
+        config = _cached_config(path)
+        if not config:
             return _PUBLISHED.get(_VARIANT.sub("", path.rpartition("/")[2]))
-    return shape_from(found)
+    return shape_from(config)
 
 
 def shape_from(config: Mapping[str, Any]) -> ModelShape | None:
-    """Sizes by a config.json; None where it says too little, or is a mixture of experts'."""
+    """Return the sizes in a config.json; None for an incomplete one or a mixture of experts."""
     try:
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
         shape = ModelShape(
@@ -143,30 +142,22 @@ def shape_from(config: Mapping[str, Any]) -> ModelShape | None:
         )
     except (KeyError, TypeError, ZeroDivisionError):
         return None
-    sizes = (
-        shape.hidden,
-        shape.layers,
-        shape.heads,
-        shape.kv_heads,
-        shape.head_dim,
-        shape.intermediate,
-        shape.vocab,
-    )
-    whole = all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes)
-    return shape if whole and not any(config.get(key) for key in _EXPERTS) else None
+    sizes = {name: size for name, size in asdict(shape).items() if name != "tied"}
+    valid = all(type(size) is int and size > 0 for size in sizes.values())
+    return shape if valid and not any(config.get(key) for key in _EXPERTS) else None
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """A local model's config.json; empty where there is none. Damage is for others to report."""
+    """Return a local model's config.json; {} for one that is missing or damaged."""
     return _read(locate(f"{path}/config.json"))
 
 
 def _cached_config(name: str) -> dict[str, Any]:
     from huggingface_hub import try_to_load_from_cache
 
-    with contextlib.suppress(ValueError, OSError):  # a name that the hub could not have
-        found = try_to_load_from_cache(name, "config.json")
-        return _read(Path(found)) if isinstance(found, str) else {}
+    with contextlib.suppress(ValueError, OSError):  # raised for a name that the hub cannot have
+        file = try_to_load_from_cache(name, "config.json")
+        return _read(Path(file)) if isinstance(file, str) else {}
     return {}
 
 

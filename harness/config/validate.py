@@ -1,119 +1,30 @@
-"""What a recipe's values must satisfy, apart and together; raises UserError naming the key."""
+"""Rules for the values of a recipe, and settings that follow from several keys."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import operator
 import re
-import typing
-from collections.abc import Mapping
-from enum import Enum
 from typing import Any
 
+from harness.config.bounds import check_bounds
 from harness.config.expect import check_expectations
+from harness.config.plain import LONGEST_NAME
 from harness.config.schema import Backend, LoRA, Optimizer, PolicyLoRA, Recipe, Resampling, SyncMode
 from harness.core.errors import UserError
 
-_BOUNDS = {
-    "ge": (operator.ge, ">="),
-    "gt": (operator.gt, ">"),
-    "le": (operator.le, "<="),
-    "lt": (operator.lt, "<"),
-}
-
-# PEFT inits that rewrite the base weights: the disabled adapter is then no reference, the engine's
-# base not ours.
+# PEFT inits that rewrite the base weights: without its adapter the model is then no reference, and
+# the engine has another base.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga", "orthogonal")
 INITS = ("kaiming", "gaussian")
 VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
-# Far above what a recipe holds, far below what takes long to read: YAML's aliases make any size out
-# of a few lines.
-MOST_VALUES = 20_000
-DEEPEST = 40
-LARGEST = 2**63 - 1
-LONGEST_NAME = 200
-# What YAML and Hydra would read as the value of an environment variable, among others.
-_RESOLVER = re.compile(r"\$\{[^{}]*:")
-
-
-def check_plain(values: Any, source: str) -> None:
-    """Check that nested values are text, finite numbers, true, false or null: what any recipe can
-    hold.
-
-    Nothing is read from outside the recipe: not the environment, where keys and tokens are, by an
-    interpolation.
-    """
-    if not isinstance(values, dict):
-        raise UserError(
-            f"{source}: a recipe is a mapping of keys to values", got=type(values).__name__
-        )
-    left: list[tuple[str, Any]] = [("", values)]
-    for _ in range(MOST_VALUES):
-        if not left:
-            return
-        key, value = left.pop()
-        if isinstance(value, dict):
-            for name in value:
-                if not isinstance(name, str):
-                    raise UserError(
-                        f"{source}: a key is not text", got=f"{name!r} under {key or 'the top'}"
-                    )
-                _check_text(f"a key under {key or 'the top'}", name, source)
-            left += [(f"{key}.{name}" if key else name, inner) for name, inner in value.items()]
-        elif isinstance(value, list):
-            left += [(f"{key}[{place}]", inner) for place, inner in enumerate(value)]
-        else:
-            _check_scalar(key, value, source)
-        if len(key) > LONGEST_NAME * DEEPEST or key.count(".") + key.count("[") > DEEPEST:
-            raise UserError(
-                f"{source}: values are nested too deep",
-                got=f"{key[:80]}...",
-                allowed=f"<= {DEEPEST}",
-            )
-    raise UserError(
-        f"{source} holds too many values",
-        allowed=f"<= {MOST_VALUES}, aliases written out",
-        fix="write out what is meant, without aliases of aliases",
-    )
-
-
-def _check_scalar(key: str, value: Any, source: str) -> None:
-    if isinstance(value, str):
-        _check_text(key, value, source)
-        if _RESOLVER.search(value):
-            raise UserError(
-                f"{source}: {key} asks for something outside the recipe",
-                got=value,
-                fix="write the value itself: a recipe is the same everywhere",
-            )
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{source}: {key} is out of range", got=value, allowed="finite numbers")
-    elif isinstance(value, int) and abs(value) > LARGEST:
-        raise UserError(
-            f"{source}: {key} is out of range", got=value, allowed="whole numbers of 64 bits"
-        )
-    elif value is not None and not isinstance(value, float | int):
-        raise UserError(
-            f"{source}: {key} cannot take this value",
-            got=f"{value} ({type(value).__name__})",
-            allowed="text, a number, true, false, null, a list",
-            fix="put text in quotes",
-        )
-
-
-def _check_text(key: str, text: str, source: str) -> None:
-    """No file name has a NUL, and no file half of a surrogate pair."""
-    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
-        raise UserError(f"{source}: {key} holds a character that no file can", got=ascii(text)[:80])
-
 
 def check(recipe: Recipe) -> None:
-    """Check every bound and every rule between keys; settings given under a second name go to their
-    own.
+    """Check every bound and every rule between keys; raises UserError naming the key.
+
+    Settings given under a second name are moved to their first.
     """
-    _check_bounds(recipe, "")
+    check_bounds(recipe)
     _check_run_name(recipe)
     _merge_names(recipe)
     _check_batches(recipe)
@@ -130,107 +41,23 @@ def check(recipe: Recipe) -> None:
 
 
 def _check_run_name(recipe: Recipe) -> None:
-    """A run's directory is `trainer.ckpt_path`/`trainer.run_name`, never another place that the
-    name leads to.
-    """
+    """Check that the name is that of one directory, and cannot lead out of `trainer.ckpt_path`."""
     name = recipe.trainer.run_name
     if name is None:
         return
     plain = name and not name.startswith(".") and not {"/", "\\"} & set(name) and name.isprintable()
     if not plain or len(name.encode()) > LONGEST_NAME:
         raise UserError(
-            "trainer.run_name is the name of one directory, and no path",
+            "trainer.run_name is the name of one directory, not a path",
             got=ascii(name)[:LONGEST_NAME],
-            allowed="printable text without / and \\ that does not begin with a point, at "
+            allowed="printable text without / and \\ that does not begin with a dot, at "
             f"most {LONGEST_NAME} bytes",
-            fix="name the place with trainer.ckpt_path",
+            fix="set the parent folder with trainer.ckpt_path",
         )
 
 
-def _check_bounds(node: Any, prefix: str) -> None:
-    hints = typing.get_type_hints(type(node))
-    for item in dataclasses.fields(node):
-        value, key = getattr(node, item.name), f"{prefix}{item.name}"
-        _check_elements(key, value, hints[item.name])
-        if dataclasses.is_dataclass(value):
-            _check_bounds(value, f"{key}.")
-        elif "one_of" in item.metadata:
-            if not _is_one_of(value, item.metadata["one_of"]):
-                raise UserError(
-                    f"{key} cannot take this value", got=value, allowed=bounded(item.metadata)
-                )
-        elif value is not None and item.metadata:
-            held = all(_BOUNDS[name][0](value, limit) for name, limit in item.metadata.items())
-            if not held or not math.isfinite(value):
-                raise UserError(f"{key} is out of range", got=value, allowed=bounded(item.metadata))
-
-
-def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
-    if int in allowed and isinstance(value, int) and not isinstance(value, bool):
-        return 1 <= value <= LARGEST
-    return any(value is one or (isinstance(one, str) and value == one) for one in allowed)
-
-
-def bounded(limits: Mapping[str, Any]) -> str:
-    """Return what a key's metadata allows in words: `>= 0 and <= 1`, `auto, true, false`; "" where
-    it says nothing.
-    """
-    if "one_of" in limits:
-        words = {None: "null", True: "true", False: "false", int: "whole numbers >= 1"}
-        return ", ".join(words.get(one, one) for one in limits["one_of"])
-    return " and ".join(f"{_BOUNDS[name][1]} {limit:g}" for name, limit in limits.items())
-
-
-def _check_elements(key: str, value: Any, hint: Any) -> None:
-    """A list's elements, and that a mapping is one: OmegaConf lets other things by in a list or an
-    interpolation.
-    """
-    kind, optional = typing.get_origin(hint), type(None) in typing.get_args(hint)
-    if optional:
-        hint = typing.get_args(hint)[0]
-        kind = typing.get_origin(hint)
-    if kind not in (list, dict) or (optional and value is None):
-        return
-    inner = typing.get_args(hint)[0]
-    wanted: Any = (int, float) if inner is float else typing.get_origin(inner) or inner
-    if not isinstance(value, kind) or any(
-        isinstance(item, bool) or not isinstance(item, wanted) for item in value
-    ):
-        raise UserError(f"{key} cannot take this value", got=value, allowed=described(hint))
-
-
-def names_of(hint: Any) -> list[str]:
-    """The names that a key of this type, or each element of it, may have; [] where it takes other
-    values.
-    """
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return [member.name for member in hint]
-    return [name for inner in typing.get_args(hint) for name in names_of(inner)]
-
-
-def described(hint: Any) -> str:
-    """A type in words: `a list of int`, `grpo, rloo`."""
-    inner = typing.get_args(hint)
-    if typing.get_origin(hint) is list:
-        return f"a list of {described(inner[0])}"
-    if typing.get_origin(hint) is dict:
-        return "a mapping"
-    if inner:
-        return " or ".join("null" if one is type(None) else described(one) for one in inner)
-    words = {
-        Any: "any value",
-        str: "text",
-        int: "whole numbers",
-        float: "numbers",
-        bool: "true, false",
-    }
-    return ", ".join(names_of(hint)) or words.get(hint) or "a group of keys"
-
-
 def _merge_names(recipe: Recipe) -> None:
-    """`trainer.seed` and `trainer.max_prompt_length` are the guide's names; a null resume_mode is
-    its none.
-    """
+    """Move settings given by SkyRL's names of seed and max_input_length to ours."""
     trainer = recipe.trainer
     if trainer.seed is not None:
         if recipe.seed not in (0, trainer.seed):
@@ -249,7 +76,7 @@ def _merge_names(recipe: Recipe) -> None:
 
 
 def num_processes(recipe: Recipe) -> int:
-    """Processes that train one run together."""
+    """Return the number of processes that train one run together."""
     placement = recipe.trainer.placement
     return placement.policy_num_gpus_per_node * placement.policy_num_nodes
 
@@ -269,32 +96,32 @@ def _check_batches(recipe: Recipe) -> None:
 
 def _check_algorithm(recipe: Recipe) -> None:
     algorithm, group = recipe.trainer.algorithm, recipe.generator.n_samples_per_prompt
-    wants_kl = [
+    kl_keys = [
         f"trainer.algorithm.{key}"
         for key in ("use_kl_loss", "use_kl_in_reward")
         if getattr(algorithm, key)
     ]
-    if len(wants_kl) > 1:
+    if len(kl_keys) > 1:
         raise UserError(
             "KL goes into the loss or into the reward, not into both",
-            got=" and ".join(wants_kl),
+            got=" and ".join(kl_keys),
             fix="trainer.algorithm.use_kl_in_reward=false",
         )
-    if wants_kl and algorithm.kl_loss_coef == 0:
+    if kl_keys and algorithm.kl_loss_coef == 0:
         raise UserError(
-            f"{wants_kl[0]} with a coefficient of 0 computes a reference for nothing",
+            f"{kl_keys[0]} with a coefficient of 0 computes a reference for nothing",
             got="kl_loss_coef=0",
-            fix=f"{wants_kl[0]}=false",
+            fix=f"{kl_keys[0]}=false",
         )
     resampling = algorithm.dynamic_sampling.type
-    compares = {
+    needs_group = {
         "trainer.algorithm.advantage_estimator=rloo": algorithm.advantage_estimator.name == "rloo",
         "trainer.algorithm.zero_variance_filter=true": algorithm.zero_variance_filter,
         f"trainer.algorithm.dynamic_sampling.type={resampling.name}": resampling
         is not Resampling.none,
     }
-    for setting, given in compares.items():
-        if given and group == 1:
+    for setting, is_set in needs_group.items():
+        if is_set and group == 1:
             raise UserError(
                 f"{setting} compares the samples of a prompt: it needs several",
                 got="generator.n_samples_per_prompt=1",
@@ -309,11 +136,11 @@ def _check_processes(recipe: Recipe) -> None:
         num_processes(recipe),
     )
     for key in ("ref_num_gpus_per_node", "critic_num_gpus_per_node"):
-        given = getattr(placement, key)
-        if given not in (None, placement.policy_num_gpus_per_node):
+        count = getattr(placement, key)
+        if count not in (None, placement.policy_num_gpus_per_node):
             raise UserError(
                 f"trainer.placement.{key}: reference and critic live in the policy's processes",
-                got=f"{given}, with policy_num_gpus_per_node={placement.policy_num_gpus_per_node}",
+                got=f"{count}, with policy_num_gpus_per_node={placement.policy_num_gpus_per_node}",
                 fix=f"trainer.placement.{key}=null",
             )
     if generator.backend is Backend.transformers:
@@ -340,9 +167,9 @@ def _check_processes(recipe: Recipe) -> None:
 
 
 def sync_mode(lora: PolicyLoRA) -> SyncMode:
-    """How the engine gets a policy: as `sync` says; left open, the fastest way that serves it.
+    """Return how the engine gets a policy: `sync` if set, else the fastest mode that works.
 
-    That is memory; merge where there is no adapter; disk where a folder for adapter files is named.
+    That is memory; merge without an adapter; disk where a folder for adapter files is named.
     """
     if lora.sync is not None:
         return lora.sync
@@ -387,32 +214,31 @@ def _check_lora(recipe: Recipe, key: str, lora: LoRA) -> None:
         ("target", target_modules(recipe, lora)),
         ("exclude", exclude_modules(recipe, lora)),
     ):
-        own = getattr(lora, f"{name}_modules") is not None
-        _check_modules(f"{key}.{name}_modules" if own else f"trainer.{name}_modules", value)
+        section = "trainer" if getattr(lora, f"{name}_modules") is None else key
+        _check_modules(f"{section}.{name}_modules", value)
 
 
 def target_modules(recipe: Recipe, lora: LoRA) -> Any:
-    """The LoRA targets of the policy or the critic: its own if set, else the trainer's."""
+    """Return the LoRA targets of the policy or critic: its own if set, else the trainer's."""
     return recipe.trainer.target_modules if lora.target_modules is None else lora.target_modules
 
 
 def exclude_modules(recipe: Recipe, lora: LoRA) -> Any:
-    """The excluded modules of the policy or the critic: its own if set, else the trainer's."""
+    """Return the excluded modules of the policy or critic: its own if set, else the trainer's."""
     return recipe.trainer.exclude_modules if lora.exclude_modules is None else lora.exclude_modules
 
 
 def engine_lora_rank(recipe: Recipe) -> int:
-    """The rank vLLM reserves room for: the recipe's limit or the adapter's rank, rounded up to one
-    that vLLM serves.
+    """Return the rank that vLLM reserves memory for.
+
+    That is the recipe's limit or the adapter's rank, rounded up to a rank that vLLM serves.
     """
-    wanted = recipe.generator.max_lora_rank or recipe.trainer.policy.model.lora.rank
-    return next(rank for rank in VLLM_LORA_RANKS if rank >= wanted)
+    lowest = recipe.generator.max_lora_rank or recipe.trainer.policy.model.lora.rank
+    return next(rank for rank in VLLM_LORA_RANKS if rank >= lowest)
 
 
 def check_context(recipe: Recipe, limit: int) -> None:
-    """Raise UserError when prompt and completion together may be longer than the model's
-    positions.
-    """
+    """Raise UserError when prompt and completion may be longer together than `limit` positions."""
     generator = recipe.generator
     completion = max(
         generator.sampling_params.max_generate_length,
@@ -443,7 +269,7 @@ def _check_modules(key: str, value: Any) -> None:
     if isinstance(value, list) and value and all(isinstance(v, str) and v for v in value):
         return
     raise UserError(
-        f"{key} names modules",
+        f"{key} must name modules",
         got=value,
         allowed="all-linear, attention, mlp, a regex, or a list of names",
     )
@@ -482,18 +308,19 @@ def _check_sweep(recipe: Recipe) -> None:
     _check_pruner("sweep.pruner", recipe.sweep.pruner)
 
 
-def _check_pruner(key: str, given: Any) -> None:
-    """A pruner's name is text, and so is that of one that it wraps; which there are, the sweep
-    says.
+def _check_pruner(key: str, pruner: Any) -> None:
+    """Check that a pruner's name, and the name of a pruner that it wraps, is text.
+
+    The sweep checks which pruners there are.
     """
-    if not isinstance(given, dict):
+    if not isinstance(pruner, dict):
         return
-    if not isinstance(given.get("name", ""), str):
+    if not isinstance(pruner.get("name", ""), str):
         raise UserError(
             f"{key}.name cannot take this value",
-            got=given["name"],
+            got=pruner["name"],
             allowed="text",
             fix="name: median",
         )
-    for name, inner in given.items():
+    for name, inner in pruner.items():
         _check_pruner(f"{key}.{name}", inner)

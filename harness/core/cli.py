@@ -1,4 +1,4 @@
-"""Parts that all commands share: their names, exit statuses and how errors are shown."""
+"""Parts that all commands share: their names, exit statuses, and how errors are printed."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def invocation(command: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose mistakes read like every other `UserError`."""
+    """An argument parser that raises UserError."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message, fix=f"see: {self.prog} --help")
 
 
 def run_command(main: Callable[[list[str]], int]) -> NoReturn:
-    """Run a command's `main(argv)` to its exit status, and show errors without a traceback.
+    """Run a command's `main(argv)` and exit with its status; errors are shown without a traceback.
 
-    Bad input exits 2, as does a failure of the machine (a full disk); Ctrl-C exits 130, a closed
-    output 141.
+    The status is 2 for bad input and for a failure of the machine such as a full disk, 130 for
+    Ctrl-C, and 141 for a closed output.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt_once)
@@ -57,33 +57,28 @@ def run_command(main: Callable[[list[str]], int]) -> NoReturn:
     except BrokenPipeError:
         if not _reader_gone():
             raise
-        # As a program that SIGPIPE ends (| head): what it was asked for is not done, and nothing
-        # more can be said.
+        # Like a program that SIGPIPE ends, as with `| head`. Devnull takes what is still buffered.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + signal.SIGPIPE
     except OSError as error:
         machine = machine_error(error, writes=["/"])
         if machine is None:
             raise
-        fix = f"{machine.fix}, then go on with --resume: what was saved is as it was"
+        fix = f"{machine.fix}, then go on with --resume: saved files are unchanged"
         print(UserError(machine.what, got=machine.got, fix=fix), file=sys.stderr)
         status = 2
     sys.exit(status)
 
 
 def interrupt_once(sent: int, _: object) -> NoReturn:
-    """Handle a signal that stops a command: further ones, and Ctrl-C, do not break off its tidying
-    up.
-    """
-    for one in (sent, signal.SIGINT):
-        signal.signal(one, signal.SIG_IGN)
+    """Stop a command with KeyboardInterrupt; further signals do not interrupt its cleanup."""
+    for number in (sent, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def _reader_gone() -> bool:
-    """Whether who read our output has closed it; else a pipe broke elsewhere, in a reward or a
-    library.
-    """
+    """Return whether stdout's reader has closed it; else a pipe broke in a reward or a library."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), select.POLLOUT)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

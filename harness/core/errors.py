@@ -1,4 +1,4 @@
-"""Errors a user can act on, and how a command shows them."""
+"""Errors that a user can act on."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from unicodedata import category
 
 
 class UserError(Exception):
-    """Bad input: what is wrong, what was given, what is allowed, what to do; commands print it and
-    exit 2.
+    """Bad input: what is wrong, what was given, what is allowed, and how to fix it.
+
+    Commands print it and exit with status 2.
     """
 
     def __init__(
@@ -25,8 +26,7 @@ class UserError(Exception):
         super().__init__(str(self))
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Keyword-only arguments do not survive the default pickling, and Ray pickles errors between
-        # processes.
+        # Ray pickles errors between processes, and the default pickling loses keyword arguments.
         return (_rebuild, (type(self), self.what, self.got, self.allowed, self.fix))
 
     def __str__(self) -> str:
@@ -41,8 +41,9 @@ class UserError(Exception):
 
 
 def visible(text: str) -> str:
-    """Text with what cannot be printed written as escapes, line breaks aside: it moves no cursor
-    and hides nothing.
+    """Return text with control characters as escapes, except line breaks.
+
+    Printed, it cannot move the cursor or hide other text.
     """
     return "".join(
         c if c.isprintable() or c == "\n" or category(c) == "Zs" else ascii(c)[1:-1] for c in text
@@ -56,9 +57,7 @@ def _rebuild(
 
 
 class MachineError(UserError):
-    """The machine failed, not what ran on it, which can go on from its checkpoint once the machine
-    is mended.
-    """
+    """A failure of the machine; runs can go on from their checkpoints once it is repaired."""
 
 
 NO_MEMORY = "the machine ran out of memory"
@@ -66,8 +65,8 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NOT_ALLOWED = {errno.EROFS, errno.EACCES, errno.EPERM}
 # Too many open files, in this process or on the machine.
 _TOO_MANY = {errno.EMFILE, errno.ENFILE}
-# What PyTorch, CUDA and Ray say of it: their types are those of a run's own failures.
-_SAID = (
+# Messages of PyTorch, CUDA and Ray, whose exception types do not tell such failures apart.
+_MESSAGES = (
     (
         NO_MEMORY,
         "free memory, or lower sweep.max_concurrent or sweep.pack_size",
@@ -94,10 +93,10 @@ _SAID = (
 def machine_error(
     error: BaseException, writes: Iterable[str | os.PathLike[str]] = ()
 ) -> MachineError | None:
-    """Return an error as the machine's failure, or None where it is the failure of what ran.
+    """Return an error as a failure of the machine, or None if it is a failure of the run.
 
-    A missing permission, or a broken disk, is the machine's where the file is in one of the folders
-    of `writes`; a reward may name any file.
+    A missing permission or a broken disk counts only for files in the folders `writes`, because a
+    reward may read or write any file.
     """
     if isinstance(error, UserError):
         return error if isinstance(error, MachineError) else None
@@ -105,9 +104,9 @@ def machine_error(
         return _file_error(error, [os.path.join(os.path.realpath(folder), "") for folder in writes])
     text = " ".join(f"{type(error).__name__}: {error}".split())
     if isinstance(error, MemoryError):
-        return MachineError(NO_MEMORY, got=text[:300], fix=_SAID[0][1])
-    for what, fix, said in _SAID:
-        if re.search(said, text):
+        return MachineError(NO_MEMORY, got=text[:300], fix=_MESSAGES[0][1])
+    for what, fix, pattern in _MESSAGES:
+        if re.search(pattern, text):
             return MachineError(what, got=text[:300], fix=fix)
     return None
 
@@ -119,7 +118,7 @@ def _file_error(error: OSError, folders: list[str]) -> MachineError | None:
     if error.errno in _TOO_MANY:
         return MachineError("too many files are open", got=where, fix="raise the limit: ulimit -n")
     if error.errno == errno.ENOMEM:
-        return MachineError(NO_MEMORY, got=where, fix=_SAID[0][1])
+        return MachineError(NO_MEMORY, got=where, fix=_MESSAGES[0][1])
     path = (
         os.path.realpath(os.fsdecode(error.filename))
         if isinstance(error.filename, (str, bytes))
@@ -139,6 +138,6 @@ def _file_error(error: OSError, folders: list[str]) -> MachineError | None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name closest to a mistyped one, or None when nothing is near."""
+    """Return the known name closest to a mistyped one, or None when none is near."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return matches[0] if matches else None

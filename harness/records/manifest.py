@@ -1,5 +1,6 @@
-"""Provenance: what a run was started with and on, enough for a stranger to redo it, and what
-differs now.
+"""The manifest's record of what a run was made from and with, and comparisons with it.
+
+It holds recipe, inputs, code, packages and hardware: enough to reproduce a run elsewhere.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.config import recipe as recipes
+from harness.config.digest import recipe_digest
 from harness.config.schema import AdvantageEstimator, Recipe
 from harness.core import machine
 from harness.core.cli import started_by_script
@@ -27,10 +28,9 @@ FORMAT = 2
 ABSENT = "absent"
 SHOWN_DIGITS = 12
 _DIGEST = re.compile(r"(sha256:)?([0-9a-f]{40,64})")
-# What a run need not have; anything else is recorded or unknown.
+# Inputs that not every run has.
 _OPTIONAL = ("critic", "checkpoint")
-# What makes of a run another experiment where it changes; "code" is here the user's environment
-# module.
+# Inputs that make another experiment when they change; "code" is the user's environment module.
 _INPUTS = ("model", "critic", "data", "code")
 _OWN_CODE = "noregret"
 _TOKENIZER = ("*token*", "vocab.*", "merges.txt", "chat_template*", "*.model")
@@ -47,10 +47,9 @@ def build(
     trial: dict[str, Any] | None = None,
     inputs: int = 1,
 ) -> dict[str, Any]:
-    """The manifest of a run, a trial or a sweep (`kind`), status and result aside.
+    """Return the manifest of a run, a trial or a sweep (`kind`), without status and result.
 
-    `inputs`: which state of its sweep's inputs a trial is trained on; they count up each time they
-    change.
+    `inputs` is the version of its sweep's inputs that a trial is trained on.
     """
     packages, dependencies = machine.packages()
     return {
@@ -61,7 +60,7 @@ def build(
         "recipe": {
             "source": source,
             "overrides": list(overrides),
-            "digest": recipes.digest(recipe),
+            "digest": recipe_digest(recipe),
         },
         "seed": recipe.seed,
         "trial": trial,
@@ -80,18 +79,18 @@ def build(
 
 
 def resumption(record: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """When and how a run is gone on with, and what differs now from its manifest."""
-    again = build(
+    """Return the manifest's entry for a run that goes on: time, command, and what differs now."""
+    current = build(
         recipe, kind=record["kind"], name=record["name"], source=record["recipe"]["source"]
     )
-    different = [str(difference) for difference in compare(record, again).different]
+    different = [str(difference) for difference in compare(record, current).different]
     return {"time": now(), "command": this_command(), "different": different}
 
 
 def this_command() -> list[str]:
-    """The command line that started this process; of the console script the `python -m` form.
+    """Return the command line that started this process, in its `python -m` form.
 
-    That form works from a clone and from an installed wheel alike.
+    That form works in a clone and with an installed wheel, unlike the console script.
     """
     if started_by_script():
         return ["python", "-m", f"harness.{sys.argv[1]}", *sys.argv[2:]]
@@ -101,46 +100,42 @@ def this_command() -> list[str]:
 
 
 def changed_inputs(record: dict[str, Any]) -> list[Difference]:
-    """Return what of a run's model, critic, data and environment module is another now than its
-    manifest says.
+    """Return how a run's model, critic, data and environment module differ from its manifest.
 
-    Where a digest is not known, then or now (a hub's model before its download), there is nothing
-    to compare.
+    Inputs without a digest, then or now, are not compared: a hub's model before its download.
     """
     old, new = _compared(record), _compared({**record, **_inputs_now(record)})
-    found = [
+    changes = [
         _difference(name, was, new[kind].get(name))
         for kind in _INPUTS
         for name, was in old[kind].items()
         if was is not None and (kind in ("data", "code") or name in new[kind])
     ]
-    return [difference for difference in found if difference is not None]
+    return [change for change in changes if change is not None]
 
 
 def check_inputs(changes: Sequence[Difference], kind: str, *, allowed: bool) -> None:
-    """Raise UserError for inputs that changed since a run or sweep (`kind`) began, unless that is
-    `allowed`.
-    """
+    """Raise UserError for changed inputs of a run or sweep (`kind`), unless `allowed`."""
     if changes and not allowed:
         raise UserError(
             f"the inputs are not those that this {kind} began with",
             got="; ".join(map(str, changes)),
-            fix=f"put them back, start a new {kind} under another trainer.run_name, or add "
+            fix=f"restore them, start a new {kind} under another trainer.run_name, or add "
             "--changed-inputs: what was "
             "trained on the former inputs is then marked, and not compared with the rest",
         )
 
 
 def accept_inputs(run_dir: RunDir, version: int | None = None) -> list[str]:
-    """Record in a manifest the inputs as they are now, and return what of them is another.
+    """Record the current inputs in a manifest, and return what changed.
 
-    `inputs` lists the states of its inputs that a run was trained on, the last with the digests in
-    the manifest; those before, with the step that they were used to, are in `resumed`. A run
-    without a checkpoint begins anew: it counts as trained on the new inputs alone. `version` is the
-    number of the new state, by default the next.
+    `inputs` lists the versions of the inputs that a run was trained on. The manifest has the
+    digests of the last version; `resumed` has those before, with the last step that used them. A
+    run without a checkpoint starts again, so only the new version counts. `version` is the number
+    of the new version, by default the next.
     """
     record = run_dir.read_manifest()
-    changes, now_there = [str(change) for change in changed_inputs(record)], _inputs_now(record)
+    changes, current = [str(change) for change in changed_inputs(record)], _inputs_now(record)
     steps = [
         int(folder.name[5:])
         for folder in run_dir.checkpoints.glob("step_*")
@@ -150,37 +145,36 @@ def accept_inputs(run_dir: RunDir, version: int | None = None) -> list[str]:
     kept = trained if changes and (steps or record["kind"] == "sweep") else trained[:-1]
     values: dict[str, Any] = {"inputs": [*kept, version or trained[-1] + 1]}
     if changes:
-        was = {"step": max(steps, default=0), "was": {kind: record.get(kind) for kind in now_there}}
+        was = {"step": max(steps, default=0), "was": {kind: record.get(kind) for kind in current}}
         entry = {"time": now(), "command": this_command(), "different": changes, "inputs": was}
-        values |= {**now_there, "resumed": [*record.get("resumed", []), entry]}
+        values |= {**current, "resumed": [*record.get("resumed", []), entry]}
     run_dir.update(**values)
     return changes
 
 
 def versions(record: dict[str, Any]) -> list[int]:
-    """Return the states of its inputs that a run was trained on, in order: [1] unless they
-    changed.
-    """
-    known = record.get("inputs")
-    if isinstance(known, list) and known and all(type(one) is int for one in known):
-        return known
+    """Return the versions of its inputs that a run was trained on; [1] unless they changed."""
+    recorded = record.get("inputs")
+    if isinstance(recorded, list) and recorded and all(type(item) is int for item in recorded):
+        return recorded
     return [1]
 
 
 def digest_path(path: str) -> str | None:
-    """SHA-256 over a file, or over a folder's files and their names; None for a name that is not on
-    this machine.
+    """Return the SHA-256 of a file, or of a folder's files and their names.
+
+    None for a path that is not on this machine.
     """
-    found = locate(path)
-    if found is None:
+    root = locate(path)
+    if root is None:
         return None
-    files = (p for p in found.rglob("*") if p.is_file()) if found.is_dir() else [found]
-    return _digest_of(files, found)
+    files = (file for file in root.rglob("*") if file.is_file()) if root.is_dir() else [root]
+    return _digest_of(files, root)
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Something that a run depends on and that is another now: what, what it was, what it is."""
+    """One difference between a manifest and the present: what it is, its old and new value."""
 
     what: str
     was: str
@@ -192,46 +186,41 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Two manifests compared: kinds of things that are equal, what differs, kinds that the first
-    did not record.
-    """
+    """The comparison of two manifests: parts that are equal, differences, parts not recorded."""
 
     equal: list[str]
     different: list[Difference]
     unrecorded: list[str]
 
 
-def compare(record: dict[str, Any], again: dict[str, Any]) -> Agreement:
-    """What a run's manifest says it was made from and with, against that of the same run
-    made now.
-    """
-    old, new = _compared(record), _compared(again)
+def compare(record: dict[str, Any], current: dict[str, Any]) -> Agreement:
+    """Compare a run's manifest with the manifest that the same run would get now."""
+    old, new = _compared(record), _compared(current)
     agreement = Agreement([], [], [])
     for kind, values in new.items():
         if not old[kind]:
             if values or kind not in _OPTIONAL:
                 agreement.unrecorded.append(kind)
             continue
-        names = dict.fromkeys([*old[kind], *values])
-        found = [_difference(name, old[kind].get(name), values.get(name)) for name in names]
-        agreement.different.extend(difference for difference in found if difference is not None)
-        if not any(found):
-            agreement.equal.append(f"{len(values)} packages" if kind == "packages" else kind)
+        # Packages that were not recorded were not installed, or not needed.
+        names = old[kind] if kind == "packages" else dict.fromkeys([*old[kind], *values])
+        changes = [_difference(name, old[kind].get(name), values.get(name)) for name in names]
+        agreement.different.extend(change for change in changes if change is not None)
+        if not any(changes):
+            agreement.equal.append(f"{len(names)} packages" if kind == "packages" else kind)
     return agreement
 
 
 def _code(recipe: Recipe) -> dict[str, str | None]:
-    """Digests of the project's source, and of the user's environment module where the recipe names
-    one.
-    """
-    own = recipe.environment.env_class
+    """Return the digest of the project's source, and of the user's environment module if any."""
+    module = recipe.environment.env_class
     return {_OWN_CODE: machine.code_digest()} | (
-        {own: machine.module_digest(own)} if "." in own else {}
+        {module: machine.module_digest(module)} if "." in module else {}
     )
 
 
 def _inputs(recipe: Recipe) -> dict[str, Any]:
-    """Model, tokenizer, critic, data and the checkpoint gone on from, with their digests."""
+    """Return model, tokenizer, critic, data and the first checkpoint, with their digests."""
     trainer = recipe.trainer
     model, critic, start = trainer.policy.model.path, trainer.critic.model.path, trainer.resume_mode
     gae = trainer.algorithm.advantage_estimator is AdvantageEstimator["gae"]
@@ -249,29 +238,27 @@ def _inputs(recipe: Recipe) -> dict[str, Any]:
 
 
 def _inputs_now(record: dict[str, Any]) -> dict[str, Any]:
-    """The parts of a manifest that name inputs, with what their paths hold now."""
-    found: dict[str, Any] = {}
+    """Return the parts of a manifest that name inputs, with the digests that they have now."""
+    inputs: dict[str, Any] = {}
     for kind in ("model", "critic"):
         part = record.get(kind)
         if isinstance(part, dict) and isinstance(part.get("path"), str):
-            found[kind] = _model(part["path"])
-    if "model" in found:
-        path = found["model"]["path"]
-        found["tokenizer"] = {"path": path, "digest": _digest_tokenizer(path)}
+            inputs[kind] = _model(part["path"])
+    if "model" in inputs:
+        path = inputs["model"]["path"]
+        inputs["tokenizer"] = {"path": path, "digest": _digest_tokenizer(path)}
     if isinstance(data := record.get("data"), dict):
-        found["data"] = {path: digest_path(path) for path in data}
+        inputs["data"] = {path: digest_path(path) for path in data}
     if isinstance(code := record.get("code"), dict):
-        found["code"] = {
+        inputs["code"] = {
             name: digest if name == _OWN_CODE else machine.module_digest(name)
             for name, digest in code.items()
         }
-    return found
+    return inputs
 
 
 def _model(path: str) -> dict[str, str | None]:
-    """A local folder has a digest; a hub's name has the revision in the cache, None before its
-    first download.
-    """
+    """Return a model's path with its digest (local), or with its revision in the hub's cache."""
     return {
         "path": path,
         "digest": digest_path(path),
@@ -289,19 +276,19 @@ def _revision(name: str) -> str | None:
 
 
 def _digest_tokenizer(path: str) -> str | None:
-    found = locate(path)
-    if found is None or not found.is_dir():
+    folder = locate(path)
+    if folder is None or not folder.is_dir():
         return None
     return _digest_of(
-        {file for pattern in _TOKENIZER for file in found.glob(pattern) if file.is_file()}, found
+        {file for pattern in _TOKENIZER for file in folder.glob(pattern) if file.is_file()}, folder
     )
 
 
 def _digest_of(files: Iterable[Path], root: Path) -> str:
-    # A file that changed while a sweep runs is read again.
+    # Cached by inode, size and time, so that a file that changes during a sweep is read again.
     stats = [(file, file.stat()) for file in sorted(files)]
     return _digest(
-        tuple((file, one.st_ino, one.st_size, one.st_mtime_ns) for file, one in stats), root
+        tuple((file, stat.st_ino, stat.st_size, stat.st_mtime_ns) for file, stat in stats), root
     )
 
 
@@ -316,7 +303,7 @@ def _digest(files: tuple[tuple[Path, int, int, int], ...], root: Path) -> str:
 
 
 def _compared(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What of a manifest results depend on: by kind, each thing's label and value."""
+    """Return what results depend on: by part of the manifest, values by label."""
 
     def part(*keys: str) -> dict[str, Any]:
         value: Any = manifest
@@ -329,7 +316,7 @@ def _compared(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
         {"commit": part("git").get("commit"), "uncommitted changes": changes} if part("git") else {}
     )
     threads = {"trainer.num_threads": manifest.get("threads")} if "threads" in manifest else {}
-    # A number in the recipe wins over the environment's.
+    # A number of threads in the recipe overrides the environment's.
     variables = part("thread_variables") if manifest.get("threads") is None else {}
     return {
         "recipe": {"recipe": part("recipe").get("digest")} if part("recipe") else {},
@@ -348,8 +335,8 @@ def _compared(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _labelled(kind: str, part: dict[str, Any]) -> dict[str, Any]:
-    known = part.get("digest") or part.get("revision")
-    return {f"{kind} {part.get('path')}": known} if known else {}
+    version = part.get("digest") or part.get("revision")
+    return {f"{kind} {part.get('path')}": version} if version else {}
 
 
 def _difference(what: str, was: Any, now: Any) -> Difference | None:
@@ -357,7 +344,7 @@ def _difference(what: str, was: Any, now: Any) -> Difference | None:
 
 
 def _shown(value: Any) -> str:
-    """A value for people: of a digest its first digits, of nothing that it is absent."""
+    """Return a value as text: the first digits of a digest, "absent" for nothing."""
     if value is None or value == []:
         return ABSENT
     text = ", ".join(str(item) for item in value) if isinstance(value, list) else str(value)

@@ -1,4 +1,4 @@
-"""The JSONL file that a run's metrics go to."""
+"""The JSONL file of a run's metrics."""
 
 from __future__ import annotations
 
@@ -13,22 +13,20 @@ from typing import Any
 
 from harness.config.metrics import lookup
 from harness.core.errors import UserError
-from harness.records.run_dir import named, write_bytes
+from harness.records.files import named, write_bytes
 
-# More than any run has, and still a whole number wherever it is read.
+# More steps than any run has, and exact as a float.
 MOST_STEPS = 2**53
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one object per step, flushed to disk as it is written. Non-finite values are
-    written as null.
-    """
+    """`metrics.jsonl`: one JSON object per step, synced to disk; non-finite values are null."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def append(self, row: Mapping[str, float]) -> None:
-        """Write one row; raises UserError for a metric that is not defined above."""
+        """Append a row; raises UserError for an undefined metric."""
         for name in row:
             lookup(name)
         clean = {name: value if math.isfinite(value) else None for name, value in row.items()}
@@ -38,11 +36,11 @@ class MetricsFile:
             os.fsync(file.fileno())
 
     def rows(self) -> list[dict[str, float]]:
-        """Every whole row; null reads as NaN. A last line cut short by a kill is left out.
+        """Return all rows, null as NaN, without a last line that a kill cut short.
 
-        Raises UserError naming the line for one that is damaged.
+        Raises UserError naming the line for a damaged row.
         """
-        found = []
+        rows = []
         for number, line in enumerate(self._lines(), 1):
             row = _row(line)
             if row is None:
@@ -50,15 +48,11 @@ class MetricsFile:
                     f"line {number} of {self.path.name} is damaged{_fault(line)}",
                     got=f"{self.path}: {line[:60]!r}",
                 )
-            found.append(
-                {name: math.nan if value is None else value for name, value in row.items()}
-            )
-        return found
+            rows.append({name: math.nan if value is None else value for name, value in row.items()})
+        return rows
 
     def truncate(self, step: int) -> None:
-        """Keep the rows up to a step: what a resumed run had logged past its checkpoint is logged
-        again.
-        """
+        """Remove the rows after a step, which a resumed run logs again."""
         kept = b""
         for line in self._lines():
             row = _row(line)
@@ -68,16 +62,12 @@ class MetricsFile:
         write_bytes(self.path, kept)
 
     def mark(self) -> dict[str, Any]:
-        """How long the file is and its SHA-256, for a checkpoint to know later whether its rows are
-        whole.
-        """
+        """Return the file's length and SHA-256, with which a checkpoint later finds damage."""
         content = self.path.read_bytes()
         return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
     def damage(self, mark: Mapping[str, Any] | None = None) -> str | None:
-        """What is wrong with the rows that were there at a mark, None if nothing; without a mark,
-        with any row.
-        """
+        """Return what is wrong with the rows before a mark, or with any row; None if nothing is."""
         name, content = self.path.name, self.path.read_bytes() if self.path.exists() else b""
         marked = content if mark is None else content[: mark["bytes"]]
         for number, line in enumerate(_whole_lines(marked), 1):
@@ -95,14 +85,14 @@ class MetricsFile:
 
 
 def _whole_lines(content: bytes) -> Iterator[bytes]:
-    """The lines of a file; the last is left out when a kill cut it short."""
+    """Yield the lines of a file, without a last line that a kill cut short."""
     *lines, _ = content.split(b"\n")
     for line in lines:
         yield line + b"\n"
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
-    """A line's row; None when it is none."""
+    """Return a line's row, or None for a damaged line."""
     try:
         row = json.loads(line)
     except ValueError:
@@ -119,9 +109,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 
 def _fault(line: bytes) -> str:
-    """Which value of a damaged line is none, as the end of a sentence; "" where it is no row at
-    all.
-    """
+    """Return the wrong value of a damaged line as the end of a sentence; "" if it is no JSON."""
     with contextlib.suppress(ValueError, AttributeError):
         for name, value in json.loads(line).items():
             if value is not None and type(value) not in (int, float):

@@ -1,4 +1,4 @@
-"""A finished run's recipe as that of a new run, with a name and place of its own."""
+"""New runs with the recipe of an earlier run, in directories of their own."""
 
 from __future__ import annotations
 
@@ -7,38 +7,38 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import recipe as recipes
-from harness.config.schema import Trainer
+from harness.config.schema import TrainerConfig
 from harness.core.errors import UserError
 from harness.core.paths import shown
 from harness.records.run_dir import RunDir
 
-# Not into the directory of the run that the recipe is from.
-OWN_PLACE = ("trainer.run_name=null", f"trainer.ckpt_path={Trainer().ckpt_path}")
+# Overrides that keep a new run out of the earlier run's directory.
+OWN_PLACE = ("trainer.run_name=null", f"trainer.ckpt_path={TrainerConfig().ckpt_path}")
 _TIME = re.compile(r"-\d{8}-\d{6}$")
 
 
-def taken(directory: str | Path) -> tuple[str, list[str], str]:
-    """The recipe file of a run or trial, the overrides that make it another run's, and a name to
-    begin that one's with.
+def new_run_from(directory: str | Path) -> tuple[str, list[str], str]:
+    """Return a run's recipe file, overrides for a new run, and the start of the new run's name.
 
-    Raises UserError for what is no run directory, or has no readable recipe.
+    Raises UserError for a directory that is no run's or has no readable recipe.
     """
     run_dir = RunDir(directory)
     run_dir.sound_manifest()
     recipes.read(run_dir.recipe)
-    fresh = [*OWN_PLACE, f"trainer.resume_mode={Trainer().resume_mode}"]
+    fresh = [*OWN_PLACE, f"trainer.resume_mode={TrainerConfig().resume_mode}"]
     return shown(run_dir.recipe), fresh, _TIME.sub("", name_of(run_dir))
 
 
 def name_of(run_dir: RunDir) -> str:
-    """A run's name outside its folder: a trial's begins with its sweep's."""
+    """Return a run's name; a trial's begins with its sweep's name."""
     path = run_dir.path
     return f"{path.parent.parent.name}-{path.name}" if path.parent.name == "trials" else path.name
 
 
 def record_of_run(run_dir: RunDir) -> dict[str, Any]:
-    """The manifest of a run or trial; raises UserError for a damaged one, and for a sweep, naming
-    its trials.
+    """Return the manifest of a run or trial.
+
+    Raises UserError for a damaged manifest, and for a sweep, naming one of its trials.
     """
     record = run_dir.sound_manifest()
     if record["kind"] != "sweep":

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.records.run_dir import write_json
+from harness.records.files import write_json
 from rltrain.envs import gsm8k, tiny_gsm
 from rltrain.envs.tiny_gsm_tokenizer import MAX_LENGTH, build_tokenizer
 

@@ -12,7 +12,7 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from harness.records.run_dir import whole_folder
+from harness.records.files import whole_folder
 from rltrain.distributed.process_group import full
 from rltrain.engines.base import Engine
 

@@ -14,16 +14,10 @@ from harness.config.validate import VLLM_LORA_RANKS
 from harness.core.cli import invocation
 from harness.core.errors import UserError
 from harness.core.paths import locate, shown
+from harness.records.files import verify_folder, whole_folder, write_json, write_text
 from harness.records.manifest import digest_path
 from harness.records.metrics_file import MetricsFile
-from harness.records.run_dir import (
-    RunDir,
-    Status,
-    verify_folder,
-    whole_folder,
-    write_json,
-    write_text,
-)
+from harness.records.run_dir import RunDir, Status
 
 ACCURACY = "eval/accuracy"
 

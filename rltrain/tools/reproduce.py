@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from harness.config import recipe as recipes
-from harness.config.schema import Recipe, Trainer
+from harness.config.digest import is_recipe_digest
+from harness.config.schema import Recipe, TrainerConfig
 from harness.core.errors import UserError
 from harness.core.paths import shown
 from harness.records import manifest
+from harness.records.files import damage, write_text
 from harness.records.metrics_file import MetricsFile
 from harness.records.rerun import OWN_PLACE, name_of, record_of_run
-from harness.records.run_dir import RunDir, Status, damage, write_text
+from harness.records.run_dir import RunDir, Status
 
 if TYPE_CHECKING:
     from rltrain.report import StepReport
@@ -63,9 +65,8 @@ def plan(directory: str | Path, output: str | Path | None = None) -> Reproductio
         raise UserError(
             "this run has logged no step: there is nothing to compare", got=shown(original.path)
         )
-    default = (
-        Path(Trainer().ckpt_path) / f"{name_of(original)}-reproduced-{datetime.now():%Y%m%d-%H%M%S}"
-    )
+    name = f"{name_of(original)}-reproduced-{datetime.now():%Y%m%d-%H%M%S}"
+    default = Path(TrainerConfig().ckpt_path) / name
     run_dir = RunDir(output or default)
     if run_dir.path.exists():
         raise _exists(run_dir)
@@ -82,7 +83,7 @@ def plan(directory: str | Path, output: str | Path | None = None) -> Reproductio
         overrides=OWN_PLACE,
         command=manifest.this_command(),
     )
-    if isinstance(was.get("recipe"), dict) and recipes.is_digest(
+    if isinstance(was.get("recipe"), dict) and is_recipe_digest(
         str(was["recipe"].get("digest")), recipe
     ):
         now["recipe"]["digest"] = was["recipe"]["digest"]

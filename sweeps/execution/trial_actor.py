@@ -8,7 +8,7 @@ import ray
 from ray.tune import Trainable
 
 from harness.core.errors import MachineError, machine_error
-from harness.loggers.sinks import Sinks
+from harness.loggers.loggers import Loggers
 from harness.records.run_dir import RunDir
 from rltrain.distributed.process import redirect_output
 from sweeps.execution.pack_server import record_error
@@ -20,7 +20,7 @@ class TrialActor(Trainable):
     def setup(self, config: dict[str, Any]) -> None:
         """Take the first trial."""
         self._trial = config
-        self._loggers: Sinks | None = None
+        self._loggers: Loggers | None = None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next trial."""
@@ -40,7 +40,7 @@ class TrialActor(Trainable):
             if self._loggers is None:
                 redirect_output(run_dir.log)
                 sweep = run_dir.path.parents[1].name
-                self._loggers = Sinks(self._trial["recipe"], run_dir, group=sweep)
+                self._loggers = Loggers(self._trial["recipe"], run_dir, group=sweep)
             server = ray.get_actor(self._trial["server"])
             call = server.advance.remote(str(run_dir.path), self._trial["recipe"])
             reports = ray.get(call)

@@ -15,7 +15,7 @@ from optuna.storages.journal import JournalFileBackend
 
 from harness.core.errors import UserError
 from harness.core.locks import KernelLock
-from harness.records.run_dir import named, sync
+from harness.records.files import named, sync
 
 _SEALED = re.compile(rb'(.*),"sha256":"([0-9a-f]{16})"}\n', re.DOTALL)
 

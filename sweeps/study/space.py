@@ -14,6 +14,7 @@ from typing import Any
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from harness.config import recipe as recipes
+from harness.config.digest import PLACE_KEYS
 from harness.config.recipe_keys import AXIS_FIELDS, axes_in, known_keys
 from harness.config.schema import Recipe
 from harness.core.errors import UserError
@@ -23,7 +24,7 @@ from sweeps.study import axes
 Params = dict[str, Any]
 Distribution = CategoricalDistribution | IntDistribution | FloatDistribution
 FORMS = "{choices: [...]} or {low, high, log, step}"
-PLACES = ("trainer.run_name", "trainer.ckpt_path", "trainer.resume_mode")
+PLACES = PLACE_KEYS
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,7 +78,7 @@ def main() -> None:
 @contextlib.contextmanager
 def unchecked() -> Iterator[None]:
     """No sync proof, no manifest, no checksum, no waiting for the disk."""
-    from harness.records import run_dir as rundir
+    from harness.records import files
     from rltrain.algorithms.policy import Policy
 
     def nothing(*_: Any, **__: Any) -> None:
@@ -89,8 +89,8 @@ def unchecked() -> Iterator[None]:
             (Policy, "prove"),
             (Policy, "check"),
             (RunDir, "update"),
-            (rundir, "seal"),
-            (rundir, "sync"),
+            (files, "seal"),
+            (files, "sync"),
             (os, "fsync"),
         ):
             stack.enter_context(mock.patch.object(owner, name, nothing))

@@ -17,7 +17,7 @@ from analysis.claims.claim import FAILS, GAIN_SHARE, HOLDS, RESOLVED
 from analysis.claims.curves import CURVE_SHARE
 from analysis.claims.rates import FACTOR, HALF_WAY
 from harness.core.paths import PROJECT
-from harness.records.run_dir import write_json, write_text
+from harness.records.files import write_json, write_text
 from tests.unit.analysis.choices import COLLAPSING, STABLE, Choice
 from tests.unit.analysis.simulation import BASE, CASES, GAIN, NOISE, Case, World
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from harness.records.run_dir import write_json
+from harness.records.files import write_json
 from rltrain.models import logprobs
 from tests.benchmarks.side_by_side import memory_gb, peak_memory_gb, worker_files
 

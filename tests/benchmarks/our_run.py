@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import run
-from harness.loggers import sinks
+from harness.loggers.loggers import Loggers
 from harness.records.metrics_file import MetricsFile
 from harness.records.run_dir import RunDir
 from tests.benchmarks.side_by_side import peak_memory_gb, worker_files
@@ -52,13 +52,13 @@ def main() -> None:
 def stamp_reports() -> list[float]:
     """A list that will hold when each step was reported, all that belongs to it done."""
     stamps: list[float] = []
-    report = sinks.Sinks.report
+    report = Loggers.report
 
-    def stamped(self: sinks.Sinks, *args: Any, **kwargs: Any) -> None:
+    def stamped(self: Loggers, *args: Any, **kwargs: Any) -> None:
         stamps.append(time.time())
         report(self, *args, **kwargs)
 
-    sinks.Sinks.report = stamped  # type: ignore[method-assign]
+    Loggers.report = stamped  # type: ignore[method-assign]
     return stamps
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from harness.core import machine
 from harness.core.paths import PROJECT, shown
-from harness.records.run_dir import write_json
+from harness.records.files import write_json
 
 RESULTS = PROJECT / "docs" / "benchmarks"
 HERE = Path(sys.executable)

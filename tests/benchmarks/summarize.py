@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from harness.records.run_dir import write_json, write_text
+from harness.records.files import write_json, write_text
 from tests.benchmarks import figures
 from tests.benchmarks.side_by_side import RESULTS, middle
 

@@ -14,8 +14,9 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from harness.config.metrics import without_timings
+from harness.records.files import SUMS, damage
 from harness.records.metrics_file import MetricsFile
-from harness.records.run_dir import SUMS, RunDir, damage
+from harness.records.run_dir import RunDir
 
 # With times, places or what one process said in them; compared, where it matters, by what they say.
 _READ = ("log.txt", "manifest.json", "recipe.yaml", "metrics.jsonl", "state.json", SUMS)

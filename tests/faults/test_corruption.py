@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from harness.core.errors import UserError
-from harness.records.run_dir import RunDir, damage, verify_folder
+from harness.records.files import damage, verify_folder
+from harness.records.run_dir import RunDir
 from tests.faults.cases import CORRUPTIONS, NAMED, OTHERS, REFUSALS, REFUSED, Corruption
 from tests.faults.compare import differences, digests, lost_steps, rows
 from tests.faults.conftest import Record, Runs, Whole

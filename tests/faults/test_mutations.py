@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 
 from harness import export, prepare, report, reproduce, run, sweep
 from harness.config import recipe as recipes
+from harness.config.bounds import BOUNDS
+from harness.config.digest import recipe_digest
 from harness.config.recipe_keys import known_keys
 from harness.config.schema import Recipe
-from harness.config.validate import _BOUNDS
 from harness.core.errors import UserError
 from harness.core.paths import RECIPES
 from rltrain.tools.preflight import check_run
@@ -176,7 +177,7 @@ def assert_sound(recipe: Recipe) -> None:
     check_node(recipe)
     again = recipes.from_dict(yaml.safe_load(recipes.to_yaml(recipe)))
     assert recipes.to_dict(again) == recipes.to_dict(recipe)
-    assert recipes.digest(again) == recipes.digest(recipe)
+    assert recipe_digest(again) == recipe_digest(recipe)
 
 
 def check_node(node: Any) -> None:
@@ -184,7 +185,7 @@ def check_node(node: Any) -> None:
         for item in dataclasses.fields(node):
             value = getattr(node, item.name)
             for name, limit in item.metadata.items():
-                assert value is None or _BOUNDS[name][0](value, limit), item.name
+                assert value is None or BOUNDS[name][0](value, limit), item.name
             check_node(value)
     elif isinstance(node, dict | list):
         for value in [*node, *node.values()] if isinstance(node, dict) else node:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,10 @@ import pandas as pd
 
 from harness.config import recipe as recipes
 from harness.config.schema import Recipe
-from harness.loggers import sinks
-from harness.loggers.logfiles import event_records, wandb_records
+from harness.loggers.loggers import Loggers
+from harness.records.files import write_bytes
 from harness.records.metrics_file import MetricsFile
-from harness.records.run_dir import RunDir, Status, write_bytes
+from harness.records.run_dir import RunDir, Status
 from tests.recipes import quickstart
 
 
@@ -64,7 +66,7 @@ def train(
     """
     file = MetricsFile(run_dir.metrics)
     file.truncate(steps.start - 1)
-    with contextlib.closing(sinks.Sinks(recipe, run_dir, group=group)) as log:
+    with contextlib.closing(Loggers(recipe, run_dir, group=group)) as log:
         for step in steps:
             row = row_of(step, evaluated=step % 4 == 0)
             if step % 4 == 0:
@@ -80,6 +82,52 @@ def train(
                     Status.COMPLETE, result={"step": total, "metrics": {"eval/accuracy": 0.8}}
                 )
             log.report(total, row)
+
+
+def wandb_records(content: bytes) -> Iterator[bytes]:
+    """The records of a `.wandb` file: 7 bytes of header, then LevelDB's log format with its blocks
+    of 32 KiB.
+    """
+    place, record = 7, b""
+    while place + 7 <= len(content):
+        left = 32768 - place % 32768
+        _, length, kind = struct.unpack_from("<IHB", content, place)
+        if left < 7:
+            place += left
+            continue
+        part = content[place + 7 : place + 7 + length]
+        if kind not in (1, 2, 3, 4) or len(part) < length:
+            return
+        place += 7 + length
+        record += part
+        # 1 is a whole record; 2, 3 and 4 are the first, a middle and the last part of one.
+        if kind in (1, 4):
+            yield record
+            record = b""
+
+
+def event_records(content: bytes) -> Iterator[bytes]:
+    """The records of an event file: each a length, a checksum, the record, a checksum."""
+    place = 0
+    while place + 12 <= len(content):
+        (length,) = struct.unpack_from("<Q", content, place)
+        record = content[place + 12 : place + 12 + length]
+        if len(record) < length:
+            return
+        yield record
+        place += length + 16
+
+
+def wandb_steps(run_dir: RunDir) -> list[int]:
+    """The steps that a run's `.wandb` files hold now, while W&B may still be writing."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    records = [
+        Record.FromString(data)
+        for file in sorted((run_dir.path / "wandb").glob("*run-*/*.wandb"))
+        for data in wandb_records(file.read_bytes())
+    ]
+    return [int(record.history.step.num) for record in records if record.HasField("history")]
 
 
 class WandBRun:

@@ -23,7 +23,8 @@ from harness.config.schema import Recipe
 from harness.core.errors import UserError
 from harness.core.paths import locate
 from harness.records import manifest
-from harness.records.run_dir import RunDir, write_json
+from harness.records.files import write_json
+from harness.records.run_dir import RunDir
 from rltrain.data.files import load_examples
 from rltrain.tools import export
 from rltrain.trainer import Trainer

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from harness.config import recipe as recipes
+from harness.config.digest import is_recipe_digest, older_digest, recipe_digest
 from harness.records import manifest
 from harness.records.run_dir import RunDir
 from rltrain import micro_batch_size
@@ -41,7 +42,7 @@ def test_what_was_chosen_is_written_into_the_runs_recipe_and_stays(
     pack = trainer.pack
     assert pack.members[0].max_tokens == 512
     assert _stored(run) == 512
-    assert recipes.is_digest(digest, recipes.read(run.recipe))
+    assert is_recipe_digest(digest, recipes.read(run.recipe))
     # Whatever fits another time.
     monkeypatch.setattr(memory, "tokens_that_fit", lambda *_, **__: 64)
     assert pack.add(recipes.read(run.recipe), run).max_tokens == 512
@@ -139,14 +140,14 @@ def test_a_gpu_is_tried_once_for_passes_of_a_size(
 
 def test_a_digest_from_before_passes_were_left_out_of_it_is_known(tmp_path: Path) -> None:
     recipe = recipes.load("quickstart")
-    old = recipes._digest(recipes.to_dict(recipe))
-    assert old != recipes.digest(recipe)
-    assert recipes.is_digest(old, recipe)
-    assert recipes.is_digest(recipes.digest(recipe), recipe)
+    old = older_digest(recipe)
+    assert old != recipe_digest(recipe)
+    assert is_recipe_digest(old, recipe)
+    assert is_recipe_digest(recipe_digest(recipe), recipe)
     other = recipes.load("quickstart", ["seed=1"])
-    assert not recipes.is_digest(old, other)
-    assert not recipes.is_digest(recipes.digest(recipe), other)
+    assert not is_recipe_digest(old, other)
+    assert not is_recipe_digest(recipe_digest(recipe), other)
     record = manifest.build(recipe, kind="run", name="x", source="test")
-    assert recipes.is_digest(
+    assert is_recipe_digest(
         record["recipe"]["digest"], recipes.with_values(recipe, {micro_batch_size.KEY: 77})
     )

@@ -22,10 +22,12 @@ from safetensors.torch import load_file, save_file
 
 from harness import reproduce, run
 from harness.config import recipe as recipes
+from harness.config.digest import recipe_digest
 from harness.config.schema import Recipe
 from harness.core.errors import UserError
 from harness.core.paths import PROJECT
-from harness.records.run_dir import RunDir, Status, write_json
+from harness.records.files import write_json
+from harness.records.run_dir import RunDir, Status
 from rltrain import worker_group
 from rltrain.trainer import Trainer
 from tests.integration.training import MakeRecipe, MakeRun, rows
@@ -90,7 +92,7 @@ def test_a_run_is_reproduced_to_the_bit(
     assert last.startswith("identical: 5 rows of metrics, 36 completions, weights best and final  ")
     assert rows(again(run_dir)) == rows(run_dir)
     one, two = (recipes.read(each.recipe) for each in (run_dir, again(run_dir)))
-    assert recipes.digest(one) == recipes.digest(two)
+    assert recipe_digest(one) == recipe_digest(two)
     record = again(run_dir).read_manifest()
     assert record["status"] == "COMPLETE"
     assert record["reproduces"]["verdict"].startswith("identical")

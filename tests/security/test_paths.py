@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from harness.config import recipe as recipes
 from harness.config.schema import Recipe
 from harness.core.errors import UserError
-from harness.records.run_dir import RunDir, place
+from harness.records.run_dir import RunDir, run_dir_for
 
 NAME = "trainer.run_name"
 ESCAPES = [
@@ -69,7 +69,7 @@ def test_a_run_name_that_is_a_path_is_refused(base: Recipe, name: str) -> None:
 )
 def test_other_names_are_taken(base: Recipe, name: str, tmp_path: Path) -> None:
     recipe = recipes.with_values(base, {NAME: name, "trainer.ckpt_path": str(tmp_path)})
-    assert place(recipe, "x.yaml").path == tmp_path / name
+    assert run_dir_for(recipe, "x.yaml").path == tmp_path / name
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)
@@ -83,7 +83,7 @@ def test_a_run_lies_in_its_ckpt_path(base: Recipe, name: str) -> None:
         recipe = recipes.with_values(base, {NAME: name, "trainer.ckpt_path": "/tmp/runs"})
     except UserError:
         return
-    assert place(recipe, "x.yaml").path.parent == Path("/tmp/runs").resolve()
+    assert run_dir_for(recipe, "x.yaml").path.parent == Path("/tmp/runs").resolve()
 
 
 @pytest.mark.parametrize("command", ["run", "sweep"])

@@ -6,6 +6,7 @@ from pathlib import Path
 from analysis import rerun
 from analysis.experiment import Experiment
 from harness.config import recipe as recipes
+from harness.config.digest import recipe_digest
 from harness.config.schema import Recipe
 from tests.unit.analysis.synthetic import Sweep, Trial, params, write_run, write_sweep
 
@@ -24,7 +25,7 @@ def digest_of(run_dir: Path) -> str:
 
 def _digest(recipe: Recipe) -> str:
     recipe.sweep = None
-    return recipes.digest(recipe)
+    return recipe_digest(recipe)
 
 
 def test_a_trials_command_trains_the_very_same_recipe(

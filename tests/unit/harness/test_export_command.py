@@ -16,7 +16,8 @@ import pytest
 from harness.core.errors import UserError
 from harness.core.paths import PROJECT
 from harness.export import main
-from harness.records.run_dir import RunDir, Status, seal
+from harness.records.files import seal
+from harness.records.run_dir import RunDir, Status
 from tests.unit.analysis.synthetic import (
     RANK,
     Sweep,

@@ -21,8 +21,9 @@ from harness.config import recipe as recipes
 from harness.core.errors import UserError
 from harness.core.paths import PROJECT
 from harness.records import manifest, rerun
+from harness.records.files import seal, write_json
 from harness.records.metrics_file import MetricsFile
-from harness.records.run_dir import RunDir, Status, seal, write_json
+from harness.records.run_dir import RunDir, Status
 from rltrain.tools import compare
 from rltrain.tools import reproduce as planning
 from tests.recipes import quickstart
@@ -186,7 +187,7 @@ def test_what_can_be_expected_on_a_gpu(
     record["hardware"]["gpus"] = gpus
     write_json(source.manifest, record)
     planned = planning.plan(source.path, tmp_path / "again")
-    reproduce._tell_agreement(planned)
+    reproduce._print_agreement(planned)
     said = capsys.readouterr().out
     assert ("on a GPU: " in said) is (expected is not None)
     assert expected is None or f"on a GPU: its recipe has {expected}, so the same" in said
@@ -227,9 +228,11 @@ def test_a_new_run_takes_name_and_place_of_its_own(made: MakeRun) -> None:
         ("mine", "mine"),
         ("sweep/trials/0003", "sweep-0003"),
     ]:
-        source, overrides, own = rerun.taken(made("trainer.resume_mode=none", name=name).path)
+        source, overrides, start = rerun.new_run_from(
+            made("trainer.resume_mode=none", name=name).path
+        )
         recipe = recipes.load(source, overrides)
-        assert own == wanted
+        assert start == wanted
         assert (recipe.trainer.run_name, recipe.trainer.ckpt_path, recipe.trainer.resume_mode) == (
             None,
             "runs",

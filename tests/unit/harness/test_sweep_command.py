@@ -42,7 +42,7 @@ def test_bad_input_exits_2_without_a_traceback() -> None:
         (["quickstart", "gsm8k_lora"], "one recipe at a time"),
         (["quickstart", "--dry-run", "--resume"], "leave out one"),
         (["quickstart", "--dryrun"], "--dryrun"),
-        (["quickstart", "--confirm", "0"], "--confirm is how many"),
+        (["quickstart", "--confirm", "0"], "--confirm is the number"),
         (["--confirm", "quickstart"], "invalid int value"),
         (["--resume"], "which sweep"),
         (["--resume", "runs/there-is-no-such-sweep"], "no manifest.json"),

@@ -13,7 +13,7 @@ import pytest
 
 from harness.config import recipe as recipes
 from harness.config.schema import Recipe
-from harness.records.run_dir import write_json
+from harness.records.files import write_json
 from sweeps import cost as estimate
 from sweeps import dry_run
 from sweeps.study import plan as plans

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from harness.config import recipe as recipes
+from harness.config.digest import recipe_digest
 from harness.config.expect import judge
 from harness.core.errors import UserError
 from tests.recipes import quickstart
@@ -76,6 +77,6 @@ def test_shipped_recipes_expect_an_accuracy(name: str) -> None:
 
 def test_expectations_do_not_make_another_experiment(tmp_path: Path) -> None:
     recipe = quickstart()
-    digest = recipes.digest(recipe)
+    digest = recipe_digest(recipe)
     recipe.expect = {}
-    assert recipes.digest(recipe) == digest
+    assert recipe_digest(recipe) == digest

@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from harness.loggers import sinks
-from harness.records.run_dir import RunDir
-from tests.integration.logged import sample, write_samples
+from harness.loggers.console import Console
+from tests.integration.logged import sample
 
 ESCAPE = "\x1b"
 
 
 def test_console_shows_progress_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
-    console = sinks.Console()
-    console.step(10, {"step": 0, "eval/accuracy": 0.25, "eval/num_problems": 12})
-    console.step(10, {"step": 4, "reward": 0.5, "step_time": 2.0})
+    console = Console()
+    console.log({"step": 0, "eval/accuracy": 0.25, "eval/num_problems": 12}, [], 10)
+    console.log({"step": 4, "reward": 0.5, "step_time": 2.0}, [], 10)
     first, second = capsys.readouterr().out.splitlines()
     assert first == "step  0/10  held-out 0.250  of 12 problems"
     assert "ETA 12 s" in second
 
 
 def test_console_shows_a_completion_and_one_rewarded_otherwise(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run_dir = RunDir(tmp_path)
-    path = write_samples(
-        run_dir,
-        16,
+    samples = [
         sample(completion="first\n\n#### 18"),
         sample(completion="as good"),
         sample(completion="so\nlong\n" * 40 + "#### 5", reward=0, finish_reason="length"),
-    )
-    sinks.Console().samples(16, path)
+    ]
+    Console().log({"step": 16}, samples, 20)
     assert capsys.readouterr().out.splitlines() == [
         "  sample at step 16: reward 1, wanted 18, 5 tokens, stopped",
         "    question    How many?",
@@ -46,27 +40,19 @@ def test_console_shows_a_completion_and_one_rewarded_otherwise(
         "                so",
         "                …",
         "                #### 5",
+        "step 16/20",
     ]
 
 
 @pytest.mark.claim("A terminal shows control characters as escapes")
 def test_console_shows_control_characters_as_escapes_and_long_lines_in_parts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     hostile = f"{ESCAPE}[31mred\rover\x07 \u202eback\u2028 ten\xa0dollars {'word ' * 200}"
-    sinks.Console().samples(
-        4, write_samples(RunDir(tmp_path), 4, sample(completion=hostile, question=""))
-    )
+    Console().log({"step": 4}, [sample(completion=hostile, question="")], 8)
     out = capsys.readouterr().out
     assert r"\x1b[31mred\rover\x07 \u202eback\u2028 ten dollars" in out
     assert not set(out) & set(f"{ESCAPE}\r\x07\u202e\u2028")
     assert "(empty)" in out
     assert max(map(len, out.splitlines())) <= 120
-    assert len(out.splitlines()) == 7
-
-
-def test_console_says_nothing_of_an_evaluation_that_kept_no_samples(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sinks.Console().samples(4, write_samples(RunDir(tmp_path), 4))
-    assert capsys.readouterr().out == ""
+    assert len(out.splitlines()) == 8

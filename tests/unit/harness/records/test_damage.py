@@ -13,10 +13,8 @@ from pathlib import Path
 import pytest
 
 from harness.core.errors import UserError
-from harness.records import run_dir as rundir
-from harness.records.metrics_file import MetricsFile
-from harness.records.run_dir import (
-    RunDir,
+from harness.records.files import (
+    SUMS,
     damage,
     remove_folder,
     tidy,
@@ -25,6 +23,8 @@ from harness.records.run_dir import (
     write_json,
     write_text,
 )
+from harness.records.metrics_file import MetricsFile
+from harness.records.run_dir import RunDir, Status
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_a_sealed_folder_is_sound_and_sha256sum_agrees(folder: Path) -> None:
     verify_folder(folder)
     assert (
         subprocess.run(
-            ["sha256sum", "--check", "--quiet", rundir.SUMS], cwd=folder, check=False
+            ["sha256sum", "--check", "--quiet", SUMS], cwd=folder, check=False
         ).returncode
         == 0
     )
@@ -56,10 +56,10 @@ def test_a_sealed_folder_is_sound_and_sha256sum_agrees(folder: Path) -> None:
         ("weights", b"", "weights is damaged"),
         ("weights", bytes(range(255)) + b"\0", "weights is damaged"),
         ("deeper/config", None, "deeper/config is missing"),
-        (rundir.SUMS, None, "SHA256SUMS is missing"),
-        (rundir.SUMS, b"", "SHA256SUMS is empty"),
-        (rundir.SUMS, b"\xff\xfe", "SHA256SUMS is damaged"),
-        (rundir.SUMS, b"0  ../outside\n", "SHA256SUMS is damaged"),
+        (SUMS, None, "SHA256SUMS is missing"),
+        (SUMS, b"", "SHA256SUMS is empty"),
+        (SUMS, b"\xff\xfe", "SHA256SUMS is damaged"),
+        (SUMS, b"0  ../outside\n", "SHA256SUMS is damaged"),
     ],
 )
 @pytest.mark.claim("Names lead nowhere else")
@@ -226,7 +226,7 @@ def test_a_manifest_to_go_on_with_is_sound(
         run_dir.sound_manifest()
     if "status" in change:
         with pytest.raises(UserError, match="manifest is damaged\n.*'DONE' is not a valid Status"):
-            run_dir.move_to(rundir.Status.RUNNING)
+            run_dir.move_to(Status.RUNNING)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe\x00"])

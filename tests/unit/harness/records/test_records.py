@@ -10,10 +10,12 @@ import pytest
 
 from harness.config import metrics
 from harness.config import recipe as recipes
+from harness.config.digest import recipe_digest
 from harness.core.errors import UserError
 from harness.records import manifest
+from harness.records.files import write_text
 from harness.records.metrics_file import MetricsFile
-from harness.records.run_dir import RunDir, Status, place, write_text
+from harness.records.run_dir import RunDir, Status, run_dir_for
 from tests.recipes import quickstart
 
 
@@ -60,7 +62,7 @@ def test_manifest_names_what_the_run_depends_on(run_dir: RunDir) -> None:
     record = run_dir.read_manifest()
     assert record["packages"]["torch"]
     assert record["hardware"]["cores"] >= 1
-    assert record["recipe"]["digest"] == recipes.digest(quickstart())
+    assert record["recipe"]["digest"] == recipe_digest(quickstart())
     assert all(digest.startswith("sha256:") for digest in record["data"].values())
 
 
@@ -106,8 +108,8 @@ def test_unwritable_place_is_a_user_error(tmp_path: Path) -> None:
 
 def test_place_uses_name_and_folder() -> None:
     recipe = quickstart(["trainer.run_name=mine", "trainer.ckpt_path=/tmp/there"])
-    assert place(recipe, "recipes/quickstart.yaml").path == Path("/tmp/there/mine")
-    unnamed = place(quickstart(), "recipes/quickstart.yaml").path
+    assert run_dir_for(recipe, "recipes/quickstart.yaml").path == Path("/tmp/there/mine")
+    unnamed = run_dir_for(quickstart(), "recipes/quickstart.yaml").path
     assert unnamed.parent == Path.cwd() / "runs"
     assert unnamed.name.startswith("quickstart-")
 
@@ -144,7 +146,7 @@ def test_direction_comes_from_the_definition() -> None:
     assert metrics.direction("eval/accuracy") == "maximize"
     assert metrics.direction("eval/pass@8") == "maximize"
     assert metrics.direction("step_time") == "minimize"
-    with pytest.raises(UserError, match="no better end"):
+    with pytest.raises(UserError, match="neither direction is better"):
         metrics.direction("entropy")
 
 

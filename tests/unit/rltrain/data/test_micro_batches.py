@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.config.schema import Trainer
 from rltrain.data.batch import Batch, collate
 from rltrain.data.micro_batches import micro_batches, training_parts
 from rltrain.distributed.process_group import Ranks
@@ -69,7 +68,7 @@ def test_a_packed_row_has_no_padding_and_a_shared_prompt_once(share: bool, token
 
 
 def _parts(
-    batch: Batch, trainer: Trainer, moves: torch.Tensor, rank: int, ranks: int
+    batch: Batch, trainer: TrainerConfig, moves: torch.Tensor, rank: int, ranks: int
 ) -> list[Batch]:
     return [
         part
@@ -80,7 +79,7 @@ def _parts(
 
 
 def test_ranks_train_on_every_sequence_once_and_as_often_as_each_other() -> None:
-    trainer = Trainer(micro_train_batch_size_per_gpu=2)
+    trainer = TrainerConfig(micro_train_batch_size_per_gpu=2)
     batch = _of_lengths([1, 2, 3, 4, 5, 6, 7])
     batch.loss_mask[2] = 0
     all_move = torch.ones(7, dtype=torch.bool)

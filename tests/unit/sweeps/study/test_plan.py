@@ -139,7 +139,7 @@ def test_a_grid_needs_values() -> None:
     ("metric", "said"),
     [
         ("eval/acuracy", "did you mean eval/accuracy?"),
-        ("kl", "no better end"),
+        ("kl", "neither direction is better"),
         ("eval/pass@4", "generator.eval_n_samples_per_prompt=4"),
     ],
 )

@@ -13,6 +13,7 @@ from optuna.trial import TrialState
 
 from harness import run
 from harness.config import recipe as recipes
+from harness.config.digest import recipe_digest
 from harness.config.schema import Recipe
 from harness.core.errors import UserError
 from harness.records.metrics_file import MetricsFile
@@ -75,7 +76,7 @@ def test_a_trial_is_a_run_that_its_overrides_make_again(tmp_path: Path) -> None:
         overrides = manifest["recipe"]["overrides"]
         assert not any(override.startswith(("sweep", "trainer.run_name")) for override in overrides)
         again = recipes.load("recipes/base.yaml", overrides)
-        assert recipes.digest(again) == manifest["recipe"]["digest"]
+        assert recipe_digest(again) == manifest["recipe"]["digest"]
         own = recipes.read(run_dir.recipe)
         assert own.sweep is None
         assert own.seed == 3
