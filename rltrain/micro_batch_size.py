@@ -1,6 +1,11 @@
-"""How many tokens a run's micro-batches hold, found out before its first step."""
+"""How many tokens a micro-batch holds: settled before the first step, fewer after out of memory."""
 
 from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -8,15 +13,20 @@ from harness.config import recipe as recipes
 from harness.records.files import write_text
 from rltrain.algorithms.trained_model import TrainedModel
 from rltrain.data.batch import Batch, collate
+from rltrain.distributed.device_memory import free_memory, release
+from rltrain.distributed.process_group import Ranks
 from rltrain.member import Member
-from rltrain.out_of_memory import with_smaller_passes
 from rltrain.pack import Pack
-from rltrain.step import accumulate_gradients
+
+T = TypeVar("T")
+# `rltrain.step.accumulate_gradients`.
+Accumulate = Callable[[Pack, Member, TrainedModel, Batch, int], object]
 
 KEY = "trainer.max_tokens_per_microbatch"
+RETRIES = 4
 
 
-def settle_micro_batch_size(pack: Pack, member: Member) -> None:
+def settle_micro_batch_size(pack: Pack, member: Member, accumulate: Accumulate) -> None:
     """Where the recipe says `auto`, try whether the estimate fits, and write the number down.
 
     A resumed run and a reproduction then compute the same. Only a GPU needs the trial, which is
@@ -27,7 +37,7 @@ def settle_micro_batch_size(pack: Pack, member: Member) -> None:
     assert member.max_tokens is not None
     if pack.device.type == "cuda" and member.max_tokens > pack.tried_tokens:
         with pack.engine_asleep():
-            try_largest_micro_batch(pack, member)
+            try_largest_micro_batch(pack, member, accumulate)
         pack.tried_tokens = member.max_tokens
     member.recipe.trainer.max_tokens_per_microbatch = member.max_tokens
 
@@ -40,13 +50,13 @@ def settle_micro_batch_size(pack: Pack, member: Member) -> None:
     pack.ranks.once(write)
 
 
-def try_largest_micro_batch(pack: Pack, member: Member) -> None:
+def try_largest_micro_batch(pack: Pack, member: Member, accumulate: Accumulate) -> None:
     """Try a pass over the longest possible sequences; lower the limit if it is too large."""
     for model in member.trained_models:
         model.activate()
 
         def compute(model: TrainedModel = model) -> object:
-            return accumulate_gradients(pack, member, model, _longest_sequences(pack, member), 0)
+            return accumulate(pack, member, model, _longest_sequences(pack, member), 0)
 
         with_smaller_passes(member, pack.ranks, compute)
         model.optimizer.zero_grad()
@@ -64,3 +74,53 @@ def _longest_sequences(pack: Pack, member: Member) -> Batch:
     for name in ("old_logprobs", "ref_logprobs", "values", "returns", "advantages"):
         setattr(batch, name, torch.ones_like(batch.mask))
     return batch
+
+
+class PassTooLarge(RuntimeError):
+    """A pass ran out of memory; `tokens` and `sequences` are those of the largest micro-batch."""
+
+    def __init__(self, micros: Sequence[Batch], reason: str) -> None:
+        largest = max(micros, key=lambda micro: micro.packed_tokens)
+        self.sequences, self.tokens = len(largest), largest.packed_tokens
+        fix = "shorter sequences, trainer.gradient_checkpointing=true or a GPU with more memory"
+        if self.sequences > 1:
+            fix = f"trainer.max_tokens_per_microbatch={self.tokens // 2}"
+        super().__init__(
+            f"out of memory in a pass over {self.sequences} sequences, {self.tokens} tokens: "
+            f"{reason}; what would help: {fix}"
+        )
+
+
+@contextlib.contextmanager
+def checked(micros: Sequence[Batch]) -> Iterator[None]:
+    """Raise PassTooLarge where one of these micro-batches runs out of memory; keep no tensors."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        release(error)
+        reason = str(error).split(". ")[0]
+        raise PassTooLarge(micros, reason) from None
+
+
+def with_smaller_passes(member: Member, ranks: Ranks, compute: Callable[[], T]) -> T:
+    """Call `compute`; where it runs out of memory, again with half the tokens, four times at most.
+
+    `compute` must start anew each time and cut its micro-batches by `member.max_tokens`. The error
+    is raised where a single sequence is too large, and with several ranks, which would wait.
+    """
+    for _ in range(RETRIES):
+        try:
+            return compute()
+        except PassTooLarge as error:
+            if error.sequences == 1 or ranks.size > 1:
+                raise
+            tokens = max(1, error.tokens // 2)
+        free_memory()
+        member.limit_tokens(tokens)
+        print(
+            f"out of memory at step {member.step + 1}: passes have at most {tokens} tokens from "
+            "now on",
+            file=sys.stderr,
+            flush=True,
+        )
+    return compute()

@@ -36,7 +36,7 @@ from rltrain.member import Member, sync_tolerance, total_steps
 from rltrain.models import loading, memory
 from rltrain.models.flops import measured_peak
 from rltrain.models.logprobs import AdapterOff, FrozenModel, Reference, computing_dtype
-from rltrain.sync.base import build_sync
+from rltrain.sync.registry import build_sync
 
 P = ParamSpec("P")
 T = TypeVar("T")

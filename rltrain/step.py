@@ -13,7 +13,7 @@ from rltrain.data.batch import Batch
 from rltrain.data.micro_batches import micro_batches, shares, training_parts
 from rltrain.data.seeding import stream_seed
 from rltrain.member import Member
-from rltrain.out_of_memory import checked, with_smaller_passes
+from rltrain.micro_batch_size import checked, with_smaller_passes
 from rltrain.pack import Pack
 from rltrain.rollout import Rollout, sample_rollouts
 

@@ -12,8 +12,8 @@ from typing import Self
 
 import torch
 
-from harness.config.flops import flops_per_token
 from harness.config.schema import Recipe
+from harness.config.shapes import flops_per_token
 from harness.core.errors import UserError
 from harness.records.run_dir import RunDir, Status
 from rltrain import checkpoint
@@ -24,7 +24,7 @@ from rltrain.micro_batch_size import settle_micro_batch_size
 from rltrain.models.loading import adapter_statistics
 from rltrain.pack import Pack
 from rltrain.report import StepReport
-from rltrain.step import train_step
+from rltrain.step import accumulate_gradients, train_step
 
 ACCURACY = "eval/accuracy"
 
@@ -72,7 +72,7 @@ class Trainer:
         member = self._members[run_dir.path] = pack.add(recipe, run_dir)
         pack.ranks.once(lambda: run_dir.move_to(Status.RUNNING))
         member.seconds_before = run_dir.read_manifest().get("seconds", 0.0)
-        settle_micro_batch_size(pack, member)
+        settle_micro_batch_size(pack, member, accumulate_gradients)
         self._resume(member)
         if member.done:
             checkpoint.restore_final_adapter(pack, member)

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.config import recipe as recipes
-from harness.config.flops import flops_per_token, training_flops
 from harness.config.schema import Device, Recipe
-from harness.config.shapes import shape_of
+from harness.config.shapes import flops_per_token, shape_of, training_flops
 from harness.core.errors import UserError
 from harness.core.paths import locate
 from rltrain.data.files import count_rows

@@ -1,4 +1,4 @@
-"""Sizes of causal language models, from their config.json or as published."""
+"""Sizes of causal language models, as published or by config.json, and FLOPs of their training."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.config.schema import AdvantageEstimator, Recipe
 from harness.core.paths import locate
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
+# FLOPs per parameter and token of a forward pass.
+FORWARD = 2
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -167,3 +170,49 @@ def _read(file: Path | None) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}
+
+
+def training_flops(parameters: float, *, forwards: int, updates: int, full: bool) -> float:
+    """Return model FLOPs per token of `forwards` forward passes and `updates` training passes.
+
+    A forward pass takes 2 per parameter. A training pass is a forward pass and a backward pass,
+    which takes 2 for activations and, in full fine-tuning, 2 for weights (Kaplan et al. 2020,
+    arXiv 2001.08361, section 2.1). Attention and the adapters' own products are left out. Of a
+    mixture of experts `parameters` are the active ones.
+    """
+    backward = 4 if full else 2
+    return parameters * (forwards * FORWARD + updates * (FORWARD + backward))
+
+
+def needs_old_logprobs(recipe: Recipe) -> bool:
+    """Return whether a step recomputes the sampling policy's log-probabilities.
+
+    It does where updates see another policy than the one that sampled (several updates a step, or
+    dropout), and where rewards include KL.
+    """
+    trainer = recipe.trainer
+    updates = trainer.update_epochs_per_batch * (
+        trainer.train_batch_size // trainer.policy_mini_batch_size
+    )
+    dropout = trainer.policy.model.lora.dropout > 0
+    return updates > 1 or dropout or trainer.algorithm.use_kl_in_reward
+
+
+def flops_per_token(recipe: Recipe, parameters: float) -> float:
+    """Return model FLOPs of a training step, per token of its batch.
+
+    Every token is sampled, evaluated once more for old log-probabilities and for the reference
+    where the recipe needs these, and trained on `update_epochs_per_batch` times. A critic adds one
+    forward pass and its own training; it is taken to be as large as the policy.
+    """
+    trainer, epochs = recipe.trainer, recipe.trainer.update_epochs_per_batch
+    algorithm, policy, critic = trainer.algorithm, trainer.policy.model, trainer.critic.model
+    reference = algorithm.use_kl_loss or algorithm.use_kl_in_reward
+    forwards = 1 + needs_old_logprobs(recipe) + reference
+    flops = training_flops(
+        parameters, forwards=forwards, updates=epochs, full=policy.lora.rank == 0
+    )
+    if algorithm.advantage_estimator is AdvantageEstimator["gae"]:
+        full = critic.lora.rank == 0
+        flops += training_flops(parameters, forwards=1, updates=epochs, full=full)
+    return flops

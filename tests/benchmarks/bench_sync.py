@@ -57,7 +57,7 @@ def _timed(backend: Backend, rank: int, modes: list[SyncMode]) -> dict[SyncMode,
 
     from rltrain.engines.base import EngineOptions, build_engine, stop_token_ids
     from rltrain.models import loading as models
-    from rltrain.sync.base import build_sync
+    from rltrain.sync.registry import build_sync
 
     torch.set_num_threads(1)
     recipe = recipes.load(

@@ -42,7 +42,7 @@ from rltrain.models.loading import (
 )
 from rltrain.models.logprobs import token_logprobs
 from rltrain.models.lora import adapter_off
-from rltrain.sync.base import build_sync
+from rltrain.sync.registry import build_sync
 from tests.recipes import quickstart
 
 LAYERS = 2

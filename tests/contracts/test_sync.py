@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from harness.config.schema import Backend, SyncMode
 from harness.core.errors import UserError
 from rltrain.engines.base import Engine, Sample, SyncError
-from rltrain.sync.base import SYNCS, build_sync
 from rltrain.sync.check import check_sync
 from rltrain.sync.disk import write_adapter
 from rltrain.sync.merge import merged_weights
+from rltrain.sync.registry import SYNCS, build_sync
 from tests.contracts.tiny import (
     KINDS,
     Kind,

@@ -19,6 +19,7 @@ from rltrain.algorithms.trained_model import TrainedModel
 from rltrain.data.batch import Batch
 from rltrain.models import memory
 from rltrain.pack import Pack
+from rltrain.step import accumulate_gradients
 from rltrain.trainer import Trainer
 from tests.integration.training import MakeRecipe, MakeRun, Open
 
@@ -87,7 +88,7 @@ def test_a_pass_is_tried_and_made_smaller_until_it_fits(
     seen: dict[type, list[int]] = {Policy: [], Critic: []}
     for kind in seen:
         _fail_above(kind, 700, seen[kind], monkeypatch)
-    micro_batch_size.try_largest_micro_batch(pack, member)
+    micro_batch_size.try_largest_micro_batch(pack, member, accumulate_gradients)
     # Sequences of 128 + 64 tokens: 10 of them, then half, then half of that.
     assert member.max_tokens is not None
     assert member.max_tokens <= 700
@@ -125,7 +126,7 @@ def test_a_gpu_is_tried_once_for_passes_of_a_size(
     monkeypatch.setattr(
         micro_batch_size,
         "try_largest_micro_batch",
-        lambda _, member: tried.append(member.max_tokens),
+        lambda _, member, *__: tried.append(member.max_tokens),
     )
     for place, tokens in enumerate([512, 256, 1024, 1024]):
         monkeypatch.setattr(memory, "tokens_that_fit", lambda *_, tokens=tokens, **__: tokens)
@@ -133,7 +134,7 @@ def test_a_gpu_is_tried_once_for_passes_of_a_size(
         member = pack.add(recipe, new_run(recipe, f"run{place}"))
         with monkeypatch.context() as patched:
             patched.setattr(pack, "device", torch.device("cuda"))
-            micro_batch_size.settle_micro_batch_size(pack, member)
+            micro_batch_size.settle_micro_batch_size(pack, member, accumulate_gradients)
     assert tried == [512, 1024]
     pack.close()
 

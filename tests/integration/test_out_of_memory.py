@@ -19,8 +19,8 @@ from harness.records.metrics_file import MetricsFile
 from rltrain.algorithms.policy import Policy
 from rltrain.data.batch import Batch
 from rltrain.engines.transformers import TransformersEngine
+from rltrain.micro_batch_size import PassTooLarge
 from rltrain.models import logprobs as logprobs_module
-from rltrain.out_of_memory import PassTooLarge
 from rltrain.pack import Pack
 from rltrain.report import StepReport
 from rltrain.trainer import Trainer

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harness.config.schema import TrainerConfig
 from rltrain.data.batch import Batch, collate
 from rltrain.data.micro_batches import micro_batches, training_parts
 from rltrain.distributed.process_group import Ranks

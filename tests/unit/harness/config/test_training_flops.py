@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from harness.config import recipe as recipes
-from harness.config.flops import flops_per_token, needs_old_logprobs, training_flops
+from harness.config.shapes import flops_per_token, needs_old_logprobs, training_flops
 from tests.recipes import quickstart
 
 RANK, CRITIC_RANK = "trainer.policy.model.lora.rank", "trainer.critic.model.lora.rank"
