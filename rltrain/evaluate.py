@@ -9,9 +9,9 @@ import torch
 
 from rltrain.engines.base import Request, Sample
 from rltrain.member import Member, truncates
+from rltrain.micro_batch_size import in_micro_batches
 from rltrain.pack import Pack
 from rltrain.rollout import Rollout, request, score
-from rltrain.step import in_micro_batches
 
 Evaluation = tuple[dict[str, float], Rollout]
 

@@ -1,4 +1,4 @@
-"""How many tokens a micro-batch holds: settled before the first step, fewer after out of memory."""
+"""Micro-batches that fit into memory: their size, and what to do when one does not fit."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from harness.config import recipe as recipes
 from harness.records.files import write_text
 from rltrain.algorithms.trained_model import TrainedModel
 from rltrain.data.batch import Batch, collate
+from rltrain.data.micro_batches import micro_batches, shares
 from rltrain.distributed.device_memory import free_memory, release
 from rltrain.distributed.process_group import Ranks
 from rltrain.member import Member
@@ -124,3 +125,30 @@ def with_smaller_passes(member: Member, ranks: Ranks, compute: Callable[[], T]) 
             flush=True,
         )
     return compute()
+
+
+@torch.no_grad()
+def in_micro_batches(
+    pack: Pack, member: Member, batch: Batch, compute: Callable[[Batch], torch.Tensor]
+) -> torch.Tensor:
+    """Compute `[B, T]` in micro-batches, zeros where there is no token; ranks share the rows."""
+    ranks, size = pack.ranks, member.recipe.trainer.micro_forward_batch_size_per_gpu
+
+    def attempt() -> torch.Tensor:
+        plans = [
+            micro_batches(batch, rows, size, member.max_tokens)
+            for rows in shares(range(len(batch)), ranks.size)
+        ]
+        # A sharded model computes on all ranks at once. A rank that has fewer micro-batches than
+        # others computes row 0 again, and drops the result.
+        plan = plans[ranks.rank] + [[]] * (max(map(len, plans)) - len(plans[ranks.rank]))
+        micros = [batch.take(rows or [0]) for rows in plan]
+        with checked(micros):
+            values = [compute(micro) for micro in micros]
+        result = torch.zeros_like(batch.mask)
+        for rows, value in zip(plan, values, strict=True):
+            if rows:
+                result[rows, : value.shape[1]] = value.cpu()
+        return ranks.sum_rows(result * batch.mask)
+
+    return with_smaller_passes(member, ranks, attempt)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -10,10 +10,10 @@ import torch
 from rltrain.algorithms.advantages import compute_advantages
 from rltrain.algorithms.trained_model import MAXIMA, Row, Statistics, TrainedModel
 from rltrain.data.batch import Batch
-from rltrain.data.micro_batches import micro_batches, shares, training_parts
+from rltrain.data.micro_batches import training_parts
 from rltrain.data.seeding import stream_seed
 from rltrain.member import Member
-from rltrain.micro_batch_size import checked, with_smaller_passes
+from rltrain.micro_batch_size import checked, in_micro_batches, with_smaller_passes
 from rltrain.pack import Pack
 from rltrain.rollout import Rollout, sample_rollouts
 
@@ -69,33 +69,6 @@ def train_member(pack: Pack, rollout: Rollout) -> Row:
         ]
         row |= combine_updates(model, updates, row)
     return row
-
-
-@torch.no_grad()
-def in_micro_batches(
-    pack: Pack, member: Member, batch: Batch, compute: Callable[[Batch], torch.Tensor]
-) -> torch.Tensor:
-    """Compute `[B, T]` in micro-batches, zeros where there is no token; ranks share the rows."""
-    ranks, size = pack.ranks, member.recipe.trainer.micro_forward_batch_size_per_gpu
-
-    def attempt() -> torch.Tensor:
-        plans = [
-            micro_batches(batch, rows, size, member.max_tokens)
-            for rows in shares(range(len(batch)), ranks.size)
-        ]
-        # A sharded model computes on all ranks at once. A rank that has fewer micro-batches than
-        # others computes row 0 again, and drops the result.
-        plan = plans[ranks.rank] + [[]] * (max(map(len, plans)) - len(plans[ranks.rank]))
-        micros = [batch.take(rows or [0]) for rows in plan]
-        with checked(micros):
-            values = [compute(micro) for micro in micros]
-        result = torch.zeros_like(batch.mask)
-        for rows, value in zip(plan, values, strict=True):
-            if rows:
-                result[rows, : value.shape[1]] = value.cpu()
-        return ranks.sum_rows(result * batch.mask)
-
-    return with_smaller_passes(member, ranks, attempt)
 
 
 def mini_batches(batch: Batch, size: int, epochs: int) -> Iterator[Batch]:
