@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from harness.config.schema import Recipe, Sampling
+from harness.config.shapes import needs_old_logprobs
 from harness.records.metrics_file import MetricsFile
 from harness.records.run_dir import RunDir
 from rltrain.algorithms.critic import Critic
@@ -64,16 +65,8 @@ class Member:
 
     @property
     def needs_old_logprobs(self) -> bool:
-        """Whether the log-probabilities of the policy that sampled are needed before the updates.
-
-        They are where updates see another policy (several a step, or dropout) or rewards hold KL.
-        """
-        trainer = self.recipe.trainer
-        updates = trainer.update_epochs_per_batch * (
-            trainer.train_batch_size // trainer.policy_mini_batch_size
-        )
-        dropout = trainer.policy.model.lora.dropout
-        return updates > 1 or dropout > 0 or trainer.algorithm.use_kl_in_reward
+        """Whether a step computes the log-probabilities of the policy that sampled, apart."""
+        return needs_old_logprobs(self.recipe)
 
     @property
     def total_steps(self) -> int:
