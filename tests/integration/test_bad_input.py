@@ -60,7 +60,7 @@ CASES: list[tuple[list[str], str]] = [
     ([*RUN, "environment.env_class=os.path"], "has no reward"),
     ([*RUN, "environment.env_class=no.such.module"], "cannot import the environment module"),
     ([*RUN, "sweep.sampler=cmaes"], "tpe, random, grid"),
-    ([*RUN, "trainer.run_name=../outside"], "no path"),
+    ([*RUN, "trainer.run_name=../outside"], "not a path"),
     ([*RUN, "trainer.policy.optimizer_config.lr=-1"], "out of range"),
     ([*RUN, "data.train_data=[nowhere.parquet]"], "nowhere.parquet"),
     (["run", "recipes/quikstart.yaml"], "did you mean recipes/quickstart.yaml?"),
@@ -70,7 +70,7 @@ CASES: list[tuple[list[str], str]] = [
     (["run", "--resume", "runs/x", f"{LORA}.rank=3"], "only where and how it computes may change"),
     ([*RUN, "--dry-run", "--resume", "runs/x"], "leave out one of the two"),
     (["run", "gsm8k_lora", "generator.run_engines_locally=false"], "engines on other servers"),
-    ([*RUN, "trainer.run_name=a/b"], "no path"),
+    ([*RUN, "trainer.run_name=a/b"], "not a path"),
     # Settings that contradict each other.
     ([*RUN, "trainer.policy_mini_batch_size=32"], "must divide"),
     ([*RUN, "trainer.critic_mini_batch_size=5"], "must divide"),

@@ -91,7 +91,7 @@ def test_both_commands_refuse_it_before_they_write(command: str, tmp_path: Path)
     from harness import run, sweep
 
     there = tmp_path / "there"
-    with pytest.raises(UserError, match="no path"):
+    with pytest.raises(UserError, match="not a path"):
         {"run": run, "sweep": sweep}[command].main(
             ["quickstart", f"trainer.ckpt_path={there}", f"{NAME}=../outside"]
         )
