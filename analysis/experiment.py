@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from analysis import stats
-from analysis.labels import LR, RANK
-from analysis.levels import Comparison, compare_values, expected
-from analysis.load import Tables, load
-from analysis.records import THEN, parsed_recipe
-from analysis.rows import as_trials, param_columns
-from analysis.sources import DEFAULT_METRIC
-from analysis.stats_seeds import Held
+from analysis.data.labels import LR, RANK
+from analysis.data.records import THEN, parsed_recipe
+from analysis.data.rows import as_trials, param_columns
+from analysis.data.sources import DEFAULT_METRIC
+from analysis.data.tables import Tables, load
+from analysis.stats import ranking as stats
+from analysis.stats.selection import Held
+from analysis.stats.values import Comparison, compare_values, expected
 from harness.config import metrics
 from harness.core.errors import UserError
 from harness.records.run_dir import Status

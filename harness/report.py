@@ -14,16 +14,16 @@ from harness.core.errors import UserError, nearest, visible
 from harness.records.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from analysis.report import Report
+    from analysis.report.write import Report
 
 
 def main(argv: list[str]) -> int:
     """Write the report and print its answer and its path."""
     arguments = _parse(argv)
-    from analysis.load import write_results
-    from analysis.records import check_own
-    from analysis.report import holds_tables, read, write
-    from analysis.watch import watch_report
+    from analysis.data.records import check_own
+    from analysis.data.tables import write_results
+    from analysis.report.watch import watch_report
+    from analysis.report.write import holds_tables, read, write
 
     directories: list[Path] = arguments.directories
     made = [directory for directory in directories if not holds_tables(directory)]
@@ -102,8 +102,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _tables_of_several(directory: Path) -> bool:
-    from analysis.load import Tables
-    from analysis.report import holds_tables
+    from analysis.data.tables import Tables
+    from analysis.report.write import holds_tables
 
     return holds_tables(directory) and len(Tables.read(directory).sources) > 1
 
@@ -120,7 +120,7 @@ def _manifest(directory: Path) -> dict[str, object]:
     """The manifest of a run or sweep; raises UserError naming those that lie under runs/ or under
     `directory`.
     """
-    from analysis.records import check_own
+    from analysis.data.records import check_own
 
     run = RunDir(directory)
     if run.manifest.is_file():

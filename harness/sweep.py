@@ -179,10 +179,10 @@ def _run(session: Session, *, new: bool) -> int:
 
 def _finish(session: Session, study: Study, place: str) -> int:
     """Results, report, best configuration and the command that runs its best trial again."""
+    from analysis.data.commands import command
+    from analysis.data.tables import write_results
     from analysis.experiment import Experiment
-    from analysis.load import write_results
-    from analysis.report import write_report
-    from analysis.rerun import command
+    from analysis.report.write import write_report
     from sweeps.session import conclude
 
     experiment = Experiment.open(session.sweep_dir.path)

@@ -7,8 +7,8 @@ from __future__ import annotations
 from analysis.claims import cost, curves, matching, rates
 from analysis.claims.claim import Claim, Verdict, with_holm
 from analysis.claims.evidence import Evidence, contexts, evidence
-from analysis.load import Tables
-from analysis.stats_tests import holm
+from analysis.data.tables import Tables
+from analysis.stats.effects import holm
 
 __all__ = [
     "CLAIMS",

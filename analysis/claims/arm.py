@@ -12,9 +12,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.stats import GOOD_SHARE
-from analysis.stats_seeds import confirmed, held_out
-from analysis.stats_tests import Estimate
+from analysis.stats.effects import Estimate
+from analysis.stats.ranking import GOOD_SHARE
+from analysis.stats.selection import confirmed, held_out
 
 Floats = NDArray[np.float64]
 # The basin is what keeps this share of the gain: its walls are steep there, so noise hardly moves

@@ -9,8 +9,8 @@ from typing import Literal
 
 from analysis.claims.arm import Arm
 from analysis.claims.evidence import Evidence
-from analysis.labels import lr as rate_text
-from analysis.stats_tests import ALPHA, Estimate, Outcome, combined, difference, seeds_needed
+from analysis.data.labels import lr as rate_text
+from analysis.stats.effects import ALPHA, Estimate, Outcome, combined, difference, seeds_needed
 
 HOLDS: Literal["holds"] = "holds"
 FAILS: Literal["does not hold"] = "does not hold"

@@ -8,7 +8,7 @@ import numpy as np
 
 from analysis.claims.claim import Block, Finding
 from analysis.claims.evidence import Evidence
-from analysis.stats_tests import Estimate, Outcome, every, within
+from analysis.stats.effects import Estimate, Outcome, every, within
 
 CLAIMED = 2 / 3
 # As a share of the claimed ratio.

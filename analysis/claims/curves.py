@@ -10,8 +10,8 @@ import numpy as np
 from analysis.claims.arm import BASIN_SHARE, LEARNED, Floats
 from analysis.claims.claim import Block, Finding
 from analysis.claims.evidence import Evidence, Mask
-from analysis.labels import listed
-from analysis.stats_tests import Estimate, every, within
+from analysis.data.labels import listed
+from analysis.stats.effects import Estimate, every, within
 
 # Early is until the average curve has made this share of its rise.
 EARLY_SHARE = 0.5

@@ -20,8 +20,16 @@ from analysis.claims.claim import (
     untuned,
 )
 from analysis.claims.evidence import ALL, ATTENTION, MLP, Evidence, Mask
-from analysis.labels import listed
-from analysis.stats_tests import Estimate, average, better, difference, equivalent, every, no_worse
+from analysis.data.labels import listed
+from analysis.stats.effects import (
+    Estimate,
+    average,
+    better,
+    difference,
+    equivalent,
+    every,
+    no_worse,
+)
 
 # A basin less than this wider, in decades, is no wider: a factor of 1.26 in learning rate.
 WIDER = 0.1

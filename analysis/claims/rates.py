@@ -14,8 +14,8 @@ import numpy as np
 from analysis.claims.arm import Arm, centre, pooled_centre_noise
 from analysis.claims.claim import Block, Finding, not_learned
 from analysis.claims.evidence import Evidence, Mask
-from analysis.labels import lr as rate_text
-from analysis.stats_tests import Estimate, better, beyond, combined, difference, within
+from analysis.data.labels import lr as rate_text
+from analysis.stats.effects import Estimate, better, beyond, combined, difference, within
 
 # Two rates within this factor of each other are about the same.
 FACTOR = 2.0

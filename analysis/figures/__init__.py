@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure as Canvas
 
 from analysis.experiment import Experiment
-from analysis.figures.theme import Look, Trace
+from analysis.figures.drawing.theme import Look, Trace
 
 
 @dataclass(frozen=True, slots=True)

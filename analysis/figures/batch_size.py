@@ -13,15 +13,15 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from analysis import labels
 from analysis.claims.arm import Arm
 from analysis.claims.claim import gap
 from analysis.claims.evidence import Evidence
 from analysis.claims.matching import by_batch
+from analysis.data import labels
 from analysis.experiment import Experiment
 from analysis.figures import Figure, Plot
-from analysis.figures.marks import agreeing, fit_scores, interval_marks, tuned
-from analysis.figures.theme import Look, base_line, legend, rank_styles
+from analysis.figures.drawing.marks import agreeing, fit_scores, interval_marks, tuned
+from analysis.figures.drawing.theme import Look, base_line, legend, rank_styles
 
 
 @dataclass(frozen=True, slots=True)

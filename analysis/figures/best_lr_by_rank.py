@@ -16,7 +16,6 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from analysis import labels
 from analysis.claims.arm import Arm
 from analysis.claims.evidence import Evidence, Mask
 from analysis.claims.rates import (
@@ -28,11 +27,12 @@ from analysis.claims.rates import (
     unlocated,
     usual_ranks,
 )
+from analysis.data import labels
 from analysis.experiment import Experiment
 from analysis.figures import Figure, Plot
-from analysis.figures.cells import besides, each, left_out
-from analysis.figures.theme import Look, legend, log_axis, rank_styles
-from analysis.stats_tests import Estimate, difference
+from analysis.figures.drawing.cells import besides, each, left_out
+from analysis.figures.drawing.theme import Look, legend, log_axis, rank_styles
+from analysis.stats.effects import Estimate, difference
 
 # No dependence; alpha/sqrt(r) and a fixed multiplier by muA (2602.06204).
 EXPONENTS = {"0": 0.0, "−1/4": -0.25, "−1/2": -0.5}

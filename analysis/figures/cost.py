@@ -12,10 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from analysis import labels
+from analysis.data import labels
 from analysis.experiment import Experiment
 from analysis.figures import Figure, Plot
-from analysis.figures.theme import Look, category_styles
+from analysis.figures.drawing.theme import Look, category_styles
 from harness.config.metrics import duration
 from harness.records.run_dir import Status
 

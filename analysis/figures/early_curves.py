@@ -13,13 +13,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 
-from analysis import labels
 from analysis.claims.claim import Block
 from analysis.claims.curves import CURVE_SHARE, SMOOTHING, Early, early_curves, leads
+from analysis.data import labels
 from analysis.experiment import Experiment
 from analysis.figures import Figure, Plot
-from analysis.figures.cells import each, left_out
-from analysis.figures.theme import Look, legend, rank_styles
+from analysis.figures.drawing.cells import each, left_out
+from analysis.figures.drawing.theme import Look, legend, rank_styles
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,10 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from analysis import labels
+from analysis.data import labels
 from analysis.experiment import Experiment
 from analysis.figures import Figure, Plot
-from analysis.figures.theme import Look, category_styles
+from analysis.figures.drawing.theme import Look, category_styles
 
 MAX_CONFIGURATIONS, MAX_POINTS = 4, 60
 _GAP = "sampling/sampling_logp_difference"

@@ -18,14 +18,14 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from analysis import labels
 from analysis.claims.evidence import Evidence
 from analysis.claims.rates import exponent, located
+from analysis.data import labels
 from analysis.experiment import Experiment
 from analysis.figures import Figure, Plot
-from analysis.figures.cells import configurations, each, edges, octaves, rate_columns
-from analysis.figures.theme import Look, log_axis
-from analysis.stats_tests import Estimate
+from analysis.figures.drawing.cells import configurations, each, edges, octaves, rate_columns
+from analysis.figures.drawing.theme import Look, log_axis
+from analysis.stats.effects import Estimate
 from harness.config import metrics
 
 # Neighbouring lines of equal alpha·lr are this factor apart.

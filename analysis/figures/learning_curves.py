@@ -15,11 +15,11 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator
 
-from analysis import labels
+from analysis.data import labels
 from analysis.experiment import Experiment
 from analysis.figures import Figure, Plot
-from analysis.figures.marks import run_names
-from analysis.figures.theme import (
+from analysis.figures.drawing.marks import run_names
+from analysis.figures.drawing.theme import (
     Look,
     Trace,
     base_line,

@@ -15,14 +15,14 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.transforms import Transform, blended_transform_factory
 
-from analysis import labels
+from analysis.data import labels
 from analysis.experiment import Experiment
 from analysis.figures import Figure, Plot
-from analysis.figures.cells import configurations, each
-from analysis.figures.marks import run_names
-from analysis.figures.theme import Look, Trace, base_line, legend, log_axis, rank_styles
-from analysis.reading import rate_words
-from analysis.stats import Basin
+from analysis.figures.drawing.cells import configurations, each
+from analysis.figures.drawing.marks import run_names
+from analysis.figures.drawing.theme import Look, Trace, base_line, legend, log_axis, rank_styles
+from analysis.report.answer import rate_words
+from analysis.stats.ranking import Basin
 from harness.records.run_dir import Status
 
 # Ranks that share a rate are drawn side by side, over this share of the distance to the next rate.

@@ -12,10 +12,10 @@ import pandas as pd
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 
-from analysis import labels
+from analysis.data import labels
 from analysis.experiment import Experiment
 from analysis.figures import Figure, Plot
-from analysis.figures.theme import Look, base_line, category_styles
+from analysis.figures.drawing.theme import Look, base_line, category_styles
 
 MAX_VALUES = 8
 

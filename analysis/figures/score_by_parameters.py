@@ -12,14 +12,14 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
-from analysis import labels
 from analysis.claims.evidence import Evidence, Mask
 from analysis.claims.matching import BITS_PER_PARAMETER
+from analysis.data import labels
 from analysis.experiment import Experiment
 from analysis.figures import Figure, Plot
-from analysis.figures.cells import besides, each, left_out
-from analysis.figures.marks import fit_scores, interval_marks
-from analysis.figures.theme import Look, base_line, category_styles, legend, log_axis
+from analysis.figures.drawing.cells import besides, each, left_out
+from analysis.figures.drawing.marks import fit_scores, interval_marks
+from analysis.figures.drawing.theme import Look, base_line, category_styles, legend, log_axis
 from harness.config import metrics
 
 FULL = "full fine-tuning"

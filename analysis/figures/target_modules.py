@@ -15,15 +15,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 
-from analysis import labels
 from analysis.claims.claim import gap
 from analysis.claims.evidence import Evidence, Mask
 from analysis.claims.matching import Pair, equal_parameters, equal_rank
+from analysis.data import labels
 from analysis.experiment import Experiment
 from analysis.figures import Figure, Plot
-from analysis.figures.marks import agreeing, fit_scores, interval_marks, tuned
-from analysis.figures.theme import Look, base_line, category_styles, legend
-from analysis.stats_tests import Estimate, average
+from analysis.figures.drawing.marks import agreeing, fit_scores, interval_marks, tuned
+from analysis.figures.drawing.theme import Look, base_line, category_styles, legend
+from analysis.stats.effects import Estimate, average
 
 EQUAL_RANK, EQUAL_PARAMETERS = "equal rank", "equal parameters"
 _MATCH = {EQUAL_RANK: equal_rank, EQUAL_PARAMETERS: equal_parameters}

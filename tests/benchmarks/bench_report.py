@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.report import write_report
+from analysis.report.write import write_report
 from harness.records.run_dir import Status
 from tests.benchmarks.side_by_side import write_record
 from tests.integration.browser import CHROMIUM, Browser

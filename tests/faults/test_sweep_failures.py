@@ -11,7 +11,7 @@ import pandas as pd
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from analysis.load import load_trials
+from analysis.data.tables import load_trials
 from harness import sweep
 from harness.records.run_dir import RunDir, Status
 from tests.faults.cases import ALONE, FAILURES, MOODS

@@ -5,10 +5,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis import compare
-from analysis.load import load
-from analysis.report import read, write
-from analysis.verdicts import claims
+from analysis.data.tables import load
+from analysis.report import compare
+from analysis.report.verdicts import claims
+from analysis.report.write import read, write
 from tests.unit.analysis.synthetic import Sweep, Trial, params, write_sweep
 
 

@@ -20,7 +20,7 @@ from PIL import Image, ImageColor
 from analysis import figures
 from analysis.experiment import Experiment
 from analysis.figures import Figure, Plot, all_figures, learning_curves
-from analysis.figures.theme import (
+from analysis.figures.drawing.theme import (
     OKABE_ITO,
     Draw,
     Look,

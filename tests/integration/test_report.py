@@ -10,10 +10,12 @@ import pandas as pd
 import pytest
 from matplotlib.image import imread
 
-from analysis import content, markup, page, report, tables
+from analysis.data.tables import Tables
 from analysis.experiment import Experiment
-from analysis.load import Tables
-from analysis.report import write_report
+from analysis.report import content, markup, tables
+from analysis.report import details as page
+from analysis.report import write as report
+from analysis.report.write import write_report
 from harness.core.errors import UserError
 from harness.records.run_dir import Status
 from tests.unit.analysis import worlds

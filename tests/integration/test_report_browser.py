@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from analysis.report import read, write, write_report
+from analysis.report.write import read, write, write_report
 from harness.records.run_dir import Status
 from tests.integration.browser import CHROMIUM, Browser, Page, Proxy, violations, watched
 from tests.unit.analysis.synthetic import Sweep, Trial, example, params, write_sweep

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from analysis import content, markup
+from analysis.data.tables import Tables
 from analysis.experiment import Experiment
 from analysis.figures import all_figures
-from analysis.figures.theme import Look, render_all
-from analysis.load import Tables
-from analysis.report import DOWNLOADS, FOLDER, REDRAW, lean, read, write
+from analysis.figures.drawing.theme import Look, render_all
+from analysis.report import content, markup
+from analysis.report.write import DOWNLOADS, FOLDER, REDRAW, lean, read, write
 from harness.core.paths import PROJECT, RECIPES
 
 STUDY = PROJECT / "docs" / "study"

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from analysis.labels import LR
-from analysis.levels import GAIN_SHARE, Comparison, compare_values
+from analysis.data.labels import LR
+from analysis.stats.values import GAIN_SHARE, Comparison, compare_values
 from tests.unit.analysis.simulation import BASE, GAIN, NOISE
 
 Floats = NDArray[np.float64]

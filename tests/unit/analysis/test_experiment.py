@@ -6,10 +6,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis import compare, reading, tables
-from analysis.decisions import decisions
 from analysis.experiment import Experiment
+from analysis.report import answer as reading
+from analysis.report import compare, tables
+from analysis.report.decisions import decisions
 from harness.records.run_dir import Status
+from tests.unit.analysis.data.test_tables import on_inputs
 from tests.unit.analysis.synthetic import (
     ALPHA,
     BASE,
@@ -24,7 +26,6 @@ from tests.unit.analysis.synthetic import (
     write_run,
     write_sweep,
 )
-from tests.unit.analysis.test_load import on_inputs
 
 
 def test_what_the_example_sweep_is(experiment: Experiment) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import rows, sources
+from analysis.data import rows, sources
+from analysis.data.labels import ALPHA, LR, RANK, TARGETS
+from analysis.data.tables import Tables
 from analysis.experiment import Experiment
-from analysis.labels import ALPHA, LR, RANK, TARGETS
-from analysis.load import Tables
 
 BATCH = "trainer.policy_mini_batch_size"
 KEYS = {"rank": RANK, "alpha": ALPHA, "lr": LR, "targets": TARGETS, "batch_size": BATCH}

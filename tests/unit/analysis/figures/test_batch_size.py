@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from analysis.figures import batch_size
-from analysis.figures.theme import Look, render
+from analysis.figures.drawing.theme import Look, render
 from tests.unit.analysis.figures.made import made
 
 COSTS = {0: 0.0, 1: 0.2, 16: 0.1}

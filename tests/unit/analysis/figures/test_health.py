@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from analysis.figures import health
-from analysis.figures.theme import Look, render
+from analysis.figures.drawing.theme import Look, render
 from tests.unit.analysis.figures.made import made
 
 NAMES = {"gap": "sampling/sampling_logp_difference/mean"}

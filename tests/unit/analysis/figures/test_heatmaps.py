@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 
 from analysis.figures import heatmaps
-from analysis.figures.cells import edges, octaves, rate_columns
+from analysis.figures.drawing.cells import edges, octaves, rate_columns
+from analysis.figures.drawing.theme import Look, render
 from analysis.figures.heatmaps import exponent_of_alpha
-from analysis.figures.theme import Look, render
 from tests.unit.analysis import worlds
 from tests.unit.analysis.figures.made import made
 from tests.unit.analysis.simulation import BEST, Arm, World, by_rank, by_scale

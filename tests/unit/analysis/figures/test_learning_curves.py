@@ -9,7 +9,7 @@ import pytest
 
 from analysis.experiment import Experiment
 from analysis.figures import learning_curves
-from analysis.figures.theme import Look, render, render_all
+from analysis.figures.drawing.theme import Look, render, render_all
 from tests.unit.analysis import worlds
 from tests.unit.analysis.figures.made import made
 from tests.unit.analysis.simulation import Arm, World

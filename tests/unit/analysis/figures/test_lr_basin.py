@@ -11,8 +11,8 @@ import pytest
 
 from analysis.experiment import Experiment
 from analysis.figures import lr_basin
-from analysis.figures.cells import each
-from analysis.figures.theme import Look, render, render_all
+from analysis.figures.drawing.cells import each
+from analysis.figures.drawing.theme import Look, render, render_all
 from tests.unit.analysis import worlds
 from tests.unit.analysis.figures.made import made
 from tests.unit.analysis.simulation import by_rank

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from analysis.figures import score_by_parameters
-from analysis.figures.theme import Look, render
+from analysis.figures.drawing.theme import Look, render
 from tests.unit.analysis import worlds
 from tests.unit.analysis.figures.made import made
 from tests.unit.analysis.simulation import BASE, GAIN, PER_STEP, STEPS, by_rank, placed

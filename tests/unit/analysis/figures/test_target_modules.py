@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from analysis.figures import target_modules
+from analysis.figures.drawing.theme import Look, render
 from analysis.figures.target_modules import EQUAL_PARAMETERS, EQUAL_RANK
-from analysis.figures.theme import Look, render
 from tests.unit.analysis.figures.made import made
 
 ARMS = {
