@@ -301,12 +301,7 @@ def test_the_code_is_the_source_that_trains_untracked_files_too(
         (tmp_path / name).mkdir()
     monkeypatch.setattr(machine, "PROJECT", tmp_path)
     seen = []
-    for name in (
-        "rltrain/step.py",
-        "harness/run.py",
-        "analysis/report/details.py",
-        "rltrain/notes.txt",
-    ):
+    for name in ("rltrain/step.py", "harness/run.py", "analysis/page.py", "rltrain/notes.txt"):
         (tmp_path / name).write_text("x = 1\n")
         machine.code_digest.cache_clear()
         seen.append(machine.code_digest())
