@@ -1,1 +1,1 @@
-"""TODO."""
+"""Run directories read into tables, one row a run."""

@@ -1,4 +1,4 @@
-"""The command that runs a trial again by itself."""
+"""Find the command that repeats a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -19,52 +19,38 @@ from harness.config.schema import Trainer
 from harness.core.errors import UserError
 from harness.core.paths import shown
 
-if TYPE_CHECKING:
-    from analysis.experiment import Experiment
-
-
-def command(experiment: Experiment, run_dir: str) -> str:
-    """The command that runs a run or trial again, as its row of the tables has it."""
-    runs = experiment.tables.runs
-    return str(runs.loc[runs["run_dir"] == run_dir, "command"].iloc[0])
-
 
 class Commands:
-    """`python -m harness.run ...` for the runs of a directory, quoted for a shell: each composes to
-    that very recipe.
+    """`python -m harness.run ...` for the runs of a directory, quoted for a shell.
 
-    That is the recipe file with the overrides the manifest records; where they no longer give the
-    same recipe (the file has changed or gone), the run's own saved recipe is named instead.
+    A command names the recipe file and the overrides that the manifest records. Where these no
+    longer give the run's recipe (the file changed or is gone), it names the run's saved recipe.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        # By recipe file and keys overridden: a recipe that was composed in full, and the run's own
-        # that it equals.
+        # By recipe file and overridden keys: the resolved recipe of the first run that the file
+        # reproduces; None where it does not.
         self._composed: dict[tuple[str, frozenset[str]], dict[str, Any] | None] = {}
 
     def command(self, record: Record) -> str:
-        """The command of one run."""
+        """Return the command of one run."""
         written = record.manifest.get("recipe") or {}
-        source, overrides = (
-            str(written.get("source")),
-            [str(override) for override in written.get("overrides") or []],
-        )
-        # A recipe file inside the directory is none that a person keeps: it came with what is
-        # reported.
-        own = Path(os.path.abspath(source)).is_relative_to(self._directory.resolve())
-        if own or not self._gives(source, overrides, record.recipe):
+        source = str(written.get("source"))
+        overrides = [str(override) for override in written.get("overrides") or []]
+        # A recipe file inside the directory came with it: no user keeps it as a recipe.
+        inside = Path(os.path.abspath(source)).is_relative_to(self._directory.resolve())
+        if inside or not self._reproduces(source, overrides, record.recipe):
             source = shown((self._directory / record.run_dir / "recipe.yaml").resolve())
-            # Not into the directory of the run that is to be repeated.
+            # The repeated run needs a directory of its own.
             overrides = ["trainer.run_name=null", f"trainer.ckpt_path={Trainer().ckpt_path}"]
         return shlex.join(["python", "-m", "harness.run", source, *overrides])
 
-    def _gives(self, source: str, overrides: Sequence[str], resolved: dict[str, Any]) -> bool:
-        """Whether a recipe file with these overrides is the very experiment a resolved recipe
-        describes.
+    def _reproduces(self, source: str, overrides: Sequence[str], resolved: dict[str, Any]) -> bool:
+        """Return whether a recipe file with these overrides gives a resolved recipe.
 
-        Composing takes a tenth of a second: of runs that override the same keys only the first is
-        composed, where the others differ from it in these keys alone, as their overrides say.
+        Composing takes a tenth of a second. Of runs that override the same keys only the first is
+        composed; the others are compared with it, these keys aside.
         """
         keys = (source, frozenset(override.partition("=")[0] for override in overrides))
         if keys not in self._composed:
@@ -73,25 +59,23 @@ class Commands:
         if first is None or first is resolved:
             return first is not None
         expected = copy.deepcopy(first)
-        as_said = all(_set(expected, override) for override in overrides) and _content(
-            expected
-        ) == _content(resolved)
-        return as_said or _composes(source, overrides, resolved)
+        known = all(_set(expected, override) for override in overrides)
+        return (known and _digested(expected) == _digested(resolved)) or _composes(
+            source, overrides, resolved
+        )
 
 
 def _composes(source: str, overrides: Sequence[str], resolved: dict[str, Any]) -> bool:
     try:
-        found, wanted = recipes.load(source, overrides), recipes.from_dict(resolved)
+        composed, expected = recipes.load(source, overrides), recipes.from_dict(resolved)
     except UserError:
         return False
-    found.sweep = wanted.sweep = None
-    return recipes.digest(found) == recipes.digest(wanted)
+    composed.sweep = expected.sweep = None
+    return recipes.digest(composed) == recipes.digest(expected)
 
 
 def _set(values: dict[str, Any], override: str) -> bool:
-    """Set an override's key in a resolved recipe; False where it has no such key or the override
-    cannot be read.
-    """
+    """Set an override's key in a resolved recipe; return whether it has the key and can be read."""
     *groups, leaf = override.partition("=")[0].split(".")
     group: Any = values
     for name in groups:
@@ -110,21 +94,13 @@ def _value(override: str) -> Any:
     return OverridesParser.create().parse_override(override).value()
 
 
-def _content(resolved: dict[str, Any]) -> dict[str, Any]:
-    """What a recipe's digest is of: all but its sweep, its name and place, and where and how well
-    it is to run.
-    """
+def _digested(resolved: dict[str, Any]) -> dict[str, Any]:
+    """Return the parts of a recipe that its digest covers."""
     trainer = resolved.get("trainer")
     if not isinstance(trainer, dict):
         return {}
-    own = {
-        name: value
-        for name, value in trainer.items()
-        if name not in ("run_name", "ckpt_path", "resume_mode")
-    }
-    rest = {
-        name: value
-        for name, value in resolved.items()
-        if name not in ("sweep", "ray", "expect", "trainer")
-    }
-    return {**rest, "trainer": own}
+    without = ("run_name", "ckpt_path", "resume_mode")
+    kept = {name: value for name, value in trainer.items() if name not in without}
+    outside = ("sweep", "ray", "expect")
+    rest = {name: value for name, value in resolved.items() if name not in outside}
+    return {**rest, "trainer": kept}

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Write the report: one HTML page, the same in short in Markdown, figures and tables."""

@@ -1,6 +1,4 @@
-"""The questions a user has, each with a value to use, how sure that is, what it costs, and what
-would settle it.
-"""
+"""Answer a user's questions: a value to use, how sure that is, its cost, what would settle it."""
 
 from __future__ import annotations
 
@@ -15,37 +13,35 @@ from analysis.data.labels import ALPHA, LR, RANK, TARGETS
 from analysis.data.records import lookup
 from analysis.experiment import Experiment
 from analysis.report import next_sweep
-from analysis.stats.values import Comparison, Level, compare_values, is_full, matched
+from analysis.stats.values import ComparedValue, ValueComparison, is_full, matched
 from harness.config import metrics
 
-Verdict = Literal["best", "tied", "open", "not tested"]
-UNTESTED: Verdict = "not tested"
-MEANINGS: dict[Verdict, str] = {
-    "best": "every other value tested is worse; of learning rates, the next on either "
-    "side of the range",
-    "tied": "no value tested is better by a tenth of what training gained; the cheapest "
-    "of those is named",
-    "open": "the runs do not settle it; what would is named",
+Sureness = Literal["best", "tied", "open", "not tested"]
+UNTESTED: Sureness = "not tested"
+MEANINGS: dict[Sureness, str] = {
+    "best": "every other value tested is worse; for learning rates, the next on either side of the "
+    "range",
+    "tied": "no value tested is better by a tenth of what training gained; the cheapest is named",
+    "open": "the runs do not settle it; the report says what would",
     "not tested": "every run used the same value",
 }
-"""Meanings of the verdicts. Each question has its own error rate of 5%."""
+"""What the verdicts mean. Each question has its own error rate of 5%."""
 SETTLED = "Settled for this model, task and length."
-# More seeds than this are no advice, nor more values in a sentence.
+# The most seeds that are advised, and the most values in a sentence.
 MOST_SEEDS, MOST_VALUES = 12, 4
 _MINI_BATCH = "trainer.policy_mini_batch_size"
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """One question answered as far as the runs go: `next` says what would settle it, `command` runs
-    that.
+    """One question answered: `next` says what would settle it, and `command` runs that.
 
-    `at_edge`: the value is the last tested on its side, so that the best may lie beyond.
+    `at_edge`: the value is the last tested on its side, so that a better one may lie beyond.
     """
 
     question: str
     value: str
-    verdict: Verdict
+    verdict: Sureness
     evidence: str
     cost: str
     next: str
@@ -55,8 +51,9 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A setting: its column of `Tables.runs`, the recipe keys that set it, what belongs to it, and
-    values to try.
+    """A setting: its column of the table of runs, and the recipe keys that set it.
+
+    `with_it` are keys that are swept together with it.
     """
 
     text: str
@@ -65,8 +62,26 @@ class Question:
     with_it: tuple[str, ...] = ()
 
     def swept_keys(self, experiment: Experiment) -> list[str]:
-        """Those of its keys that the sweep varied."""
+        """Return the keys that the sweep varied."""
         return [key for key in self.keys if key in experiment.axes]
+
+    def name(self, value: Any) -> str:
+        """Write a value in a sentence: `rank 8`, `1e-3`, `mlp`, `128 sequences`."""
+        if self.column == "batch_size":
+            return f"{int(value)} sequences"
+        if self.column in ("lr", "targets"):
+            return labels.lr(float(value)) if self.column == "lr" else str(value)
+        return labels.setting(self.keys[0], value)
+
+    def answer(self, value: Any) -> str:
+        """Write a value as the answer: `8`, where a sentence says `rank 8`."""
+        if self.column in ("rank", "alpha") and value:
+            return labels.value(self.keys[0], value)
+        return self.name(value)
+
+    def names(self, values: list[ComparedValue]) -> str:
+        """Write the first values of a list."""
+        return labels.listed([self.name(compared.value) for compared in values[:MOST_VALUES]])
 
 
 QUESTIONS = (
@@ -85,167 +100,141 @@ QUESTIONS = (
 )
 
 
-def winner_row(experiment: Experiment) -> pd.Series | None:
-    """The winning configuration's row of `Tables.runs`, or the run's own once complete; None when
-    there is none.
-    """
-    trial = experiment.best_trial()
-    runs = experiment.tables.runs
-    return None if trial is None else runs[runs["run_dir"] == trial["run_dir"]].iloc[0]
-
-
 def decisions(experiment: Experiment) -> list[Decision]:
-    """A row per question; none without a winner. Full fine-tuning has neither alpha nor target
-    modules to ask for.
+    """Return a decision for each question; none without a winner.
+
+    Full fine-tuning has neither alpha nor target modules to decide on.
     """
-    row = winner_row(experiment)
+    row = experiment.winner_row()
     if row is None:
         return []
-    asked = [one for one in QUESTIONS if one.column not in ("alpha", "targets") or not is_full(row)]
-    return [
-        _decide(experiment, question, row) for question in asked if pd.notna(row[question.column])
-    ]
+    asked = [question for question in QUESTIONS if pd.notna(row[question.column])]
+    if is_full(row):
+        asked = [question for question in asked if question.column not in ("alpha", "targets")]
+    return [_decide(experiment, question, row) for question in asked]
 
 
 def _decide(experiment: Experiment, question: Question, row: pd.Series) -> Decision:
-    name = _taken(question, row[question.column])
     if not experiment.is_sweep or not question.swept_keys(experiment):
-        return _untested(experiment, question, row, name)
+        return _untested(experiment, question, row)
     runs = experiment.tables.runs
-    # An adapter's alpha and targets are not full fine-tuning's, nor are its learning rates.
-    alike = (
-        runs
-        if question.column in ("rank", "batch_size")
-        else runs[(runs["full"] == row["full"]).fillna(False)]
-    )
+    if question.column not in ("rank", "batch_size"):
+        # An adapter's alpha, targets and learning rates are not full fine-tuning's.
+        runs = runs[(runs["full"] == row["full"]).fillna(False)]
     others = [key for key in experiment.axes if key not in (*question.keys, *question.with_it)]
     if question.column == "lr":
-        alike, others = _same_otherwise(alike, row, others)
-    number = int(row["configuration"])
-    found = compare_values(
-        alike,
-        question.column,
-        number,
-        others,
-        experiment.base,
-        maximize=experiment.direction == "maximize",
-    )
-    if found is None or len(found.levels) < 2:
-        return _alone(experiment, question, row, name)
+        runs, others = _same_otherwise(runs, row, others)
+    found = experiment.compare(question.column, int(row["configuration"]), others, runs)
+    if found is None or len(found.values) < 2:
+        return _no_other_value(experiment, question, row)
     if question.column == "lr":
-        return _rate(experiment, question, row, found, _cost(question, found.chosen, found, alike))
-    take = _cheapest(found, alike) if found.verdict == "tied" else found.chosen
-    evidence, cost = _evidence(experiment, question, found), _cost(question, take, found, alike)
+        return _rate(experiment, question, row, found, _cost(question, found.chosen, found, runs))
+    value = found.chosen
+    if found.verdict == "tied":
+        # The value with the fewest trained parameters; the chosen one where none has fewer.
+        candidates = [found.chosen, *found.of("tied")]
+        value = min(candidates, key=lambda candidate: _parameters(found, candidate, runs))
+    settle, command = SETTLED, None
     if found.verdict == "open":
-        settle, line = _settle(experiment, question, row, found)
-    else:
-        settle, line = SETTLED, None
+        settle, command = _settle(experiment, question, row, found)
     return Decision(
-        question.text, _taken(question, take.value), found.verdict, evidence, cost, settle, line
-    )
-
-
-def _cheapest(found: Comparison, runs: pd.DataFrame) -> Level:
-    """Of the values that are tied, the one with fewest trained parameters; the chosen one where
-    that is no less.
-    """
-    return min(
-        [found.chosen, *found.of("tied")], key=lambda level: _load(_done(found, level, runs))
+        question=question.text,
+        value=question.answer(value.value),
+        verdict=found.verdict,
+        evidence=_evidence(experiment, question, found),
+        cost=_cost(question, value, found, runs),
+        next=settle,
+        command=command,
     )
 
 
 def _same_otherwise(
-    runs: pd.DataFrame, row: pd.Series, others: Sequence[str]
+    runs: pd.DataFrame, row: pd.Series, others: list[str]
 ) -> tuple[pd.DataFrame, list[str]]:
-    """The runs with the winner's other settings, or, where these have fewer than three rates, with
-    its main ones.
+    """Return the runs with the winner's other settings, and the keys of these.
+
+    Where they have fewer than three rates, only rank and target modules need to agree.
     """
-    main = [key for key in others if key in (RANK, TARGETS)]
-    for keys in (list(others), main):
+    for keys in (others, [key for key in others if key in (RANK, TARGETS)]):
         same = runs[matched(runs, row, keys)]
         if same["lr"].nunique() > 2:
             return same, keys
-    return runs[matched(runs, row, others)], list(others)
+    return runs[matched(runs, row, others)], others
 
 
 def _rate(
-    experiment: Experiment, question: Question, row: pd.Series, found: Comparison, cost: str
+    experiment: Experiment, question: Question, row: pd.Series, found: ValueComparison, cost: str
 ) -> Decision:
-    """Decide a learning rate as a range around the winner's, which ends before the next that is
-    worse on each side.
+    """Decide a learning rate as a range around the winner's.
+
+    It ends before the next rate that is worse on each side.
     """
-    tested, chosen = [float(level.value) for level in found.levels], float(found.chosen.value)
-    place, worse = tested.index(chosen), [level.standing == "worse" for level in found.levels]
+    tested, chosen = [float(one.value) for one in found.values], float(found.chosen.value)
+    place, worse = tested.index(chosen), [one.standing == "worse" for one in found.values]
     first = next((at + 1 for at in reversed(range(place)) if worse[at]), 0)
     last = next((at - 1 for at in range(place, len(tested)) if worse[at]), len(tested) - 1)
     value = labels.lr(chosen)
     if first < last:
-        value = (
-            f"{labels.lr(tested[first])} to {labels.lr(tested[last])} (highest score at {value})"
-        )
-    evidence = _evidence(experiment, question, found)
-    ahead = any(
-        level.standing in ("better", "unstable") for level in found.levels[first : last + 1]
-    )
+        ends = f"{labels.lr(tested[first])} to {labels.lr(tested[last])}"
+        value = f"{ends} (highest score at {value})"
+    inside = found.values[first : last + 1]
+    ahead = any(one.standing in ("better", "unstable") for one in inside)
     sure = found.chosen.score is not None and not found.chosen.collapsed and not ahead
     bounded = sure and first > 0 and last < len(tested) - 1
-    verdict: Verdict = "best" if bounded else found.verdict
-    edge = chosen in (tested[0], tested[-1])
-    settle, line = SETTLED, None
-    if edge:
-        verdict = "open"
-        beyond, end = _beyond(tested, chosen == tested[-1])
+    verdict: Sureness = "best" if bounded else found.verdict
+    at_edge = chosen in (tested[0], tested[-1])
+    settle, command = SETTLED, None
+    if at_edge:
+        verdict, high = "open", chosen == tested[-1]
+        # Rates beyond the end, as far apart as those there.
+        step = tested[-1] / tested[-2] if high else tested[1] / tested[0]
+        step = min(max(step, 2.0), 10.0)
+        powers = (0, 1, 2) if high else (-2, -1, 0)
+        beyond = [float(f"{chosen * step**power:.3g}") for power in powers]
         seeds = experiment.seeds if len(experiment.seeds) > 1 else _seeds(experiment, 3)
-        settle = f"Run rates beyond the {end} tested, where the best may lie."
-        line = _grid(experiment, question, row, beyond, seeds)
+        end = "highest" if high else "lowest"
+        settle = f"Run rates beyond the {end} tested: a better one may lie there."
+        command = _grid(experiment, question, row, beyond, seeds)
     elif verdict == "open":
-        settle, line = _settle(experiment, question, row, found)
-    return Decision(question.text, value, verdict, evidence, cost, settle, line, at_edge=edge)
+        settle, command = _settle(experiment, question, row, found)
+    evidence = _evidence(experiment, question, found)
+    return Decision(question.text, value, verdict, evidence, cost, settle, command, at_edge=at_edge)
 
 
-def _beyond(tested: list[float], high: bool) -> tuple[list[float], str]:
-    """Rates from one end of the tested ones on, as far apart as those there, and which end
-    that is.
-    """
-    step = min(max(tested[-1] / tested[-2] if high else tested[1] / tested[0], 2.0), 10.0)
-    if high:
-        return [float(f"{tested[-1] * step**power:.3g}") for power in (0, 1, 2)], "highest"
-    return [float(f"{tested[0] / step**power:.3g}") for power in (2, 1, 0)], "lowest"
-
-
-def _untested(experiment: Experiment, question: Question, row: pd.Series, name: str) -> Decision:
-    """A setting that every run had alike: what to try."""
-    evidence = "every run used it" if experiment.is_sweep else "a single run compares nothing"
+def _untested(experiment: Experiment, question: Question, row: pd.Series) -> Decision:
+    """Say what to try of a setting that every run had alike."""
     values = _to_try(experiment, question, row)
     seeds = experiment.seeds if experiment.is_sweep else _seeds(experiment, 3)
-    line = _grid(experiment, question, row, values, seeds) if values else None
     # A mini-batch is set in prompts, and asked for in sequences.
-    group = (
-        lookup(experiment.recipe, "generator.n_samples_per_prompt")
-        if question.column == "batch_size"
-        else 1
-    )
-    tried = labels.listed(
-        [_named(question, value * group if group != 1 else value) for value in values]
-    )
-    cost = _cost_of(experiment.tables.runs[experiment.tables.runs["run_dir"] == row["run_dir"]])
-    settle = f"Run a sweep over {tried}." if values else "Run a sweep over it."
+    group = lookup(experiment.recipe, "generator.n_samples_per_prompt")
+    factor = group if question.column == "batch_size" and group else 1
+    names = [question.name(value * factor if factor != 1 else value) for value in values]
+    runs = experiment.tables.runs
     return Decision(
-        question.text, name, UNTESTED, labels.capital(evidence) + ".", cost, settle, line
+        question=question.text,
+        value=question.answer(row[question.column]),
+        verdict=UNTESTED,
+        evidence="Every run used it." if experiment.is_sweep else "A single run compares nothing.",
+        cost=_cost_of(runs[runs["run_dir"] == row["run_dir"]]),
+        next=f"Run a sweep over {labels.listed(names) if names else 'it'}.",
+        command=_grid(experiment, question, row, values, seeds) if values else None,
     )
 
 
-def _alone(experiment: Experiment, question: Question, row: pd.Series, name: str) -> Decision:
-    """A setting of which only the winner's value has a configuration complete on every seed."""
+def _no_other_value(experiment: Experiment, question: Question, row: pd.Series) -> Decision:
+    """Say that only the winner's value has a configuration complete on every seed."""
     runs = experiment.tables.runs
     values = sorted(runs.loc[runs["configuration"].notna(), question.column].dropna().unique())
-    line = _grid(experiment, question, row, values, experiment.seeds)
-    evidence = (
-        "No other value has a configuration that is complete on every seed and can be compared."
+    return Decision(
+        question=question.text,
+        value=question.answer(row[question.column]),
+        verdict="open",
+        evidence="No other value has a configuration that is complete on every seed and can be "
+        "compared.",
+        cost=_cost_of(runs[runs["run_dir"] == row["run_dir"]]),
+        next="Run them again beside the winner's other settings.",
+        command=_grid(experiment, question, row, values, experiment.seeds),
     )
-    cost = _cost_of(runs[runs["run_dir"] == row["run_dir"]])
-    settle = "Run them again beside the winner's other settings."
-    return Decision(question.text, name, "open", evidence, cost, settle, line)
 
 
 def _to_try(experiment: Experiment, question: Question, row: pd.Series) -> list[Any]:
@@ -262,50 +251,42 @@ def _to_try(experiment: Experiment, question: Question, row: pd.Series) -> list[
 
 
 def _settle(
-    experiment: Experiment, question: Question, row: pd.Series, found: Comparison
+    experiment: Experiment, question: Question, row: pd.Series, found: ValueComparison
 ) -> tuple[str, str]:
     """Return what would settle an open question, and the command that runs it."""
     left = found.of("better", "unstable", "open")
-    unfair, unstable = (
-        [level for level in left if not level.fair],
-        [level for level in left if level.collapsed],
-    )
+    unfair = [one for one in left if not one.fair]
+    unstable = [one for one in left if one.collapsed]
     count = len(experiment.seeds)
     if found.chosen.collapsed or unstable:
         count = min(2 * count, MOST_SEEDS)
-        who = [found.chosen, *unstable] if found.chosen.collapsed else unstable
+        who = question.names([found.chosen, *unstable] if found.chosen.collapsed else unstable)
         why = (
-            f"Run {labels.plural(count, 'seed')}: seeds of {_list(question, who)} "
-            "collapsed, and few show how often."
+            f"Run {labels.plural(count, 'seed')}: seeds of {who} collapsed, and few seeds do not "
+            "show how often."
         )
-    elif any(level.score is None for level in (found.chosen, *left)):
+    elif any(one.score is None for one in (found.chosen, *left)):
         count = max(3, count)
-        why = (
-            f"Run {labels.plural(count, 'seed')} of each: with one, chance in training "
-            "is not known."
-        )
+        seeds = labels.plural(count, "seed")
+        why = f"Run {seeds} of each: with one, chance in training is not known."
     elif unfair:
-        why = f"Run {_list(question, unfair)} beside the winner's other settings."
+        why = f"Run {question.names(unfair)} beside the winner's other settings."
     else:
-        wanted = [found.seeds_needed(level, MOST_SEEDS) or MOST_SEEDS for level in left]
-        count = max([*wanted, found.chosen.seeds + 1])
+        needed = [found.seeds_needed(one, MOST_SEEDS) or MOST_SEEDS for one in left]
+        count = max([*needed, found.chosen.seeds + 1])
         why = f"Run about {labels.plural(count, 'seed')} of the values that are not told apart."
-    values = [level.value for level in found.levels if level.standing == "chosen" or level in left]
+    values = [one.value for one in found.values if one.standing == "chosen" or one in left]
     full = [value for value in values if question.column == "rank" and (value == 0) != is_full(row)]
     if full and len(full) == len(values) - 1:
         # Full fine-tuning's learning rates are about a tenth of LoRA's: one grid cannot hold both.
         rate = float(row["lr"]) * (10.0 if is_full(row) else 0.1)
         rates = [float(f"{rate * by:.2g}") for by in (1 / 3, 1.0, 3.0)]
-        why = f"Run {_named(question, full[0])} at learning rates of its own."
-        own = pd.concat([row.drop(RANK), pd.Series({RANK: full[0]})])
-        return why, next_sweep.command(experiment, own, {LR: rates}, _seeds(experiment, count))
-    return why, _grid(
-        experiment,
-        question,
-        row,
-        [one for one in values if one not in full],
-        _seeds(experiment, count),
-    )
+        why = f"Run {question.name(full[0])} at learning rates of its own."
+        other = pd.concat([row.drop(RANK), pd.Series({RANK: full[0]})])
+        seeds_of = _seeds(experiment, count)
+        return why, next_sweep.grid_sweep(experiment, other, {LR: rates}, seeds_of)
+    kept = [value for value in values if value not in full]
+    return why, _grid(experiment, question, row, kept, _seeds(experiment, count))
 
 
 def _grid(
@@ -315,134 +296,103 @@ def _grid(
     values: Sequence[Any],
     seeds: Sequence[int],
 ) -> str:
-    """The command of a sweep over values of one setting, all others the winner's."""
+    """Return the command of a sweep over values of one setting, all others the winner's."""
     if any(key in experiment.axes for key in question.with_it):
-        # Its values came each with others of their own, which no grid has.
+        # Each value came with other keys of its own, which a grid cannot express.
         return next_sweep.again(experiment, seeds)
     key = next(iter(question.swept_keys(experiment)), question.keys[0])
     if question.column in ("targets", "batch_size") and key in row.index:
-        # Where a column is not the key's own value: the key's values of the runs that have it.
-        table = experiment.tables.runs.drop_duplicates(question.column).set_index(question.column)[
-            key
-        ]
+        # The column is not the key's own value: take the key's values of the runs that have it.
+        runs = experiment.tables.runs.drop_duplicates(question.column)
+        table = runs.set_index(question.column)[key]
         values = [table.get(value, value) for value in values]
-    return next_sweep.command(experiment, row, {key: list(dict.fromkeys(values))}, seeds)
+    return next_sweep.grid_sweep(experiment, row, {key: list(dict.fromkeys(values))}, seeds)
 
 
 def _seeds(experiment: Experiment, count: int) -> list[int]:
-    """So many seeds, those of the sweep first."""
-    fresh = [seed for seed in range(count + len(experiment.seeds)) if seed not in experiment.seeds]
-    return [*experiment.seeds, *fresh][: max(count, len(experiment.seeds))]
+    """Return at least `count` seeds, those of the sweep first."""
+    used = experiment.seeds
+    fresh = [seed for seed in range(count + len(used)) if seed not in used]
+    return [*used, *fresh][: max(count, len(used))]
 
 
-def _evidence(experiment: Experiment, question: Question, found: Comparison) -> str:
-    """How far each other value is from the chosen one, nearest first."""
-    first, rest = (
-        found.chosen,
-        sorted(found.others, key=lambda level: abs(level.mean - found.chosen.mean)),
-    )
-    name = _named(question, first.value)
+def _evidence(experiment: Experiment, question: Question, found: ValueComparison) -> str:
+    """Say how far each other value is from the chosen one, nearest first."""
+    first = found.chosen
+    rest = sorted(found.others, key=lambda one: abs(one.mean - first.mean))
+    name = question.name(first.value)
     text = f"Against {name}, the winner's: "
     if first.collapsed:
         text = f"{name} is unstable: {first.collapsed} of its {first.tried} seeds collapsed. "
     elif first.score is None:
-        text = (
-            f"{name} reached {labels.score(experiment.metric, first.mean)} with one "
-            "seed: chance is not known. "
-        )
-    parts = [_beside(experiment, question, found, level) for level in rest[:MOST_VALUES]]
-    more, tail = rest[MOST_VALUES:], ""
-    if more:
-        left = sum(level.standing != "worse" for level in more)
-        are = "is" if len(more) == 1 else "are"
-        tail = (
-            f"; {len(more)} more {are} worse"
-            if not left
-            else f"; of {len(more)} more {left} not told apart"
-        )
-    return f"{labels.capital(text)}{'; '.join(parts)}{tail}."
+        mean = labels.score(experiment.metric, first.mean)
+        text = f"{name} reached {mean} with one seed, so chance is not known. "
+    parts = [_beside(experiment, question, found, one) for one in rest[:MOST_VALUES]]
+    if more := rest[MOST_VALUES:]:
+        left = sum(one.standing != "worse" for one in more)
+        worse = f"{len(more)} more {'is' if len(more) == 1 else 'are'} worse"
+        parts.append(f"of {len(more)} more {left} not told apart" if left else worse)
+    return f"{labels.capital(text)}{'; '.join(parts)}."
 
 
-def _beside(experiment: Experiment, question: Question, found: Comparison, level: Level) -> str:
-    name = _named(question, level.value)
-    if level.standing == "unstable":
-        return f"{name} is unstable, {level.collapsed} of {level.tried} seeds collapsed"
-    if not level.fair:
+def _beside(
+    experiment: Experiment, question: Question, found: ValueComparison, value: ComparedValue
+) -> str:
+    name, metric = question.name(value.value), experiment.metric
+    if value.standing == "unstable":
+        return f"{name} is unstable, {value.collapsed} of {value.tried} seeds collapsed"
+    if not value.fair:
         return f"{name} was tried only beside other settings"
-    lead = found.chosen.mean - level.mean if level.ahead is None else level.ahead.value
-    if level.ahead is None and experiment.direction == "minimize":
-        lead = -lead
-    gap = labels.score(experiment.metric, abs(lead))
-    text = f"{name} is {gap} {'behind' if lead >= 0 else 'ahead'}"
-    if level.interval is None:
+    if value.ahead is not None:
+        lead = value.ahead.value
+    else:
+        lead = found.chosen.mean - value.mean
+        lead = -lead if experiment.direction == "minimize" else lead
+    behind = "behind" if lead >= 0 else "ahead"
+    text = f"{name} is {labels.score(metric, abs(lead))} {behind}"
+    if value.interval is None:
         return text
-    low, high = (labels.signed(experiment.metric, -end) for end in reversed(level.interval))
-    margin = labels.score(experiment.metric, found.margin)
+    low, high = (labels.signed(metric, -end) for end in reversed(value.interval))
     verdict = {
-        "worse": "worse",
-        "better": "better",
-        "tied": f"tied, less than {margin} apart",
+        "tied": f"tied, less than {labels.score(metric, found.margin)} apart",
         "open": "not told apart",
-    }[level.standing]
+    }.get(value.standing, value.standing)
     return f"{text} ({low} to {high}), {verdict}"
 
 
-def _cost(question: Question, taken: Level, found: Comparison, runs: pd.DataFrame) -> str:
-    """Return the median costs of the value's runs, and of the cheapest other value's where they
-    differ.
-    """
-    text = f"{labels.capital(_named(question, taken.value))}: {_cost_of(_done(found, taken, runs))}"
-    others = [level for level in found.levels if level is not taken]
-    cheapest = min(others, key=lambda level: _load(_done(found, level, runs)))
-    if question.column in ("rank", "targets", "batch_size"):
-        text += f"; {_named(question, cheapest.value)}: {_cost_of(_done(found, cheapest, runs))}"
-        return f"{text} (medians of each value's runs)."
-    return f"{text} (medians of its runs); no value costs more than another."
+def _cost(
+    question: Question, value: ComparedValue, found: ValueComparison, runs: pd.DataFrame
+) -> str:
+    """Return the median costs of a value's runs, and of the cheapest other value's."""
+    text = f"{labels.capital(question.name(value.value))}: {_cost_of(_scored(found, value, runs))}"
+    if question.column not in ("rank", "targets", "batch_size"):
+        return f"{text} (medians of its runs); no value costs more than another."
+    others = [other for other in found.values if other is not value]
+    cheapest = min(others, key=lambda other: _parameters(found, other, runs))
+    other = f"{question.name(cheapest.value)}: {_cost_of(_scored(found, cheapest, runs))}"
+    return f"{text}; {other} (medians of each value's runs)."
 
 
-def _done(found: Comparison, level: Level, runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs of a value that have a score."""
-    return runs[runs["score"].notna() & (runs[found.column] == level.value)]
+def _scored(found: ValueComparison, value: ComparedValue, runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs of a value that have a score."""
+    return runs[runs["score"].notna() & (runs[found.column] == value.value)]
 
 
-def _load(runs: pd.DataFrame) -> float:
-    known = runs["parameters"].dropna()
+def _parameters(found: ValueComparison, value: ComparedValue, runs: pd.DataFrame) -> float:
+    known = _scored(found, value, runs)["parameters"].dropna()
     return float(known.median()) if len(known) else float("inf")
 
 
 def _cost_of(runs: pd.DataFrame) -> str:
-    """Parameters, time and tokens of some runs, by their medians."""
+    """Write the median parameters, time and tokens of some runs."""
     parts = []
     for column, words in (
-        ("parameters", "{} trained parameters"),
+        ("parameters", "{:,.0f} trained parameters"),
         ("seconds", "{} a run"),
-        ("tokens", "{} tokens"),
+        ("tokens", "{:,.0f} tokens"),
     ):
         known = runs[column].dropna()
         if len(known):
-            middle = float(known.median())
-            parts.append(
-                words.format(metrics.duration(middle) if column == "seconds" else f"{middle:,.0f}")
-            )
+            median = float(known.median())
+            parts.append(words.format(metrics.duration(median) if column == "seconds" else median))
     return ", ".join(parts) or "unknown"
-
-
-def _list(question: Question, levels: list[Level]) -> str:
-    return labels.listed([_named(question, level.value) for level in levels[:MOST_VALUES]])
-
-
-def _taken(question: Question, value: Any) -> str:
-    """A value as the answer to its question: `8`, where a sentence would say `rank 8`."""
-    if question.column in ("rank", "alpha") and value:
-        return labels.value(RANK if question.column == "rank" else ALPHA, value)
-    return _named(question, value)
-
-
-def _named(question: Question, value: Any) -> str:
-    """A value in words: `rank 8`, `1e-3`, `mlp`, `128 sequences`."""
-    if question.column == "batch_size":
-        return f"{int(value)} sequences"
-    if question.column in ("lr", "targets"):
-        return labels.lr(float(value)) if question.column == "lr" else str(value)
-    key = RANK if question.column == "rank" else ALPHA
-    return labels.setting(key, value)

@@ -1,4 +1,4 @@
-"""A page's figures, drawn by several processes: as PNG files, and as SVG inside the page."""
+"""Draw a page's figures in several processes: as PNG files, and as SVG inside the page."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from typing import Any
 
 from analysis.experiment import Experiment
 from analysis.figures import Figure, Plot, all_figures
-from analysis.figures.drawing.theme import Look, PlacedTrace, darkened, render, render_all
+from analysis.figures.drawing.render import PlacedTrace, darkened, render
+from analysis.figures.drawing.theme import Look
 from harness.records.run_dir import write_bytes
 
 _SIZE = re.compile(rb'viewBox="[\d.]+ [\d.]+ ([\d.]+) ([\d.]+)"')
-# CSS pixels in a point, an SVG's unit here.
+# CSS pixels in a point, the unit of the SVGs.
 _POINT = 96 / 72
 
 Drawing = dict[str, Any]
@@ -31,9 +32,7 @@ Drawing = dict[str, Any]
 def draw_all(
     experiments: dict[str, Experiment], folder: Path, processes: int
 ) -> dict[str, list[Drawing]]:
-    """Every figure that each experiment has enough for, by the experiment's prefix, which also
-    begins a file's name.
-    """
+    """Draw every figure of each experiment; its prefix begins the files' names."""
     jobs = {
         prefix: [
             partial(_draw, figure, plot, folder, prefix)
@@ -42,40 +41,36 @@ def draw_all(
         ]
         for prefix, experiment in experiments.items()
     }
-    drawn = iter(_side_by_side([job for own in jobs.values() for job in own], processes))
-    return {prefix: [next(drawn) for _ in own] for prefix, own in jobs.items()}
+    drawn = iter(_side_by_side([job for part in jobs.values() for job in part], processes))
+    return {prefix: [next(drawn) for _ in part] for prefix, part in jobs.items()}
 
 
 def _side_by_side(jobs: Sequence[Callable[[], Drawing]], processes: int) -> list[Drawing]:
-    """The jobs' results in order; others begin at the first, and this process, which is up already,
-    at the last.
+    """Return the jobs' results in order.
+
+    Other processes begin at the first job; this one, which is running already, at the last.
     """
     others = min(processes, len(jobs)) - 1
     if others < 1:
         return [job() for job in jobs]
-    # Not forked: a sweep's driver has threads.
-    with ProcessPoolExecutor(others, get_context("spawn"), initializer=_serve) as pool:
-        given = [pool.submit(job) for job in jobs]
+    # Not forked, because a sweep's driver has threads.
+    with ProcessPoolExecutor(others, get_context("spawn"), initializer=_start_process) as pool:
+        futures = [pool.submit(job) for job in jobs]
         try:
-            own = {
-                place: jobs[place]()
-                for place in reversed(range(len(jobs)))
-                if given[place].cancel()
-            }
+            mine = {p: jobs[p]() for p in reversed(range(len(jobs))) if futures[p].cancel()}
             return [
-                own[place] if place in own else future.result()
-                for place, future in enumerate(given)
+                mine[place] if place in mine else future.result()
+                for place, future in enumerate(futures)
             ]
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _serve() -> None:
-    """Make this process one that draws for another: Ctrl-C is the other's to answer, and it ends
-    with the other.
+def _start_process() -> None:
+    """Leave Ctrl-C to the parent process, and end with it.
 
-    A pool's processes hold both ends of the queue they wait on, and so never hear that a killed one
-    is gone.
+    A pool's processes hold both ends of the queue they wait on, so they do not notice that a killed
+    parent is gone.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -89,62 +84,47 @@ def _end_with_parent() -> None:
 
 
 def _draw(figure: Figure, plot: Plot, folder: Path, prefix: str) -> Drawing:
-    """A plot as a PNG file, and with its four drawings (light or dark, wide or narrow) as data URIs
-    and their sizes.
-
-    `tells` is what it tells to a pointer (see `_tells`); empty where it tells nothing.
-    """
-    draw = partial(figure.draw, plot.data)
-    wide, narrow = render_all(draw, Look()), render_all(draw, Look(narrow=True), png=False)
+    """Write a plot's PNG; return its four SVGs (light or dark, wide or narrow) and its texts."""
+    draw, name = partial(figure.draw, plot.data), f"{prefix}{plot.name}"
+    wide, narrow = render(draw, Look()), render(draw, Look(narrow=True), png=False)
     assert wide.png is not None
-    write_bytes(folder / f"{prefix}{plot.name}.png", wide.png)
-    found: Drawing = {
+    write_bytes(folder / f"{name}.png", wide.png)
+    drawing: Drawing = {
         "id": f"{prefix}figure-{plot.name}",
-        "name": f"{prefix}{plot.name}",
+        "name": name,
         "front": figure.front,
+        "title": plot.title,
+        "reading": plot.reading,
+        "alt": plot.alt,
+        "tooltips": _tooltips(wide.traces, narrow.traces),
     }
     for width, light in (("wide", wide.svg), ("narrow", narrow.svg)):
-        dark = render(draw, Look(True, width == "narrow")) if figure.dark_apart else darkened(light)
-        found |= {
-            f"light_{width}": _uri(light),
-            f"dark_{width}": _uri(dark),
-            f"{width}_size": _size(light),
-        }
-    words = {"title": plot.title, "reading": plot.reading, "alt": plot.alt}
-    return {**found, **words, "tells": _tells(wide.traces, narrow.traces)}
+        dark = darkened(light)
+        if figure.dark_apart:
+            dark = render(draw, Look(True, width == "narrow"), png=False).svg
+        for shade, svg in (("light", light), ("dark", dark)):
+            encoded = base64.b64encode(svg).decode()
+            drawing[f"{shade}_{width}"] = f"data:image/svg+xml;base64,{encoded}"
+        size = _SIZE.search(light)
+        assert size is not None
+        drawing[f"{width}_size"] = tuple(round(float(part) * _POINT) for part in size.groups())
+    return drawing
 
 
-def _tells(wide: Sequence[PlacedTrace], narrow: Sequence[PlacedTrace]) -> str:
-    """A figure's traces as JSON: `texts`, each once, and `traces` of places in them and on the
-    pictures.
+def _tooltips(wide: Sequence[PlacedTrace], narrow: Sequence[PlacedTrace]) -> str:
+    """Return a figure's traces as JSON: `texts`, each once, and `traces` that refer to them.
 
     A trace is a flat list: its subject's text, and for each place its text, then x and y on the
-    wide and on the narrow picture.
+    wide and on the narrow picture. Empty without traces.
     """
     known: dict[str, int] = {}
-
-    def number(text: str) -> int:
-        return known.setdefault(text, len(known))
-
     traces = []
     for one, other in zip(wide, narrow, strict=True):
-        row = [number(one.about)]
+        row = [known.setdefault(one.about, len(known))]
         for text, at, narrow_at in zip(one.texts, one.places, other.places, strict=True):
-            row += [number(text), *at, *narrow_at]
+            row += [known.setdefault(text, len(known)), *at, *narrow_at]
         if len(row) > 1:
             traces.append(row)
-    return (
-        json.dumps({"texts": list(known), "traces": traces}, separators=(",", ":"))
-        if traces
-        else ""
-    )
-
-
-def _uri(svg: bytes) -> str:
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
-
-
-def _size(svg: bytes) -> tuple[int, int]:
-    found = _SIZE.search(svg)
-    assert found is not None
-    return round(float(found[1]) * _POINT), round(float(found[2]) * _POINT)
+    if not traces:
+        return ""
+    return json.dumps({"texts": list(known), "traces": traces}, separators=(",", ":"))

@@ -1,4 +1,4 @@
-"""The command of a small sweep that would settle what a sweep or a run left open."""
+"""Write the command of a small sweep that would settle an open question."""
 
 from __future__ import annotations
 
@@ -10,90 +10,77 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.data.rows import param_columns
+from analysis.data.columns import param_columns
+from analysis.data.records import lookup
 from analysis.experiment import Experiment
 from harness.config import recipe as recipes
 
 NAME = "trainer.run_name"
+_PROGRAM = ("python", "-m", "harness.sweep")
 
 
-def command(
+def grid_sweep(
     experiment: Experiment, row: pd.Series, space: Mapping[str, Sequence[Any]], seeds: Sequence[int]
 ) -> str:
-    """`python -m harness.sweep ...` over a grid of `space`, all else as in a run's `row`, quoted
-    for a shell.
-    """
-    source, given = _written(experiment)
+    """Return the command of a grid over `space`, all else as in a run's `row`."""
+    source, overrides = _recipe(experiment)
     swept = param_columns(experiment.tables.runs)
     fixed = {key: _plain(row[key]) for key in swept if key not in space and pd.notna(row[key])}
-    set_here = {*fixed, *space}
-    kept = [
-        one
-        for one in given
-        if (key := one.partition("=")[0]) not in set_here and not key.startswith("sweep.")
-    ]
-    axes = [f"{key}:{_axis(values, _range_of(experiment, key))}" for key, values in space.items()]
-    gone = [f"{key}:null" for key in fixed]
-    count = math.prod(len(values) for values in space.values())
-    own = [
-        f"sweep.space={{{','.join([*axes, *gone])}}}",
+    kept = []
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key not in fixed and key not in space and not key.startswith("sweep."):
+            kept.append(override)
+    ranges = (experiment.recipe.get("sweep") or {}).get("space") or {}
+    axes = []
+    for key, values in space.items():
+        choices = recipes.override_for("choices", [_plain(value) for value in values])
+        # A range that the recipe gives for the same key has to go.
+        fields = [
+            name for name in ("low", "high", "log", "step") if name in (ranges.get(key) or {})
+        ]
+        parts = [choices.replace("=", ":", 1), *(f"{name}:null" for name in fields)]
+        axes.append(f"{key}:{{{','.join(parts)}}}")
+    axes += [f"{key}:null" for key in fixed]
+    sweep = [
+        f"sweep.space={{{','.join(axes)}}}",
         _seeds(seeds),
         "sweep.sampler=grid",
-        f"sweep.num_trials={count}",
+        f"sweep.num_trials={math.prod(len(values) for values in space.values())}",
         "sweep.first_trials=[]",
         "sweep.pruner=null",
     ]
-    overrides = [recipes.override_for(key, value) for key, value in fixed.items()]
-    return shlex.join(["python", "-m", "harness.sweep", source, *kept, *overrides, *own])
+    kept += [recipes.override_for(key, value) for key, value in fixed.items()]
+    return shlex.join([*_PROGRAM, source, *kept, *sweep])
 
 
 def again(experiment: Experiment, seeds: Sequence[int]) -> str:
-    """The command that runs the same sweep on these seeds."""
-    source, given = _written(experiment)
-    kept = [one for one in given if not one.startswith("sweep.seeds=")]
-    return shlex.join(["python", "-m", "harness.sweep", source, *kept, _seeds(seeds)])
+    """Return the command that runs the same sweep on these seeds."""
+    source, overrides = _recipe(experiment)
+    kept = [override for override in overrides if not override.startswith("sweep.seeds=")]
+    return shlex.join([*_PROGRAM, source, *kept, _seeds(seeds)])
 
 
 def confirm(experiment: Experiment, count: int) -> str:
-    """The command that runs a sweep's best configurations again on fresh seeds."""
-    return shlex.join(
-        ["python", "-m", "harness.sweep", "--resume", experiment.directory, "--confirm", str(count)]
-    )
+    """Return the command that runs a sweep's best configurations again on fresh seeds."""
+    return shlex.join([*_PROGRAM, "--resume", experiment.directory, "--confirm", str(count)])
 
 
-def _written(experiment: Experiment) -> tuple[str, list[str]]:
-    """The recipe file and the overrides that an experiment was started with, but for its name:
-    another's now.
-    """
-    written = experiment.manifest.get("recipe") or {}
-    source = str(written.get("source") or f"{experiment.directory}/recipe.yaml")
-    given = [
-        str(one) for one in written.get("overrides") or [] if not str(one).startswith(f"{NAME}=")
-    ]
-    named = (experiment.recipe.get("trainer") or {}).get("run_name")
-    return source, [*given, f"{NAME}=null"] if named else given
+def _recipe(experiment: Experiment) -> tuple[str, list[str]]:
+    """Return the recipe file and overrides of an experiment, without its own name."""
+    recorded = experiment.manifest.get("recipe") or {}
+    source = str(recorded.get("source") or f"{experiment.directory}/recipe.yaml")
+    overrides = [str(override) for override in recorded.get("overrides") or []]
+    kept = [override for override in overrides if not override.startswith(f"{NAME}=")]
+    return source, [*kept, f"{NAME}=null"] if lookup(experiment.recipe, NAME) else kept
 
 
 def _seeds(seeds: Sequence[int]) -> str:
     return f"sweep.seeds={json.dumps(list(seeds), separators=(',', ':'))}"
 
 
-def _range_of(experiment: Experiment, key: str) -> list[str]:
-    """The fields by which a sweep's recipe gives a range for a key."""
-    spec = ((experiment.recipe.get("sweep") or {}).get("space") or {}).get(key) or {}
-    return [name for name in ("low", "high", "log", "step") if name in spec]
-
-
-def _axis(values: Sequence[Any], instead_of: Sequence[str]) -> str:
-    """Choices in Hydra's grammar; what a range said of the same key is taken out."""
-    choices = recipes.override_for("choices", [_plain(value) for value in values]).replace(
-        "=", ":", 1
-    )
-    return f"{{{','.join([choices, *(f'{name}:null' for name in instead_of)])}}}"
-
-
 def _plain(value: Any) -> Any:
-    """A table's value as a recipe's: numbers plain, lists from their JSON text."""
+    """Return a table's value as a recipe's: numbers plain, lists from their JSON text."""
     if isinstance(value, str):
         return json.loads(value) if value.startswith("[") else value
     number = float(value)

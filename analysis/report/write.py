@@ -1,22 +1,22 @@
-"""The report of runs and sweeps: one self-contained HTML page, the same in short in Markdown, and
-the tables.
-"""
+"""Write the report of runs and sweeps, once or whenever something changes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
-from analysis.data.records import check_own
+from analysis.data.records import check_inside
 from analysis.data.tables import TABLES, Tables, load
 from analysis.experiment import Experiment
 from analysis.report import content, markup
 from analysis.report.drawings import draw_all
 from harness.core.errors import UserError
-from harness.records.run_dir import RunDir, write_text
+from harness.records.run_dir import RunDir, Status, write_text
 
-# Where the tables lie beside the page, and how they make it again from there.
+# The folder of the tables beside the page, and the command that makes the page from them.
 FOLDER = "tables"
 REDRAW = f"python -m harness.report {FOLDER} --output ."
 DOWNLOADS = [
@@ -26,18 +26,22 @@ DOWNLOADS = [
     (f"{FOLDER}/samples.parquet", "rewards per held-out problem, and the completions shown here"),
     (f"{FOLDER}/sources.parquet", "a row per run or sweep directory: manifest and recipe"),
 ]
+# Drawing takes seconds of a core that the sweep could use: a live page rests this many times as
+# long after it.
+REST = 4
+Written = TypeVar("Written")
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """A written report: where it is, and its answer in one paragraph."""
+class WrittenReport:
+    """The path of a report's page, and its answer in one paragraph."""
 
     path: Path
     answer: str
 
 
 def read(directories: Sequence[str | Path]) -> list[Experiment]:
-    """The experiments of runs', sweeps' and tables' folders; raises UserError for anything else."""
+    """Read the experiments of runs', sweeps' and tables' folders; raises UserError for others."""
     tables = Tables.joined(
         Tables.read(directory) if holds_tables(directory) else load([directory])
         for directory in directories
@@ -46,87 +50,111 @@ def read(directories: Sequence[str | Path]) -> list[Experiment]:
 
 
 def holds_tables(directory: str | Path) -> bool:
-    """Whether a folder holds tables that a report wrote, rather than a run or a sweep."""
+    """Return whether a folder holds a report's tables rather than a run or a sweep."""
     return all((Path(directory) / name).is_file() for name in TABLES)
 
 
-def write_report(
-    directory: str | Path,
-    output: str | Path | None = None,
-    *,
-    refresh: int | None = None,
-    processes: int = 1,
-) -> Report:
-    """Write the report of a run, a sweep or a folder of tables into `output` (default: the
-    directory's `report/`).
-
-    Raises UserError when `directory` is none of these. `refresh` and `processes` as in `write`.
-    """
+def report_folder(directory: str | Path) -> Path:
+    """Return a run's or sweep's folder for its report; raises UserError where a link leads out."""
     run = RunDir(directory)
-    folder = Path(output) if output is not None else run.report
-    experiments = read([directory])
-    if output is None:
-        check_own(run, folder, folder / "figures", folder / FOLDER)
-    return write(experiments, folder, refresh=refresh, processes=processes)
+    check_inside(run, run.report, run.report / "figures", run.report / FOLDER)
+    return run.report
 
 
 def write(
     experiments: list[Experiment], folder: Path, *, refresh: int | None = None, processes: int = 1
-) -> Report:
-    """Write `index.html`, `report.md`, the figures' PNGs, `trials.csv` and the tables; several
-    experiments on one page.
+) -> WrittenReport:
+    """Write `index.html`, `report.md`, the figures' PNGs, `trials.csv` and the tables.
 
-    The page loads nothing from anywhere. It is made from the tables alone: the same tables give the
-    same bytes. `refresh`: it loads itself again after so many seconds. `processes`: how many draw
-    its figures.
+    Several experiments share one page. The page loads nothing from elsewhere. It is made from the
+    tables alone, and equal tables give equal bytes. With `refresh` it reloads itself every so many
+    seconds; `processes` draw its figures.
     """
     if not experiments:
         raise UserError("there is nothing to report", got="tables without a run or sweep")
     tables = lean(experiments)
-    # From what is written below, so that this page and one made from the tables are the same.
+    # From what is written below, so that this page equals one made from the tables.
     experiments = [Experiment.of(tables, experiment.directory) for experiment in experiments]
-    shared = {"refresh": refresh, "downloads": DOWNLOADS, "redraw": REDRAW}
+    figures = folder / "figures"
     if len(experiments) == 1:
-        found, template = content.single(experiments[0]), "report"
-        found["figures"] = draw_all({"": experiments[0]}, folder / "figures", processes)[""]
-        answer = found["answer"].text()
+        page, template = content.single(experiments[0]), "report"
+        page["figures"] = draw_all({"": experiments[0]}, figures, processes)[""]
+        answer = page["answer"].text()
     else:
-        found, template = content.comparison(experiments), "compare"
-        prefixes = [f"{one['anchor']}-" for one in found["parts"]]
-        drawn = draw_all(
-            dict(zip(prefixes, experiments, strict=True)), folder / "figures", processes
-        )
-        for one, prefix in zip(found["parts"], prefixes, strict=True):
-            one["figures"] = drawn[prefix]
-        answer = "\n".join(f"{one['name']}: {one['answer'].text()}" for one in found["parts"])
-    write_text(folder / "report.md", markup.markdown(f"{template}.md.j2", {**found, **shared}))
-    write_text(folder / "index.html", markup.fill(f"{template}.html.j2", {**found, **shared}))
+        page, template = content.comparison(experiments), "compare"
+        parts = {f"{part['anchor']}-": part for part in page["parts"]}
+        drawn = draw_all(dict(zip(parts, experiments, strict=True)), figures, processes)
+        for prefix, part in parts.items():
+            part["figures"] = drawn[prefix]
+        answer = "\n".join(f"{part['name']}: {part['answer'].text()}" for part in page["parts"])
+    page |= {"refresh": refresh, "downloads": DOWNLOADS, "redraw": REDRAW}
+    write_text(folder / "report.md", markup.markdown(f"{template}.md.j2", page))
+    write_text(folder / "index.html", markup.fill(f"{template}.html.j2", page))
     tables.write(folder / FOLDER)
     write_text(folder / "trials.csv", tables.runs.to_csv(index=False))
-    return Report(folder / "index.html", answer)
+    return WrittenReport(folder / "index.html", answer)
 
 
 def lean(experiments: Sequence[Experiment]) -> Tables:
-    """The experiments' tables with the samples that a report uses: of evaluations, all text but
-    what is shown dropped.
+    """Return the experiments' tables with only the samples that a report uses.
 
-    Kept are the last evaluation of each run, and of the runs whose completions are shown the first,
-    with their text.
+    These are the last evaluation of each run and, of the runs whose completions are shown, the
+    first as well. Only the latter keep their texts.
     """
-    parts = [experiment.tables for experiment in experiments]
-    for place, experiment in enumerate(experiments):
+    parts = []
+    for experiment in experiments:
         best = experiment.best_trial()
         shown = "." if not experiment.is_sweep else None if best is None else str(best["run_dir"])
-        samples = parts[place].samples
+        samples = experiment.tables.samples
         held = samples[samples["phase"] == "eval"]
-        own = held["run_dir"] == shown
+        is_shown = held["run_dir"] == shown
         last = held["step"] == held.groupby("run_dir")["step"].transform("max")
-        kept = held[last | (own & (held["step"] == 0))].copy()
-        texts = [
-            name for name in ("question", "ground_truth", "completion") if name in kept.columns
-        ]
-        kept.loc[kept["run_dir"] != shown, texts] = None
-        parts[place] = Tables(
-            parts[place].runs, parts[place].steps, kept.reset_index(drop=True), parts[place].sources
-        )
+        kept = held[last | (is_shown & (held["step"] == 0))].copy()
+        texts = ["question", "ground_truth", "completion"]
+        kept.loc[kept["run_dir"] != shown, [name for name in texts if name in kept]] = None
+        parts.append(replace(experiment.tables, samples=kept.reset_index(drop=True)))
     return Tables.joined(parts)
+
+
+def watch(
+    write_page: Callable[[int | None], Written],
+    directories: Sequence[Path],
+    *,
+    every: int = 5,
+    begun: Callable[[Written], None] | None = None,
+) -> Written:
+    """Call `write_page(every)` at each change until all runs have ended, or until Ctrl-C.
+
+    Then return `write_page(None)`, the page that stays. `begun` gets the first result. Raises
+    UserError when `every`, in seconds, is not positive.
+    """
+    if every < 1:
+        what = "the page is written again every so many seconds"
+        raise UserError(what, got=every, allowed="1 or more")
+    running, seen = (Status.CREATED, Status.RUNNING), None
+    try:
+        while any(RunDir(directory).status in running for directory in directories):
+            state = [_state(directory) for directory in directories]
+            start = time.monotonic()
+            if state != seen:
+                written = write_page(every)
+                if seen is None and begun is not None:
+                    begun(written)
+            seen = state
+            time.sleep(max(every, REST * (time.monotonic() - start)))
+    except KeyboardInterrupt:
+        pass  # ends the watch; the sweep goes on
+    return write_page(None)
+
+
+def _state(directory: Path) -> dict[str, tuple[int, int]]:
+    """Return size and time of every file that a page is made from."""
+    run, state = RunDir(directory), {}
+    for folder in (run.path, *sorted(run.trials.glob("*"))):
+        for file in (folder / "manifest.json", folder / "metrics.jsonl"):
+            try:
+                about = file.stat()
+            except OSError:  # the file may go meanwhile
+                continue
+            state[str(file)] = (about.st_size, about.st_mtime_ns)
+    return state

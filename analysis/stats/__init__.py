@@ -1,1 +1,1 @@
-"""TODO."""
+"""Statistics over seeds, configurations and held-out problems, apart from drawing and wording."""

@@ -1,6 +1,4 @@
-"""Tests of an estimated effect against a stated margin: better, no worse, equivalent; and several
-at once.
-"""
+"""Test an estimated effect against a margin: better, no worse, equivalent; one or several."""
 
 from __future__ import annotations
 
@@ -8,21 +6,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from scipy import special
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.weightstats import ttost_ind, ttost_paired
 
 ALPHA = 0.05
 POWER = 0.8
+# A difference below this share of what training gained does not matter.
+GAIN_SHARE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """An effect, its standard error and degrees of freedom; infinite ones and no error: arithmetic,
-    without chance.
+    """An effect with its standard error and degrees of freedom.
 
-    No error with finite ones is too few seeds to have differed: that excludes nothing.
+    Without an error, infinite degrees of freedom mean an exact value. Finite ones mean that too few
+    seeds ran to differ, which excludes nothing.
     """
 
     value: float
@@ -30,36 +28,33 @@ class Estimate:
     df: float
 
     def above(self, bound: float) -> float:
-        """One-sided p of the null that the effect is at most `bound` (Student's t)."""
+        """Return the one-sided p of the null that the effect is at most `bound` (Student's t)."""
         if self.se == 0:
             return float(self.value <= bound) if math.isinf(self.df) else 1.0
         return float(special.stdtr(self.df, (bound - self.value) / self.se))
 
     def below(self, bound: float) -> float:
-        """One-sided p of the null that the effect is at least `bound`."""
-        if self.se == 0:
-            return float(self.value >= bound) if math.isinf(self.df) else 1.0
-        return float(special.stdtr(self.df, (self.value - bound) / self.se))
+        """Return the one-sided p of the null that the effect is at least `bound`."""
+        return self.scaled(-1.0).above(-bound)
 
     def interval(self, alpha: float = ALPHA) -> tuple[float, float]:
-        """The 1 - 2 alpha interval: its ends are what the two one-sided tests at `alpha` can
-        exclude.
-        """
+        """Return the 1 - 2 alpha interval, whose ends two one-sided tests at `alpha` exclude."""
         reach = self.se * float(special.stdtrit(self.df, 1 - alpha)) if self.se else 0.0
         return self.value - reach, self.value + reach
 
     def scaled(self, factor: float) -> Estimate:
-        """The effect in another unit."""
+        """Return the effect in another unit."""
         return Estimate(self.value * factor, self.se * abs(factor), self.df)
 
     def shifted(self, by: float) -> Estimate:
-        """The effect counted from another origin."""
+        """Return the effect plus a constant."""
         return Estimate(self.value + by, self.se, self.df)
 
 
 def combined(parts: Sequence[tuple[float, Estimate]]) -> Estimate:
-    """A weighted sum of independent estimates, with Welch and Satterthwaite's degrees of freedom
-    (Welch 1947).
+    """Return a weighted sum of independent estimates.
+
+    Its degrees of freedom are those of Welch and Satterthwaite (Welch 1947).
     """
     value = sum(weight * part.value for weight, part in parts)
     variances = [(weight * part.se) ** 2 for weight, part in parts]
@@ -70,18 +65,18 @@ def combined(parts: Sequence[tuple[float, Estimate]]) -> Estimate:
 
 
 def difference(first: Estimate, second: Estimate) -> Estimate:
-    """The first less the second, independent of each other (Welch 1947)."""
+    """Return the first estimate less the second; they are independent (Welch 1947)."""
     return combined([(1.0, first), (-1.0, second)])
 
 
 def average(parts: Sequence[Estimate]) -> Estimate:
-    """The mean of independent estimates."""
+    """Return the mean of independent estimates."""
     return combined([(1 / len(parts), part) for part in parts])
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The p-values of a claim's two sides: against "it does not hold", and against "it holds"."""
+    """p-values of a statement: of the null that it does not hold, and of the null that it holds."""
 
     holds: float
     fails: float
@@ -89,28 +84,19 @@ class Outcome:
 
 
 def no_worse(slack: Estimate) -> Outcome:
-    """Whether an effect is above −margin (non-inferiority), or below it: `slack` is the effect and
-    the margin.
-    """
-    return Outcome(
-        slack.above(0.0), slack.below(0.0), "one-sided t test against −margin (non-inferiority)"
-    )
+    """Test whether an effect is above −margin (non-inferiority); `slack` is effect plus margin."""
+    test = "one-sided t test against −margin (non-inferiority)"
+    return Outcome(slack.above(0.0), slack.below(0.0), test)
 
 
 def better(effect: Estimate, lack: Estimate) -> Outcome:
-    """Whether an effect is above 0, or else smaller than would matter: `lack` is the margin less
-    the effect.
-    """
-    return Outcome(
-        effect.above(0.0),
-        lack.above(0.0),
-        "one-sided t test against 0; against the margin for “not”",
-    )
+    """Test whether an effect is above 0, or below the margin; `lack` is margin less effect."""
+    test = "one-sided t test against 0; against the margin for “not”"
+    return Outcome(effect.above(0.0), lack.above(0.0), test)
 
 
 def equivalent(over: Estimate, under: Estimate) -> Outcome:
-    """Whether an effect is between two margins: two one-sided tests (TOST, Schuirmann 1987); or
-    outside one of them.
+    """Test whether an effect is between two margins (TOST, Schuirmann 1987), or outside.
 
     `over` is the effect less the lower margin, `under` the effect less the upper one.
     """
@@ -121,49 +107,36 @@ def equivalent(over: Estimate, under: Estimate) -> Outcome:
 
 
 def within(effect: Estimate, low: float, high: float) -> Outcome:
-    """Whether an effect is between two fixed margins (see `equivalent`)."""
+    """Test whether an effect is between two fixed margins (see `equivalent`)."""
     return equivalent(effect.shifted(-low), effect.shifted(-high))
 
 
 def beyond(effect: Estimate, bound: float) -> Outcome:
-    """Whether an effect is below a bound, or above it."""
+    """Test whether an effect is below a bound, or above it."""
     return Outcome(effect.below(bound), effect.above(bound), "one-sided t test against the bound")
 
 
 def every(outcomes: Sequence[Outcome]) -> Outcome:
-    """Whether all of several hold (intersection-union test, Berger 1982), or some does not
-    (Bonferroni).
+    """Test whether all of several statements hold (intersection-union test, Berger 1982).
+
+    That one of them fails is tested with Bonferroni's correction.
     """
     fails = min(1.0, len(outcomes) * min(outcome.fails for outcome in outcomes))
-    text = outcomes[0].test + (
-        f", each of {len(outcomes)} at 5% (intersection-union)" if len(outcomes) > 1 else ""
-    )
+    text = outcomes[0].test
+    if len(outcomes) > 1:
+        text += f", each of {len(outcomes)} at 5% (intersection-union)"
     return Outcome(max(outcome.holds for outcome in outcomes), fails, text)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted for there being several (Holm 1979)."""
+    """Return p-values corrected for multiple tests (Holm 1979)."""
     return [float(p) for p in multipletests(p_values, method="holm")[1]] if len(p_values) else []
 
 
-def tost(
-    first: Sequence[float], second: Sequence[float], margin: float, *, paired: bool = False
-) -> float:
-    """p of the null that two samples' means differ by `margin` or more: below 0.05 they are
-    equivalent (TOST).
-
-    Welch's t unless `paired`, where the samples are of the same seeds or problems, in the same
-    order.
-    """
-    a, b = np.asarray(first, float), np.asarray(second, float)
-    if paired:
-        return float(ttost_paired(a, b, -margin, margin)[0])
-    return float(ttost_ind(a, b, -margin, margin, usevar="unequal")[0])
-
-
 def seeds_needed(effect: Estimate, bound: float, seeds: int) -> int | None:
-    """Seeds with which this effect would be told from a bound in 4 of 5 sweeps; None when it lies
-    on the bound.
+    """Return how many seeds tell this effect from a bound with a power of 80%.
+
+    None when the effect lies on the bound, or its error is not known.
     """
     gap = abs(effect.value - bound)
     if not effect.se or not seeds or gap < 1e-12 or not math.isfinite(gap):

@@ -1,6 +1,4 @@
-"""Two models on the same held-out problems: paired differences, whose samples of one problem are no
-fresh evidence.
-"""
+"""Compare two models on the same held-out problems by paired differences."""
 
 from __future__ import annotations
 
@@ -15,47 +13,36 @@ from analysis.stats.effects import Estimate
 
 @dataclass(frozen=True, slots=True)
 class Paired:
-    """The mean difference per problem, first less second, with its clustered error; how much rests
-    on what.
-    """
+    """The mean difference in reward, first less second, and the problems and seeds it rests on."""
 
     effect: Estimate
-    questions: int
+    problems: int
     seeds: int
-    correlation: float
 
 
-def outcomes(samples: pd.DataFrame, last: bool = True) -> pd.DataFrame:
-    """Rewards per run and held-out problem, the mean over a problem's samples: of each run's last
-    evaluation.
+def final_rewards(samples: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean reward per run and held-out problem in each run's last evaluation.
 
-    Columns directory, run_dir, seed, index, reward. `last=False` takes the base's, before training.
+    Columns: directory, run_dir, seed, index, reward.
     """
     held = samples[samples["phase"] == "eval"]
-    by_run = held.groupby(["directory", "run_dir"])["step"]
-    wanted = held[held["step"] == (by_run.transform("max") if last else 0)]
+    last = held["step"] == held.groupby(["directory", "run_dir"])["step"].transform("max")
     keys = ["directory", "run_dir", "seed", "index"]
-    return wanted.groupby(keys)["reward"].mean().reset_index()
+    return held[last].groupby(keys)["reward"].mean().reset_index()
 
 
 def paired_difference(first: pd.DataFrame, second: pd.DataFrame) -> Paired | None:
-    """Difference in reward on the problems and seeds both answered, errors clustered by problem
-    (Miller 2024).
+    """Return the difference in reward on shared problems and seeds, errors clustered by problem.
 
-    Each has columns index, seed, reward: a row per problem and seed. The seeds' answers to one
-    problem are one cluster; chance in training is not in this error, only the seeds' own
-    differences show it. None with fewer than two problems.
+    Each table has a row per problem and seed: index, seed, reward. The answers to one problem are
+    one cluster (Miller 2024). The error does not contain chance in training. None with fewer than
+    two problems.
     """
     both = first.merge(second, on=["index", "seed"], suffixes=("_first", "_second"))
-    codes = pd.factorize(both["index"])[0]
-    questions = int(codes.max()) + 1 if len(codes) else 0
-    if questions < 2:
+    codes, problems = pd.factorize(both["index"])
+    if len(problems) < 2:
         return None
     gaps = (both["reward_first"] - both["reward_second"]).to_numpy(float)
     fit = OLS(gaps, np.ones(len(gaps))).fit(cov_type="cluster", cov_kwds={"groups": codes})
-    varied = both["reward_first"].std() > 0 and both["reward_second"].std() > 0
-    correlation = (
-        float(both["reward_first"].corr(both["reward_second"])) if varied else float("nan")
-    )
-    effect = Estimate(float(fit.params[0]), float(fit.bse[0]), float(questions - 1))
-    return Paired(effect, questions, int(both["seed"].nunique()), correlation)
+    effect = Estimate(float(fit.params[0]), float(fit.bse[0]), len(problems) - 1.0)
+    return Paired(effect, len(problems), int(both["seed"].nunique()))

@@ -1,1 +1,1 @@
-"""TODO."""
+"""What the figures share: colours, marks, grids and rendering."""

@@ -130,7 +130,7 @@
 
   function placesOf(image) {
     const figure = image.closest("figure");
-    figure.told ??= JSON.parse(figure.dataset.tells);
+    figure.told ??= JSON.parse(figure.dataset.tooltips);
     const box = image.getBoundingClientRect();
     const at = matchMedia("(max-width: 600px)").matches ? 3 : 1;
     return figure.told.traces.map(([about, ...flat]) => {
@@ -181,7 +181,7 @@
   }
 
   function point(event) {
-    const image = event.target.closest?.("figure[data-tells] img");
+    const image = event.target.closest?.("figure[data-tooltips] img");
     const box = image?.getBoundingClientRect();
     const place = image && nearest(placesOf(image), event.clientX - box.left, event.clientY - box.top);
     if (place) tell(image, place);
@@ -274,7 +274,7 @@
       const link = event.target.closest('a[href^="#"]');
       if (link) reveal(link.hash);
     });
-    all("figure[data-tells] img").forEach(makeTelling);
+    all("figure[data-tooltips] img").forEach(makeTelling);
     addEventListener("pointermove", point);
     addEventListener("pointerdown", point);
     addEventListener("hashchange", () => reveal(location.hash)?.scrollIntoView());
