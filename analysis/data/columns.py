@@ -146,15 +146,14 @@ def check_tables(tables: dict[str, pd.DataFrame], folder: Path) -> None:
 def _json_error(text: Any, kind: type) -> str | None:
     """Return what is wrong with a manifest (a dict) or a list of seeds in JSON."""
     try:
-        value = json.loads(text)
+        value: Any = json.loads(text)
     except (TypeError, ValueError, RecursionError) as error:
         return str(error)
-    if not isinstance(value, kind):
+    if type(value).__name__ != kind.__name__:
         return type(value).__name__
-    if isinstance(value, dict):
+    if kind is dict:
         return next(wrong_types(value), None)
-    seeds: list[Any] = value
-    return None if all(map(_is_whole, seeds)) else "no seeds"
+    return None if all(map(_is_whole, value)) else "no seeds"
 
 
 def _check_shares(tables: dict[str, pd.DataFrame], source: pd.Series, folder: Path) -> None:

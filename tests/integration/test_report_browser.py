@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from analysis.report.write import read, write, write_report
+from analysis.report.write import read, write
 from harness.records.run_dir import Status
 from tests.integration.browser import CHROMIUM, Browser, Page, Proxy, violations, watched
-from tests.unit.analysis.synthetic import Sweep, Trial, example, params, write_sweep
+from tests.unit.analysis.synthetic import Sweep, Trial, example, params, write_report, write_sweep
 
 HOSTILE = (
     "<script>document.title = 'ran'</script>"

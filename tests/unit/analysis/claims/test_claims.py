@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from analysis.claims import CLAIMS, contexts, evidence, judge, judge_tables
+from analysis.claims import CLAIMS, judge, judge_tables
 from analysis.claims.arm import Arm
 from analysis.claims.claim import FAILS, HOLDS, UNKNOWN
-from analysis.claims.evidence import ALL, Evidence
+from analysis.claims.evidence import ALL, Evidence, contexts, gather
 from analysis.data.tables import Tables, load
 from harness.records.run_dir import Status
 from tests.benchmarks import bench_claims
@@ -261,7 +261,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Tables:
 
 
 def test_evidence_is_what_the_directories_say(tables: Tables) -> None:
-    found = evidence(tables.runs, tables.steps)
+    found = gather(tables.runs, tables.steps)
     assert found is not None
     assert len(contexts(tables.runs)) == 1
     assert sorted(set(found.rank)) == [0, 1]
@@ -286,7 +286,7 @@ def test_claims_are_judged_from_directories(tables: Tables) -> None:
 def test_runs_of_another_experiment_are_not_compared(tables: Tables) -> None:
     other = tables.runs.copy()
     other.loc[other["rank"] == 0, "context"] = "another"
-    found = evidence(other, tables.steps)
+    found = gather(other, tables.steps)
     assert found is not None
     assert len(set(found.rank)) == 1
 
@@ -295,7 +295,7 @@ def test_where_lower_is_better_scores_are_turned_about(tables: Tables) -> None:
     loss = tables.runs.assign(maximize=False)
     for name in ("score", "last", "base"):
         loss[name] = -loss[name]
-    up, down = evidence(tables.runs, tables.steps), evidence(loss, tables.steps)
+    up, down = gather(tables.runs, tables.steps), gather(loss, tables.steps)
     assert up is not None
     assert down is not None
     np.testing.assert_array_equal(up.score, down.score)

@@ -3,7 +3,6 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from analysis.data import commands as rerun
 from analysis.experiment import Experiment
 from harness.config import recipe as recipes
 from harness.config.schema import Recipe
@@ -31,7 +30,7 @@ def test_a_trials_command_trains_the_very_same_recipe(
     sweep_dir: Path, experiment: Experiment
 ) -> None:
     for number in (4, 6):
-        command = rerun.command(experiment, f"trials/{number:04d}")
+        command = experiment.command(f"trials/{number:04d}")
         assert composed(command) == digest_of(sweep_dir / "trials" / f"{number:04d}")
     assert "seed=0" in command
     assert """'trainer.target_modules=["q_proj","v_proj"]'""" in command
@@ -48,7 +47,7 @@ def test_the_sweeps_own_overrides_are_kept_and_its_sweep_keys_dropped(tmp_path: 
     path = write_sweep(
         tmp_path, Sweep([Trial(0, 7, params(8, 1e-3), 0.9)], seeds=[7], overrides=overrides)
     )
-    command = rerun.command(Experiment.open(path), "trials/0000")
+    command = Experiment.open(path).command("trials/0000")
     assert str(source) in command
     assert "trainer.max_steps=20" in command
     assert command.count("trainer.policy.optimizer_config.lr=") == 1
@@ -59,7 +58,7 @@ def test_the_sweeps_own_overrides_are_kept_and_its_sweep_keys_dropped(tmp_path: 
 def test_what_rank_0_needs_is_in_the_command(tmp_path: Path) -> None:
     values = {**params(0, 1e-4), "trainer.policy.model.lora.sync": "merge"}
     path = write_sweep(tmp_path, Sweep([Trial(0, 0, values, 0.9)], seeds=[0]))
-    assert composed(rerun.command(Experiment.open(path), "trials/0000")) == digest_of(
+    assert composed(Experiment.open(path).command("trials/0000")) == digest_of(
         path / "trials" / "0000"
     )
 
@@ -71,7 +70,7 @@ def test_a_recipe_that_has_changed_or_gone_gives_way_to_the_saved_one(tmp_path: 
         source.read_text().replace("n_samples_per_prompt: 8", "n_samples_per_prompt: 4")
     )
     for _ in range(2):
-        command = rerun.command(Experiment.open(path), "trials/0000")
+        command = Experiment.open(path).command("trials/0000")
         assert f"{saved} trainer.run_name=null trainer.ckpt_path=runs" in command
         assert composed(command) == digest_of(path / "trials" / "0000")
         source.unlink(missing_ok=True)
@@ -79,4 +78,4 @@ def test_a_recipe_that_has_changed_or_gone_gives_way_to_the_saved_one(tmp_path: 
 
 def test_a_single_runs_command(tmp_path: Path) -> None:
     path = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9))
-    assert composed(rerun.command(Experiment.open(path), ".")) == digest_of(path)
+    assert composed(Experiment.open(path).command(".")) == digest_of(path)

@@ -9,9 +9,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from analysis.data.columns import param_columns
 from analysis.data.records import OTHER_INPUTS, UNREADABLE
-from analysis.data.rows import param_columns
-from analysis.data.tables import Tables, load, load_trials, write_results
+from analysis.data.tables import Tables, load, write_results
+from analysis.experiment import Experiment
 from harness.core.errors import UserError
 from harness.records.run_dir import Status
 from tests.unit.analysis.synthetic import (
@@ -31,6 +32,11 @@ from tests.unit.analysis.synthetic import (
 )
 
 METRIC = "eval/accuracy"
+
+
+def load_trials(directory: Path) -> pd.DataFrame:
+    """A row per trial of a sweep, or a run's one row."""
+    return Experiment.open(directory).trials
 
 
 @pytest.fixture(scope="module")

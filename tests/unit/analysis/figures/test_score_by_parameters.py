@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from analysis.figures import score_by_parameters
-from analysis.figures.drawing.theme import Look, render
+from analysis.figures.drawing.theme import Look
 from tests.unit.analysis import worlds
-from tests.unit.analysis.figures.made import made
+from tests.unit.analysis.figures.made import made, svg_of
 from tests.unit.analysis.simulation import BASE, GAIN, PER_STEP, STEPS, by_rank, placed
 
 
@@ -34,7 +34,7 @@ def test_sizes_scores_and_the_line_are_the_simulations() -> None:
         "each): 3 of 4 adapters have"
     )
     assert "the smallest, rank 1 on all-linear with 1,000 parameters is at " in plot.reading
-    svg = render(partial(score_by_parameters.draw, plot.data), Look()).decode()
+    svg = svg_of(partial(score_by_parameters.draw, plot.data), Look())
     for text in ("rank 64", "full fine-tuning", "room for a bit an episode"):
         assert text in svg
 

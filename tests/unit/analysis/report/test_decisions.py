@@ -9,16 +9,11 @@ import pandas as pd
 import pytest
 
 from analysis.experiment import Experiment
-from analysis.report import answer as reading
+from analysis.report.answer import answer
 from analysis.report.decisions import Decision, decisions
 from analysis.report.next_step import next_step
-from analysis.stats.values import (
-    Comparison,
-    compare_values,
-    could_collapse,
-    expected,
-    seeds_to_bound,
-)
+from analysis.stats.scores import could_collapse, expected, seeds_to_bound
+from analysis.stats.values import ValueComparison, compare_values
 from harness.config import recipe as recipes
 from harness.config.schema import Recipe
 from harness.records.run_dir import Status
@@ -64,7 +59,7 @@ def compared(
     *,
     floor: float = 0.3,
     maximize: bool = True,
-) -> Comparison:
+) -> ValueComparison:
     """The comparison of a column's values; the winner is the best by its mean, on fresh seeds where
     there are such.
     """
@@ -78,8 +73,8 @@ def compared(
     return found
 
 
-def standings(found: Comparison) -> dict[Any, str]:
-    return {level.value: level.standing for level in found.levels}
+def standings(found: ValueComparison) -> dict[Any, str]:
+    return {level.value: level.standing for level in found.values}
 
 
 @pytest.mark.parametrize(
@@ -113,14 +108,14 @@ def test_the_best_of_all_is_told_apart_from_each() -> None:
         runs({(1, 1e-3): 0.6, (8, 1e-3): 0.9, (64, 1e-3): 0.7}, 4, noise=0.003), "rank"
     )
     assert (found.verdict, standings(found)) == ("best", {1: "worse", 8: "chosen", 64: "worse"})
-    low, high = found.levels[0].interval or (0.0, 0.0)
+    low, high = found.values[0].interval or (0.0, 0.0)
     assert 0.28 < low < 0.3 < high < 0.32, "positive where the chosen one is ahead"
 
 
 def test_lower_is_better_turns_it_round() -> None:
     found = compared(runs({(1, 1e-3): 2.0, (8, 1e-3): 1.0}, 4), "rank", floor=3.0, maximize=False)
     assert standings(found) == {1: "worse", 8: "chosen"}
-    ahead = found.levels[0].ahead
+    ahead = found.values[0].ahead
     assert ahead is not None
     assert ahead.value == pytest.approx(1.0, abs=0.05), "positive where the chosen one is better"
 
@@ -195,7 +190,7 @@ def test_seeds_that_did_not_collapse_bound_the_share_that_could() -> None:
 
 def test_a_value_that_was_never_tried_as_the_winner_was_is_not_judged() -> None:
     found = compared(runs({(8, 1e-3): 0.9, (8, 1e-4): 0.5, (1, 1e-5): 0.3}, 3), "rank", 0)
-    assert [(level.value, level.fair, level.standing) for level in found.levels] == [
+    assert [(level.value, level.fair, level.standing) for level in found.values] == [
         (1, False, "open"),
         (8, True, "chosen"),
     ]
@@ -234,11 +229,11 @@ def test_a_rank_that_came_with_other_target_modules_is_not_judged() -> None:
 def test_full_fine_tuning_is_judged_at_learning_rates_of_its_own() -> None:
     adapters = {(8, lr): 0.9 if lr == 1e-3 else 0.5 for lr in (1e-4, 1e-3, 1e-2)}
     once = compared(runs({**adapters, (0, 1e-3): 0.1}, 3), "rank", 1)
-    assert once.levels[0].standing == "open", "at LoRA's best learning rate alone"
+    assert once.values[0].standing == "open", "at LoRA's best learning rate alone"
     swept = compared(
         runs({**adapters, (0, 1e-5): 0.4, (0, 1e-4): 0.7, (0, 1e-3): 0.1}, 3), "rank", 1
     )
-    assert swept.levels[0].standing == "worse"
+    assert swept.values[0].standing == "worse"
 
 
 def test_one_seed_decides_nothing() -> None:
@@ -251,7 +246,7 @@ def test_seeds_that_would_settle_it_are_more_where_the_difference_is_less() -> N
     table = runs({(1, 1e-3): 0.80, (8, 1e-3): 0.9, (64, 1e-3): 0.84}, 2, noise=0.0)
     table["score"] += np.where(table["seed"] == 0, 0.02, -0.02)
     found = compared(table, "rank", 1)
-    near, far = (found.seeds_needed(found.levels[place], 40) for place in (2, 0))
+    near, far = (found.seeds_needed(found.values[place], 40) for place in (2, 0))
     assert near is not None
     assert far is not None
     assert 2 < far < near
@@ -383,9 +378,9 @@ def test_the_winner_is_freed_of_its_own_choice(tmp_path: Path) -> None:
     assert held.estimate.value < found.best.score
     low, high = held.estimate.interval(0.025)
     assert low < 0.8 < high
-    answer = reading.answer(found)
-    assert "expected when run again" in [name for name, _, _ in answer.scores]
-    assert "Run again, expect" in answer.text()
+    headline = answer(found)
+    assert "expected when run again" in [name for name, _, _ in headline.scores]
+    assert "Run again, expect" in headline.text()
 
 
 def test_a_value_whose_runs_all_failed_is_not_decided(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from analysis.claims import CLAIMS
-from analysis.data import commands as rerun
 from analysis.experiment import Experiment
 from analysis.report.decisions import decisions
 from analysis.report.next_step import next_step
@@ -107,7 +106,7 @@ def test_every_command_of_a_sweeps_page_can_be_run(tmp_path: Path, kind: str) ->
         next_step(found, decided).command,
         *(one.command for one in decided if one.verdict != "not tested"),
     }
-    commands |= {rerun.command(found, "trials/0000")}
+    commands |= {found.command("trials/0000")}
     assert len(commands - {None}) > 1
     for command in commands - {None}:
         try_out(str(command), path)
@@ -118,7 +117,7 @@ def test_every_command_of_a_runs_page_can_be_run(tmp_path: Path) -> None:
     found = Experiment.open(path)
     commands = [one.command for one in decisions(found)]
     assert len(commands) == 5
-    for command in (*commands, rerun.command(found, ".")):
+    for command in (*commands, found.command(".")):
         try_out(str(command), path)
 
 

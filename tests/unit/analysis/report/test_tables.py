@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from analysis.experiment import Experiment
-from analysis.report.bars import bars
+from analysis.report.tables import bars
 from tests.unit.analysis.synthetic import BASE, Sweep, Trial, params, write_sweep
 
 

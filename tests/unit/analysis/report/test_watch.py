@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.report.watch import watch_report
+from analysis.report.write import watch
 from harness.core.errors import UserError
 from harness.records.metrics_file import MetricsFile
 from harness.records.run_dir import RunDir, Status
@@ -22,7 +22,7 @@ def sweep(tmp_path: Path) -> RunDir:
 def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds slept, at once."""
     seconds: list[float] = []
-    monkeypatch.setattr("analysis.report.watch.time.sleep", seconds.append)
+    monkeypatch.setattr("analysis.report.write.time.sleep", seconds.append)
     return seconds
 
 
@@ -41,7 +41,7 @@ def test_the_page_is_written_at_each_change_until_the_sweep_ends(
         return len(calls)
 
     told: list[int] = []
-    assert watch_report(write, [sweep.path], every=2, begun=told.append) == 3
+    assert watch(write, [sweep.path], every=2, begun=told.append) == 3
     assert calls == [2, 2, None]
     assert slept == [2, 2]
     assert told == [1], "the first alone"
@@ -55,9 +55,9 @@ def test_nothing_new_is_not_written_again(
         if len(slept) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("analysis.report.watch.time.sleep", sleep)
+    monkeypatch.setattr("analysis.report.write.time.sleep", sleep)
     calls: list[int | None] = []
-    watch_report(calls.append, [sweep.path])
+    watch(calls.append, [sweep.path])
     assert calls == [5, None], "the second at Ctrl-C: a page that no longer reloads itself"
 
 
@@ -72,7 +72,7 @@ def test_all_of_several_sweeps_must_have_ended(
         if refresh:
             sweep.move_to(Status.FAILED, reason="stopped")
 
-    watch_report(write, [done, sweep.path])
+    watch(write, [done, sweep.path])
     assert calls == [5, None]
 
 
@@ -80,9 +80,9 @@ def test_what_has_ended_is_written_once_and_no_time_is_refused(
     sweep: RunDir, slept: list[float]
 ) -> None:
     with pytest.raises(UserError, match="every so many seconds"):
-        watch_report(print, [sweep.path], every=0)
+        watch(print, [sweep.path], every=0)
     sweep.move_to(Status.COMPLETE)
-    assert watch_report(lambda refresh: refresh, [sweep.path]) is None
+    assert watch(lambda refresh: refresh, [sweep.path]) is None
     assert slept == []
 
 
@@ -90,12 +90,12 @@ def test_drawing_leaves_the_sweep_four_fifths_of_a_core(
     sweep: RunDir, slept: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr("analysis.report.watch.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("analysis.report.write.time.monotonic", lambda: clock[0])
 
     def write(refresh: int | None) -> None:
         clock[0] += 10
         if refresh:
             sweep.move_to(Status.COMPLETE)
 
-    watch_report(write, [sweep.path])
+    watch(write, [sweep.path])
     assert slept == [40]

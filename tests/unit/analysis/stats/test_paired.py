@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from analysis.data.tables import load
-from analysis.stats.paired import outcomes, paired_difference
+from analysis.stats.paired import final_rewards, paired_difference
 
 RNG = np.random.default_rng(7)
 
@@ -32,7 +32,7 @@ def test_a_difference_and_its_error_by_hand() -> None:
     gaps = np.array([1.0, 0.0, 0.0, 1.0])
     # One answer a cluster: the mean's error, by the sandwich's small-sample factor n / (n - 1).
     assert found.effect.se == pytest.approx(np.sqrt(((gaps - 0.5) ** 2).sum() / 4 / 3))
-    assert (found.questions, found.seeds) == (4, 1)
+    assert (found.problems, found.seeds) == (4, 1)
 
 
 def test_the_error_covers_and_ignoring_clusters_would_not() -> None:
@@ -60,13 +60,13 @@ def test_only_what_both_answered_counts() -> None:
     first, second = answers(np.full(10, 0.5), 2), answers(np.full(6, 0.5), 1)
     found = paired_difference(first, second)
     assert found is not None
-    assert (found.questions, found.seeds) == (6, 1)
+    assert (found.problems, found.seeds) == (6, 1)
     assert paired_difference(first[first["index"] == 0], second) is None
 
 
-def test_outcomes_are_the_last_evaluations(sweep_dir: Path) -> None:
+def test_final_rewards_are_the_last_evaluations(sweep_dir: Path) -> None:
     samples = load([sweep_dir]).samples
-    last, base = outcomes(samples), outcomes(samples, last=False)
+    last = final_rewards(samples)
     assert len(last) == 12 * 8
-    assert set(base["reward"]) == {0.0}
     assert set(last["reward"]) == {1.0}
+    assert set(samples["reward"]) == {0.0, 1.0}

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from analysis.experiment import Experiment
-from analysis.stats import ranking as stats
+from analysis.stats import ranking
 from tests.unit.analysis.synthetic import LR
 
 METRIC = "eval/accuracy"
@@ -30,7 +30,7 @@ def test_wilson_agrees_with_the_published_formula() -> None:
     # Wilson (1927): (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n)
     p, n, z = 466 / 512, 512, 1.959963984540054
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    found = stats.wilson(p, n)
+    found = ranking.wilson(p, n)
     assert found.low == pytest.approx((p + z * z / (2 * n) - half) / (1 + z * z / n))
     assert found.high == pytest.approx((p + z * z / (2 * n) + half) / (1 + z * z / n))
 
@@ -38,22 +38,22 @@ def test_wilson_agrees_with_the_published_formula() -> None:
 @given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_wilson_stays_within_0_and_1_around_the_share(case: tuple[int, int]) -> None:
     right, problems = case
-    found = stats.wilson(right / problems, problems)
+    found = ranking.wilson(right / problems, problems)
     assert 0 <= found.low <= right / problems + 1e-12
     assert right / problems - 1e-12 <= found.high <= 1
 
 
 def test_several_seeds_have_a_range_and_one_an_interval_over_problems() -> None:
-    assert stats.spread([0.9, 0.8, 0.85], 512) == stats.Interval(0.8, 0.9, "range of 3 seeds")
-    assert stats.spread([0.85], 512) == stats.wilson(0.85, 512)
-    assert stats.spread([0.9], None) is None
-    assert stats.spread([], 512) is None
+    assert ranking.spread([0.9, 0.8, 0.85], 512) == ranking.Interval(0.8, 0.9, "range of 3 seeds")
+    assert ranking.spread([0.85], 512) == ranking.wilson(0.85, 512)
+    assert ranking.spread([0.9], None) is None
+    assert ranking.spread([], 512) is None
 
 
 def test_a_graded_score_is_no_count_of_right_answers() -> None:
-    assert stats.counts_right_answers([466 / 512, 0.0, 1.0], 512)
-    assert not stats.counts_right_answers([0.1234], 512)
-    assert not stats.counts_right_answers([2.0], 512)
+    assert ranking.counts_right_answers([466 / 512, 0.0, 1.0], 512)
+    assert not ranking.counts_right_answers([0.1234], 512)
+    assert not ranking.counts_right_answers([2.0], 512)
 
 
 def test_the_mean_over_seeds_decides_not_the_luckiest_seed() -> None:
@@ -65,15 +65,15 @@ def test_the_mean_over_seeds_decides_not_the_luckiest_seed() -> None:
             (1, 1, "COMPLETE", 0.8),
         ]
     )
-    best = stats.best_configuration(trials, METRIC, "maximize")
-    assert best == stats.Best(
+    best = ranking.best_configuration(trials, METRIC, "maximize")
+    assert best == ranking.Winner(
         1, score=0.8, seeds=2, candidates=2, ties=(), confirmed=False, leader=1
     )
 
 
 def test_the_better_end_is_the_directions() -> None:
     trials = table([(0, 0, "COMPLETE", 0.1), (1, 0, "COMPLETE", 0.9)])
-    up, down = (stats.best_configuration(trials, METRIC, end) for end in ("maximize", "minimize"))
+    up, down = (ranking.best_configuration(trials, METRIC, end) for end in ("maximize", "minimize"))
     assert up is not None
     assert down is not None
     assert (up.configuration, down.configuration) == (1, 0)
@@ -87,36 +87,36 @@ def test_a_configuration_with_a_seed_not_complete_cannot_win(status: str) -> Non
         (1, 0, "COMPLETE", 0.3),
         (1, 1, "COMPLETE", 0.3),
     ]
-    best = stats.best_configuration(table(rows), METRIC, "maximize")
+    best = ranking.best_configuration(table(rows), METRIC, "maximize")
     assert best is not None
     assert best.configuration == 1
 
 
 def test_a_seed_that_never_started_counts_as_missing() -> None:
     trials = table([(0, 0, "COMPLETE", 0.99), (1, 0, "COMPLETE", 0.3), (1, 1, "COMPLETE", 0.3)])
-    best = stats.best_configuration(trials, METRIC, "maximize", [0, 1])
+    best = ranking.best_configuration(trials, METRIC, "maximize", [0, 1])
     assert best is not None
     assert best.configuration == 1
 
 
 def test_no_complete_trial_no_winner() -> None:
-    assert stats.best_configuration(table([(0, 0, "FAILED", 0.9)]), METRIC, "maximize") is None
-    assert stats.best_configuration(table([]), METRIC, "maximize") is None
+    assert ranking.best_configuration(table([(0, 0, "FAILED", 0.9)]), METRIC, "maximize") is None
+    assert ranking.best_configuration(table([]), METRIC, "maximize") is None
 
 
 def test_ties_are_named_and_share_a_rank() -> None:
     trials = table([(4, 0, "COMPLETE", 0.5), (2, 0, "COMPLETE", 0.5), (7, 0, "COMPLETE", 0.4)])
-    best = stats.best_configuration(trials, METRIC, "maximize")
+    best = ranking.best_configuration(trials, METRIC, "maximize")
     assert best is not None
     assert (best.configuration, best.ties) == (2, (4,))
-    ranked = stats.by_configuration(trials, METRIC, "maximize", [0])
+    ranked = ranking.by_configuration(trials, METRIC, "maximize", [0])
     assert ranked["rank"].tolist() == [1, 1, 3]
 
 
 def test_one_fresh_seed_is_too_few_to_decide() -> None:
     trials = table([(0, 0, "COMPLETE", 0.5), (1, 0, "COMPLETE", 0.6), (1, 100, "COMPLETE", 0.1)])
     trials["confirm"] = [False, False, True]
-    best = stats.best_configuration(trials, METRIC, "maximize", [0])
+    best = ranking.best_configuration(trials, METRIC, "maximize", [0])
     assert best is not None
     assert (best.configuration, best.score, best.confirmed) == (1, 0.6, False)
 
@@ -128,17 +128,17 @@ def test_fresh_seeds_rank_the_leaders_that_were_run_on_all_of_them() -> None:
     ]
     trials = table([*swept, *fresh, (2, 100, "COMPLETE", 0.99), (2, 101, "FAILED", 0.99)])
     trials["confirm"] = trials["seed"] >= 100
-    best = stats.best_configuration(trials, METRIC, "maximize")
-    assert best == stats.Best(
+    best = ranking.best_configuration(trials, METRIC, "maximize")
+    assert best == ranking.Winner(
         1, score=0.65, seeds=2, candidates=4, ties=(), confirmed=True, leader=0
     )
-    ranked = stats.by_configuration(trials, METRIC, "maximize", [0])
+    ranked = ranking.by_configuration(trials, METRIC, "maximize", [0])
     assert ranked[["configuration", "rank"]].values.tolist() == [[1, 1], [0, 2], [2, 3], [3, 4]]
 
 
 def test_a_seed_run_again_counts_once_the_later_run() -> None:
     trials = table([(0, 0, "COMPLETE", 0.2), (0, 0, "COMPLETE", 0.6)])
-    ranked = stats.by_configuration(trials, METRIC, "maximize", [0])
+    ranked = ranking.by_configuration(trials, METRIC, "maximize", [0])
     assert (ranked.iloc[0]["n"], ranked.iloc[0]["mean"]) == (1, 0.6)
 
 
@@ -151,59 +151,3 @@ def test_summary_of_the_example(experiment: Experiment) -> None:
     assert first["sd"] == pytest.approx(0.02 / math.sqrt(2), abs=1e-3)
     assert (first["low"], first["high"]) == pytest.approx((0.900, 0.920), abs=1e-3)
     assert ranked.iloc[4]["statuses"] == "1 complete, 1 running"
-
-
-def points(*rows: tuple[float, float, bool]) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=["lr", "score", "finished"])
-
-
-def test_a_basin_has_both_walls() -> None:
-    seen = points(
-        (1e-5, 0.31, True),
-        (1e-4, 0.6, True),
-        (3e-4, 0.9, True),
-        (1e-3, 0.88, True),
-        (3e-3, 0.5, True),
-    )
-    found = stats.basin(seen, 0.3, "maximize")
-    assert (found.too_low, found.good, found.too_high) == ((1e-5, 1e-4), (3e-4, 1e-3), (3e-3,))
-    assert found.best == 3e-4
-
-
-def test_a_basin_for_a_metric_where_lower_is_better() -> None:
-    found = stats.basin(
-        points((1e-4, 0.9, True), (1e-3, 0.2, True), (1e-2, 1.5, True)), 1.0, "minimize"
-    )
-    assert (found.too_low, found.good, found.too_high) == ((1e-4,), (1e-3,), (1e-2,))
-
-
-def test_a_pruned_trial_is_evidence_against_its_learning_rate_only() -> None:
-    found = stats.basin(points((1e-3, 0.9, True), (1e-2, 0.95, False)), 0.3, "maximize")
-    assert (found.good, found.too_high) == ((1e-3,), (1e-2,))
-
-
-def test_a_learning_rate_stands_by_its_best_point() -> None:
-    found = stats.basin(
-        points((1e-3, 0.9, True), (1e-3, 0.4, True), (3e-3, 0.88, True)), 0.3, "maximize"
-    )
-    assert found.good == (1e-3, 3e-3)
-
-
-def test_nothing_is_good_when_nothing_rose_above_the_base() -> None:
-    found = stats.basin(points((1e-5, 0.3, True), (1e-2, 0.1, True)), 0.3, "maximize")
-    assert (found.best, found.good, found.too_low, found.too_high) == (None, (), (), ())
-    assert found.tested == (1e-5, 1e-2)
-
-
-@given(
-    st.lists(
-        st.tuples(st.sampled_from([1e-5, 1e-4, 1e-3, 1e-2]), st.floats(0, 1), st.booleans()),
-        min_size=1,
-    )
-)
-def test_a_basin_parts_what_was_tested(rows: list[tuple[float, float, bool]]) -> None:
-    found = stats.basin(points(*rows), 0.3, "maximize")
-    assert found.tested == tuple(sorted({row[0] for row in rows}))
-    if found.good:
-        assert (*found.too_low, *found.good, *found.too_high) == found.tested
-        assert found.best in found.good

@@ -1,54 +1,15 @@
-"""Statistics over seeds: robust, covered, and free of the winner's curse."""
+"""Scores corrected for selection bias: unbiased, and covered by their intervals."""
 
 from __future__ import annotations
 
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import stats as scipy_stats
 
-from analysis.stats import selection as stats_seeds
-from analysis.stats.values import expected
+from analysis.stats import selection
+from analysis.stats.scores import expected
 
 RNG = np.random.default_rng(5)
-
-
-def test_the_iqm_is_the_middle_halfs_mean() -> None:
-    assert stats_seeds.iqm([0, 1, 2, 3, 4, 5, 6, 100]) == 3.5
-    assert stats_seeds.iqm(np.array([[0.0, 1.0], [2.0, 1000.0]])) == 1.5
-
-
-def test_a_stratified_bootstrap_covers_and_keeps_its_strata_apart() -> None:
-    hits, narrow, wide = 0, [], []
-    for _ in range(60):
-        strata = [RNG.normal(level, 0.1, 10) for level in (0.0, 1.0, 2.0)]
-        found = stats_seeds.stratified_bootstrap(
-            [row.tolist() for row in strata], np.mean, resamples=400
-        )
-        hits += found.low <= 1.0 <= found.high
-        narrow.append(found.high - found.low)
-        mixed = stats_seeds.stratified_bootstrap(
-            [np.concatenate(strata).tolist()], np.mean, resamples=400
-        )
-        wide.append(mixed.high - mixed.low)
-    assert hits >= 51
-    assert np.mean(narrow) < np.mean(wide) / 4
-
-
-def test_a_stratified_bootstrap_is_repeatable_and_wants_scores() -> None:
-    strata = [[0.1, 0.2, 0.3], [0.5, 0.7]]
-    assert stats_seeds.stratified_bootstrap(strata) == stats_seeds.stratified_bootstrap(strata)
-    with pytest.raises(ValueError, match="without scores"):
-        stats_seeds.stratified_bootstrap([[0.1], []])
-
-
-def test_probability_of_improvement_counts_pairs() -> None:
-    a, b = [0.5, 0.7, 0.9], [0.5, 0.6]
-    pairs = [(x > y) + 0.5 * (x == y) for x in a for y in b]
-    assert stats_seeds.probability_of_improvement(a, b) == pytest.approx(np.mean(pairs))
-    assert stats_seeds.probability_of_improvement(b, a) == pytest.approx(1 - np.mean(pairs))
-    found = stats_seeds.improvement(a, b)
-    assert 0 <= found.low <= np.mean(pairs) <= found.high <= 1
 
 
 def test_held_out_seeds_take_the_winners_curse_away() -> None:
@@ -58,7 +19,7 @@ def test_held_out_seeds_take_the_winners_curse_away() -> None:
     naive, honest, errors, covered = [], [], [], 0
     for _ in range(1500):
         scores = RNG.normal(0, 1, (20, 3))
-        found = stats_seeds.held_out(scores, np.ones(20, bool), 1.0, 40)
+        found = selection.held_out(scores, np.ones(20, bool), 1.0, 40)
         assert found is not None
         naive.append(scores.mean(1).max())
         honest.append(found.estimate.value)
@@ -72,20 +33,20 @@ def test_held_out_seeds_take_the_winners_curse_away() -> None:
 
 def test_held_out_scores_pass_over_gaps_and_cells_that_may_not_win() -> None:
     scores = np.array([[0.9, 0.9, 0.9], [0.8, np.nan, 0.8], [0.5, 0.5, 0.5]])
-    found = stats_seeds.held_out(scores, np.array([False, True, True]), 0.01, 3)
+    found = selection.held_out(scores, np.array([False, True, True]), 0.01, 3)
     assert found is not None
     assert set(found.chosen) == {1}
     assert found.estimate.value == pytest.approx(0.8)
-    assert stats_seeds.held_out(scores[:, :1], np.ones(3, bool), 0.01, 3) is None
+    assert selection.held_out(scores[:, :1], np.ones(3, bool), 0.01, 3) is None
 
 
 def test_fresh_seeds_stand_by_themselves() -> None:
-    found = stats_seeds.confirmed([0.8, 0.82, 0.84], 4, 0.0004, 6)
+    found = selection.confirmed([0.8, 0.82, 0.84], 4, 0.0004, 6)
     assert found is not None
     assert found.estimate.value == pytest.approx(0.82)
     assert found.estimate.df == 8
     assert found.how == "3 fresh seeds"
-    assert stats_seeds.confirmed([0.8], 4, 0.0004, 6) is None
+    assert selection.confirmed([0.8], 4, 0.0004, 6) is None
 
 
 def test_shrinking_errs_less_than_the_means_themselves() -> None:
@@ -95,15 +56,10 @@ def test_shrinking_errs_less_than_the_means_themselves() -> None:
         seen = truth + RNG.normal(0, 0.05, 12)
         error["plain"] += float(((seen - truth) ** 2).sum())
         error["shrunken"] += float(
-            ((np.array(stats_seeds.shrunken(seen.tolist(), 0.05**2)) - truth) ** 2).sum()
+            ((np.array(selection.shrunken(seen.tolist(), 0.05**2)) - truth) ** 2).sum()
         )
     assert error["shrunken"] < 0.7 * error["plain"]
-    assert stats_seeds.shrunken([0.1, 0.9], 0.01) == [0.1, 0.9]
-
-
-def test_the_iqm_agrees_with_scipy_on_ties() -> None:
-    scores = RNG.integers(0, 3, 40).astype(float)
-    assert stats_seeds.iqm(scores) == pytest.approx(float(scipy_stats.trim_mean(scores, 0.25)))
+    assert selection.shrunken([0.1, 0.9], 0.01) == [0.1, 0.9]
 
 
 def sweep(scores: list[list[float]], fresh: dict[int, list[float]] | None = None) -> pd.DataFrame:
