@@ -16,9 +16,9 @@ TOLERANCE = 0.1
 
 
 def two_thirds_of_the_flops(e: Evidence) -> Finding | Obstacle:
-    """7: FLOPs of a forward and backward pass over full fine-tuning's: (4N + 6a) / 6N.
+    """7: FLOPs of a pass over full fine-tuning's: (4N + 6a) / 6N for N parameters, a trained.
 
-    N are the model's parameters, a the trained ones. LoRA's backward pass skips the gradients of
+    N counts the model's parameters, a the trained ones. LoRA's backward pass skips the gradients of
     the frozen weights (2 of 6 FLOPs a parameter and token) and adds the adapter's own 6. Attention
     products are alike in both and left out. This is arithmetic, without chance.
     """

@@ -39,7 +39,7 @@ class Early:
 
 
 def early_curves_agree(e: Evidence) -> Finding | Obstacle:
-    """6: equivalence of each rank's early training reward to the other ranks'."""
+    """6: equivalence of each rank's early reward to the others', at the same rates and seeds."""
     early = early_curves(e)
     if isinstance(early, Obstacle):
         return early

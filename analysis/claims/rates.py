@@ -76,7 +76,7 @@ def located(arms: Mapping[Key, Arm]) -> tuple[dict[Key, Estimate], float]:
 
 
 def hardly_depends_on_rank(e: Evidence) -> Finding | Obstacle:
-    """2a: equivalence to 0 of the exponent of rank in the best rate, with alpha fixed."""
+    """2a: equivalence to 0 of rank's exponent in the best rate, alpha fixed, from rank 4 on."""
     rates = _over_ranks(e, "alpha")
     if isinstance(rates, Obstacle):
         return rates

@@ -103,7 +103,8 @@ def _reading(found: EarlyData) -> str:
         verdict = f"Every rank's interval is within {same}: the early curves are the same"
     elif len(beyond):
         who = labels.listed([f"rank {rank}" for rank in beyond["rank"]])
-        verdict = f"{labels.capital(who)} is beyond {same}: the early curves are not the same"
+        are = "is" if len(beyond) == 1 else "are"
+        verdict = f"{labels.capital(who)} {are} beyond {same}: the early curves are not the same"
     else:
         verdict = (
             f"Not every rank's interval is within {same}: whether the early curves are the same is "

@@ -79,7 +79,7 @@ def test_the_page_answers_first_and_then_shows_why(html: Page) -> None:
         "Which rank?",
         "Score against learning rate",
         "Learning curves",
-        "Every trial, whatever became of it",
+        "Every trial, whatever its status",
         "The same problems, before and after",
         "Configurations, best first",
         "Learning rates: too low, good, too high",

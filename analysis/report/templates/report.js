@@ -1,6 +1,6 @@
 "use strict";
-// Copy buttons, sorting, filtering, folded sections, what figures tell, and a live page's reload. Everything on the
-// page can be read without it.
+// Copy buttons, sorting, filtering, folded sections, tooltips of figures, and a live page's reload.
+// The page can be read without it.
 (() => {
   const all = (selector, within = document) => [...within.querySelectorAll(selector)];
   document.documentElement.classList.add("scripted");

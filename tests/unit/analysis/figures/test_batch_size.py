@@ -61,7 +61,7 @@ def test_one_seed_has_costs_without_intervals() -> None:
     plot = batch_size.data(made(trials(seeds=1)))[0]
     assert plot.data.costs.set_index("rank")["cost"].to_dict() == pytest.approx(COSTS)
     assert plot.data.costs["low"].isna().all()
-    assert "with one seed chance is not known" in plot.reading
+    assert "with one seed, without interval" in plot.reading
 
 
 def test_lora_alone_is_shown_and_lengths_that_differ_are_said() -> None:

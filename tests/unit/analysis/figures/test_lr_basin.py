@@ -100,7 +100,7 @@ def test_a_best_rate_that_is_the_last_tested_is_warned_of(
     experiment = made(trials)
     assert rates(experiment).tops["edge"].tolist() == [edge]
     warning = (
-        "Warning: the best of rank 8 is the highest rate tested, so the true best may lie beyond."
+        "Warning: the best of rank 8 is the highest rate tested, so a better one may lie beyond."
     )
     assert (warning in lr_basin.data(experiment)[0].reading) == (edge is not None)
 

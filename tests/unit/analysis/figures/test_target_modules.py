@@ -88,7 +88,7 @@ def test_one_seed_has_no_interval() -> None:
     plot = target_modules.data(made(trials(seeds=1)))[0]
     assert plot.data.points["low"].isna().all()
     assert plot.data.gaps.set_index("panel")["gap"][EQUAL_RANK] == pytest.approx(0.02)
-    assert "with one seed chance is not known" in plot.reading
+    assert "with one seed, without interval" in plot.reading
 
 
 def test_arms_that_differ_in_more_are_not_compared() -> None:
@@ -106,7 +106,7 @@ def test_runs_of_another_experiment_have_no_part() -> None:
         plot.data.gaps["gap"].tolist()
         == target_modules.data(made(trials()))[0].data.gaps["gap"].tolist()
     )
-    assert plot.reading.endswith("Of 32 runs the 27 that agree in all other settings are compared.")
+    assert plot.reading.endswith("5 runs of 32 differ in other settings and are left out.")
 
 
 @pytest.mark.parametrize("look", [Look(), Look(dark=True, narrow=True)], ids=str)
