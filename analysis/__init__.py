@@ -1,1 +1,1 @@
-"""From run directories to tables, statistics, figures and the report. Reads files only."""
+"""Turn run directories into tables, statistics, figures and the report; it only reads files."""

@@ -1,4 +1,4 @@
-"""One run or sweep, read once: what every figure, statistic and page is made from."""
+"""One run or sweep: what every figure and page is made from."""
 
 from __future__ import annotations
 
@@ -6,31 +6,30 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
-from analysis import stats
-from analysis.labels import LR, RANK
-from analysis.levels import Comparison, compare_values, expected
-from analysis.load import Tables, load
-from analysis.records import THEN, parsed_recipe
-from analysis.rows import as_trials, param_columns
-from analysis.sources import DEFAULT_METRIC
-from analysis.stats_seeds import Held
+from analysis.claims.evidence import Evidence, gather
+from analysis.data.columns import param_columns
+from analysis.data.labels import LR, RANK
+from analysis.data.records import THEN, lookup, parse_recipe
+from analysis.data.rows import as_trials
+from analysis.data.sources import DEFAULT_METRIC
+from analysis.data.tables import Tables, load
+from analysis.stats import ranking
+from analysis.stats.rates import RateSplit, split_rates
+from analysis.stats.scores import expected
+from analysis.stats.selection import Held
+from analysis.stats.values import ValueComparison, compare_values
 from harness.config import metrics
 from harness.core.errors import UserError
 from harness.records.run_dir import Status
 
-if TYPE_CHECKING:
-    from analysis.claims.evidence import Evidence
-
 
 @dataclass(frozen=True)
 class Experiment:
-    """A run or sweep as its tables say it was: its own rows alone, whatever has become of its
-    directory.
-    """
+    """A run or sweep as its tables describe it, even when its directory is gone."""
 
     tables: Tables
 
@@ -41,57 +40,50 @@ class Experiment:
 
     @classmethod
     def of(cls, tables: Tables, directory: str | None = None) -> Experiment:
-        """One directory of some tables, by the name recorded there; None: the only one. Raises
-        UserError if absent.
+        """Take one directory of some tables by its name there; None takes the only one.
+
+        Raises UserError when the tables do not hold it.
         """
         known = tables.sources["directory"].tolist()
         if directory not in known if directory is not None else len(known) != 1:
-            raise UserError(
-                "the tables hold no such directory",
-                got=directory or "no name",
-                allowed=", ".join(known),
-            )
+            got, allowed = directory or "no name", ", ".join(known)
+            raise UserError("the tables hold no such directory", got=got, allowed=allowed)
         return cls(tables.of([directory or known[0]]))
 
     @cached_property
     def source(self) -> pd.Series:
-        """What is known of the directory as a whole (see `sources.source_row`)."""
+        """The directory's row (see `sources.source_row`)."""
         return self.tables.sources.iloc[0]
 
     @property
     def directory(self) -> str:
-        """Where the run or sweep was when it was read."""
+        """The directory as it was when it was read; it need not exist any more."""
         return str(self.source["directory"])
 
     @property
-    def path(self) -> Path:
-        """The same as a path, which need not exist any more."""
-        return Path(self.directory)
-
-    @property
     def name(self) -> str:
-        """The name its manifest gives it."""
+        """The name in its manifest."""
         return str(self.source["name"])
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        """Provenance as recorded."""
-        found: dict[str, Any] = json.loads(self.source["manifest"])
-        return found
+        """The manifest as recorded."""
+        manifest: dict[str, Any] = json.loads(self.source["manifest"])
+        return manifest
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
         """The resolved recipe as plain values; empty where it could not be read."""
-        return parsed_recipe(str(self.source["recipe"]))
+        return parse_recipe(str(self.source["recipe"]))
 
     @property
     def metric(self) -> str:
-        """The metric that was optimised, or that a single run is judged by."""
+        """The metric that the sweep optimized, or that a single run is judged by."""
         return str(self.source["metric"])
 
     @property
     def direction(self) -> metrics.Direction:
-        """The metric's better end."""
+        """Whether higher or lower values of the metric are better."""
         return "maximize" if self.source["maximize"] else "minimize"
 
     @cached_property
@@ -101,42 +93,29 @@ class Experiment:
 
     @cached_property
     def problems(self) -> int | None:
-        """Held-out problems behind each score; None where unknown, or where no score is a share of
-        right answers.
+        """Held-out problems behind each score.
+
+        None where unknown, or where no score is a share of right answers.
         """
-        problems, shares = (
-            self.source["problems"],
-            self.metric == DEFAULT_METRIC or self.metric.startswith("eval/pass@"),
-        )
-        if not shares or pd.isna(problems):
+        problems = self.source["problems"]
+        is_share = self.metric == DEFAULT_METRIC or self.metric.startswith("eval/pass@")
+        if not is_share or pd.isna(problems):
             return None
-        samples = (self.recipe.get("generator") or {}).get("eval_n_samples_per_prompt") or 1
-        total = int(problems) if self.metric != DEFAULT_METRIC else int(problems) * samples
-        found = [
-            float(share)
-            for name in (self.metric, f"base/{self.metric}")
-            for share in self.trials[name].dropna()
-        ]
-        return int(problems) if stats.counts_right_answers(found, total) else None
+        samples = lookup(self.recipe, "generator.eval_n_samples_per_prompt") or 1
+        total = int(problems) * (samples if self.metric == DEFAULT_METRIC else 1)
+        scores = self.trials[[self.metric, f"base/{self.metric}"]].melt()["value"].dropna()
+        counted = ranking.counts_right_answers(scores.astype(float).tolist(), total)
+        return int(problems) if counted else None
 
     @cached_property
     def trials(self) -> pd.DataFrame:
         """A row per trial (see `rows.as_trials`)."""
         return as_trials(self.tables.runs, self.metric)
 
-    @property
-    def steps(self) -> pd.DataFrame:
-        """A row per run and logged step."""
-        return self.tables.steps
-
     @cached_property
     def evidence(self) -> Evidence | None:
-        """The runs that differ only in what the claims vary, where there are most of them; None
-        without runs.
-        """
-        from analysis.claims.evidence import evidence
-
-        return evidence(self.tables.runs, self.tables.steps)
+        """The comparable runs that the claims are judged on; None without runs."""
+        return gather(self.tables.runs, self.tables.steps)
 
     @property
     def is_sweep(self) -> bool:
@@ -150,51 +129,46 @@ class Experiment:
 
     @cached_property
     def inputs_changed(self) -> bool:
-        """Whether data, model or environment module changed while it ran: its runs then name theirs
-        in `inputs`.
-        """
+        """Whether data, model or environment changed meanwhile; runs then name their `inputs`."""
         runs = self.tables.runs
-        known = set(runs["inputs"].dropna()) if "inputs" in runs.columns else set()
-        return len(known) > 1 or any(THEN in one for one in known)
+        inputs = set(runs["inputs"].dropna()) if "inputs" in runs.columns else set()
+        return len(inputs) > 1 or any(THEN in name for name in inputs)
 
     @cached_property
     def complete(self) -> pd.DataFrame:
         """The trials that count: COMPLETE, with a score."""
-        return stats.complete(self.trials, self.metric)
+        return ranking.complete(self.trials, self.metric)
 
     @cached_property
     def configurations(self) -> pd.DataFrame:
-        """One row per configuration, best first (see `stats.by_configuration`)."""
-        return stats.by_configuration(
+        """One row per configuration, best first (see `ranking.by_configuration`)."""
+        return ranking.by_configuration(
             self.trials, self.metric, self.direction, self.seeds, self.problems
         )
 
     @cached_property
-    def best(self) -> stats.Best | None:
-        """The winning configuration (see `stats.best_configuration`), or None when none has all its
-        seeds complete.
-        """
-        return stats.best_configuration(self.trials, self.metric, self.direction, self.seeds)
+    def best(self) -> ranking.Winner | None:
+        """The best configuration; None when none has all its seeds complete."""
+        return ranking.best_configuration(self.trials, self.metric, self.direction, self.seeds)
 
     @cached_property
-    def ranking(self) -> Comparison | None:
-        """The winning configuration against each other one; None without a winner."""
+    def comparison(self) -> ValueComparison | None:
+        """The best configuration against each other one; None without it."""
         if not self.is_sweep or self.best is None:
             return None
-        return compare_values(
-            self.tables.runs,
-            "configuration",
-            self.best.configuration,
-            [],
-            self.base,
-            maximize=self.direction == "maximize",
-        )
+        return self.compare("configuration", self.best.configuration, [])
+
+    def compare(
+        self, column: str, winner: int, others: list[str], runs: pd.DataFrame | None = None
+    ) -> ValueComparison | None:
+        """Compare the values of a column with the winner's (see `values.compare_values`)."""
+        table = self.tables.runs if runs is None else runs
+        maximize = self.direction == "maximize"
+        return compare_values(table, column, winner, others, self.base, maximize=maximize)
 
     @cached_property
     def expected(self) -> Held | None:
-        """The winner's score as it would be seen again, corrected for selection bias; None with one
-        seed.
-        """
+        """The best score corrected for selection bias; None with one seed."""
         if not self.is_sweep or self.best is None:
             return None
         return expected(self.tables.runs, self.base, maximize=self.direction == "maximize")
@@ -211,40 +185,41 @@ class Experiment:
         return float(values.mean()) if len(values) else None
 
     @cached_property
-    def base_interval(self) -> stats.Interval | None:
+    def base_interval(self) -> ranking.Interval | None:
         """The interval of the base's score over the held-out problems."""
-        return (
-            stats.wilson(self.base, self.problems)
-            if self.base is not None and self.problems
-            else None
-        )
+        if self.base is None or not self.problems:
+            return None
+        return ranking.wilson(self.base, self.problems)
 
     def better(self, first: float, second: float) -> bool:
-        """Whether the first score is the better one."""
+        """Return whether the first score is the better one."""
         return first > second if self.direction == "maximize" else first < second
 
     def best_trial(self) -> pd.Series | None:
-        """The winning configuration's best trial, or the run's own row once complete; None when
-        there is none.
-        """
+        """Return the best configuration's best trial, or the run's own row once complete."""
         rows = self.complete
         if self.is_sweep:
-            rows = (
-                rows[rows["configuration"] == self.best.configuration]
-                if self.best
-                else rows.iloc[:0]
-            )
+            number = self.best.configuration if self.best else -1
+            rows = rows[rows["configuration"] == number]
         if rows.empty:
             return None
         return rows.sort_values(self.metric, ascending=self.direction == "minimize").iloc[0]
 
-    def basin(self, *ranks: int) -> stats.Basin | None:
-        """Learning rates too low, good and too high at these ranks (all when none is named); None
-        without evidence.
-        """
+    def winner_row(self) -> pd.Series | None:
+        """Return the row of `best_trial` in the table of runs."""
+        trial, runs = self.best_trial(), self.tables.runs
+        return None if trial is None else runs[runs["run_dir"] == trial["run_dir"]].iloc[0]
+
+    def command(self, run_dir: str) -> str:
+        """Return the command that runs a run or trial again."""
+        runs = self.tables.runs
+        return str(runs.loc[runs["run_dir"] == run_dir, "command"].iloc[0])
+
+    def rate_split(self, *ranks: int) -> RateSplit | None:
+        """Split the learning rates at these ranks (all when none is named); None without trials."""
         if LR not in self.trials.columns:
             return None
-        # A run that was pruned or diverged has no score, and tells against its rate all the same.
+        # A run that was pruned or diverged has no score, and counts against its rate all the same.
         runs = self.tables.runs
         bad = runs.loc[(runs["status"] == Status.PRUNED.value) | runs["diverged"], "configuration"]
         table = self.configurations.dropna(subset=[LR])
@@ -255,4 +230,4 @@ class Experiment:
             return None
         points = pd.DataFrame({"lr": table[LR], "score": table["mean"], "finished": table["whole"]})
         worst = points["score"].min() if self.direction == "maximize" else points["score"].max()
-        return stats.basin(points, worst if self.base is None else self.base, self.direction)
+        return split_rates(points, worst if self.base is None else self.base, self.direction)

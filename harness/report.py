@@ -9,41 +9,52 @@ from typing import TYPE_CHECKING
 
 from harness.core.cli import Parser, invocation, run_command
 from harness.core.errors import UserError, nearest, visible
+from harness.core.paths import shown
 from harness.records.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from analysis.report import Report
+    from analysis.report.write import WrittenReport
 
 
 def main(argv: list[str]) -> int:
     """Write the report, print its answer and its path, and return the exit status."""
     arguments = _parse(argv)
-    from analysis.load import write_results
-    from analysis.records import check_own
-    from analysis.report import holds_tables, read, write
-    from analysis.watch import watch_report
+    from analysis.data.tables import write_results
+    from analysis.report.write import holds_tables, read, report_folder, watch, write
 
     directories: list[Path] = arguments.directories
     runs = [directory for directory in directories if not holds_tables(directory)]
     sweeps = [
-        directory.resolve() for directory in runs if _manifest(directory).get("kind") == "sweep"
+        shown(directory.resolve())
+        for directory in runs
+        if _manifest(directory).get("kind") == "sweep"
     ]
-    folder = arguments.output or _folder(directories, bool(runs))
-    if arguments.output is None and runs == directories and len(directories) == 1:
-        check_own(RunDir(directories[0]), folder, folder / "figures", folder / "tables")
+    if arguments.output is not None:
+        folder = arguments.output
+    elif len(directories) > 1:
+        folder = directories[0].resolve().parent / "comparison"
+    else:
+        first = directories[0]
+        folder = report_folder(first) if runs else first.resolve().parent
 
-    def report(refresh: int | None = None) -> Report:
+    def report(refresh: int | None = None) -> WrittenReport:
         experiments = read(directories)
+        if arguments.compare and len(experiments) < 2:
+            raise UserError(
+                "--compare puts several sweeps or runs on one page",
+                got=directories[0],
+                allowed="two or more directories",
+            )
         for experiment in experiments:
-            if experiment.path in sweeps:
-                write_results(experiment.path, experiment.trials)
+            if experiment.directory in sweeps:
+                write_results(experiment.directory, experiment.trials)
         return write(experiments, folder, refresh=refresh, processes=os.cpu_count() or 1)
 
     try:
         if arguments.watch is None:
             written = report()
         else:
-            written = watch_report(report, runs, every=arguments.watch, begun=_begun)
+            written = watch(report, runs, every=arguments.watch, begun=_begun)
     except (NotADirectoryError, FileExistsError) as error:
         raise UserError(
             "cannot write the report",
@@ -55,7 +66,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _begun(first: Report) -> None:
+def _begun(first: WrittenReport) -> None:
     print(f"live: {first.path} (Ctrl-C ends the watch, not the sweep)", flush=True)
 
 
@@ -85,33 +96,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         metavar="SECONDS",
         help="write the page again at each change, until what it shows has ended",
     )
-    arguments = parser.parse_args(argv)
-    if (
-        arguments.compare
-        and len(arguments.directories) < 2
-        and not _tables_of_several(arguments.directories[0])
-    ):
-        raise UserError(
-            "--compare puts several sweeps or runs on one page",
-            got=arguments.directories[0],
-            allowed="two or more directories",
-        )
-    return arguments
-
-
-def _tables_of_several(directory: Path) -> bool:
-    from analysis.load import Tables
-    from analysis.report import holds_tables
-
-    return holds_tables(directory) and len(Tables.read(directory).sources) > 1
-
-
-def _folder(directories: list[Path], of_runs: bool) -> Path:
-    """Return the default folder of a report: of runs or sweeps if `of_runs`, else of tables."""
-    first = directories[0]
-    if len(directories) > 1:
-        return first.resolve().parent / "comparison"
-    return RunDir(first).report if of_runs else first.resolve().parent
+    return parser.parse_args(argv)
 
 
 def _manifest(directory: Path) -> dict[str, object]:
@@ -119,11 +104,11 @@ def _manifest(directory: Path) -> dict[str, object]:
 
     Raises UserError where there is none, with the runs and sweeps in `directory` or in runs/.
     """
-    from analysis.records import check_own
+    from analysis.data.records import check_inside
 
     run = RunDir(directory)
     if run.manifest.is_file():
-        check_own(run, run.manifest)
+        check_inside(run, run.manifest)
         return run.read_manifest()
     here = directory if directory.is_dir() else Path("runs")
     known = sorted(str(file.parent) for file in here.glob("*/manifest.json"))

@@ -176,20 +176,20 @@ def _run(session: Session, *, new: bool) -> int:
 
 def _finish(session: Session, study: Study, place: str) -> int:
     """Write results and report, and print the best configuration and how to run it again."""
+    from analysis.data.tables import write_results
     from analysis.experiment import Experiment
-    from analysis.load import write_results
-    from analysis.report import write_report
-    from analysis.rerun import command
+    from analysis.report.write import report_folder, write
     from sweeps.session import conclude
 
     experiment = Experiment.open(session.sweep_dir.path)
     trial = experiment.best_trial()
     conclude(session, study, _best(experiment, trial))
     write_results(session.sweep_dir.path, experiment.trials)
-    report = write_report(session.sweep_dir.path, processes=os.cpu_count() or 1)
+    folder = report_folder(session.sweep_dir.path)
+    report = write([experiment], folder, processes=os.cpu_count() or 1)
     print(report.answer)
     if trial is not None:
-        print(f"again: {command(experiment, str(trial['run_dir']))}")
+        print(f"again: {experiment.command(str(trial['run_dir']))}")
     counts = study.counts()
     if study.stopped:
         print(f"stopped: {study.stopped}; go on with: {invocation('sweep')} --resume {place}")
@@ -207,7 +207,7 @@ def _best(experiment: Experiment, trial: pd.Series | None) -> dict[str, Any] | N
     if best is None or trial is None:
         return None
     number = int(trial["number"])
-    params = RunDir(experiment.path).trial(number).read_manifest()["trial"]["params"]
+    params = RunDir(experiment.directory).trial(number).read_manifest()["trial"]["params"]
     return {
         "configuration": best.configuration,
         "params": params,

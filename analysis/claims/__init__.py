@@ -1,25 +1,15 @@
-"""LoRA Without Regret (Schulman et al. 2025), claim by claim: holds, does not hold, or cannot tell,
-for these runs.
+"""Judge LoRA Without Regret (Schulman et al. 2025) claim by claim on comparable runs.
+
+A claim holds, does not hold, or cannot be told.
 """
 
 from __future__ import annotations
 
 from analysis.claims import cost, curves, matching, rates
-from analysis.claims.claim import Claim, Verdict, with_holm
-from analysis.claims.evidence import Evidence, contexts, evidence
-from analysis.load import Tables
-from analysis.stats_tests import holm
-
-__all__ = [
-    "CLAIMS",
-    "Claim",
-    "Evidence",
-    "Verdict",
-    "contexts",
-    "evidence",
-    "judge",
-    "judge_tables",
-]
+from analysis.claims.claim import Claim, JudgedClaim, with_holm
+from analysis.claims.evidence import Evidence, gather
+from analysis.data.tables import Tables
+from analysis.stats.effects import holm
 
 _BY_RANK, _PLACEMENT, _ALPHA, _BATCH = "lr_by_rank", "placement", "alpha", "batch_size"
 
@@ -48,8 +38,7 @@ CLAIMS: dict[str, Claim] = {
         Claim(
             "2c",
             "With alpha in proportion to rank (alpha = 2r) the best learning rate is not "
-            "invariant: it falls "
-            "with rank",
+            "invariant: it falls with rank",
             _ALPHA,
             rates.alpha_with_rank_is_not_invariant,
         ),
@@ -105,18 +94,14 @@ CLAIMS: dict[str, Claim] = {
 }
 
 
-def judge(found: Evidence | None) -> list[Verdict]:
-    """Every claim on one set of comparable runs, in order, with p-values adjusted for there being
-    several (Holm).
-    """
-    verdicts = [claim.verdict(found) for claim in CLAIMS.values()]
-    # Arithmetic (claim 7) is no test, so it takes no part.
-    tested = {
-        verdict.id: verdict.p for verdict in verdicts if verdict.p is not None and verdict.id != "7"
-    }
-    return with_holm(verdicts, dict(zip(tested, holm(list(tested.values())), strict=True)))
+def judge(evidence: Evidence | None) -> list[JudgedClaim]:
+    """Judge every claim in order, with p-values corrected for multiple tests (Holm)."""
+    judged = [claim.verdict(evidence) for claim in CLAIMS.values()]
+    # Claim 7 is arithmetic and no test, so it is left out.
+    tested = {one.id: one.p for one in judged if one.p is not None and one.id != "7"}
+    return with_holm(judged, dict(zip(tested, holm(list(tested.values())), strict=True)))
 
 
-def judge_tables(tables: Tables, context: str | None = None) -> list[Verdict]:
-    """Every claim on a table's context, by default the one with most runs."""
-    return judge(evidence(tables.runs, tables.steps, context))
+def judge_tables(tables: Tables, context: str | None = None) -> list[JudgedClaim]:
+    """Judge every claim on the runs of a context, by default the one with most runs."""
+    return judge(gather(tables.runs, tables.steps, context))

@@ -1,6 +1,4 @@
-"""What the claims are judged on: one comparable set of runs as columns, and its arms, each over
-learning rates.
-"""
+"""Gather comparable runs as columns, and split them into arms over learning rates."""
 
 from __future__ import annotations
 
@@ -21,13 +19,11 @@ Mask = NDArray[np.bool_]
 ALL, ATTENTION, MLP = 0.0, 1.0, 2.0
 _TARGETS = ("all-linear", "attention", "mlp")  # in the order of their codes
 Column = Literal["rank", "alpha", "scale", "lr", "targets", "batch", "budget", "seed"]
-# Full fine-tuning has neither alpha nor target modules: it belongs to every setting of these.
-_SETTING: tuple[Column, ...] = ("batch", "budget")
 
 
 @dataclass(frozen=True, slots=True)
-class Level:
-    """A score with its 95% interval, NaN where chance between seeds is not known."""
+class ScoreInterval:
+    """A score with its 95% interval; NaN where chance between seeds is not known."""
 
     value: float
     low: float
@@ -36,11 +32,10 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Runs that differ only in what claims vary, a column each `[N]`; scores are oriented so that
-    higher is better.
+    """Runs that differ only in what the claims vary, a column each `[N]`, higher scores better.
 
-    `score` is NaN unless COMPLETE. `bad` runs tell against their learning rate: diverged, or
-    pruned, at `fallback`. `targets` is ALL, ATTENTION, MLP or another code, a place in
+    `score` is NaN unless COMPLETE. `bad` runs diverged, or were pruned at `fallback`, and count
+    against their learning rate. `targets` is ALL, ATTENTION, MLP or another index of
     `target_names`; `scale` is alpha / rank. `curves` `[N, T]` is the training reward.
     """
 
@@ -83,44 +78,46 @@ class Evidence:
         return self.rank == 0
 
     def ranks(self, where: Mask) -> list[int]:
-        """The ranks among some runs, in order."""
+        """Return the ranks among some runs, in order."""
         return [int(rank) for rank in np.unique(self.rank[where])]
 
     def strata(self, where: Mask, *keys: Column) -> Iterator[Mask]:
-        """Parts of some runs that agree in `keys`: most ranks first, then most runs, then all
-        layers and alpha 32.
+        """Yield the parts of some runs that agree in `keys`.
+
+        Parts with most ranks come first, then most runs, all layers, alpha near 32.
         """
         if not where.any():
             return
         table = np.column_stack([getattr(self, key)[where] for key in keys])
-        found, inverse = np.unique(table, axis=0, return_inverse=True)
+        groups, inverse = np.unique(table, axis=0, return_inverse=True)
         places = np.flatnonzero(where)
         parts = []
-        for number in range(len(found)):
-            if np.isnan(found[number]).any():
+        for number, group in enumerate(groups):
+            if np.isnan(group).any():
                 continue
             mask = np.zeros(len(where), bool)
             mask[places[inverse.reshape(-1) == number]] = True
-            usual = dict(zip(keys, found[number], strict=True))
+            values = dict(zip(keys, group, strict=True))
             order = (
                 -len(np.unique(self.rank[mask])),
                 -int(mask.sum()),
-                usual.get("targets", ALL) != ALL,
-                abs(math.log(usual.get("alpha", 32.0) / 32.0)),
+                values.get("targets", ALL) != ALL,
+                abs(math.log(values.get("alpha", 32.0) / 32.0)),
                 number,
             )
             parts.append((order, mask))
         yield from (mask for _, mask in sorted(parts, key=lambda part: part[0]))
 
     def full_like(self, where: Mask) -> Mask:
-        """The full fine-tuning runs of the same batch size and length as some adapters'."""
-        same = self.full
-        for key in _SETTING:
-            same = same & (getattr(self, key) == getattr(self, key)[where][0])
-        return same
+        """Return the full fine-tuning runs of the same batch size and length as some adapters'.
+
+        Full fine-tuning has neither alpha nor target modules, so that these need not agree.
+        """
+        same_batch = self.batch == self.batch[where][0]
+        return self.full & same_batch & (self.budget == self.budget[where][0])
 
     def arm(self, where: Mask) -> Arm | None:
-        """Some runs as an arm over their learning rates; None without a score among them."""
+        """Return some runs as an arm over their learning rates; None without a score among them."""
         if not np.isfinite(self.score[where]).any():
             return None
         return Arm(
@@ -133,44 +130,46 @@ class Evidence:
             base=self.base,
         )
 
-    def level(self, arm: Arm) -> Level:
-        """An arm's best score as the metric counts it, free of the choice; with one seed its best
-        mean as it is.
+    def arms(self, where: Mask, ranks: Sequence[int]) -> dict[int, Arm]:
+        """Return an arm for each rank with a score among some runs."""
+        arms = {rank: self.arm(where & (self.rank == rank)) for rank in ranks}
+        return {rank: arm for rank, arm in arms.items() if arm is not None}
+
+    def best_score(self, arm: Arm) -> ScoreInterval:
+        """Return an arm's best score as the metric counts it, corrected for selection bias.
+
+        With one seed it is the best mean as it is.
         """
         if arm.peak is None:
             best = float(arm.means[arm.top]) if arm.eligible.any() else math.nan
-            return Level(self.sign * best, math.nan, math.nan)
+            return ScoreInterval(self.sign * best, math.nan, math.nan)
         ends = sorted(self.sign * end for end in arm.peak.interval(0.025))
-        return Level(self.sign * arm.peak.value, *ends)
+        return ScoreInterval(self.sign * arm.peak.value, *ends)
 
-    def arms(self, where: Mask, ranks: Sequence[int]) -> dict[int, Arm]:
-        """An arm per rank, for the ranks with a score among some runs."""
-        found = {rank: self.arm(where & (self.rank == rank)) for rank in ranks}
-        return {rank: arm for rank, arm in found.items() if arm is not None}
+    def size(self, where: Mask) -> float:
+        """Return the most trained parameters among some runs; 0 where unknown."""
+        return float(np.nanmax(self.parameters[where], initial=0))
 
 
 def contexts(runs: pd.DataFrame) -> list[str]:
-    """The contexts of a table of runs, the one with most runs first: only within one are runs
-    comparable.
+    """Return the contexts of a table of runs, that with most runs first.
+
+    Runs are comparable within one context only.
     """
     return [str(name) for name in runs["context"].dropna().value_counts().index]
 
 
-def evidence(
-    runs: pd.DataFrame, steps: pd.DataFrame, context: str | None = None
-) -> Evidence | None:
-    """The runs of a context (by default the one with most) as evidence; None without runs."""
+def gather(runs: pd.DataFrame, steps: pd.DataFrame, context: str | None = None) -> Evidence | None:
+    """Return the runs of a context, by default the one with most; None without runs."""
     known = contexts(runs)
     if not known:
         return None
     rows = runs[runs["context"] == (context or known[0])].sort_values(["directory", "number"])
     sign = 1.0 if bool(rows["maximize"].iloc[0]) else -1.0
-    bad = _flag(rows["diverged"]) | (rows["status"] == Status.PRUNED.value).to_numpy(
-        bool, na_value=False
-    )
+    diverged, pruned = _flag(rows["diverged"]), rows["status"] == Status.PRUNED.value
+    bad = diverged | pruned.to_numpy(bool, na_value=False)
     others = sorted(set(rows["targets"].dropna()) - set(_TARGETS))
     codes = {name: float(place) for place, name in enumerate((*_TARGETS, *others))}
-    score = sign * _real(rows["score"])
     return Evidence(
         rank=_real(rows["rank"]),
         alpha=_real(rows["alpha"]),
@@ -179,9 +178,9 @@ def evidence(
         batch=_real(rows["batch_size"]),
         budget=pd.factorize(rows["budget"])[0].astype(float),
         seed=_real(rows["seed"]),
-        score=np.where(bad, math.nan, score),
+        score=np.where(bad, math.nan, sign * _real(rows["score"])),
         bad=bad,
-        fallback=np.where(_flag(rows["diverged"]), math.nan, sign * _real(rows["last"])),
+        fallback=np.where(diverged, math.nan, sign * _real(rows["last"])),
         confirm=_flag(rows["confirm"]),
         parameters=_real(rows["parameters"]),
         episodes=_real(rows["episodes"]),
@@ -198,15 +197,13 @@ def evidence(
 
 
 def _curves(rows: pd.DataFrame, steps: pd.DataFrame) -> Floats:
-    """The training reward of each run, `[N, T]`, NaN where a run logged none."""
+    """Return the training reward of each run `[N, T]`, NaN where a run logged none."""
     if "reward" not in steps.columns or steps.empty:
         return np.full((len(rows), 0), math.nan)
     logged = steps[steps["reward"].notna() & (steps["step"] > 0)]
-    table = logged.pivot_table(
-        index=["directory", "run_dir"], columns="step", values="reward", aggfunc="last"
-    )
-    wanted = pd.MultiIndex.from_frame(rows[["directory", "run_dir"]])
-    return table.reindex(wanted).to_numpy(float)
+    keys = ["directory", "run_dir"]
+    table = logged.pivot_table(index=keys, columns="step", values="reward", aggfunc="last")
+    return table.reindex(pd.MultiIndex.from_frame(rows[keys])).to_numpy(float)
 
 
 def _real(column: pd.Series) -> Floats:

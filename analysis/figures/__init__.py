@@ -1,4 +1,4 @@
-"""Figures: one file each, with a data function and a draw function, found by `all_figures`."""
+"""The report's figures: one module each, with a data and a draw function."""
 
 from __future__ import annotations
 
@@ -11,29 +11,33 @@ from typing import Any
 from matplotlib.figure import Figure as Canvas
 
 from analysis.experiment import Experiment
-from analysis.figures.theme import Look, Trace
+from analysis.figures.drawing.render import Trace
+from analysis.figures.drawing.theme import Look
 
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """What a figure's data function found: its place on the page, what it shows in words, and what
-    to draw.
-    """
+    """One drawing of a figure: its name and title, what it is and says in words, and its data."""
 
     name: str
     title: str
+    what: str
     reading: str
-    alt: str
     data: Any
+
+    @property
+    def alt(self) -> str:
+        """The text for readers who do not see the drawing."""
+        return f"{self.what} {self.reading}"
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A figure: `data` gives the plots an experiment has enough for (often one or none), `draw`
-    draws one's data.
+    """A figure of the report.
 
-    `draw` returns what the page tells when a pointer is near, if anything. `front`: the page shows
-    it unfolded. `dark_apart`: its drawing for a dark page differs by more than the theme's colours.
+    `data` returns the plots that an experiment has enough data for, often one or none. `draw` draws
+    a plot's data and returns its tooltips, if any. `order` is its place on the page; `front`
+    figures are shown unfolded. `dark_apart`: its dark drawing differs in more than colours.
     """
 
     order: int
@@ -44,11 +48,7 @@ class Figure:
 
 
 def all_figures() -> list[Figure]:
-    """Every `FIGURE` that a module of this package defines, in the page's order."""
-    modules = [
-        importlib.import_module(f"{__name__}.{found.name}")
-        for found in pkgutil.iter_modules(__path__)
-    ]
-    return sorted(
-        (m.FIGURE for m in modules if hasattr(m, "FIGURE")), key=lambda figure: figure.order
-    )
+    """Return every `FIGURE` that a module of this package defines, in the page's order."""
+    names = [module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg]
+    modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
+    return sorted((module.FIGURE for module in modules), key=lambda figure: figure.order)

@@ -1,10 +1,9 @@
-"""What the experiment took: trials over time, what packing them gained, and where the time of a
-step went.
-"""
+"""Show what the experiment took: trials over time, the gain of packing, and the time of a step."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,14 +11,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from analysis import labels
+from analysis.data import labels
 from analysis.experiment import Experiment
 from analysis.figures import Figure, Plot
-from analysis.figures.theme import Look, category_styles
+from analysis.figures.drawing.theme import MARKERS, Look
 from harness.config.metrics import duration
 from harness.records.run_dir import Status
 
-# What the members of a pack share; the evaluation's time is each one's own.
+# The members of a pack share these phases; each evaluates by itself.
 SHARED = {
     "timing_s/rollout": "rollout",
     "timing_s/logprobs": "log-probabilities",
@@ -29,18 +28,17 @@ SHARED = {
     "timing_s/checkpoint": "checkpoint",
 }
 EVALUATION, OTHER = "evaluation", "other"
-# More trials than this are counted, not drawn one by one; in so many periods.
+# More trials than this are counted over so many periods, not drawn one by one.
 MAX_BARS, PERIODS = 60, 80
 _UNITS = (("hours", 3600), ("minutes", 60), ("seconds", 1))
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
-    """`spans`: number, status, start and end in seconds from the first start, of the trials whose
-    times are known.
+class CostData:
+    """`spans`: number, status, start and end in seconds from the first start, where known.
 
-    `phases`: seconds by phase over all runs, a pack's time counted once. `packing`: members
-    together, steps, and the median seconds that a step took each.
+    `phases`: seconds by phase over all runs, a pack's time counted once. `packing`: members that
+    took a step together, number of such steps, and the median seconds a step took each.
     """
 
     spans: pd.DataFrame
@@ -48,142 +46,34 @@ class Cost:
     packing: pd.DataFrame
 
     @property
-    def makespan(self) -> float | None:
-        """Seconds from the first trial's start to the last one's end; None where they are not
-        known.
-        """
-        return float(self.spans["end"].max()) if len(self.spans) else None
+    def makespan(self) -> float:
+        """Seconds from the first trial's start to the last one's end; 0 where not known."""
+        return float(self.spans["end"].max()) if len(self.spans) else 0.0
 
 
 def data(experiment: Experiment) -> list[Plot]:
-    """The times of all runs; none where no step logged any."""
+    """Return the times of all runs; none where no step logged any."""
     tables = experiment.tables
-    steps = _shares(tables.steps)
-    phases = steps[
-        [name for name in (*SHARED.values(), EVALUATION, OTHER) if name in steps.columns]
-    ].sum()
+    seconds = _seconds(tables.steps)
+    names = [name for name in (*SHARED.values(), EVALUATION, OTHER) if name in seconds.columns]
+    phases = seconds[names].sum()
     phases = phases[phases > 0]
     if phases.empty:
         return []
-    spans = _spans(tables.runs) if experiment.is_sweep else _spans(tables.runs.iloc[:0])
-    cost = Cost(spans, phases, _packing(tables.steps))
-    reading = _reading(cost)
-    alt = (
-        "Bar chart of the trainer's time by "
-        f"phase{'' if spans.empty else ', and of the trials over time'}."
-    )
-    return [Plot("cost", "What it cost", reading, f"{alt} {reading}", cost)]
+    known = tables.runs.dropna(subset=["started", "ended"]) if experiment.is_sweep else None
+    spans = pd.DataFrame(columns=["number", "status", "start", "end"])
+    if known is not None:
+        times = known[["started", "ended"]] - known["started"].min()
+        times = times.rename(columns={"started": "start", "ended": "end"})
+        spans = known[["number", "status"]].join(times).reset_index(drop=True)
+    found = CostData(spans, phases, _packing(tables.steps))
+    over_time = "" if spans.empty else ", and of the trials over time"
+    what = f"Bar chart of the trainer's time by phase{over_time}."
+    return [Plot("cost", "What it cost", what, _reading(found), found)]
 
 
-def draw(cost: Cost, figure: Canvas, look: Look) -> None:
-    """The trials as bars over time, seconds by phase, and a step's seconds a member by how many
-    shared it.
-    """
-    panels = [_phases]
-    if len(cost.spans) > 1:
-        panels.insert(0, _timeline)
-    if len(cost.packing) > 1:
-        panels.append(_together)
-    if look.narrow:
-        figure.set_size_inches(look.size[0], 2.7 * len(panels))
-    shape = (len(panels), 1) if look.narrow else (1, len(panels))
-    for axes, panel in zip(figure.subplots(*shape, squeeze=False).flat, panels, strict=True):
-        panel(axes, cost, look)
-
-
-def _timeline(axes: Axes, cost: Cost, look: Look) -> None:
-    unit, size = next(
-        found for found in _UNITS if (cost.makespan or 0.0) >= found[1] * 2 or found[1] == 1
-    )
-    axes.set_xlabel(f"{unit} since the first began")
-    axes.set_xlim(0, 1.03 * max((cost.makespan or 0.0) / size, 1e-9))
-    if len(cost.spans) > MAX_BARS:
-        _running(axes, cost.spans, size, look)
-    else:
-        _trials(axes, cost.spans, size, look)
-
-
-def _running(axes: Axes, spans: pd.DataFrame, size: int, look: Look) -> None:
-    """How many trials ran at a time, on average over each of `PERIODS` periods."""
-    edges = np.linspace(0.0, float(spans["end"].max()), PERIODS + 1)
-    start, end = spans[["start", "end"]].to_numpy(float).T[:, :, None]
-    shared = np.clip(
-        np.minimum(end, edges[1:]) - np.maximum(start, edges[:-1]), 0.0, None
-    )  # [trials, periods]
-    running = shared.sum(axis=0) / np.diff(edges)
-    axes.stairs(running, edges / size, fill=True, color=category_styles([0], look)[0][0], zorder=3)
-    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.set_ylabel("trials at a time")
-
-
-def _trials(axes: Axes, known: pd.DataFrame, size: int, look: Look) -> None:
-    """A bar per trial."""
-    spans = known.sort_values(["start", "number"], ignore_index=True)
-    done = (spans["status"] == Status.COMPLETE.value).to_numpy()
-    colour = category_styles([0], look)[0][0]
-    for mask, shade, name in (
-        (done, colour, "complete"),
-        (~done, look.colours["soft"], "not complete"),
-    ):
-        if mask.any():
-            rows = spans[mask]
-            long = (rows["end"] - rows["start"]) / size
-            axes.barh(
-                rows.index,
-                long,
-                0.82,
-                rows["start"] / size,
-                color=shade,
-                linewidth=0,
-                label=name,
-                zorder=3,
-            )
-    if not done.all():
-        axes.legend(loc="upper right", fontsize="small")
-    axes.invert_yaxis()
-    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.grid(axis="y", visible=False)
-    axes.set_ylabel("trials, in the order they began")
-
-
-def _phases(axes: Axes, cost: Cost, look: Look) -> None:
-    colour, whole = category_styles([0], look)[0][0], float(cost.phases.sum())
-    places = np.arange(len(cost.phases))
-    axes.barh(places, cost.phases / whole, 0.7, color=colour, linewidth=0, zorder=3)
-    for place, seconds in zip(places, cost.phases, strict=True):
-        share = seconds / whole
-        text = f"{share:.0%}, {duration(seconds)}" if share >= 0.005 else "under 1%"
-        axes.annotate(
-            text,
-            (seconds / whole, place),
-            (3, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize="small",
-        )
-    axes.set_yticks(places, [str(name) for name in cost.phases.index])
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    axes.set_xlim(0, 1.65 * float(cost.phases.max()) / whole)
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.xaxis.set_major_locator(MaxNLocator(4))
-    axes.set_xlabel("share of the trainer's time")
-
-
-def _together(axes: Axes, cost: Cost, look: Look) -> None:
-    colour, marker = category_styles([0], look)[0]
-    axes.plot(
-        cost.packing["members"], cost.packing["seconds"], color=colour, marker=marker, zorder=3
-    )
-    axes.set_xticks(cost.packing["members"].tolist())
-    axes.set_ylim(0, 1.12 * float(cost.packing["seconds"].max()))
-    axes.margins(x=0.12)
-    axes.set_xlabel("members that take a step together")
-    axes.set_ylabel("seconds a step, for each (median)")
-
-
-def _shares(steps: pd.DataFrame) -> pd.DataFrame:
-    """Each row's own seconds by phase: what a pack's members share is divided among them."""
+def _seconds(steps: pd.DataFrame) -> pd.DataFrame:
+    """Return each row's seconds by phase; what a pack's members share is divided among them."""
     members = steps["perf/members"].fillna(1.0) if "perf/members" in steps.columns else 1.0
     known = {key: name for key, name in SHARED.items() if key in steps.columns}
     table = pd.DataFrame(
@@ -198,70 +88,114 @@ def _shares(steps: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def _spans(runs: pd.DataFrame) -> pd.DataFrame:
-    known = runs.dropna(subset=["started", "ended"])
-    first = known["started"].min()
-    return pd.DataFrame(
-        {
-            "number": known["number"],
-            "status": known["status"],
-            "start": known["started"] - first,
-            "end": known["ended"] - first,
-        }
-    ).reset_index(drop=True)
-
-
 def _packing(steps: pd.DataFrame) -> pd.DataFrame:
-    """By how many members took a step together: the steps, and the median of their seconds a
-    member.
-    """
+    """Return the steps and the median of their seconds a member, by members together."""
     if not {"perf/members", "step_time"} <= set(steps.columns):
         return pd.DataFrame(columns=["members", "steps", "seconds"])
     taken = steps.dropna(subset=["perf/members", "step_time"])
-    each = taken["step_time"] / taken["perf/members"]
-    groups = each.groupby(taken["perf/members"].astype(int))
-    table = (
-        pd.DataFrame({"steps": groups.size(), "seconds": groups.median()})
-        .rename_axis("members")
-        .reset_index()
-    )
+    members = taken["perf/members"].astype(int).rename("members")
+    groups = (taken["step_time"] / taken["perf/members"]).groupby(members)
+    table = groups.agg(steps="size", seconds="median").reset_index()
     return table.assign(steps=(table["steps"] / table["members"]).round().astype(int))
 
 
-def _reading(cost: Cost) -> str:
-    whole = float(cost.phases.sum())
+def _reading(found: CostData) -> str:
     parts = []
-    if cost.makespan and len(cost.spans) > 1:
-        spent = float((cost.spans["end"] - cost.spans["start"]).sum())
+    if found.makespan and len(found.spans) > 1:
+        spent = float((found.spans["end"] - found.spans["start"]).sum())
         parts.append(
-            f"From the first start to the last end {labels.plural(len(cost.spans), 'trial')} took "
-            f"{duration(cost.makespan)}, {spent / cost.makespan:.1f} at a time on average."
+            f"From the first start to the last end {labels.plural(len(found.spans), 'trial')} took "
+            f"{duration(found.makespan)}, {spent / found.makespan:.1f} at a time on average."
         )
-    if gain := _gain(cost.packing):
-        parts.append(gain)
-    top = cost.phases.sort_values(ascending=False).head(2)
+    if len(found.packing) and found.packing["members"].max() > 1:
+        most = found.packing.iloc[-1]
+        text = f"A step took {most['seconds']:.2g} s for each of {most['members']:.0f} members"
+        alone = found.packing[found.packing["members"] == 1]
+        if alone.empty:
+            parts.append(f"{text}. None was taken alone, so the gain of packing is not known.")
+        else:
+            single = alone["seconds"].iloc[0]
+            parts.append(
+                f"{text}, and {single:.2g} s for one alone: {single / most['seconds']:.1f} times. "
+                "This is rough, as other trials at other times were alone."
+            )
+    whole = float(found.phases.sum())
+    top = found.phases.sort_values(ascending=False).head(2)
     shares = labels.listed([f"{seconds / whole:.0%} into {name}" for name, seconds in top.items()])
-    parts.append(f"The trainers' {duration(whole)} went {shares}.")
-    return " ".join(parts)
+    return " ".join([*parts, f"The trainers' {duration(whole)} went {shares}."])
 
 
-def _gain(packing: pd.DataFrame) -> str:
-    """What packing gained by this experiment's own steps; nothing where no members shared any."""
-    if packing.empty or packing["members"].max() == 1:
-        return ""
-    most = packing.iloc[-1]
-    together = (
-        f"A step took {most['seconds']:.2g} s for each of {most['members']:.0f} members together"
-    )
-    alone = packing[packing["members"] == 1]
-    if alone.empty:
-        return f"{together}; none was taken alone, so what packing gained is not known here."
-    gain = alone["seconds"].iloc[0] / most["seconds"]
-    return (
-        f"{together}, {alone['seconds'].iloc[0]:.2g} s for one alone: {gain:.1f} times, "
-        "roughly, for those were other "
-        "trials at other times."
-    )
+def draw(found: CostData, figure: Canvas, look: Look) -> None:
+    """Draw the trials over time, seconds by phase, and a step's seconds a member."""
+    panels = [_phases]
+    if len(found.spans) > 1:
+        panels.insert(0, _timeline)
+    if len(found.packing) > 1:
+        panels.append(_together)
+    if look.narrow:
+        figure.set_size_inches(look.size[0], 2.7 * len(panels))
+    shape = (len(panels), 1) if look.narrow else (1, len(panels))
+    for axes, panel in zip(figure.subplots(*shape, squeeze=False).flat, panels, strict=True):
+        panel(axes, found, look)
+
+
+def _timeline(axes: Axes, found: CostData, look: Look) -> None:
+    makespan = found.makespan
+    unit, size = next(pair for pair in _UNITS if makespan >= pair[1] * 2 or pair[1] == 1)
+    axes.set_xlabel(f"{unit} since the first began")
+    axes.set_xlim(0, 1.03 * max(makespan / size, 1e-9))
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    if len(found.spans) > MAX_BARS:
+        # The trials that ran at a time, on average over each period.
+        edges = np.linspace(0.0, makespan, PERIODS + 1)
+        start, end = found.spans[["start", "end"]].to_numpy(float).T[:, :, None]
+        shared = np.minimum(end, edges[1:]) - np.maximum(start, edges[:-1])  # [trials, periods]
+        running = np.clip(shared, 0.0, None).sum(axis=0) / np.diff(edges)
+        axes.stairs(running, edges / size, fill=True, color=look.first, zorder=3)
+        axes.set_ylabel("trials at a time")
+        return
+    spans = found.spans.sort_values(["start", "number"], ignore_index=True)
+    done = (spans["status"] == Status.COMPLETE.value).to_numpy()
+    kinds = ((done, look.first, "complete"), (~done, look.colours["soft"], "not complete"))
+    for mask, colour, name in kinds:
+        if mask.any():
+            rows = spans[mask]
+            long, begun = (rows["end"] - rows["start"]) / size, rows["start"] / size
+            style: dict[str, Any] = {"color": colour, "linewidth": 0, "label": name}
+            axes.barh(rows.index, long, 0.82, begun, zorder=3, **style)
+    if not done.all():
+        axes.legend(loc="upper right", fontsize="small")
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_ylabel("trials, in the order they began")
+
+
+def _phases(axes: Axes, found: CostData, look: Look) -> None:
+    whole = float(found.phases.sum())
+    places = np.arange(len(found.phases))
+    axes.barh(places, found.phases / whole, 0.7, color=look.first, linewidth=0, zorder=3)
+    for place, seconds in zip(places, found.phases, strict=True):
+        share = seconds / whole
+        text = f"{share:.0%}, {duration(seconds)}" if share >= 0.005 else "under 1%"
+        offset: dict[str, Any] = {"xytext": (3, 0), "textcoords": "offset points"}
+        axes.annotate(text, (share, place), va="center", fontsize="small", **offset)
+    axes.set_yticks(places, [str(name) for name in found.phases.index])
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlim(0, 1.65 * float(found.phases.max()) / whole)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.set_xlabel("share of the trainer's time")
+
+
+def _together(axes: Axes, found: CostData, look: Look) -> None:
+    members, seconds = found.packing["members"], found.packing["seconds"]
+    axes.plot(members, seconds, color=look.first, marker=MARKERS[0], zorder=3)
+    axes.set_xticks(members.tolist())
+    axes.set_ylim(0, 1.12 * float(seconds.max()))
+    axes.margins(x=0.12)
+    axes.set_xlabel("members that take a step together")
+    axes.set_ylabel("seconds a step, for each (median)")
 
 
 FIGURE = Figure(order=70, data=data, draw=draw)

@@ -1,6 +1,4 @@
-"""Score by rank and learning rate, and by alpha and learning rate, with lines on which alpha·lr is
-the same.
-"""
+"""Show the score by rank or alpha and learning rate, with lines of equal alpha·lr."""
 
 from __future__ import annotations
 
@@ -12,20 +10,21 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, Normalize
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from analysis import labels
 from analysis.claims.evidence import Evidence
 from analysis.claims.rates import exponent, located
+from analysis.data import labels
 from analysis.experiment import Experiment
 from analysis.figures import Figure, Plot
-from analysis.figures.cells import configurations, each, edges, octaves, rate_columns
-from analysis.figures.theme import Look, log_axis
-from analysis.stats_tests import Estimate
+from analysis.figures.drawing.grid import edges, octaves, rate_columns
+from analysis.figures.drawing.marks import configurations, each
+from analysis.figures.drawing.theme import Look, log_axis
+from analysis.stats.effects import Estimate
 from harness.config import metrics
 
 # Neighbouring lines of equal alpha·lr are this factor apart.
@@ -33,13 +32,11 @@ LINE_STEP = math.sqrt(10)
 
 
 @dataclass(frozen=True, slots=True)
-class Cells:
-    """`cells` has value (rank or alpha), lr (of the column), mean, low, high, n of the best
-    configuration there.
+class HeatmapData:
+    """`cells`: value (rank or alpha), lr (of the column), mean, low, high, n of the best there.
 
-    `diverged` has value, lr, runs of the diverged ones. `lines` has the constant and a value and a
-    rate per point of each line of equal alpha·lr, the best cell's first; none where alpha does not
-    vary.
+    `diverged`: value, lr, number of diverged runs. `lines`: constant, and a value and a rate per
+    point of each line of equal alpha·lr, the best cell's first; empty where alpha does not vary.
     """
 
     key: str
@@ -51,13 +48,11 @@ class Cells:
 
 
 def data(experiment: Experiment) -> list[Plot]:
-    """A heatmap of rank and one of alpha, where it and the learning rate were swept."""
+    """Return a heatmap of rank and one of alpha, where it and the learning rate were swept."""
     if labels.LR not in experiment.axes:
         return []
-    plots = [
-        _plot(experiment, key) for key in (labels.RANK, labels.ALPHA) if key in experiment.axes
-    ]
-    return [plot for plot in plots if plot is not None]
+    keys = [key for key in (labels.RANK, labels.ALPHA) if key in experiment.axes]
+    return [plot for key in keys if (plot := _plot(experiment, key)) is not None]
 
 
 def _plot(experiment: Experiment, key: str) -> Plot | None:
@@ -74,132 +69,107 @@ def _plot(experiment: Experiment, key: str) -> Plot | None:
     wild = wild[wild["diverged"].fillna(False).astype(bool)]
     diverged = wild.groupby(["value", "lr"]).size().rename("runs").reset_index()
     best = cells.iloc[0]
-    found = Cells(key, cells, diverged, _lines(key, table, best), best, experiment.metric)
+    lines = _lines(key, table, best)
+    found = HeatmapData(key, cells, diverged, lines, best, experiment.metric)
     binned = not np.allclose(rates[: len(table)], table["exact"], rtol=1e-4)
-    reading = _reading(experiment, found, binned)
-    what = f"{labels.metric(experiment.metric)} by {name} and learning rate"
-    alt = f"Heatmap of {what}, {labels.plural(len(cells), 'cell')}. {reading}"
-    return Plot(f"heatmap_{name}", f"Score by {name} and learning rate", reading, alt, found)
+    what = (
+        f"Heatmap of {labels.metric(experiment.metric)} by {name} and learning rate, "
+        f"{labels.plural(len(cells), 'cell')}."
+    )
+    title = f"Score by {name} and learning rate"
+    return Plot(f"heatmap_{name}", title, what, _reading(experiment, found, binned), found)
 
 
 def _lines(key: str, table: pd.DataFrame, best: pd.Series) -> pd.DataFrame:
-    """Points of the lines of equal alpha·lr; of ranks only where each has one alpha, and not all
-    the same.
+    """Return the points of the lines of equal alpha·lr.
+
+    Ranks have such lines only where each has one alpha, and not all the same.
     """
     alphas = table["value"] if key == labels.ALPHA else table["alpha"]
-    by_value = (
-        pd.DataFrame({"value": table["value"], "alpha": alphas})
-        .dropna()
-        .drop_duplicates()
-        .sort_values("value")
-    )
-    none = pd.DataFrame(columns=["constant", "value", "lr"])
-    if by_value["value"].duplicated().any() or by_value["alpha"].nunique() < 2:
-        return none
-    own = by_value.loc[by_value["value"] == best["value"], "alpha"]
-    if own.empty:
-        return none
-    constants = [
-        float(own.iloc[0] * best["lr"] * LINE_STEP**k) for k in (0, -4, -3, -2, -1, 1, 2, 3, 4)
-    ]
-    parts = [
-        by_value.assign(constant=constant, lr=constant / by_value["alpha"])
-        for constant in constants
-    ]
+    by_value = pd.DataFrame({"value": table["value"], "alpha": alphas}).dropna().drop_duplicates()
+    by_value = by_value.sort_values("value")
+    alpha = by_value.loc[by_value["value"] == best["value"], "alpha"]
+    ambiguous = by_value["value"].duplicated().any() or by_value["alpha"].nunique() < 2
+    if ambiguous or alpha.empty:
+        return pd.DataFrame(columns=["constant", "value", "lr"])
+    parts = []
+    for step in (0, -4, -3, -2, -1, 1, 2, 3, 4):
+        constant = float(alpha.iloc[0] * best["lr"] * LINE_STEP**step)
+        parts.append(by_value.assign(constant=constant, lr=constant / by_value["alpha"]))
     return pd.concat(parts, ignore_index=True)[["constant", "value", "lr"]]
 
 
-def _reading(experiment: Experiment, found: Cells, binned: bool) -> str:
-    best, metric = found.best, experiment.metric
-    at = f"{labels.setting(found.key, best['value'])} at {labels.lr(best['exact'])}"
-    score = labels.score(metric, best["mean"])
-    parts = [
-        (
-            f"The best of {labels.plural(len(found.cells), 'cell')} is {at}: {score} "
-            f"({labels.plural(best['n'], 'seed')})"
-        )
-    ]
+def _reading(experiment: Experiment, found: HeatmapData, binned: bool) -> str:
+    best, cells, metric = found.best, found.cells, experiment.metric
+    text = (
+        f"The best of {labels.plural(len(cells), 'cell')} is "
+        f"{labels.setting(found.key, best['value'])} at {labels.lr(best['exact'])}: "
+        f"{labels.score(metric, best['mean'])} "
+        f"({labels.plural(best['n'], 'seed')})"
+    )
     if np.isfinite(best["low"]):
-        near = (
-            int(
-                ((found.cells["mean"] >= best["low"]) & (found.cells["mean"] <= best["high"])).sum()
-            )
-            - 1
-        )
-        interval = f"{labels.score(metric, best['low'])} to {labels.score(metric, best['high'])}"
+        near = int(cells["mean"].between(best["low"], best["high"]).sum()) - 1
         others = f"{near} more {'is' if near == 1 else 'are'}" if near else "no other is"
-        parts[0] += f"; {others} within its {best['source']}, {interval}"
-    parts[0] += "."
+        interval = labels.score_range(metric, best["low"], best["high"])
+        text += f"; {others} within its {best['source']}, {interval}"
+    parts = [f"{text}."]
     if len(set(experiment.axes) - {found.key, labels.LR}):
         parts.append("A cell shows its best configuration, so other settings differ between cells.")
     if binned:
-        parts.append("Learning rates are put together by thirds of a decade.")
+        parts.append("Learning rates are grouped by thirds of a decade.")
     if found.key == labels.ALPHA:
-        parts.append(_alpha_words(experiment))
+        parts.append(_alpha_words(experiment.evidence))
     return " ".join(parts)
 
 
-def _alpha_words(experiment: Experiment) -> str:
-    e = experiment.evidence
+def _alpha_words(e: Evidence | None) -> str:
     slope = None if e is None else exponent_of_alpha(e)
     if slope is None:
         return (
-            "Whether the best rate goes as 1/alpha cannot be told: too few alphas with "
-            "a located best rate."
+            "Whether the best rate goes as 1/alpha is not known: too few alphas have a located "
+            "best rate."
         )
-    low, high = (f"{end:+.2f}".replace("-", "−") for end in slope.interval(0.025))
-    inside = slope.interval(0.025)[0] <= -1 <= slope.interval(0.025)[1]
-    value = f"{slope.value:+.2f}".replace("-", "−")
+    low, high = slope.interval(0.025)
+    value, *ends = (f"{end:+.2f}".replace("-", "−") for end in (slope.value, low, high))
     return (
-        f"The best rate goes as alpha to the power {value} (95% {low} to {high}); −1, "
-        "along the lines of equal "
-        f"alpha·lr, is {'within' if inside else 'outside'}."
+        f"The best rate goes as alpha to the power {value} (95% interval {' to '.join(ends)}). "
+        f"−1, along the lines of equal alpha·lr, is {'inside' if low <= -1 <= high else 'outside'}."
     )
 
 
 def exponent_of_alpha(e: Evidence) -> Estimate | None:
-    """The exponent of alpha in the best rate, all else equal, at the setting with most alphas whose
-    rate is located.
-    """
-    found: list[dict[float, Estimate]] = []
+    """Return the exponent of alpha in the best rate, at the setting with most located rates."""
+    rates: list[dict[float, Estimate]] = []
     for stratum in e.strata(e.lora, "batch", "budget", "targets", "rank"):
-        arms = {
-            float(alpha): e.arm(stratum & (e.alpha == alpha))
-            for alpha in np.unique(e.alpha[stratum])
-        }
-        found.append(located({alpha: arm for alpha, arm in arms.items() if arm is not None})[0])
-    most = max(found, key=len, default={})
+        arms = {}
+        for alpha in np.unique(e.alpha[stratum]):
+            arm = e.arm(stratum & (e.alpha == alpha))
+            if arm is not None:
+                arms[float(alpha)] = arm
+        rates.append(located(arms)[0])
+    most = max(rates, key=len, default={})
     return exponent(most)[0] if len(most) > 1 else None
 
 
-def draw(found: Cells, figure: Canvas, look: Look) -> None:
-    """A coloured cell per value and rate, its score in it; a cross where runs diverged; lines of
-    equal alpha·lr.
-    """
+def draw(found: HeatmapData, figure: Canvas, look: Look) -> None:
+    """Draw a coloured cell for each value and rate, with a cross where runs diverged."""
     axes = figure.add_subplot()
     axes.set_xscale("log")
     cells, places = found.cells, _places(found)
-    colours = ScalarMappable(
-        Normalize(float(cells["mean"].min()), float(cells["mean"].max())), _sequence(found, look)
-    )
-    for cell in each(places):
-        if np.isfinite(cell.mean):
-            style: dict[str, Any] = {
-                "norm": colours.norm,
-                "cmap": colours.cmap,
-                "edgecolors": "face",
-                "linewidth": 0.2,
-            }
-            axes.pcolormesh(
-                [cell.left, cell.right], [cell.bottom, cell.top], [[cell.mean]], **style
-            )
-    _texts(axes, found, places, colours, look)
-    handles = _iso_lines(axes, found, octaves(places["value"].tolist()), look)
+    # The best stands out from the page: darker on a light one, brighter on a dark one.
+    maximize = metrics.direction(found.metric) == "maximize"
+    sequence = look.sequence if maximize == look.dark else look.sequence.reversed()
+    scale = Normalize(float(cells["mean"].min()), float(cells["mean"].max()))
+    colours = ScalarMappable(scale, sequence)
+    style: dict[str, Any] = {"norm": colours.norm, "cmap": colours.cmap, "edgecolors": "face"}
+    for cell in each(places[np.isfinite(places["mean"])]):
+        x, y = [cell.left, cell.right], [cell.bottom, cell.top]
+        axes.pcolormesh(x, y, [[cell.mean]], linewidth=0.2, **style)
+    _draw_texts(axes, found, places, colours, look)
+    handles = _draw_lines(axes, found, octaves(places["value"].tolist()), look)
     if len(found.diverged):
-        ink = look.colours["soft"]
-        handles.append(
-            Line2D([], [], color=ink, marker="X", linestyle="", label="some runs diverged")
-        )
+        cross: dict[str, Any] = {"marker": "X", "linestyle": "", "color": look.colours["soft"]}
+        handles.append(Line2D([], [], label="some runs diverged", **cross))
     side: Any = "top" if look.narrow else "right"
     bar = figure.colorbar(colours, ax=axes, label=labels.metric(found.metric), location=side)
     bar.outline.set_visible(False)
@@ -207,135 +177,90 @@ def draw(found: Cells, figure: Canvas, look: Look) -> None:
     axes.set_ylim(places["bottom"].min(), places["top"].max())
     rates = sorted(places["lr"].unique())
     log_axis(axes.xaxis, look, (rates[0], rates[-1]), labels.lr)
-    apart = np.diff(np.log10(rates)).min() / math.log10(
-        places["right"].max() / places["left"].min()
-    )
-    if apart > (0.16 if look.narrow else 0.07):
+    width = math.log10(places["right"].max() / places["left"].min())
+    if np.diff(np.log10(rates)).min() / width > (0.16 if look.narrow else 0.07):
         axes.xaxis.set_major_locator(FixedLocator(rates))
     axes.xaxis.set_minor_locator(NullLocator())
-    names = {0.0: "full"} if found.key == labels.RANK else {}
     rows = places.drop_duplicates("value")
-    axes.set_yticks(
-        rows["row"].tolist(), [names.get(value, f"{value:g}") for value in rows["value"]]
-    )
+    full = found.key == labels.RANK
+    names = ["full" if full and value == 0 else f"{value:g}" for value in rows["value"]]
+    axes.set_yticks(rows["row"].tolist(), names)
     axes.grid(visible=False)
     axes.set_xlabel("learning rate (log scale)")
     axes.set_ylabel(f"{labels.key(found.key)} (log scale)")
     if handles:
-        figure.legend(
-            handles=handles,
-            loc="outside lower center",
-            ncols=2 if look.narrow else 3,
-            fontsize="small",
-        )
+        columns = 2 if look.narrow else 3
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize="small")
 
 
-def _places(found: Cells) -> pd.DataFrame:
-    """A row per cell: value, lr, mean (NaN where all diverged), runs diverged, its row's place and
-    its borders.
-    """
+def _places(found: HeatmapData) -> pd.DataFrame:
+    """Return a row per cell: value, lr, mean, runs (diverged ones), its row and borders."""
     keys = ["value", "lr"]
-    cells = (
-        found.cells[[*keys, "mean"]]
-        .astype(float)
-        .merge(found.diverged.astype(float), on=keys, how="outer")
-    )
-    steps = np.diff(np.log10(np.unique(cells["lr"])))
+    cells = found.cells[[*keys, "mean"]].astype(float)
+    cells = cells.merge(found.diverged.astype(float), on=keys, how="outer")
+    step = float(np.diff(np.log10(np.unique(cells["lr"]))).min())
     rows = octaves(sorted(cells["value"].unique()))
-    heights = dict(zip(rows, edges(list(rows.values())), strict=True))
     parts = []
-    for value in rows:
+    for value, (low, high) in zip(rows, edges(list(rows.values())), strict=True):
         row = cells[cells["value"] == value].sort_values("lr")
-        borders = 10 ** np.array(edges(np.log10(row["lr"]).tolist(), alone=float(steps.min())))
-        low, high = heights[value]
-        parts.append(
-            row.assign(
-                left=borders[:, 0], right=borders[:, 1], bottom=low, top=high, row=rows[value]
-            )
-        )
+        borders = 10 ** np.array(edges(np.log10(row["lr"]).tolist(), alone=step))
+        columns = {"left": borders[:, 0], "right": borders[:, 1]}
+        parts.append(row.assign(bottom=low, top=high, row=rows[value], **columns))
     return pd.concat(parts, ignore_index=True)
 
 
-def _sequence(found: Cells, look: Look) -> Colormap:
-    """Brighter is better on a dark page, darker on a light one: the best stands out from
-    the page.
-    """
-    maximize = metrics.direction(found.metric) == "maximize"
-    return look.sequence if maximize == look.dark else look.sequence.reversed()
-
-
-def _texts(
-    axes: Axes, found: Cells, places: pd.DataFrame, colours: ScalarMappable, look: Look
+def _draw_texts(
+    axes: Axes, found: HeatmapData, places: pd.DataFrame, colours: ScalarMappable, look: Look
 ) -> None:
-    """Each cell's score, and a cross above it where runs diverged; no scores where they would not
-    fit.
-    """
+    """Draw each cell's score where it fits, and a cross above it where runs diverged."""
     share = metrics.lookup(found.metric).unit == "share"
     width = np.log(places["right"].max() / places["left"].min())
     narrowest = np.log(places["right"] / places["left"]).min() / width
     room = narrowest > (0.07 if look.narrow else 0.05)
-    # In points: as far above the score as a row of so many leaves room for.
-    raised = min(
-        9.0 if look.narrow else 13.0, (55.0 if look.narrow else 95.0) / places["row"].nunique()
-    )
+    # In points: how far above the score the height of a row leaves room.
+    most, height = (9.0, 55.0) if look.narrow else (13.0, 95.0)
+    raised = min(most, height / places["row"].nunique())
+    centred: dict[str, Any] = {"ha": "center", "va": "center"}
     for cell in each(places):
-        ink = look.colours["soft"]
-        known = bool(np.isfinite(cell.mean))
+        ink, known = look.colours["soft"], bool(np.isfinite(cell.mean))
         if known:
             red, green, blue, _ = colours.to_rgba(np.asarray(cell.mean))
             ink = "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff"
         if known and room:
-            text = (
-                (f"{cell.mean:.2f}".lstrip("0") if look.narrow else f"{cell.mean:.3f}")
-                if share
-                else f"{cell.mean:.3g}"
-            )
-            axes.text(
-                cell.lr,
-                cell.row,
-                text,
-                ha="center",
-                va="center",
-                color=ink,
-                fontsize=6 if look.narrow else 8,
-                zorder=4,
-            )
+            text = f"{cell.mean:.3f}" if share else f"{cell.mean:.3g}"
+            if share and look.narrow:
+                text = f"{cell.mean:.2f}".lstrip("0")
+            size = 6 if look.narrow else 8
+            axes.text(cell.lr, cell.row, text, color=ink, fontsize=size, zorder=4, **centred)
         if cell.runs > 0:
-            above = raised if known and room else 0
             axes.annotate(
                 "✕",
                 (cell.lr, cell.row),
-                xytext=(0, above),
+                xytext=(0, raised if known and room else 0),
                 textcoords="offset points",
-                ha="center",
-                va="center",
                 color=ink,
                 fontsize=7,
                 zorder=5,
+                **centred,
             )
 
 
-def _iso_lines(axes: Axes, found: Cells, rows: dict[float, float], look: Look) -> list[Line2D]:
+def _draw_lines(
+    axes: Axes, found: HeatmapData, rows: dict[float, float], look: Look
+) -> list[Line2D]:
+    """Draw the lines of equal alpha·lr; return their legend."""
     handles = []
+    # A halo of the page's colour keeps a line visible on a cell of any colour.
+    halo = [Stroke(linewidth=2.6, foreground=look.colours["paper"], alpha=0.7), Normal()]
     for place, (constant, line) in enumerate(found.lines.groupby("constant", sort=False)):
         points = line["lr"].to_numpy(float), [rows[float(value)] for value in line["value"]]
-        style: dict[str, Any] = {
-            "color": look.colours["ink"],
-            "linestyle": "-" if place == 0 else (0, (2, 3)),
-        }
-        # The page's colour around it keeps a line visible on a cell of any colour.
-        halo = [Stroke(linewidth=2.6, foreground=look.colours["paper"], alpha=0.7), Normal()]
-        axes.plot(
-            *points,
-            **style,
-            linewidth=1.3,
-            alpha=0.9 if place == 0 else 0.6,
-            path_effects=halo,
-            zorder=3,
-        )
+        style: dict[str, Any] = {"color": look.colours["ink"], "linewidth": 1.3}
+        style["linestyle"] = "-" if place == 0 else (0, (2, 3))
+        alpha = 0.9 if place == 0 else 0.6
+        axes.plot(*points, alpha=alpha, path_effects=halo, zorder=3, **style)
         if place < 2:
             text = f"alpha·lr = {constant:.2g}" if place == 0 else "a factor of √10 apart"
-            handles.append(Line2D([], [], **style, linewidth=1.3, label=text))
+            handles.append(Line2D([], [], label=text, **style))
     return handles
 
 

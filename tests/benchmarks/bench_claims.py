@@ -13,9 +13,10 @@ from typing import Any
 
 from analysis.claims import CLAIMS
 from analysis.claims.arm import BASIN_SHARE
-from analysis.claims.claim import FAILS, GAIN_SHARE, HOLDS, RESOLVED
+from analysis.claims.claim import FAILS, HOLDS, RESOLVED
 from analysis.claims.curves import CURVE_SHARE
 from analysis.claims.rates import FACTOR, HALF_WAY
+from analysis.stats.effects import GAIN_SHARE
 from harness.core.paths import PROJECT
 from harness.records.files import write_json, write_text
 from tests.unit.analysis.choices import COLLAPSING, STABLE, Choice

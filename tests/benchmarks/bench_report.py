@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from analysis.report import write_report
 from harness.records.run_dir import Status
 from tests.benchmarks.side_by_side import write_record
 from tests.integration.browser import CHROMIUM, Browser
-from tests.unit.analysis.synthetic import BASE, Sweep, Trial, params, write_sweep
+from tests.unit.analysis.synthetic import BASE, Sweep, Trial, params, write_report, write_sweep
 
 TRIALS = (1, 18, 200, 500)
 SEEDS = (0, 1)

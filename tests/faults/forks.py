@@ -46,7 +46,7 @@ MODULES = (
     "harness.run",
     "harness.sweep",
     "sweeps.session",
-    "analysis.report",
+    "analysis.report.write",
     "optuna",
     "pyarrow.parquet",
 )

@@ -11,7 +11,7 @@ import pandas as pd
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from analysis.load import load_trials
+from analysis.experiment import Experiment
 from harness import sweep
 from harness.records.run_dir import RunDir, Status
 from tests.faults.cases import ALONE, FAILURES, MOODS
@@ -86,7 +86,7 @@ sweep:
     assert sweep.main([str(recipe)]) == 0
     assert processes(rays_folder) <= before
 
-    table = load_trials(tmp_path / "moods").set_index("number")
+    table = Experiment.open(tmp_path / "moods").trials.set_index("number")
     assert [table.status[number] == "COMPLETE" for number in range(10)] == [
         mood == "good" for mood in MOODS
     ]

@@ -5,10 +5,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis import compare
-from analysis.load import load
-from analysis.report import read, write
-from analysis.verdicts import claims
+from analysis.data.tables import load
+from analysis.report import compare
+from analysis.report.verdicts import claim_table
+from analysis.report.write import read, write
 from tests.unit.analysis.synthetic import Sweep, Trial, params, write_sweep
 
 
@@ -100,7 +100,7 @@ def test_one_page_of_several_and_the_same_from_its_tables(
 
 def test_claims_are_judged_on_all_runs_together(two: tuple[Path, Path]) -> None:
     experiments = read(two)
-    together, alone = claims(experiments), claims(experiments[:1])
+    together, alone = claim_table(experiments), claim_table(experiments[:1])
     assert together is not None
     assert alone is not None
     assert "12 runs" in together.note
@@ -122,5 +122,6 @@ def test_names_that_two_share_give_way_to_their_directories(
         tmp_path / "elsewhere", Sweep([Trial(0, 0, params(8, 1e-3), 0.9)], seeds=[0]), "first"
     )
     assert (
-        compare.names(read([two[0], other])) == load([two[0], other]).sources["directory"].tolist()
+        compare.unique_names(read([two[0], other]))
+        == load([two[0], other]).sources["directory"].tolist()
     )

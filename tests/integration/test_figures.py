@@ -20,24 +20,14 @@ from PIL import Image, ImageColor
 from analysis import figures
 from analysis.experiment import Experiment
 from analysis.figures import Figure, Plot, all_figures, learning_curves
-from analysis.figures.theme import (
-    OKABE_ITO,
-    Draw,
-    Look,
-    category_styles,
-    darkened,
-    rank_styles,
-    render,
-    render_all,
-)
+from analysis.figures.drawing.render import Draw, darkened, render
+from analysis.figures.drawing.theme import OKABE_ITO, Look, category_styles, rank_styles
 from harness.records.run_dir import Status
 from tests.unit.analysis import worlds
 from tests.unit.analysis.simulation import Arm, World, batched, placed
 from tests.unit.analysis.synthetic import Sweep, Trial, params, write_sweep
 
-# What figures share, and no figure themselves.
-SHARED = {"theme", "cells", "marks"}
-MODULES = {found.name for found in pkgutil.iter_modules(figures.__path__)} - SHARED
+MODULES = {found.name for found in pkgutil.iter_modules(figures.__path__) if not found.ispkg}
 COLOUR = re.compile(r"#[0-9a-f]{6}\b")
 LOOKS = [Look(dark, narrow) for dark in (False, True) for narrow in (False, True)]
 RATES: dict[str, Any] = {"seeds": 2, "rates": 5, "failures": 0.0}
@@ -113,7 +103,7 @@ class TestContract:
     ) -> None:
         for plot in plots(figure):
             drawn = {
-                look: render(partial(figure.draw, plot.data), look)
+                look: render(partial(figure.draw, plot.data), look, png=False).svg
                 for look in LOOKS
                 if look.narrow == narrow
             }
@@ -131,16 +121,16 @@ class TestContract:
         self, figure: Figure, plots: Callable[[Figure], list[Plot]]
     ) -> None:
         draw = partial(figure.draw, plots(figure)[0].data)
-        every = render_all(draw, Look())
-        assert render_all(draw, Look()) == every
-        assert render(draw, Look()) == every.svg
+        every = render(draw, Look())
+        assert render(draw, Look()) == every
+        assert render(draw, Look(), png=False).svg == every.svg
 
     def test_what_it_tells_is_on_the_picture(
         self, figure: Figure, plots: Callable[[Figure], list[Plot]]
     ) -> None:
         draw = partial(figure.draw, plots(figure)[0].data)
         wide, narrow = (
-            render_all(draw, Look(narrow=narrow), png=False).traces for narrow in (False, True)
+            render(draw, Look(narrow=narrow), png=False).traces for narrow in (False, True)
         )
         assert bool(wide) == figure.front
         told = [[(trace.about, trace.texts) for trace in traces] for traces in (wide, narrow)]
@@ -158,7 +148,7 @@ class TestContract:
         for experiment in unfinished[1:]:
             for plot in figure.data(experiment):
                 assert plot.reading.endswith(".")
-                assert render(partial(figure.draw, plot.data), Look())
+                assert render(partial(figure.draw, plot.data), Look(), png=False).svg
 
 
 def assert_alike(first: bytes, second: bytes) -> None:
@@ -210,7 +200,7 @@ def test_a_palette_keeps_categories_and_shades() -> None:
 
 def png(draw: Draw, look: Look) -> Image.Image:
     """The PNG that is drawn, opened."""
-    drawn = render_all(draw, look).png
+    drawn = render(draw, look).png
     assert drawn is not None
     return Image.open(io.BytesIO(drawn))
 

@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 from matplotlib.image import imread
 
-from analysis import content, markup, page, report, tables
+from analysis.data.tables import Tables
 from analysis.experiment import Experiment
-from analysis.load import Tables
-from analysis.report import write_report
+from analysis.report import content, details, markup, tables
+from analysis.report import write as report
 from harness.core.errors import UserError
 from harness.records.run_dir import Status
 from tests.unit.analysis import worlds
@@ -25,6 +25,7 @@ from tests.unit.analysis.synthetic import (
     example,
     params,
     rewrite_manifest,
+    write_report,
     write_run,
     write_sweep,
 )
@@ -78,7 +79,7 @@ def test_the_page_answers_first_and_then_shows_why(html: Page) -> None:
         "Which rank?",
         "Score against learning rate",
         "Learning curves",
-        "Every trial, whatever became of it",
+        "Every trial, whatever its status",
         "The same problems, before and after",
         "Configurations, best first",
         "Learning rates: too low, good, too high",
@@ -327,7 +328,7 @@ def test_a_long_reason_is_cut_on_the_page(tmp_path: Path) -> None:
 
 
 def test_samples_are_the_same_problems_before_and_after(experiment: Experiment) -> None:
-    problems, note = page.problems(experiment, "trials/0004")
+    problems, note = details.problems(experiment, "trials/0004")
     assert len(problems) == 8
     assert note.startswith("Of 8 held-out problems kept of both, training gained 8 and lost 0")
     first = problems[0]
@@ -343,7 +344,7 @@ def test_samples_are_the_same_problems_before_and_after(experiment: Experiment) 
 
 def test_a_long_completion_is_cut_and_says_so(tmp_path: Path) -> None:
     path = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9, completion="7 " * 4000))
-    shown = page.problems(Experiment.open(path), ".")[0][0].answers[1].completion
+    shown = details.problems(Experiment.open(path), ".")[0][0].answers[1].completion
     assert shown.endswith(" … (cut: 6500 more characters)")
 
 
@@ -353,10 +354,10 @@ def test_problems_answered_differently_come_first(tmp_path: Path) -> None:
     rows = pd.read_parquet(file)
     rows.loc[(rows["phase"] == "eval") & (rows["index"] != 5), "reward"] = 0.0
     rows.to_parquet(file)
-    problems, note = page.problems(Experiment.open(path), ".")
+    problems, note = details.problems(Experiment.open(path), ".")
     assert [problem.index for problem in problems] == [5, 0, 1, 2, 3, 4, 6, 7]
     assert [problem.differ for problem in problems] == [True] + [False] * 7
-    assert "gained 1 and lost 0; the other 7 were rewarded alike" in note
+    assert "gained 1 and lost 0. The other 7 have equal rewards" in note
 
 
 def test_a_run_without_samples_has_no_such_section(tmp_path: Path) -> None:
@@ -367,7 +368,7 @@ def test_a_run_without_samples_has_no_such_section(tmp_path: Path) -> None:
 
 
 def test_provenance_has_what_it_takes_to_do_it_again(experiment: Experiment) -> None:
-    facts = dict(page.provenance(experiment))
+    facts = dict(details.provenance(experiment))
     assert facts["command"].startswith("python -m harness.sweep ")
     assert facts["seeds"] == "0, 1"
     assert re.search(r"\(sha256:[0-9a-f]{64}\)", facts["data"])

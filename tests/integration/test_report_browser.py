@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from analysis.report import read, write, write_report
+from analysis.report.write import read, write
 from harness.records.run_dir import Status
 from tests.integration.browser import CHROMIUM, Browser, Page, Proxy, violations, watched
-from tests.unit.analysis.synthetic import Sweep, Trial, example, params, write_sweep
+from tests.unit.analysis.synthetic import Sweep, Trial, example, params, write_report, write_sweep
 
 HOSTILE = (
     "<script>document.title = 'ran'</script>"
@@ -286,7 +286,7 @@ def test_figures_say_what_is_pointed_at(report: Path, browser: Browser) -> None:
             for name in ("lr_basin", "learning_curves"):
                 image = f"document.querySelector('figure[aria-labelledby=figure-{name}] img')"
                 page.run(f"{image}.scrollIntoView({{block: 'center'}})")
-                told = json.loads(page.run(f"{image}.closest('figure').dataset.tells"))
+                told = json.loads(page.run(f"{image}.closest('figure').dataset.tooltips"))
                 trace = next(
                     one
                     for one in told["traces"]
@@ -332,9 +332,9 @@ def test_a_hostile_setting_is_only_text_to_a_pointer(
     path = write_report(write_sweep(tmp_path, Sweep(trials, seeds=[0]))).path
     before = len(proxy.from_pages)
     with browser.page(path.as_uri()) as page:
-        image = "document.querySelector('figure[data-tells] img')"
+        image = "document.querySelector('figure[data-tooltips] img')"
         page.run(f"{image}.scrollIntoView({{block: 'center'}})")
-        told = json.loads(page.run(f"{image}.closest('figure').dataset.tells"))
+        told = json.loads(page.run(f"{image}.closest('figure').dataset.tooltips"))
         trace = next(one for one in told["traces"] if HOSTILE in told["texts"][one[0]])
         page.point_at(image, *trace[-4:-2])
         assert HOSTILE in page.run(_TOLD)[0]

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from analysis import content, markup
+from analysis.data.tables import Tables
 from analysis.experiment import Experiment
 from analysis.figures import all_figures
-from analysis.figures.theme import Look, render_all
-from analysis.load import Tables
-from analysis.report import DOWNLOADS, FOLDER, REDRAW, lean, read, write
+from analysis.figures.drawing.render import render
+from analysis.figures.drawing.theme import Look
+from analysis.report import content, markup
+from analysis.report.write import DOWNLOADS, FOLDER, REDRAW, lean, read, write
 from harness.core.paths import PROJECT, RECIPES
 
 STUDY = PROJECT / "docs" / "study"
@@ -62,7 +63,7 @@ def test_its_tables_are_those_of_a_report(experiments: list[Experiment], tmp_pat
 
 def test_a_sweeps_figures_are_drawn_again_to_the_byte(experiments: list[Experiment]) -> None:
     drawn = {
-        f"sweep-2-{plot.name}.png": render_all(partial(figure.draw, plot.data), Look()).png
+        f"sweep-2-{plot.name}.png": render(partial(figure.draw, plot.data), Look()).png
         for figure in all_figures()
         for plot in figure.data(experiments[1])
     }

@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from analysis.report import DOWNLOADS
+from analysis.report.write import DOWNLOADS
 from harness import report
 from harness.core.errors import UserError
 from tests.integration.browser import CHROMIUM, Browser, Proxy, watched

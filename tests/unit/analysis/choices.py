@@ -14,8 +14,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from analysis.labels import LR
-from analysis.levels import GAIN_SHARE, Comparison, compare_values
+from analysis.data.labels import LR
+from analysis.stats.effects import GAIN_SHARE
+from analysis.stats.values import ValueComparison, compare_values
 from tests.unit.analysis.simulation import BASE, GAIN, NOISE
 
 Floats = NDArray[np.float64]
@@ -99,7 +100,7 @@ class Choice:
         )
         return np.where(falls, BASE + self.noise * rng.standard_normal(scores.shape), scores)
 
-    def decide(self, rng: np.random.Generator) -> Comparison:
+    def decide(self, rng: np.random.Generator) -> ValueComparison:
         """Compare the values on one sweep, as the report does."""
         runs = self.table(rng)
         fresh = runs[runs["confirm"]]

@@ -12,7 +12,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.claims import CLAIMS, Verdict
+from analysis.claims import CLAIMS
+from analysis.claims.claim import JudgedClaim
 from analysis.claims.evidence import ALL, ATTENTION, MLP, Evidence
 
 Floats = NDArray[np.float64]
@@ -247,7 +248,7 @@ class Case:
     make: Callable[..., World]
     reported: bool = False
 
-    def verdicts(self, count: int, seed: int = 0, **world: Any) -> Iterator[Verdict]:
+    def verdicts(self, count: int, seed: int = 0, **world: Any) -> Iterator[JudgedClaim]:
         """The claim's verdicts on so many sweeps of this world; `world` overrides its seeds, noise,
         gain or shape.
         """

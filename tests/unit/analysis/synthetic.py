@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.report.write import WrittenReport, read, report_folder, write
 from harness.config import recipe as recipes
 from harness.config.schema import Recipe
 from harness.records import manifest as manifests
@@ -253,3 +254,16 @@ def rewrite_manifest(run_dir: Path, **values: Any) -> None:
     """Change a manifest's fields without the state machine, as damage would."""
     path = run_dir / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def write_report(
+    directory: str | Path,
+    output: str | Path | None = None,
+    *,
+    refresh: int | None = None,
+    processes: int = 1,
+) -> WrittenReport:
+    """Write the report of one directory, by default into its own `report/`."""
+    experiments = read([directory])
+    folder = report_folder(directory) if output is None else Path(output)
+    return write(experiments, folder, refresh=refresh, processes=processes)

@@ -6,10 +6,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis import compare, reading, tables
-from analysis.decisions import decisions
 from analysis.experiment import Experiment
+from analysis.report import compare, tables
+from analysis.report.answer import answer, rate_rows, standing
+from analysis.report.decisions import decisions
 from harness.records.run_dir import Status
+from tests.unit.analysis.data.test_tables import on_inputs
 from tests.unit.analysis.synthetic import (
     ALPHA,
     BASE,
@@ -24,7 +26,6 @@ from tests.unit.analysis.synthetic import (
     write_run,
     write_sweep,
 )
-from tests.unit.analysis.test_load import on_inputs
 
 
 def test_what_the_example_sweep_is(experiment: Experiment) -> None:
@@ -46,7 +47,7 @@ def test_the_best_trial_is_the_better_seed_of_the_best_configuration(
 
 
 def test_basin_at_a_rank_and_over_all(experiment: Experiment) -> None:
-    at_8, over_all = experiment.basin(8), experiment.basin()
+    at_8, over_all = experiment.rate_split(8), experiment.rate_split()
     assert at_8 is not None
     assert over_all is not None
     assert (at_8.too_low, at_8.good, at_8.too_high) == ((1e-5,), (3e-4, 1e-3), (1e-2,))
@@ -71,11 +72,11 @@ def test_a_graded_score_has_no_binomial_interval(tmp_path: Path) -> None:
     )
     found = Experiment.open(path)
     assert found.problems is None
-    assert "interval" not in reading.answer(found).title
+    assert "interval" not in answer(found).title
 
 
 def test_answer_names_settings_swept_or_not_scores_and_doubt(experiment: Experiment) -> None:
-    found = reading.answer(experiment)
+    found = answer(experiment)
     assert found.title == (
         "Of 4 configurations, rank 8, alpha 32, learning rate 1e-3, target modules all-linear won: "
         "held-out accuracy 0.910, against the base's 0.291."
@@ -98,7 +99,7 @@ def test_answer_names_settings_swept_or_not_scores_and_doubt(experiment: Experim
 def test_a_near_tie_is_said_to_be_one(tmp_path: Path) -> None:
     scores = [0.90, 0.89, 0.88]
     trials = [Trial(i, 0, params(2**i, 1e-3), score) for i, score in enumerate(scores)]
-    text = reading.answer(Experiment.open(write_sweep(tmp_path, Sweep(trials, seeds=[0])))).text()
+    text = answer(Experiment.open(write_sweep(tmp_path, Sweep(trials, seeds=[0])))).text()
     assert (
         "The runner-up (rank 2) is 0.010 behind. One seed does not tell configurations apart"
         in text
@@ -128,12 +129,12 @@ def test_fresh_seeds_that_overturn_the_sweep_are_the_answer(tmp_path: Path) -> N
     found = confirmed(
         tmp_path, {8: ([0.93, 0.95], [0.70, 0.72]), 1: ([0.90, 0.90], [0.90, 0.92])}, [0, 1]
     )
-    answer = reading.answer(found)
-    assert answer.title.startswith("Of 2 configurations, rank 1, alpha 32, learning rate 1e-3")
-    assert "scored best on 2 fresh seeds: held-out accuracy 0.910" in answer.title
+    headline = answer(found)
+    assert headline.title.startswith("Of 2 configurations, rank 1, alpha 32, learning rate 1e-3")
+    assert "scored best on 2 fresh seeds: held-out accuracy 0.910" in headline.title
     assert (
         "The fresh seeds overturn the sweep: rank 8 led it with 0.939 and scored 0.710"
-        in answer.sentences[0]
+        in headline.sentences[0]
     )
     rank = next(one for one in decisions(found) if one.question == "Which rank?")
     assert (rank.value, rank.verdict) == ("1", "best")
@@ -146,7 +147,7 @@ def test_fresh_seeds_tell_what_one_seed_could_not(tmp_path: Path) -> None:
     found = confirmed(tmp_path, {8: ([0.83], [0.754, 0.799]), 1: ([0.70], [])}, [0])
     assert found.expected is not None
     assert found.expected.estimate.value == pytest.approx(0.7765, abs=2e-3)
-    text = reading.answer(found).text()
+    text = answer(found).text()
     assert "scored best on 2 fresh seeds: held-out accuracy 0.776" in text
     assert "0.830" not in text
     assert "one seed" not in text.lower()
@@ -162,13 +163,13 @@ def test_a_winner_of_which_a_seed_collapsed_is_called_unstable(tmp_path: Path) -
     found = Experiment.open(write_sweep(tmp_path, Sweep(trials, seeds=[0, 1, 2])))
     assert found.best is not None
     assert found.best.configuration == 0
-    assert "It is unstable: 1 of its 3 seeds collapsed" in reading.answer(found).text()
+    assert "It is unstable: 1 of its 3 seeds collapsed" in answer(found).text()
     assert "best" not in {one.verdict for one in decisions(found)}
 
 
 def test_equal_means_are_called_a_tie(tmp_path: Path) -> None:
     trials = [Trial(0, 0, params(8, 1e-3), 0.9), Trial(1, 0, params(4, 1e-3), 0.9)]
-    text = reading.answer(Experiment.open(write_sweep(tmp_path, Sweep(trials, seeds=[0])))).text()
+    text = answer(Experiment.open(write_sweep(tmp_path, Sweep(trials, seeds=[0])))).text()
     assert (
         "target modules all-linear shares first place with 1 other: held-out accuracy 0.900" in text
     )
@@ -177,8 +178,8 @@ def test_equal_means_are_called_a_tie(tmp_path: Path) -> None:
 
 def test_a_winner_at_the_edge_of_what_was_tested_is_said(tmp_path: Path) -> None:
     trials = [Trial(0, 0, params(8, 1e-4), 0.5), Trial(1, 0, params(8, 1e-3), 0.9)]
-    text = reading.answer(Experiment.open(write_sweep(tmp_path, Sweep(trials, seeds=[0])))).text()
-    assert "Its learning rate is the highest tested at this rank: the best may lie beyond." in text
+    text = answer(Experiment.open(write_sweep(tmp_path, Sweep(trials, seeds=[0])))).text()
+    assert "Its learning rate is the highest tested at this rank: a better one" in text
 
 
 def test_a_rate_at_which_runs_diverged_was_tested(tmp_path: Path) -> None:
@@ -187,21 +188,19 @@ def test_a_rate_at_which_runs_diverged_was_tested(tmp_path: Path) -> None:
     )
     trials = [Trial(0, 0, params(8, 1e-4), 0.5), Trial(1, 0, params(8, 1e-3), 0.9), diverged]
     found = Experiment.open(write_sweep(tmp_path, Sweep(trials, seeds=[0])))
-    basin = found.basin(8)
+    basin = found.rate_split(8)
     assert basin is not None
     assert basin.too_high == (1e-2,)
-    assert "tested at this rank" not in reading.answer(found).text()
+    assert "tested at this rank" not in answer(found).text()
 
 
 def test_training_that_did_not_help_is_said(tmp_path: Path) -> None:
-    found = reading.answer(Experiment.open(write_run(tmp_path, Trial(0, 0, params(8, 1e-1), 0.05))))
+    found = answer(Experiment.open(write_run(tmp_path, Trial(0, 0, params(8, 1e-1), 0.05))))
     assert "no better than the base" in found.text()
 
 
 def test_a_gain_within_chance_is_said(tmp_path: Path) -> None:
-    found = reading.answer(
-        Experiment.open(write_run(tmp_path, Trial(0, 0, params(8, 1e-5), BASE + 0.01)))
-    )
+    found = answer(Experiment.open(write_run(tmp_path, Trial(0, 0, params(8, 1e-5), BASE + 0.01))))
     assert "may be chance" in found.text()
 
 
@@ -217,7 +216,7 @@ def test_lower_is_better_picks_the_other_end(tmp_path: Path) -> None:
     assert best is not None
     assert best["number"] == 0
     assert found.configurations["configuration"].tolist() == [0, 1, 2]
-    basin = found.basin(8)
+    basin = found.rate_split(8)
     assert basin is not None
     assert (basin.good, basin.too_high) == ((1e-3,), (3e-3,))
 
@@ -231,22 +230,22 @@ def test_no_complete_configuration_has_no_winner_but_a_leader(tmp_path: Path) ->
     found = Experiment.open(path)
     assert found.best is None
     assert found.best_trial() is None
-    answer = reading.answer(found)
-    assert answer.title == "No winner yet: no configuration has all its 2 seeds complete."
-    assert "0.900 on 1 of 2 seeds" in answer.text()
+    headline = answer(found)
+    assert headline.title == "No winner yet: no configuration has all its 2 seeds complete."
+    assert "0.900 on 1 of 2 seeds" in headline.text()
 
 
 def test_full_fine_tuning_has_neither_alpha_nor_targets(tmp_path: Path) -> None:
     overrides = ["trainer.policy.model.lora.sync=merge"]
     trials = [Trial(0, 0, params(0, 1e-4), 0.9), Trial(1, 0, params(8, 1e-4), 0.5)]
     path = write_sweep(tmp_path, Sweep(trials, seeds=[0], overrides=overrides))
-    title = reading.answer(Experiment.open(path)).title
+    title = answer(Experiment.open(path)).title
     assert "full fine-tuning, learning rate 1e-4 won" in title
     assert "alpha" not in title
 
 
 def test_learning_rates_by_rank_in_words(experiment: Experiment) -> None:
-    rows = {row["rank"]: row for row in reading.rate_rows(experiment)}
+    rows = {row["rank"]: row for row in rate_rows(experiment)}
     assert rows["rank 8"] == {
         "rank": "rank 8",
         "too_low": "1e-5",
@@ -254,17 +253,13 @@ def test_learning_rates_by_rank_in_words(experiment: Experiment) -> None:
         "best": "1e-3",
         "too_high": "1e-2",
     }
-    basin = experiment.basin(8)
+    basin = experiment.rate_split(8)
     assert basin is not None
-    assert (
-        reading.rate_words(basin) == "1e-5 too low, 3e-4 to 1e-3 good (best 1e-3), 1e-2 too high."
-    )
+    assert basin.in_words() == "1e-5 too low, 3e-4 to 1e-3 good (best 1e-3), 1e-2 too high."
 
 
 def test_standing_counts_every_status(experiment: Experiment) -> None:
-    assert (
-        reading.standing(experiment) == "12 trials: 9 complete, 1 running, 1 pruned and 1 failed."
-    )
+    assert standing(experiment) == "12 trials: 9 complete, 1 running, 1 pruned and 1 failed."
 
 
 def test_an_axis_that_never_moved_is_no_axis(experiment: Experiment) -> None:
@@ -281,12 +276,11 @@ def test_inputs_that_changed_are_marked_in_every_table_and_not_mixed(
     assert found.best is not None
     assert found.best.configuration == 1  # configuration 2 scored higher, on other data
     assert found.best.candidates == 2
-    said = reading.standing(found)
+    said = standing(found)
     assert said.startswith("12 trials: 4 complete, 1 running and 7 on other inputs")
     assert said.endswith(
-        "Its inputs changed while it ran (data x: one -> two): only trials on inputs 2 "
-        "are compared, and 7 trials on "
-        "others marked."
+        "Its inputs changed while it ran (data x: one -> two). Only trials on inputs 2 are "
+        "compared; 7 trials on other inputs are marked."
     )
     for table, title in (
         (tables.trials([found]), "trial"),
@@ -306,7 +300,7 @@ def test_inputs_that_changed_are_marked_in_every_table_and_not_mixed(
 
 
 def test_where_the_inputs_did_not_change_nothing_is_said_of_them(experiment: Experiment) -> None:
-    assert "inputs" not in reading.standing(experiment)
+    assert "inputs" not in standing(experiment)
     for table in (
         tables.trials([experiment]),
         tables.configurations(experiment),
@@ -319,10 +313,9 @@ def test_a_run_that_went_on_with_other_inputs_says_so(tmp_path: Path) -> None:
     path = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9))
     on_inputs(path)
     found = Experiment.open(path)
-    assert reading.standing(found) == (
+    assert standing(found) == (
         "A single run: complete. Its inputs changed after step 20 (data x: one -> two): "
-        "its curve is that of two "
-        "experiments."
+        "its curve mixes two experiments."
     )
     table = tables.trials([found])
     assert (

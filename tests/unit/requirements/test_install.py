@@ -251,7 +251,7 @@ def test_no_python_that_fits_is_said(
     monkeypatch.setattr(install, "OLDEST_PYTHON", (3, 98))
     monkeypatch.setattr(install, "NEXT_PYTHON", (3, 99))
     offline = install.Uv(uv, {**os.environ, "UV_PYTHON_DOWNLOADS": "never"}, [])
-    said = r"error: no Python >=3.98,<3.99 is here.*; fix: install one"
+    said = r"error: no Python >=3.98,<3.99 is installed.*; fix: install one"
     with pytest.raises(install.Failure, match=said):
         install.make_environment(offline, elsewhere / "env", complete=False)
 

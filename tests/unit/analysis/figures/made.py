@@ -11,10 +11,12 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import rows, sources
+from analysis.data import columns, rows
+from analysis.data.labels import ALPHA, LR, RANK, TARGETS
+from analysis.data.tables import Tables
 from analysis.experiment import Experiment
-from analysis.labels import ALPHA, LR, RANK, TARGETS
-from analysis.load import Tables
+from analysis.figures.drawing.render import Draw, render
+from analysis.figures.drawing.theme import Look
 
 BATCH = "trainer.policy_mini_batch_size"
 KEYS = {"rank": RANK, "alpha": ALPHA, "lr": LR, "targets": TARGETS, "batch_size": BATCH}
@@ -80,11 +82,11 @@ def made(
             **settings,
         }
         absent = {"alpha": None, "targets": None} if row["full"] else {}
-        table.append({**dict.fromkeys((*rows.COLUMNS, *_RATES)), **row, **absent})
+        table.append({**dict.fromkeys((*columns.RUN_COLUMNS, *_RATES)), **row, **absent})
     logged = _steps(table, steps)
     runs = rows.with_totals(pd.DataFrame(table).drop(columns=_TOTALS), logged)
     source = {
-        **dict.fromkeys(sources.COLUMNS),
+        **dict.fromkeys(columns.SOURCE_COLUMNS),
         "directory": DIRECTORY,
         "name": "made",
         "status": "COMPLETE",
@@ -100,13 +102,19 @@ def made(
     return Experiment.of(Tables(runs, logged, samples, pd.DataFrame([source])))
 
 
+def svg_of(draw: Draw, look: Look) -> str:
+    """A drawing as the text of its SVG."""
+    return render(draw, look, png=False).svg.decode()
+
+
 def _steps(table: list[dict[str, Any]], steps: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     identity = {
-        row["number"]: {name: row[name] for name in (*rows.KEY, *rows.IDENTITY)} for row in table
+        row["number"]: {name: row[name] for name in (*columns.KEY, *columns.IDENTITY)}
+        for row in table
     }
     filled = [{**identity[step.get("number")], **step} for step in steps]
-    columns = None if filled else [*rows.KEY, *rows.IDENTITY, "step"]
-    found = pd.DataFrame(filled, columns=columns)
-    for name in rows.COSTS:
+    names = None if filled else [*columns.KEY, *columns.IDENTITY, "step"]
+    found = pd.DataFrame(filled, columns=names)
+    for name in columns.COSTS:
         found[name] = found.get(name, math.nan)
     return found.astype(dict.fromkeys(("number", "configuration", "seed", "step"), "Int64"))

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from analysis.figures import batch_size
-from analysis.figures.theme import Look, render
-from tests.unit.analysis.figures.made import made
+from analysis.figures.drawing.theme import Look
+from tests.unit.analysis.figures.made import made, svg_of
 
 COSTS = {0: 0.0, 1: 0.2, 16: 0.1}
 
@@ -37,7 +37,7 @@ def trials(seeds: int = 3, sign: float = 1.0) -> list[dict[str, Any]]:
 
 def test_costs_are_from_the_smallest_to_the_largest_batch_at_the_best_rates() -> None:
     plot = batch_size.data(made(trials()))[0]
-    found: batch_size.Batches = plot.data
+    found: batch_size.BatchData = plot.data
     assert found.costs.set_index("rank")["cost"].to_dict() == pytest.approx(COSTS, abs=0.015)
     assert (found.costs["low"] < found.costs["cost"]).all()
     levels = found.points[found.points["rank"] == 1].set_index("batch")["score"]
@@ -50,7 +50,7 @@ def test_costs_are_from_the_smallest_to_the_largest_batch_at_the_best_rates() ->
 
 
 def test_what_a_batch_costs_of_a_loss_is_positive_too() -> None:
-    found: batch_size.Batches = batch_size.data(
+    found: batch_size.BatchData = batch_size.data(
         made(trials(sign=-1.0), metric="loss", maximize=False)
     )[0].data
     assert found.costs.set_index("rank")["cost"].to_dict() == pytest.approx(COSTS, abs=0.015)
@@ -61,7 +61,7 @@ def test_one_seed_has_costs_without_intervals() -> None:
     plot = batch_size.data(made(trials(seeds=1)))[0]
     assert plot.data.costs.set_index("rank")["cost"].to_dict() == pytest.approx(COSTS)
     assert plot.data.costs["low"].isna().all()
-    assert "with one seed chance is not known" in plot.reading
+    assert "with one seed, without interval" in plot.reading
 
 
 def test_lora_alone_is_shown_and_lengths_that_differ_are_said() -> None:
@@ -79,6 +79,6 @@ def test_one_batch_size_is_no_figure() -> None:
 
 @pytest.mark.parametrize("look", [Look(), Look(dark=True, narrow=True)], ids=str)
 def test_draws_a_line_for_each_rank(look: Look) -> None:
-    svg = render(partial(batch_size.draw, batch_size.data(made(trials()))[0].data), look).decode()
+    svg = svg_of(partial(batch_size.draw, batch_size.data(made(trials()))[0].data), look)
     for text in ("full fine-tuning", "rank 1", "rank 16", "2048", "base"):
         assert text in svg

@@ -58,15 +58,15 @@ def test_reads_as_its_numbers() -> None:
     assert [plot.name for plot in plots] == ["best_lr_by_rank"]
     reading = plots[0].reading
     assert reading.startswith("At alpha 32 the best rate goes as rank to the power ")
-    assert "ranks 4 to 64, 3 seeds): 0 within, −1/4 and −1/2 outside that." in reading
-    assert "10 is within)." in reading
+    assert "ranks 4 to 64, 3 seeds). Of theory's exponents 0 inside, −1/4 and" in reading
+    assert "10 is inside)." in reading
 
 
 def test_alpha_in_proportion_to_rank_has_a_plot_of_its_own() -> None:
     plots = best_lr_by_rank.data(worlds.experiment(by_scale(-0.5, failures=0.0)))
     assert [plot.name for plot in plots] == ["best_lr_by_rank_scaled"]
     assert plots[0].title == "Best learning rate by rank, at alpha 2 × rank"
-    assert "−1/2 within, 0 and −1/4 outside that." in plots[0].reading
+    assert "−1/2 inside, 0 and −1/4 outside the interval." in plots[0].reading
 
 
 @pytest.mark.parametrize(

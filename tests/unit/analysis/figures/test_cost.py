@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from analysis.figures import cost
-from analysis.figures.theme import Look, render
-from tests.unit.analysis.figures.made import made
+from analysis.figures.drawing.theme import Look
+from tests.unit.analysis.figures.made import made, svg_of
 
 
 def trials(count: int = 4) -> list[dict[str, Any]]:
@@ -53,7 +53,7 @@ PACKED = [
 
 def test_a_packs_time_is_counted_once_and_an_evaluation_is_ones_own() -> None:
     rows = [row for number in range(4) for row in steps(number, 2.0, 5.0)]
-    found: cost.Cost = cost.data(made(trials(), rows))[0].data
+    found: cost.CostData = cost.data(made(trials(), rows))[0].data
     assert found.phases.to_dict() == pytest.approx(
         {"rollout": 20.0, "update": 10.0, "sync": 2.0, "evaluation": 12.0, "other": 8.0}
     )
@@ -73,12 +73,13 @@ def test_what_packing_gained_is_a_ratio_of_medians() -> None:
         "seconds": [10.0, 5.0],
     }
     assert (
-        "5 s for each of 2 members together, 10 s for one alone: 2.0 times, roughly" in plot.reading
+        "5 s for each of 2 members, and 10 s for one alone: 2.0 times. This is rough"
+        in plot.reading
     )
     together = [row for number in range(4) for row in steps(number, 2.0, 5.0)]
-    assert "what packing gained is not known here" in cost.data(made(trials(), together))[0].reading
+    assert "so the gain of packing is not known" in cost.data(made(trials(), together))[0].reading
     alone = [row for number in range(4) for row in steps(number, 1.0, 5.0)]
-    assert "together" not in cost.data(made(trials(), alone))[0].reading
+    assert "members" not in cost.data(made(trials(), alone))[0].reading
 
 
 def test_a_trial_without_an_end_is_not_in_the_makespan() -> None:
@@ -99,7 +100,7 @@ def test_no_times_are_no_figure() -> None:
 
 
 def test_many_trials_are_counted_not_drawn_one_by_one() -> None:
-    svg = render(partial(cost.draw, cost.data(made(trials(100), PACKED))[0].data), Look()).decode()
+    svg = svg_of(partial(cost.draw, cost.data(made(trials(100), PACKED))[0].data), Look())
     assert "trials at a time" in svg
     assert "in the order they began" not in svg
 
@@ -110,7 +111,7 @@ def test_draws_trials_phases_and_members(look: Look) -> None:
         *trials(),
         {"rank": 64, "score": None, "status": "FAILED", "started": 1e9, "ended": 1e9 + 50},
     ]
-    svg = render(partial(cost.draw, cost.data(made(rows, PACKED))[0].data), look).decode()
+    svg = svg_of(partial(cost.draw, cost.data(made(rows, PACKED))[0].data), look)
     for text in (
         "minutes since the first began",
         "rollout",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from analysis.claims import evidence, judge
+from analysis.claims import judge
 from analysis.claims.curves import Early
+from analysis.claims.evidence import gather
 from analysis.figures import early_curves
 from tests.unit.analysis import worlds
 from tests.unit.analysis.simulation import by_rank
@@ -16,8 +17,8 @@ def test_ranks_that_learn_alike_are_the_same_early_on() -> None:
     plot = early_curves.data(worlds.experiment(by_rank(failures=0.0)))[0]
     curves = plot.data
     assert curves.curves["rank"].unique().tolist() == [1, 4, 16, 64]
-    assert "every rank's interval is within ±" in plot.reading
-    assert "the same early on" in plot.reading
+    assert "Every rank's interval is within ±" in plot.reading
+    assert "the early curves are the same" in plot.reading
     assert (curves.leads["low"] < curves.leads["lead"]).all()
     assert curves.leads["lead"].sum() == pytest.approx(0.0, abs=1e-9)
 
@@ -26,15 +27,15 @@ def test_a_slow_rank_is_behind_by_what_the_simulation_slows_it() -> None:
     plot = early_curves.data(worlds.experiment(by_rank({1: {"slow": 2.0}}, failures=0.0)))[0]
     leads = plot.data.leads.set_index("rank")
     assert leads["high"][1] < -plot.data.margin
-    assert "rank 1" in plot.reading
-    assert "is beyond" in plot.reading
+    assert "Rank 1" in plot.reading
+    assert "beyond ±" in plot.reading
     assert "not the same" in plot.reading
     assert plot.reading.endswith("and rank 1 the lowest.")
 
 
 def test_the_measure_is_the_claims_own() -> None:
     experiment = worlds.experiment(by_rank({64: {"slow": 1.3}}, failures=0.0))
-    e = evidence(experiment.tables.runs, experiment.tables.steps)
+    e = gather(experiment.tables.runs, experiment.tables.steps)
     claim = next(verdict for verdict in judge(e) if verdict.id == "6")
     leads = early_curves.data(experiment)[0].data.leads
     furthest = leads.loc[leads["lead"].abs().idxmax()]

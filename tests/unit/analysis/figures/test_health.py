@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from analysis.figures import health
-from analysis.figures.theme import Look, render
-from tests.unit.analysis.figures.made import made
+from analysis.figures.drawing.theme import Look
+from tests.unit.analysis.figures.made import made, svg_of
 
 NAMES = {"gap": "sampling/sampling_logp_difference/mean"}
 
@@ -45,7 +45,7 @@ def healthy() -> list[dict[str, Any]]:
 
 
 def test_lines_are_means_over_seeds_and_what_was_not_logged_has_no_panel() -> None:
-    found: health.Health = health.data(made(trials(), healthy()))[0].data
+    found: health.HealthData = health.data(made(trials(), healthy()))[0].data
     assert found.metrics() == ["entropy", "frac_reward_zero_std"]
     assert list(found.names) == [1, 0]  # rank 8, the better, first
     assert found.names[1] == "configuration 1: rank 8"
@@ -74,7 +74,7 @@ def test_what_stands_out_is_named_with_its_configuration() -> None:
         row for number in (2, 3) for row in steps(number, entropy=(1.0, 0.9), gap=(0.001, 0.05))
     ]
     reading = health.data(made(trials(), rows))[0].reading
-    assert "entropy fell to as little as 3% of its beginning (configuration 0)" in reading
+    assert "entropy fell to as little as 3% of its first value (configuration 0)" in reading
     assert "up to 88% of the groups gave no signal at the end (configuration 0)" in reading
     assert "sampler and trainer were up to 0.06 nats a token apart (configuration 1)" in reading
 
@@ -116,7 +116,7 @@ def test_draws_a_panel_for_each_metric_and_formulas_nowhere(look: Look) -> None:
     rows = [
         row for number in range(4) for row in steps(number, entropy=(1.0, 0.6), gap=(1e-7, 1e-3))
     ]
-    svg = render(partial(health.draw, health.data(made(trials(), rows))[0].data), look).decode()
+    svg = svg_of(partial(health.draw, health.data(made(trials(), rows))[0].data), look)
     for text in ("entropy (nats)", "sampler gap, mean", "configuration 1"):
         assert text in svg
     assert "mathdefault" not in svg

@@ -12,11 +12,11 @@ import pandas as pd
 import pytest
 
 from analysis.figures import heatmaps
-from analysis.figures.cells import edges, octaves, rate_columns
+from analysis.figures.drawing.grid import edges, octaves, rate_columns
+from analysis.figures.drawing.theme import Look
 from analysis.figures.heatmaps import exponent_of_alpha
-from analysis.figures.theme import Look, render
 from tests.unit.analysis import worlds
-from tests.unit.analysis.figures.made import made
+from tests.unit.analysis.figures.made import made, svg_of
 from tests.unit.analysis.simulation import BEST, Arm, World, by_rank, by_scale
 
 
@@ -54,7 +54,7 @@ def test_a_cell_per_rank_and_rate_holds_the_best_configuration() -> None:
         (32.0, 1e-4): 0.4,
         (16.0, 1e-4): 0.3,
     }
-    svg = render(partial(heatmaps.draw, rank.data), Look()).decode()
+    svg = svg_of(partial(heatmaps.draw, rank.data), Look())
     for text in ("0.900", "full", "some runs diverged"):
         assert text in svg
 
@@ -74,7 +74,7 @@ def test_with_one_alpha_there_are_no_lines() -> None:
     assert plots[0].data.lines.empty
 
 
-@pytest.mark.parametrize(("power", "told"), [(-1.0, "is within"), (0.0, "is outside")])
+@pytest.mark.parametrize(("power", "told"), [(-1.0, "is inside"), (0.0, "is outside")])
 def test_the_exponent_of_alpha_is_found(power: float, told: str) -> None:
     covered = []
     for seed in range(10):

@@ -9,9 +9,10 @@ import pytest
 
 from analysis.experiment import Experiment
 from analysis.figures import learning_curves
-from analysis.figures.theme import Look, render, render_all
+from analysis.figures.drawing.render import render
+from analysis.figures.drawing.theme import Look
 from tests.unit.analysis import worlds
-from tests.unit.analysis.figures.made import made
+from tests.unit.analysis.figures.made import made, svg_of
 from tests.unit.analysis.simulation import Arm, World
 from tests.unit.analysis.synthetic import LR, Trial, params, write_run
 
@@ -19,10 +20,9 @@ SMALL = World((Arm(0, best=-4.0), Arm(8)), seeds=2, rates=3, failures=0.0)
 
 
 def test_curves_hold_every_evaluation_of_every_trial(experiment: Experiment) -> None:
-    curves: learning_curves.Curves = learning_curves.data(experiment)[0].data
-    assert (curves.shade, curves.log, curves.best, curves.best_name) == (
+    curves: learning_curves.CurveData = learning_curves.data(experiment)[0].data
+    assert (curves.shade, curves.best, curves.best_name) == (
         LR,
-        True,
         "trials/0004",
         "trial 4, the best",
     )
@@ -39,7 +39,7 @@ def test_curves_hold_every_evaluation_of_every_trial(experiment: Experiment) -> 
 
 
 def test_each_evaluation_knows_what_had_been_used() -> None:
-    curves: learning_curves.Curves = learning_curves.data(worlds.experiment(SMALL))[0].data
+    curves: learning_curves.CurveData = learning_curves.data(worlds.experiment(SMALL))[0].data
     assert curves.costs == ("step", "tokens", "flops", "seconds")
     runs = worlds.experiment(SMALL).tables.runs.set_index("run_dir")
     for run_dir, line in curves.lines.groupby("run_dir"):
@@ -67,7 +67,7 @@ def test_half_of_the_gain_is_read_off_the_best_curve() -> None:
 
 def test_a_pointer_is_told_which_trial_a_curve_is_and_its_scores(experiment: Experiment) -> None:
     draw = partial(learning_curves.draw, learning_curves.data(experiment)[0].data)
-    traces = render_all(draw, Look(), png=False).traces
+    traces = render(draw, Look(), png=False).traces
     assert len(traces) == 2 * 12, "a trace per cost and run"
     trace = traces[4]
     assert trace.about == "trial 4: rank 8, learning rate 1e-3, target modules all-linear, seed 0"
@@ -88,7 +88,7 @@ def test_a_packs_seconds_are_called_its_own(members: float) -> None:
     ]
     plot = learning_curves.data(made([{"score": 0.9}], steps))[0]
     assert plot.data.packed == ("of its pack's" in plot.reading) == (members > 1)
-    svg = render(partial(learning_curves.draw, plot.data), Look()).decode()
+    svg = svg_of(partial(learning_curves.draw, plot.data), Look())
     assert ("seconds (of the whole pack)" in svg) == (members > 1)
 
 
@@ -96,7 +96,7 @@ def test_a_single_run_has_no_legend_to_need(tmp_path: Path) -> None:
     found = Experiment.open(write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9)))
     plot = learning_curves.data(found)[0]
     assert plot.data.best_name is None
-    assert b"the best" not in render(partial(learning_curves.draw, plot.data), Look())
+    assert "the best" not in svg_of(partial(learning_curves.draw, plot.data), Look())
 
 
 def test_a_peak_before_the_end_is_said(tmp_path: Path) -> None:

@@ -11,18 +11,19 @@ import pytest
 
 from analysis.experiment import Experiment
 from analysis.figures import lr_basin
-from analysis.figures.cells import each
-from analysis.figures.theme import Look, render, render_all
+from analysis.figures.drawing.marks import each
+from analysis.figures.drawing.render import render
+from analysis.figures.drawing.theme import Look
 from tests.unit.analysis import worlds
-from tests.unit.analysis.figures.made import made
+from tests.unit.analysis.figures.made import made, svg_of
 from tests.unit.analysis.simulation import by_rank
 from tests.unit.analysis.synthetic import Sweep, Trial, params, write_sweep
 
 
-def rates(experiment: Experiment) -> lr_basin.Rates:
+def rates(experiment: Experiment) -> lr_basin.BasinData:
     """The one plot's data."""
     found = lr_basin.data(experiment)[0].data
-    assert isinstance(found, lr_basin.Rates)
+    assert isinstance(found, lr_basin.BasinData)
     return found
 
 
@@ -41,7 +42,7 @@ def test_shows_the_last_score_of_what_did_not_complete(experiment: Experiment) -
         "1e-5 too low, 3e-4 to 1e-3 good (best 1e-3), 1e-2 too high. Best rate tested"
     )
     assert "rank 8 1e-3 (0.910, 0.900 to 0.920)" in plot.reading
-    svg = render(partial(lr_basin.draw, plot.data), Look()).decode()
+    svg = svg_of(partial(lr_basin.draw, plot.data), Look())
     for text in (
         "too low",
         "too high",
@@ -99,7 +100,7 @@ def test_a_best_rate_that_is_the_last_tested_is_warned_of(
     experiment = made(trials)
     assert rates(experiment).tops["edge"].tolist() == [edge]
     warning = (
-        "Warning: the best of rank 8 is the highest rate tested, so the true best may lie beyond."
+        "Warning: the best of rank 8 is the highest rate tested, so a better one may lie beyond."
     )
     assert (warning in lr_basin.data(experiment)[0].reading) == (edge is not None)
 
@@ -110,12 +111,12 @@ def test_a_run_that_diverged_before_its_first_evaluation_is_shown() -> None:
     plot = lr_basin.data(made([*trials, lost, {**lost, "rank": 0}]))[0]
     assert plot.data.points["score"].isna().sum() == 2
     assert "2 of 4 runs diverged: full fine-tuning at 1e-1 and LoRA at 1e-1." in plot.reading
-    assert b"diverged" in render(partial(lr_basin.draw, plot.data), Look())
+    assert "diverged" in svg_of(partial(lr_basin.draw, plot.data), Look())
 
 
 def test_a_pointer_is_told_of_every_run_and_of_the_means(experiment: Experiment) -> None:
     draw = partial(lr_basin.draw, lr_basin.data(experiment)[0].data)
-    told = {trace.about: trace.texts for trace in render_all(draw, Look(), png=False).traces}
+    told = {trace.about: trace.texts for trace in render(draw, Look(), png=False).traces}
     settings = "rank 8, learning rate 1e-2, target modules all-linear"
     assert told[f"trial 10: {settings}, seed 0"] == [
         "diverged: failed, last held-out accuracy 0.990"
@@ -132,7 +133,7 @@ def test_a_long_label_is_broken_in_the_legend_of_a_narrow_page(experiment: Exper
         partial(lr_basin.draw, lr_basin.data(experiment)[0].data),
         "range of 2 seeds or 95% interval over",
     )
-    wide, narrow = (render(draw, Look(narrow=narrow)).decode() for narrow in (False, True))
+    wide, narrow = (svg_of(draw, Look(narrow=narrow)) for narrow in (False, True))
     assert (source in wide, source in narrow) == (True, False)
     assert ">interval over 512 problems<" in narrow
 
@@ -140,9 +141,7 @@ def test_a_long_label_is_broken_in_the_legend_of_a_narrow_page(experiment: Exper
 def test_a_run_without_a_score_tells_so_at_the_foot() -> None:
     trials: list[dict[str, object]] = [{"lr": lr, "score": 0.5} for lr in (1e-4, 1e-3)]
     lost = {"lr": 1e-1, "status": "FAILED", "diverged": True}
-    traces = render_all(
-        partial(lr_basin.draw, rates(made([*trials, lost]))), Look(), png=False
-    ).traces
+    traces = render(partial(lr_basin.draw, rates(made([*trials, lost]))), Look(), png=False).traces
     foot = next(trace for trace in traces if trace.about.startswith("trial 2"))
     assert foot.texts == ["diverged: failed, no score"]
     assert foot.places[0][1] > max(y for trace in traces[:2] for _, y in trace.places)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from analysis.figures import score_by_parameters
-from analysis.figures.theme import Look, render
+from analysis.figures.drawing.theme import Look
 from tests.unit.analysis import worlds
-from tests.unit.analysis.figures.made import made
+from tests.unit.analysis.figures.made import made, svg_of
 from tests.unit.analysis.simulation import BASE, GAIN, PER_STEP, STEPS, by_rank, placed
 
 
@@ -30,11 +30,11 @@ def test_sizes_scores_and_the_line_are_the_simulations() -> None:
     for rank, height in {0: 1.0, 1: 0.8, 4: 1.0, 16: 1.0, 64: 1.0}.items():
         assert points.low[rank] - 0.02 <= BASE + GAIN * height <= points.high[rank] + 0.02
     assert plot.reading.startswith(
-        "4,096 episodes teach at most a bit each, which 2,048 parameters hold (2 bits "
-        "each): 3 of 4 adapters have"
+        "4,096 episodes teach at most one bit each. 2,048 parameters hold that, at 2 bits each, "
+        "and 3 of 4 adapters have"
     )
     assert "the smallest, rank 1 on all-linear with 1,000 parameters is at " in plot.reading
-    svg = render(partial(score_by_parameters.draw, plot.data), Look()).decode()
+    svg = svg_of(partial(score_by_parameters.draw, plot.data), Look())
     for text in ("rank 64", "full fine-tuning", "room for a bit an episode"):
         assert text in svg
 
@@ -50,7 +50,7 @@ def test_target_modules_are_told_apart() -> None:
 def test_one_seed_has_no_interval_and_says_so() -> None:
     plot = score_by_parameters.data(worlds.experiment(by_rank(seeds=1, failures=0.0)))[0]
     assert plot.data.points["low"].isna().all()
-    assert "one seed, so chance is not known" in plot.reading
+    assert "one seed, without interval" in plot.reading
 
 
 def test_an_interval_ends_where_a_share_does() -> None:
@@ -74,4 +74,4 @@ def test_runs_of_another_experiment_are_left_out_and_that_is_said() -> None:
     other = {"rank": 64, "score": 0.9, "parameters": 491_520, "context": "another"}
     plot = score_by_parameters.data(made([*sweep, other], steps))[0]
     assert plot.data.points["rank"].tolist() == [1, 8]
-    assert plot.reading.endswith(" 1 run of 5 differs in other settings and does not count.")
+    assert plot.reading.endswith(" 1 run of 5 differs in other settings and is left out.")

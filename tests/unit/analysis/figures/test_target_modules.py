@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from analysis.figures import target_modules
+from analysis.figures.drawing.theme import Look
 from analysis.figures.target_modules import EQUAL_PARAMETERS, EQUAL_RANK
-from analysis.figures.theme import Look, render
-from tests.unit.analysis.figures.made import made
+from tests.unit.analysis.figures.made import made, svg_of
 
 ARMS = {
     ("all-linear", 8): (61_440, 0.90),
@@ -42,7 +42,7 @@ def trials(seeds: int = 3, sign: float = 1.0, **changes: Any) -> list[dict[str, 
 
 
 def test_only_arms_of_equal_rank_or_as_many_parameters_are_compared() -> None:
-    found: target_modules.Placements = target_modules.data(made(trials()))[0].data
+    found: target_modules.PlacementData = target_modules.data(made(trials()))[0].data
     who = {panel: set(rows["targets"]) for panel, rows in found.points.groupby("panel")}
     assert who == {EQUAL_RANK: {"all-linear", "mlp"}, EQUAL_PARAMETERS: {"mlp", "attention"}}
     rank, parameters = found.gaps.to_dict("records")
@@ -59,7 +59,7 @@ def test_only_arms_of_equal_rank_or_as_many_parameters_are_compared() -> None:
 
 
 def test_a_score_is_that_of_the_best_learning_rate_free_of_the_choice() -> None:
-    found: target_modules.Placements = target_modules.data(made(trials()))[0].data
+    found: target_modules.PlacementData = target_modules.data(made(trials()))[0].data
     mlp = found.points[
         (found.points["targets"] == "mlp") & (found.points["panel"] == EQUAL_RANK)
     ].iloc[0]
@@ -88,7 +88,7 @@ def test_one_seed_has_no_interval() -> None:
     plot = target_modules.data(made(trials(seeds=1)))[0]
     assert plot.data.points["low"].isna().all()
     assert plot.data.gaps.set_index("panel")["gap"][EQUAL_RANK] == pytest.approx(0.02)
-    assert "with one seed chance is not known" in plot.reading
+    assert "with one seed, without interval" in plot.reading
 
 
 def test_arms_that_differ_in_more_are_not_compared() -> None:
@@ -106,12 +106,12 @@ def test_runs_of_another_experiment_have_no_part() -> None:
         plot.data.gaps["gap"].tolist()
         == target_modules.data(made(trials()))[0].data.gaps["gap"].tolist()
     )
-    assert plot.reading.endswith("Of 32 runs the 27 that agree in all other settings are compared.")
+    assert plot.reading.endswith("5 runs of 32 differ in other settings and are left out.")
 
 
 @pytest.mark.parametrize("look", [Look(), Look(dark=True, narrow=True)], ids=str)
 def test_draws_a_panel_for_each_kind_of_pair(look: Look) -> None:
     plot = target_modules.data(made(trials()))[0]
-    svg = render(partial(target_modules.draw, plot.data), look).decode()
+    svg = svg_of(partial(target_modules.draw, plot.data), look)
     for text in ("at equal rank", "at equal parameters", "37k", "all-linear", "attention"):
         assert text in svg

@@ -1,4 +1,4 @@
-"""The example of a user's environment in docs/guides/your_task.md runs as documented."""
+"""Run the example environment of docs/guides/your_task.md as the page shows it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_documented_environment_runs_as_documented(folder: Path, tiny_model_dir: Path) -> None:
-    prepare, run = (shlex.split(line) for line in block("sh").splitlines())
+    prepare, run = (shlex.split(line) for line in block("sh").replace("\\\n", " ").splitlines())
     assert prepare[0] == run[0] == "python"
     env = {**os.environ, "PYTHONPATH": str(PROJECT)}
     subprocess.run([sys.executable, *prepare[1:]], cwd=folder, env=env, check=True)
@@ -86,7 +86,7 @@ def test_a_users_module_that_is_not_there_is_refused_before_anything_starts(
 
 def test_the_documented_row_is_one_the_trainer_reads(tmp_path: Path) -> None:
     row: dict[str, Any] = json.loads(block("json"))
-    (tmp_path / "row.jsonl").write_text(block("json"))
+    (tmp_path / "row.jsonl").write_text(json.dumps(row))
     assert load_examples([tmp_path / "row.jsonl"]) == [
         Example(row["prompt"], "gsm8k", "5", 0, "What is 2 + 3?")
     ]
