@@ -58,11 +58,12 @@ test: $(INSTALLED)  ## all but the slow tests, two files at a time; K=expr as py
 test-all: $(INSTALLED)  ## every test
 	$(PYTEST) $(PYTEST_ARGS)
 
-lint: $(INSTALLED) docs  ## style, formatting, types, import contracts, and that the documentation builds
+lint: $(INSTALLED) docs  ## style, formatting, types, imports, sizes, and that the documentation builds
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m tests.house --check
 
 docs: $(INSTALLED)  ## the documentation as a site in site/, every warning an error (some seconds)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
