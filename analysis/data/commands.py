@@ -15,10 +15,11 @@ from hydra.errors import HydraException
 
 from analysis.data.records import Record
 from harness.config import recipe as recipes
-from harness.config.digest import recipe_digest
-from harness.config.schema import TrainerConfig
+from harness.config.digest import exempt_from, recipe_digest
+from harness.config.recipe_keys import flatten
 from harness.core.errors import UserError
 from harness.core.paths import shown
+from harness.records.rerun import OWN_PLACE
 
 
 class Commands:
@@ -44,7 +45,7 @@ class Commands:
         if inside or not self._reproduces(source, overrides, record.recipe):
             source = shown((self._directory / record.run_dir / "recipe.yaml").resolve())
             # The repeated run needs a directory of its own.
-            overrides = ["trainer.run_name=null", f"trainer.ckpt_path={TrainerConfig().ckpt_path}"]
+            overrides = list(OWN_PLACE)
         return shlex.join(["python", "-m", "harness.run", source, *overrides])
 
     def _reproduces(self, source: str, overrides: Sequence[str], resolved: dict[str, Any]) -> bool:
@@ -97,11 +98,5 @@ def _value(override: str) -> Any:
 
 def _digested(resolved: dict[str, Any]) -> dict[str, Any]:
     """Return the parts of a recipe that its digest covers."""
-    trainer = resolved.get("trainer")
-    if not isinstance(trainer, dict):
-        return {}
-    without = ("run_name", "ckpt_path", "resume_mode")
-    kept = {name: value for name, value in trainer.items() if name not in without}
-    outside = ("sweep", "ray", "expect")
-    rest = {name: value for name, value in resolved.items() if name not in outside}
-    return {**rest, "trainer": kept}
+    exempt = (*exempt_from("digest"), "sweep", "ray")
+    return {key: value for key, value in flatten(resolved) if not key.startswith(exempt)}
