@@ -141,14 +141,13 @@ def folder_sizes(modules: Mapping[str, Module]) -> Counter[str]:
     return Counter(module.package for module in modules.values() if module.name != module.package)
 
 
-def functions_per_1000_lines(modules: Mapping[str, Module]) -> float:
-    """Return the number of functions and methods per 1,000 lines."""
-    count = sum(
+def count_functions(modules: Mapping[str, Module]) -> int:
+    """Return the number of functions and methods."""
+    return sum(
         isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         for module in modules.values()
         for node in ast.walk(module.tree)
     )
-    return 1000 * count / max(1, sum(module.lines for module in modules.values()))
 
 
 def repeated_classes(modules: Mapping[str, Module]) -> dict[str, list[str]]:
@@ -171,7 +170,8 @@ def measure(root: Path = PROJECT) -> tuple[list[tuple[str, str, str]], list[str]
         repeated_classes(modules),
     )
     folders = folder_sizes(modules)
-    functions = functions_per_1000_lines(modules)
+    count = count_functions(modules)
+    functions = 1000 * count / max(1, sum(module.lines for module in modules.values()))
     skipped = sum(module.text.count("# fmt: " + "skip") for module in modules.values())
     long_lines = sum(
         len(line) > LONGEST_LINE for m in modules.values() for line in m.text.splitlines()
@@ -189,6 +189,7 @@ def measure(root: Path = PROJECT) -> tuple[list[tuple[str, str, str]], list[str]
         ),
         (f"modules of more than {MOST_LINES} lines", str(longest), "0"),
         ("functions per 1,000 lines", f"{functions:.0f}", f"<= {MOST_FUNCTIONS}"),
+        ("functions", f"{count:,}", ""),
         ("circles of imports", str(len(around)), "0"),
         ("packages that import each other", str(len(mutual)), "0"),
         ("class names defined twice", str(len(classes)), "0"),
