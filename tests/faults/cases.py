@@ -295,7 +295,7 @@ FAILURES = {
     "hangs": "a trial hangs",
     "nan": "a trial's reward is no number",
 }
-MOODS = ("good", "raises", "good", "hangs", "good", "raises", "good", "nan", "good", "good")
+ENVIRONMENTS = ("good", "raises", "good", "hangs", "good", "raises", "good", "nan", "good", "good")
 
 
 def expected() -> dict[str, int]:
@@ -305,5 +305,5 @@ def expected() -> dict[str, int]:
         tried[f"SIGKILL: {kill.phase}"] = tried.get(f"SIGKILL: {kill.phase}", 0) + 1
     names = [each.name for each in CORRUPTIONS] + [name for name, *_ in REFUSALS] + list(OTHERS)
     # A damaged checkpoint is named twice: one of the run's own, and one of another run's.
-    failing = {fault: MOODS.count(mood) for mood, fault in FAILURES.items()}
+    failing = {fault: ENVIRONMENTS.count(environment) for environment, fault in FAILURES.items()}
     return tried | dict.fromkeys(names, 1) | {NAMED: 2} | failing | MUTATIONS

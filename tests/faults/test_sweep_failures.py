@@ -14,12 +14,12 @@ import pytest
 from analysis.load import load_trials
 from harness import sweep
 from harness.records.run_dir import RunDir, Status
-from tests.faults.cases import ALONE, FAILURES, MOODS
+from tests.faults.cases import ALONE, FAILURES, ENVIRONMENTS
 from tests.faults.compare import rows, study
 from tests.faults.conftest import Record
 
 DATA, LR = "data.train_data", "trainer.policy.optimizer_config.lr"
-RATES = [1e-4 * (place + 1) for place in range(len(MOODS))]
+RATES = [1e-4 * (place + 1) for place in range(len(ENVIRONMENTS))]
 
 
 def processes(rays_folder: Path) -> set[int]:
@@ -48,14 +48,15 @@ def test_trials_that_fail_stay_alone(
         for name in ("validation", "train")
     )
     held_out.to_parquet(tmp_path / "validation.parquet")
-    for mood in dict.fromkeys(MOODS):
-        training.assign(env_class=f"tests.faults.moods.{mood}").to_parquet(
-            tmp_path / f"{mood}.parquet"
+    for environment in dict.fromkeys(ENVIRONMENTS):
+        training.assign(env_class=f"tests.faults.environments.{environment}").to_parquet(
+            tmp_path / f"{environment}.parquet"
         )
-    recipe = tmp_path / "moods.yaml"
-    files = {mood: f"[{tmp_path}/{mood}.parquet]" for mood in MOODS}
+    recipe = tmp_path / "failures.yaml"
+    files = {environment: f"[{tmp_path}/{environment}.parquet]" for environment in ENVIRONMENTS}
     first = [
-        f"{{{DATA}: {files[mood]}, {LR}: {rate}}}" for mood, rate in zip(MOODS, RATES, strict=True)
+        f"{{{DATA}: {files[environment]}, {LR}: {rate}}}"
+        for environment, rate in zip(ENVIRONMENTS, RATES, strict=True)
     ]
     recipe.write_text(
         f"""
@@ -63,10 +64,10 @@ defaults: [quickstart, _self_]
 data: {{train_data: {files["good"]}, val_data: [{tmp_path}/validation.parquet]}}
 trainer:
   {{train_batch_size: 2, policy_mini_batch_size: 2, max_steps: 2, eval_interval: 1,
-    ckpt_path: {tmp_path}, run_name: moods}}
+    ckpt_path: {tmp_path}, run_name: failures}}
 generator: {{backend: transformers, n_samples_per_prompt: 2}}
 sweep:
-  num_trials: {len(MOODS)}
+  num_trials: {len(ENVIRONMENTS)}
   seeds: [0]
   sampler: random
   pruner: null
@@ -86,9 +87,9 @@ sweep:
     assert sweep.main([str(recipe)]) == 0
     assert processes(rays_folder) <= before
 
-    table = load_trials(tmp_path / "moods").set_index("number")
+    table = load_trials(tmp_path / "failures").set_index("number")
     assert [table.status[number] == "COMPLETE" for number in range(10)] == [
-        mood == "good" for mood in MOODS
+        environment == "good" for environment in ENVIRONMENTS
     ]
     reasons = {
         number: str(table.reason[number])
@@ -97,17 +98,17 @@ sweep:
     }
     assert list(reasons) == [1, 3, 5, 7]
     assert reasons[1].startswith(
-        "the reward of tests.faults.moods.raises raised LookupError: no score for"
+        "the reward of tests.faults.environments.raises raised LookupError: no score for"
     )
     assert (
         reasons[3] == "no report for 60 s (sweep.stall_seconds): it hung and was ended; see log.txt"
     )
-    assert reasons[7].startswith("the reward of tests.faults.moods.nan returned nan (float)")
-    sweep_dir = RunDir(tmp_path / "moods")
+    assert reasons[7].startswith("the reward of tests.faults.environments.nan returned nan (float)")
+    sweep_dir = RunDir(tmp_path / "failures")
     assert "hangs.py" in sweep_dir.trial(3).log.read_text()  # where
     assert sweep_dir.status is Status.COMPLETE
     assert [trial["state"] for trial in study(sweep_dir)] == [
-        "COMPLETE" if m == "good" else "FAIL" for m in MOODS
+        "COMPLETE" if environment == "good" else "FAIL" for environment in ENVIRONMENTS
     ]
     page = (sweep_dir.report / "index.html").read_text()
     said = capsys.readouterr().out
@@ -115,8 +116,8 @@ sweep:
         assert reason[:40] in page
         assert reason[:40] in said
     assert "6 complete, 0 pruned, 4 failed" in said
-    for number, mood in enumerate(MOODS):
-        if mood == "good":
+    for number, environment in enumerate(ENVIRONMENTS):
+        if environment == "good":
             assert [row["step"] for row in rows(sweep_dir.trial(number))] == [0, 1, 2]
         else:
-            record(FAILURES[mood], ALONE, 0)
+            record(FAILURES[environment], ALONE, 0)

@@ -1,5 +1,6 @@
-"""The system's Chromium, headless, driven through its DevTools pipe: real widths, colour schemes,
-keys and clicks.
+"""Drive the system's Chromium, headless, through its DevTools pipe.
+
+Tests see real widths, colour schemes, keys and clicks.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ KEYS = {"Tab": 9, "Enter": 13, "Escape": 27, " ": 32}
 
 
 class Browser:
-    """One Chromium; commands are of the Chrome DevTools Protocol. Close it, or use it in a
-    `with`.
+    """A Chromium process that takes commands of the Chrome DevTools Protocol.
+
+    Close it, or use it in a `with` statement.
     """
 
     def __init__(self, profile: Path, *flags: str) -> None:
@@ -88,8 +90,9 @@ class Browser:
         self._in.close()
 
     def call(self, method: str, session: str | None = None, **params: Any) -> dict[str, Any]:
-        """Send a command and wait for its answer; raises RuntimeError with the browser's words when
-        it fails.
+        """Send a command and return its answer.
+
+        Raises RuntimeError with the browser's message when the command fails.
         """
         self._last += 1
         message = {"id": self._last, "method": method, "params": params} | (
@@ -114,8 +117,9 @@ class Browser:
         dark: bool = False,
         script: bool = True,
     ) -> Iterator[Page]:
-        """A tab of this size and colour scheme, in which the address has been loaded;
-        `script=False` runs none.
+        """Open a tab of this size and colour scheme and load an address in it.
+
+        `script=False` disables scripts.
         """
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         page = Page(
@@ -150,27 +154,31 @@ class Page:
     session: str
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """A command for this tab."""
+        """Send a command to this tab."""
         return self.browser.call(method, self.session, **params)
 
     def goto(self, url: str) -> None:
-        """Load an address and wait until the page and its pictures are there."""
+        """Load an address and wait until the page and its pictures are complete."""
         self.call("Page.navigate", url=url)
         self.wait("document.readyState === 'complete'")
 
     def wait(self, condition: str, seconds: float = 30) -> None:
-        """Wait until a JavaScript condition holds; raises TimeoutError."""
+        """Wait until a JavaScript condition holds.
+
+        Raises TimeoutError after `seconds`.
+        """
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            with contextlib.suppress(RuntimeError):  # a page that is being left has no context
+            with contextlib.suppress(RuntimeError):  # a page that is unloading has no context
                 if self.run(condition):
                     return
             time.sleep(0.02)
         raise TimeoutError(condition)
 
     def run(self, expression: str) -> Any:
-        """The value of a JavaScript expression (a promise's once it is there); raises RuntimeError
-        when it throws.
+        """Return the value of a JavaScript expression, or of the promise that it gives.
+
+        Raises RuntimeError when the expression throws.
         """
         found = self.call(
             "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True
@@ -182,7 +190,7 @@ class Page:
         return found["result"].get("value")
 
     def press(self, *keys: str) -> None:
-        """Press keys by name (`Tab`, `Enter`) or type a character each."""
+        """Press keys by name (`Tab`, `Enter`), or type single characters."""
         for key in keys:
             text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
             code = KEYS.get(key, ord(key[0].upper()))
@@ -199,7 +207,10 @@ class Page:
                 )
 
     def point_at(self, element: str, x: float, y: float) -> None:
-        """Move the mouse over an element (JavaScript), to thousandths of its width and height."""
+        """Move the mouse over an element, given in JavaScript.
+
+        `x` and `y` are thousandths of the element's width and height.
+        """
         left, top, width, height = self.run(
             "(({left, top, width, height}) => [left, top, width, "
             f"height])({element}.getBoundingClientRect())"
@@ -212,7 +223,7 @@ class Page:
         )
 
     def size(self, width: int, height: int) -> None:
-        """Make the tab this large, in CSS pixels."""
+        """Resize the tab to this size in CSS pixels."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -222,7 +233,7 @@ class Page:
         )
 
     def screenshot(self, path: Path, *, whole: bool = True) -> None:
-        """Save what the tab shows, or the whole page, as PNG."""
+        """Save the visible part of the tab, or the whole page, as PNG."""
         found = self.call(
             "Page.captureScreenshot", format="png", captureBeyondViewport=whole, **self._clip(whole)
         )
@@ -238,7 +249,7 @@ class Page:
 
 
 class Listener(BaseHTTPRequestHandler):
-    """A proxy that notes what was asked for and answers nothing."""
+    """Proxy handler that records requested addresses and answers nothing."""
 
     def do_GET(self) -> None:
         assert isinstance(self.server, Proxy)
@@ -253,7 +264,7 @@ class Listener(BaseHTTPRequestHandler):
 
 
 class Proxy(ThreadingHTTPServer):
-    """Everything a browser asks the network for goes through here."""
+    """Proxy that receives all network requests of a browser."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Listener)
@@ -261,14 +272,14 @@ class Proxy(ThreadingHTTPServer):
 
     @property
     def from_pages(self) -> list[str]:
-        """What was asked for, the browser's own calls home aside."""
+        """Return the requests of pages, without those that the browser sends by itself."""
         own = r"(google|googleapis|gvt1|gstatic)\.com"
         return [path for path in self.asked if not re.search(own, path)]
 
 
 @contextlib.contextmanager
 def watched(profile: Path) -> Iterator[tuple[Browser, Proxy]]:
-    """A browser, and the proxy that all its requests go to."""
+    """Start a browser and the proxy that receives all its requests."""
     with Proxy() as proxy:
         thread = threading.Thread(target=proxy.serve_forever)
         thread.start()
@@ -283,7 +294,7 @@ def watched(profile: Path) -> Iterator[tuple[Browser, Proxy]]:
 
 
 def violations(page: Page) -> list[str]:
-    """What axe-core finds wrong, best practices included: rule and element each."""
+    """Return the rule and element of each axe-core violation, best practices included."""
     package = importlib.util.find_spec("axe_playwright_python")
     if package is None or package.origin is None:
         pytest.skip("axe-core is not installed: pip install --no-deps axe-playwright-python")
@@ -299,7 +310,7 @@ def _scheme(dark: bool) -> str:
 
 
 def _pipe() -> tuple[int, int]:
-    """A pipe whose ends are not 3 or 4, which the child's own take."""
+    """Return a pipe whose ends are not 3 or 4, the numbers that the child uses."""
     ends = os.pipe()
     moved = tuple(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in ends)
     for end in ends:

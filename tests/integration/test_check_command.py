@@ -1,4 +1,4 @@
-"""`python -m harness.check`, and `harness.run --check`: what they print, write and return."""
+"""Test what `harness.check` and `harness.run --check` print, write and return."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TINY = [
 
 
 def recipe_file(folder: Path, expect: str) -> str:
-    """A tiny run's recipe, of the quickstart's values."""
+    """Write the recipe of a tiny run with the quickstart's values."""
     file = folder / "mine.yaml"
     values = recipes.to_dict(quickstart(TINY))
     values["expect"] |= yaml.safe_load(expect)
@@ -72,7 +72,7 @@ def test_every_seed_is_trained_and_the_mean_is_judged(
     assert unmet == [["completions/mean_length"]] * 3
 
 
-def test_a_seed_that_fails_ends_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_seed_ends_the_check(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file = recipe_file(tmp_path, "{eval/accuracy: {min: 0}}")
     arguments = [
         file,
@@ -87,7 +87,7 @@ def test_a_seed_that_fails_ends_it(tmp_path: Path, capfd: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_what_stops_it_stops_its_run(
+def test_a_signal_to_the_check_stops_its_run(
     tiny_model_dir: Path, tmp_path: Path, sent: signal.Signals, status: int
 ) -> None:
     file = recipe_file(tmp_path, "{eval/accuracy: {min: 0}}")
@@ -117,12 +117,13 @@ def test_what_stops_it_stops_its_run(
         preexec_fn=heed_interrupts,
     )
     assert process.stdout is not None
-    # Progress is seen as it is made. The signal goes to the command alone, and it passes it on.
+    # Progress is printed while the run trains. The signal goes to the command alone, which passes
+    # it on.
     assert any(line.startswith("step    3/1000") for line in process.stdout)
     process.send_signal(sent)
     out, told = process.communicate(
         timeout=60
-    )  # ends when the run has closed its side of the pipe, too
+    )  # returns when the run has closed its end of the pipe as well
     assert process.returncode == status, told
     assert "Traceback" not in told
     assert ("stopped; go on with: python -m harness.run --resume" in told) == (
@@ -133,7 +134,7 @@ def test_what_stops_it_stops_its_run(
 
 
 @pytest.mark.parametrize(("flags", "status"), [([], 0), (["--check"], 3)])
-def test_a_run_says_what_it_did_not_show(
+def test_a_run_prints_which_expectations_failed(
     tiny_model_dir: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -146,8 +147,8 @@ def test_a_run_says_what_it_did_not_show(
     assert RunDir(tmp_path / "run").read_manifest()["expect"][0]["met"] is False
     assert "NOT MET" in capsys.readouterr().out
 
-    # Another experiment is not what the expectations are about, nor is one that takes its recipe; a
-    # seed is no other.
+    # The expectations hold neither for another experiment nor for a run that uses this recipe as
+    # its base. Another seed is the same experiment.
     rate = "trainer.policy.optimizer_config.lr=1e-5"
     other = [file, rate, f"trainer.ckpt_path={tmp_path}", "trainer.run_name=other", *flags]
     assert run.main(other) == status
@@ -166,7 +167,7 @@ def test_a_run_says_what_it_did_not_show(
 
 
 @pytest.mark.parametrize("flags", [["--check"], []])
-def test_a_run_killed_before_its_verdict_gets_it_without_training_again(
+def test_a_run_killed_before_its_verdict_is_judged_without_training_again(
     tiny_model_dir: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

@@ -1,6 +1,4 @@
-"""Exported policies in other programs' hands: plain PEFT, plain transformers, and `vllm serve` over
-HTTP.
-"""
+"""Load exported policies in other programs: plain PEFT, plain transformers and `vllm serve`."""
 
 from __future__ import annotations
 
@@ -37,9 +35,7 @@ MAX_TOKENS = 48
 
 @dataclass(frozen=True)
 class Trained:
-    """A short run with what its trained policy, and its base, say of `tokens`: log-probabilities
-    `[T]`.
-    """
+    """A short run, and the log-probabilities `[T]` of `tokens` under its policy and its base."""
 
     run: RunDir
     recipe: Recipe
@@ -49,7 +45,7 @@ class Trained:
 
     @property
     def base_dir(self) -> str:
-        """The base model's folder."""
+        """Return the base model's folder."""
         return str(locate(self.recipe.trainer.policy.model.path))
 
 
@@ -77,7 +73,7 @@ def _train(folder: Path, small_data: list[str], *overrides: str) -> Trained:
     base = _logprobs(pack.model, tokens)
     for _ in train(trainer, recipe, run):
         pass
-    pack.members[0].policy.activate()  # not the critic
+    pack.members[0].policy.activate()  # the policy, not the critic
     trained = Trained(run, recipe, tokens, _logprobs(pack.model.eval(), tokens), base)
     trainer.close()
     return trained
@@ -85,7 +81,7 @@ def _train(folder: Path, small_data: list[str], *overrides: str) -> Trained:
 
 @pytest.fixture(scope="module")
 def trained(small_data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """A few steps of LoRA, at a rate that moves the policy well away from its base."""
+    """Train LoRA for a few steps, at a rate that moves the policy well away from its base."""
     return _train(
         tmp_path_factory.mktemp("runs") / "lora",
         small_data,
@@ -95,7 +91,7 @@ def trained(small_data: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def exported(trained: Trained, tmp_path: Path) -> Callable[..., Path]:
-    """The command's output folder for some of its options."""
+    """Return a function that runs the command with some options and returns its output folder."""
 
     def make(*options: str, run: RunDir = trained.run, name: str = "exported") -> Path:
         folder = tmp_path / name
@@ -106,7 +102,7 @@ def exported(trained: Trained, tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def test_the_adapter_in_plain_peft_is_the_trainers(
+def test_the_adapter_in_plain_peft_equals_the_trainers(
     trained: Trained, exported: Callable[..., Path]
 ) -> None:
     folder = exported()
@@ -120,7 +116,7 @@ def test_the_adapter_in_plain_peft_is_the_trainers(
     _assert_tokenizer_of(folder, trained.base_dir)
 
 
-def test_the_merged_model_is_a_plain_one_and_the_trainers(
+def test_the_merged_model_in_plain_transformers_equals_the_trainers(
     trained: Trained, exported: Callable[..., Path]
 ) -> None:
     folder = exported("--merged")
@@ -159,7 +155,7 @@ def test_the_card_says_that_the_inputs_changed(
         trained.run.manifest.write_text(whole)
 
 
-def test_the_card_says_what_it_is(trained: Trained, exported: Callable[..., Path]) -> None:
+def test_the_card_describes_the_model(trained: Trained, exported: Callable[..., Path]) -> None:
     card = (exported() / "README.md").read_text()
     record = trained.run.read_manifest()
     assert record["recipe"]["digest"] in card
@@ -171,7 +167,9 @@ def test_the_card_says_what_it_is(trained: Trained, exported: Callable[..., Path
     assert "--enable-lora --max-lora-rank 8 --lora-modules noregret=FOLDER" in card
 
 
-def test_best_is_the_best_evaluations(trained: Trained, exported: Callable[..., Path]) -> None:
+def test_best_exports_the_adapter_of_the_best_evaluation(
+    trained: Trained, exported: Callable[..., Path]
+) -> None:
     folder = exported("--which", "best")
     name = "adapter_model.safetensors"
     assert (folder / name).read_bytes() == (trained.run.adapter / "best" / name).read_bytes()
@@ -200,7 +198,7 @@ def test_full_fine_tuning_gives_a_plain_model(
     assert "LoRA" not in (folder / "README.md").read_text()
 
 
-def test_a_ppo_runs_policy_goes_without_its_critic(
+def test_a_ppo_policy_is_exported_without_its_critic(
     small_data: list[str], tmp_path: Path, exported: Callable[..., Path]
 ) -> None:
     ppo = _train(
@@ -238,7 +236,7 @@ def test_an_adapter_on_a_tied_head_is_exported_but_not_merged(
     torch.testing.assert_close(_logprobs(model, tied.tokens), tied.logprobs, atol=1e-6, rtol=0)
 
 
-def test_merged_weights_have_the_bases_dtype(
+def test_merged_weights_have_the_dtype_of_the_base(
     trained: Trained, tmp_path: Path, exported: Callable[..., Path]
 ) -> None:
     path = trained.base_dir
@@ -254,7 +252,7 @@ def test_merged_weights_have_the_bases_dtype(
 
 
 def _on_base(trained: Trained, base: Path) -> RunDir:
-    """The trained run as if it had been one on another base."""
+    """Return a copy of the trained run whose recipe names another base."""
     recipe = recipes.with_values(trained.recipe, {"trainer.policy.model.path": str(base)})
     run = RunDir(base.with_name(f"run-{base.name}"))
     shutil.copytree(trained.run.path, run.path)
@@ -267,7 +265,7 @@ def _on_base(trained: Trained, base: Path) -> RunDir:
     return run
 
 
-def test_a_base_that_is_not_the_one_trained_on_is_refused(
+def test_another_base_than_the_trained_one_is_refused(
     trained: Trained, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     base = tmp_path / "base"
@@ -288,7 +286,9 @@ def test_a_base_that_is_not_the_one_trained_on_is_refused(
 
 
 @pytest.mark.parametrize("options", [[], ["--merged"]])
-def test_what_fails_leaves_nothing(trained: Trained, tmp_path: Path, options: list[str]) -> None:
+def test_a_failed_export_leaves_no_files(
+    trained: Trained, tmp_path: Path, options: list[str]
+) -> None:
     run = RunDir(tmp_path / "run")
     shutil.copytree(trained.run.path, run.path)
     damaged = (
@@ -310,7 +310,7 @@ def test_vllm_serve_answers_as_the_policy(
 ) -> None:
     merged, adapter = exported("--merged", name="merged"), exported(name="adapter")
     chats = [example.prompt for example in load_examples(trained.recipe.data.val_data)]
-    prompt, ids, greedy = _told_apart(merged, trained.base_dir, chats)
+    prompt, ids, greedy = _differing_prompt(merged, trained.base_dir, chats)
     lora = ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"noregret={adapter}"]
     folder, name, options = {
         "adapter": (Path(trained.base_dir), "noregret", lora),
@@ -324,9 +324,12 @@ def test_vllm_serve_answers_as_the_policy(
     assert not server.alive()
 
 
-def _told_apart(policy: Path, base: str, prompts: list[Chat]) -> tuple[Chat, list[int], list[int]]:
-    """A prompt that the policy and its base answer differently: chat, its tokens, the tokens of the
-    greedy answer.
+def _differing_prompt(
+    policy: Path, base: str, prompts: list[Chat]
+) -> tuple[Chat, list[int], list[int]]:
+    """Return a prompt that the policy and its base answer differently.
+
+    The result is the chat, its tokens, and the tokens of the policy's greedy answer.
     """
     tokenizer = AutoTokenizer.from_pretrained(policy)
     models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in (policy, base)]

@@ -1,5 +1,6 @@
-"""The contract of every registered figure, and what all figures share; each one's own tests are in
-figures/.
+"""Test the contract of every registered figure.
+
+Tests of single figures are in figures/.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ from tests.unit.analysis import worlds
 from tests.unit.analysis.simulation import Arm, World, batched, placed
 from tests.unit.analysis.synthetic import Sweep, Trial, params, write_sweep
 
-# What figures share, and no figure themselves.
+# Modules that figures share.
 SHARED = {"theme", "cells", "marks"}
 MODULES = {found.name for found in pkgutil.iter_modules(figures.__path__)} - SHARED
 COLOUR = re.compile(r"#[0-9a-f]{6}\b")
 LOOKS = [Look(dark, narrow) for dark in (False, True) for narrow in (False, True)]
 RATES: dict[str, Any] = {"seeds": 2, "rates": 5, "failures": 0.0}
-# Between them these have enough for every figure.
+# Together these have enough data for every figure.
 WORLDS: list[Callable[[], World]] = [
     lambda: World((Arm(0, best=-4.0), Arm(1), Arm(8), Arm(64)), **RATES),
     lambda: placed(0.9, **RATES),
@@ -50,13 +51,13 @@ WORLDS: list[Callable[[], World]] = [
 
 
 def named(figure: Figure) -> str:
-    """A figure's module."""
+    """Return the name of a figure's module."""
     return figure.data.__module__.rsplit(".", 1)[-1]
 
 
 @pytest.fixture(scope="module")
 def plots(experiment: Experiment) -> Callable[[Figure], list[Plot]]:
-    """The first plots that a figure makes of the example sweep or of a simulated one."""
+    """Return a function that gives a figure's first plots of an example or simulated sweep."""
     known: dict[str, list[Plot]] = {}
     experiments: list[Experiment] = [experiment]
 
@@ -73,7 +74,7 @@ def plots(experiment: Experiment) -> Callable[[Figure], list[Plot]]:
 
 @pytest.fixture(scope="module")
 def unfinished(tmp_path_factory: pytest.TempPathFactory) -> list[Experiment]:
-    """Sweeps with little to show: no trial, one that is waiting, and none complete."""
+    """Return sweeps with little to show: no trial, one waiting trial, and no complete trial."""
     root = tmp_path_factory.mktemp("unfinished")
     trials = [
         Trial(0, 0, params(8, 1e-3), 0.4, Status.FAILED, "out of memory", last_step=10),
@@ -98,7 +99,7 @@ def test_every_module_registers_its_figure() -> None:
 
 @pytest.mark.parametrize("figure", all_figures(), ids=named)
 class TestContract:
-    def test_says_in_words_what_it_shows(
+    def test_the_caption_describes_the_figure(
         self, figure: Figure, plots: Callable[[Figure], list[Plot]]
     ) -> None:
         assert plots(figure)
@@ -108,7 +109,7 @@ class TestContract:
             assert plot.reading in plot.alt
 
     @pytest.mark.parametrize("narrow", [False, True])
-    def test_draws_for_every_page(
+    def test_a_figure_is_drawn_for_every_page(
         self, figure: Figure, narrow: bool, plots: Callable[[Figure], list[Plot]]
     ) -> None:
         for plot in plots(figure):
@@ -135,7 +136,7 @@ class TestContract:
         assert render_all(draw, Look()) == every
         assert render(draw, Look()) == every.svg
 
-    def test_what_it_tells_is_on_the_picture(
+    def test_tooltips_lie_on_the_picture(
         self, figure: Figure, plots: Callable[[Figure], list[Plot]]
     ) -> None:
         draw = partial(figure.draw, plots(figure)[0].data)
@@ -152,7 +153,7 @@ class TestContract:
     def test_nothing_to_show_is_no_plot(self, figure: Figure, unfinished: list[Experiment]) -> None:
         assert figure.data(unfinished[0]) == []
 
-    def test_stands_a_sweep_that_has_hardly_begun(
+    def test_a_sweep_that_has_hardly_begun_is_no_error(
         self, figure: Figure, unfinished: list[Experiment]
     ) -> None:
         for experiment in unfinished[1:]:
@@ -162,9 +163,7 @@ class TestContract:
 
 
 def assert_alike(first: bytes, second: bytes) -> None:
-    """Two drawings are the same but for the names of their marks, and for colours that nobody can
-    tell apart.
-    """
+    """Assert that two SVG drawings differ only in ids and in colours that look the same."""
     one, other = anonymous(first), anonymous(second)
     assert re.sub(COLOUR, "#", one) == re.sub(COLOUR, "#", other)
     pairs = zip(re.findall(COLOUR, one), re.findall(COLOUR, other), strict=True)
@@ -173,8 +172,9 @@ def assert_alike(first: bytes, second: bytes) -> None:
 
 
 def anonymous(svg: bytes) -> str:
-    """A drawing with its marks and hatches numbered, which otherwise are named by what they look
-    like.
+    """Return an SVG drawing with its marks and hatches numbered in order.
+
+    matplotlib names them by a hash of their look.
     """
     names: dict[str, str] = {}
     return re.sub(
@@ -192,7 +192,7 @@ def test_a_png_is_an_image_of_the_look(experiment: Experiment) -> None:
 
 
 def test_a_palette_keeps_categories_and_shades() -> None:
-    """Colours of categories, and a colour bar's, are in the PNG nearly as they were drawn."""
+    """Check that colours of categories and of a colour bar stay nearly the same in the PNG."""
     look = Look()
     categories = [ImageColor.getrgb(colour) for colour in OKABE_ITO[False]]
     shades = np.round(255 * look.sequence(np.arange(256))[:, :3]).astype(int).tolist()
@@ -209,7 +209,7 @@ def test_a_palette_keeps_categories_and_shades() -> None:
 
 
 def png(draw: Draw, look: Look) -> Image.Image:
-    """The PNG that is drawn, opened."""
+    """Return the opened PNG that `draw` draws."""
     drawn = render_all(draw, look).png
     assert drawn is not None
     return Image.open(io.BytesIO(drawn))

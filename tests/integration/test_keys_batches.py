@@ -1,4 +1,4 @@
-"""How a step is cut into engine calls, mini-batches and micro-batches: counted in real steps."""
+"""Count the engine calls, mini-batches and micro-batches of real training steps."""
 
 from __future__ import annotations
 
@@ -45,26 +45,24 @@ def _step(pack: Pack, member: Member) -> Row:
         ),
     ],
 )
-def test_a_batch_makes_so_many_updates(
+def test_number_of_updates_for_each_batch(
     opened: Open, monkeypatch: pytest.MonkeyPatch, overrides: list[str], updates: list[str]
 ) -> None:
     pack, member = opened(*overrides)
     seen: list[str] = []
     optimize = TrainedModel.optimize
 
-    def noting(self: TrainedModel, ranks: Ranks) -> Row:
+    def recording(self: TrainedModel, ranks: Ranks) -> Row:
         seen.append(self.name)
         return optimize(self, ranks)
 
-    monkeypatch.setattr(TrainedModel, "optimize", noting)
+    monkeypatch.setattr(TrainedModel, "optimize", recording)
     _step(pack, member)
     assert seen == updates
 
 
-class Noted:
-    """The batches that a learner's methods were given, `{method: [batch, ...]}`; the methods do
-    what they did.
-    """
+class RecordedBatches:
+    """Batches passed to methods of trained models, `{method: [batch, ...]}`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.batches: dict[str, list[Batch]] = {}
@@ -79,20 +77,20 @@ class Noted:
     def _watch(self, monkeypatch: pytest.MonkeyPatch, owner: type[TrainedModel], name: str) -> None:
         method, seen = getattr(owner, name), self.batches.setdefault(f"{owner.name}.{name}", [])
 
-        def noting(learner: TrainedModel, batch: Batch, *rest: Any) -> Any:
+        def recording(model: TrainedModel, batch: Batch, *rest: Any) -> Any:
             seen.append(batch)
-            return method(learner, batch, *rest)
+            return method(model, batch, *rest)
 
-        monkeypatch.setattr(owner, name, noting)
+        monkeypatch.setattr(owner, name, recording)
 
     def sizes(self, name: str) -> list[int]:
-        """Sequences in each of a method's batches."""
+        """Return the number of sequences in each of a method's batches."""
         return [len(batch) for batch in self.batches[name]]
 
 
 @pytest.fixture(scope="module")
 def whole() -> dict[str, Row]:
-    """The metrics of the first step in as few parts as can be, once it has been computed."""
+    """Return a cache for the metrics of the first step, computed in as few parts as possible."""
     return {}
 
 
@@ -109,7 +107,7 @@ def test_micro_batches_have_their_size_and_change_no_result(
     opened: Open, monkeypatch: pytest.MonkeyPatch, whole: dict[str, Row], setting: str
 ) -> None:
     pack, member = opened(PPO, "trainer.micro_train_batch_size_per_gpu=16", f"trainer.{setting}")
-    seen = Noted(monkeypatch)
+    seen = RecordedBatches(monkeypatch)
     row = _step(pack, member)
     # 16 sequences to compute, and 8 in each of two mini-batches.
     forward, train = [16], [8, 8]
@@ -120,7 +118,7 @@ def test_micro_batches_have_their_size_and_change_no_result(
     if setting.startswith("max_tokens"):
         assert sum(seen.sizes("policy.logprobs")) == 16
         for name, batches in seen.batches.items():
-            # `values` is called by `loss` too.
+            # `loss` calls `values` too.
             assert len(batches) > (2 if name.endswith("loss") else 1)
             assert (
                 max(packing.pack(batch, share=True).input_ids.numel() for batch in batches) <= 200
@@ -142,20 +140,20 @@ def test_micro_batches_have_their_size_and_change_no_result(
 
 
 def _watch_engine(pack: Pack, monkeypatch: pytest.MonkeyPatch) -> list[list[Request]]:
-    """The requests of each call of the engine from now on."""
+    """Return a list to which each later call of the engine adds its requests."""
     calls: list[list[Request]] = []
     generate = pack.engine.generate
 
-    def noting(requests: list[Request]) -> list[list[Sample]]:
+    def recording(requests: list[Request]) -> list[list[Sample]]:
         calls.append(list(requests))
         return generate(requests)
 
-    monkeypatch.setattr(pack.engine, "generate", noting)
+    monkeypatch.setattr(pack.engine, "generate", recording)
     return calls
 
 
 @pytest.mark.parametrize(("batch", "samples"), [(4, 4), (6, 3)])
-def test_a_step_samples_so_many_prompts_so_often(
+def test_number_of_prompts_and_samples_for_each_step(
     opened: Open, monkeypatch: pytest.MonkeyPatch, batch: int, samples: int
 ) -> None:
     pack, _ = opened(
@@ -180,7 +178,7 @@ def test_batched_is_one_engine_call_or_one_for_each_prompt(
     assert found[0] == found[1]
 
 
-def test_evaluation_goes_to_the_engine_in_batches_of_samples(
+def test_evaluation_calls_the_engine_in_batches(
     opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = []
@@ -204,7 +202,7 @@ def test_evaluation_goes_to_the_engine_in_batches_of_samples(
 
 
 def _watch_widths(patch: pytest.MonkeyPatch, widths: list[int]) -> None:
-    """Note how many sequences each batch of the engine decodes."""
+    """Record how many sequences each batch of the engine decodes."""
     prefill = LlamaDecoder.prefill
 
     def watched(
@@ -216,9 +214,7 @@ def _watch_widths(patch: pytest.MonkeyPatch, widths: list[int]) -> None:
     patch.setattr(LlamaDecoder, "prefill", watched)
 
 
-def test_so_many_sequences_are_decoded_at_once(
-    opened: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_number_of_sequences_decoded_at_once(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for limit, most in ((256, 16), (5, 5)):
         pack, _ = opened(f"generator.max_num_seqs={limit}")

@@ -1,5 +1,6 @@
-"""Members of a pack on the real model: they train as if alone, adapt what their recipes say, and
-sync apart.
+"""Test members of a pack on the real model.
+
+Each trains like a run alone, has the adapter that its recipe asks for, and syncs separately.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from rltrain.trainer import Trainer
 from tests.integration.training import MakeRecipe, MakeRun, assert_equal, train
 
 
-def test_a_member_of_a_pack_trains_as_if_alone(small_recipe: MakeRecipe, new_run: MakeRun) -> None:
+def test_a_member_of_a_pack_trains_like_a_run_alone(
+    small_recipe: MakeRecipe, new_run: MakeRun
+) -> None:
     wanted = [
         ("trainer.policy.model.lora.rank=4", "trainer.target_modules=attention", "seed=3"),
         (
@@ -67,7 +70,7 @@ def _leave_all(pack: Pack, members: list[Member]) -> None:
         pack.remove(member)
 
 
-def test_a_pack_is_as_new_when_a_member_has_left(
+def test_a_removed_member_leaves_no_trace_in_the_pack(
     small_recipe: MakeRecipe, new_run: MakeRun
 ) -> None:
     recipe = small_recipe("trainer.max_steps=2")
@@ -113,7 +116,7 @@ def open_pack(small_data: list[str]) -> Iterator[Callable[[Recipe], Pack]]:
         (r"'.*\.layers\.0\..*(q|k)_proj'", "null", {"q_proj", "k_proj"}),
     ],
 )
-def test_target_modules_are_what_the_recipe_says(
+def test_target_modules_are_those_of_the_recipe(
     small_recipe: MakeRecipe,
     new_run: MakeRun,
     open_pack: Callable[[Recipe], Pack],
@@ -200,7 +203,7 @@ def test_too_few_short_prompts_are_explained(
         pack.add(recipe, new_run(recipe, "some"))
 
 
-def test_runs_of_one_name_sync_apart(small_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_runs_of_the_same_name_sync_separately(small_recipe: MakeRecipe, tmp_path: Path) -> None:
     shared = tmp_path / "adapters"
     recipe = small_recipe(
         "generator.backend=vllm", f"trainer.policy.model.lora.lora_sync_path={shared}"

@@ -1,5 +1,6 @@
-"""A member's losses, gradients and weights, given the same samples, are those of the run alone, to
-the bit.
+"""Test that a member of a pack computes what the run alone computes.
+
+With the same samples, losses, gradients and weights are equal to the bit.
 """
 
 from __future__ import annotations
@@ -66,17 +67,16 @@ Key = tuple[int, int, tuple[int, ...]]
 
 
 class Tape:
-    """The samples of each member's requests: those of the first time are given again at every
-    other.
-    """
+    """Records the samples of each member's requests, and replays them from then on."""
 
     def __init__(self) -> None:
         self.samples: dict[Key, list[Sample]] = {}
         self.replayed = 0
 
     def watch(self, pack: Pack, labels: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-        """Stand between a pack and its engine; `labels`: which of MEMBERS each of its
-        members is.
+        """Record or replay the samples of a pack's engine.
+
+        `labels` maps the pack's member names to indices of MEMBERS.
         """
         generate = pack.engine.generate
 
@@ -96,8 +96,9 @@ class Tape:
 
 
 def _train(pack: Pack, members: Sequence[Member]) -> list[list[dict[str, float]]]:
-    """Rows of each member's steps, timings left out; weights and the optimizer's moments go with
-    the last.
+    """Return rows of each member's steps without timings.
+
+    The last row also has the weights and the optimizer's moments.
     """
     for member in members:
         pack.publish_member(member)
@@ -113,7 +114,7 @@ def _train(pack: Pack, members: Sequence[Member]) -> list[list[dict[str, float]]
 
 
 def _state(member: Member) -> Iterable[tuple[str, torch.Tensor]]:
-    """What a member has learned, and the mean of its gradients and of their squares."""
+    """Yield a member's weights, and the means of its gradients and of their squares."""
     for learner in member.trained_models:
         for name, parameter in learner.parameters.items():
             yield name.replace(f".{learner.adapter}.", "."), parameter.detach()
@@ -121,7 +122,7 @@ def _state(member: Member) -> Iterable[tuple[str, torch.Tensor]]:
                 yield f"{name.replace(f'.{learner.adapter}.', '.')}/{kind}", value
 
 
-def test_members_of_a_pack_learn_what_each_would_alone(
+def test_members_of_a_pack_learn_what_a_run_alone_learns(
     small_recipe: MakeRecipe, new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lora_room = "generator.max_lora_rank=16"
@@ -137,7 +138,7 @@ def test_members_of_a_pack_learn_what_each_would_alone(
     assert tape.replayed == 0
     pack = Pack.open(chosen[0], slots=len(chosen))
     assert all(shares_base(recipe) and pack_key(recipe) == pack_key(chosen[0]) for recipe in chosen)
-    # Joined in another order, so that names and places differ.
+    # Joined in another order, so that names and slots differ.
     order = [4, 0, 5, 2, 1, 3]
     members = [pack.add(chosen[label], new_run(chosen[label], f"packed{label}")) for label in order]
     tape.watch(
@@ -168,7 +169,7 @@ def test_members_of_a_pack_learn_what_each_would_alone(
     pack.close()
 
 
-def test_what_is_not_gone_back_through_changes_no_result(
+def test_skipping_backward_passes_without_gradient_changes_no_result(
     small_recipe: MakeRecipe, new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tape, found = Tape(), []
@@ -181,7 +182,7 @@ def test_what_is_not_gone_back_through_changes_no_result(
         pack.close()
         monkeypatch.setattr(Policy, "needs_grad", TrainedModel.needs_grad)
     ((one,), ours), ((other,), theirs) = found
-    # Some groups were all right or all wrong, and some were not.
+    # Some groups were all right or all wrong, and some were mixed.
     assert any(0 < row["frac_reward_zero_std"] < 1 for row in one)
     for row, same in zip(one, other, strict=True):
         for name in (

@@ -1,4 +1,4 @@
-"""`python -m harness.run` stopped by a signal and resumed from the command line."""
+"""Stop `python -m harness.run` by a signal and resume it from the command line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.integration.conftest import heed_interrupts
     [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)],
     ids=["INT", "KILL"],
 )
-def test_a_stopped_run_goes_on_by_its_directory(
+def test_a_stopped_run_resumes_by_its_directory(
     small_data: list[str], tmp_path: Path, sent: signal.Signals, status: int
 ) -> None:
     source = Path(small_data[0].removeprefix("data.train_data=[").removesuffix("]"))

@@ -1,4 +1,4 @@
-"""`python -m harness.sweep --dry-run` with every recipe that is shipped."""
+"""Run `python -m harness.sweep --dry-run` with every shipped recipe."""
 
 from __future__ import annotations
 
