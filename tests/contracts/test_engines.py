@@ -1,4 +1,7 @@
-"""What every registered engine must do. A new engine in the registry is tested without changes."""
+"""Test what every registered engine must do.
+
+A new engine in the registry is tested without changes.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,7 @@ def engine(
     base_dir: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Engine]:
-    """An engine that serves both adapters, in all slots it has."""
+    """Return an engine that serves both adapters in all its slots."""
     with contextlib.ExitStack() as stack:
         if request.param == "remote":
             stack.enter_context(ray_for_two())
@@ -80,7 +83,7 @@ def test_samples_come_in_the_order_of_the_requests(engine: Engine, model: PeftMo
     for one, group in zip(requests, groups, strict=True):
         for sample in group:
             assert 1 <= len(sample.token_ids) == len(sample.logprobs) <= LONGEST
-        # Only its own prompt and adapter explain a group's log-probabilities.
+        # Only the right prompt and adapter explain a group's log-probabilities.
         torch.testing.assert_close(
             flat_logprobs([group]),
             trainer_logprobs(model, one.member, [one], [group]),
@@ -90,7 +93,7 @@ def test_samples_come_in_the_order_of_the_requests(engine: Engine, model: PeftMo
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_are_the_trainers(engine: Engine, model: PeftModel, temperature: float) -> None:
+def test_logprobs_equal_the_trainers(engine: Engine, model: PeftModel, temperature: float) -> None:
     requests = [
         request(length, member, n=3, seed=length, temperature=temperature)
         for length in (1, 8, 40)
@@ -132,7 +135,7 @@ def test_other_seeds_and_samples_differ(engine: Engine) -> None:
     assert len(set(completions)) >= 11
 
 
-def test_a_sample_does_not_depend_on_its_companions(engine: Engine) -> None:
+def test_a_sample_does_not_depend_on_other_requests(engine: Engine) -> None:
     one = request(20, "attention", n=3, seed=3)
     companions = [
         request(length, member, n=2, seed=length) for length in (1, 33, 90) for member in MEMBERS
@@ -163,7 +166,7 @@ def test_finish_reasons(engine: Engine) -> None:
     assert {sample.finish_reason for sample in samples} == {"stop", "length"}
 
 
-def test_eos_at_the_very_limit_is_a_stop(engine: Engine) -> None:
+def test_eos_at_the_length_limit_is_a_stop(engine: Engine) -> None:
     samples = engine.generate([request(4, None, n=64, longest=1)])[0]
     reasons = [(sample.token_ids[0] in STOP_TOKEN_IDS, sample.finish_reason) for sample in samples]
     assert set(reasons) == {(True, "stop"), (False, "length")}
@@ -179,7 +182,7 @@ def test_temperature_zero_is_greedy(engine: Engine, model: PeftModel) -> None:
         dim=-1
     )
     assert group[0].token_ids == greedy.tolist()
-    found = trainer_logprobs(model, "all_linear", [one], [group])  # of temperature 1
+    found = trainer_logprobs(model, "all_linear", [one], [group])  # at temperature 1
     assert torch.allclose(flat_logprobs([group]), found, atol=1e-4)
 
 
@@ -204,7 +207,7 @@ def test_truncated_distributions(
             assert sample.logprobs[t] == pytest.approx(expected.item(), abs=1e-4)
 
 
-def test_more_prompt_tokens_than_one_batch_takes(engine: Engine, model: PeftModel) -> None:
+def test_prompts_longer_than_one_batch(engine: Engine, model: PeftModel) -> None:
     requests = [
         request(length, "all_linear", n=1, seed=length, longest=2) for length in range(20, 96)
     ]
@@ -228,11 +231,11 @@ def test_an_unknown_member_is_refused(engine: Engine) -> None:
         engine.generate([request(4, "nobody")])
 
 
-def test_the_process_is_left_as_it_was(engine: Engine, model: PeftModel) -> None:
+def test_the_process_state_does_not_change(engine: Engine, model: PeftModel) -> None:
     model.train()
     model.set_adapter("attention")
     for name, parameter in model.named_parameters():
-        if "lora_A.all_linear" in name:  # a pack trains adapters that are not the active one
+        if "lora_A.all_linear" in name:  # a pack also trains adapters that are not active
             parameter.requires_grad_(True)
     flags = [parameter.requires_grad for parameter in model.parameters()]
     drawn = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tobytes()  # type: ignore[index] # noqa: NPY002
@@ -309,7 +312,7 @@ def _renamed(model: PeftModel, rename: Callable[[str], str]) -> dict[str, torch.
 
 
 @pytest.mark.parametrize("load", [_from_disk, _from_memory])
-def test_an_adapter_too_many_is_refused(
+def test_an_adapter_beyond_the_limit_is_refused(
     engine: Engine, model: PeftModel, tmp_path: Path, load: Load
 ) -> None:
     if engine.shares_weights:
@@ -319,12 +322,12 @@ def test_an_adapter_too_many_is_refused(
 
 
 @pytest.mark.parametrize("load", [_from_disk, _from_memory])
-def test_a_module_the_engine_cannot_serve_is_caught(
+def test_a_module_that_the_engine_cannot_serve_is_detected(
     engine: Engine, model: PeftModel, tmp_path: Path, load: Load
 ) -> None:
     if engine.shares_weights:
         pytest.skip("the trainer's modules serve themselves")
-    # A layer the model does not have: vLLM itself says nothing.
+    # A layer that the model does not have: vLLM itself reports nothing.
     with pytest.raises(SyncError, match="3 of the 6 modules"):
         load(
             engine,
@@ -343,7 +346,7 @@ def test_a_module_the_engine_cannot_serve_is_caught(
         assert torch.allclose(flat_logprobs(groups[i : i + 1]), expected, atol=1e-4)
 
 
-def test_nothing_is_left_of_a_call_that_failed(
+def test_a_failed_call_leaves_no_requests(
     model: PeftModel, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm = getattr(engine, "_llm", None)
@@ -365,11 +368,12 @@ def test_nothing_is_left_of_a_call_that_failed(
     assert engine.generate(asked) == expected
 
 
-def test_prompts_are_shared_among_engines(engine: Engine, model: PeftModel, tmp_path: Path) -> None:
+def test_prompts_are_distributed_among_engines(
+    engine: Engine, model: PeftModel, tmp_path: Path
+) -> None:
     if not isinstance(engine, RemoteEngines):
         pytest.skip("one engine")
-    # Only the second engine is without the adapter: its share of the prompts is what cannot be
-    # answered.
+    # Only the second engine lacks the adapter, so its share of the prompts fails.
     second = RemoteEngines(engine._actors[1:])
     second.drop_adapter("attention")
     asked = [

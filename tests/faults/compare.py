@@ -1,5 +1,6 @@
-"""Whether a run, or a sweep, is the same to the bit as one that no fault befell: timings, times and
-names aside.
+"""Compare runs and sweeps with undisturbed ones, to the bit.
+
+Timings, times and names are left out.
 """
 
 from __future__ import annotations
@@ -17,24 +18,25 @@ from harness.config.metrics import without_timings
 from harness.records.metrics_file import MetricsFile
 from harness.records.run_dir import SUMS, RunDir, damage
 
-# With times, places or what one process said in them; compared, where it matters, by what they say.
+# Files with times, paths or output of one process. Where it matters, their content is compared.
 _READ = ("log.txt", "manifest.json", "recipe.yaml", "metrics.jsonl", "state.json", SUMS)
 
 
 def rows(run: RunDir) -> list[dict[str, float]]:
-    """The log without what differs between two equal runs."""
+    """Return the log without what differs between two equal runs."""
     return [without_timings(row) for row in MetricsFile(run.metrics).rows()]
 
 
 def lost_steps(wanted: RunDir, found: RunDir) -> int:
-    """Steps whose row is missing, or not the same."""
+    """Count the steps whose row is missing or different."""
     there = {row["step"]: row for row in rows(found)}
     return sum(there.get(row["step"]) != row for row in rows(wanted))
 
 
 def differences(wanted: RunDir, found: RunDir) -> list[str]:
-    """What differs between two runs; files set aside are no difference, those left by a
-    kill are.
+    """Return the differences between two runs.
+
+    Files in set_aside/ are ignored, but leftovers of a kill are not.
     """
     differ = [
         f"{name}: only in one" for name in sorted(_files(wanted).keys() ^ _files(found).keys())
@@ -54,8 +56,9 @@ def differences(wanted: RunDir, found: RunDir) -> list[str]:
 
 
 def sweep_differences(wanted: RunDir, found: RunDir) -> list[str]:
-    """What differs between two sweeps: studies, trials, tables, results, and the names of their
-    files.
+    """Return the differences between two sweeps.
+
+    Compared are studies, trials, tables, results and the names of their files.
     """
     differ = [
         f"{name}: only in one" for name in sorted(_files(wanted).keys() ^ _files(found).keys())
@@ -74,7 +77,7 @@ def sweep_differences(wanted: RunDir, found: RunDir) -> list[str]:
 
 
 def study(sweep: RunDir) -> list[dict[str, Any]]:
-    """What a sweep's study says of each trial, times aside, read with Optuna's own backend."""
+    """Return the trials of a sweep's study without times, read with Optuna's journal backend."""
     storage = JournalStorage(JournalFileBackend(str(sweep.journal)))
     return [
         {
@@ -89,9 +92,7 @@ def study(sweep: RunDir) -> list[dict[str, Any]]:
 
 
 def digests(directory: Path) -> dict[str, bytes | None]:
-    """Every file below a directory with its content, folders with none: two are equal if nothing
-    was changed.
-    """
+    """Return the content of every path below a directory, None for folders."""
     return {
         str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
         for path in directory.rglob("*")

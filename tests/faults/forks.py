@@ -1,7 +1,7 @@
-"""Commands run in forks of one warm process: an import of torch costs seconds, a fork nothing.
+"""Run commands in forks of one warm process.
 
-`python -m tests.faults.forks` is the warm process; it reads requests and answers them, a line of
-JSON each.
+Importing torch takes seconds, a fork takes almost no time. `python -m tests.faults.forks` is the
+warm process. It reads requests and answers them, a line of JSON each.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from tests.faults import hooks
 from tests.faults.hooks import Fault
 
 LONGEST = 240.0
-# In the environment of all that the warm process starts.
+# Set in the environment of all processes below the warm process.
 MARK = "NOREGRET_FAULTS_MARK"
-# What a run imports before its first step; Ray reads its settings when it is imported, so each fork
-# does that itself.
+# Imports of a run before its first step. Ray reads its settings when it is imported, so each fork
+# imports it.
 MODULES = (
     "rltrain.trainer",
     "rltrain.pack",
@@ -54,8 +54,10 @@ MODULES = (
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a command ended: status (negative: the signal), what it printed, the moment of a fault,
-    CPU seconds.
+    """Outcome of a command.
+
+    `status` is negative for a signal. `moment` says where a fault struck, and `seconds` are CPU
+    seconds.
     """
 
     status: int
@@ -65,7 +67,7 @@ class Outcome:
 
     @property
     def killed(self) -> bool:
-        """Whether it was ended by SIGKILL."""
+        """Return whether SIGKILL ended the command."""
         return self.status == -signal.SIGKILL
 
 
@@ -94,9 +96,7 @@ class Warm:
     def run(
         self, command: str, *arguments: str, directory: Path, fault: Fault | None = None
     ) -> Outcome:
-        """Run `python -m COMMAND ARGUMENTS`, with a fault that strikes it in a run or sweep
-        directory.
-        """
+        """Run `python -m COMMAND ARGUMENTS`, with an optional fault in a run or sweep directory."""
         self._count += 1
         output, told = (self._scratch / f"{self._count:04d}.{name}" for name in ("out", "moment"))
         request = {
@@ -119,20 +119,19 @@ class Warm:
         return answer
 
     def mount(self, place: Path, size: int | None = None) -> bool:
-        """Give the commands a disk of `size` bytes at a folder, or make the folder read-only;
-        whether that was allowed.
+        """Mount a disk of `size` bytes for the commands, or make the folder read-only.
 
-        `seen` is where this process finds it.
+        Returns whether the system allowed it. Use `seen` to look at the folder from this process.
         """
         allowed: bool = self._ask({"mount": str(place), "size": size})["mounted"]
         return allowed
 
     def seen(self, place: Path) -> Path:
-        """A folder as the commands see it."""
+        """Return the path of a folder as the commands see it."""
         return Path(f"/proc/{self._process.pid}/root{place}")
 
     def left_over(self) -> list[str]:
-        """Processes that commands started and that still live, by their command lines."""
+        """Return the command lines of processes that outlive the commands that started them."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
@@ -174,7 +173,7 @@ def serve() -> None:
 
 
 def _become(request: dict[str, Any], fault: Fault | None) -> None:
-    """Be the command, from here to the end of this process."""
+    """Turn this process into the command, until the process ends."""
     os.setsid()
     output = os.open(request["output"], os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o666)
     for descriptor in (1, 2):
@@ -199,9 +198,7 @@ def _become(request: dict[str, Any], fault: Fault | None) -> None:
 
 
 def _wait(pid: int) -> dict[str, Any]:
-    """Wait for a child, and kill it when it takes too long; its status, and its seconds of
-    computing.
-    """
+    """Wait for a child, and kill it after a time limit; return its status and CPU seconds."""
     alarm = threading.Timer(LONGEST, os.kill, (pid, signal.SIGKILL))
     alarm.start()
     _, status, used = os.wait4(pid, 0)
@@ -219,9 +216,7 @@ class _Mounts:
         self._apart = False
 
     def answer(self, place: str, size: int | None) -> dict[str, Any]:
-        """Put a disk of `size` bytes at a folder, or set that of the one there; no size makes the
-        folder read-only.
-        """
+        """Mount or resize a disk of `size` bytes at a folder, or make the folder read-only."""
         path = os.fsencode(place)
         try:
             if not self._apart:

@@ -1,4 +1,4 @@
-"""Runs killed by SIGKILL at many moments and resumed end as if never killed, to the bit."""
+"""Kill runs by SIGKILL at many moments; resumed, they equal an undisturbed run to the bit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.faults.conftest import Record, Runs, Whole
 @pytest.mark.parametrize(
     "chain", [0, 1, *(pytest.param(i, marks=pytest.mark.slow) for i in range(2, len(CHAINS)))]
 )
-def test_a_killed_run_ends_as_if_never_killed(
+def test_killed_run_equals_undisturbed_run(
     chain: int, runs: Runs, whole: Whole, record: Record
 ) -> None:
     run = runs.get(f"killed{chain}")
@@ -35,7 +35,7 @@ VLLM = ["generator.backend=vllm", "trainer.policy.model.lora.sync=disk", "traine
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_run_killed_amid_a_sync_to_vllm_ends_as_if_never_killed(
+def test_run_killed_during_a_sync_to_vllm_equals_undisturbed_run(
     runs: Runs, record: Record
 ) -> None:
     vllm = dataclasses.replace(runs, overrides=[*runs.overrides, *VLLM])
@@ -50,7 +50,7 @@ def test_a_run_killed_amid_a_sync_to_vllm_ends_as_if_never_killed(
 
 
 def _strike(kill: Kill, run: RunDir, runs: Runs, seconds: float) -> None:
-    """Start the run, or go on with it, up to a kill."""
+    """Start or resume the run, up to a kill."""
     fault = dataclasses.replace(kill.fault, seconds=kill.fault.seconds * seconds)
     begun = run.manifest.exists()
     outcome = runs.resume(run, fault) if begun else runs.start(run.path.name, fault=fault)

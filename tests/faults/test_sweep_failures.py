@@ -1,5 +1,6 @@
-"""A sweep in which trials fail, hang and compute nonsense: the others go on, and nothing is left
-behind.
+"""Run a sweep in which trials fail, hang and compute nonsense.
+
+The other trials complete, and no process is left.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import pytest
 from analysis.load import load_trials
 from harness import sweep
 from harness.records.run_dir import RunDir, Status
-from tests.faults.cases import ALONE, FAILURES, ENVIRONMENTS
+from tests.faults.cases import ALONE, ENVIRONMENTS, FAILURES
 from tests.faults.compare import rows, study
 from tests.faults.conftest import Record
 
@@ -23,9 +24,7 @@ RATES = [1e-4 * (place + 1) for place in range(len(ENVIRONMENTS))]
 
 
 def processes(rays_folder: Path) -> set[int]:
-    """Processes below this one, and those that Ray started for this test, whoever their parent is
-    now.
-    """
+    """Return processes below this one, and those that Ray started for this test."""
     rays = [
         p.pid
         for p in psutil.process_iter(["cmdline"])
@@ -36,7 +35,7 @@ def processes(rays_folder: Path) -> set[int]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_trials_that_fail_stay_alone(
+def test_failed_trials_do_not_disturb_others(
     tiny_model_dir: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -82,7 +81,7 @@ sweep:
     {LR}: {{low: 1.0e-5, high: 1.0e-2, log: true}}
 """
     )
-    resource_tracker.ensure_running()  # the report's pool of processes starts it, and it stays
+    resource_tracker.ensure_running()  # the report's process pool starts the tracker, which stays
     before = processes(rays_folder)
     assert sweep.main([str(recipe)]) == 0
     assert processes(rays_folder) <= before
@@ -105,7 +104,7 @@ sweep:
     )
     assert reasons[7].startswith("the reward of tests.faults.environments.nan returned nan (float)")
     sweep_dir = RunDir(tmp_path / "failures")
-    assert "hangs.py" in sweep_dir.trial(3).log.read_text()  # where
+    assert "hangs.py" in sweep_dir.trial(3).log.read_text()  # where it hung
     assert sweep_dir.status is Status.COMPLETE
     assert [trial["state"] for trial in study(sweep_dir)] == [
         "COMPLETE" if environment == "good" else "FAIL" for environment in ENVIRONMENTS

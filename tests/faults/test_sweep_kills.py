@@ -1,5 +1,6 @@
-"""A sweep killed by SIGKILL again and again ends as if never killed; a damaged journal is
-refused.
+"""Kill a sweep by SIGKILL several times; it then equals an undisturbed sweep.
+
+A damaged journal is refused.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Sweeps:
     overrides: list[str]
 
     def run(self, name: str, fault: Fault | None = None) -> Outcome:
-        """A new sweep of this name, or the one there is gone on with."""
+        """Start a sweep of this name, or resume it."""
         directory = self.root / name
         place = [f"trainer.ckpt_path={self.root}", f"trainer.run_name={name}"]
         new = ["recipes/quickstart.yaml", *self.overrides, *place]
@@ -41,13 +42,13 @@ class Sweeps:
         )
 
     def get(self, name: str) -> RunDir:
-        """The directory of a sweep."""
+        """Return the directory of a sweep."""
         return RunDir(self.root / name)
 
 
 @pytest.fixture(scope="module")
 def sweeps(warm: Warm, small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Sweeps:
-    """Starts and resumes sweeps of two trials, one after the other."""
+    """Return the object that starts and resumes sweeps of two trials, one after the other."""
     few = [
         "trainer.max_steps=4",
         "sweep.num_trials=2",
@@ -61,7 +62,7 @@ def sweeps(warm: Warm, small: list[str], tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_killed_sweep_ends_as_if_never_killed(sweeps: Sweeps, record: Record) -> None:
+def test_killed_sweep_equals_undisturbed_sweep(sweeps: Sweeps, record: Record) -> None:
     for kill in SWEEP_KILLS:
         outcome = sweeps.run("killed", kill.fault)
         assert outcome.killed, f"{kill} did not strike: {outcome.said}"
@@ -79,13 +80,13 @@ def test_a_killed_sweep_ends_as_if_never_killed(sweeps: Sweeps, record: Record) 
 
 @pytest.fixture(scope="module")
 def begun(sweeps: Sweeps) -> RunDir:
-    """A sweep killed before its first trial: its journal says what it is about."""
+    """Return a sweep killed before its first trial, with a journal of its plan."""
     assert sweeps.run("begun", Fault("file", r"rename recipe\.yaml", 2)).killed
     return sweeps.get("begun")
 
 
 def _flip(content: bytes) -> bytes:
-    """One bit of a name: what stands there is JSON as before."""
+    """Flip one bit of a name, so that the line stays valid JSON."""
     return content.replace(b"eval/accuracy", b"eval/accuracx")
 
 

@@ -61,7 +61,7 @@ def proxy(watching: tuple[Browser, Proxy]) -> Proxy:
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write a sweep with hostile text in its winner's completions and in a failed trial's reason."""
+    """Write a sweep with hostile text in the winner's completions and a failed trial's reason."""
     trials = [
         *example().trials[:10],
         Trial(5, 0, params(8, 1e-2), 0.3, Status.FAILED, HOSTILE, last_step=20),
@@ -296,12 +296,12 @@ def test_figures_show_tooltips(report: Path, browser: Browser) -> None:
                 )
                 x, y = trace[-4:-2] if width == 1280 else trace[-2:]
                 page.point_at(image, x, y)
-                assert page.run(_TOLD) == [told["texts"][trace[0]], told["texts"][trace[-5]]]
+                assert page.run(_TOOLTIP) == [told["texts"][trace[0]], told["texts"][trace[-5]]]
                 box = page.run("document.querySelector('.tip').getBoundingClientRect().toJSON()")
                 assert 0 <= box["left"] < box["right"] <= width
                 assert box["top"] >= 0
                 page.point_at(image, 2, 998)
-                assert page.run(_TOLD) is None, "nothing is near the corner"
+                assert page.run(_TOOLTIP) is None, "nothing is near the corner"
 
 
 def test_arrow_keys_move_between_marks_of_a_figure(report: Path, browser: Browser) -> None:
@@ -310,16 +310,18 @@ def test_arrow_keys_move_between_marks_of_a_figure(report: Path, browser: Browse
             "document.querySelector('figure[aria-labelledby=figure-learning_curves] img').focus()"
         )
         page.call("Input.dispatchKeyEvent", type="keyDown", key="ArrowRight")
-        first = page.run(_TOLD)
+        first = page.run(_TOOLTIP)
         page.call("Input.dispatchKeyEvent", type="keyDown", key="ArrowRight")
-        assert (first[0], first[1][:7], page.run(_TOLD)[1][:8]) == (
-            page.run(_TOLD)[0],
+        assert (first[0], first[1][:7], page.run(_TOOLTIP)[1][:8]) == (
+            page.run(_TOOLTIP)[0],
             "step 0:",
             "step 10:",
         )
-        assert page.run("document.getElementById('said').textContent") == ", ".join(page.run(_TOLD))
+        assert page.run("document.getElementById('said').textContent") == ", ".join(
+            page.run(_TOOLTIP)
+        )
         page.press("Escape")
-        assert page.run(_TOLD) is None
+        assert page.run(_TOOLTIP) is None
 
 
 def test_a_hostile_setting_is_text_in_a_tooltip(
@@ -337,7 +339,7 @@ def test_a_hostile_setting_is_text_in_a_tooltip(
         told = json.loads(page.run(f"{image}.closest('figure').dataset.tells"))
         trace = next(one for one in told["traces"] if HOSTILE in told["texts"][one[0]])
         page.point_at(image, *trace[-4:-2])
-        assert HOSTILE in page.run(_TOLD)[0]
+        assert HOSTILE in page.run(_TOOLTIP)[0]
         assert page.run("document.title") != "ran"
     assert len(proxy.from_pages) == before
 
@@ -443,7 +445,7 @@ def test_axe_finds_a_planted_violation(browser: Browser, tmp_path: Path) -> None
 
 
 # Subject and text of a figure's tooltip; null without one.
-_TOLD = """(tip => tip && !tip.hidden ? [tip.children[0].textContent, tip.children[1].textContent] : null)(
+_TOOLTIP = """(tip => tip && !tip.hidden ? [tip.children[0].textContent, tip.children[1].textContent] : null)(
     document.querySelector('.tip'))"""  # noqa: E501
 
 

@@ -11,7 +11,8 @@ import pytest
 from harness.core.paths import PROJECT
 
 TESTS = sorted((PROJECT / "tests").rglob("test_*.py"))
-# A paragraph that begins in bold; in bold at the head of a list's item is what is trusted.
+# A claim is a paragraph that begins in bold. Bold text at the start of a list item names what is
+# trusted.
 CLAIM = re.compile(r"(?m)^\*\*(.+?)\.?\*\*")
 
 
@@ -20,7 +21,7 @@ def claims(page: str) -> list[str]:
 
 
 def named(source: str) -> Iterator[str]:
-    """The claims that a file's tests name."""
+    """Yield the claims that a file's tests name."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
             for mark in node.decorator_list:
@@ -28,7 +29,7 @@ def named(source: str) -> Iterator[str]:
                     yield from (ast.literal_eval(text) for text in mark.args)
 
 
-def test_every_claim_of_the_page_is_held_by_a_test_that_names_it() -> None:
+def test_a_test_names_every_claim_of_the_page() -> None:
     on_page = claims((PROJECT / "docs" / "guides" / "security.md").read_text())
     in_tests = {claim for file in TESTS for claim in named(file.read_text())}
     assert len(on_page) == len(set(on_page)) > 10

@@ -1,1 +1,1 @@
-"""Environments of the embedded task that go wrong, each in its own way."""
+"""Environments of the embedded task that fail in different ways."""
