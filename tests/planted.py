@@ -2,11 +2,11 @@
 
     python -m tests.planted [--tier fast|standard] [--only NAME ...] [--output FILE]
 
-Each fault of `planted_faults.yaml` is planted in a copy of the working tree, where the tests that
-are likely to notice it run, then, where these pass, all others; the first failure ends it. A
-failure counts only where the same file of tests passes without the fault. Results are kept in
-`runs/planted.json` and not made again while source and tests stay as they are, so that a stopped
-run goes on.
+Each fault of `planted_faults.yaml` is planted in a copy of the working tree. There the tests that
+are likely to notice it run first, then, if these pass, all others; the first failure ends the run.
+A failure counts only if the same test file passes without the fault. Results are kept in
+`runs/planted.json` and reused while source and tests do not change, so that a stopped run can be
+resumed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from harness.records.run_dir import write_json, write_text
 DATA = Path(__file__).with_name("planted_faults.yaml")
 PACKAGES = ("harness", "rltrain", "sweeps", "analysis")
 RESULTS = PROJECT / "runs" / "planted.json"
-# What decides on a result, besides the fault.
+# Files that determine a result, besides the fault.
 INPUTS = (*PACKAGES, "recipes", "tests", "pyproject.toml", ":!tests/planted*")
 FAST = "tests/unit"
 # The tests that each tier adds to the one before it.
@@ -49,7 +49,7 @@ COMMANDS = {"fast": "make test-fast", "standard": "make test"}
 WANTED = {"fast": 2 / 3, "standard": 1.0}
 # Seconds for one call of pytest, whose own limit per test is much lower.
 LIMIT = 3600
-# Every process that a planted fault's tests start has this variable, by which it is found.
+# Every process that a planted fault's tests start has this variable, to find it later.
 MARK = "NOREGRET_PLANTED"
 
 
@@ -80,7 +80,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of a fault: the tier and the file of tests that noticed it, None where none did.
+    """Result of a fault: the tier and the test file that noticed it, None where none did.
 
     `hung`: a call of pytest did not end within `LIMIT`.
     """
@@ -93,7 +93,7 @@ class Result:
 
     @property
     def outcome(self) -> str:
-        """Return the result in words, without the file of tests."""
+        """Return the result in words, without the test file."""
         return COMMANDS[self.tier] if self.tier else "hung" if self.hung else "NOT NOTICED"
 
 
@@ -172,7 +172,7 @@ def _environment(tree: Path) -> dict[str, str]:
 
 
 def _end_processes(tree: Path) -> None:
-    """Kill what a run of tests has left, daemons in sessions of their own included."""
+    """Kill what a run of tests has left, including daemons in other sessions."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.environ().get(MARK) == str(tree):
@@ -192,7 +192,7 @@ def check_imports(tree: Path) -> None:
 
 
 class Planting:
-    """Plants faults, and remembers the results as long as source and tests are the same."""
+    """Plants faults, and keeps the results while source and tests do not change."""
 
     def __init__(self, clean: Path, workers: int) -> None:
         """Plant in copies of `clean`; `workers` test files run at a time in a whole tier."""
@@ -208,10 +208,10 @@ class Planting:
             self._kept = json.loads(RESULTS.read_text())
 
     def result(self, fault: Fault, tiers: Sequence[str]) -> Result:
-        """Return what becomes of a fault under these tiers, from an earlier run if it is known."""
+        """Return the result of a fault under these tiers, from an earlier run if it is known."""
         key = [self._inputs, fault.find, fault.replace]
         kept = self._kept.get(fault.name, {})
-        # What the fast tier does not notice is open until the others have been asked.
+        # A fault that the fast tier does not notice is open until the other tiers have run.
         if kept.get("key") == key and (kept["result"]["tier"] or kept["tiers"] == list(tiers)):
             return Result(**kept["result"])
         result = self._plant(fault, tiers)
@@ -239,7 +239,7 @@ class Planting:
     def _first_failure(
         self, tree: Path, fault: Fault, tiers: Sequence[str]
     ) -> tuple[str | None, str | None]:
-        """Return the tier and the file of tests that notice a planted fault first."""
+        """Return the tier and the test file that first notice a planted fault."""
         for tier, tests in self.calls(fault, tiers):
             area = failing_area(tree, tests)
             if area is not None:
@@ -247,7 +247,10 @@ class Planting:
         return None, None
 
     def calls(self, fault: Fault, tiers: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-        """Yield the calls of pytest for a fault: the tests hinted at, tier by tier, then all."""
+        """Yield the calls of pytest for a fault.
+
+        The first calls run its listed tests, tier by tier, and then all tests.
+        """
         tests = self._clean / "tests"
         found = [file for word in fault.tests for file in tests.rglob(f"test_{word}.py")]
         hinted = [str(file.relative_to(self._clean)) for file in found]
@@ -283,7 +286,10 @@ plants them and writes this page.
 
 
 def main(argv: list[str]) -> int:
-    """Plant, run, tell; return 1 where the tests notice fewer faults than they must."""
+    """Plant faults, run tests and print the results.
+
+    Returns 1 where the tests notice fewer faults than they must.
+    """
     parser = Parser(prog="python -m tests.planted", description="List which faults tests notice.")
     add = parser.add_argument
     add("--tier", choices=list(TIERS), default="standard", help="the last tier to run")
@@ -291,7 +297,7 @@ def main(argv: list[str]) -> int:
     add("--output", metavar="FILE", type=Path, help="where the table goes; default: print it")
     add("--workers", type=int, default=2, metavar="N", help="test files at a time; default: 2")
     options = parser.parse_args(argv)
-    # As Ctrl-C: nothing that was started is left behind.
+    # As for Ctrl-C: no started process is left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     faults = _chosen(load_faults(), options.only)
     sources = read_sources()

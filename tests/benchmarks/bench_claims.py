@@ -1,6 +1,4 @@
-"""How often claims and decisions are wrong, and how often they find what is there, on sweeps of
-known truth.
-"""
+"""Error rates and power of claims and decisions, on simulated sweeps of known truth."""
 
 from __future__ import annotations
 
@@ -38,7 +36,7 @@ GAINS = {f"{GAIN:g}": {}, f"{GAIN / 2:g}": {"gain": GAIN / 2}}
 def main() -> None:
     """Simulate, print, and write `docs/benchmarks/claims.json` and `docs/claims.md`.
 
-    Arguments: `claims` or `decisions`, to simulate that part alone and keep the other's record.
+    Arguments: `claims` or `decisions` simulates that part alone and keeps the other's record.
     """
     parts = {"claims": claims, "decisions": decisions}
     wanted = sys.argv[1:] or list(parts)
@@ -51,7 +49,7 @@ def main() -> None:
 
 
 def claims() -> list[dict[str, Any]]:
-    """How often each claim's verdicts come, by case."""
+    """Return how often each claim's verdicts occur, by case."""
     cases = []
     for case in CASES:
         row: dict[str, Any] = {
@@ -74,7 +72,7 @@ def claims() -> list[dict[str, Any]]:
 
 
 def decisions() -> dict[str, dict[str, dict[str, float]]]:
-    """How often a decision between values is wrong, by world, without and with collapses."""
+    """Return how often a decision between values is wrong, by world, without and with collapses."""
     with ProcessPoolExecutor() as pool:
         found: dict[str, dict[str, dict[str, float]]] = {}
         for kind, worlds in (("stable", STABLE), ("collapsing", COLLAPSING)):
@@ -87,8 +85,9 @@ def decisions() -> dict[str, dict[str, dict[str, float]]]:
 
 
 def seeds_for_80(case: Case, world: dict[str, Any]) -> int | None:
-    """The fewest seeds with which a true claim holds in four of five sweeps; None where 8 do not
-    do.
+    """Return the fewest seeds with which a true claim holds in four of five sweeps.
+
+    None if 8 are too few.
     """
     found = (
         n
@@ -99,7 +98,7 @@ def seeds_for_80(case: Case, world: dict[str, Any]) -> int | None:
 
 
 def page(record: dict[str, Any]) -> str:
-    """docs/claims.md: how each verdict comes about, and how far it can be trusted."""
+    """Return docs/claims.md: how each verdict is reached, and its error rates."""
     cases = record["cases"]
     world = World(())
     text = WORDS.read_text().format(

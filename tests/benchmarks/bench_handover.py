@@ -1,7 +1,7 @@
-"""Seconds from a trial's end to the beginning of the one that takes its slot, with three times as
-many trials as slots.
+"""Seconds from a trial's end to the start of the next trial in its slot.
 
-Trials are of several lengths, so that they end apart as well as together.
+There are three times as many trials as slots. Trials have several lengths, so that some end
+together and some apart.
 """
 
 from __future__ import annotations

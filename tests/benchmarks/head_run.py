@@ -1,6 +1,4 @@
-"""One contender of bench_head in a process of its own: seconds and memory of a head's forward and
-backward pass.
-"""
+"""One contender of bench_head in a separate process: time and memory of forward and backward."""
 
 from __future__ import annotations
 
@@ -18,8 +16,9 @@ REPEATS = 3
 
 
 def main() -> None:
-    """Compute as the spec says; write seconds of a pass, GiB above the inputs, and a digest of the
-    results.
+    """Compute as the spec says and write the result.
+
+    It has seconds of a pass, GiB above the inputs, and a digest of the results.
     """
     spec, result = worker_files()
     torch.set_num_threads(spec["threads"])

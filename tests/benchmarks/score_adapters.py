@@ -1,5 +1,6 @@
-"""Held-out accuracy of adapters, whoever trained them: one engine, one evaluation, the same random
-numbers for all.
+"""Held-out accuracy of adapters of any trainer.
+
+One engine and one evaluation score all of them with the same random numbers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from tests.benchmarks.side_by_side import worker_files
 
 
 def main() -> None:
-    """Write the accuracy of each adapter of the spec, in its order."""
+    """Write the accuracy of each adapter of the spec, in order."""
     spec, result = worker_files()
     from rltrain.distributed.process import quiet_libraries
 
@@ -23,7 +24,9 @@ def main() -> None:
     from rltrain.pack import Pack
 
     with tempfile.TemporaryDirectory() as scratch:
-        largest = max(8, *(config(one)["r"] for one in spec["adapters"]))  # 8: the quickstart's own
+        largest = max(
+            8, *(config(one)["r"] for one in spec["adapters"])
+        )  # 8 is the quickstart's rank
         shared = [
             "generator.backend=transformers",
             "generator.max_num_seqs=512",
@@ -41,7 +44,7 @@ def main() -> None:
 
 
 def config(adapter: dict[str, str]) -> dict[str, Any]:
-    """PEFT's configuration of an adapter."""
+    """Return PEFT's configuration of an adapter."""
     content: dict[str, Any] = json.loads(
         (Path(adapter["folder"]) / "adapter_config.json").read_text()
     )
@@ -49,7 +52,10 @@ def config(adapter: dict[str, str]) -> dict[str, Any]:
 
 
 def accuracy(pack: Any, adapter: dict[str, str], shared: list[str], place: Path) -> float:
-    """Mean reward on the held-out problems with an adapter that joins the pack and leaves it."""
+    """Return the mean reward of an adapter on the held-out problems.
+
+    The adapter joins the pack and is removed.
+    """
     import torch
     from safetensors.torch import load_file
 

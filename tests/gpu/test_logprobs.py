@@ -1,5 +1,6 @@
-"""Log-probabilities and their gradients on a GPU: against float32, against the CPU, against one
-sequence at a time.
+"""Test log-probabilities and gradients on a GPU.
+
+They are compared with float32, with the CPU, and with one sequence at a time.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ pytestmark = pytest.mark.gpu
 
 
 def sequences(prompts: int, samples: int, length: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Random prompts of unequal lengths, each as often as it has completions, and these, of unequal
-    lengths too.
+    """Return random prompts, repeated for each completion, and random completions.
+
+    Both have unequal lengths.
     """
     draw = random.Random(0)
 
@@ -75,7 +77,7 @@ def test_gradients_are_the_cpus(open_pack: OpenPack) -> None:
 
 
 def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
-    """The norm of the difference of two sets of tensors over the norm of the second."""
+    """Return the norm of the difference of two sets of tensors over the norm of the second."""
     import torch
 
     assert one.keys() == other.keys()
