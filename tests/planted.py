@@ -67,15 +67,15 @@ class Fault:
 
     def file(self, sources: Mapping[str, str]) -> str:
         """Return the path whose text holds the fault's; raise UserError unless it stands once."""
-        places = [path for path, text in sources.items() for _ in range(text.count(self.find))]
-        if len(places) != 1:
-            times = f"{len(places)} times, in {', '.join(places)}" if places else "not at all"
+        matches = [path for path, text in sources.items() for _ in range(text.count(self.find))]
+        if len(matches) != 1:
+            times = f"{len(matches)} times, in {', '.join(matches)}" if matches else "not at all"
             raise UserError(
                 f"the text of the fault {self.name!r} must stand once in {', '.join(PACKAGES)}",
                 got=f"{times}: {self.find}",
                 fix=f"change its find and replace in tests/{DATA.name} to the code as it is now",
             )
-        return places[0]
+        return matches[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,18 +148,18 @@ def failing_area(tree: Path, tests: Sequence[str]) -> str | None:
         stderr=subprocess.STDOUT,
     )
     try:
-        said, _ = process.communicate(timeout=LIMIT)
+        output, _ = process.communicate(timeout=LIMIT)
     except subprocess.TimeoutExpired:
         raise TimeoutError from None
     finally:
         _end_processes(tree)
         process.wait()
-    failed = re.search(r"^(?:FAILED|ERROR) (tests/\S+?\.py)", said, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) (tests/\S+?\.py)", output, re.MULTILINE)
     if failed:
         return failed[1]
     # 5: every test named is of another tier.
     if process.returncode not in (0, 5):
-        end = said[-4000:]
+        end = output[-4000:]
         raise RuntimeError(f"pytest ended with {process.returncode} and names no test:\n{end}")
     return None
 
@@ -185,8 +185,8 @@ def check_imports(tree: Path) -> None:
     """Raise RuntimeError unless a process that the tests start imports the copy's packages."""
     names = ", ".join(PACKAGES)
     command = [sys.executable, "-c", f"import {names}; print(*(m.__file__ for m in ({names})))"]
-    said = subprocess.check_output(command, cwd=tree.parent, env=_environment(tree), text=True)
-    outside = [file for file in said.split() if not Path(file).is_relative_to(tree)]
+    output = subprocess.check_output(command, cwd=tree.parent, env=_environment(tree), text=True)
+    outside = [file for file in output.split() if not Path(file).is_relative_to(tree)]
     if outside:
         raise RuntimeError(f"installed packages come before the copy's: {', '.join(outside)}")
 
@@ -252,12 +252,12 @@ class Planting:
         The first calls run its listed tests, tier by tier, and then all tests.
         """
         tests = self._clean / "tests"
-        found = [file for word in fault.tests for file in tests.rglob(f"test_{word}.py")]
-        hinted = [str(file.relative_to(self._clean)) for file in found]
+        test_files = [file for word in fault.tests for file in tests.rglob(f"test_{word}.py")]
+        hinted = [str(file.relative_to(self._clean)) for file in test_files]
         for tier in tiers:
-            own = [file for file in hinted if file.startswith(f"{FAST}/") == (tier == "fast")]
-            if own:
-                yield tier, own
+            selected = [file for file in hinted if file.startswith(f"{FAST}/") == (tier == "fast")]
+            if selected:
+                yield tier, selected
         for tier in tiers:
             yield tier, [*TIERS[tier], *self._workers]
 
@@ -308,11 +308,11 @@ def main(argv: list[str]) -> int:
         check_imports(clean)
         planting, start = Planting(clean, options.workers), time.monotonic()
         results: dict[str, Result] = {}
-        for place, fault in enumerate(faults, start=1):
+        for number, fault in enumerate(faults, start=1):
             one = results[fault.name] = planting.result(fault, tiers)
-            left = duration((time.monotonic() - start) / place * (len(faults) - place))
-            said = f"{fault.name}: {one.outcome} {one.area or ''} ({one.seconds:.0f} s)"
-            print(f"[{place}/{len(faults)}, {left} left] {said}", file=sys.stderr, flush=True)
+            left = duration((time.monotonic() - start) / number * (len(faults) - number))
+            line = f"{fault.name}: {one.outcome} {one.area or ''} ({one.seconds:.0f} s)"
+            print(f"[{number}/{len(faults)}, {left} left] {line}", file=sys.stderr, flush=True)
     if options.output:
         write_text(options.output, table(results))
     else:

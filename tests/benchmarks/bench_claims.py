@@ -39,10 +39,10 @@ def main() -> None:
     Arguments: `claims` or `decisions` simulates that part alone and keeps the other's record.
     """
     parts = {"claims": claims, "decisions": decisions}
-    wanted = sys.argv[1:] or list(parts)
+    selected = sys.argv[1:] or list(parts)
     record = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
     record |= {"what": __doc__, "sweeps": SWEEPS, "sweeps_elsewhere": FOR_SEEDS}
-    record |= {"cases" if name == "claims" else name: parts[name]() for name in wanted}
+    record |= {"cases" if name == "claims" else name: parts[name]() for name in selected}
     write_json(RECORD, record)
     write_text(PAGE, page(record))
     print(f"written: {RECORD.relative_to(PROJECT)}, {PAGE.relative_to(PROJECT)}")
@@ -74,14 +74,14 @@ def claims() -> list[dict[str, Any]]:
 def decisions() -> dict[str, dict[str, dict[str, float]]]:
     """Return how often a decision between values is wrong, by world, without and with collapses."""
     with ProcessPoolExecutor() as pool:
-        found: dict[str, dict[str, dict[str, float]]] = {}
+        result: dict[str, dict[str, dict[str, float]]] = {}
         for kind, worlds in (("stable", STABLE), ("collapsing", COLLAPSING)):
             shares = pool.map(Choice.shares, worlds, [SWEEPS] * len(worlds))
-            found[kind] = {}
+            result[kind] = {}
             for world, one in zip(worlds, shares, strict=True):
-                found[kind][world.name] = one
+                result[kind][world.name] = one
                 print(json.dumps({world.name: one}), flush=True)
-        return found
+        return result
 
 
 def seeds_for_80(case: Case, world: dict[str, Any]) -> int | None:
@@ -89,12 +89,12 @@ def seeds_for_80(case: Case, world: dict[str, Any]) -> int | None:
 
     None if 8 are too few.
     """
-    found = (
+    result = (
         n
         for n in range(2, MOST_SEEDS + 1)
         if case.shares(FOR_SEEDS, seed=2, **world, seeds=n)[HOLDS] >= 0.8
     )
-    return next(found, None)
+    return next(result, None)
 
 
 def page(record: dict[str, Any]) -> str:

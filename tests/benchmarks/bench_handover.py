@@ -32,10 +32,10 @@ def main() -> None:
     waits = {}
     for name, slots in WAYS.items():
         with tempfile.TemporaryDirectory() as folder:
-            found = our_sweep(
+            outcome = our_sweep(
                 options.size, Path(folder), [*slots, "trainer.num_threads=1"], *options.steps
             )
-        waits[name] = found["next_trial_after_s"]
+        waits[name] = outcome["next_trial_after_s"]
         print(f"{name}: the next trial after {middle(waits[name])} s", flush=True)
     write_record("handover", __doc__, steps=options.steps, trials=options.size, waits_s=waits)
 

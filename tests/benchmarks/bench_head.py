@@ -27,9 +27,9 @@ def main() -> None:
     rows = [
         {
             "contender": name,
-            **{key: middle(one[key] for one in found) for key in found[0] if key != "seconds"},
+            **{key: middle(one[key] for one in passes) for key in passes[0] if key != "seconds"},
         }
-        for name, found in runs.items()
+        for name, passes in runs.items()
     ]
     for row in rows:
         print(

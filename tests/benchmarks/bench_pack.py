@@ -138,7 +138,7 @@ def table(runs: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
     alone = median(run["makespan_s"] for run in one)
     rollout, rest = steady(one, "rollout"), steady(one, "rest")
     solo = {"F": round(alone - rollout - rest, 4), "G": rollout, "T": rest}
-    rows = [row(members, found, solo, alone) for members, found in runs.items()]
+    rows = [row(members, results, solo, alone) for members, results in runs.items()]
     further = max(1, rows[-1]["members"] - rows[0]["members"])
     growth = {key: round((rows[-1][key] - rows[0][key]) / further, 5) for key in MEMORY}
     return {

@@ -44,18 +44,18 @@ def main() -> None:
         before=BEFORE,
         overrides=OVERRIDES,
         runs=rounds,
-        medians={name: medians(found) for name, found in rounds.items()},
+        medians={name: medians(results) for name, results in rounds.items()},
     )
 
 
-def medians(found: list[dict[str, Any]]) -> dict[str, Any]:
+def medians(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Return each number's median over the rounds."""
     parts = {
-        part: middle((one["parts_s"][part] for one in found), 2) for part in found[0]["parts_s"]
+        part: middle((one["parts_s"][part] for one in results), 2) for part in results[0]["parts_s"]
     }
-    return {key: middle((one[key] for one in found), 2) for key in found[0] if key != "parts_s"} | {
-        "parts_s": parts
-    }
+    return {
+        key: middle((one[key] for one in results), 2) for key in results[0] if key != "parts_s"
+    } | {"parts_s": parts}
 
 
 def checked_out(commit: str, folder: Path) -> Path:
@@ -68,19 +68,19 @@ def checked_out(commit: str, folder: Path) -> Path:
     return folder
 
 
-def sweep(code: Path, place: Path) -> dict[str, Any]:
+def sweep(code: Path, sweep_folder: Path) -> dict[str, Any]:
     """Return the seconds of a sweep with a folder's code, their parts, and the rollouts' speed."""
-    place.mkdir()
-    found = sweep_of("recipes/quickstart.yaml", place, OVERRIDES, code)
-    trials = [RunDir(folder) for folder in RunDir(place / "sweep").trials.iterdir()]
+    sweep_folder.mkdir()
+    outcome = sweep_of("recipes/quickstart.yaml", sweep_folder, OVERRIDES, code)
+    trials = [RunDir(folder) for folder in RunDir(sweep_folder / "sweep").trials.iterdir()]
     tokens = sum(
         row["completions/mean_length"] * COMPLETIONS for trial in trials for row in steps_of(trial)
     )
-    rolling = CORES * found["parts_s"]["rollout"]
+    rolling = CORES * outcome["parts_s"]["rollout"]
     return {
-        "makespan_s": found["makespan_s"],
+        "makespan_s": outcome["makespan_s"],
         "tokens_per_second_and_process": round(tokens / rolling),
-        "parts_s": found["parts_s"],
+        "parts_s": outcome["parts_s"],
     }
 
 

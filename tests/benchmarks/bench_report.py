@@ -50,7 +50,10 @@ def main() -> None:
             rows[str(count)] = {
                 "page_mb": round(page.stat().st_size / 2**20, 3),
                 "write_s": round(median(seconds[count]), 3),
-                **{f"{name}_ms": round(median(found), 1) for name, found in loads[count].items()},
+                **{
+                    f"{name}_ms": round(median(load_times), 1)
+                    for name, load_times in loads[count].items()
+                },
             }
             print(f"{count:4} trials: {rows[str(count)]}", flush=True)
     write_record("report", __doc__, writes=WRITES, loads=LOADS, sizes=rows)

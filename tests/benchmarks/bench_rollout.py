@@ -31,7 +31,7 @@ def main() -> None:
     quiet_libraries()
     with tempfile.TemporaryDirectory() as scratch:
         packs = {backend: _open(backend, Path(scratch)) for backend in ("vllm", "transformers")}
-        ways = _variants(packs)
+        variants = _variants(packs)
         rows: list[dict[str, Any]] = [
             {
                 "samples": samples,
@@ -51,7 +51,7 @@ def main() -> None:
         for repeat in range(REPEATS + 1):
             for row in rows:
                 start, cpu = time.perf_counter(), time.process_time()
-                tokens = ways[row["engine"]](row["samples"], row["adapters"])
+                tokens = variants[row["engine"]](row["samples"], row["adapters"])
                 if repeat:
                     row["seconds"].append(round(time.perf_counter() - start, 4))
                     row["cpu_seconds"].append(round(time.process_time() - cpu, 4))
@@ -83,8 +83,8 @@ def _open(backend: str, scratch: Path) -> tuple[Any, list[Any]]:
     )
     pack = Pack.open(recipe, slots=ADAPTERS)
     members = []
-    for place in range(ADAPTERS):
-        run_dir = RunDir(scratch / backend / str(place))
+    for index in range(ADAPTERS):
+        run_dir = RunDir(scratch / backend / str(index))
         run_dir.create("", {})
         members.append(pack.add(recipe, run_dir))
     torch.manual_seed(0)
@@ -126,8 +126,8 @@ def _variants(packs: dict[str, tuple[Any, list[Any]]]) -> dict[str, Callable[[in
             try:
                 return ours("vllm")(samples, adapters)
             finally:
-                for wrapper, own in zip(wrappers, kinds, strict=True):
-                    wrapper.__class__ = own
+                for wrapper, original in zip(wrappers, kinds, strict=True):
+                    wrapper.__class__ = original
 
         return variant
 
@@ -154,10 +154,10 @@ def _requests(pack: Any, members: Sequence[Any], samples: int) -> list[Any]:
             member.recipe.generator.sampling_params,
             SAMPLES_PER_PROMPT,
             "bench",
-            place,
+            index,
         )
         for member in members
-        for place, problem in enumerate(member.problems[:prompts])
+        for index, problem in enumerate(member.problems[:prompts])
     ]
 
 
@@ -179,7 +179,7 @@ def _generate(pack: Any, member: Any, samples: int) -> int:
     sampling = requests[0].sampling
     member.policy.activate()
     with torch.no_grad():
-        found = pack.model.generate(
+        sequences = pack.model.generate(
             input_ids=ids,
             attention_mask=mask,
             do_sample=True,
@@ -189,8 +189,8 @@ def _generate(pack: Any, member: Any, samples: int) -> int:
             eos_token_id=list(pack.stop_token_ids),
             pad_token_id=eos,
         )[:, width:]
-    ended = torch.isin(found, torch.tensor(pack.stop_token_ids)).cumsum(1)
-    before_the_end = ended - torch.isin(found, torch.tensor(pack.stop_token_ids)).long() == 0
+    ended = torch.isin(sequences, torch.tensor(pack.stop_token_ids)).cumsum(1)
+    before_the_end = ended - torch.isin(sequences, torch.tensor(pack.stop_token_ids)).long() == 0
     return int(before_the_end.sum())
 
 

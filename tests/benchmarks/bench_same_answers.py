@@ -55,11 +55,11 @@ def main() -> None:
 def compare(engine: str, threads: int, size: int, steps: int) -> dict[str, Any]:
     """Return accuracies packed, alone, and packed with another seed, and paired differences."""
     # As many trials or packs at a time as keep the cores busy.
-    given = [f"trainer.num_threads={threads}", f"sweep.max_concurrent={max(1, CORES // threads)}"]
+    shared = [f"trainer.num_threads={threads}", f"sweep.max_concurrent={max(1, CORES // threads)}"]
     first, second = (f"sweep.seeds=[{seed}]" for seed in SEEDS)
-    packed = scores(engine, size, steps, [*given, first, f"sweep.pack_size={size}"])
-    alone = scores(engine, size, steps, [*given, first, "sweep.pack_size=1"])
-    reseeded = scores(engine, size, steps, [*given, second, f"sweep.pack_size={size}"])
+    packed = scores(engine, size, steps, [*shared, first, f"sweep.pack_size={size}"])
+    alone = scores(engine, size, steps, [*shared, first, "sweep.pack_size=1"])
+    reseeded = scores(engine, size, steps, [*shared, second, f"sweep.pack_size={size}"])
     differences = [a - b for a, b in zip(packed, alone, strict=True)]
     by_seed = [a - b for a, b in zip(packed, reseeded, strict=True)]
     same = not any(differences)

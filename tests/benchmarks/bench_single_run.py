@@ -99,7 +99,7 @@ class Contest:
         """
         tried = self._try(completions)
         chosen = {
-            name: max(seen, key=lambda variant: seen[variant]) for name, seen in tried.items()
+            name: max(rates, key=lambda variant: rates[variant]) for name, rates in tried.items()
         }
         measured: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
         for name in self._turns(rounds):
@@ -153,7 +153,8 @@ class Contest:
             "steps": ACCURACY_STEPS,
             "seeds": list(seeds),
             "contenders": {
-                name: {"curves": found, "reached": reached(found)} for name, found in curves.items()
+                name: {"curves": points, "reached": reached(points)}
+                for name, points in curves.items()
             },
         }
 
@@ -163,17 +164,17 @@ class Contest:
     def _try(self, completions: int) -> dict[str, dict[str, float]]:
         """Return completion tokens a second of each contender and setting, in short runs."""
         steps = TRIED.get(completions, TRIED[64])
-        seen: dict[str, dict[str, float]] = {name: {} for name in self._contenders}
+        rates: dict[str, dict[str, float]] = {name: {} for name in self._contenders}
         for name in self._contenders:
             for variant in VARIANTS[name]:
                 row = self._row(name, variant, completions, steps)
-                seen[name][variant] = round(row["tokens_per_second"], 1)
+                rates[name][variant] = round(row["tokens_per_second"], 1)
                 print(
                     f"{completions:>4} completions  {name}, {variant}: "
                     f"{row['tokens_per_second']:.0f}",
                     flush=True,
                 )
-        return seen
+        return rates
 
     def _row(self, name: str, variant: str, completions: int, steps: int) -> dict[str, Any]:
         # Our last step includes the final evaluation and checkpoint: one more step, which is not
@@ -284,25 +285,25 @@ def reached(curves: Sequence[Sequence[dict[str, float]]]) -> dict[str, dict[str,
     The number of seeds that did is included.
     """
     table = {}
-    for wanted in ACCURACIES:
-        found = {
-            key: [first(points, wanted, key) for points in curves]
+    for accuracy in ACCURACIES:
+        times = {
+            key: [first(points, accuracy, key) for points in curves]
             for key in ("seconds", "training_s", "step")
         }
-        table[str(wanted)] = {key: middle(values, 3) for key, values in found.items()} | {
-            "seeds": sum(value is not None for value in found["seconds"])
+        table[str(accuracy)] = {key: middle(values, 3) for key, values in times.items()} | {
+            "seeds": sum(value is not None for value in times["seconds"])
         }
     return table
 
 
-def first(points: Sequence[dict[str, float]], wanted: float, key: str) -> float | None:
+def first(points: Sequence[dict[str, float]], accuracy: float, key: str) -> float | None:
     """Return where a curve first reaches an accuracy, linearly interpolated, or None."""
     before = None
     for point in points:
-        if point["accuracy"] >= wanted:
+        if point["accuracy"] >= accuracy:
             if before is None:
                 return point[key]
-            share = (wanted - before["accuracy"]) / (point["accuracy"] - before["accuracy"])
+            share = (accuracy - before["accuracy"]) / (point["accuracy"] - before["accuracy"])
             return before[key] + share * (point[key] - before[key])
         before = point
     return None

@@ -93,18 +93,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch)
-        trl = create_environment(place / "trl", PACKAGES)
+        root = Path(scratch)
+        trl = create_environment(root / "trl", PACKAGES)
         chosen = {
-            name: ways
-            for name, ways in contenders(trl, options.steps).items()
+            name: variants
+            for name, variants in contenders(trl, options.steps).items()
             if name in options.contenders
         }
         # A size that is not measured now keeps its record, with the machine and commit it was
         # measured on.
         sizes: dict[str, Any] = on_record("sweep").get("sizes", {})
         for size in options.sizes:
-            sizes[str(size)] = measure(size, chosen, options.rounds, place)
+            sizes[str(size)] = measure(size, chosen, options.rounds, root)
             chosen = {
                 name: {one["way"]: chosen[name][one["way"]]}
                 for name, one in sizes[str(size)].items()
@@ -128,15 +128,15 @@ def contenders(trl: Path, steps: int = STEPS) -> dict[str, Variants]:
     pruned = [f"trainer.eval_interval={EVERY}", recipes.override_for("sweep.pruner", PRUNER)]
 
     def theirs(together: int) -> Callable[[int, Path], dict[str, Any]]:
-        return lambda size, place: their_sweep(size, place, together, trl, steps)
+        return lambda size, root: their_sweep(size, root, together, trl, steps)
 
     def ours(*overrides: str, packs: bool) -> Variants:
         """Return a variant with a pack of several trials for each core, or without packs."""
         way = "a pack of 1 thread for each core" if packs else "two at a time, 1 thread"
 
-        def run(size: int, place: Path) -> dict[str, Any]:
+        def run(size: int, root: Path) -> dict[str, Any]:
             members = min(MEMBERS, -(-size // CORES)) if packs else 1
-            return our_sweep(size, place, [*busy, *overrides, f"sweep.pack_size={members}"], steps)
+            return our_sweep(size, root, [*busy, *overrides, f"sweep.pack_size={members}"], steps)
 
         return {way: run}
 
@@ -148,7 +148,7 @@ def contenders(trl: Path, steps: int = STEPS) -> dict[str, Variants]:
     }
 
 
-def measure(size: int, chosen: dict[str, Variants], rounds: int, place: Path) -> dict[str, Any]:
+def measure(size: int, chosen: dict[str, Variants], rounds: int, root: Path) -> dict[str, Any]:
     """Return alternating rounds of every contender at one number of trials.
 
     One evaluation scores the best trial of each.
@@ -156,12 +156,12 @@ def measure(size: int, chosen: dict[str, Variants], rounds: int, place: Path) ->
     measured: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
     best_way: dict[str, str] = {}
     for turn in range(rounds):
-        for name, ways in chosen.items():
+        for name, variants in chosen.items():
             rows = []
-            for way in [best_way[name]] if turn else ways:
-                folder = place / f"{size}_{turn}_{name}_{way}".replace(" ", "_").replace(",", "")
+            for way in [best_way[name]] if turn else variants:
+                folder = root / f"{size}_{turn}_{name}_{way}".replace(" ", "_").replace(",", "")
                 folder.mkdir()
-                rows.append({"way": way, **ways[way](size, folder)})
+                rows.append({"way": way, **variants[way](size, folder)})
                 print(
                     f"{size:>3} trials  {name}, {way}: {rows[-1]['makespan_s']:.1f} s, "
                     f"best {rows[-1]['best']}",
@@ -195,7 +195,7 @@ def measure(size: int, chosen: dict[str, Variants], rounds: int, place: Path) ->
     }
 
 
-def their_sweep(size: int, place: Path, together: int, trl: Path, steps: int) -> dict[str, Any]:
+def their_sweep(size: int, root: Path, together: int, trl: Path, steps: int) -> dict[str, Any]:
     """Train each trial by TRL in a fresh process, several at a time; each evaluates at its end."""
 
     def trial(number: int) -> dict[str, Any]:
@@ -209,8 +209,8 @@ def their_sweep(size: int, place: Path, together: int, trl: Path, steps: int) ->
             "rank": rank,
             "alpha": alpha,
             "targets": MODULES.get(targets, targets),
-            "output": str(place / f"{number}"),
-            "evaluate": str(place / f"adapter{number}"),
+            "output": str(root / f"{number}"),
+            "evaluate": str(root / f"adapter{number}"),
         }
         return result("trl_run", spec, threads=CORES // together, python=trl)
 
@@ -228,26 +228,26 @@ def their_sweep(size: int, place: Path, together: int, trl: Path, steps: int) ->
         "makespan_s": round(makespan, 2),
         "best": trials[best]["accuracy"],
         "parts_s": with_rest(parts, makespan),
-        "best_adapter": str(place / f"adapter{best}"),
+        "best_adapter": str(root / f"adapter{best}"),
         "counts": {Status.COMPLETE.value: size},
     }
 
 
-def our_sweep(size: int, place: Path, overrides: Sequence[str], *steps: int) -> dict[str, Any]:
+def our_sweep(size: int, root: Path, overrides: Sequence[str], *steps: int) -> dict[str, Any]:
     """Run `python -m harness.sweep` of a recipe with these trials."""
-    (place / "sweep.yaml").write_text(yaml.safe_dump(our_recipe(size, *steps), sort_keys=False))
-    return sweep_of(str(place / "sweep.yaml"), place, overrides)
+    (root / "sweep.yaml").write_text(yaml.safe_dump(our_recipe(size, *steps), sort_keys=False))
+    return sweep_of(str(root / "sweep.yaml"), root, overrides)
 
 
 def sweep_of(
-    recipe: str, place: Path, overrides: Sequence[str], code: Path = PROJECT
+    recipe: str, root: Path, overrides: Sequence[str], code: Path = PROJECT
 ) -> dict[str, Any]:
     """Run `python -m harness.sweep` with the code of another folder; its report is timed too."""
-    given = [f"trainer.ckpt_path={place}", "trainer.run_name=sweep", *overrides]
+    given = [f"trainer.ckpt_path={root}", "trainer.run_name=sweep", *overrides]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     environment["PYTHONPATH"] = str(code)
     start = time.time()
-    with (place / "log.txt").open("wb") as log:
+    with (root / "log.txt").open("wb") as log:
         status = subprocess.run(
             [sys.executable, "-m", "harness.sweep", recipe, *given],
             cwd=code,
@@ -258,11 +258,11 @@ def sweep_of(
     makespan = time.time() - start
     if status != 0:
         raise RuntimeError(
-            f"harness.sweep exited with {status}:\n{(place / 'log.txt').read_text()[-3000:]}"
+            f"harness.sweep exited with {status}:\n{(root / 'log.txt').read_text()[-3000:]}"
         )
     return {
         "makespan_s": round(makespan, 2),
-        **read_sweep(RunDir(place / "sweep"), start, makespan),
+        **read_sweep(RunDir(root / "sweep"), start, makespan),
     }
 
 

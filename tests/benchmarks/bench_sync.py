@@ -70,8 +70,10 @@ def _timed(backend: Backend, rank: int, modes: list[SyncMode]) -> dict[SyncMode,
             model, mode.name, models.lora_config(recipe, recipe.trainer.policy.model.lora), 0
         )
     path = models.model_folder(recipe.trainer.policy.model.path)
-    room = 0 if modes == [SyncMode.merge] else rank
-    options = EngineOptions(path, torch.float32, stop_token_ids(model, tokenizer), room, len(modes))
+    max_rank = 0 if modes == [SyncMode.merge] else rank
+    options = EngineOptions(
+        path, torch.float32, stop_token_ids(model, tokenizer), max_rank, len(modes)
+    )
     engine = build_engine(recipe, model, options)
     seconds: dict[SyncMode, list[float]] = {mode: [] for mode in modes}
     with tempfile.TemporaryDirectory() as scratch:

@@ -17,7 +17,7 @@ from tests.benchmarks.side_by_side import write_record
 
 REPEATS = 5
 PROMPTS = {64: 8, 512: 64}
-COMPANIONS = (1, 4, 8, 16)
+PACK_SIZES = (1, 4, 8, 16)
 # name -> (packed, shared prompts, W + s B A, zero advantages skipped; trainer keys)
 ROWS, BUDGET = "micro_train_batch_size_per_gpu", "max_tokens_per_microbatch"
 WAYS: dict[str, tuple[tuple[bool, bool, bool, bool], dict[str, int | None]]] = {
@@ -65,7 +65,7 @@ def _open(scratch: Path) -> tuple[Any, Any]:
             "trainer.policy.optimizer_config.lr=1e-12",
         ],
     )
-    pack = Pack.open(recipe, slots=max(COMPANIONS))
+    pack = Pack.open(recipe, slots=max(PACK_SIZES))
     member = pack.add(recipe, _run_dir(scratch, "run"))
     pack.publish_member(member)
     return pack, member
@@ -147,9 +147,9 @@ def _method(
 def _switching(pack: Any, recipe: Any, scratch: Path) -> list[dict[str, Any]]:
     """Return milliseconds to activate another adapter, by the number of members."""
     rows = []
-    for count in COMPANIONS:
+    for count in PACK_SIZES:
         while len(pack.members) < count:
-            pack.add(recipe, _run_dir(scratch, f"companion{len(pack.members)}"))
+            pack.add(recipe, _run_dir(scratch, f"member{len(pack.members)}"))
         times = []
         for _ in range(REPEATS):
             start = time.process_time()

@@ -57,10 +57,10 @@ def single_run(record: Record) -> str:
         speed.legend(
             frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(names)
         )
-        for i, (name, found) in enumerate(
+        for i, (name, contender) in enumerate(
             ((record.get("accuracy") or {}).get("contenders") or {}).items()
         ):
-            points = list(zip(*found["curves"], strict=True))
+            points = list(zip(*contender["curves"], strict=True))
             x = [median(point["seconds"] for point in one) for one in points]
             y = [median(point["accuracy"] for point in one) for one in points]
             accuracy.plot(

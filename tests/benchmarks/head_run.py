@@ -30,12 +30,12 @@ def main() -> None:
     if spec["how"] == "all rows at once":
         logprobs.LOGITS_BYTES = 4 * tokens * vocabulary
     compute = _with_autograd if spec["how"] == "PyTorch's autograd" else logprobs.chosen_logprobs
-    before, seconds, found = memory_gb(), [], torch.empty(0)
+    before, seconds, values = memory_gb(), [], torch.empty(0)
     for _ in range(REPEATS):
         states.grad = None
         start = time.perf_counter()
-        found = compute(states, head, chosen, 1.0)
-        (found[:, 0] * weights).sum().backward()
+        values = compute(states, head, chosen, 1.0)
+        (values[:, 0] * weights).sum().backward()
         seconds.append(time.perf_counter() - start)
     gradient = states.grad
     assert gradient is not None
@@ -44,8 +44,8 @@ def main() -> None:
         {
             "pass_s": round(median(seconds), 3),
             "memory_gb": round(peak_memory_gb() - before, 3),
-            "logprobs": float(found[:, 0].double().sum()),
-            "entropies": float(found[:, 1].double().sum()),
+            "logprobs": float(values[:, 0].double().sum()),
+            "entropies": float(values[:, 1].double().sum()),
             "gradient": float((gradient.double() * states.detach()).sum()),
         },
     )

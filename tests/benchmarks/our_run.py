@@ -23,13 +23,13 @@ def main() -> None:
     spec, result = worker_files()
     stamps = stamp_reports()
     output = Path(spec["output"])
-    given = [
+    overrides = [
         *spec["overrides"],
         f"trainer.ckpt_path={output}",
         "trainer.run_name=run",
         f"trainer.num_threads={spec['threads']}",
     ]
-    status = run.main(["recipes/quickstart.yaml", *given])
+    status = run.main(["recipes/quickstart.yaml", *overrides])
     if status != 0:
         raise SystemExit(status)
     run_dir = RunDir(output / "run")

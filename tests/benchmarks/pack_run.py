@@ -101,15 +101,15 @@ class Measurement:
                 ratios[part].append(alone / (together[part] / together["tokens"]))
         return {"g": middle(ratios["rollout"]), "c": middle(ratios["rest"])}
 
-    def _step(self, places: list[int]) -> dict[str, float]:
+    def _step(self, indices: list[int]) -> dict[str, float]:
         """Take one step of some members.
 
         Returns seconds of the rollout and of the rest, tokens, and shares of the peak.
         """
-        members = [self._pack.members[place] for place in places]
+        members = [self._pack.members[index] for index in indices]
         start = time.perf_counter()
         outcomes = self._trainer.step([member.run_dir for member in members])
-        whole = time.perf_counter() - start
+        seconds = time.perf_counter() - start
         rows = {}
         for member, outcome in zip(members, outcomes.values(), strict=True):
             if isinstance(outcome, Exception):
@@ -123,9 +123,9 @@ class Measurement:
             * sum(computed_tokens(member, rows[member]) for member in members)
         )
         return {
-            "seconds": round(whole, 5),
+            "seconds": round(seconds, 5),
             "rollout": round(rollout, 5),
-            "rest": round(whole - rollout, 5),
+            "rest": round(seconds - rollout, 5),
             "update": round(update, 5),
             "tokens": sum(
                 member_completions(m) * rows[m]["completions/mean_length"] for m in members

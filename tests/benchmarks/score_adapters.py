@@ -51,7 +51,7 @@ def config(adapter: dict[str, str]) -> dict[str, Any]:
     return content
 
 
-def accuracy(pack: Any, adapter: dict[str, str], shared: list[str], place: Path) -> float:
+def accuracy(pack: Any, adapter: dict[str, str], shared: list[str], folder: Path) -> float:
     """Return the mean reward of an adapter on the held-out problems.
 
     The adapter joins the pack and is removed.
@@ -71,7 +71,7 @@ def accuracy(pack: Any, adapter: dict[str, str], shared: list[str], place: Path)
             f"trainer.target_modules=[{','.join(sorted(peft['target_modules']))}]",
         ],
     )
-    run_dir = RunDir(place)
+    run_dir = RunDir(folder)
     run_dir.create("", {})
     member = pack.add(recipe, run_dir)
     weights = load_file(

@@ -119,7 +119,7 @@ def create_environment(folder: Path, names: Sequence[str]) -> Path:
     are those installed here.
     """
     venv.create(folder, symlinks=True, with_pip=False)
-    place = next(folder.glob("lib/python*/site-packages"))
+    packages = next(folder.glob("lib/python*/site-packages"))
     queue, seen = list(names), set[str]()
     while queue:
         name = re.sub(r"[-_.]+", "-", queue.pop()).lower()
@@ -136,15 +136,15 @@ def create_environment(folder: Path, names: Sequence[str]) -> Path:
             for file in package.files or ()
             if file.parts[0] not in ("..", "__pycache__")
         }:
-            if not (place / top).exists():
-                (place / top).symlink_to(Path(str(package.locate_file(top))))
+            if not (packages / top).exists():
+                (packages / top).symlink_to(Path(str(package.locate_file(top))))
     return folder / "bin" / "python"
 
 
 def middle(values: Iterable[float | None], digits: int = 4) -> float | None:
     """Return the rounded median of the numbers that are not None, or None."""
-    there = [value for value in values if value is not None]
-    return round(median(there), digits) if there else None
+    present = [value for value in values if value is not None]
+    return round(median(present), digits) if present else None
 
 
 def origin() -> dict[str, Any]:
@@ -158,8 +158,8 @@ def origin() -> dict[str, Any]:
 def on_record(name: str) -> dict[str, Any]:
     """Return `docs/benchmarks/<name>.json`, or an empty dictionary if it does not exist."""
     path = RESULTS / f"{name}.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return found
+    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return record
 
 
 def write_record(name: str, what: str | None, **content: Any) -> None:

@@ -39,13 +39,13 @@ def main() -> None:
     judged = [
         one for name, judge in JUDGES.items() if name in records for one in judge(records[name])
     ]
-    found = [one for one in judged if one["value"] is not None]
-    write_json(RESULTS / "summary.json", found)
+    findings = [one for one in judged if one["value"] is not None]
+    write_json(RESULTS / "summary.json", findings)
     drawn = {name: draw(records[name]) for name, draw in figures.FIGURES.items() if name in records}
-    write_text(RESULTS / "README.md", page(records, found, drawn))
-    met = sum(bool(one["met"]) for one in found)
+    write_text(RESULTS / "README.md", page(records, findings, drawn))
+    met = sum(bool(one["met"]) for one in findings)
     print(
-        f"{met} of {sum(one['met'] is not None for one in found)} targets met: "
+        f"{met} of {sum(one['met'] is not None for one in findings)} targets met: "
         "docs/benchmarks/README.md"
     )
 
@@ -107,12 +107,12 @@ def single_run(record: Record) -> Iterator[Record]:
             )
     accuracy = record.get("accuracy") or {"contenders": {}}
     reached = {name: one["reached"] for name, one in accuracy["contenders"].items()}
-    for wanted in reached.get("TRL", {}):
+    for threshold in reached.get("TRL", {}):
         seeds = len(accuracy["seeds"])
         both = {
-            name: table[wanted]
+            name: table[threshold]
             for name, table in reached.items()
-            if table[wanted]["seeds"] == seeds
+            if table[threshold]["seeds"] == seeds
         }
         if "TRL" not in both or len(both) < 2:
             continue
@@ -124,7 +124,7 @@ def single_run(record: Record) -> Iterator[Record]:
             (one for one in both if one != "TRL"), key=lambda one: float(both[one]["seconds"])
         )
         yield finding(
-            f"seconds from launch to {wanted} held-out accuracy, TRL / {name}",
+            f"seconds from launch to {threshold} held-out accuracy, TRL / {name}",
             ratio(both["TRL"]["seconds"], both[name]["seconds"]),
             ">= 1",
             how,
@@ -339,7 +339,7 @@ JUDGES: dict[str, Callable[[Record], Iterator[Record]]] = {
 }
 
 
-def page(records: dict[str, Record], found: list[Record], drawn: dict[str, str]) -> str:
+def page(records: dict[str, Record], findings: list[Record], drawn: dict[str, str]) -> str:
     """Return the Markdown page: targets, then a section for each benchmark."""
     lines = [
         "# Benchmarks",
@@ -357,7 +357,7 @@ def page(records: dict[str, Record], found: list[Record], drawn: dict[str, str])
     ]
     lines += [
         f"| {one['name']} | {shown(one['value'])} | {one['target'] or ''} | {MET[one['met']]} |"
-        for one in found
+        for one in findings
     ]
     for name, record in records.items():
         what = (record.get("what") or name).strip().split("\n\n")
@@ -398,20 +398,20 @@ def rows_of(name: str, record: Record) -> list[Record]:
     if name == "single_run":
         return [
             {"completions": size, "contender": who, **row}
-            for size, found in record["speed"].items()
-            for who, row in found.items()
+            for size, group in record["speed"].items()
+            for who, row in group.items()
         ]
     if name == "sweep":
         return [
             {"trials": size, "contender": who, **with_parts(row)}
-            for size, found in record["sizes"].items()
-            for who, row in found.items()
+            for size, group in record["sizes"].items()
+            for who, row in group.items()
         ]
     if name == "pack":
         return [
             {"engine": engine, **row}
-            for engine, found in record["engines"].items()
-            for row in found["rows"]
+            for engine, group in record["engines"].items()
+            for row in group["rows"]
         ]
     if name == "report":
         return [{"trials": trials, **row} for trials, row in record["sizes"].items()]
@@ -450,9 +450,9 @@ def savings(record: Record) -> list[Record]:
         ("ours, packed", "ours, packed and pruned"),
     ]
     rows = []
-    for size, found in record["sizes"].items():
-        for before, after in (pair for pair in steps if found.keys() >= set(pair)):
-            old, new = found[before], found[after]
+    for size, contenders in record["sizes"].items():
+        for before, after in (pair for pair in steps if contenders.keys() >= set(pair)):
+            old, new = contenders[before], contenders[after]
             parts = dict.fromkeys([*old["parts_s"], *new["parts_s"]])
             saved = {
                 p: (old["parts_s"].get(p) or 0.0) - (new["parts_s"].get(p) or 0.0) for p in parts

@@ -130,11 +130,11 @@ class Case:
         with torch.no_grad():
             if member is None:
                 with adapter_off(self.model):
-                    found = token_logprobs(self.model, batch, temperature)
+                    values = token_logprobs(self.model, batch, temperature)
             else:
                 self.model.set_adapter(member)
-                found = token_logprobs(self.model, batch, temperature)
-        return found[batch.mask.bool()]
+                values = token_logprobs(self.model, batch, temperature)
+        return values[batch.mask.bool()]
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -153,9 +153,12 @@ def case(
     model: PreTrainedModel | PeftModel
     model, tokenizer = load_base(recipe)
     for seed, targets in enumerate(TARGETS):
-        own = recipes.with_values(recipe, {"trainer.target_modules": targets})
+        adapter_recipe = recipes.with_values(recipe, {"trainer.target_modules": targets})
         model = add_adapter(
-            model, MEMBERS[targets], lora_config(own, own.trainer.policy.model.lora), seed
+            model,
+            MEMBERS[targets],
+            lora_config(adapter_recipe, adapter_recipe.trainer.policy.model.lora),
+            seed,
         )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -197,12 +200,12 @@ def assert_served(case: Case, engine: Engine) -> None:
     ]:
         requests = case.requests(member, temperature)
         batch = collated(requests, engine.generate(requests))
-        found = batch.engine_logprobs[batch.mask.bool()]
+        sampled = batch.engine_logprobs[batch.mask.bool()]
         torch.testing.assert_close(
-            found, case.logprobs(member, batch, temperature), atol=1e-4, rtol=0
+            sampled, case.logprobs(member, batch, temperature), atol=1e-4, rtol=0
         )
         for other in {None, *MEMBERS.values()} - {member}:
-            assert (found - case.logprobs(other, batch, temperature)).abs().mean() > 0.01
+            assert (sampled - case.logprobs(other, batch, temperature)).abs().mean() > 0.01
 
 
 def test_the_base_is_loaded_frozen_in_float32_with_its_tokenizer(

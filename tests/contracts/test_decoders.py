@@ -136,8 +136,8 @@ def _gap(
     """Return the largest difference between the engine's log-probabilities and the trainer's."""
     largest = 0.0
     for one, group in zip(requests, groups, strict=True):
-        found = trainer_logprobs(model, one.member, [one], [group])
-        largest = max(largest, float((flat_logprobs([group]) - found).abs().max()))
+        expected = trainer_logprobs(model, one.member, [one], [group])
+        largest = max(largest, float((flat_logprobs([group]) - expected).abs().max()))
     return largest
 
 
@@ -215,18 +215,18 @@ def test_half_precision_uses_the_models_forward_pass() -> None:
     assert not llama.supports(_qwen2().bfloat16(), None)
 
 
-def test_equal_prompts_of_one_member_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_is_computed_once_for_all_its_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     model = _model(_qwen2)
-    seen: list[int] = []
+    prefilled: list[int] = []
     inner = llama.LlamaDecoder._prefill_part
 
     def watch(
         self: llama.LlamaDecoder, prompts: Sequence[Sequence[int]], start: int, stop: int
     ) -> torch.Tensor:
-        seen.extend(len(one) for one in prompts[start:stop])
+        prefilled.extend(len(one) for one in prompts[start:stop])
         return inner(self, prompts, start, stop)
 
     monkeypatch.setattr(llama.LlamaDecoder, "_prefill_part", watch)
     one = request(7, "wide", n=9)
     _engine(model).generate([one, Request(prompt(12), 3, 1, one.sampling, "wide")])
-    assert seen == [7, 12]
+    assert prefilled == [7, 12]

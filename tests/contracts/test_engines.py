@@ -101,12 +101,16 @@ def test_logprobs_equal_the_trainers(engine: Engine, model: PeftModel, temperatu
     ]
     groups = engine.generate(requests)
     for member in MEMBERS:
-        mine = [i for i, one in enumerate(requests) if one.member == member]
-        asked, got = [requests[i] for i in mine], [groups[i] for i in mine]
-        found = flat_logprobs(got)
-        assert torch.allclose(found, trainer_logprobs(model, member, asked, got), atol=1e-4)
+        indices = [i for i, one in enumerate(requests) if one.member == member]
+        asked, got = [requests[i] for i in indices], [groups[i] for i in indices]
+        engine_logprobs = flat_logprobs(got)
+        assert torch.allclose(
+            engine_logprobs, trainer_logprobs(model, member, asked, got), atol=1e-4
+        )
         for other in set(MEMBERS) - {member}:
-            assert (found - trainer_logprobs(model, other, asked, got)).abs().mean() > 0.01
+            assert (
+                engine_logprobs - trainer_logprobs(model, other, asked, got)
+            ).abs().mean() > 0.01
 
 
 def test_samples_follow_the_distribution(engine: Engine, model: PeftModel) -> None:
@@ -137,11 +141,11 @@ def test_other_seeds_and_samples_differ(engine: Engine) -> None:
 
 def test_a_sample_does_not_depend_on_other_requests(engine: Engine) -> None:
     one = request(20, "attention", n=3, seed=3)
-    companions = [
+    others = [
         request(length, member, n=2, seed=length) for length in (1, 33, 90) for member in MEMBERS
     ]
     alone = engine.generate([one])[0]
-    among = engine.generate([*companions[:5], one, *companions[5:]])[5]
+    among = engine.generate([*others[:5], one, *others[5:]])[5]
     assert tokens([among]) == tokens([alone])
     assert torch.allclose(flat_logprobs([among]), flat_logprobs([alone]), atol=1e-4)
 
@@ -182,8 +186,8 @@ def test_temperature_zero_is_greedy(engine: Engine, model: PeftModel) -> None:
         dim=-1
     )
     assert group[0].token_ids == greedy.tolist()
-    found = trainer_logprobs(model, "all_linear", [one], [group])  # at temperature 1
-    assert torch.allclose(flat_logprobs([group]), found, atol=1e-4)
+    expected = trainer_logprobs(model, "all_linear", [one], [group])  # at temperature 1
+    assert torch.allclose(flat_logprobs([group]), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (-1, 0.6), (20, 0.7)])
@@ -207,7 +211,7 @@ def test_truncated_distributions(
             assert sample.logprobs[t] == pytest.approx(expected.item(), abs=1e-4)
 
 
-def test_prompts_longer_than_one_batch(engine: Engine, model: PeftModel) -> None:
+def test_more_prompt_tokens_than_one_batch_holds(engine: Engine, model: PeftModel) -> None:
     requests = [
         request(length, "all_linear", n=1, seed=length, longest=2) for length in range(20, 96)
     ]
@@ -216,8 +220,8 @@ def test_prompts_longer_than_one_batch(engine: Engine, model: PeftModel) -> None
         for seed in range(1, 30)
     ]
     groups = engine.generate(requests)
-    found = trainer_logprobs(model, "all_linear", requests, groups)
-    assert torch.allclose(flat_logprobs(groups), found, atol=1e-4)
+    expected = trainer_logprobs(model, "all_linear", requests, groups)
+    assert torch.allclose(flat_logprobs(groups), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("length", [0, MAX_INPUT_LENGTH + 1])

@@ -247,9 +247,9 @@ def test_publishing_does_not_change_the_trainers_weights(history: History) -> No
 def test_all_modes_give_the_same_rollouts(histories: Histories, kind: Kind) -> None:
     for one, other in itertools.pairwise(histories.get(kind, mode) for mode in SYNCS):
         for name in ("first", "second", "stale", "zeroed"):
-            mine, its = getattr(one, name), getattr(other, name)
-            assert tokens(mine.samples) == tokens(its.samples)
-            assert torch.allclose(mine.engine, its.engine, atol=1e-4)
+            left, right = getattr(one, name), getattr(other, name)
+            assert tokens(left.samples) == tokens(right.samples)
+            assert torch.allclose(left.engine, right.engine, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
@@ -264,7 +264,7 @@ def test_full_fine_tuning_is_served(base_dir: Path, tmp_path: Path) -> None:
     engine = start(Backend.vllm, model, base_dir, max_lora_rank=0)
     requests = [request(length, None, n=2, seed=length) for length in (5, 50)]
     torch.manual_seed(4)
-    seen = []
+    rollouts = []
     try:
         for version in (1, 2):
             with torch.no_grad():
@@ -274,10 +274,10 @@ def test_full_fine_tuning_is_served(base_dir: Path, tmp_path: Path) -> None:
             samples = engine.generate(requests)
             on = trainer_logprobs(model, None, requests, samples)
             check_sync(flat_logprobs(samples), on, None, tolerance=TOLERANCE)
-            seen.append(tokens(samples))
+            rollouts.append(tokens(samples))
     finally:
         engine.close()
-    assert seen[0] != seen[1]
+    assert rollouts[0] != rollouts[1]
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
@@ -290,12 +290,14 @@ def test_one_module_of_a_tied_pair_is_not_merged(base_dir: Path, target: str) ->
 
 def test_merged_weights_equal_pefts_merge(base_dir: Path) -> None:
     model = adapt(load_base(base_dir))
-    mine = {name: tensor.clone() for name, tensor in merged_weights(model, "attention")}
+    merged = {name: tensor.clone() for name, tensor in merged_weights(model, "attention")}
     model.set_adapter("attention")
     expected = model.merge_and_unload(adapter_names=["attention"]).state_dict()
-    assert expected.keys() - mine.keys() == {"lm_head.weight"}  # the head is tied to the embedding
-    assert not mine.keys() - expected.keys()
-    assert all(torch.allclose(tensor, expected[name], atol=1e-6) for name, tensor in mine.items())
+    assert expected.keys() - merged.keys() == {
+        "lm_head.weight"
+    }  # the head is tied to the embedding
+    assert not merged.keys() - expected.keys()
+    assert all(torch.allclose(tensor, expected[name], atol=1e-6) for name, tensor in merged.items())
 
 
 def test_disk_sync_keeps_one_version_in_peft_format(base_dir: Path, tmp_path: Path) -> None:
@@ -330,11 +332,11 @@ def test_a_written_adapter_loads_in_plain_peft(base_dir: Path, tmp_path: Path) -
     for member in ("all_linear", "attention"):
         write_adapter(model, member, tmp_path / member)
         plain = PeftModel.from_pretrained(load_base(base_dir), tmp_path / member).eval()
-        found, expected = (
+        loaded, expected = (
             next_token_logits(plain, "default", prompt(9)),
             next_token_logits(model, member, prompt(9)),
         )
-        assert torch.equal(found, expected)
+        assert torch.equal(loaded, expected)
 
 
 def test_an_old_adapter_is_replaced_as_a_whole(base_dir: Path, tmp_path: Path) -> None:

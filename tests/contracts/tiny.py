@@ -194,11 +194,13 @@ def trainer_logprobs(
     groups: Sequence[Sequence[Sample]],
 ) -> torch.Tensor:
     """Return the trainer's log-probabilities of the samples, computed one sequence at a time."""
-    found = []
+    selected = []
     for one, group in zip(requests, groups, strict=True):
         for sample in group:
             ids = [*one.prompt_token_ids, *sample.token_ids]
             logits = next_token_logits(model, member, ids)[len(one.prompt_token_ids) - 1 : -1]
             logprobs = (logits / (one.sampling.temperature or 1.0)).log_softmax(dim=-1)
-            found.append(logprobs.gather(-1, torch.tensor(sample.token_ids)[:, None]).squeeze(-1))
-    return torch.cat(found)
+            selected.append(
+                logprobs.gather(-1, torch.tensor(sample.token_ids)[:, None]).squeeze(-1)
+            )
+    return torch.cat(selected)

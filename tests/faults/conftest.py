@@ -29,12 +29,12 @@ class Runs:
 
     def start(self, name: str, *overrides: str, fault: Fault | None = None) -> Outcome:
         """Start a new run of this name."""
-        place = [f"trainer.ckpt_path={self.root}", f"trainer.run_name={name}"]
+        location = [f"trainer.ckpt_path={self.root}", f"trainer.run_name={name}"]
         return self.warm.run(
             "harness.run",
             "recipes/quickstart.yaml",
             *self.overrides,
-            *place,
+            *location,
             *overrides,
             directory=self.root / name,
             fault=fault,
@@ -57,10 +57,10 @@ def results() -> Iterator[list[tuple[str, str, int]]]:
 
     They are written as a page at the end, if requested and complete.
     """
-    found: list[tuple[str, str, int]] = []
-    yield found
+    outcomes: list[tuple[str, str, int]] = []
+    yield outcomes
     if os.environ.get("NOREGRET_WRITE_DOCS") == "1":
-        rows = table.gather(found)
+        rows = table.gather(outcomes)
         missing = cases.expected().items() - {(row.fault, row.tried) for row in rows}
         assert not missing, (
             f"docs/guides/reliability.md is not written: not all was tried: {sorted(missing)}"
@@ -115,7 +115,7 @@ def runs(warm: Warm, small: list[str], tmp_path_factory: pytest.TempPathFactory)
 
 
 @dataclass(frozen=True, slots=True)
-class Whole:
+class UndisturbedRun:
     """An undisturbed run and its CPU seconds."""
 
     run: RunDir
@@ -123,7 +123,7 @@ class Whole:
 
 
 @pytest.fixture(scope="session")
-def whole(runs: Runs) -> Whole:
+def undisturbed(runs: Runs) -> UndisturbedRun:
     """Train the undisturbed run."""
     outcome = runs.start("whole")
     assert outcome.status == 0, outcome.said
@@ -134,4 +134,4 @@ def whole(runs: Runs) -> Whole:
     assert scores[1] < scores[2] >= scores[3], (
         "the best adapter is to change on the way, and not at the end"
     )
-    return Whole(run, outcome.seconds)
+    return UndisturbedRun(run, outcome.seconds)

@@ -98,17 +98,19 @@ class Warm:
     ) -> Outcome:
         """Run `python -m COMMAND ARGUMENTS`, with an optional fault in a run or sweep directory."""
         self._count += 1
-        output, told = (self._scratch / f"{self._count:04d}.{name}" for name in ("out", "moment"))
+        output, moment_file = (
+            self._scratch / f"{self._count:04d}.{name}" for name in ("out", "moment")
+        )
         request = {
             "command": command,
             "arguments": arguments,
             "directory": str(directory),
             "output": str(output),
-            "told": str(told),
+            "moment": str(moment_file),
             "fault": None if fault is None else dataclasses.asdict(fault),
         }
         answer = self._ask(request)
-        moment = told.read_text() if told.exists() else ""
+        moment = moment_file.read_text() if moment_file.exists() else ""
         return Outcome(answer["status"], output.read_text(), moment, answer["seconds"])
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -118,26 +120,26 @@ class Warm:
         answer: dict[str, Any] = json.loads(self._process.stdout.readline())
         return answer
 
-    def mount(self, place: Path, size: int | None = None) -> bool:
+    def mount(self, folder: Path, size: int | None = None) -> bool:
         """Mount a disk of `size` bytes for the commands, or make the folder read-only.
 
         Returns whether the system allowed it. Use `seen` to look at the folder from this process.
         """
-        allowed: bool = self._ask({"mount": str(place), "size": size})["mounted"]
+        allowed: bool = self._ask({"mount": str(folder), "size": size})["mounted"]
         return allowed
 
-    def seen(self, place: Path) -> Path:
+    def seen(self, folder: Path) -> Path:
         """Return the path of a folder as the commands see it."""
-        return Path(f"/proc/{self._process.pid}/root{place}")
+        return Path(f"/proc/{self._process.pid}/root{folder}")
 
     def left_over(self) -> list[str]:
         """Return the command lines of processes that outlive the commands that started them."""
-        found = []
+        command_lines = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if process.pid != self._process.pid and process.environ().get(MARK) == self._mark:
-                    found.append(" ".join(process.cmdline()))
-        return found
+                    command_lines.append(" ".join(process.cmdline()))
+        return command_lines
 
     def close(self) -> None:
         """End the warm process."""
@@ -183,7 +185,7 @@ def _become(request: dict[str, Any], fault: Fault | None) -> None:
     sys.modules["__main__"] = module
     sys.argv = [module.__file__ or "", *request["arguments"]]
     if fault is not None:
-        hooks.install(fault, Path(request["directory"]), Path(request["told"]))
+        hooks.install(fault, Path(request["directory"]), Path(request["moment"]))
     status: Any = 1
     try:
         module.run_command(module.main)
@@ -215,9 +217,9 @@ class _Mounts:
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._apart = False
 
-    def answer(self, place: str, size: int | None) -> dict[str, Any]:
+    def answer(self, folder: str, size: int | None) -> dict[str, Any]:
         """Mount or resize a disk of `size` bytes at a folder, or make the folder read-only."""
-        path = os.fsencode(place)
+        path = os.fsencode(folder)
         try:
             if not self._apart:
                 self._check(self._libc.unshare(self.NEW_NAMESPACE))
@@ -231,7 +233,7 @@ class _Mounts:
                     )
                 )
             else:
-                flag = self.REMOUNT if os.path.ismount(place) else 0
+                flag = self.REMOUNT if os.path.ismount(folder) else 0
                 self._check(
                     self._libc.mount(b"tmpfs", path, b"tmpfs", flag, f"size={size}".encode())
                 )

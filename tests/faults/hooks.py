@@ -75,7 +75,7 @@ def _watch(
     fault: Fault,
     directory: Path,
     record: Path,
-    seen: list[int],
+    matches: list[int],
     event: str,
     arguments: tuple[Any, ...],
 ) -> None:
@@ -86,29 +86,29 @@ def _watch(
         with open(record, "a") as file:
             file.write(f"{operation}\n")
     elif re.search(fault.target, operation):
-        seen[0] += 1
-        if seen[0] == fault.count:
+        matches[0] += 1
+        if matches[0] == fault.count:
             die(record, f"before {operation}")
 
 
 def _operation(event: str, arguments: tuple[Any, ...], directory: Path) -> str | None:
     """Return `event path` of an audit event that changes a file below a directory, else None."""
     if event == "open":
-        path, place = arguments[0], None
+        path, directory_fd = arguments[0], None
         if not isinstance(arguments[2], int) or not arguments[2] & WRITING:
             return None
     elif event in ("os.rename", "os.link"):
-        path, place = arguments[1], arguments[3]
+        path, directory_fd = arguments[1], arguments[3]
     elif event in ("os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate"):
-        path, place = arguments[0], arguments[-1]
+        path, directory_fd = arguments[0], arguments[-1]
         if event == "os.truncate":
-            place = None
+            directory_fd = None
     else:
         return None
     if isinstance(path, int):
         path = os.readlink(f"/proc/self/fd/{path}")
-    elif isinstance(place, int) and place >= 0:
-        path = os.path.join(os.readlink(f"/proc/self/fd/{place}"), os.fspath(path))
+    elif isinstance(directory_fd, int) and directory_fd >= 0:
+        path = os.path.join(os.readlink(f"/proc/self/fd/{directory_fd}"), os.fspath(path))
     path = os.path.abspath(os.fsdecode(path))
     below = os.path.relpath(path, directory)
     return None if below.startswith("..") else f"{event.removeprefix('os.')} {below}"
@@ -119,13 +119,13 @@ def _wrap(fault: Fault, record: Path) -> None:
     *owners, attribute = name.split(".")
     owner = functools.reduce(getattr, owners, importlib.import_module(module))
     original: Callable[..., Any] = getattr(owner, attribute)
-    seen = 0
+    calls = 0
 
     @functools.wraps(original)
     def wrapped(*arguments: Any, **options: Any) -> Any:
-        nonlocal seen
-        seen += 1
-        matches = seen == fault.count
+        nonlocal calls
+        calls += 1
+        matches = calls == fault.count
         if matches and not fault.after:
             die(record, f"before call {fault.count} of {name}")
         result = original(*arguments, **options)
@@ -137,14 +137,14 @@ def _wrap(fault: Fault, record: Path) -> None:
 
 
 def _tear(fault: Fault, record: Path) -> None:
-    fsync, seen = os.fsync, 0
+    fsync, calls = os.fsync, 0
 
     def torn(descriptor: int) -> None:
-        nonlocal seen
+        nonlocal calls
         path = os.readlink(f"/proc/self/fd/{descriptor}")
         if re.search(fault.target, path):
-            seen += 1
-            if seen == fault.count:
+            calls += 1
+            if calls == fault.count:
                 os.ftruncate(descriptor, os.fstat(descriptor).st_size - fault.cut)
                 die(record, f"amid write {fault.count} of {os.path.basename(path)}")
         fsync(descriptor)

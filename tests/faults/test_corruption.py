@@ -18,7 +18,7 @@ from harness.core.errors import UserError
 from harness.records.run_dir import RunDir, damage, verify_folder
 from tests.faults.cases import CORRUPTIONS, NAMED, OTHER_OUTCOMES, REFUSALS, REFUSED, Corruption
 from tests.faults.compare import differences, digests, lost_steps, rows
-from tests.faults.conftest import Record, Runs, Whole
+from tests.faults.conftest import Record, Runs, UndisturbedRun
 from tests.faults.hooks import Fault
 
 
@@ -87,9 +87,9 @@ def copy(stopped: RunDir, tmp_path: Path) -> RunDir:
 
 
 def _spoil(run: RunDir, file: str, how: str) -> None:
-    found = list(run.path.glob(file))
-    assert found
-    for path in found:
+    files = list(run.path.glob(file))
+    assert files
+    for path in files:
         DAMAGE[how](path)
 
 
@@ -111,7 +111,7 @@ QUICK = (
     ],
 )
 def test_damage_is_named_and_the_last_intact_state_is_used(
-    case: Corruption, copy: RunDir, runs: Runs, whole: Whole, record: Record
+    case: Corruption, copy: RunDir, runs: Runs, undisturbed: UndisturbedRun, record: Record
 ) -> None:
     _spoil(copy, case.file, case.how)
     before = digests(copy.path)
@@ -119,7 +119,7 @@ def test_damage_is_named_and_the_last_intact_state_is_used(
     assert outcome.status == 0, outcome.said
     assert case.said in outcome.said
     assert "Traceback" not in outcome.said
-    assert differences(whole.run, copy) == []
+    assert differences(undisturbed.run, copy) == []
     assert f"step {case.from_step + 1}/6" in outcome.said
     assert (f"step {case.from_step}/6" in outcome.said) == (case.from_step == 0)
     kept = {path.name for path in copy.aside.iterdir()} if copy.aside.exists() else set()
@@ -130,13 +130,13 @@ def test_damage_is_named_and_the_last_intact_state_is_used(
     for path in copy.aside.rglob("*"):
         was = _original_path(path.relative_to(copy.aside))
         assert before[was] == (path.read_bytes() if path.is_file() else None)
-    record(case.name, case.happened, lost_steps(whole.run, copy))
+    record(case.name, case.happened, lost_steps(undisturbed.run, copy))
 
 
 def _order(aside: tuple[str, ...]) -> list[str]:
     """Sort the best adapter first, then newer checkpoints before older ones, then the log."""
-    place = {"best": 0, "step_000004": 1, "step_000003": 2, "metrics.jsonl": 3}
-    return sorted(aside, key=place.__getitem__)
+    order = {"best": 0, "step_000004": 1, "step_000003": 2, "metrics.jsonl": 3}
+    return sorted(aside, key=order.__getitem__)
 
 
 def _original_path(kept: Path) -> str:
@@ -163,7 +163,7 @@ def test_ambiguous_damage_is_refused(
 
 
 def test_a_final_adapter_damaged_before_the_runs_end_is_written_again(
-    runs: Runs, whole: Whole, tmp_path: Path, record: Record
+    runs: Runs, undisturbed: UndisturbedRun, tmp_path: Path, record: Record
 ) -> None:
     """Kill a run after its last checkpoint, before COMPLETE.
 
@@ -179,9 +179,9 @@ def test_a_final_adapter_damaged_before_the_runs_end_is_written_again(
     outcome = runs.resume(run)
     assert outcome.status == 0, outcome.said
     assert "adapter/final is set aside" in outcome.said
-    assert differences(whole.run, run) == []
+    assert differences(undisturbed.run, run) == []
     assert digests(run.aside / "final") == damaged
-    record(name, OTHER_OUTCOMES[name], lost_steps(whole.run, run))
+    record(name, OTHER_OUTCOMES[name], lost_steps(undisturbed.run, run))
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["the run's own", "another run's"])
@@ -191,8 +191,8 @@ def test_a_damaged_checkpoint_in_resume_mode_is_refused(
     _spoil(copy, "checkpoints/step_000003/optimizer.safetensors", "flip")
     before = digests(copy.checkpoints)
     named = f"trainer.resume_mode={copy.checkpoints}/step_000003"
-    place = [f"trainer.ckpt_path={tmp_path}", "trainer.run_name=run"] if own else []
-    outcome = runs.start("other", *place, named)
+    overrides = [f"trainer.ckpt_path={tmp_path}", "trainer.run_name=run"] if own else []
+    outcome = runs.start("other", *overrides, named)
     assert outcome.status == 2, outcome.said
     assert f"{copy.checkpoints}/step_000003: optimizer.safetensors is damaged" in outcome.said
     assert digests(copy.checkpoints) == before
@@ -200,17 +200,17 @@ def test_a_damaged_checkpoint_in_resume_mode_is_refused(
 
 
 def test_a_run_returns_to_the_checkpoint_in_resume_mode(
-    copy: RunDir, runs: Runs, whole: Whole, tmp_path: Path
+    copy: RunDir, runs: Runs, undisturbed: UndisturbedRun, tmp_path: Path
 ) -> None:
-    place = [f"trainer.ckpt_path={tmp_path}", "trainer.run_name=run"]
-    outcome = runs.start("back", *place, f"trainer.resume_mode={copy.checkpoints}/step_000003")
+    overrides = [f"trainer.ckpt_path={tmp_path}", "trainer.run_name=run"]
+    outcome = runs.start("back", *overrides, f"trainer.resume_mode={copy.checkpoints}/step_000003")
     assert outcome.status == 0, outcome.said
     assert "checkpoints/step_000004 is set aside" in outcome.said
-    assert differences(whole.run, copy) == []
+    assert differences(undisturbed.run, copy) == []
 
 
-def test_a_run_from_another_runs_checkpoint_resumes_from_its_latest(
-    stopped: RunDir, runs: Runs, whole: Whole
+def test_a_run_started_from_a_checkpoint_resumes_from_its_latest(
+    stopped: RunDir, runs: Runs, undisturbed: UndisturbedRun
 ) -> None:
     named = f"trainer.resume_mode={stopped.checkpoints}/step_000003"
     assert runs.start("heir", named, fault=Fault("call", "rltrain.step:sample_rollouts", 3)).killed
@@ -219,18 +219,20 @@ def test_a_run_from_another_runs_checkpoint_resumes_from_its_latest(
     assert outcome.status == 0, outcome.said
     assert "step 6/6" in outcome.said
     assert "step 5/6" not in outcome.said
-    assert rows(heir) == rows(whole.run)[4:]
+    assert rows(heir) == rows(undisturbed.run)[4:]
     assert not heir.aside.exists()
 
 
-def test_a_run_that_always_restarts_keeps_its_old_files(runs: Runs, whole: Whole) -> None:
+def test_a_run_that_always_restarts_keeps_its_old_files(
+    runs: Runs, undisturbed: UndisturbedRun
+) -> None:
     assert runs.start(
         "anew", "trainer.resume_mode=none", fault=Fault("call", "rltrain.step:sample_rollouts", 3)
     ).killed
     run = runs.get("anew")
     outcome = runs.resume(run)
     assert outcome.status == 0, outcome.said
-    assert differences(whole.run, run) == []
+    assert differences(undisturbed.run, run) == []
     assert {path.name for path in run.aside.iterdir()} == {"step_000001", "step_000002"}
 
 
@@ -248,7 +250,7 @@ def test_a_checkpoint_of_another_shape_is_refused(copy: RunDir, runs: Runs, reco
 
 
 def test_a_read_only_directory_is_refused(
-    copy: RunDir, runs: Runs, whole: Whole, record: Record
+    copy: RunDir, runs: Runs, undisturbed: UndisturbedRun, record: Record
 ) -> None:
     before = digests(copy.path)
     if os.geteuid():
@@ -265,11 +267,13 @@ def test_a_read_only_directory_is_refused(
 
 
 def test_a_file_that_grows_too_large_stops_the_run_and_loses_nothing(
-    runs: Runs, whole: Whole, record: Record
+    runs: Runs, undisturbed: UndisturbedRun, record: Record
 ) -> None:
     """Limit the file size so that the first checkpoint's optimizer file cannot be written."""
     name = "a file-size limit in mid-run"
-    limit = (whole.run.checkpoints / "step_000006" / "optimizer.safetensors").stat().st_size - 1
+    limit = (
+        undisturbed.run.checkpoints / "step_000006" / "optimizer.safetensors"
+    ).stat().st_size - 1
     outcome = runs.start("limited", fault=Fault("limit", size=limit))
     run = runs.get("limited")
     assert outcome.status == 2, outcome.said
@@ -279,20 +283,25 @@ def test_a_file_that_grows_too_large_stops_the_run_and_loses_nothing(
     assert list(run.checkpoints.iterdir()) == []
     outcome = runs.resume(run)
     assert outcome.status == 0, outcome.said
-    assert differences(whole.run, run) == []
-    record(name, OTHER_OUTCOMES[name], lost_steps(whole.run, run))
+    assert differences(undisturbed.run, run) == []
+    record(name, OTHER_OUTCOMES[name], lost_steps(undisturbed.run, run))
 
 
 def test_a_full_disk_stops_the_run_and_loses_nothing(
-    runs: Runs, whole: Whole, tmp_path: Path, record: Record
+    runs: Runs, undisturbed: UndisturbedRun, tmp_path: Path, record: Record
 ) -> None:
-    name, place = "disk full in mid-run", [f"trainer.ckpt_path={tmp_path}", "trainer.run_name=run"]
-    one = sum(path.stat().st_size for path in (whole.run.checkpoints / "step_000006").iterdir())
+    name, overrides = (
+        "disk full in mid-run",
+        [f"trainer.ckpt_path={tmp_path}", "trainer.run_name=run"],
+    )
+    one = sum(
+        path.stat().st_size for path in (undisturbed.run.checkpoints / "step_000006").iterdir()
+    )
     # Room for two checkpoints, the best adapter and the small files, but not for a third
     # checkpoint.
     if not runs.warm.mount(tmp_path, int(3.2 * one)):
         pytest.skip("mounting a small disk is not allowed here")
-    outcome = runs.start("full", *place)
+    outcome = runs.start("full", *overrides)
     assert outcome.status == 2, outcome.said
     assert "No space left on device" in outcome.said
     assert (
@@ -312,8 +321,8 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(
         "step_000006": None,
     }
     run = RunDir(tmp_path / "then")
-    assert differences(whole.run, run) == []
-    record(name, OTHER_OUTCOMES[name], lost_steps(whole.run, run))
+    assert differences(undisturbed.run, run) == []
+    record(name, OTHER_OUTCOMES[name], lost_steps(undisturbed.run, run))
 
 
 def _checkpoints_there(runs: Runs, disk: Path, copy: Path) -> dict[str, str | None]:

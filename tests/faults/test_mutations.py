@@ -259,8 +259,8 @@ def test_mutated_files(
     elif kind == "swap":
         text = "".join([*lines[:at], *reversed(lines[at : at + 3]), *lines[at + 3 :]])
     else:
-        place = data.draw(st.integers(0, len(text)))
-        text = text[:place] + data.draw(TEXTS) + text[place:]
+        position = data.draw(st.integers(0, len(text)))
+        text = text[:position] + data.draw(TEXTS) + text[position:]
     file = tmp_path_factory.mktemp("mutated") / "mutated.yaml"
     file.write_bytes(text.encode(errors="surrogatepass"))
     with only_user_errors():
@@ -381,14 +381,14 @@ def test_mutated_command_lines(
 def test_mutated_arguments_of_the_other_commands(
     command: Any, words: list[str], tmp_path_factory: pytest.TempPathFactory, results: Results
 ) -> None:
-    place = tmp_path_factory.mktemp("words")
+    folder = tmp_path_factory.mktemp("words")
     with (
-        contextlib.chdir(place),
+        contextlib.chdir(folder),
         contextlib.redirect_stdout(io.StringIO()),
         pytest.raises(UserError),
     ):
         command.main(words)
-    assert not [path for path in place.rglob("*") if path.is_file()]
+    assert not [path for path in folder.rglob("*") if path.is_file()]
     results.append((OTHER_LINES, ANSWERED, 0))
 
 

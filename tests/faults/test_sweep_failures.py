@@ -20,7 +20,7 @@ from tests.faults.compare import rows, study
 from tests.faults.conftest import Record
 
 DATA, LR = "data.train_data", "trainer.policy.optimizer_config.lr"
-RATES = [1e-4 * (place + 1) for place in range(len(ENVIRONMENTS))]
+RATES = [1e-4 * (index + 1) for index in range(len(ENVIRONMENTS))]
 
 
 def processes(rays_folder: Path) -> set[int]:
@@ -110,11 +110,11 @@ sweep:
         "COMPLETE" if environment == "good" else "FAIL" for environment in ENVIRONMENTS
     ]
     page = (sweep_dir.report / "index.html").read_text()
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for reason in reasons.values():
         assert reason[:40] in page
-        assert reason[:40] in said
-    assert "6 complete, 0 pruned, 4 failed" in said
+        assert reason[:40] in output
+    assert "6 complete, 0 pruned, 4 failed" in output
     for number, environment in enumerate(ENVIRONMENTS):
         if environment == "good":
             assert [row["step"] for row in rows(sweep_dir.trial(number))] == [0, 1, 2]

@@ -31,8 +31,8 @@ class Sweeps:
     def run(self, name: str, fault: Fault | None = None) -> Outcome:
         """Start a sweep of this name, or resume it."""
         directory = self.root / name
-        place = [f"trainer.ckpt_path={self.root}", f"trainer.run_name={name}"]
-        new = ["recipes/quickstart.yaml", *self.overrides, *place]
+        location = [f"trainer.ckpt_path={self.root}", f"trainer.run_name={name}"]
+        new = ["recipes/quickstart.yaml", *self.overrides, *location]
         begun = (directory / "manifest.json").exists()
         return self.warm.run(
             "harness.sweep",
@@ -49,7 +49,7 @@ class Sweeps:
 @pytest.fixture(scope="module")
 def sweeps(warm: Warm, small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Sweeps:
     """Return the object that starts and resumes sweeps of two trials, one after the other."""
-    few = [
+    short = [
         "trainer.max_steps=4",
         "sweep.num_trials=2",
         "sweep.seeds=[0]",
@@ -57,7 +57,7 @@ def sweeps(warm: Warm, small: list[str], tmp_path_factory: pytest.TempPathFactor
         "sweep.first_trials=[]",
         "sweep.pruner=null",
     ]
-    return Sweeps(warm, tmp_path_factory.mktemp("sweeps"), [*small, *few])
+    return Sweeps(warm, tmp_path_factory.mktemp("sweeps"), [*small, *short])
 
 
 @pytest.mark.slow
@@ -70,10 +70,10 @@ def test_killed_sweep_equals_undisturbed_sweep(sweeps: Sweeps, record: Record) -
     for name in ("killed", "whole"):
         outcome = sweeps.run(name)
         assert outcome.status == 0, outcome.said
-    killed, whole = sweeps.get("killed"), sweeps.get("whole")
-    assert sweep_differences(whole, killed) == []
+    killed, undisturbed = sweeps.get("killed"), sweeps.get("whole")
+    assert sweep_differences(undisturbed, killed) == []
     assert sweeps.warm.left_over() == []
-    lost = sum(lost_steps(whole.trial(number), killed.trial(number)) for number in range(2))
+    lost = sum(lost_steps(undisturbed.trial(number), killed.trial(number)) for number in range(2))
     for kill in SWEEP_KILLS:
         record(f"SIGKILL: {kill.phase}", SAME, lost)
 

@@ -52,9 +52,9 @@ class Bench:
 
     def folder(self, name: str) -> Path:
         """Create a new folder for the section."""
-        place = self.scratch / f"{self.record.stem}-{name.replace(' ', '_')}"
-        place.mkdir(parents=True)
-        return place
+        path = self.scratch / f"{self.record.stem}-{name.replace(' ', '_')}"
+        path.mkdir(parents=True)
+        return path
 
     def write_model(self, name: str, shape: Shape) -> Path:
         """Return the folder of a random model of that shape, or on a CPU of a similar tiny one.
@@ -199,10 +199,10 @@ def card(bench: Bench) -> None:
     import torch
 
     if bench.device == "cuda":
-        found = torch.cuda.get_device_properties(0)
-        bench.note("name", found.name)
-        bench.note("memory_gb", round(found.total_memory / 2**30, 1))
-        bench.note("capability", f"{found.major}.{found.minor}")
+        properties = torch.cuda.get_device_properties(0)
+        bench.note("name", properties.name)
+        bench.note("memory_gb", round(properties.total_memory / 2**30, 1))
+        bench.note("capability", f"{properties.major}.{properties.minor}")
         bench.note("cuda", torch.version.cuda)
         query = [
             "nvidia-smi",

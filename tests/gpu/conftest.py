@@ -79,9 +79,9 @@ def open_pack(model_of: Callable[..., Path], device: str, tmp_path: Path) -> Ite
                 )
                 for keys in members or ({},)
             ]
-            place = tmp_path / f"pack{len(list(tmp_path.glob('pack*')))}"
-            place.mkdir()
-            pack, joined = stack.enter_context(ours.opened(recipes, place))
+            pack_folder = tmp_path / f"pack{len(list(tmp_path.glob('pack*')))}"
+            pack_folder.mkdir()
+            pack, joined = stack.enter_context(ours.opened(recipes, pack_folder))
             stack.enter_context(ours.synthetic(pack))
             for seed, member in enumerate(joined):
                 ours.shake(member, seed)

@@ -341,11 +341,11 @@ def code() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return the versions of installed packages that compute."""
-    found = {}
+    installed = {}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            installed[name] = metadata.version(name)
+    return installed
 
 
 if __name__ == "__main__":

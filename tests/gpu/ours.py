@@ -104,7 +104,7 @@ def opened(
     try:
         yield (
             pack,
-            [join(pack, recipe, folder / str(place)) for place, recipe in enumerate(members)],
+            [join(pack, recipe, folder / str(index)) for index, recipe in enumerate(members)],
         )
     finally:
         pack.close()
@@ -143,11 +143,11 @@ def synthetic(pack: Any) -> contextlib.AbstractContextManager[Any]:
     from rltrain.engines.base import Sample
 
     def generate(requests: Sequence[Any]) -> list[list[Any]]:
-        return [[draw(request, place) for place in range(request.n)] for request in requests]
+        return [[draw(request, index) for index in range(request.n)] for request in requests]
 
-    def draw(request: Any, place: int) -> Any:
+    def draw(request: Any, index: int) -> Any:
         numbers, length = (
-            random.Random(f"{request.seed}/{place}"),
+            random.Random(f"{request.seed}/{index}"),
             request.sampling.max_generate_length,
         )
         return Sample(
@@ -223,8 +223,8 @@ def gradients(pack: Any, member: Any, batch: Any) -> dict[str, Any]:
 
     parameters = adapter(member)
     values = logprobs(pack, member, batch).sum() / batch.mask.sum()
-    found = torch.autograd.grad(values, list(parameters.values()))
-    return dict(zip(parameters, found, strict=True))
+    result = torch.autograd.grad(values, list(parameters.values()))
+    return dict(zip(parameters, result, strict=True))
 
 
 def plain_logprobs(pack: Any, member: Any, prompt: Sequence[int], completion: Sequence[int]) -> Any:

@@ -84,7 +84,7 @@ def update(bench: Bench) -> None:
     bench.note("peak_tflops", round(peak / 1e12, 3))
     many, some = bench.size((512, 128), (16, 8))
     budgets = bench.size((65_536, 32_768, 16_384, 8_192, 4_096), (1_024, 256))
-    ways: list[tuple[str, int, dict[str, Any]]] = [
+    variants: list[tuple[str, int, dict[str, Any]]] = [
         ("512 sequences", many, {}),
         ("checkpointing off", some, {ours.CHECKPOINTING: "false"}),
         *((f"budget {budget}", some, {ours.TOKENS: budget}) for budget in budgets),
@@ -104,7 +104,7 @@ def update(bench: Bench) -> None:
             {"deterministic": "true"},
         ),  # last: it is a setting of the whole process
     ]
-    for name, count, keys in ways:
+    for name, count, keys in variants:
         bench.part(name, partial(_update, bench, model, count, peak, keys))
 
 
@@ -174,9 +174,9 @@ def _profiled(bench: Bench, pack: Any, members: list[Any]) -> dict[str, Any]:
 
     on_gpu = bench.device == "cuda"
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profiler(activities=kinds) as seen:
+    with profiler(activities=kinds) as profiled:
         seconds = bench.timed(lambda: ours.step(pack, members))[1]
-    events = seen.key_averages()
+    events = profiled.key_averages()
     # Spans that torch names (an optimizer's step) have device time too: that of the kernels inside.
     on_device = [
         event
@@ -271,7 +271,7 @@ def _pack_updates(bench: Bench, model: Path, sequences: int, *lengths: int) -> N
 
 def mixed(count: int) -> list[dict[str, Any]]:
     """Return keys of members that differ in rank, alpha, learning rate, targets and seed."""
-    return [{**MIX[place % len(MIX)], "seed": place} for place in range(count)]
+    return [{**MIX[index % len(MIX)], "seed": index} for index in range(count)]
 
 
 def close(bench: Bench) -> None:
@@ -282,12 +282,12 @@ def close(bench: Bench) -> None:
     model = bench.write_model("qwen2.5-0.5b", QWEN25_05B)
     prompt, completion = bench.size((PROMPT, 32), (32, 8))
     ends: dict[str, Any] = {"trainer__max_steps": 2, "trainer__eval_batch_size": 64}
-    ways: dict[str, dict[str, Any]] = {
+    variants: dict[str, dict[str, Any]] = {
         "grpo": {},
         "ppo": {"trainer__algorithm__advantage_estimator": "gae"},
         "full": {ours.RANK: 0, ours.LR: 1e-6},
     }
-    for name, keys in ways.items():
+    for name, keys in variants.items():
         recipe = bench.recipe(model, 4, GROUP, prompt, completion, **ends, **keys)
         recipe.data.val_data = [str(_few(bench, prompt))]
         bench.part(name, partial(_to_the_end, bench, recipe, name))
@@ -385,13 +385,13 @@ def trl(bench: Bench) -> None:
         return
     model = bench.write_model("qwen2.5-0.5b", QWEN25_05B)
     sizes = bench.size((64, PROMPT, 128), (8, 32, 8))
-    mine = bench.part("ours", lambda: _our_steps(bench, model, *sizes))
+    our_steps = bench.part("ours", lambda: _our_steps(bench, model, *sizes))
     for name, checkpointing in (("trl", False), ("trl with checkpointing", True)):
-        theirs = bench.part(
+        trl_steps = bench.part(
             name, partial(_trl_steps, bench, model, *sizes, checkpointing=checkpointing)
         )
-        if mine and theirs:
-            bench.note(f"{name} / ours", round(theirs["step_s"] / mine["step_s"], 2))
+        if our_steps and trl_steps:
+            bench.note(f"{name} / ours", round(trl_steps["step_s"] / our_steps["step_s"], 2))
 
 
 def _our_steps(

@@ -27,12 +27,12 @@ def _recipe(bench: Bench, sequences: int, **keys: Any) -> Any:
     """Return a recipe of `sequences` a step on the random model, sampled by vLLM."""
     model = bench.write_model("qwen2.5-0.5b", QWEN25_05B)
     prompt, completion = bench.size((PROMPT, COMPLETION), (32, 16))
-    here: dict[str, Any] = {
+    keys_here: dict[str, Any] = {
         "generator.backend": "vllm",
         "generator.max_num_seqs": bench.size(1024, 64),
     }
-    here |= bench.size({}, {ours.DTYPE: "float32"})  # vLLM's native dtype on a CPU
-    return bench.recipe(model, sequences // GROUP, GROUP, prompt, completion, **here, **keys)
+    keys_here |= bench.size({}, {ours.DTYPE: "float32"})  # vLLM's native dtype on a CPU
+    return bench.recipe(model, sequences // GROUP, GROUP, prompt, completion, **keys_here, **keys)
 
 
 @contextlib.contextmanager
@@ -78,7 +78,7 @@ def _parity(bench: Bench, pack: Any, member: Any, *, new_weights: bool = True) -
         ours.shake(member)
         ours.publish(pack, member)
     prompts = [
-        [10 + (7 * place + k) % 700 for k in range(24)] for place in range(bench.size(16, 4))
+        [10 + (7 * index + k) % 700 for k in range(24)] for index in range(bench.size(16, 4))
     ]
     groups, seconds, _ = bench.timed(
         lambda: ours.sample(pack, member, prompts, 4, bench.size(COMPLETION, 16))

@@ -180,14 +180,14 @@ class Page:
 
         Raises RuntimeError when the expression throws.
         """
-        found = self.call(
+        answer = self.call(
             "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True
         )
-        if "exceptionDetails" in found:
+        if "exceptionDetails" in answer:
             raise RuntimeError(
-                found["exceptionDetails"].get("exception", {}).get("description") or "it threw"
+                answer["exceptionDetails"].get("exception", {}).get("description") or "it threw"
             )
-        return found["result"].get("value")
+        return answer["result"].get("value")
 
     def press(self, *keys: str) -> None:
         """Press keys by name (`Tab`, `Enter`), or type single characters."""
@@ -234,10 +234,10 @@ class Page:
 
     def screenshot(self, path: Path, *, whole: bool = True) -> None:
         """Save the visible part of the tab, or the whole page, as PNG."""
-        found = self.call(
+        answer = self.call(
             "Page.captureScreenshot", format="png", captureBeyondViewport=whole, **self._clip(whole)
         )
-        path.write_bytes(base64.b64decode(found["data"]))
+        path.write_bytes(base64.b64decode(answer["data"]))
 
     def _clip(self, whole: bool) -> dict[str, Any]:
         if not whole:
@@ -273,12 +273,12 @@ class Proxy(ThreadingHTTPServer):
     @property
     def from_pages(self) -> list[str]:
         """Return the requests of pages, without those that the browser sends by itself."""
-        own = r"(google|googleapis|gvt1|gstatic)\.com"
-        return [path for path in self.asked if not re.search(own, path)]
+        google = r"(google|googleapis|gvt1|gstatic)\.com"
+        return [path for path in self.asked if not re.search(google, path)]
 
 
 @contextlib.contextmanager
-def watched(profile: Path) -> Iterator[tuple[Browser, Proxy]]:
+def proxied_browser(profile: Path) -> Iterator[tuple[Browser, Proxy]]:
     """Start a browser and the proxy that receives all its requests."""
     with Proxy() as proxy:
         thread = threading.Thread(target=proxy.serve_forever)
@@ -299,9 +299,11 @@ def violations(page: Page) -> list[str]:
     if package is None or package.origin is None:
         pytest.skip("axe-core is not installed: pip install --no-deps axe-playwright-python")
     page.run((Path(package.origin).parent / "axe.min.js").read_text() + "; true")
-    found: dict[str, Any] = page.run("axe.run(document, {resultTypes: ['violations']})")
+    report: dict[str, Any] = page.run("axe.run(document, {resultTypes: ['violations']})")
     return [
-        f"{one['id']}: {node['html'][:200]}" for one in found["violations"] for node in one["nodes"]
+        f"{one['id']}: {node['html'][:200]}"
+        for one in report["violations"]
+        for node in one["nodes"]
     ]
 
 

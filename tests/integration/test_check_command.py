@@ -57,10 +57,10 @@ def test_every_seed_is_trained_and_the_mean_is_judged(
         "3,4",
     ]
     assert check.main(arguments) == 3
-    said = capsys.readouterr().out
-    assert "met: eval/accuracy 0 (2 seeds, 95% 0 to 0), expected >= 0 and <= 0.1" in said
-    assert "NOT MET: completions/mean_length" in said
-    assert "2 of 3 expectations met over 2 seeds" in said
+    output = capsys.readouterr().out
+    assert "met: eval/accuracy 0 (2 seeds, 95% 0 to 0), expected >= 0 and <= 0.1" in output
+    assert "NOT MET: completions/mean_length" in output
+    assert "2 of 3 expectations met over 2 seeds" in output
     record = json.loads((tmp_path / "checked" / "check.json").read_text())
     unmet = [[verdict["metric"] for verdict in record["verdicts"] if not verdict["met"]]]
     manifests = [RunDir(tmp_path / "checked" / f"seed{seed}").read_manifest() for seed in (3, 4)]
@@ -81,9 +81,9 @@ def test_a_failed_seed_ends_the_check(tmp_path: Path, capfd: pytest.CaptureFixtu
         "trainer.run_name=failed",
     ]
     assert check.main(arguments) == 2
-    said = capfd.readouterr()
-    assert said.err.count("trainer.policy.model.path names no folder") == 1
-    assert "expectations met" not in said.out
+    captured = capfd.readouterr()
+    assert captured.err.count("trainer.policy.model.path names no folder") == 1
+    assert "expectations met" not in captured.out
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -121,12 +121,12 @@ def test_a_signal_to_the_check_stops_its_run(
     # it on.
     assert any(line.startswith("step    3/1000") for line in process.stdout)
     process.send_signal(sent)
-    out, told = process.communicate(
+    out, errors = process.communicate(
         timeout=60
     )  # returns when the run has closed its end of the pipe as well
-    assert process.returncode == status, told
-    assert "Traceback" not in told
-    assert ("stopped; go on with: python -m harness.run --resume" in told) == (
+    assert process.returncode == status, errors
+    assert "Traceback" not in errors
+    assert ("stopped; go on with: python -m harness.run --resume" in errors) == (
         sent is signal.SIGINT
     )
     assert "expectations met" not in out
@@ -134,7 +134,7 @@ def test_a_signal_to_the_check_stops_its_run(
 
 
 @pytest.mark.parametrize(("flags", "status"), [([], 0), (["--check"], 3)])
-def test_a_run_prints_which_expectations_failed(
+def test_a_run_prints_unmet_expectations(
     tiny_model_dir: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -160,9 +160,9 @@ def test_a_run_prints_which_expectations_failed(
         "trainer.run_name=taken",
     ]
     assert run.main([*taken, *flags]) == status
-    said = capsys.readouterr().out
-    assert said.count(f"is not judged: it was overridden ({rate})") == (0 if flags else 2)
-    assert said.count("NOT MET") == (2 if flags else 0)
+    output = capsys.readouterr().out
+    assert output.count(f"is not judged: it was overridden ({rate})") == (0 if flags else 2)
+    assert output.count("NOT MET") == (2 if flags else 0)
     assert bool(RunDir(tmp_path / "taken").read_manifest()["expect"]) == bool(flags)
 
 
@@ -201,10 +201,10 @@ def test_a_run_killed_before_its_verdict_is_judged_without_training_again(
     capsys.readouterr()
     go_on = ["--resume", str(run_dir.path), *flags] if flags else start
     assert run.main(go_on) == (run.UNMET if flags else 0)
-    said = capsys.readouterr().out
-    assert "its verdict was not written" in said
-    assert "NOT MET: eval/accuracy 0 (one seed), expected >= 0.5" in said
-    assert "held-out accuracy 0.000 after 1 steps" in said
+    output = capsys.readouterr().out
+    assert "its verdict was not written" in output
+    assert "NOT MET: eval/accuracy 0 (one seed), expected >= 0.5" in output
+    assert "held-out accuracy 0.000 after 1 steps" in output
     assert {path: path.read_bytes() for path in trained} == trained
     now = run_dir.read_manifest()
     assert now["expect"][0]["met"] is False
@@ -215,7 +215,7 @@ def test_a_run_killed_before_its_verdict_is_judged_without_training_again(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["recipes/base.yaml", "trainer.policy.model.path=x"], "expects nothing"),
         (["recipes/quickstart.yaml", "--seeds", "0,zero"], "different numbers"),
@@ -223,7 +223,7 @@ def test_a_run_killed_before_its_verdict_is_judged_without_training_again(
         ([], "recipe"),
     ],
 )
-def test_bad_input_is_explained(arguments: list[str], told: str) -> None:
+def test_bad_input_is_explained(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError) as caught:
         check.main(arguments)
-    assert told in str(caught.value)
+    assert message in str(caught.value)

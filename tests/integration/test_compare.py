@@ -72,9 +72,9 @@ def test_sweeps_on_different_metrics_are_not_compared(
     loss = write_sweep(
         tmp_path, Sweep(trials, seeds=[0], metric="completions/clipped_ratio"), "loss"
     )
-    found = compare.pairs(read([two[0], loss]))
-    assert [pair.verdict for pair in found] == ["not comparable"]
-    assert "is judged by" in found[0].reading
+    compared = compare.pairs(read([two[0], loss]))
+    assert [pair.verdict for pair in compared] == ["not comparable"]
+    assert "is judged by" in compared[0].reading
 
 
 def test_a_comparison_page_can_be_rebuilt_from_its_tables(

@@ -35,8 +35,8 @@ def test_untrained_members_share_their_first_evaluation(
         ("generator.eval_sampling_params.temperature=0.5",),
     ]
     members = [
-        pack.add(small_recipe(*more), new_run(small_recipe(*more), f"run{i}"))
-        for i, more in enumerate(others)
+        pack.add(small_recipe(*overrides), new_run(small_recipe(*overrides), f"run{i}"))
+        for i, overrides in enumerate(others)
     ]
     pack.publish(members)
     generate, asked = pack.engine.generate, []
@@ -131,4 +131,4 @@ def _trained(
 def _seeds(seed: int, count: int) -> list[int]:
     from rltrain.data.seeding import stream_seed
 
-    return [stream_seed(seed, "eval", place) for place in range(count)]
+    return [stream_seed(seed, "eval", index) for index in range(count)]

@@ -128,16 +128,21 @@ def test_the_merged_model_in_plain_transformers_equals_the_trainers(
     )
     base = trained.base_dir
     _assert_tokenizer_of(folder, base)
-    ours, its = (GenerationConfig.from_pretrained(path).to_dict() for path in (folder, base))
-    assert ours == its
+    exported_config, base_config = (
+        GenerationConfig.from_pretrained(path).to_dict() for path in (folder, base)
+    )
+    assert exported_config == base_config
 
 
 def _assert_tokenizer_of(folder: Path, base: str) -> None:
-    own, its = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(base)
+    exported, original = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(base)
     chat = [{"role": "user", "content": "Ann's 12 pens cost $3.50 — each?"}]
-    assert own.chat_template == its.chat_template
-    assert own.apply_chat_template(chat) == its.apply_chat_template(chat)
-    assert (own.eos_token_id, own.pad_token_id) == (its.eos_token_id, its.pad_token_id)
+    assert exported.chat_template == original.chat_template
+    assert exported.apply_chat_template(chat) == original.apply_chat_template(chat)
+    assert (exported.eos_token_id, exported.pad_token_id) == (
+        original.eos_token_id,
+        original.pad_token_id,
+    )
 
 
 def test_the_card_says_that_the_inputs_changed(
@@ -257,10 +262,10 @@ def _on_base(trained: Trained, base: Path) -> RunDir:
     run = RunDir(base.with_name(f"run-{base.name}"))
     shutil.copytree(trained.run.path, run.path)
     run.recipe.write_text(recipes.to_yaml(recipe))
-    own = manifest.build(recipe, kind="run", name="run", source="quickstart")
+    rebuilt = manifest.build(recipe, kind="run", name="run", source="quickstart")
     write_json(
         run.manifest,
-        {**trained.run.read_manifest(), "recipe": own["recipe"], "model": own["model"]},
+        {**trained.run.read_manifest(), "recipe": rebuilt["recipe"], "model": rebuilt["model"]},
     )
     return run
 

@@ -38,7 +38,7 @@ from tests.unit.analysis.synthetic import Sweep, Trial, params, write_sweep
 
 # Modules that figures share.
 SHARED = {"theme", "cells", "marks"}
-MODULES = {found.name for found in pkgutil.iter_modules(figures.__path__)} - SHARED
+MODULES = {module.name for module in pkgutil.iter_modules(figures.__path__)} - SHARED
 COLOUR = re.compile(r"#[0-9a-f]{6}\b")
 LOOKS = [Look(dark, narrow) for dark in (False, True) for narrow in (False, True)]
 RATES: dict[str, Any] = {"seeds": 2, "rates": 5, "failures": 0.0}
@@ -65,8 +65,8 @@ def plots(experiment: Experiment) -> Callable[[Figure], list[Plot]]:
         if named(figure) not in known:
             if len(experiments) == 1:
                 experiments.extend(worlds.experiment(make()) for make in WORLDS)
-            found = (figure.data(one) for one in experiments)
-            known[named(figure)] = next((some for some in found if some), [])
+            datasets = (figure.data(one) for one in experiments)
+            known[named(figure)] = next((some for some in datasets if some), [])
         return known[named(figure)]
 
     return first
@@ -136,7 +136,7 @@ class TestContract:
         assert render_all(draw, Look()) == every
         assert render(draw, Look()) == every.svg
 
-    def test_tooltips_lie_on_the_picture(
+    def test_tooltips_are_within_the_picture(
         self, figure: Figure, plots: Callable[[Figure], list[Plot]]
     ) -> None:
         draw = partial(figure.draw, plots(figure)[0].data)
@@ -144,8 +144,8 @@ class TestContract:
             render_all(draw, Look(narrow=narrow), png=False).traces for narrow in (False, True)
         )
         assert bool(wide) == figure.front
-        told = [[(trace.about, trace.texts) for trace in traces] for traces in (wide, narrow)]
-        assert told[0] == told[1], "the page has one list of texts for both"
+        tooltips = [[(trace.about, trace.texts) for trace in traces] for traces in (wide, narrow)]
+        assert tooltips[0] == tooltips[1], "the page has one list of texts for both"
         for trace in (*wide, *narrow):
             assert len(trace.texts) == len(trace.places)
             assert all(0 < x < 1000 and 0 < y < 1000 for x, y in trace.places)
@@ -179,7 +179,7 @@ def anonymous(svg: bytes) -> str:
     names: dict[str, str] = {}
     return re.sub(
         r"[hm][0-9a-f]{10}",
-        lambda found: names.setdefault(found[0], f"mark{len(names)}"),
+        lambda match: names.setdefault(match[0], f"mark{len(names)}"),
         svg.decode(),
     )
 

@@ -56,10 +56,10 @@ def test_results_equal_those_of_vllms_operations(rows: list[int], prefill: bool,
 
     from rltrain.engines.cpu.grouped_lora import GroupedLoRA
 
-    found, expected = (
+    actual, expected = (
         _applied(one, rows, rank=rank, prefill=prefill) for one in (GroupedLoRA, PunicaWrapperCPU)
     )
-    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(actual, expected, atol=1e-3, rtol=1e-5)
 
 
 @pytest.mark.parametrize("rank", RANKS)

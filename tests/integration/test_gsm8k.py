@@ -53,8 +53,8 @@ def prepared(gsm8k_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepa
     """Prepare the real problems, and a model that writes answers in their format."""
     root = tmp_path_factory.mktemp("gsm8k")
     source = [str(gsm8k_dir / f"{name}.jsonl") for name in ("train", "test")]
-    said = _command("harness.prepare", "gsm8k", "--source", *source, "--output-dir", str(root))
-    assert "train.parquet: 7,473 problems" in said
+    output = _command("harness.prepare", "gsm8k", "--source", *source, "--output-dir", str(root))
+    assert "train.parquet: 7,473 problems" in output
     held_out = root / "held_out.parquet"
     pd.read_parquet(root / "validation.parquet").head(HELD_OUT).to_parquet(held_out)
     make_gsm8k_model(root / "model", gsm8k_dir)
@@ -87,7 +87,7 @@ def trained(
 
     @functools.cache
     def run(ranks: int) -> RunDir:
-        said = _command(
+        output = _command(
             "harness.run",
             "recipes/gsm8k_lora.yaml",
             f"data.train_data=[{prepared.train}]",
@@ -113,7 +113,7 @@ def trained(
             f"trainer.ckpt_path={root}",
             f"trainer.run_name=ranks{ranks}",
         )
-        assert "after 2 steps" in said.splitlines()[-1]
+        assert "after 2 steps" in output.splitlines()[-1]
         return RunDir(root / f"ranks{ranks}")
 
     return run

@@ -80,7 +80,7 @@ def harness_run(overrides: dict[str, str], *flags: str) -> subprocess.CompletedP
 def test_the_guides_command_line_dry_runs_unchanged(tmp_path: Path) -> None:
     done = harness_run(guide(tmp_path), "--dry-run")
     assert (done.returncode, done.stderr) == (0, "")
-    for said in (
+    for expected in (
         "Qwen/Qwen2.5-0.5B-Instruct",
         "LoRA rank 32, alpha 32, all-linear, lr 3e-05",
         "grpo, regular loss",
@@ -90,7 +90,7 @@ def test_the_guides_command_line_dry_runs_unchanged(tmp_path: Path) -> None:
         f"{tmp_path}/data/gsm8k/train.parquet",
         "generator.weight_sync_backend has no effect",
     ):
-        assert said in done.stdout
+        assert expected in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 

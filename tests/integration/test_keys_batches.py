@@ -49,16 +49,16 @@ def test_number_of_updates_for_each_batch(
     opened: Open, monkeypatch: pytest.MonkeyPatch, overrides: list[str], updates: list[str]
 ) -> None:
     pack, member = opened(*overrides)
-    seen: list[str] = []
+    updated: list[str] = []
     optimize = TrainedModel.optimize
 
     def recording(self: TrainedModel, ranks: Ranks) -> Row:
-        seen.append(self.name)
+        updated.append(self.name)
         return optimize(self, ranks)
 
     monkeypatch.setattr(TrainedModel, "optimize", recording)
     _step(pack, member)
-    assert seen == updates
+    assert updated == updates
 
 
 class RecordedBatches:
@@ -75,10 +75,10 @@ class RecordedBatches:
             self._watch(monkeypatch, owner, name)
 
     def _watch(self, monkeypatch: pytest.MonkeyPatch, owner: type[TrainedModel], name: str) -> None:
-        method, seen = getattr(owner, name), self.batches.setdefault(f"{owner.name}.{name}", [])
+        method, recorded = getattr(owner, name), self.batches.setdefault(f"{owner.name}.{name}", [])
 
         def recording(model: TrainedModel, batch: Batch, *rest: Any) -> Any:
-            seen.append(batch)
+            recorded.append(batch)
             return method(model, batch, *rest)
 
         monkeypatch.setattr(owner, name, recording)
@@ -89,7 +89,7 @@ class RecordedBatches:
 
 
 @pytest.fixture(scope="module")
-def whole() -> dict[str, Row]:
+def first_row() -> dict[str, Row]:
     """Return a cache for the metrics of the first step, computed in as few parts as possible."""
     return {}
 
@@ -104,10 +104,10 @@ def whole() -> dict[str, Row]:
     ],
 )
 def test_micro_batches_have_their_size_and_change_no_result(
-    opened: Open, monkeypatch: pytest.MonkeyPatch, whole: dict[str, Row], setting: str
+    opened: Open, monkeypatch: pytest.MonkeyPatch, first_row: dict[str, Row], setting: str
 ) -> None:
     pack, member = opened(PPO, "trainer.micro_train_batch_size_per_gpu=16", f"trainer.{setting}")
-    seen = RecordedBatches(monkeypatch)
+    recorded = RecordedBatches(monkeypatch)
     row = _step(pack, member)
     # 16 sequences to compute, and 8 in each of two mini-batches.
     forward, train = [16], [8, 8]
@@ -116,18 +116,18 @@ def test_micro_batches_have_their_size_and_change_no_result(
     if setting == "micro_forward_batch_size_per_gpu=5":
         forward = [5, 5, 5, 1]
     if setting.startswith("max_tokens"):
-        assert sum(seen.sizes("policy.logprobs")) == 16
-        for name, batches in seen.batches.items():
+        assert sum(recorded.sizes("policy.logprobs")) == 16
+        for name, batches in recorded.batches.items():
             # `loss` calls `values` too.
             assert len(batches) > (2 if name.endswith("loss") else 1)
             assert (
                 max(packing.pack(batch, share=True).input_ids.numel() for batch in batches) <= 200
             )
     else:
-        assert seen.sizes("policy.logprobs") == forward
-        assert seen.sizes("policy.loss") == seen.sizes("critic.loss") == train
-        assert seen.sizes("critic.values") == forward + train
-    expected = whole.setdefault("first", row)
+        assert recorded.sizes("policy.logprobs") == forward
+        assert recorded.sizes("policy.loss") == recorded.sizes("critic.loss") == train
+        assert recorded.sizes("critic.values") == forward + train
+    expected = first_row.setdefault("first", row)
     for name in (
         "loss",
         "grad_norm",
@@ -168,14 +168,14 @@ def test_number_of_prompts_and_samples_for_each_step(
 def test_batched_is_one_engine_call_or_one_for_each_prompt(
     opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = []
+    tokens = []
     for batched in ("true", "false"):
         pack, _ = opened(f"generator.batched={batched}")
         calls = _watch_engine(pack, monkeypatch)
         ((scored, _),) = sample_rollouts(pack, pack.members).values()
         assert [len(requests) for requests in calls] == ([4] if batched == "true" else [1] * 4)
-        found.append([[sample.token_ids for sample in group] for group in scored.samples])
-    assert found[0] == found[1]
+        tokens.append([[sample.token_ids for sample in group] for group in scored.samples])
+    assert tokens[0] == tokens[1]
 
 
 def test_evaluation_calls_the_engine_in_batches(
@@ -215,7 +215,7 @@ def _watch_widths(patch: pytest.MonkeyPatch, widths: list[int]) -> None:
 
 
 def test_number_of_sequences_decoded_at_once(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = []
+    tokens = []
     for limit, most in ((256, 16), (5, 5)):
         pack, _ = opened(f"generator.max_num_seqs={limit}")
         widths: list[int] = []
@@ -223,5 +223,5 @@ def test_number_of_sequences_decoded_at_once(opened: Open, monkeypatch: pytest.M
             _watch_widths(patch, widths)
             ((scored, _),) = sample_rollouts(pack, pack.members).values()
         assert max(widths) == most
-        found.append([[sample.token_ids for sample in group] for group in scored.samples])
-    assert found[0] == found[1]
+        tokens.append([[sample.token_ids for sample in group] for group in scored.samples])
+    assert tokens[0] == tokens[1]

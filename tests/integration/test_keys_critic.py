@@ -58,9 +58,9 @@ def test_resumed_ppo_run_equals_uninterrupted_run(ppo: MakeRecipe, new_run: Make
     assert broken.status is Status.RUNNING
     saved = load_file(broken.checkpoints / "step_000002" / "critic.safetensors")
     assert {"value_head.weight", "value_head.bias"} < saved.keys()
-    found = _run(recipe, broken)
+    actual = _run(recipe, broken)
     assert rows(whole) == rows(broken)
-    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    assert all(torch.equal(tensor, actual[name]) for name, tensor in expected.items())
     assert not torch.equal(saved["value_head.weight"], expected["value_head.weight"])
     adapters = [
         load_file(run.adapter / "final" / "adapter_model.safetensors") for run in (whole, broken)
@@ -92,9 +92,9 @@ def test_resumed_full_fine_tuning_of_both_equals_uninterrupted_run(
     expected = _run(recipe, whole)
     _run(recipe, broken, stop_after=1)
     assert broken.status is Status.RUNNING
-    found = _run(recipe, broken)
+    actual = _run(recipe, broken)
     assert rows(whole) == rows(broken)
-    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    assert all(torch.equal(tensor, actual[name]) for name, tensor in expected.items())
     models = [load_file(run.adapter / "final" / "model.safetensors") for run in (whole, broken)]
     assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
 
@@ -155,12 +155,13 @@ def test_full_fine_tuning_of_the_policy_with_a_critic(
     recipe = ppo(*full, f"trainer.critic.model.lora.rank={rank}")
     pack, member, critic, before, row = _stepped(recipe, new_run(recipe, "run"))
     assert critic.model is not member.policy.model
-    for learner in member.trained_models:
+    for trained_model in member.trained_models:
         changed = [
-            not torch.equal(p, before[learner.name][name]) for name, p in learner.parameters.items()
+            not torch.equal(p, before[trained_model.name][name])
+            for name, p in trained_model.parameters.items()
         ]
         # A has no gradient in the first update, because B is zero. The critic makes two updates.
-        assert all(changed), learner.name
+        assert all(changed), trained_model.name
     assert row["kl_in_reward"] == pytest.approx(0, abs=1e-6)
     pack.close()
 
@@ -173,9 +174,10 @@ def test_the_shared_base_of_policy_and_critic_does_not_change(
     base = {name: p.detach().clone() for name, p in pack.model.named_parameters()}
     pack.close()
     pack, member, critic, before, _ = _stepped(recipe, new_run(recipe, "run"))
-    for learner in member.trained_models:
+    for trained_model in member.trained_models:
         assert any(
-            not torch.equal(p, before[learner.name][name]) for name, p in learner.parameters.items()
+            not torch.equal(p, before[trained_model.name][name])
+            for name, p in trained_model.parameters.items()
         )
     after = {
         name.replace(".base_layer", ""): p

@@ -122,7 +122,7 @@ def test_dropout_acts_only_in_training(join: Join, dropout: float) -> None:
         (["trainer.exclude_modules=[q_proj]"], LINEAR - {"q_proj"}),
     ],
 )
-def test_target_modules_default_to_the_policys(
+def test_target_modules_default_to_those_of_the_trainer(
     join: Join, settings: list[str], leaves: set[str]
 ) -> None:
     assert {name.rsplit(".", 1)[1] for name in _layers(join(*settings))} == leaves
@@ -166,15 +166,15 @@ def _critic_of(member: Member) -> Critic:
 def test_a_critic_shares_the_policys_base(
     small_recipe: MakeRecipe, new_run: MakeRun, tiny_model_dir: Path, path: str
 ) -> None:
-    given = "null" if path == "null" else str(tiny_model_dir)
-    pack, member = _opened(small_recipe, new_run, f"trainer.critic.model.path={given}")
+    critic_path = "null" if path == "null" else str(tiny_model_dir)
+    pack, member = _opened(small_recipe, new_run, f"trainer.critic.model.path={critic_path}")
     critic = _critic_of(member)
     assert critic.model is member.policy.model is pack.model
     weights = dict(critic.model.get_base_model().named_parameters())
     base = sum(p.numel() for name, p in weights.items() if ".lora_" not in name)
     assert base == pack.num_parameters
-    own = {id(p) for p in critic.parameters.values()}
-    assert not own & {id(p) for p in member.policy.parameters.values()}
+    critic_parameters = {id(p) for p in critic.parameters.values()}
+    assert not critic_parameters & {id(p) for p in member.policy.parameters.values()}
     pack.close()
 
 
@@ -190,12 +190,12 @@ def test_a_critic_of_another_path_loads_that_base(
         {"format": "pt"},
     )
     pack, member = _opened(small_recipe, new_run, f"trainer.critic.model.path={folder}")
-    own, shared = (
+    critic_norm, policy_norm = (
         model.model.get_base_model().model.norm.weight
         for model in (_critic_of(member), member.policy)
     )
-    assert torch.equal(own, 2 * shared)
+    assert torch.equal(critic_norm, 2 * policy_norm)
     row = train_step(pack, pack.members)[member]
     assert row["critic/grad_norm"] > 0
-    assert torch.equal(own, 2 * shared)  # the trained model's base does not change
+    assert torch.equal(critic_norm, 2 * policy_norm)  # the trained model's base does not change
     pack.close()

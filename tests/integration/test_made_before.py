@@ -30,8 +30,8 @@ def copy_of(name: str, folder: Path) -> RunDir:
 
 def same_cpu(run_dir: RunDir) -> bool:
     """Return whether this CPU gives the same bits as the one that made the run."""
-    made, here = run_dir.read_manifest()["hardware"], machine.hardware()
-    return all(made[name] == here[name] for name in ("cpu", "simd"))
+    made, current = run_dir.read_manifest()["hardware"], machine.hardware()
+    return all(made[name] == current[name] for name in ("cpu", "simd"))
 
 
 def assert_as_expected(run_dir: RunDir, name: str) -> None:

@@ -225,10 +225,10 @@ def test_rewards_are_the_same_in_other_threads(capfd: pytest.CaptureFixture[str]
     cases = [
         (f"{i}/8", rf"\frac{{{i}}}{{8}}" if i % 2 else rf"\frac{{{i + 1}}}{{8}}") for i in range(20)
     ]
-    found: dict[int, list[float]] = {}
+    rewards: dict[int, list[float]] = {}
 
     def work(name: int) -> None:
-        found[name] = [
+        rewards[name] = [
             math.reward(box(f"{answer} + {name} - {name}"), truth) for answer, truth in cases
         ]
 
@@ -237,7 +237,7 @@ def test_rewards_are_the_same_in_other_threads(capfd: pytest.CaptureFixture[str]
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == dict.fromkeys(range(4), [0.0, 1.0] * 10)
+    assert rewards == dict.fromkeys(range(4), [0.0, 1.0] * 10)
     assert capfd.readouterr() == ("", "")  # neither math-verify nor its parser prints anything
 
 
@@ -248,9 +248,9 @@ def test_a_forked_child_starts_a_new_comparison_process() -> None:
         theirs = [
             pool.apply_async(math.reward, (box(f"{i}/7"), rf"\frac{{{i}}}{{7}}")) for i in range(8)
         ]
-        mine = [math.reward(box(f"{i}/7"), rf"\frac{{{i + 1}}}{{7}}") for i in range(8)]
+        fractions = [math.reward(box(f"{i}/7"), rf"\frac{{{i + 1}}}{{7}}") for i in range(8)]
         assert [one.get(60) for one in theirs] == [1.0] * 8
-    assert mine == [0.0] * 8
+    assert fractions == [0.0] * 8
 
 
 def test_an_interrupted_comparison_does_not_affect_the_next() -> None:

@@ -53,7 +53,7 @@ def test_the_memory_model_gets_free_memory_and_pack_size(
 ) -> None:
     recipe, asked = small_recipe(AUTO), []
 
-    def fits(given: Any, shape: Any, free: float, *, on_gpu: bool, members: int) -> int:
+    def fits(recipe: Any, shape: Any, free: float, *, on_gpu: bool, members: int) -> int:
         asked.append((shape.hidden, free, on_gpu, members))
         return 128
 
@@ -83,32 +83,32 @@ def test_a_micro_batch_shrinks_until_it_fits(
     ppo = ["trainer.algorithm.advantage_estimator=gae"] * critic
     pack, member = opened(AUTO, "trainer.micro_train_batch_size_per_gpu=null", *ppo)
     before = {name: p.detach().clone() for name, p in member.policy.parameters.items()}
-    seen: dict[type, list[int]] = {Policy: [], Critic: []}
-    for kind in seen:
-        _fail_above(kind, 700, seen[kind], monkeypatch)
+    sizes: dict[type, list[int]] = {Policy: [], Critic: []}
+    for kind in sizes:
+        _fail_above(kind, 700, sizes[kind], monkeypatch)
     micro_batch_size.try_largest_micro_batch(pack, member)
     # Sequences of 128 + 64 tokens: 10 of them, then half, then half again.
     assert member.max_tokens is not None
     assert member.max_tokens <= 700
-    tried = seen[Critic if critic else Policy]
+    tried = sizes[Critic if critic else Policy]
     assert tried[0] == 10 * (128 + 64)
     assert tried == sorted(tried, reverse=True)
-    assert bool(seen[Critic]) is critic
+    assert bool(sizes[Critic]) is critic
     assert all(torch.equal(p, before[name]) for name, p in member.policy.parameters.items())
     assert all(
-        p.grad is None for learner in member.trained_models for p in learner.parameters.values()
+        p.grad is None for trained in member.trained_models for p in trained.parameters.values()
     )
     assert not member.policy.optimizer.state
     assert not pack.model.training
 
 
 def _fail_above(
-    kind: type[TrainedModel], most: int, seen: list[int], monkeypatch: pytest.MonkeyPatch
+    kind: type[TrainedModel], most: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loss: Any = kind.loss
 
     def failing(self: TrainedModel, micro: Batch, totals: Any) -> Any:
-        seen.append(micro.packed_tokens)
+        sizes.append(micro.packed_tokens)
         if micro.packed_tokens > most:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return loss(self, micro, totals)
@@ -126,10 +126,10 @@ def test_each_micro_batch_size_is_tried_once_on_a_gpu(
         "try_largest_micro_batch",
         lambda _, member: tried.append(member.max_tokens),
     )
-    for place, tokens in enumerate([512, 256, 1024, 1024]):
+    for index, tokens in enumerate([512, 256, 1024, 1024]):
         monkeypatch.setattr(memory, "tokens_that_fit", lambda *_, tokens=tokens, **__: tokens)
         recipe = small_recipe(AUTO)
-        member = pack.add(recipe, new_run(recipe, f"run{place}"))
+        member = pack.add(recipe, new_run(recipe, f"run{index}"))
         with monkeypatch.context() as patched:
             patched.setattr(pack, "device", torch.device("cuda"))
             micro_batch_size.settle_micro_batch_size(pack, member)

@@ -89,8 +89,8 @@ class Runs:
             "trainer.max_steps=2",
             *overrides,
         ]
-        given = zip(MEMBERS[:count], budgets, strict=True)
-        return [self._make(*shared, *own, f"{KEY}={budget}") for own, budget in given]
+        settings = zip(MEMBERS[:count], budgets, strict=True)
+        return [self._make(*shared, *keys, f"{KEY}={budget}") for keys, budget in settings]
 
     def train(
         self, recipes: list[Recipe], before: Callable[[Pack], object] = lambda pack: None
@@ -116,7 +116,7 @@ class Runs:
         pack.close()
         rows = [[without_timings(row) for row in MetricsFile(run.metrics).rows()] for run in runs]
         manifests = [run.read_manifest() for run in runs]
-        return [rows, [list(own.values()) for own in weights], manifests]
+        return [rows, [list(weights_of_run.values()) for weights_of_run in weights], manifests]
 
 
 @pytest.fixture
@@ -185,11 +185,11 @@ def test_a_failure_with_one_sequence_fails_the_member_and_keeps_no_tensor(
 
     recipes = runs.recipes(2, [BUDGET] * 2, ["trainer.max_steps=1"])
     trainer = Trainer(recipes[0], slots=2)
-    own = [new_run(recipe, f"own{i}") for i, recipe in enumerate(recipes)]
-    for recipe, run in zip(recipes, own, strict=True):
+    run_dirs = [new_run(recipe, f"own{i}") for i, recipe in enumerate(recipes)]
+    for recipe, run in zip(recipes, run_dirs, strict=True):
         trainer.add(recipe, run)
     monkeypatch.setattr(Policy, "loss", failing)
-    done, error = trainer.step(own).values()
+    done, error = trainer.step(run_dirs).values()
     assert isinstance(done, StepReport)
     assert done.done
     assert isinstance(error, PassTooLarge)
@@ -218,12 +218,12 @@ def test_sampling_continues_with_fewer_sequences_at_a_time(
 ) -> None:
     batch = TransformersEngine._batch
 
-    def failing(self: TransformersEngine, requests: Any, places: Any, decoder: Any) -> Any:
-        if len(places) > 5:
+    def failing(self: TransformersEngine, requests: Any, positions: Any, decoder: Any) -> Any:
+        if len(positions) > 5:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return batch(self, requests, places, decoder)
+        return batch(self, requests, positions, decoder)
 
-    found = []
+    logs = []
     for most, patch in ((512, True), (4, False)):
         with monkeypatch.context() as patched:
             if patch:
@@ -231,9 +231,9 @@ def test_sampling_continues_with_fewer_sequences_at_a_time(
             recipe = small_recipe(f"generator.max_num_seqs={most}", "trainer.max_steps=2")
             run = new_run(recipe, f"most{most}")
             train_run(recipe, run)
-            found.append([without_timings(row) for row in MetricsFile(run.metrics).rows()])
-    assert [row["eval/accuracy"] for row in found[0] if "eval/accuracy" in row] == [
-        row["eval/accuracy"] for row in found[1] if "eval/accuracy" in row
+            logs.append([without_timings(row) for row in MetricsFile(run.metrics).rows()])
+    assert [row["eval/accuracy"] for row in logs[0] if "eval/accuracy" in row] == [
+        row["eval/accuracy"] for row in logs[1] if "eval/accuracy" in row
     ]
-    for ours, theirs in zip(*found, strict=True):
+    for ours, theirs in zip(*logs, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)

@@ -119,14 +119,14 @@ def test_packed_trials_equal_runs_alone_to_the_bit(
 ) -> None:
     trials = [TRIALS[0], *TRIALS[2:]] if backend == "transformers" else [TRIALS[0], TRIALS[4]]
     sweep_dir = packed_sweep(trials, 3, tmp_path, *data, f"generator.backend={backend}")
-    said = [sweep_dir.trial(number).read_manifest() for number in range(len(trials))]
-    assert [m["status"] for m in said] == [
+    manifests = [sweep_dir.trial(number).read_manifest() for number in range(len(trials))]
+    assert [m["status"] for m in manifests] == [
         "FAILED" if values[-1] in FAILS else "COMPLETE" for values in trials
     ]
     for number, values in enumerate(trials):
         trial = sweep_dir.trial(number)
         if values[-1] in FAILS:
-            assert said[number]["reason"].startswith(FAILS[values[-1]])
+            assert manifests[number]["reason"].startswith(FAILS[values[-1]])
             assert "Traceback" in trial.log.read_text()
             continue
         assert_as_alone(trial, tmp_path / f"alone{number}")
@@ -160,7 +160,7 @@ def test_a_trial_restarts_alone_when_another_failed_on_two_ranks(
     data: list[str], tmp_path: Path
 ) -> None:
     sweep_dir = packed_sweep([TRIALS[0], TRIALS[2]], 2, tmp_path, *data, *RANKS)
-    said = [sweep_dir.trial(number).read_manifest() for number in range(2)]
-    assert [m["status"] for m in said] == ["COMPLETE", "FAILED"]
-    assert said[1]["reason"].startswith(FAILS[RAISES])
+    manifests = [sweep_dir.trial(number).read_manifest() for number in range(2)]
+    assert [m["status"] for m in manifests] == ["COMPLETE", "FAILED"]
+    assert manifests[1]["reason"].startswith(FAILS[RAISES])
     assert set(members(sweep_dir.trial(0))[1:]) == {1.0}

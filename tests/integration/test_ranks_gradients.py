@@ -44,15 +44,15 @@ def gradients(ranks: Ranks, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """
     model, whole = Model(), nn.Parameter(torch.ones(WIDTH))
     ranks.shard(model, dtype)
-    seen: list[torch.dtype] = []
-    model.layers[0].register_forward_pre_hook(lambda layer, _: seen.append(layer.weight.dtype))
+    dtypes: list[torch.dtype] = []
+    model.layers[0].register_forward_pre_hook(lambda layer, _: dtypes.append(layer.weight.dtype))
     rows = torch.arange(float(ROWS * WIDTH)).reshape(ROWS, WIDTH).sin()
-    own = rows[list(ranks.share(ROWS))]
+    local_rows = rows[list(ranks.share(ROWS))]
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
-        made = model(own)
+        made = model(local_rows)
     (whole * made.float()).square().sum().div(ROWS).backward()
     if ranks.size > 1:
-        assert seen == [dtype]  # the weights were gathered in this dtype
+        assert dtypes == [dtype]  # the weights were gathered in this dtype
     named = {**dict(model.named_parameters()), "whole": whole}
     ranks.sum_gradients(named.values())
     return {
@@ -72,11 +72,11 @@ def compare(
     """Compare gradients in one of the two processes."""
     address = listener.getsockname()
     ranks = Ranks.form(rank, SIZE, address, torch.device("cpu"), listener if rank == 0 else None)
-    found = gradients(ranks, dtype)
-    assert found.keys() == expected.keys()
+    actual = gradients(ranks, dtype)
+    assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
-        assert found[name].dtype == torch.float32
-        assert (found[name] - gradient).norm() <= tolerance * gradient.norm(), name
+        assert actual[name].dtype == torch.float32
+        assert (actual[name] - gradient).norm() <= tolerance * gradient.norm(), name
     torch.distributed.destroy_process_group()
 
 

@@ -87,8 +87,8 @@ def test_the_page_starts_with_the_answer(html: Page) -> None:
         "Provenance",
     ]
     body = html.text[html.text.index(order[0]) :]  # after the table of contents
-    places = [body.index(text) for text in order]
-    assert places == sorted(places)
+    positions = [body.index(text) for text in order]
+    assert positions == sorted(positions)
 
 
 def test_only_the_main_sections_are_unfolded(
@@ -127,11 +127,11 @@ def test_claims_are_shown_only_where_they_can_be_judged(written: Path) -> None:
     assert (
         text.count("None of the 13 claims of LoRA Without Regret can be judged by these runs") == 1
     )
-    found = content.single(
+    page = content.single(
         worlds.experiment(World((Arm(1), Arm(8)), seeds=3, rates=4, failures=0.0))
     )
     beside: dict[str, Any] = {"figures": [], "refresh": None, "downloads": [], "redraw": ""}
-    judged = markup.fill("report.html.j2", {**found, **beside})
+    judged = markup.fill("report.html.j2", {**page, **beside})
     assert '<section id="claims" class="folded">' in judged
     assert re.search(r'claim by claim</h2>\n <span class="inside">.*\d+ cannot tell</span>', judged)
     assert "can be judged by these runs" not in judged
@@ -307,8 +307,8 @@ def test_settings_swept_by_some_experiments_are_listed_together() -> None:
 
 def test_configurations_are_ranked_or_say_why_not(experiment: Experiment) -> None:
     table = tables.configurations(experiment)
-    places = [row.cells[0] for row in table.rows]
-    assert places == ["1", "2", "3", "4", "–", "–"]
+    ranks = [row.cells[0] for row in table.rows]
+    assert ranks == ["1", "2", "3", "4", "–", "–"]
     assert table.rows[0].best
     assert table.rows[0].cells[-1] == "2 of 2"
     assert [row.cells[-1] for row in table.rows[4:]] == [
@@ -453,10 +453,10 @@ def test_best_is_highest_for_accuracy_and_lowest_for_loss(
         {
             "rank": rank,
             "seed": seed,
-            "score": 0.4 + place / 10 + seed / 500,
+            "score": 0.4 + index / 10 + seed / 500,
             "base": 0.3 if maximize else 0.9,
         }
-        for place, rank in enumerate((1, 8, 64))
+        for index, rank in enumerate((1, 8, 64))
         for seed in range(3)
     ]
     made_of = report.write([made(trials, metric=metric, maximize=maximize)], tmp_path)

@@ -17,7 +17,7 @@ from matplotlib.image import imread
 
 from analysis.report import read, write, write_report
 from harness.records.run_dir import Status
-from tests.integration.browser import CHROMIUM, Browser, Page, Proxy, violations, watched
+from tests.integration.browser import CHROMIUM, Browser, Page, Proxy, proxied_browser, violations
 from tests.unit.analysis.synthetic import Sweep, Trial, example, params, write_sweep
 
 HOSTILE = (
@@ -43,7 +43,7 @@ KINDS = [
 @pytest.fixture(scope="module")
 def watching(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Browser, Proxy]]:
     """Start a browser whose requests all go to a proxy."""
-    with watched(tmp_path_factory.mktemp("profile")) as both:
+    with proxied_browser(tmp_path_factory.mktemp("profile")) as both:
         yield both
 
 
@@ -187,7 +187,7 @@ def test_a_heading_sorts_by_keyboard_and_announces_it(report: Path, browser: Bro
         assert _cells(page, 0) == numbers, "the order it came with"
 
 
-def test_scores_that_do_not_count_sort_last_both_ways(report: Path, browser: Browser) -> None:
+def test_uncounted_scores_are_last_in_both_sort_orders(report: Path, browser: Browser) -> None:
     with browser.page(report.as_uri()) as page:
         index = _column(page, "held-out accuracy")
         button = f"{TRIALS}.tHead.rows[0].cells[{index}].querySelector('button')"
@@ -288,15 +288,18 @@ def test_figures_show_tooltips(report: Path, browser: Browser) -> None:
             for name in ("lr_basin", "learning_curves"):
                 image = f"document.querySelector('figure[aria-labelledby=figure-{name}] img')"
                 page.run(f"{image}.scrollIntoView({{block: 'center'}})")
-                told = json.loads(page.run(f"{image}.closest('figure').dataset.tells"))
+                tooltips = json.loads(page.run(f"{image}.closest('figure').dataset.tells"))
                 trace = next(
                     one
-                    for one in told["traces"]
-                    if told["texts"][one[0]].startswith("trial 4: rank 8,")
+                    for one in tooltips["traces"]
+                    if tooltips["texts"][one[0]].startswith("trial 4: rank 8,")
                 )
                 x, y = trace[-4:-2] if width == 1280 else trace[-2:]
                 page.point_at(image, x, y)
-                assert page.run(_TOOLTIP) == [told["texts"][trace[0]], told["texts"][trace[-5]]]
+                assert page.run(_TOOLTIP) == [
+                    tooltips["texts"][trace[0]],
+                    tooltips["texts"][trace[-5]],
+                ]
                 box = page.run("document.querySelector('.tip').getBoundingClientRect().toJSON()")
                 assert 0 <= box["left"] < box["right"] <= width
                 assert box["top"] >= 0
@@ -336,8 +339,8 @@ def test_a_hostile_setting_is_text_in_a_tooltip(
     with browser.page(path.as_uri()) as page:
         image = "document.querySelector('figure[data-tells] img')"
         page.run(f"{image}.scrollIntoView({{block: 'center'}})")
-        told = json.loads(page.run(f"{image}.closest('figure').dataset.tells"))
-        trace = next(one for one in told["traces"] if HOSTILE in told["texts"][one[0]])
+        tooltips = json.loads(page.run(f"{image}.closest('figure').dataset.tells"))
+        trace = next(one for one in tooltips["traces"] if HOSTILE in tooltips["texts"][one[0]])
         page.point_at(image, *trace[-4:-2])
         assert HOSTILE in page.run(_TOOLTIP)[0]
         assert page.run("document.title") != "ran"
@@ -399,15 +402,15 @@ def test_a_live_page_keeps_its_scroll_position(
         page.run(
             f"{TRIALS}.tHead.rows[0].cells[0].querySelector('button').focus({{preventScroll: true}})"  # noqa: E501
         )
-        seen = (
+        position = (
             f"[{_PLACE}, document.activeElement.textContent, "
             "document.getElementById('more-problems').open]"
         )
-        was = [_cells(page, 0, shown=True), page.run(seen)]
+        was = [_cells(page, 0, shown=True), page.run(position)]
         path.write_text(text.replace("</title>", ", again</title>"))
         page.run("document.getElementById('pause').click()")
         page.wait("document.title.endsWith(', again') && document.readyState === 'complete'")
-        assert [_cells(page, 0, shown=True), page.run(seen)] == was
+        assert [_cells(page, 0, shown=True), page.run(position)] == was
         assert was[1] == [pytest.approx(16, abs=1), "trial", True], "just below the screen's edge"
         assert page.run("document.getElementById('trial-table-status').value") == "COMPLETE"
 
@@ -450,12 +453,12 @@ _TOOLTIP = """(tip => tip && !tip.hidden ? [tip.children[0].textContent, tip.chi
 
 
 def _column(page: Page, title: str) -> int:
-    found = page.run(
+    number = page.run(
         f"[...{TRIALS}.tHead.rows[0].cells].findIndex((one) => one.textContent === "
         f"{json.dumps(title)})"
     )
-    assert found >= 0
-    return int(found)
+    assert number >= 0
+    return int(number)
 
 
 def _cells(page: Page, column: int, *, shown: bool = False) -> list[str]:
@@ -464,10 +467,10 @@ def _cells(page: Page, column: int, *, shown: bool = False) -> list[str]:
     `shown`: only of rows that are not filtered out.
     """
     rows = f"[...{TRIALS}.tBodies[0].rows].filter((row) => !{json.dumps(shown)} || !row.hidden)"
-    found: list[str] = page.run(
+    count: list[str] = page.run(
         f"{rows}.map((row) => row.cells[{column}].firstChild.textContent.trim())"
     )
-    return found
+    return count
 
 
 def _filtered(page: Page, text: str, status: str = "") -> str:

@@ -61,10 +61,10 @@ def test_several_sweeps_are_compared_on_one_page(
     first = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9), "first")
     second = write_run(tmp_path, Trial(0, 0, params(1, 1e-3), 0.8), "second")
     assert report.main(["--compare", str(first), str(second)]) == 0
-    said = capsys.readouterr().out
-    assert "first: Rank 8" in said
-    assert "second: Rank 1" in said
-    assert f"report: {tmp_path / 'comparison' / 'index.html'}" in said
+    output = capsys.readouterr().out
+    assert "first: Rank 8" in output
+    assert "second: Rank 1" in output
+    assert f"report: {tmp_path / 'comparison' / 'index.html'}" in output
     with pytest.raises(UserError, match="puts several sweeps or runs on one page"):
         report.main(["--compare", str(first)])
 

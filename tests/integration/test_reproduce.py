@@ -131,8 +131,8 @@ def test_a_run_that_was_killed_and_resumed_is_reproduced(
     run_dir = train(reports=reports)
     assert run.main(["--resume", str(run_dir.path)]) == 0
     assert reproduced(run_dir) == 0
-    said = capsys.readouterr().out
-    assert "identical: 5 rows of metrics, 36 completions, weights best and final" in said
+    output = capsys.readouterr().out
+    assert "identical: 5 rows of metrics, 36 completions, weights best and final" in output
     (entry,) = run_dir.read_manifest()["resumed"]
     assert entry["command"]
 
@@ -144,10 +144,10 @@ def test_an_unfinished_run_is_compared_up_to_its_last_step(
     # Killed before it logged step 4, whose evaluation was on disk.
     run_dir.eval_samples(4).write_bytes(run_dir.eval_samples(2).read_bytes())
     assert reproduced(run_dir) == 0
-    said = capsys.readouterr().out
-    assert "RUNNING, up to step 3" in said
-    assert "the run is RUNNING: compared up to step 3, the last it logged; no weights" in said
-    assert "identical: 4 rows of metrics, 24 completions, no weights" in said
+    output = capsys.readouterr().out
+    assert "RUNNING, up to step 3" in output
+    assert "the run is RUNNING: compared up to step 3, the last it logged; no weights" in output
+    assert "identical: 4 rows of metrics, 24 completions, no weights" in output
     assert again(run_dir).status is Status.PRUNED
     assert [row["step"] for row in rows(again(run_dir))] == [0, 1, 2, 3]
 
@@ -176,9 +176,11 @@ def test_a_changed_metric_is_named(train: Callable[..., RunDir], capsys: Capture
     )
     assert reproduced(run_dir) == 1
     out = capsys.readouterr().out.splitlines()
-    told = f"departs at step 3: reward {row['reward'] + 0.25:.9g} -> {row['reward']:.9g} (by 0.25)"
-    assert told in out  # printed at once, while the repetition is running
-    assert out[-1].startswith(f"{told}; differences in all: 2")
+    message = (
+        f"departs at step 3: reward {row['reward'] + 0.25:.9g} -> {row['reward']:.9g} (by 0.25)"
+    )
+    assert message in out  # printed at once, while the repetition is running
+    assert out[-1].startswith(f"{message}; differences in all: 2")
     assert again(run_dir).status is Status.COMPLETE
 
 
@@ -190,8 +192,8 @@ def test_the_repetition_may_stop_at_the_first_difference(
         recipes.to_yaml(recipes.with_values(recipes.read(run_dir.recipe), {"seed": 1}))
     )
     assert reproduced(run_dir, "--stop-at-departure") == 1
-    said = capsys.readouterr().out
-    assert "differs: recipe: " in said
+    output = capsys.readouterr().out
+    assert "differs: recipe: " in output
     assert [row["step"] for row in rows(again(run_dir))] == [0]
     assert again(run_dir).status is Status.PRUNED
     assert again(run_dir).read_manifest()["reproduces"]["verdict"].startswith("departs at step 0: ")
@@ -230,23 +232,23 @@ def test_a_difference_within_the_tolerance_is_equal(
 def test_changed_data_and_packages_are_named_first(
     train: Callable[..., RunDir], capsys: Capture, tmp_path: Path, small_recipe: MakeRecipe
 ) -> None:
-    (given,) = small_recipe().data.train_data
+    (source,) = small_recipe().data.train_data
     data = tmp_path / "train.parquet"
-    pd.read_parquet(given).to_parquet(data)
+    pd.read_parquet(source).to_parquet(data)
     run_dir = train(f"data.train_data=[{data}]")
     record = run_dir.read_manifest()
     record["packages"]["torch"] = "0.0.1"
     write_json(run_dir.manifest, record)
     pd.read_parquet(data).iloc[::-1].to_parquet(data)
     assert reproduced(run_dir) == 1
-    said = capsys.readouterr().out
-    assert f"  differs: torch: 0.0.1 -> {torch.__version__}\n" in said
-    assert f"  differs: data {data}: sha256:" in said
-    assert "departs at step 1: " in said
+    output = capsys.readouterr().out
+    assert f"  differs: torch: 0.0.1 -> {torch.__version__}\n" in output
+    assert f"  differs: data {data}: sha256:" in output
+    assert "departs at step 1: " in output
 
 
 @pytest.mark.parametrize(
-    ("calls", "error", "said"),
+    ("calls", "error", "message"),
     [
         (4, LookupError("no such word"), "failed after step 3 of 4: LookupError: no such word"),
         (
@@ -263,28 +265,28 @@ def test_a_failed_repetition_says_where_and_why(
     monkeypatch: pytest.MonkeyPatch,
     calls: int,
     error: Exception,
-    said: str,
+    message: str,
 ) -> None:
-    run_dir, write, seen = train(), Trainer._record, [0]
+    run_dir, write, calls_made = train(), Trainer._record, [0]
 
     def failing(*arguments: Any) -> Any:
-        seen[0] += 1
-        if seen[0] > calls:
+        calls_made[0] += 1
+        if calls_made[0] > calls:
             raise error
         return write(*arguments)
 
     monkeypatch.setattr(Trainer, "_record", failing)
     assert reproduced(run_dir) == 4
-    told = capsys.readouterr()
-    assert told.out.splitlines()[-1].startswith(said)
-    assert "Traceback" not in told.out + told.err
-    assert f"in {again(run_dir).log}" in told.err
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[-1].startswith(message)
+    assert "Traceback" not in captured.out + captured.err
+    assert f"in {again(run_dir).log}" in captured.err
     record = again(run_dir).read_manifest()
     # A full disk is the machine's failure: the repetition can be resumed.
     status = "RUNNING" if isinstance(error, OSError) else "FAILED"
     assert (record["status"], record["reproduces"]["verdict"]) == (
         status,
-        told.out.splitlines()[-1].split("  ")[0],
+        captured.out.splitlines()[-1].split("  ")[0],
     )
     assert "raise error" in again(run_dir).log.read_text()
     assert len(rows(again(run_dir))) == calls

@@ -29,8 +29,12 @@ NOT_TRACKED = {"index.html"}
 
 def files(folder: Path) -> dict[str, bytes]:
     """Return the bytes of every tracked file below a folder by its name there."""
-    found = {str(file.relative_to(folder)): file for file in folder.rglob("*") if file.is_file()}
-    return {name: file.read_bytes() for name, file in found.items() if name not in NOT_TRACKED}
+    files_by_name = {
+        str(file.relative_to(folder)): file for file in folder.rglob("*") if file.is_file()
+    }
+    return {
+        name: file.read_bytes() for name, file in files_by_name.items() if name not in NOT_TRACKED
+    }
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +50,8 @@ def redrawn(experiments: list[Experiment], tmp_path_factory: pytest.TempPathFact
 
 
 def test_the_text_is_rebuilt_from_the_tables(experiments: list[Experiment]) -> None:
-    found = content.comparison(experiments)
-    text = markup.markdown("compare.md.j2", {**found, "redraw": REDRAW})
+    values = content.comparison(experiments)
+    text = markup.markdown("compare.md.j2", {**values, "redraw": REDRAW})
     assert text == (STUDY / "report.md").read_text()
 
 

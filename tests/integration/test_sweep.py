@@ -85,12 +85,12 @@ class Sweeps:
 
     def left_over(self) -> list[int]:
         """Return processes that still carry the mark."""
-        found = []
+        pids = []
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 if f"{MARK}={self.mark}".encode() in (folder / "environ").read_bytes():
-                    found.append(int(folder.name))
-        return found
+                    pids.append(int(folder.name))
+        return pids
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_complete_pruned_and_failed_trials(sweeps: Sweeps) -> None:
         "sweep.num_trials=4",
         "sweep.pruner={name:threshold,lower:2.0}",
     )
-    said = finished(process)
+    output = finished(process)
     sweep = RunDir(sweeps.root / "all")
     assert [m["status"] for m in manifests(sweep)] == ["COMPLETE", "PRUNED", "FAILED", "FAILED"]
     assert [trial.state.name for trial in studied(sweep)] == ["COMPLETE", "PRUNED", "FAIL", "FAIL"]
@@ -163,16 +163,16 @@ def test_complete_pruned_and_failed_trials(sweeps: Sweeps) -> None:
     table = pd.read_csv(sweep.path / "results.csv")
     assert table["status"].tolist() == ["COMPLETE", "PRUNED", "FAILED", "FAILED"]
     assert (sweep.report / "index.html").is_file()
-    assert "1 complete, 1 pruned, 2 failed" in said
-    assert "python -m harness.run quickstart" in said
+    assert "1 complete, 1 pruned, 2 failed" in output
+    assert "python -m harness.run quickstart" in output
     assert sweeps.left_over() == []
 
 
 @pytest.mark.slow
 def test_a_sweep_of_failures_exits_1(sweeps: Sweeps) -> None:
     only = f"sweep.space={{data.train_data:{{choices:[[{sweeps.training_files()[1]}]]}}}}"
-    said = finished(sweeps.new("none", *NOTHING, only, "sweep.num_trials=1"), status=1)
-    assert "1 failed" in said
+    output = finished(sweeps.new("none", *NOTHING, only, "sweep.num_trials=1"), status=1)
+    assert "1 failed" in output
     assert RunDir(sweeps.root / "none").status.value == "FAILED"
 
 
@@ -202,8 +202,8 @@ def test_kill_and_interrupt_and_resume(sweeps: Sweeps, interrupted: bool) -> Non
         assert f"--resume {sweep.path}" in finished(second, status=130)
         assert manifests(sweep)[2]["status"] == "RUNNING"
 
-    said = finished(sweeps.start("--resume", str(sweep.path)))
-    assert f"{trials} complete, 0 pruned, 0 failed" in said
+    output = finished(sweeps.start("--resume", str(sweep.path)))
+    assert f"{trials} complete, 0 pruned, 0 failed" in output
     assert [sweep.trial(0).manifest.read_bytes(), sweep.trial(0).metrics.read_bytes()] == before
     assert [trial.state.name for trial in studied(sweep)] == ["COMPLETE"] * trials
     assert len({json.dumps(trial.params, sort_keys=True) for trial in studied(sweep)}) == trials
@@ -215,13 +215,16 @@ def test_kill_and_interrupt_and_resume(sweeps: Sweeps, interrupted: bool) -> Non
     assert sweeps.left_over() == []
 
     # A trial that was killed and resumed equals, to the bit, the run of its command.
-    again = next(line for line in said.splitlines() if line.startswith("again: ")).removeprefix(
+    again = next(line for line in output.splitlines() if line.startswith("again: ")).removeprefix(
         "again: python"
     )
     best = sweep.read_manifest()["result"]["best"]["trial"]
-    place = [f"trainer.ckpt_path={sweeps.root}", "trainer.run_name=again"]
+    location = [f"trainer.ckpt_path={sweeps.root}", "trainer.run_name=again"]
     run = subprocess.run(
-        [sys.executable, *shlex.split(again), *place], cwd=PROJECT, capture_output=True, text=True
+        [sys.executable, *shlex.split(again), *location],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stderr
     alone = RunDir(sweeps.root / "again")
@@ -252,8 +255,8 @@ def test_the_best_is_confirmed_on_new_seeds_across_a_kill(sweeps: Sweeps) -> Non
     wait_until(lambda: steps_of(sweep.trial(3))[-1:] >= [3], first)
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
-    said = finished(sweeps.start("--resume", str(sweep.path)))
-    assert "4 complete, 0 pruned, 0 failed" in said
+    output = finished(sweeps.start("--resume", str(sweep.path)))
+    assert "4 complete, 0 pruned, 0 failed" in output
     best = sweep.read_manifest()["result"]["best"]
     trials = [m["trial"] for m in manifests(sweep)]
     assert [(t["seed"], t["confirm"]) for t in trials] == [
@@ -272,14 +275,14 @@ def test_the_best_is_confirmed_on_new_seeds_across_a_kill(sweeps: Sweeps) -> Non
     data = sweeps.root.parent / "train.parquet"
     whole = data.read_bytes()
     pd.read_parquet(data).iloc[::-1].to_parquet(data)
-    more = ["--resume", str(sweep.path), "--confirm", "2"]
-    assert f"data {data}: sha256:" in finished(sweeps.start(*more), status=2)
+    confirm = ["--resume", str(sweep.path), "--confirm", "2"]
+    assert f"data {data}: sha256:" in finished(sweeps.start(*confirm), status=2)
     assert len(studied(sweep)) == 4
     data.write_bytes(whole)
 
     # A complete sweep gets more trials.
-    said = finished(sweeps.start("--resume", str(sweep.path), "--confirm", "2"))
-    assert "6 complete, 0 pruned, 0 failed" in said
+    output = finished(sweeps.start("--resume", str(sweep.path), "--confirm", "2"))
+    assert "6 complete, 0 pruned, 0 failed" in output
     assert [m["trial"]["configuration"] for m in manifests(sweep)[4:]] == [
         1 - best["configuration"]
     ] * 2

@@ -98,10 +98,10 @@ def test_a_short_training_writes_a_model_that_loads_and_is_reproducible(tmp_path
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     settings = Pretraining(steps=3, batch_size=8, threads=1, eval_problems=8)
-    said: list[str] = []
+    messages: list[str] = []
     for name in ("one", "two"):
-        card = prepare(tmp_path / name, settings, said.append)
-    assert any("ETA" in line for line in said)
+        card = prepare(tmp_path / name, settings, messages.append)
+    assert any("ETA" in line for line in messages)
     assert card["pretraining"]["steps"] == 3
     assert card["held_out"]["problems"] == 8
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))

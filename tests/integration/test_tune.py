@@ -51,17 +51,17 @@ def test_every_outcome_of_a_trial(
     plan, sweep_dir = begin(
         recipe, tmp_path / "a sweep's directory with a name that no socket's path could hold"
     )
-    study, said = Study(sweep_dir.journal, plan), io.StringIO()
+    study, output = Study(sweep_dir.journal, plan), io.StringIO()
     with pytest.raises(
         MachineError, match=f"{sweep_dir.trial(7).checkpoints}: No space left on device"
     ):
-        tune.run(sweep_dir, study, Progress(study, Console(file=said, width=200)), curve_server)
+        tune.run(sweep_dir, study, Progress(study, Console(file=output, width=200)), curve_server)
     assert sweep_dir.trial(7).status is Status.RUNNING
     assert study.trials()[7].state.name == "RUNNING"
     # When the disk has room, the next resume continues it.
     (sweep_dir.trials / "room").touch()
     study = Study(sweep_dir.journal, plan)
-    tune.run(sweep_dir, study, Progress(study, Console(file=said, width=200)), curve_server)
+    tune.run(sweep_dir, study, Progress(study, Console(file=output, width=200)), curve_server)
     records = study.trials()
     assert records.pop().state.name == "COMPLETE"
     assert [record.state.name for record in records] == [

@@ -45,14 +45,14 @@ def start(monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> Iterator[Start]:
 
     It also returns the arguments that vLLM got.
     """
-    given: dict[str, Any] = {}
+    passed: dict[str, Any] = {}
 
     def called(name: str) -> Callable[..., None]:
         return lambda *_, **__: calls.append(name)
 
     class LLM:
         def __init__(self, **settings: Any) -> None:
-            given.update(settings, deterministic=torch.are_deterministic_algorithms_enabled())
+            passed.update(settings, deterministic=torch.are_deterministic_algorithms_enabled())
             setattr(torch, "bmm", torch.matmul)  # noqa: B010 as 0.24 does with batch-invariant kernels
             self.llm_engine = SimpleNamespace(sleep=called("sleep"), wake_up=called("wake"))
 
@@ -68,15 +68,15 @@ def start(monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> Iterator[Start]:
 
     def make(*overrides: str, on_cpu: bool = False) -> tuple[engines.VLLMEngine, dict[str, Any]]:
         options = EngineOptions("model", torch.bfloat16, (1,), max_lora_rank=8, max_loras=4)
-        return engines.VLLMEngine(quickstart(overrides), options, on_cpu), given
+        return engines.VLLMEngine(quickstart(overrides), options, on_cpu), passed
 
     yield make
     torch.use_deterministic_algorithms(False)
 
 
 def test_memory_is_released_before_vllm_sleeps_and_wakes(start: Start, calls: list[str]) -> None:
-    engine, given = start()
-    assert given["enable_sleep_mode"]
+    engine, passed = start()
+    assert passed["enable_sleep_mode"]
     assert calls == ["cache", "collect", "empty_cache"]  # before free memory is read
     calls.clear()
     engine.sleep()
@@ -102,32 +102,32 @@ def test_engines_that_need_not_sleep_do_nothing(
     [("null", False, False), ("null", True, True), ("true", False, True), ("false", True, False)],
 )
 def test_graphs_are_for_gpus(start: Start, asked: str, on_cpu: bool, eager: bool) -> None:
-    _, given = start(f"generator.enforce_eager={asked}", on_cpu=on_cpu)
-    assert given["enforce_eager"] is eager
-    assert ("compilation_config" in given) is (not on_cpu and not eager)
+    _, passed = start(f"generator.enforce_eager={asked}", on_cpu=on_cpu)
+    assert passed["enforce_eager"] is eager
+    assert ("compilation_config" in passed) is (not on_cpu and not eager)
 
 
 def test_gpu_settings_are_accepted_by_this_vllm(start: Start) -> None:
-    _, given = start("generator.max_num_seqs=100", "deterministic=true")
-    given.pop("deterministic")
-    assert given.keys() <= set(EngineArgs.__dataclass_fields__)
-    sizes = given["compilation_config"]["cudagraph_capture_sizes"]
-    config = CompilationConfig(**given["compilation_config"])
+    _, passed = start("generator.max_num_seqs=100", "deterministic=true")
+    passed.pop("deterministic")
+    assert passed.keys() <= set(EngineArgs.__dataclass_fields__)
+    sizes = passed["compilation_config"]["cudagraph_capture_sizes"]
+    config = CompilationConfig(**passed["compilation_config"])
     assert config.cudagraph_capture_sizes == sizes
     assert sizes[-1] == 100
     assert config.cudagraph_specialize_lora
-    assert "kv_cache_memory_bytes" not in given
-    assert given["worker_cls"] == f"{Worker.__module__}.{Worker.__name__}"
+    assert "kv_cache_memory_bytes" not in passed
+    assert passed["worker_cls"] == f"{Worker.__module__}.{Worker.__name__}"
 
 
 def test_the_users_arguments_take_precedence(start: Start) -> None:
-    _, given = start(
+    _, passed = start(
         "generator.engine_args={max_num_batched_tokens: 777, compilation_config: {mode: 0}}",
         on_cpu=True,
     )
-    assert given["max_num_batched_tokens"] == 777
-    _, given = start("generator.engine_args={compilation_config: {mode: 0}}")
-    assert given["compilation_config"] == {"mode": 0}
+    assert passed["max_num_batched_tokens"] == 777
+    _, passed = start("generator.engine_args={compilation_config: {mode: 0}}")
+    assert passed["compilation_config"] == {"mode": 0}
     with pytest.raises(UserError, match="set generator.max_num_seqs"):
         start("generator.engine_args={max_num_seqs: 3}")
 
@@ -161,22 +161,22 @@ def test_the_second_model_runner_is_requested_where_it_is_the_default_of_some_mo
 def test_vllm_does_not_change_the_trainers_determinism(start: Start) -> None:
     bmm = torch.bmm
     torch.use_deterministic_algorithms(True)
-    _, given = start()
-    assert not given["deterministic"]
+    _, passed = start()
+    assert not passed["deterministic"]
     assert torch.are_deterministic_algorithms_enabled()
     assert torch.bmm is bmm
 
 
-@pytest.mark.parametrize(("measured", "found"), [(10**9, (7 + 1) * 3000), (5000, 5000)])
+@pytest.mark.parametrize(("measured", "expected"), [(10**9, (7 + 1) * 3000), (5000, 5000)])
 def test_the_cache_is_no_larger_than_a_batch(
-    monkeypatch: pytest.MonkeyPatch, measured: int, found: int
+    monkeypatch: pytest.MonkeyPatch, measured: int, expected: int
 ) -> None:
     monkeypatch.setattr(gpu_worker.Worker, "determine_available_memory", lambda self: measured)
     worker = Worker.__new__(Worker)
     worker.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=7))
     layers = {str(i): SimpleNamespace(max_memory_usage_bytes=lambda config: 1000) for i in range(3)}
     worker.model_runner = SimpleNamespace(get_kv_cache_spec=lambda: layers)
-    assert worker.determine_available_memory() == found
+    assert worker.determine_available_memory() == expected
 
 
 def test_cache_memory_of_a_sequence_follows_vllms_cache_kinds() -> None:

@@ -57,8 +57,8 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def site_packages(environment: Path) -> Path:
-    (found,) = (environment / "lib").glob("python*/site-packages")
-    return found
+    (packages,) = (environment / "lib").glob("python*/site-packages")
+    return packages
 
 
 def clean_environment() -> dict[str, str]:
@@ -96,7 +96,7 @@ def test_the_wheel_has_code_recipes_and_assets_but_no_tests(wheel: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["sweep", "quickstart", "--dry-run"], "sweep of quickstart"),
         (
@@ -108,27 +108,27 @@ def test_the_wheel_has_code_recipes_and_assets_but_no_tests(wheel: Path) -> None
     ],
 )
 def test_the_console_script_works_in_an_empty_folder(
-    environment: Path, tmp_path: Path, arguments: list[str], told: str
+    environment: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     done = start(environment, tmp_path, "noregret", *arguments)
     assert done.returncode == 0, done.stderr
-    assert told in done.stdout
+    assert message in done.stdout
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["run", "quikstart"], "did you mean recipes/quickstart.yaml?"),
         (["sweep", "--resume", "quickstart"], "which sweep of this recipe is to be resumed?"),
     ],
 )
 def test_errors_equal_those_of_a_clone(
-    environment: Path, tmp_path: Path, arguments: list[str], told: str
+    environment: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     done = start(environment, tmp_path, "noregret", *arguments)
     assert done.returncode == 2
-    assert told in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 

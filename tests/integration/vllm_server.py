@@ -132,9 +132,9 @@ def _environment(work: Path) -> dict[str, str]:
 
     Everything is written inside `work`, and no setting of this process's vLLM is kept.
     """
-    own = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
     return {
-        **own,
+        **inherited,
         "PYTHONPATH": str(_alias(work)),
         "TMPDIR": str(work),
         "OMP_NUM_THREADS": "1",

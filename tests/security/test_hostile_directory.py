@@ -22,7 +22,7 @@ import yaml
 from analysis.report import DOWNLOADS
 from harness import report
 from harness.core.errors import UserError
-from tests.integration.browser import CHROMIUM, Browser, Proxy, watched
+from tests.integration.browser import CHROMIUM, Browser, Proxy, proxied_browser
 from tests.unit.analysis.synthetic import Sweep, Trial, params, write_run, write_sweep
 
 pytestmark = pytest.mark.timeout(120)
@@ -33,7 +33,7 @@ MARK = "OutsideSecret"
 @pytest.fixture(scope="module")
 def watching(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Browser, Proxy]]:
     """Start a browser whose requests all go to a proxy."""
-    with watched(tmp_path_factory.mktemp("profile")) as both:
+    with proxied_browser(tmp_path_factory.mktemp("profile")) as both:
         yield both
 
 
@@ -85,15 +85,15 @@ def opened() -> Iterator[list[str]]:
     _opened = []
 
 
-def assert_nothing_leaked(given: Path, outside: Path, opened: list[str], said: str) -> None:
+def assert_nothing_leaked(hostile: Path, outside: Path, opened: list[str], output: str) -> None:
     """Assert that no file outside was opened or shown, and nothing was written there."""
     assert not [path for path in opened if Path(path).is_relative_to(outside.resolve())]
-    assert MARK not in said
-    for file in given.rglob("*"):
+    assert MARK not in output
+    for file in hostile.rglob("*"):
         if (
             file.is_file()
             and not file.is_symlink()
-            and file.resolve().is_relative_to(given.resolve())
+            and file.resolve().is_relative_to(hostile.resolve())
         ):
             assert MARK.encode() not in file.read_bytes(), file
 
@@ -138,22 +138,22 @@ def test_a_link_that_leads_outside_is_not_followed(
     if name.startswith("report"):
         target = outside.parent / "elsewhere"
         target.mkdir(exist_ok=True)
-    place = sweep / name
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if place.is_dir():
-        shutil.rmtree(place)
-    place.unlink(missing_ok=True)
-    place.symlink_to(target)
+    link = sweep / name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if link.is_dir():
+        shutil.rmtree(link)
+    link.unlink(missing_ok=True)
+    link.symlink_to(target)
     assert target.exists()
     before = sorted(outside.parent.rglob("*"))
     opened.clear()
-    said = report_output(sweep, capsys)
-    assert_nothing_leaked(sweep, outside, opened, said)
+    output = report_output(sweep, capsys)
+    assert_nothing_leaked(sweep, outside, opened, output)
     assert sorted(outside.parent.rglob("*")) == before
     # A file that only adds to the page is left out; any other is refused by name.
     refused = "leads out of the run directory"
     left_out = "samples" in name or name == "trials/0003/recipe.yaml"
-    assert left_out or refused in said or refused in (sweep / "report" / "index.html").read_text()
+    assert left_out or refused in output or refused in (sweep / "report" / "index.html").read_text()
 
 
 def test_links_within_the_directory_are_followed(
@@ -198,9 +198,9 @@ def test_paths_in_the_files_are_not_followed(
         edit(folder / "recipe.yaml", data__val_data=[secret, f"{away}/secret.jsonl", "/etc/passwd"])
     edit(sweep / "trials" / "0003" / "manifest.json", trial__run_dir=away, trial__number=3)
     opened.clear()
-    said = report_output(sweep, capsys)
-    assert "Of 2 configurations" in said
-    assert_nothing_leaked(sweep, outside, opened, said)
+    output = report_output(sweep, capsys)
+    assert "Of 2 configurations" in output
+    assert_nothing_leaked(sweep, outside, opened, output)
 
 
 @pytest.mark.parametrize(
@@ -269,9 +269,9 @@ def test_terminal_control_characters_are_not_printed(
     for number, folder in enumerate(sorted((sweep / "trials").iterdir())):
         named = {"trainer.target_modules": f"\x1b]0;owned\x07\x1b[2J{number // 2}\u202e"}
         edit(folder / "manifest.json", trial__params=named)
-    said = report_output(sweep, capsys)
-    assert "\\x1b]0;owned" in said
-    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\u202e]", said)
+    output = report_output(sweep, capsys)
+    assert "\\x1b]0;owned" in output
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\u202e]", output)
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", str(UserError("bad", got="\x1b[2J\r")))
 
 
@@ -302,20 +302,20 @@ def poisoned(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     These are names, settings, reasons, questions and completions.
     """
-    given = Path(shutil.copytree(template, tmp_path_factory.mktemp("poisoned") / "sweep"))
-    for file in given.rglob("manifest.json"):
+    hostile = Path(shutil.copytree(template, tmp_path_factory.mktemp("poisoned") / "sweep"))
+    for file in hostile.rglob("manifest.json"):
         record = poison(json.loads(file.read_text()))
         record["data"] = {f"javascript:{HOSTILE}": HOSTILE}
         file.write_text(json.dumps(record))
-    for file in given.rglob("*.parquet"):
+    for file in hostile.rglob("*.parquet"):
         rows = pd.read_parquet(file)
         for column in ("question", "ground_truth", "completion", "finish_reason"):
             rows[column] = rows[column] + HOSTILE
         rows.to_parquet(file)
-    failed = given / "trials" / "0000"
+    failed = hostile / "trials" / "0000"
     edit(failed / "manifest.json", status="FAILED", reason=HOSTILE)
-    report.main([str(given)])
-    return given / "report"
+    report.main([str(hostile)])
+    return hostile / "report"
 
 
 @pytest.mark.claim("A report shows text as text")

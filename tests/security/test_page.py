@@ -38,7 +38,7 @@ def test_a_test_names_every_claim_of_the_page() -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "found"),
+    ("source", "claimed"),
     [
         ('@pytest.mark.claim("a")\n@pytest.mark.timeout(3)\ndef test_it(): ...', ["a"]),
         ('class TestIt:\n    @pytest.mark.claim("a", "b")\n    def test_it(self): ...', ["a", "b"]),
@@ -47,8 +47,8 @@ def test_a_test_names_every_claim_of_the_page() -> None:
         ('"""pytest.mark.claim("a")"""\ndef test_it(): ...', []),
     ],
 )
-def test_only_a_test_names_a_claim(source: str, found: list[str]) -> None:
-    assert list(named(source)) == found
+def test_only_a_test_names_a_claim(source: str, claimed: list[str]) -> None:
+    assert list(named(source)) == claimed
 
 
 def test_claims_begin_paragraphs() -> None:

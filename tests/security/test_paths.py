@@ -88,10 +88,10 @@ def test_a_run_is_created_in_its_ckpt_path(base: Recipe, name: str) -> None:
 def test_both_commands_refuse_a_path_before_they_write(command: str, tmp_path: Path) -> None:
     from harness import run, sweep
 
-    there = tmp_path / "there"
+    folder = tmp_path / "there"
     with pytest.raises(UserError, match="no path"):
         {"run": run, "sweep": sweep}[command].main(
-            ["quickstart", f"trainer.ckpt_path={there}", f"{NAME}=../outside"]
+            ["quickstart", f"trainer.ckpt_path={folder}", f"{NAME}=../outside"]
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -108,8 +108,10 @@ def test_each_run_syncs_adapters_in_a_separate_folder(base: Recipe, tmp_path: Pa
     ]
     assert all(root.resolve().parent == tmp_path.resolve() for root in roots)
     assert len(set(roots)) == len(roots)
-    own = recipes.with_values(base, {"trainer.policy.model.lora.lora_sync_path": None})
-    assert _sync_folder(own, RunDir(tmp_path / "run")).parent == tmp_path / "run"
+    without_sync_path = recipes.with_values(
+        base, {"trainer.policy.model.lora.lora_sync_path": None}
+    )
+    assert _sync_folder(without_sync_path, RunDir(tmp_path / "run")).parent == tmp_path / "run"
 
 
 OUTSIDE = [

@@ -75,8 +75,8 @@ def network_prefix(folder: Path) -> list[str]:
     """
     devices = [
         (one.address, name)
-        for name, own in psutil.net_if_addrs().items()
-        for one in own
+        for name, addresses in psutil.net_if_addrs().items()
+        for one in addresses
         if one.process_tree == 2
     ]
     address = next(
@@ -105,7 +105,7 @@ def watch(folder: Path, *arguments: str) -> Watched:
     keys = ("WANDB_", "RAY_", "GLOO_", "NCCL_", "VLLM_HOST")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(keys)}
     environment |= {**SECRETS, "HOME": str(home), "OMP_NUM_THREADS": "1"}
-    seen, log = Watched(folder), folder / "said"
+    watched, log = Watched(folder), folder / "said"
     with log.open("w") as out:
         command = [
             *network_prefix(folder),
@@ -120,17 +120,17 @@ def watch(folder: Path, *arguments: str) -> Watched:
         while process.poll() is None:
             for each in process_tree(process):
                 try:
-                    seen.commands.add(" ".join(each.cmdline()))
+                    watched.commands.add(" ".join(each.cmdline()))
                     listening = [
                         c for c in each.net_connections("inet") if c.status == psutil.CONN_LISTEN
                     ]
                 except psutil.Error:
                     continue
-                seen.addresses |= {connection.laddr.ip for connection in listening}
+                watched.addresses |= {connection.laddr.ip for connection in listening}
             time.sleep(0.05)
-    seen.said = log.read_text()
-    assert process.returncode == 0, seen.said
-    return seen
+    watched.said = log.read_text()
+    assert process.returncode == 0, watched.said
+    return watched
 
 
 def process_tree(process: psutil.Process) -> Iterator[psutil.Process]:
@@ -157,7 +157,7 @@ def small_overrides(small_data: list[str]) -> list[str]:
 @pytest.fixture(scope="module")
 def sweep(small_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Watched:
     """Run a sweep of one trial, on two ranks and a separate engine that is split in two."""
-    places = [
+    placement = [
         "trainer.placement.policy_num_gpus_per_node=2",
         "trainer.placement.colocate_all=false",
         "generator.inference_engine_tensor_parallel_size=2",
@@ -169,7 +169,7 @@ def sweep(small_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) 
         "harness.sweep",
         "quickstart",
         *small_overrides,
-        *places,
+        *placement,
         *ours,
     )
 
@@ -189,22 +189,24 @@ def run(small_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) for name in ("sweep", "run")])
 def watched(request: pytest.FixtureRequest) -> Watched:
     """Return the sweep and the run, one after the other."""
-    found: Watched = request.getfixturevalue(request.param)
-    return found
+    command: Watched = request.getfixturevalue(request.param)
+    return command
 
 
 @pytest.mark.claim("Everything listens on the loopback device")
 def test_processes_listen_only_on_the_loopback_device(watched: Watched) -> None:
     assert "127.0.0.1" in watched.addresses
     for address in watched.addresses:
-        there = ipaddress.ip_address(address)
-        assert (getattr(there, "ipv4_mapped", None) or there).is_loopback, sorted(watched.addresses)
+        ip = ipaddress.ip_address(address)
+        assert (getattr(ip, "ipv4_mapped", None) or ip).is_loopback, sorted(watched.addresses)
 
 
 def content(file: Path) -> bytes:
     """Return a file's bytes, and those of its columns where they are compressed."""
-    own = file.read_bytes()
-    return own + str(pq.read_table(file).to_pylist()).encode() if file.suffix == ".parquet" else own
+    data = file.read_bytes()
+    return (
+        data + str(pq.read_table(file).to_pylist()).encode() if file.suffix == ".parquet" else data
+    )
 
 
 def files(folder: Path) -> list[Path]:
@@ -256,9 +258,9 @@ def test_a_run_directory_holds_data_and_no_code(watched: Watched) -> None:
 def test_ray_leaves_neither_its_folder_nor_its_token(watched: Watched) -> None:
     from rltrain.distributed import cluster
 
-    said = " ".join(watched.commands)
-    assert cluster.PREFIX in said
-    assert not [folder for folder in cluster.folders() if folder.name in said]
+    command_lines = " ".join(watched.commands)
+    assert cluster.PREFIX in command_lines
+    assert not [folder for folder in cluster.folders() if folder.name in command_lines]
     assert not [
         line for line in watched.commands if "auth" in line.lower() and "token" in line.lower()
     ]
@@ -321,16 +323,21 @@ def test_ray_requires_its_token() -> None:
     address = serve.stdout.readline().strip()
     try:
         answers = {}
-        for given in (token, other):
+        for candidate in (token, other):
             join = subprocess.run(
                 [sys.executable, "-c", JOIN, address],
                 cwd=PROJECT,
                 capture_output=True,
                 text=True,
                 timeout=180,
-                env={**bare, **cluster.LOOPBACK, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": given},
+                env={
+                    **bare,
+                    **cluster.LOOPBACK,
+                    "RAY_AUTH_MODE": "token",
+                    "RAY_AUTH_TOKEN": candidate,
+                },
             )
-            answers[given] = join.stdout.strip() if join.returncode == 0 else "refused"
+            answers[candidate] = join.stdout.strip() if join.returncode == 0 else "refused"
     finally:
         serve.communicate()
     assert answers == {token: "ran", other: "refused"}

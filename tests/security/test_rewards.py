@@ -123,11 +123,11 @@ def test_code_in_a_completion_or_a_truth_is_not_run(
     monkeypatch.chdir(tmp_path)
     canary = tmp_path / "canary"
     answers = [text.format(canary=canary) for text in CODE]
-    given = scores(get_env(name), answers, ("2", "\\frac{1}{2}"))
-    assert set(given) <= {0.0, 1.0}
-    given += [get_env(name).reward(text, truth) for truth in answers for text in formatted("2")]
+    rewards = scores(get_env(name), answers, ("2", "\\frac{1}{2}"))
+    assert set(rewards) <= {0.0, 1.0}
+    rewards += [get_env(name).reward(text, truth) for truth in answers for text in formatted("2")]
     assert sorted(os.listdir(tmp_path)) == []
-    assert len(given) > 100
+    assert len(rewards) > 100
 
 
 def test_the_canary_works(tmp_path: Path) -> None:

@@ -75,18 +75,18 @@ def faults(tree: ast.AST) -> Iterator[tuple[int, str]]:
         if not isinstance(node, ast.Call):
             continue
         called = ast.unparse(node.func)
-        given = {
+        options = {
             keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg
         }
-        safe = called == "yaml.load" and given.get("Loader") in SAFE_LOADERS
+        safe = called == "yaml.load" and options.get("Loader") in SAFE_LOADERS
         if (called in CALLS and not safe) or (
             isinstance(node.func, ast.Attribute) and node.func.attr in METHODS
         ):
             yield node.lineno, called
         yield from (
-            (node.lineno, f"{name}=") for name in KEYWORDS if given.get(name, "False") != "False"
+            (node.lineno, f"{name}=") for name in KEYWORDS if options.get(name, "False") != "False"
         )
-        if called == "torch.load" and given.get("weights_only") != "True":
+        if called == "torch.load" and options.get("weights_only") != "True":
             yield node.lineno, "torch.load without weights_only=True"
         if (
             called.startswith("Auto")
