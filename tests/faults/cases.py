@@ -12,7 +12,7 @@ CLEARED = "removed; resumes from the checkpoint before it; the same to the bit"
 ANEW = "named and set aside; starts again from step 0; the same to the bit"
 REFUSED = "named, refused with exit status 2; no file changed"
 ANSWERED = (
-    "a valid recipe or a dry run, or one message; never a traceback, never a start on nonsense"
+    "a valid recipe or a dry run, or one message; never a traceback, never a start on invalid input"
 )
 ALONE = (
     "FAILED, with its reason on the console, in study and report; the others "
@@ -292,7 +292,7 @@ MUTATIONS = {RECIPE_VALUES: 220, RECIPE_FILES: 60, RUN_LINES: 160, OTHER_LINES: 
 FAILURES = {
     "raises": "a trial's reward raises",
     "hangs": "a trial hangs",
-    "nan": "a trial's reward is no number",
+    "nan": "a trial's reward is not a number",
 }
 ENVIRONMENTS = ("good", "raises", "good", "hangs", "good", "raises", "good", "nan", "good", "good")
 
