@@ -232,7 +232,7 @@ class Planting:
         seconds = round(time.monotonic() - start, 1)
         if area and area not in self._sound and failing_area(self._clean, [area]):
             what = "tests fail without a fault: that they notice one cannot be told"
-            raise UserError(what, got=area, fix="mend them, then go on with the same command")
+            raise UserError(what, got=area, fix="fix them, then run the same command again")
         self._sound.add(area)
         return Result(file, tier, area, seconds, hung)
 

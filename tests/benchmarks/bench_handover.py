@@ -26,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=int, default=SIZE, help="trials")
     parser.add_argument(
-        "--steps", type=int, nargs="*", default=list(STEPS), help="of the trials, in turn"
+        "--steps", type=int, nargs="*", default=list(STEPS), help="of the trials, alternating"
     )
     options = parser.parse_args()
     waits = {}

@@ -24,9 +24,8 @@ def main() -> None:
     from rltrain.pack import Pack
 
     with tempfile.TemporaryDirectory() as scratch:
-        largest = max(
-            8, *(config(one)["r"] for one in spec["adapters"])
-        )  # 8 is the quickstart's rank
+        # 8 is the quickstart's rank.
+        largest = max(8, *(config(adapter)["r"] for adapter in spec["adapters"]))
         shared = [
             "generator.backend=transformers",
             "generator.max_num_seqs=512",

@@ -261,9 +261,8 @@ def test_the_transformers_engine_samples_what_the_trainer_computes(case: Case) -
 
 def test_a_random_models_completions_decode(case: Case) -> None:
     (group, *_) = case.engine("transformers").generate(case.requests(None, 1.0))
-    sample = Sample(
-        [*group[0].token_ids, 895, 5], [0.0], "length"
-    )  # 895 is beyond the tokenizer's tokens
+    # 895 is beyond the tokenizer's tokens.
+    sample = Sample([*group[0].token_ids, 895, 5], [0.0], "length")
     assert case.tokenizer.batch_decode([sample.token_ids], skip_special_tokens=True)[0].endswith(
         case.tokenizer.decode([5])
     )

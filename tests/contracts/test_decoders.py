@@ -66,9 +66,8 @@ def _llama() -> PreTrainedModel:
 
 
 def _qwen2() -> PreTrainedModel:
-    wide = SIZES | {
-        "intermediate_size": 384
-    }  # MKL uses another kernel for fewer than 16 rows of this width
+    # MKL uses another kernel for fewer than 16 rows of this width.
+    wide = SIZES | {"intermediate_size": 384}
     return Qwen2ForCausalLM(Qwen2Config(**wide, num_key_value_heads=4, tie_word_embeddings=True))
 
 

@@ -263,7 +263,7 @@ def test_threads_can_still_be_set(engine: Engine) -> None:
 
 def test_dropped_adapters_are_gone(engine: Engine, model: PeftModel, tmp_path: Path) -> None:
     if engine.shares_weights:
-        pytest.skip("adapters come and go with the trainer's")
+        pytest.skip("the engine uses the trainer's adapters")
     engine.drop_adapter("attention")
     engine.drop_adapter("attention")
     with pytest.raises(UserError, match="no adapter"):
@@ -320,7 +320,7 @@ def test_an_adapter_beyond_the_limit_is_refused(
     engine: Engine, model: PeftModel, tmp_path: Path, load: Load
 ) -> None:
     if engine.shares_weights:
-        pytest.skip("the trainer's model has room for any number")
+        pytest.skip("the trainer's model has no limit")
     with pytest.raises(RuntimeError, match="room for 2 adapters"):
         load(engine, model, "third", tmp_path, str)
 
@@ -330,7 +330,7 @@ def test_a_module_that_the_engine_cannot_serve_is_detected(
     engine: Engine, model: PeftModel, tmp_path: Path, load: Load
 ) -> None:
     if engine.shares_weights:
-        pytest.skip("the trainer's modules serve themselves")
+        pytest.skip("the engine uses the trainer's modules")
     # A layer that the model does not have: vLLM itself reports nothing.
     with pytest.raises(SyncError, match="3 of the 6 modules"):
         load(

@@ -293,9 +293,8 @@ def test_merged_weights_equal_pefts_merge(base_dir: Path) -> None:
     merged = {name: tensor.clone() for name, tensor in merged_weights(model, "attention")}
     model.set_adapter("attention")
     expected = model.merge_and_unload(adapter_names=["attention"]).state_dict()
-    assert expected.keys() - merged.keys() == {
-        "lm_head.weight"
-    }  # the head is tied to the embedding
+    # The head is tied to the embedding.
+    assert expected.keys() - merged.keys() == {"lm_head.weight"}
     assert not merged.keys() - expected.keys()
     assert all(torch.allclose(tensor, expected[name], atol=1e-6) for name, tensor in merged.items())
 

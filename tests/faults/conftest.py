@@ -132,6 +132,6 @@ def undisturbed(runs: Runs) -> UndisturbedRun:
         row["eval/accuracy"] for row in MetricsFile(run.metrics).rows() if "eval/accuracy" in row
     ]
     assert scores[1] < scores[2] >= scores[3], (
-        "the best adapter is to change on the way, and not at the end"
+        "the best adapter must change during the run, and not at its end"
     )
     return UndisturbedRun(run, outcome.seconds)

@@ -124,19 +124,14 @@ def test_damage_is_named_and_the_last_intact_state_is_used(
     assert (f"step {case.from_step}/6" in outcome.said) == (case.from_step == 0)
     kept = {path.name for path in copy.aside.iterdir()} if copy.aside.exists() else set()
     assert kept == set(case.aside)
-    assert [entry["as"] for entry in copy.read_manifest().get("set_aside", [])] == _order(
-        case.aside
-    )
+    # The best adapter first, then newer checkpoints before older ones, then the log.
+    order = ["best", "step_000004", "step_000003", "metrics.jsonl"]
+    moved = [entry["as"] for entry in copy.read_manifest().get("set_aside", [])]
+    assert moved == sorted(case.aside, key=order.index)
     for path in copy.aside.rglob("*"):
-        was = _original_path(path.relative_to(copy.aside))
-        assert before[was] == (path.read_bytes() if path.is_file() else None)
+        original = _original_path(path.relative_to(copy.aside))
+        assert before[original] == (path.read_bytes() if path.is_file() else None)
     record(case.name, case.happened, lost_steps(undisturbed.run, copy))
-
-
-def _order(aside: tuple[str, ...]) -> list[str]:
-    """Sort the best adapter first, then newer checkpoints before older ones, then the log."""
-    order = {"best": 0, "step_000004": 1, "step_000003": 2, "metrics.jsonl": 3}
-    return sorted(aside, key=order.__getitem__)
 
 
 def _original_path(kept: Path) -> str:

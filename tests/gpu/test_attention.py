@@ -21,7 +21,7 @@ def test_one_call_is_what_the_blocks_are(device: str, samples: int) -> None:
     if device == "cpu":
         pytest.skip(
             "FlashAttention is for GPUs; "
-            "tests/unit/rltrain/models/test_sequence_packing.py has its arithmetic"
+            "tests/unit/rltrain/models/test_sequence_packing.py tests its arithmetic"
         )
     from rltrain.models.attention import has_varlen, packed_attention
     from rltrain.models.sequence_packing import pack

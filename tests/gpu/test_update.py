@@ -80,7 +80,7 @@ def test_nothing_waits_for_the_gpu_within_a_mini_batch(
     import torch
 
     if device == "cpu":
-        pytest.skip("a CPU has nobody to wait for")
+        pytest.skip("a CPU does not run asynchronously")
     from rltrain import step
     from rltrain.algorithms.policy import Policy
 

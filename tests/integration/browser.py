@@ -61,8 +61,8 @@ class Browser:
             *FLAGS,
             f"--user-data-dir={profile}",
             *flags,
-            "about:blank",
-        ]  # no start page
+            "about:blank",  # no start page
+        ]
         self.process = subprocess.Popen(
             command,
             preexec_fn=connect,
@@ -128,7 +128,7 @@ class Browser:
         page.size(width, height)
         page.call(
             "Emulation.setEmulatedMedia",
-            features=[{"name": "prefers-color-scheme", "value": _scheme(dark)}],
+            features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}],
         )
         page.call("Emulation.setScriptExecutionDisabled", value=not script)
         page.goto(url)
@@ -139,7 +139,7 @@ class Browser:
         while b"\0" not in self._buffer:
             got = os.read(self._in.fileno(), 1 << 20)
             if not got:
-                raise RuntimeError(f"the browser has gone (exit status {self.process.poll()})")
+                raise RuntimeError(f"the browser ended (exit status {self.process.poll()})")
             self._buffer += got
         line, _, self._buffer = self._buffer.partition(b"\0")
         message: dict[str, Any] = json.loads(line)
@@ -234,18 +234,20 @@ class Page:
 
     def screenshot(self, path: Path, *, whole: bool = True) -> None:
         """Save the visible part of the tab, or the whole page, as PNG."""
+        clip = {}
+        if whole:
+            size = self.call("Page.getLayoutMetrics")["cssContentSize"]
+            clip["clip"] = {
+                "x": 0,
+                "y": 0,
+                "width": size["width"],
+                "height": size["height"],
+                "scale": 1,
+            }
         answer = self.call(
-            "Page.captureScreenshot", format="png", captureBeyondViewport=whole, **self._clip(whole)
+            "Page.captureScreenshot", format="png", captureBeyondViewport=whole, **clip
         )
         path.write_bytes(base64.b64decode(answer["data"]))
-
-    def _clip(self, whole: bool) -> dict[str, Any]:
-        if not whole:
-            return {}
-        size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-        return {
-            "clip": {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
-        }
 
 
 class Listener(BaseHTTPRequestHandler):
@@ -305,10 +307,6 @@ def violations(page: Page) -> list[str]:
         for one in report["violations"]
         for node in one["nodes"]
     ]
-
-
-def _scheme(dark: bool) -> str:
-    return "dark" if dark else "light"
 
 
 def _pipe() -> tuple[int, int]:

@@ -121,9 +121,8 @@ def test_a_signal_to_the_check_stops_its_run(
     # it on.
     assert any(line.startswith("step    3/1000") for line in process.stdout)
     process.send_signal(sent)
-    out, errors = process.communicate(
-        timeout=60
-    )  # returns when the run has closed its end of the pipe as well
+    # Returns when the run has closed its end of the pipe as well.
+    out, errors = process.communicate(timeout=60)
     assert process.returncode == status, errors
     assert "Traceback" not in errors
     assert ("stopped; go on with: python -m harness.run --resume" in errors) == (

@@ -138,7 +138,8 @@ def test_the_recipe_trains_on_the_real_texts(
     learned = load_file(run.adapter / "final" / "adapter_model.safetensors")
     assert any(tensor.abs().max() > 0 for name, tensor in learned.items() if "lora_B" in name)
     samples = pd.read_parquet(run.eval_samples(2))
-    assert set(samples["question"]) <= set(_questions(prepared.validation))
+    questions = {info["question"] for info in pd.read_parquet(prepared.validation)["extra_info"]}
+    assert set(samples["question"]) <= questions
     assert samples["completion"].str.contains("####").any()
 
 
@@ -156,7 +157,3 @@ def _prompts_above(prepared: Prepared, limit: int) -> int:
     prompts = [list(prompt) for prompt in pd.read_parquet(prepared.train)["prompt"]]
     texts = tokenizer.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True)
     return sum(len(ids) > limit for ids in tokenizer(texts)["input_ids"])
-
-
-def _questions(path: Path) -> list[str]:
-    return [info["question"] for info in pd.read_parquet(path)["extra_info"]]

@@ -148,10 +148,8 @@ def test_a_pack_on_two_ranks(data: list[str], tmp_path: Path) -> None:
     sweep_dir = packed_sweep(trials, 2, tmp_path, *data, *RANKS)
     packed = [sweep_dir.trial(number) for number in range(3)]
     assert [trial.read_manifest()["status"] for trial in packed] == ["COMPLETE"] * 3
-    assert [max(members(trial)) for trial in packed[:2]] == [
-        2,
-        2,
-    ]  # the third trial starts when the second has ended
+    # The third trial starts when the second has ended.
+    assert [max(members(trial)) for trial in packed[:2]] == [2, 2]
     assert_as_alone(packed[0], tmp_path / "alone")
 
 

@@ -184,7 +184,7 @@ def test_a_heading_sorts_by_keyboard_and_announces_it(report: Path, browser: Bro
         assert [float(text) for text in _cells(page, index)] == sorted(rates, reverse=True)
         page.press("Enter")
         assert page.run(f"{head}.getAttribute('aria-sort')") == "none"
-        assert _cells(page, 0) == numbers, "the order it came with"
+        assert _cells(page, 0) == numbers, "the original order"
 
 
 def test_uncounted_scores_are_last_in_both_sort_orders(report: Path, browser: Browser) -> None:
@@ -304,7 +304,7 @@ def test_figures_show_tooltips(report: Path, browser: Browser) -> None:
                 assert 0 <= box["left"] < box["right"] <= width
                 assert box["top"] >= 0
                 page.point_at(image, 2, 998)
-                assert page.run(_TOOLTIP) is None, "nothing is near the corner"
+                assert page.run(_TOOLTIP) is None, "no mark is near the corner"
 
 
 def test_arrow_keys_move_between_marks_of_a_figure(report: Path, browser: Browser) -> None:

@@ -34,9 +34,8 @@ def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     folder = Path(tempfile.mkdtemp(prefix="noregret-", dir="/tmp"))  # a socket's path must be short
-    monkeypatch.setenv(
-        "RAY_TMPDIR", str(folder)
-    )  # the cluster's address is recorded here, not in /tmp/ray
+    # The cluster's address is recorded here, not in /tmp/ray.
+    monkeypatch.setenv("RAY_TMPDIR", str(folder))
     (folder / "ray").mkdir()
     head = {
         **ONE_CPU,

@@ -43,7 +43,7 @@ class Server:
             ):
                 return
             time.sleep(0.2)
-        raise AssertionError(f"vllm serve did not come up:\n{self.log.read_text()[-4000:]}")
+        raise AssertionError(f"vllm serve did not start:\n{self.log.read_text()[-4000:]}")
 
     def alive(self) -> bool:
         """Return whether any process of the server's group is left."""

@@ -33,8 +33,8 @@ def test_a_test_names_every_claim_of_the_page() -> None:
     on_page = claims((PROJECT / "docs" / "guides" / "security.md").read_text())
     in_tests = {claim for file in TESTS for claim in named(file.read_text())}
     assert len(on_page) == len(set(on_page)) > 10
-    assert set(on_page) - in_tests == set(), "no test names these"
-    assert in_tests - set(on_page) == set(), "the page does not make these"
+    assert set(on_page) - in_tests == set(), "no test names these claims"
+    assert in_tests - set(on_page) == set(), "the page does not make these claims"
 
 
 @pytest.mark.parametrize(
