@@ -25,8 +25,9 @@ _LOADED = pytest.StashKey[frozenset[str]]()
 
 @pytest.fixture(scope="session")
 def gsm8k_dir() -> Path:
-    """Folder with GSM8K's `train.jsonl` and `test.jsonl`: $NOREGRET_GSM8K, else
-    ../shared/data/gsm8k; skips without.
+    """Return the folder with GSM8K's `train.jsonl` and `test.jsonl`.
+
+    It is $NOREGRET_GSM8K, else ../shared/data/gsm8k; without it the test is skipped.
     """
     configured = os.environ.get("NOREGRET_GSM8K")
     folder = Path(configured) if configured else PROJECT.parent / "shared" / "data" / "gsm8k"
@@ -40,7 +41,7 @@ def gsm8k_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model_dir() -> Path:
-    """Folder of the embedded tiny causal LM with its tokenizer; skips without."""
+    """Return the folder of the embedded tiny causal LM with its tokenizer; skip without."""
     if not (TINY_MODEL / "config.json").is_file():
         pytest.skip(
             "the embedded model is absent: make it with `python -m harness.prepare tiny_gsm`"
@@ -50,8 +51,9 @@ def tiny_model_dir() -> Path:
 
 @pytest.fixture
 def rays_folder(monkeypatch: pytest.MonkeyPatch) -> Generator[Path]:
-    """A folder for temporary files that no other test uses, with a path short enough for Ray's
-    sockets.
+    """Return a temporary folder with a path short enough for Ray's sockets.
+
+    No other test uses it.
     """
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         monkeypatch.setattr(tempfile, "tempdir", folder)
@@ -59,8 +61,9 @@ def rays_folder(monkeypatch: pytest.MonkeyPatch) -> Generator[Path]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked `gpu` where torch sees no CUDA device; `NOREGRET_GPU_TESTS=cpu` runs
-    them on the CPU.
+    """Skip the tests marked `gpu` where torch sees no CUDA device.
+
+    `NOREGRET_GPU_TESTS=cpu` runs them on the CPU.
     """
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and "NOREGRET_GPU_TESTS" not in os.environ and not _has_cuda():
@@ -73,7 +76,7 @@ def _has_cuda() -> bool:
         Path(name).exists() for name in ("/dev/nvidiactl", "/dev/dxg", "/proc/driver/nvidia")
     ):
         return False
-    import torch  # only now: collecting the light tests must stay quick
+    import torch  # imported late, so that collecting the fast tests stays quick
 
     return torch.cuda.is_available()
 
@@ -94,7 +97,7 @@ def pytest_make_collect_report(
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Note which heavy modules are loaded before a test and its fixtures."""
+    """Record which heavy modules are loaded before a test and its fixtures."""
     item.stash[_LOADED] = _heavy_modules()
     return (yield)
 

@@ -2,11 +2,11 @@
 
     python -m tests.planted [--tier fast|standard] [--only NAME ...] [--output FILE]
 
-Each fault of `planted_faults.yaml` is planted in a copy of the working tree, where the tests that
-are likely to notice it run, then, where these pass, all others; the first failure ends it. A
-failure counts only where the same file of tests passes without the fault. Results are kept in
-`runs/planted.json` and not made again while source and tests stay as they are, so that a stopped
-run goes on.
+Each fault of `planted_faults.yaml` is planted in a copy of the working tree. There the tests that
+are likely to notice it run first, then, if these pass, all others; the first failure ends the run.
+A failure counts only if the same test file passes without the fault. Results are kept in
+`runs/planted.json` and reused while source and tests do not change, so that a stopped run can be
+resumed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from harness.records.files import write_json, write_text
 DATA = Path(__file__).with_name("planted_faults.yaml")
 PACKAGES = ("harness", "rltrain", "sweeps", "analysis")
 RESULTS = PROJECT / "runs" / "planted.json"
-# What decides on a result, besides the fault.
+# Files that determine a result, besides the fault.
 INPUTS = (*PACKAGES, "recipes", "tests", "pyproject.toml", ":!tests/planted*")
 FAST = "tests/unit"
 # The tests that each tier adds to the one before it.
@@ -49,7 +49,7 @@ COMMANDS = {"fast": "make test-fast", "standard": "make test"}
 WANTED = {"fast": 2 / 3, "standard": 1.0}
 # Seconds for one call of pytest, whose own limit per test is much lower.
 LIMIT = 3600
-# Every process that a planted fault's tests start has this variable, by which it is found.
+# Every process that a planted fault's tests start has this variable, to find it later.
 MARK = "NOREGRET_PLANTED"
 
 
@@ -67,20 +67,20 @@ class Fault:
 
     def file(self, sources: Mapping[str, str]) -> str:
         """Return the path whose text holds the fault's; raise UserError unless it stands once."""
-        places = [path for path, text in sources.items() for _ in range(text.count(self.find))]
-        if len(places) != 1:
-            times = f"{len(places)} times, in {', '.join(places)}" if places else "not at all"
+        matches = [path for path, text in sources.items() for _ in range(text.count(self.find))]
+        if len(matches) != 1:
+            times = f"{len(matches)} times, in {', '.join(matches)}" if matches else "not at all"
             raise UserError(
                 f"the text of the fault {self.name!r} must stand once in {', '.join(PACKAGES)}",
                 got=f"{times}: {self.find}",
                 fix=f"change its find and replace in tests/{DATA.name} to the code as it is now",
             )
-        return places[0]
+        return matches[0]
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of a fault: the tier and the file of tests that noticed it, None where none did.
+    """Result of a fault: the tier and the test file that noticed it, None where none did.
 
     `hung`: a call of pytest did not end within `LIMIT`.
     """
@@ -93,7 +93,7 @@ class Result:
 
     @property
     def outcome(self) -> str:
-        """Return the result in words, without the file of tests."""
+        """Return the result in words, without the test file."""
         return COMMANDS[self.tier] if self.tier else "hung" if self.hung else "NOT NOTICED"
 
 
@@ -148,18 +148,18 @@ def failing_area(tree: Path, tests: Sequence[str]) -> str | None:
         stderr=subprocess.STDOUT,
     )
     try:
-        said, _ = process.communicate(timeout=LIMIT)
+        output, _ = process.communicate(timeout=LIMIT)
     except subprocess.TimeoutExpired:
         raise TimeoutError from None
     finally:
         _end_processes(tree)
         process.wait()
-    failed = re.search(r"^(?:FAILED|ERROR) (tests/\S+?\.py)", said, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) (tests/\S+?\.py)", output, re.MULTILINE)
     if failed:
         return failed[1]
     # 5: every test named is of another tier.
     if process.returncode not in (0, 5):
-        end = said[-4000:]
+        end = output[-4000:]
         raise RuntimeError(f"pytest ended with {process.returncode} and names no test:\n{end}")
     return None
 
@@ -172,7 +172,7 @@ def _environment(tree: Path) -> dict[str, str]:
 
 
 def _end_processes(tree: Path) -> None:
-    """Kill what a run of tests has left, daemons in sessions of their own included."""
+    """Kill what a run of tests has left, including daemons in other sessions."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.environ().get(MARK) == str(tree):
@@ -185,14 +185,14 @@ def check_imports(tree: Path) -> None:
     """Raise RuntimeError unless a process that the tests start imports the copy's packages."""
     names = ", ".join(PACKAGES)
     command = [sys.executable, "-c", f"import {names}; print(*(m.__file__ for m in ({names})))"]
-    said = subprocess.check_output(command, cwd=tree.parent, env=_environment(tree), text=True)
-    outside = [file for file in said.split() if not Path(file).is_relative_to(tree)]
+    output = subprocess.check_output(command, cwd=tree.parent, env=_environment(tree), text=True)
+    outside = [file for file in output.split() if not Path(file).is_relative_to(tree)]
     if outside:
         raise RuntimeError(f"installed packages come before the copy's: {', '.join(outside)}")
 
 
 class Planting:
-    """Plants faults, and remembers the results as long as source and tests are the same."""
+    """Plants faults, and keeps the results while source and tests do not change."""
 
     def __init__(self, clean: Path, workers: int) -> None:
         """Plant in copies of `clean`; `workers` test files run at a time in a whole tier."""
@@ -208,10 +208,10 @@ class Planting:
             self._kept = json.loads(RESULTS.read_text())
 
     def result(self, fault: Fault, tiers: Sequence[str]) -> Result:
-        """Return what becomes of a fault under these tiers, from an earlier run if it is known."""
+        """Return the result of a fault under these tiers, from an earlier run if it is known."""
         key = [self._inputs, fault.find, fault.replace]
         kept = self._kept.get(fault.name, {})
-        # What the fast tier does not notice is open until the others have been asked.
+        # A fault that the fast tier does not notice is open until the other tiers have run.
         if kept.get("key") == key and (kept["result"]["tier"] or kept["tiers"] == list(tiers)):
             return Result(**kept["result"])
         result = self._plant(fault, tiers)
@@ -232,14 +232,14 @@ class Planting:
         seconds = round(time.monotonic() - start, 1)
         if area and area not in self._sound and failing_area(self._clean, [area]):
             what = "tests fail without a fault: that they notice one cannot be told"
-            raise UserError(what, got=area, fix="mend them, then go on with the same command")
+            raise UserError(what, got=area, fix="fix them, then run the same command again")
         self._sound.add(area)
         return Result(file, tier, area, seconds, hung)
 
     def _first_failure(
         self, tree: Path, fault: Fault, tiers: Sequence[str]
     ) -> tuple[str | None, str | None]:
-        """Return the tier and the file of tests that notice a planted fault first."""
+        """Return the tier and the test file that first notice a planted fault."""
         for tier, tests in self.calls(fault, tiers):
             area = failing_area(tree, tests)
             if area is not None:
@@ -247,14 +247,17 @@ class Planting:
         return None, None
 
     def calls(self, fault: Fault, tiers: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-        """Yield the calls of pytest for a fault: the tests hinted at, tier by tier, then all."""
+        """Yield the calls of pytest for a fault.
+
+        The first calls run its listed tests, tier by tier, and then all tests.
+        """
         tests = self._clean / "tests"
-        found = [file for word in fault.tests for file in tests.rglob(f"test_{word}.py")]
-        hinted = [str(file.relative_to(self._clean)) for file in found]
+        test_files = [file for word in fault.tests for file in tests.rglob(f"test_{word}.py")]
+        hinted = [str(file.relative_to(self._clean)) for file in test_files]
         for tier in tiers:
-            own = [file for file in hinted if file.startswith(f"{FAST}/") == (tier == "fast")]
-            if own:
-                yield tier, own
+            selected = [file for file in hinted if file.startswith(f"{FAST}/") == (tier == "fast")]
+            if selected:
+                yield tier, selected
         for tier in tiers:
             yield tier, [*TIERS[tier], *self._workers]
 
@@ -283,7 +286,10 @@ plants them and writes this page.
 
 
 def main(argv: list[str]) -> int:
-    """Plant, run, tell; return 1 where the tests notice fewer faults than they must."""
+    """Plant faults, run tests and print the results.
+
+    Returns 1 where the tests notice fewer faults than they must.
+    """
     parser = Parser(prog="python -m tests.planted", description="List which faults tests notice.")
     add = parser.add_argument
     add("--tier", choices=list(TIERS), default="standard", help="the last tier to run")
@@ -291,7 +297,7 @@ def main(argv: list[str]) -> int:
     add("--output", metavar="FILE", type=Path, help="where the table goes; default: print it")
     add("--workers", type=int, default=2, metavar="N", help="test files at a time; default: 2")
     options = parser.parse_args(argv)
-    # As Ctrl-C: nothing that was started is left behind.
+    # As for Ctrl-C: no started process is left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     faults = _chosen(load_faults(), options.only)
     sources = read_sources()
@@ -302,11 +308,11 @@ def main(argv: list[str]) -> int:
         check_imports(clean)
         planting, start = Planting(clean, options.workers), time.monotonic()
         results: dict[str, Result] = {}
-        for place, fault in enumerate(faults, start=1):
+        for number, fault in enumerate(faults, start=1):
             one = results[fault.name] = planting.result(fault, tiers)
-            left = duration((time.monotonic() - start) / place * (len(faults) - place))
-            said = f"{fault.name}: {one.outcome} {one.area or ''} ({one.seconds:.0f} s)"
-            print(f"[{place}/{len(faults)}, {left} left] {said}", file=sys.stderr, flush=True)
+            left = duration((time.monotonic() - start) / number * (len(faults) - number))
+            line = f"{fault.name}: {one.outcome} {one.area or ''} ({one.seconds:.0f} s)"
+            print(f"[{number}/{len(faults)}, {left} left] {line}", file=sys.stderr, flush=True)
     if options.output:
         write_text(options.output, table(results))
     else:

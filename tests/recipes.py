@@ -1,5 +1,6 @@
-"""The quickstart recipe for tests that need one: composed once in a process, for Hydra takes a
-tenth of a second.
+"""The quickstart recipe for tests, composed once in a process.
+
+Hydra needs a tenth of a second.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from harness.config.schema import Recipe
 
 
 def quickstart(overrides: Sequence[str] = ()) -> Recipe:
-    """A copy of `recipes/quickstart.yaml` with overrides."""
+    """Return a copy of `recipes/quickstart.yaml` with overrides."""
     return copy.deepcopy(_quickstart(tuple(overrides)))
 
 

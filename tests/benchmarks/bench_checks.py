@@ -1,5 +1,6 @@
-"""What trust costs: the quickstart's steps with and without checksums, manifest, fsync and sync
-proof, in turn.
+"""Cost of integrity: the quickstart's steps with and without checksums, manifest and fsync.
+
+The check that the engine serves the policy is part of it. Both variants alternate.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from harness.records.run_dir import RunDir
 from tests.benchmarks.side_by_side import write_record
 
 REPEATS = 7
-STEPS = 8  # a checkpoint's worth
+STEPS = 8  # the steps of one checkpoint interval
 
 
 def main() -> None:
@@ -48,7 +49,7 @@ def main() -> None:
             manifest.build(recipe, kind="run", name="run", source="benchmark"),
         )
         reports = train_run(recipe, run_dir)
-        # One warm-up each, then in turn, so that a slow minute of the machine meets both.
+        # One warm-up each, then alternating, so that a slow minute of the machine affects both.
         for turn in range(2 * (REPEATS + 1)):
             name = ("with", "without")[turn % 2]
             start = time.perf_counter()
@@ -58,8 +59,7 @@ def main() -> None:
             if turn > 1:
                 seconds[name].append((time.perf_counter() - start) / STEPS)
             print(f"{name:>8}  {(time.perf_counter() - start) / STEPS:.3f} s a step", flush=True)
-    # Neighbours are compared with each other: the policy's completions grow and shrink as it
-    # learns.
+    # Neighbouring steps are compared: the lengths of completions change as the policy learns.
     ratio = statistics.median(
         a / b for a, b in zip(seconds["with"], seconds["without"], strict=True)
     )

@@ -1,6 +1,4 @@
-"""How often claims and decisions are wrong, and how often they find what is there, on sweeps of
-known truth.
-"""
+"""Error rates and power of claims and decisions, on simulated sweeps of known truth."""
 
 from __future__ import annotations
 
@@ -39,20 +37,20 @@ GAINS = {f"{GAIN:g}": {}, f"{GAIN / 2:g}": {"gain": GAIN / 2}}
 def main() -> None:
     """Simulate, print, and write `docs/benchmarks/claims.json` and `docs/claims.md`.
 
-    Arguments: `claims` or `decisions`, to simulate that part alone and keep the other's record.
+    Arguments: `claims` or `decisions` simulates that part alone and keeps the other's record.
     """
     parts = {"claims": claims, "decisions": decisions}
-    wanted = sys.argv[1:] or list(parts)
+    selected = sys.argv[1:] or list(parts)
     record = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
     record |= {"what": __doc__, "sweeps": SWEEPS, "sweeps_elsewhere": FOR_SEEDS}
-    record |= {"cases" if name == "claims" else name: parts[name]() for name in wanted}
+    record |= {"cases" if name == "claims" else name: parts[name]() for name in selected}
     write_json(RECORD, record)
     write_text(PAGE, page(record))
     print(f"written: {RECORD.relative_to(PROJECT)}, {PAGE.relative_to(PROJECT)}")
 
 
 def claims() -> list[dict[str, Any]]:
-    """How often each claim's verdicts come, by case."""
+    """Return how often each claim's verdicts occur, by case."""
     cases = []
     for case in CASES:
         row: dict[str, Any] = {
@@ -75,32 +73,33 @@ def claims() -> list[dict[str, Any]]:
 
 
 def decisions() -> dict[str, dict[str, dict[str, float]]]:
-    """How often a decision between values is wrong, by world, without and with collapses."""
+    """Return how often a decision between values is wrong, by world, without and with collapses."""
     with ProcessPoolExecutor() as pool:
-        found: dict[str, dict[str, dict[str, float]]] = {}
+        result: dict[str, dict[str, dict[str, float]]] = {}
         for kind, worlds in (("stable", STABLE), ("collapsing", COLLAPSING)):
             shares = pool.map(Choice.shares, worlds, [SWEEPS] * len(worlds))
-            found[kind] = {}
+            result[kind] = {}
             for world, one in zip(worlds, shares, strict=True):
-                found[kind][world.name] = one
+                result[kind][world.name] = one
                 print(json.dumps({world.name: one}), flush=True)
-        return found
+        return result
 
 
 def seeds_for_80(case: Case, world: dict[str, Any]) -> int | None:
-    """The fewest seeds with which a true claim holds in four of five sweeps; None where 8 do not
-    do.
+    """Return the fewest seeds with which a true claim holds in four of five sweeps.
+
+    None if 8 are too few.
     """
-    found = (
+    result = (
         n
         for n in range(2, MOST_SEEDS + 1)
         if case.shares(FOR_SEEDS, seed=2, **world, seeds=n)[HOLDS] >= 0.8
     )
-    return next(found, None)
+    return next(result, None)
 
 
 def page(record: dict[str, Any]) -> str:
-    """docs/claims.md: how each verdict comes about, and how far it can be trusted."""
+    """Return docs/claims.md: how each verdict is reached, and its error rates."""
     cases = record["cases"]
     world = World(())
     text = WORDS.read_text().format(

@@ -1,7 +1,7 @@
-"""Seconds from a trial's end to the beginning of the one that takes its slot, with three times as
-many trials as slots.
+"""Seconds from a trial's end to the start of the next trial in its slot.
 
-Trials are of several lengths, so that they end apart as well as together.
+There are three times as many trials as slots. Trials have several lengths, so that some end
+together and some apart.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=int, default=SIZE, help="trials")
     parser.add_argument(
-        "--steps", type=int, nargs="*", default=list(STEPS), help="of the trials, in turn"
+        "--steps", type=int, nargs="*", default=list(STEPS), help="of the trials, alternating"
     )
     options = parser.parse_args()
     waits = {}
     for name, slots in WAYS.items():
         with tempfile.TemporaryDirectory() as folder:
-            found = our_sweep(
+            outcome = our_sweep(
                 options.size, Path(folder), [*slots, "trainer.num_threads=1"], *options.steps
             )
-        waits[name] = found["next_trial_after_s"]
+        waits[name] = outcome["next_trial_after_s"]
         print(f"{name}: the next trial after {middle(waits[name])} s", flush=True)
     write_record("handover", __doc__, steps=options.steps, trials=options.size, waits_s=waits)
 

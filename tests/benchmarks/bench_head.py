@@ -1,7 +1,8 @@
-"""Log-probabilities and entropies of tokens under a real model's vocabulary, forward and backward:
-in chunks, with all rows at once, and by PyTorch's autograd.
+"""Time and memory of log-probabilities and entropies under a real model's vocabulary.
 
-Each contender is a fresh process, by turns; memory is the peak above the inputs.
+Forward and backward passes are compared in chunks, with all rows at once, and by PyTorch's
+autograd. Each contender is a fresh process, and they alternate; memory is the peak above the
+inputs.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ def main() -> None:
     rows = [
         {
             "contender": name,
-            **{key: middle(one[key] for one in found) for key in found[0] if key != "seconds"},
+            **{key: middle(one[key] for one in passes) for key in passes[0] if key != "seconds"},
         }
-        for name, found in runs.items()
+        for name, passes in runs.items()
     ]
     for row in rows:
         print(

@@ -1,13 +1,12 @@
-"""Makespan of N members in one pack, against the bound on what sharing can gain; memory, and shares
-of the peak.
+"""Makespan of N members in one pack, against an upper bound; memory, and shares of the peak.
 
-One trial takes F seconds to start, G to roll out, T for all else of its steps. N trials one after
-the other take N (F + G + T); in one pack at least F + N (G/g + T/c), where g and c are what one
-engine call and one update for all gain. So the speedup S is at most (F + G + T) / (F/N + G/g +
-T/c). G and T are steady steps of a pack of one, F what is left of its makespan. g and c are
-measured in a pack of N that is warm: steps of all members in turn with the same members' steps one
-at a time, as seconds a token. S itself comes from fresh processes, start-up included. The members
-differ in their seeds alone, for a pack of one to stand for each of them.
+One trial needs F seconds to start, G for rollouts, and T for the rest of its steps. N trials one
+after the other need N (F + G + T); in one pack at least F + N (G/g + T/c), where g and c are the
+speedups from one engine call and one update for all members. So the speedup S is at most (F + G +
+T) / (F/N + G/g + T/c). G and T are steady steps of a pack of one, F the rest of its makespan. g and
+c are measured in a warm pack of N, in seconds a token: steps of all members alternate with steps of
+one member at a time. S itself is measured in fresh processes, start-up included. The members differ
+only in their seeds, so that a pack of one represents each of them.
 """
 
 from __future__ import annotations
@@ -95,8 +94,9 @@ def main() -> None:
 
 
 def members_on_a_larger_base(threads: int) -> dict[str, Any]:
-    """Peak memory of 1 and of several members where a second base would show: 35 M parameters,
-    random.
+    """Return the peak memory of 1 and of several members on a random base of 35 M parameters.
+
+    A second copy of the base would show.
     """
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(PROJECT / "rltrain" / "assets" / "tiny_gsm", folder, dirs_exist_ok=True)
@@ -133,12 +133,12 @@ def members_on_a_larger_base(threads: int) -> dict[str, Any]:
 
 
 def table(runs: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
-    """A row for each number of members; what one trial alone takes; memory a further member."""
+    """Return a row for each number of members, the parts of one trial, and memory per member."""
     one = runs[min(runs)]
     alone = median(run["makespan_s"] for run in one)
     rollout, rest = steady(one, "rollout"), steady(one, "rest")
     solo = {"F": round(alone - rollout - rest, 4), "G": rollout, "T": rest}
-    rows = [row(members, found, solo, alone) for members, found in runs.items()]
+    rows = [row(members, results, solo, alone) for members, results in runs.items()]
     further = max(1, rows[-1]["members"] - rows[0]["members"])
     growth = {key: round((rows[-1][key] - rows[0][key]) / further, 5) for key in MEMORY}
     return {
@@ -152,9 +152,7 @@ def table(runs: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
 def row(
     members: int, runs: list[dict[str, Any]], solo: dict[str, float], alone: float
 ) -> dict[str, Any]:
-    """Medians over rounds, the speedup over as many solo runs one after the other, and its
-    bound.
-    """
+    """Return medians over rounds, the speedup over as many solo runs in sequence, and its bound."""
     gains = [run.get("gains", {"g": 1.0, "c": 1.0}) for run in runs]
     g, c = (median(one[name] for one in gains) for name in ("g", "c"))
     makespan = median(run["makespan_s"] for run in runs)
@@ -180,8 +178,9 @@ def row(
 
 
 def steady(runs: list[dict[str, Any]], part: str) -> float:
-    """Seconds of a part in all steps, each taken as the median one; the first, which warms up, is
-    not looked at.
+    """Return the seconds of a part over all steps, from the median step.
+
+    The first step warms up and is left out.
     """
     return round(STEPS * median(step[part] for run in runs for step in run["steps"][1:]), 4)
 

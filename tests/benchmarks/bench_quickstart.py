@@ -1,8 +1,7 @@
-"""The quickstart's first 8 trials, with the code before packs and with today's: seconds of `python
--m harness.sweep`.
+"""Seconds of the quickstart's first 8 trials, with the code before packs and with today's.
 
-Both with their own defaults, in turn, on the packages installed here; no pruning, so that both
-train the same trials.
+Both run `python -m harness.sweep` with their own defaults, alternating, on the packages installed
+here. Nothing is pruned, so that both train the same trials.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from harness.records.run_dir import RunDir
 from tests.benchmarks.bench_sweep import COMPLETIONS, CORES, steps_of, sweep_of
 from tests.benchmarks.side_by_side import middle, write_record
 
-# The last commit without packs: trials trained one at a time, on the base and engine of a process.
+# The last commit without packs: each process trains one trial at a time with a base and engine.
 BEFORE = "b2c0c5d"
 ROUNDS = 3
 OVERRIDES = ["sweep.num_trials=8", "sweep.seeds=[0]", "sweep.pruner=null"]
@@ -45,22 +44,22 @@ def main() -> None:
         before=BEFORE,
         overrides=OVERRIDES,
         runs=rounds,
-        medians={name: medians(found) for name, found in rounds.items()},
+        medians={name: medians(results) for name, results in rounds.items()},
     )
 
 
-def medians(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Each number's median over the rounds."""
+def medians(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return each number's median over the rounds."""
     parts = {
-        part: middle((one["parts_s"][part] for one in found), 2) for part in found[0]["parts_s"]
+        part: middle((one["parts_s"][part] for one in results), 2) for part in results[0]["parts_s"]
     }
-    return {key: middle((one[key] for one in found), 2) for key in found[0] if key != "parts_s"} | {
-        "parts_s": parts
-    }
+    return {
+        key: middle((one[key] for one in results), 2) for key in results[0] if key != "parts_s"
+    } | {"parts_s": parts}
 
 
 def checked_out(commit: str, folder: Path) -> Path:
-    """The project's files as of a commit, in a folder."""
+    """Check a commit out into a folder and return the folder."""
     archive = subprocess.run(
         ["git", "-C", str(PROJECT), "archive", commit], capture_output=True, check=True
     ).stdout
@@ -69,21 +68,19 @@ def checked_out(commit: str, folder: Path) -> Path:
     return folder
 
 
-def sweep(code: Path, place: Path) -> dict[str, Any]:
-    """Seconds of the quickstart's sweep with the code of a folder, where they went, and how fast
-    rollouts were.
-    """
-    place.mkdir()
-    found = sweep_of("recipes/quickstart.yaml", place, OVERRIDES, code)
-    trials = [RunDir(folder) for folder in RunDir(place / "sweep").trials.iterdir()]
+def sweep(code: Path, sweep_folder: Path) -> dict[str, Any]:
+    """Return the seconds of a sweep with a folder's code, their parts, and the rollouts' speed."""
+    sweep_folder.mkdir()
+    outcome = sweep_of("recipes/quickstart.yaml", sweep_folder, OVERRIDES, code)
+    trials = [RunDir(folder) for folder in RunDir(sweep_folder / "sweep").trials.iterdir()]
     tokens = sum(
         row["completions/mean_length"] * COMPLETIONS for trial in trials for row in steps_of(trial)
     )
-    rolling = CORES * found["parts_s"]["rollout"]
+    rolling = CORES * outcome["parts_s"]["rollout"]
     return {
-        "makespan_s": found["makespan_s"],
+        "makespan_s": outcome["makespan_s"],
         "tokens_per_second_and_process": round(tokens / rolling),
-        "parts_s": found["parts_s"],
+        "parts_s": outcome["parts_s"],
     }
 
 

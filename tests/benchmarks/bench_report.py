@@ -1,6 +1,4 @@
-"""The report of sweeps of 1 to 500 trials: seconds to write, weight of the page, and its load time
-in Chromium.
-"""
+"""Reports of sweeps of 1 to 500 trials: seconds to write, page size, load time in Chromium."""
 
 from __future__ import annotations
 
@@ -23,8 +21,8 @@ from tests.unit.analysis.synthetic import BASE, Sweep, Trial, params, write_repo
 TRIALS = (1, 18, 200, 500)
 SEEDS = (0, 1)
 WRITES, LOADS = 3, 7
-# Milliseconds from the start of navigation; what is looked at first is there with the second,
-# pictures with the third.
+# Milliseconds from the start of navigation. The first screen is complete at the second, pictures at
+# the third.
 MARKS = {"parsed": "domInteractive", "usable": "domContentLoadedEventEnd", "loaded": "loadEventEnd"}
 
 
@@ -51,14 +49,17 @@ def main() -> None:
             rows[str(count)] = {
                 "page_mb": round(page.stat().st_size / 2**20, 3),
                 "write_s": round(median(seconds[count]), 3),
-                **{f"{name}_ms": round(median(found), 1) for name, found in loads[count].items()},
+                **{
+                    f"{name}_ms": round(median(load_times), 1)
+                    for name, load_times in loads[count].items()
+                },
             }
             print(f"{count:4} trials: {rows[str(count)]}", flush=True)
     write_record("report", __doc__, writes=WRITES, loads=LOADS, sizes=rows)
 
 
 def loaded(browser: Browser, pages: dict[int, Path]) -> dict[int, dict[str, list[float]]]:
-    """Load times of pages, by turns, each in a tab of its own."""
+    """Return load times of pages, which alternate, each in a new tab."""
     times: dict[int, dict[str, list[float]]] = {
         count: {name: [] for name in MARKS} for count in pages
     }
@@ -73,15 +74,16 @@ def loaded(browser: Browser, pages: dict[int, Path]) -> dict[int, dict[str, list
 
 
 def sweep(count: int) -> Sweep:
-    """A sweep of so many trials over rank, alpha, learning rate and target modules, some pruned,
-    some failed.
+    """Return a sweep over rank, alpha, learning rate and target modules.
+
+    Some of its `count` trials are pruned or failed.
     """
     rng = np.random.default_rng(0)
     return Sweep(list(trials(count, rng)), seeds=SEEDS if count > 1 else SEEDS[:1])
 
 
 def trials(count: int, rng: np.random.Generator) -> Iterator[Trial]:
-    """Trials with a basin over learning rates that is the same at every rank."""
+    """Yield trials whose best learning rates are the same at every rank."""
     rates = np.geomspace(1e-5, 1e-2, 13).tolist()
     grid = [
         params(*one) for one in product((1, 4, 16, 64), rates, (16, 32, 64), ("all-linear", "mlp"))

@@ -1,9 +1,8 @@
-"""Rollouts of the quickstart's model with rank-8 adapters: completion tokens a second, all ways
-side by side.
+"""Completion tokens a second of rollouts of the quickstart's model with rank-8 adapters.
 
-vllm, vllm with its own LoRA operations ("vllm stock") and with none ("vllm without LoRA", the
-bound), our decode loop on the trainer's modules ("transformers"), and transformers' `generate` on
-them ("generate"), which is what TRL's trainers call.
+Compared are vllm, vllm with its LoRA operations ("vllm stock") and with none ("vllm without LoRA",
+the bound), our decode loop on the trainer's modules ("transformers"), and transformers' `generate`
+on them ("generate"), which TRL's trainers call.
 """
 
 from __future__ import annotations
@@ -32,27 +31,27 @@ def main() -> None:
     quiet_libraries()
     with tempfile.TemporaryDirectory() as scratch:
         packs = {backend: _open(backend, Path(scratch)) for backend in ("vllm", "transformers")}
-        ways = _ways(packs)
+        variants = _variants(packs)
         rows: list[dict[str, Any]] = [
             {
                 "samples": samples,
                 "adapters": adapters,
-                "engine": way,
+                "engine": variant,
                 "seconds": [],
                 "cpu_seconds": [],
                 "tokens": [],
             }
             for samples in (64, 128, 512)
             for adapters in (1, ADAPTERS)
-            for way in WAYS
-            if adapters == 1 or (samples == 512 and way != "generate")
+            for variant in WAYS
+            if adapters == 1 or (samples == 512 and variant != "generate")
         ]
-        # One warm-up round, then the ways in turn, so that a slow minute of the machine meets all
-        # of them.
+        # One warm-up round, then alternating, so that a slow minute of the machine affects all
+        # variants.
         for repeat in range(REPEATS + 1):
             for row in rows:
                 start, cpu = time.perf_counter(), time.process_time()
-                tokens = ways[row["engine"]](row["samples"], row["adapters"])
+                tokens = variants[row["engine"]](row["samples"], row["adapters"])
                 if repeat:
                     row["seconds"].append(round(time.perf_counter() - start, 4))
                     row["cpu_seconds"].append(round(time.process_time() - cpu, 4))
@@ -74,7 +73,7 @@ def main() -> None:
 
 
 def _open(backend: str, scratch: Path) -> tuple[Any, list[Any]]:
-    """A pack and its members, their B not zero."""
+    """Return a pack and its members, B not zero."""
     import torch
 
     from rltrain.pack import Pack
@@ -84,8 +83,8 @@ def _open(backend: str, scratch: Path) -> tuple[Any, list[Any]]:
     )
     pack = Pack.open(recipe, slots=ADAPTERS)
     members = []
-    for place in range(ADAPTERS):
-        run_dir = RunDir(scratch / backend / str(place))
+    for index in range(ADAPTERS):
+        run_dir = RunDir(scratch / backend / str(index))
         run_dir.create("", {})
         members.append(pack.add(recipe, run_dir))
     torch.manual_seed(0)
@@ -98,8 +97,8 @@ def _open(backend: str, scratch: Path) -> tuple[Any, list[Any]]:
     return pack, members
 
 
-def _ways(packs: dict[str, tuple[Any, list[Any]]]) -> dict[str, Callable[[int, int], int]]:
-    """Each way as a function of (samples, adapters) that gives the number of completion tokens."""
+def _variants(packs: dict[str, tuple[Any, list[Any]]]) -> dict[str, Callable[[int, int], int]]:
+    """Return each variant: a function of (samples, adapters) that returns the number of tokens."""
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
     def ours(backend: str) -> Callable[[int, int], int]:
@@ -114,25 +113,23 @@ def _ways(packs: dict[str, tuple[Any, list[Any]]]) -> dict[str, Callable[[int, i
     )[0]
 
     class NoLoRA(PunicaWrapperCPU):
-        """Leaves the adapters' products out: what is then left is as fast as any LoRA operations
-        could make it.
-        """
+        """Leaves out the adapters' products: an upper bound on the speed of any LoRA operations."""
 
         def add_lora_linear(self, *_: Any, **__: Any) -> None:
             pass
 
     def instead(kind: type) -> Callable[[int, int], int]:
-        def way(samples: int, adapters: int) -> int:
+        def variant(samples: int, adapters: int) -> int:
             kinds = [type(wrapper) for wrapper in wrappers]
             for wrapper in wrappers:
                 wrapper.__class__ = kind
             try:
                 return ours("vllm")(samples, adapters)
             finally:
-                for wrapper, own in zip(wrappers, kinds, strict=True):
-                    wrapper.__class__ = own
+                for wrapper, original in zip(wrappers, kinds, strict=True):
+                    wrapper.__class__ = original
 
-        return way
+        return variant
 
     pack, members = packs["transformers"]
     return {
@@ -145,7 +142,7 @@ def _ways(packs: dict[str, tuple[Any, list[Any]]]) -> dict[str, Callable[[int, i
 
 
 def _requests(pack: Any, members: Sequence[Any], samples: int) -> list[Any]:
-    """As many prompts for each member, with some samples each."""
+    """Return requests for some samples of as many prompts for each member."""
     from rltrain.rollout import request
 
     prompts = samples // len(members) // SAMPLES_PER_PROMPT
@@ -157,10 +154,10 @@ def _requests(pack: Any, members: Sequence[Any], samples: int) -> list[Any]:
             member.recipe.generator.sampling_params,
             SAMPLES_PER_PROMPT,
             "bench",
-            place,
+            index,
         )
         for member in members
-        for place, problem in enumerate(member.problems[:prompts])
+        for index, problem in enumerate(member.problems[:prompts])
     ]
 
 
@@ -170,7 +167,7 @@ def _rollout(pack: Any, members: Sequence[Any], samples: int) -> int:
 
 
 def _generate(pack: Any, member: Any, samples: int) -> int:
-    """`generate` of the PEFT model, adapter on, prompts padded on the left."""
+    """Run `generate` of the PEFT model with the adapter, on left-padded prompts."""
     import torch
 
     requests = _requests(pack, [member], samples)
@@ -182,7 +179,7 @@ def _generate(pack: Any, member: Any, samples: int) -> int:
     sampling = requests[0].sampling
     member.policy.activate()
     with torch.no_grad():
-        found = pack.model.generate(
+        sequences = pack.model.generate(
             input_ids=ids,
             attention_mask=mask,
             do_sample=True,
@@ -192,8 +189,8 @@ def _generate(pack: Any, member: Any, samples: int) -> int:
             eos_token_id=list(pack.stop_token_ids),
             pad_token_id=eos,
         )[:, width:]
-    ended = torch.isin(found, torch.tensor(pack.stop_token_ids)).cumsum(1)
-    before_the_end = ended - torch.isin(found, torch.tensor(pack.stop_token_ids)).long() == 0
+    ended = torch.isin(sequences, torch.tensor(pack.stop_token_ids)).cumsum(1)
+    before_the_end = ended - torch.isin(sequences, torch.tensor(pack.stop_token_ids)).long() == 0
     return int(before_the_end.sum())
 
 

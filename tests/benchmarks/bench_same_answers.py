@@ -1,9 +1,8 @@
-"""The same configurations as members of packs and each alone: do they end within seed noise, with
-the same winner?
+"""The same configurations as members of packs and each alone, compared with seed noise.
 
-With one thread the two are the same to the bit. With two, sums may be split otherwise, and runs
-drift apart as they do with another seed: what is left between packed and alone is held against what
-a seed changes.
+With one thread the two are equal to the bit. With two, sums may be split differently, and runs
+drift apart, as with another seed. The difference between packed and alone is compared with the
+difference between seeds.
 """
 
 from __future__ import annotations
@@ -54,13 +53,13 @@ def main() -> None:
 
 
 def compare(engine: str, threads: int, size: int, steps: int) -> dict[str, Any]:
-    """Held-out accuracies packed, alone, and packed with another seed; their paired differences."""
-    # As many trials at a time, or packs, as keep the cores busy.
-    given = [f"trainer.num_threads={threads}", f"sweep.max_concurrent={max(1, CORES // threads)}"]
+    """Return accuracies packed, alone, and packed with another seed, and paired differences."""
+    # As many trials or packs at a time as keep the cores busy.
+    shared = [f"trainer.num_threads={threads}", f"sweep.max_concurrent={max(1, CORES // threads)}"]
     first, second = (f"sweep.seeds=[{seed}]" for seed in SEEDS)
-    packed = scores(engine, size, steps, [*given, first, f"sweep.pack_size={size}"])
-    alone = scores(engine, size, steps, [*given, first, "sweep.pack_size=1"])
-    reseeded = scores(engine, size, steps, [*given, second, f"sweep.pack_size={size}"])
+    packed = scores(engine, size, steps, [*shared, first, f"sweep.pack_size={size}"])
+    alone = scores(engine, size, steps, [*shared, first, "sweep.pack_size=1"])
+    reseeded = scores(engine, size, steps, [*shared, second, f"sweep.pack_size={size}"])
     differences = [a - b for a, b in zip(packed, alone, strict=True)]
     by_seed = [a - b for a, b in zip(packed, reseeded, strict=True)]
     same = not any(differences)
@@ -72,7 +71,7 @@ def compare(engine: str, threads: int, size: int, steps: int) -> dict[str, Any]:
         "largest_difference": round(max(map(abs, differences)), 5),
         "sd_of_differences": round(stdev(differences), 5),
         "sd_between_seeds": round(stdev(by_seed), 5),
-        # Wilcoxon's test has nothing to rank where nothing differs.
+        # Wilcoxon's test has nothing to rank when nothing differs.
         "p_wilcoxon": 1.0
         if same
         else round(float(stats.wilcoxon(differences, zero_method="zsplit").pvalue), 4),
@@ -82,7 +81,7 @@ def compare(engine: str, threads: int, size: int, steps: int) -> dict[str, Any]:
 
 
 def scores(engine: str, size: int, steps: int, overrides: Sequence[str]) -> list[float]:
-    """The final held-out accuracy of each configuration."""
+    """Return the final held-out accuracy of each configuration."""
     with tempfile.TemporaryDirectory() as folder:
         our_sweep(size, Path(folder), [*overrides, f"generator.backend={engine}"], steps)
         sweep = RunDir(Path(folder) / "sweep")

@@ -1,9 +1,8 @@
-"""One GRPO run, TRL's GRPOTrainer + PEFT against ours with either engine: tokens a second,
-start-up, memory, accuracy.
+"""One GRPO run, TRL's GRPOTrainer + PEFT against ours with either engine.
 
-Same base, problems, reward, batch, learning rate, LoRA and number of steps; the contenders take
-turns, a fresh process each turn. First each tries its settings that change the speed and nothing
-else; the fastest is what is measured.
+Measured are tokens a second, start-up, memory and accuracy. Base, problems, reward, batch, learning
+rate, LoRA and number of steps are the same. Contenders alternate, each time in a fresh process.
+First each tries its settings that change only the speed; the fastest is measured.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.side_by_side import middle, own_environment, result, write_record
+from tests.benchmarks.side_by_side import create_environment, middle, result, write_record
 from tests.benchmarks.trl_run import PACKAGES
 
 THREADS = 2
 ROUNDS = 3
 WARM_UP = 2
 STEPS = {64: 14, 512: 8}  # after the warm-up
-TRIED = {64: 6, 512: 3}  # the same, for finding each contender's settings
+TRIED = {64: 6, 512: 3}  # the same, when trying each contender's settings
 LORA = {"rank": 8, "alpha": 32.0, "targets": "all-linear"}
 LR = 1e-3
 
@@ -32,7 +31,7 @@ ACCURACIES = (0.6, 0.7, 0.8, 0.9)
 
 
 def our_variants(engine: str) -> dict[str, dict[str, Any]]:
-    """Settings of ours that change the speed alone, for an engine."""
+    """Return our settings that change only the speed, for an engine."""
     budget = "trainer.max_tokens_per_microbatch="
     return {
         "as it comes": {"engine": engine, "overrides": []},
@@ -84,22 +83,23 @@ def main() -> None:
 
 
 class Contest:
-    """The contenders, and where their runs lie."""
+    """The contenders, and the folder of their runs."""
 
     def __init__(self, scratch: Path, contenders: Sequence[str], threads: int) -> None:
         self._scratch = scratch
         self._contenders = contenders
         self._threads = threads
-        self._trl = own_environment(scratch / "trl", PACKAGES)
+        self._trl = create_environment(scratch / "trl", PACKAGES)
         self._runs = 0
 
     def speed(self, completions: int, rounds: int) -> dict[str, Any]:
-        """Settings tried and chosen, and the rounds of each contender at one batch size, with their
-        medians.
+        """Return tried and chosen settings, and each contender's rounds with medians.
+
+        The batch size is the same for all.
         """
         tried = self._try(completions)
         chosen = {
-            name: max(seen, key=lambda variant: seen[variant]) for name, seen in tried.items()
+            name: max(rates, key=lambda variant: rates[variant]) for name, rates in tried.items()
         }
         measured: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
         for name in self._turns(rounds):
@@ -123,15 +123,16 @@ class Contest:
         }
 
     def accuracy(self, seeds: Sequence[int]) -> dict[str, Any]:
-        """Seconds until each contender's adapter scores as much; scored by one evaluation, with the
-        clock stopped.
+        """Return the seconds until each contender's adapter reaches an accuracy.
+
+        One evaluation scores all adapters while the clock is stopped.
         """
         curves: dict[str, list[list[dict[str, float]]]] = {name: [] for name in self._contenders}
         tried = self._try(ACCURACY_COMPLETIONS)
         for seed in seeds:
             for name in self._contenders:
                 variant = max(tried[name], key=lambda one: tried[name][one])
-                # One step more: the last has our final evaluation behind it.
+                # One step more: our final evaluation is part of the last step.
                 run = self._run(
                     name, variant, ACCURACY_COMPLETIONS, ACCURACY_STEPS + 1, seed=seed, keep=True
                 )
@@ -152,7 +153,8 @@ class Contest:
             "steps": ACCURACY_STEPS,
             "seeds": list(seeds),
             "contenders": {
-                name: {"curves": found, "reached": reached(found)} for name, found in curves.items()
+                name: {"curves": points, "reached": reached(points)}
+                for name, points in curves.items()
             },
         }
 
@@ -160,25 +162,23 @@ class Contest:
         yield from (name for _ in range(rounds) for name in self._contenders)
 
     def _try(self, completions: int) -> dict[str, dict[str, float]]:
-        """Completion tokens a second of each contender with each of its settings, in a short run of
-        each.
-        """
+        """Return completion tokens a second of each contender and setting, in short runs."""
         steps = TRIED.get(completions, TRIED[64])
-        seen: dict[str, dict[str, float]] = {name: {} for name in self._contenders}
+        rates: dict[str, dict[str, float]] = {name: {} for name in self._contenders}
         for name in self._contenders:
             for variant in VARIANTS[name]:
                 row = self._row(name, variant, completions, steps)
-                seen[name][variant] = round(row["tokens_per_second"], 1)
+                rates[name][variant] = round(row["tokens_per_second"], 1)
                 print(
                     f"{completions:>4} completions  {name}, {variant}: "
                     f"{row['tokens_per_second']:.0f}",
                     flush=True,
                 )
-        return seen
+        return rates
 
     def _row(self, name: str, variant: str, completions: int, steps: int) -> dict[str, Any]:
-        # Our last step has the final evaluation and checkpoint behind it: one more step, that
-        # nobody counts.
+        # Our last step includes the final evaluation and checkpoint: one more step, which is not
+        # counted.
         run = self._run(name, variant, completions, WARM_UP + steps + 1)
         step_s, lengths = run["step_s"][WARM_UP:-1], run["mean_length"][WARM_UP:-1]
         rates = [
@@ -248,7 +248,7 @@ class Contest:
 
 
 def medians(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The median over rounds of what is one number a round."""
+    """Return the median over rounds of each number."""
     return {
         key: middle(row[key] for row in rows)
         for key, value in rows[0].items()
@@ -257,17 +257,16 @@ def medians(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def curve(run: dict[str, Any], accuracies: Sequence[float]) -> list[dict[str, float]]:
-    """Accuracy against seconds since launch, and since the first step, at each adapter that was
-    kept.
+    """Return accuracy against seconds since launch, and since the first step, at each kept adapter.
 
-    Keeping adapters is no part of the time: TRL's are written between two of its steps, ours in
+    Keeping adapters is not counted: TRL's are written between two of its steps, ours in
     `timing_s/checkpoint`.
     """
     checkpoint = run.get("timing_s", {}).get("timing_s/checkpoint", [0.0] * len(run["step_s"]))
     points = []
     for kept, accuracy in zip(run["kept"], accuracies, strict=True):
         step = kept["step"]
-        # The time of the checkpoint written after a step stands in the next step's row.
+        # The time of the checkpoint after a step is in the next step's row.
         training = sum(run["step_s"][:step]) - sum(checkpoint[: step + 1])
         points.append(
             {
@@ -281,31 +280,30 @@ def curve(run: dict[str, Any], accuracies: Sequence[float]) -> list[dict[str, fl
 
 
 def reached(curves: Sequence[Sequence[dict[str, float]]]) -> dict[str, dict[str, Any]]:
-    """For each accuracy, the median over seeds of the seconds until it was first reached, and how
-    many seeds did.
+    """Return, for each accuracy, the median seconds until a seed first reached it.
+
+    The number of seeds that did is included.
     """
     table = {}
-    for wanted in ACCURACIES:
-        found = {
-            key: [first(points, wanted, key) for points in curves]
+    for accuracy in ACCURACIES:
+        times = {
+            key: [first(points, accuracy, key) for points in curves]
             for key in ("seconds", "training_s", "step")
         }
-        table[str(wanted)] = {key: middle(values, 3) for key, values in found.items()} | {
-            "seeds": sum(value is not None for value in found["seconds"])
+        table[str(accuracy)] = {key: middle(values, 3) for key, values in times.items()} | {
+            "seeds": sum(value is not None for value in times["seconds"])
         }
     return table
 
 
-def first(points: Sequence[dict[str, float]], wanted: float, key: str) -> float | None:
-    """Where a curve first comes to an accuracy, on the line between its points; None where it does
-    not.
-    """
+def first(points: Sequence[dict[str, float]], accuracy: float, key: str) -> float | None:
+    """Return where a curve first reaches an accuracy, linearly interpolated, or None."""
     before = None
     for point in points:
-        if point["accuracy"] >= wanted:
+        if point["accuracy"] >= accuracy:
             if before is None:
                 return point[key]
-            share = (wanted - before["accuracy"]) / (point["accuracy"] - before["accuracy"])
+            share = (accuracy - before["accuracy"]) / (point["accuracy"] - before["accuracy"])
             return before[key] + share * (point[key] - before[key])
         before = point
     return None

@@ -1,10 +1,10 @@
-"""A sweep of 8 and of 16 trials of mixed rank, alpha, learning rate and targets: seconds from
-command to last result.
+"""Makespans of sweeps of 8 and 16 trials of mixed rank, alpha, learning rate and targets.
 
-TRL trains one process a trial, ours one `python -m harness.sweep`: each trial alone in its process,
-or packed on one base and engine, or packed with a pruner. TRL's ways are tried in the first round
-of the first size, and the fastest goes on; ours keep each core busy with a process of one thread,
-which took less than one process with two threads whenever it was tried.
+A makespan is the seconds from command to last result. TRL trains one process a trial. Ours is one
+`python -m harness.sweep`: each trial alone in its process, packed on one base and engine, or packed
+with a pruner. TRL's variants are tried in the first round of the first size, and the fastest is
+kept. Ours keep each core busy with a process of one thread, which was faster than one process with
+two threads whenever it was tried.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from harness.core.paths import PROJECT, RECIPES
 from harness.records.metrics_file import MetricsFile
 from harness.records.run_dir import RunDir, Status
 from tests.benchmarks.side_by_side import (
+    create_environment,
     middle,
     on_record,
     origin,
-    own_environment,
     result,
     write_record,
 )
@@ -45,7 +45,7 @@ MEMBERS = (
 )
 STEPS, EVERY = 24, 8  # with a pruner, an evaluation every so many steps
 COMPLETIONS = 128
-SCORED_SAMPLES = 4  # of each held-out problem, for the best of each contender
+SCORED_SAMPLES = 4  # of each held-out problem, for the best trial of each contender
 PRUNER = {"name": "successive_halving", "min_resource": EVERY, "reduction_factor": 4}
 ENGINE = "transformers"
 PARTS = ("rollout", "logprobs", "update", "sync", "checkpoint", "eval")
@@ -76,7 +76,7 @@ MODULES = {
     "mlp": ["gate_proj", "up_proj", "down_proj"],
 }
 
-Ways = dict[str, Callable[[int, Path], dict[str, Any]]]
+Variants = dict[str, Callable[[int, Path], dict[str, Any]]]
 
 
 def main() -> None:
@@ -93,18 +93,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch)
-        trl = own_environment(place / "trl", PACKAGES)
+        root = Path(scratch)
+        trl = create_environment(root / "trl", PACKAGES)
         chosen = {
-            name: ways
-            for name, ways in contenders(trl, options.steps).items()
+            name: variants
+            for name, variants in contenders(trl, options.steps).items()
             if name in options.contenders
         }
-        # A size that is not measured now stays as it is on record, its rows with the machine and
-        # commit they are of.
+        # A size that is not measured now keeps its record, with the machine and commit it was
+        # measured on.
         sizes: dict[str, Any] = on_record("sweep").get("sizes", {})
         for size in options.sizes:
-            sizes[str(size)] = measure(size, chosen, options.rounds, place)
+            sizes[str(size)] = measure(size, chosen, options.rounds, root)
             chosen = {
                 name: {one["way"]: chosen[name][one["way"]]}
                 for name, one in sizes[str(size)].items()
@@ -122,23 +122,21 @@ def main() -> None:
             )
 
 
-def contenders(trl: Path, steps: int = STEPS) -> dict[str, Ways]:
-    """Each contender's ways to run a sweep: what they do with so many trials in a folder."""
+def contenders(trl: Path, steps: int = STEPS) -> dict[str, Variants]:
+    """Return each contender's variants of a sweep: functions of number of trials and folder."""
     busy = [f"sweep.max_concurrent={CORES}", "trainer.num_threads=1"]
     pruned = [f"trainer.eval_interval={EVERY}", recipes.override_for("sweep.pruner", PRUNER)]
 
     def theirs(together: int) -> Callable[[int, Path], dict[str, Any]]:
-        return lambda size, place: their_sweep(size, place, together, trl, steps)
+        return lambda size, root: their_sweep(size, root, together, trl, steps)
 
-    def ours(*overrides: str, packs: bool) -> Ways:
-        """A pack for each core, of half the trials or of four; or without packs, so that none
-        shares anything.
-        """
+    def ours(*overrides: str, packs: bool) -> Variants:
+        """Return a variant with a pack of several trials for each core, or without packs."""
         way = "a pack of 1 thread for each core" if packs else "two at a time, 1 thread"
 
-        def run(size: int, place: Path) -> dict[str, Any]:
+        def run(size: int, root: Path) -> dict[str, Any]:
             members = min(MEMBERS, -(-size // CORES)) if packs else 1
-            return our_sweep(size, place, [*busy, *overrides, f"sweep.pack_size={members}"], steps)
+            return our_sweep(size, root, [*busy, *overrides, f"sweep.pack_size={members}"], steps)
 
         return {way: run}
 
@@ -150,19 +148,20 @@ def contenders(trl: Path, steps: int = STEPS) -> dict[str, Ways]:
     }
 
 
-def measure(size: int, chosen: dict[str, Ways], rounds: int, place: Path) -> dict[str, Any]:
-    """Rounds of every contender with so many trials, in turn; the best score of each, judged by one
-    evaluation.
+def measure(size: int, chosen: dict[str, Variants], rounds: int, root: Path) -> dict[str, Any]:
+    """Return alternating rounds of every contender at one number of trials.
+
+    One evaluation scores the best trial of each.
     """
     measured: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
     best_way: dict[str, str] = {}
     for turn in range(rounds):
-        for name, ways in chosen.items():
+        for name, variants in chosen.items():
             rows = []
-            for way in [best_way[name]] if turn else ways:
-                folder = place / f"{size}_{turn}_{name}_{way}".replace(" ", "_").replace(",", "")
+            for way in [best_way[name]] if turn else variants:
+                folder = root / f"{size}_{turn}_{name}_{way}".replace(" ", "_").replace(",", "")
                 folder.mkdir()
-                rows.append({"way": way, **ways[way](size, folder)})
+                rows.append({"way": way, **variants[way](size, folder)})
                 print(
                     f"{size:>3} trials  {name}, {way}: {rows[-1]['makespan_s']:.1f} s, "
                     f"best {rows[-1]['best']}",
@@ -196,8 +195,8 @@ def measure(size: int, chosen: dict[str, Ways], rounds: int, place: Path) -> dic
     }
 
 
-def their_sweep(size: int, place: Path, together: int, trl: Path, steps: int) -> dict[str, Any]:
-    """TRL, a fresh process for each trial, so many at a time; each evaluates once, at its end."""
+def their_sweep(size: int, root: Path, together: int, trl: Path, steps: int) -> dict[str, Any]:
+    """Train each trial by TRL in a fresh process, several at a time; each evaluates at its end."""
 
     def trial(number: int) -> dict[str, Any]:
         rank, alpha, lr, targets = CONFIGURATIONS[number]
@@ -210,8 +209,8 @@ def their_sweep(size: int, place: Path, together: int, trl: Path, steps: int) ->
             "rank": rank,
             "alpha": alpha,
             "targets": MODULES.get(targets, targets),
-            "output": str(place / f"{number}"),
-            "evaluate": str(place / f"adapter{number}"),
+            "output": str(root / f"{number}"),
+            "evaluate": str(root / f"adapter{number}"),
         }
         return result("trl_run", spec, threads=CORES // together, python=trl)
 
@@ -229,28 +228,26 @@ def their_sweep(size: int, place: Path, together: int, trl: Path, steps: int) ->
         "makespan_s": round(makespan, 2),
         "best": trials[best]["accuracy"],
         "parts_s": with_rest(parts, makespan),
-        "best_adapter": str(place / f"adapter{best}"),
+        "best_adapter": str(root / f"adapter{best}"),
         "counts": {Status.COMPLETE.value: size},
     }
 
 
-def our_sweep(size: int, place: Path, overrides: Sequence[str], *steps: int) -> dict[str, Any]:
-    """`python -m harness.sweep` of a recipe with these trials."""
-    (place / "sweep.yaml").write_text(yaml.safe_dump(our_recipe(size, *steps), sort_keys=False))
-    return sweep_of(str(place / "sweep.yaml"), place, overrides)
+def our_sweep(size: int, root: Path, overrides: Sequence[str], *steps: int) -> dict[str, Any]:
+    """Run `python -m harness.sweep` of a recipe with these trials."""
+    (root / "sweep.yaml").write_text(yaml.safe_dump(our_recipe(size, *steps), sort_keys=False))
+    return sweep_of(str(root / "sweep.yaml"), root, overrides)
 
 
 def sweep_of(
-    recipe: str, place: Path, overrides: Sequence[str], code: Path = PROJECT
+    recipe: str, root: Path, overrides: Sequence[str], code: Path = PROJECT
 ) -> dict[str, Any]:
-    """`python -m harness.sweep` of a recipe in a folder, with the code of another; its report is
-    part of the time.
-    """
-    given = [f"trainer.ckpt_path={place}", "trainer.run_name=sweep", *overrides]
+    """Run `python -m harness.sweep` with the code of another folder; its report is timed too."""
+    given = [f"trainer.ckpt_path={root}", "trainer.run_name=sweep", *overrides]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     environment["PYTHONPATH"] = str(code)
     start = time.time()
-    with (place / "log.txt").open("wb") as log:
+    with (root / "log.txt").open("wb") as log:
         status = subprocess.run(
             [sys.executable, "-m", "harness.sweep", recipe, *given],
             cwd=code,
@@ -261,19 +258,19 @@ def sweep_of(
     makespan = time.time() - start
     if status != 0:
         raise RuntimeError(
-            f"harness.sweep exited with {status}:\n{(place / 'log.txt').read_text()[-3000:]}"
+            f"harness.sweep exited with {status}:\n{(root / 'log.txt').read_text()[-3000:]}"
         )
     return {
         "makespan_s": round(makespan, 2),
-        **read_sweep(RunDir(place / "sweep"), start, makespan),
+        **read_sweep(RunDir(root / "sweep"), start, makespan),
     }
 
 
 def our_recipe(size: int, *steps: int) -> dict[str, Any]:
-    """The quickstart's recipe with these trials for its sweep, one evaluation and one checkpoint
-    each, at the end.
+    """Return the quickstart's recipe with these trials for its sweep.
 
-    With several numbers of `steps` the trials have them in turn.
+    Each has one evaluation and one checkpoint, at the end. With several numbers of `steps` the
+    trials use them alternately.
     """
     content: dict[str, Any] = yaml.safe_load((RECIPES / "quickstart.yaml").read_text())
     content["trainer"] |= {
@@ -306,9 +303,7 @@ def our_recipe(size: int, *steps: int) -> dict[str, Any]:
 
 
 def read_sweep(sweep: RunDir, start: float, makespan: float) -> dict[str, Any]:
-    """What the directories of a finished sweep show: its best trial, where its time went, and its
-    gaps.
-    """
+    """Return a finished sweep's best trial, the parts of its time, and its gaps."""
     trials = [RunDir(folder) for folder in sorted(sweep.trials.iterdir())]
     manifests = [trial.read_manifest() for trial in trials]
     statuses = [manifest["status"] for manifest in manifests]
@@ -334,13 +329,14 @@ def read_sweep(sweep: RunDir, start: float, makespan: float) -> dict[str, Any]:
 
 
 def steps_of(trial: RunDir) -> list[dict[str, float]]:
-    """A trial's rows of training steps."""
+    """Return a trial's rows of training steps."""
     return [row for row in MetricsFile(trial.metrics).rows() if "step_time" in row]
 
 
 def time_of_parts(trials: Sequence[RunDir]) -> dict[str, float]:
-    """Seconds in each part of the trials' steps. Members of a pack log the same time of a step they
-    shared: once.
+    """Return seconds in each part of the trials' steps.
+
+    Members of a pack log the same time for a shared step, which is counted once.
     """
     shared: dict[tuple[float, ...], dict[str, float]] = {}
     alone = dict.fromkeys(PARTS, 0.0)
@@ -360,13 +356,17 @@ def time_of_parts(trials: Sequence[RunDir]) -> dict[str, float]:
 
 
 def when(manifest: dict[str, Any], change: int) -> float:
-    """Seconds since the epoch of a change of status: 1 is when training began, -1 when it ended."""
+    """Return when a status changed, in seconds since the epoch.
+
+    `change` 1 is the start of training, -1 its end.
+    """
     return datetime.fromisoformat(manifest["status_history"][change]["time"]).timestamp()
 
 
 def gaps(began: Sequence[float], ended: Sequence[float]) -> list[float]:
-    """Seconds from a trial's end to the next one's beginning, for each that began after one had
-    ended.
+    """Return seconds from a trial's end to the next start.
+
+    Trials that started before any had ended are left out.
     """
     waits, free = [], sorted(ended)
     for start in sorted(began):
@@ -376,7 +376,7 @@ def gaps(began: Sequence[float], ended: Sequence[float]) -> list[float]:
 
 
 def with_rest(parts: dict[str, float], makespan: float) -> dict[str, float]:
-    """The parts and what they leave of the makespan: starting up, waiting, and handing over."""
+    """Return the parts, and the rest of the makespan: start-up, waiting and handover."""
     parts = {part: round(seconds, 2) for part, seconds in parts.items()}
     return {"start-up and waiting": round(makespan - sum(parts.values()), 2), **parts}
 

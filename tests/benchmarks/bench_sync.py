@@ -1,5 +1,6 @@
-"""Seconds from the trainer's adapter to an engine that serves it: every sync mode, both engines,
-several ranks.
+"""Seconds from the trainer's adapter to an engine that serves it.
+
+Measured are every sync mode, both engines, and several LoRA ranks.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def main() -> None:
 
 
 def _rows(backend: Backend, rank: int) -> list[dict[str, Any]]:
-    """Disk and memory in turn, a member each on one engine; merge on an engine without adapters."""
+    """Return rows of alternating disk and memory syncs, and of merge on another engine."""
     timed: dict[SyncMode, list[float]] = {}
     for modes in ([SyncMode.disk, SyncMode.memory], [SyncMode.merge]):
         timed |= _timed(backend, rank, modes)
@@ -50,9 +51,7 @@ def _rows(backend: Backend, rank: int) -> list[dict[str, Any]]:
 
 
 def _timed(backend: Backend, rank: int, modes: list[SyncMode]) -> dict[SyncMode, list[float]]:
-    """Wall seconds of each publication after the first, a new version each, as a training step has
-    it.
-    """
+    """Return wall seconds of each publication after the first, each of a new version."""
     import torch
 
     from rltrain.engines.base import EngineOptions, build_engine, stop_token_ids
@@ -71,8 +70,10 @@ def _timed(backend: Backend, rank: int, modes: list[SyncMode]) -> dict[SyncMode,
             model, mode.name, models.lora_config(recipe, recipe.trainer.policy.model.lora), 0
         )
     path = models.model_folder(recipe.trainer.policy.model.path)
-    room = 0 if modes == [SyncMode.merge] else rank
-    options = EngineOptions(path, torch.float32, stop_token_ids(model, tokenizer), room, len(modes))
+    max_rank = 0 if modes == [SyncMode.merge] else rank
+    options = EngineOptions(
+        path, torch.float32, stop_token_ids(model, tokenizer), max_rank, len(modes)
+    )
     engine = build_engine(recipe, model, options)
     seconds: dict[SyncMode, list[float]] = {mode: [] for mode in modes}
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,6 +1,4 @@
-"""The update of the quickstart's model, rank 8: seconds a step with each way to compute it, in turn
-in one process.
-"""
+"""Seconds of the update of the quickstart's model at rank 8, by each method, in one process."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ from tests.benchmarks.side_by_side import write_record
 
 REPEATS = 5
 PROMPTS = {64: 8, 512: 64}
-COMPANIONS = (1, 4, 8, 16)
+PACK_SIZES = (1, 4, 8, 16)
 # name -> (packed, shared prompts, W + s B A, zero advantages skipped; trainer keys)
 ROWS, BUDGET = "micro_train_batch_size_per_gpu", "max_tokens_per_microbatch"
 WAYS: dict[str, tuple[tuple[bool, bool, bool, bool], dict[str, int | None]]] = {
@@ -53,7 +51,7 @@ def main() -> None:
 
 
 def _open(scratch: Path) -> tuple[Any, Any]:
-    """A pack with one member, whose learning rate is too small to change what is measured."""
+    """Return a pack with one member, whose learning rate is too small to affect the measurement."""
     from rltrain.pack import Pack
 
     recipe = recipes.load(
@@ -67,7 +65,7 @@ def _open(scratch: Path) -> tuple[Any, Any]:
             "trainer.policy.optimizer_config.lr=1e-12",
         ],
     )
-    pack = Pack.open(recipe, slots=max(COMPANIONS))
+    pack = Pack.open(recipe, slots=max(PACK_SIZES))
     member = pack.add(recipe, _run_dir(scratch, "run"))
     pack.publish_member(member)
     return pack, member
@@ -80,9 +78,7 @@ def _run_dir(scratch: Path, name: str) -> RunDir:
 
 
 def _measure(pack: Any, member: Any, count: int, prompts: int) -> list[dict[str, Any]]:
-    """A row for each way: seconds, CPU seconds and tokens a second of one update of so many
-    completions.
-    """
+    """Return a row for each method: seconds, CPU seconds and tokens a second of one update."""
     from rltrain.algorithms.advantages import compute_advantages
     from rltrain.rollout import sample_rollouts
     from rltrain.step import update
@@ -94,14 +90,14 @@ def _measure(pack: Any, member: Any, count: int, prompts: int) -> list[dict[str,
     rows: list[dict[str, Any]] = [
         {"completions": count, "way": way, "seconds": [], "cpu_seconds": []} for way in WAYS
     ]
-    # One warm-up round, then the ways in turn, so that a slow minute of the machine meets all.
+    # One warm-up round, then alternating, so that a slow minute of the machine affects all.
     for repeat in range(REPEATS + 1):
         for row in rows:
             kind, keys = WAYS[row["way"]]
             trainer = member.recipe.trainer
             for key, value in ({ROWS: 16, BUDGET: None} | keys).items():
                 setattr(trainer, key, value)
-            with _way(pack, *kind):
+            with _method(pack, *kind):
                 start, cpu = time.perf_counter(), time.process_time()
                 update(pack, member, member.policy, batch, 0)
                 spent = time.perf_counter() - start, time.process_time() - cpu
@@ -124,10 +120,10 @@ def _measure(pack: Any, member: Any, count: int, prompts: int) -> list[dict[str,
 
 
 @contextlib.contextmanager
-def _way(
+def _method(
     pack: Any, packed: bool, shared: bool, one_product: bool, skipping: bool
 ) -> Iterator[None]:
-    """Switch parts of the update off, for comparison."""
+    """Disable parts of the update, for comparison."""
     from peft.tuners import lora
 
     from rltrain.algorithms.policy import Policy
@@ -149,11 +145,11 @@ def _way(
 
 
 def _switching(pack: Any, recipe: Any, scratch: Path) -> list[dict[str, Any]]:
-    """Milliseconds to make another adapter the one that trains, by the number of members."""
+    """Return milliseconds to activate another adapter, by the number of members."""
     rows = []
-    for count in COMPANIONS:
+    for count in PACK_SIZES:
         while len(pack.members) < count:
-            pack.add(recipe, _run_dir(scratch, f"companion{len(pack.members)}"))
+            pack.add(recipe, _run_dir(scratch, f"member{len(pack.members)}"))
         times = []
         for _ in range(REPEATS):
             start = time.process_time()

@@ -1,5 +1,6 @@
-"""Figures of the benchmarks' page, in Okabe and Ito's colours; each draws one record and returns
-its file's name.
+"""Figures of the benchmarks' page, in Okabe and Ito's colours.
+
+Each function draws one record and returns its file's name.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ MARKERS = "os^Dv"
 
 @contextmanager
 def figure(name: str, columns: int, height: float = 3.2) -> Iterator[Any]:
-    """Axes side by side, written to `figures/<name>.png` afterwards."""
+    """Yield axes side by side, and write them to `figures/<name>.png` afterwards."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -36,7 +37,7 @@ def figure(name: str, columns: int, height: float = 3.2) -> Iterator[Any]:
 
 
 def single_run(record: Record) -> str:
-    """Tokens a second at each batch size; accuracy against seconds since launch."""
+    """Draw tokens a second at each batch size, and accuracy against seconds since launch."""
     with figure("single_run", 2) as (speed, accuracy):
         names = list(dict.fromkeys(name for rows in record["speed"].values() for name in rows))
         width = 0.8 / len(names)
@@ -56,10 +57,10 @@ def single_run(record: Record) -> str:
         speed.legend(
             frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(names)
         )
-        for i, (name, found) in enumerate(
+        for i, (name, contender) in enumerate(
             ((record.get("accuracy") or {}).get("contenders") or {}).items()
         ):
-            points = list(zip(*found["curves"], strict=True))
+            points = list(zip(*contender["curves"], strict=True))
             x = [median(point["seconds"] for point in one) for one in points]
             y = [median(point["accuracy"] for point in one) for one in points]
             accuracy.plot(
@@ -74,7 +75,7 @@ def single_run(record: Record) -> str:
 
 
 def sweep(record: Record) -> str:
-    """Makespans, and what they are made of."""
+    """Draw makespans and their parts."""
     with figure("sweep", len(record["sizes"]), height=3.6) as axes:
         for one, (size, rows) in zip(axes, record["sizes"].items(), strict=True):
             names = list(rows)[::-1]
@@ -96,7 +97,7 @@ def sweep(record: Record) -> str:
 
 
 def pack(record: Record) -> str:
-    """Speedup against the number of members, and its bound."""
+    """Draw the speedup against the number of members, and its bound."""
     with figure("pack", 2) as (speedup, share):
         for i, (engine, table) in enumerate(record["engines"].items()):
             members = [row["members"] for row in table["rows"]]
@@ -126,7 +127,7 @@ def pack(record: Record) -> str:
 
 
 def sync(record: Record) -> str:
-    """Latency of each sync mode against the rank."""
+    """Draw the latency of each sync mode against the rank."""
     with figure("sync", 1) as (axes,):
         rows = [row for row in record["rows"] if row["engine"] == "vllm"]
         for i, mode in enumerate(dict.fromkeys(row["sync"] for row in rows)):

@@ -1,6 +1,4 @@
-"""One contender of bench_head in a process of its own: seconds and memory of a head's forward and
-backward pass.
-"""
+"""One contender of bench_head in a separate process: time and memory of forward and backward."""
 
 from __future__ import annotations
 
@@ -18,8 +16,9 @@ REPEATS = 3
 
 
 def main() -> None:
-    """Compute as the spec says; write seconds of a pass, GiB above the inputs, and a digest of the
-    results.
+    """Compute as the spec says and write the result.
+
+    It has seconds of a pass, GiB above the inputs, and a digest of the results.
     """
     spec, result = worker_files()
     torch.set_num_threads(spec["threads"])
@@ -31,12 +30,12 @@ def main() -> None:
     if spec["how"] == "all rows at once":
         logprobs.LOGITS_BYTES = 4 * tokens * vocabulary
     compute = _with_autograd if spec["how"] == "PyTorch's autograd" else logprobs.chosen_logprobs
-    before, seconds, found = memory_gb(), [], torch.empty(0)
+    before, seconds, values = memory_gb(), [], torch.empty(0)
     for _ in range(REPEATS):
         states.grad = None
         start = time.perf_counter()
-        found = compute(states, head, chosen, 1.0)
-        (found[:, 0] * weights).sum().backward()
+        values = compute(states, head, chosen, 1.0)
+        (values[:, 0] * weights).sum().backward()
         seconds.append(time.perf_counter() - start)
     gradient = states.grad
     assert gradient is not None
@@ -45,8 +44,8 @@ def main() -> None:
         {
             "pass_s": round(median(seconds), 3),
             "memory_gb": round(peak_memory_gb() - before, 3),
-            "logprobs": float(found[:, 0].double().sum()),
-            "entropies": float(found[:, 1].double().sum()),
+            "logprobs": float(values[:, 0].double().sum()),
+            "entropies": float(values[:, 1].double().sum()),
             "gradient": float((gradient.double() * states.detach()).sum()),
         },
     )

@@ -1,6 +1,4 @@
-"""One run of ours, as a contender of the benchmarks: `python -m harness.run`, with a clock on its
-reports.
-"""
+"""One run of ours as a contender: `python -m harness.run`, with timestamps of its reports."""
 
 from __future__ import annotations
 
@@ -18,19 +16,20 @@ from tests.benchmarks.side_by_side import peak_memory_gb, worker_files
 
 
 def main() -> None:
-    """Train the quickstart's recipe with the spec's overrides; write what `trl_run` writes, and
-    where time went.
+    """Train the quickstart's recipe with the spec's overrides and write the result.
+
+    It has what `trl_run` writes, and the parts of the time.
     """
     spec, result = worker_files()
     stamps = stamp_reports()
     output = Path(spec["output"])
-    given = [
+    overrides = [
         *spec["overrides"],
         f"trainer.ckpt_path={output}",
         "trainer.run_name=run",
         f"trainer.num_threads={spec['threads']}",
     ]
-    status = run.main(["recipes/quickstart.yaml", *given])
+    status = run.main(["recipes/quickstart.yaml", *overrides])
     if status != 0:
         raise SystemExit(status)
     run_dir = RunDir(output / "run")
@@ -50,7 +49,7 @@ def main() -> None:
 
 
 def stamp_reports() -> list[float]:
-    """A list that will hold when each step was reported, all that belongs to it done."""
+    """Return a list to which the time of each report is added, after all loggers are done."""
     stamps: list[float] = []
     report = Loggers.report
 
@@ -63,14 +62,12 @@ def stamp_reports() -> list[float]:
 
 
 def timings(rows: list[dict[str, float]]) -> list[str]:
-    """The names of the parts of a step that were timed."""
+    """Return the names of the timed parts of a step."""
     return sorted({name for row in rows for name in row if name.startswith("timing_s/")})
 
 
 def checkpoints(run_dir: RunDir) -> list[dict[str, Any]]:
-    """Every checkpoint that was kept, as an adapter's weights and the folder with the configuration
-    they go with.
-    """
+    """Return every kept checkpoint: an adapter's weights, and the folder of their configuration."""
     return [
         {
             "step": int(folder.name.removeprefix("step_")),

@@ -1,5 +1,6 @@
-"""N members in one pack in one process, for `bench_pack`: start-up, steps, memory, and what sharing
-gains by itself.
+"""N members in one pack in one process, for `bench_pack`.
+
+Measured are start-up, steps, memory, and the gain of sharing.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ MAKESPAN_PARTS = ("rollout", "rest")
 
 
 def main() -> None:
-    """Train so many members for so many steps; write the seconds of each part, memory and shares of
-    the peak.
+    """Train some members for some steps and write the result.
+
+    It has the seconds of each part, memory, and shares of the peak.
     """
     spec, result = worker_files()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -34,7 +36,7 @@ def main() -> None:
 
 
 class Measurement:
-    """A pack of mixed members under a clock."""
+    """A pack of mixed members, and its timings."""
 
     def __init__(self, spec: dict[str, Any], scratch: Path) -> None:
         from rltrain.trainer import Trainer
@@ -54,7 +56,7 @@ class Measurement:
         self._memory.append(memory_gb())
 
     def result(self) -> dict[str, Any]:
-        """What is written, with the gains of sharing if the spec asks for them."""
+        """Return the result, with the gain of sharing if the spec asks for it."""
         from rltrain.models.loading import adapter_parameters
 
         began = time.time()
@@ -83,8 +85,10 @@ class Measurement:
         return content
 
     def _gains(self, repeats: int) -> dict[str, float | None]:
-        """g and c: seconds a token of steps made one member at a time, over those of steps that all
-        make together.
+        """Return g and c.
+
+        Each is seconds a token of steps of one member at a time, over those of steps of all
+        members.
         """
         everyone = range(self._spec["members"])
         ratios: dict[str, list[float]] = {part: [] for part in MAKESPAN_PARTS}
@@ -97,14 +101,15 @@ class Measurement:
                 ratios[part].append(alone / (together[part] / together["tokens"]))
         return {"g": middle(ratios["rollout"]), "c": middle(ratios["rest"])}
 
-    def _step(self, places: list[int]) -> dict[str, float]:
-        """One step of some members: seconds of rollout and of the rest, tokens, and shares of the
-        peak.
+    def _step(self, indices: list[int]) -> dict[str, float]:
+        """Take one step of some members.
+
+        Returns seconds of the rollout and of the rest, tokens, and shares of the peak.
         """
-        members = [self._pack.members[place] for place in places]
+        members = [self._pack.members[index] for index in indices]
         start = time.perf_counter()
         outcomes = self._trainer.step([member.run_dir for member in members])
-        whole = time.perf_counter() - start
+        seconds = time.perf_counter() - start
         rows = {}
         for member, outcome in zip(members, outcomes.values(), strict=True):
             if isinstance(outcome, Exception):
@@ -118,20 +123,24 @@ class Measurement:
             * sum(computed_tokens(member, rows[member]) for member in members)
         )
         return {
-            "seconds": round(whole, 5),
+            "seconds": round(seconds, 5),
             "rollout": round(rollout, 5),
-            "rest": round(whole - rollout, 5),
+            "rest": round(seconds - rollout, 5),
             "update": round(update, 5),
             "tokens": sum(
                 member_completions(m) * rows[m]["completions/mean_length"] for m in members
             ),
-            # One pass forward; in the update one more back, LoRA's own products left out.
+            # One forward pass; the update also has one backward pass. LoRA's products are not
+            # counted.
             "rollout_share_of_peak": round(flops / rollout / self._pack.peak_flops, 4),
             "update_share_of_peak": round(2 * flops / update / self._pack.peak_flops, 4),
         }
 
     def _recipe(self, number: int) -> Any:
-        """The quickstart's own rank, alpha, targets and learning rate, with a seed of its own."""
+        """Return the quickstart's recipe for a member.
+
+        Rank, alpha, targets and learning rate are the quickstart's, the seed is new.
+        """
         prompts = self._spec["completions"] // SAMPLES
         recipe = recipes.load(
             "quickstart",
@@ -155,14 +164,12 @@ class Measurement:
 
 
 def member_completions(member: Any) -> int:
-    """Completions of one of its steps."""
+    """Return the completions of one of a member's steps."""
     return int(member.recipe.trainer.train_batch_size) * SAMPLES
 
 
 def computed_tokens(member: Any, row: dict[str, float]) -> float:
-    """Tokens that a step has to compute: completions, and each prompt once, however many samples
-    share it.
-    """
+    """Return the tokens that a step computes: completions, and each prompt once."""
     completions = member_completions(member) * row["completions/mean_length"]
     return completions + (member.step_tokens - completions) / SAMPLES
 

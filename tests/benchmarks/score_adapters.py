@@ -1,5 +1,6 @@
-"""Held-out accuracy of adapters, whoever trained them: one engine, one evaluation, the same random
-numbers for all.
+"""Held-out accuracy of adapters of any trainer.
+
+One engine and one evaluation score all of them with the same random numbers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from tests.benchmarks.side_by_side import worker_files
 
 
 def main() -> None:
-    """Write the accuracy of each adapter of the spec, in its order."""
+    """Write the accuracy of each adapter of the spec, in order."""
     spec, result = worker_files()
     from rltrain.distributed.process import quiet_libraries
 
@@ -23,7 +24,8 @@ def main() -> None:
     from rltrain.pack import Pack
 
     with tempfile.TemporaryDirectory() as scratch:
-        largest = max(8, *(config(one)["r"] for one in spec["adapters"]))  # 8: the quickstart's own
+        # 8 is the quickstart's rank.
+        largest = max(8, *(config(adapter)["r"] for adapter in spec["adapters"]))
         shared = [
             "generator.backend=transformers",
             "generator.max_num_seqs=512",
@@ -41,15 +43,18 @@ def main() -> None:
 
 
 def config(adapter: dict[str, str]) -> dict[str, Any]:
-    """PEFT's configuration of an adapter."""
+    """Return PEFT's configuration of an adapter."""
     content: dict[str, Any] = json.loads(
         (Path(adapter["folder"]) / "adapter_config.json").read_text()
     )
     return content
 
 
-def accuracy(pack: Any, adapter: dict[str, str], shared: list[str], place: Path) -> float:
-    """Mean reward on the held-out problems with an adapter that joins the pack and leaves it."""
+def accuracy(pack: Any, adapter: dict[str, str], shared: list[str], folder: Path) -> float:
+    """Return the mean reward of an adapter on the held-out problems.
+
+    The adapter joins the pack and is removed.
+    """
     import torch
     from safetensors.torch import load_file
 
@@ -65,7 +70,7 @@ def accuracy(pack: Any, adapter: dict[str, str], shared: list[str], place: Path)
             f"trainer.target_modules=[{','.join(sorted(peft['target_modules']))}]",
         ],
     )
-    run_dir = RunDir(place)
+    run_dir = RunDir(folder)
     run_dir.create("", {})
     member = pack.add(recipe, run_dir)
     weights = load_file(

@@ -1,6 +1,4 @@
-"""Contenders side by side: each turn is a fresh process, all on one machine in one run; and what a
-benchmark writes.
-"""
+"""Run contenders side by side, each in a fresh process, and write records of benchmarks."""
 
 from __future__ import annotations
 
@@ -30,17 +28,16 @@ _NAME = re.compile(r"([\w.-]+)")
 def result(
     module: str, spec: dict[str, Any], *, threads: int, python: Path = HERE
 ) -> dict[str, Any]:
-    """What `python -m tests.benchmarks.<module>` writes for a spec, with `seconds` from launch to
-    exit added.
+    """Return what `python -m tests.benchmarks.<module>` writes for a spec.
 
-    `python` is an interpreter whose environment it runs in. Raises RuntimeError with the end of the
-    process's log when it fails.
+    `seconds` from launch to exit is added. `python` is the interpreter of the environment to use.
+    Raises RuntimeError with the end of the process's log when it fails.
     """
     return finish(launch(module, spec, threads=threads, python=python))
 
 
-class Launched:
-    """A contender's process that is under way; its files lie in a folder of its own."""
+class RunningProcess:
+    """A running process of a contender, with a separate folder for its files."""
 
     def __init__(self, module: str, spec: dict[str, Any], threads: int, python: Path) -> None:
         self.folder = tempfile.TemporaryDirectory()
@@ -73,12 +70,14 @@ class Launched:
             )
 
 
-def launch(module: str, spec: dict[str, Any], *, threads: int, python: Path = HERE) -> Launched:
-    """Start a contender's process, as `result` does, without waiting for it."""
-    return Launched(module, spec, threads, python)
+def launch(
+    module: str, spec: dict[str, Any], *, threads: int, python: Path = HERE
+) -> RunningProcess:
+    """Start a contender's process like `result`, without waiting for it."""
+    return RunningProcess(module, spec, threads, python)
 
 
-def finish(launched: Launched) -> dict[str, Any]:
+def finish(launched: RunningProcess) -> dict[str, Any]:
     """Wait for a contender's process and read what it wrote."""
     status = launched.process.wait()
     seconds = time.time() - launched.began
@@ -91,19 +90,20 @@ def finish(launched: Launched) -> dict[str, Any]:
 
 
 def worker_files() -> tuple[dict[str, Any], Path]:
-    """In a contender's process: its spec, and the path of the result to write."""
+    """Return, in a contender's process, its spec and the path of the result to write."""
     return json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
 
 
 def peak_memory_gb() -> float:
-    """The largest resident memory this process has had, GiB; unlike `ru_maxrss` without that of its
-    parent.
+    """Return this process's largest resident memory so far, in GiB.
+
+    Unlike `ru_maxrss` it leaves out the parent's memory.
     """
     return _status("VmHWM") / 2**20
 
 
 def memory_gb() -> float:
-    """The resident memory of this process now, GiB."""
+    """Return the resident memory of this process now, in GiB."""
     return _status("VmRSS") / 2**20
 
 
@@ -112,15 +112,14 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
-def own_environment(folder: Path, names: Sequence[str]) -> Path:
-    """Make an environment of these packages and all they require, and nothing else; returns its
-    interpreter.
+def create_environment(folder: Path, names: Sequence[str]) -> Path:
+    """Create an environment of these packages and their requirements; return its interpreter.
 
-    For transformers and TRL import much of what they find, and start the slower. The files are
-    those installed here.
+    transformers and TRL import much of what they find, so fewer packages start faster. The files
+    are those installed here.
     """
     venv.create(folder, symlinks=True, with_pip=False)
-    place = next(folder.glob("lib/python*/site-packages"))
+    packages = next(folder.glob("lib/python*/site-packages"))
     queue, seen = list(names), set[str]()
     while queue:
         name = re.sub(r"[-_.]+", "-", queue.pop()).lower()
@@ -137,21 +136,19 @@ def own_environment(folder: Path, names: Sequence[str]) -> Path:
             for file in package.files or ()
             if file.parts[0] not in ("..", "__pycache__")
         }:
-            if not (place / top).exists():
-                (place / top).symlink_to(Path(str(package.locate_file(top))))
+            if not (packages / top).exists():
+                (packages / top).symlink_to(Path(str(package.locate_file(top))))
     return folder / "bin" / "python"
 
 
 def middle(values: Iterable[float | None], digits: int = 4) -> float | None:
-    """The median of what is there, rounded; None where nothing is."""
-    there = [value for value in values if value is not None]
-    return round(median(there), digits) if there else None
+    """Return the rounded median of the numbers that are not None, or None."""
+    present = [value for value in values if value is not None]
+    return round(median(present), digits) if present else None
 
 
 def origin() -> dict[str, Any]:
-    """The processor that measures and the commit that is measured, for rows that stay on record
-    beside later ones.
-    """
+    """Return the processor and the commit, for rows that stay on record beside later ones."""
     return {
         "cpu": machine.hardware()["cpu"],
         "commit": str((machine.git_state() or {}).get("commit"))[:7],
@@ -159,16 +156,14 @@ def origin() -> dict[str, Any]:
 
 
 def on_record(name: str) -> dict[str, Any]:
-    """`docs/benchmarks/<name>.json` as it was written last, empty when it was not."""
+    """Return `docs/benchmarks/<name>.json`, or an empty dictionary if it does not exist."""
     path = RESULTS / f"{name}.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return found
+    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return record
 
 
 def write_record(name: str, what: str | None, **content: Any) -> None:
-    """Write `docs/benchmarks/<name>.json`: what was measured, on which machine and code, under
-    which load.
-    """
+    """Write `docs/benchmarks/<name>.json`: what was measured, on which machine, code and load."""
     git = machine.git_state() or {}
     record = {
         "what": what,

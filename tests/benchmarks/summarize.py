@@ -1,5 +1,6 @@
-"""`docs/benchmarks/*.json` held against the targets: `summary.json`, and a page with figures,
-`README.md`.
+"""Compare `docs/benchmarks/*.json` with the targets.
+
+Writes `summary.json`, and a page with figures, `README.md`.
 """
 
 from __future__ import annotations
@@ -32,26 +33,27 @@ SAME_SCORE = 0.02  # about one standard error of 512 problems
 
 
 def main() -> None:
-    """Read what has been measured; write summary, figures and page."""
+    """Read the records; write summary, figures and page."""
     files = {name: RESULTS / f"{name}.json" for name in SECTIONS}
     records = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
     judged = [
         one for name, judge in JUDGES.items() if name in records for one in judge(records[name])
     ]
-    found = [one for one in judged if one["value"] is not None]
-    write_json(RESULTS / "summary.json", found)
+    findings = [one for one in judged if one["value"] is not None]
+    write_json(RESULTS / "summary.json", findings)
     drawn = {name: draw(records[name]) for name, draw in figures.FIGURES.items() if name in records}
-    write_text(RESULTS / "README.md", page(records, found, drawn))
-    met = sum(bool(one["met"]) for one in found)
+    write_text(RESULTS / "README.md", page(records, findings, drawn))
+    met = sum(bool(one["met"]) for one in findings)
     print(
-        f"{met} of {sum(one['met'] is not None for one in found)} targets met: "
+        f"{met} of {sum(one['met'] is not None for one in findings)} targets met: "
         "docs/benchmarks/README.md"
     )
 
 
 def finding(name: str, value: float | None, target: str | None, how: str) -> Record:
-    """One line of the summary; `target` is `>= x` or `<= x`, None where a number is only
-    reported.
+    """Return one line of the summary.
+
+    `target` is `>= x` or `<= x`, or None for a number that is only reported.
     """
     met = None
     if target is not None and value is not None:
@@ -67,12 +69,12 @@ def finding(name: str, value: float | None, target: str | None, how: str) -> Rec
 
 
 def ratio(a: float | None, b: float | None) -> float | None:
-    """a / b, None where there is not both."""
+    """Return a / b, or None if one is missing."""
     return a / b if a is not None and b else None
 
 
 def single_run(record: Record) -> Iterator[Record]:
-    """Tokens a second, seconds to the same accuracy, start-up and memory of one run."""
+    """Yield tokens a second, seconds to the same accuracy, start-up and memory of one run."""
     how = (
         f"medians of {record['rounds']} rounds by turns, fresh processes, "
         f"{record['threads']} threads; single_run.json"
@@ -105,12 +107,12 @@ def single_run(record: Record) -> Iterator[Record]:
             )
     accuracy = record.get("accuracy") or {"contenders": {}}
     reached = {name: one["reached"] for name, one in accuracy["contenders"].items()}
-    for wanted in reached.get("TRL", {}):
+    for threshold in reached.get("TRL", {}):
         seeds = len(accuracy["seeds"])
         both = {
-            name: table[wanted]
+            name: table[threshold]
             for name, table in reached.items()
-            if table[wanted]["seeds"] == seeds
+            if table[threshold]["seeds"] == seeds
         }
         if "TRL" not in both or len(both) < 2:
             continue
@@ -122,7 +124,7 @@ def single_run(record: Record) -> Iterator[Record]:
             (one for one in both if one != "TRL"), key=lambda one: float(both[one]["seconds"])
         )
         yield finding(
-            f"seconds from launch to {wanted} held-out accuracy, TRL / {name}",
+            f"seconds from launch to {threshold} held-out accuracy, TRL / {name}",
             ratio(both["TRL"]["seconds"], both[name]["seconds"]),
             ">= 1",
             how,
@@ -130,7 +132,7 @@ def single_run(record: Record) -> Iterator[Record]:
 
 
 def sweep(record: Record) -> Iterator[Record]:
-    """Makespans of whole sweeps, and scores."""
+    """Yield makespans of whole sweeps, and scores."""
     how = (
         f"medians of {record['rounds']} rounds by turns, start-up and our report "
         "included; sweep.json"
@@ -169,7 +171,7 @@ def sweep(record: Record) -> Iterator[Record]:
 
 
 def handover(record: Record) -> Iterator[Record]:
-    """How soon a slot is used again."""
+    """Yield the time until a slot is used again."""
     for name, waits in record["waits_s"].items():
         target = "<= 1" if name == "packed" else None
         yield finding(
@@ -181,9 +183,7 @@ def handover(record: Record) -> Iterator[Record]:
 
 
 def same_answers(record: Record) -> Iterator[Record]:
-    """Packed against alone: what is left between them, against what a seed changes; and
-    the winner.
-    """
+    """Yield the difference between packed and alone, next to that between seeds, and the winner."""
     for row in record["rows"]:
         which = (
             f"{row['configurations']} configurations, {row['engine']}, threads: {row['threads']}"
@@ -204,7 +204,7 @@ def same_answers(record: Record) -> Iterator[Record]:
 
 
 def pack(record: Record) -> Iterator[Record]:
-    """Speedup against its bound, memory, and shares of the peak."""
+    """Yield the speedup next to its bound, memory, and shares of the peak."""
     for engine, table in record["engines"].items():
         last = table["rows"][-1]
         yield finding(
@@ -231,7 +231,7 @@ def pack(record: Record) -> Iterator[Record]:
 
 
 def quickstart(record: Record) -> Iterator[Record]:
-    """The quickstart before packs and now."""
+    """Yield the quickstart's time before packs and now."""
     now, before = (record["medians"][code]["makespan_s"] for code in ("now", "before"))
     yield finding(
         "quickstart's 8 trials, now / before",
@@ -242,7 +242,7 @@ def quickstart(record: Record) -> Iterator[Record]:
 
 
 def rollout(record: Record) -> Iterator[Record]:
-    """Grouped LoRA operations against vLLM's own."""
+    """Yield grouped LoRA operations next to vLLM's."""
     rates = {
         (row["samples"], row.get("adapters"), row["engine"]): row["tokens_per_second"]
         for row in record["rows"]
@@ -262,7 +262,7 @@ def rollout(record: Record) -> Iterator[Record]:
 
 
 def sync(record: Record) -> Iterator[Record]:
-    """Latency of the sync modes where an engine holds weights of its own."""
+    """Yield the latency of sync modes for engines that hold their own weights."""
     seconds = {
         (row["rank"], row["sync"]): row["seconds"]
         for row in record["rows"]
@@ -279,7 +279,7 @@ def sync(record: Record) -> Iterator[Record]:
 
 
 def head(record: Record) -> Iterator[Record]:
-    """Memory and time of the log-probabilities' chunks."""
+    """Yield memory and time of the log-probabilities' chunks."""
     rows = {row["contender"]: row for row in record["rows"]}
     ours, whole, autograd = (
         rows[name] for name in ("in chunks", "all rows at once", "PyTorch's autograd")
@@ -307,14 +307,14 @@ def head(record: Record) -> Iterator[Record]:
 
 
 def checks(record: Record) -> Iterator[Record]:
-    """What checksums, manifests, fsync and sync proof cost."""
+    """Yield the cost of checksums, manifests, fsync and the sync check."""
     yield finding(
         "a step with all checks / without", record["ratio"], None, "median of pairs; checks.json"
     )
 
 
 def report(record: Record) -> Iterator[Record]:
-    """How soon a large sweep's page is there."""
+    """Yield the load time of a large sweep's page."""
     loaded = record["sizes"]["200"]["loaded_ms"]
     yield finding(
         "milliseconds to load the report of 200 trials",
@@ -339,8 +339,8 @@ JUDGES: dict[str, Callable[[Record], Iterator[Record]]] = {
 }
 
 
-def page(records: dict[str, Record], found: list[Record], drawn: dict[str, str]) -> str:
-    """The Markdown page: targets, then a section for each benchmark with its figure and a table."""
+def page(records: dict[str, Record], findings: list[Record], drawn: dict[str, str]) -> str:
+    """Return the Markdown page: targets, then a section for each benchmark."""
     lines = [
         "# Benchmarks",
         "",
@@ -357,7 +357,7 @@ def page(records: dict[str, Record], found: list[Record], drawn: dict[str, str])
     ]
     lines += [
         f"| {one['name']} | {shown(one['value'])} | {one['target'] or ''} | {MET[one['met']]} |"
-        for one in found
+        for one in findings
     ]
     for name, record in records.items():
         what = (record.get("what") or name).strip().split("\n\n")
@@ -394,24 +394,24 @@ MET = {True: "yes", False: "**no**", None: ""}
 
 
 def rows_of(name: str, record: Record) -> list[Record]:
-    """A benchmark's numbers as rows of scalars."""
+    """Return a benchmark's numbers as rows of scalars."""
     if name == "single_run":
         return [
             {"completions": size, "contender": who, **row}
-            for size, found in record["speed"].items()
-            for who, row in found.items()
+            for size, group in record["speed"].items()
+            for who, row in group.items()
         ]
     if name == "sweep":
         return [
             {"trials": size, "contender": who, **with_parts(row)}
-            for size, found in record["sizes"].items()
-            for who, row in found.items()
+            for size, group in record["sizes"].items()
+            for who, row in group.items()
         ]
     if name == "pack":
         return [
             {"engine": engine, **row}
-            for engine, found in record["engines"].items()
-            for row in found["rows"]
+            for engine, group in record["engines"].items()
+            for row in group["rows"]
         ]
     if name == "report":
         return [{"trials": trials, **row} for trials, row in record["sizes"].items()]
@@ -437,12 +437,12 @@ def rows_of(name: str, record: Record) -> list[Record]:
 
 
 def with_parts(row: Record) -> Record:
-    """A row with the seconds of its parts as columns."""
+    """Return a row with the seconds of its parts as columns."""
     return row | {f"{part}, s": seconds for part, seconds in row["parts_s"].items()}
 
 
 def savings(record: Record) -> list[Record]:
-    """Seconds saved in each part of a sweep by going from one contender to the next."""
+    """Return the seconds saved in each part of a sweep from one contender to the next."""
     steps = [
         ("TRL", "ours, unpacked"),
         ("ours, unpacked", "ours, packed"),
@@ -450,9 +450,9 @@ def savings(record: Record) -> list[Record]:
         ("ours, packed", "ours, packed and pruned"),
     ]
     rows = []
-    for size, found in record["sizes"].items():
-        for before, after in (pair for pair in steps if found.keys() >= set(pair)):
-            old, new = found[before], found[after]
+    for size, contenders in record["sizes"].items():
+        for before, after in (pair for pair in steps if contenders.keys() >= set(pair)):
+            old, new = contenders[before], contenders[after]
             parts = dict.fromkeys([*old["parts_s"], *new["parts_s"]])
             saved = {
                 p: (old["parts_s"].get(p) or 0.0) - (new["parts_s"].get(p) or 0.0) for p in parts
@@ -463,7 +463,7 @@ def savings(record: Record) -> list[Record]:
 
 
 def table(rows: list[Record]) -> list[str]:
-    """A Markdown table of what is one number or word a row; columns in the order they come up."""
+    """Return a Markdown table of the scalars of each row, with columns in order of appearance."""
     columns = list(
         dict.fromkeys(
             key for row in rows for key, value in row.items() if not isinstance(value, (list, dict))
@@ -480,7 +480,7 @@ def table(rows: list[Record]) -> list[str]:
 
 
 def shown(value: Any) -> str:
-    """A value for a reader: four digits, nothing for None."""
+    """Return a value as text: four digits for numbers, nothing for None."""
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

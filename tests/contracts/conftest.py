@@ -1,4 +1,4 @@
-"""The base model that all contract tests share."""
+"""Fixture of the base model that all contract tests share."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from rltrain.distributed.process import quiet_libraries
 
 @pytest.fixture(scope="session")
 def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a tiny random Qwen2."""
+    """Return the folder of a tiny random Qwen2."""
     quiet_libraries()
-    from tests.contracts.tiny import write_base  # imports torch: only when a test needs the model
+    from tests.contracts.tiny import write_base  # imports torch, only when a test needs the model
 
     folder = tmp_path_factory.mktemp("base")
     write_base(folder)

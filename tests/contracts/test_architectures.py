@@ -1,4 +1,4 @@
-"""Tiny random Qwen2, Qwen3 and Llama models are loaded, adapted, trained and sampled from."""
+"""Load, adapt, train and sample from tiny random Qwen2, Qwen3 and Llama models."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from rltrain.sync.registry import build_sync
 from tests.recipes import quickstart
 
 LAYERS = 2
-# More rows in the embedding than tokens in the tokenizer, as real models have.
+# The embedding has more rows than the tokenizer has tokens, as in real models.
 COMMON: dict[str, Any] = {
     "vocab_size": 896,
     "hidden_size": 64,
@@ -58,8 +58,8 @@ COMMON: dict[str, Any] = {
     "max_position_embeddings": 256,
     "eos_token_id": 836,
 }
-# What sets each family apart in its real models: biases on q, k and v; norms of q and k; scaled
-# positions, untied head.
+# The features that distinguish the families: biases on q, k and v; norms of q and k; scaled
+# positions and an untied head.
 ARCHITECTURES: dict[str, tuple[Any, Any]] = {
     "qwen2": (
         Qwen2ForCausalLM,
@@ -97,14 +97,14 @@ CHATS = [
 
 @dataclass(frozen=True)
 class Case:
-    """An architecture's recipe and model: a frozen base with several adapters, B not zero."""
+    """Recipe and model of an architecture: a frozen base with several adapters, B not zero."""
 
     recipe: Recipe
     model: PeftModel
     tokenizer: Any
 
     def engine(self, backend: str) -> Engine:
-        """A new engine that serves the base and, once published, the adapters."""
+        """Return a new engine that serves the base and, once published, the adapters."""
         recipe = recipes.with_values(self.recipe, {"generator.backend": backend})
         stops = stop_token_ids(self.model, self.tokenizer)
         options = EngineOptions(
@@ -113,7 +113,7 @@ class Case:
         return build_engine(recipe, self.model, options)
 
     def requests(self, member: str | None, temperature: float) -> list[Request]:
-        """Three samples for each of CHATS."""
+        """Return requests for three samples of each of CHATS."""
         prompts = self.tokenizer.apply_chat_template(
             [[{"role": "user", "content": chat}] for chat in CHATS],
             add_generation_prompt=True,
@@ -123,17 +123,18 @@ class Case:
         return [Request(ids, 3, seed, sampling, member) for seed, ids in enumerate(prompts)]
 
     def logprobs(self, member: str | None, batch: Batch, temperature: float) -> torch.Tensor:
-        """The trainer's log-probabilities of the completions, one after another; member None: of
-        the base.
+        """Return the trainer's log-probabilities of all completions, concatenated.
+
+        Member None means the base.
         """
         with torch.no_grad():
             if member is None:
                 with adapter_off(self.model):
-                    found = token_logprobs(self.model, batch, temperature)
+                    values = token_logprobs(self.model, batch, temperature)
             else:
                 self.model.set_adapter(member)
-                found = token_logprobs(self.model, batch, temperature)
-        return found[batch.mask.bool()]
+                values = token_logprobs(self.model, batch, temperature)
+        return values[batch.mask.bool()]
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -152,9 +153,12 @@ def case(
     model: PreTrainedModel | PeftModel
     model, tokenizer = load_base(recipe)
     for seed, targets in enumerate(TARGETS):
-        own = recipes.with_values(recipe, {"trainer.target_modules": targets})
+        adapter_recipe = recipes.with_values(recipe, {"trainer.target_modules": targets})
         model = add_adapter(
-            model, MEMBERS[targets], lora_config(own, own.trainer.policy.model.lora), seed
+            model,
+            MEMBERS[targets],
+            lora_config(adapter_recipe, adapter_recipe.trainer.policy.model.lora),
+            seed,
         )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -171,7 +175,7 @@ def write_model(architecture: str, folder: Path, tokenizer_dir: Path) -> None:
     model = model_class(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # Sharper than the usual initialisation, for a distribution worth sampling from.
+            # Sharper than the usual initialisation, so that samples are not uniform.
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.15)
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -185,8 +189,9 @@ def collated(requests: Sequence[Request], groups: Sequence[Sequence[Sample]]) ->
 
 
 def assert_served(case: Case, engine: Engine) -> None:
-    """Every adapter's samples, and the base's, have the log-probabilities that the trainer gives
-    them.
+    """Assert that engine and trainer agree on the log-probabilities of samples.
+
+    Samples come from every adapter and from the base.
     """
     for member, temperature in [
         *((name, 1.0) for name in MEMBERS.values()),
@@ -195,15 +200,15 @@ def assert_served(case: Case, engine: Engine) -> None:
     ]:
         requests = case.requests(member, temperature)
         batch = collated(requests, engine.generate(requests))
-        found = batch.engine_logprobs[batch.mask.bool()]
+        sampled = batch.engine_logprobs[batch.mask.bool()]
         torch.testing.assert_close(
-            found, case.logprobs(member, batch, temperature), atol=1e-4, rtol=0
+            sampled, case.logprobs(member, batch, temperature), atol=1e-4, rtol=0
         )
         for other in {None, *MEMBERS.values()} - {member}:
-            assert (found - case.logprobs(other, batch, temperature)).abs().mean() > 0.01
+            assert (sampled - case.logprobs(other, batch, temperature)).abs().mean() > 0.01
 
 
-def test_the_base_is_loaded_frozen_in_float32_with_its_own_tokenizer(
+def test_the_base_is_loaded_frozen_in_float32_with_its_tokenizer(
     case: Case, tiny_model_dir: Path
 ) -> None:
     base = [p for name, p in case.model.named_parameters() if "lora_" not in name]
@@ -220,7 +225,7 @@ def test_the_base_is_loaded_frozen_in_float32_with_its_own_tokenizer(
 
 
 @pytest.mark.parametrize("targets", TARGETS)
-def test_an_adapter_sits_on_its_modules_in_every_layer_and_trains(case: Case, targets: str) -> None:
+def test_an_adapter_is_on_its_modules_in_every_layer_and_trains(case: Case, targets: str) -> None:
     layers = adapter_layers(case.model, MEMBERS[targets])
     assert len(layers) == LAYERS * len(TARGETS[targets])
     assert {name.rsplit(".", 1)[-1] for name in layers} == TARGETS[targets]
@@ -256,9 +261,8 @@ def test_the_transformers_engine_samples_what_the_trainer_computes(case: Case) -
 
 def test_a_random_models_completions_decode(case: Case) -> None:
     (group, *_) = case.engine("transformers").generate(case.requests(None, 1.0))
-    sample = Sample(
-        [*group[0].token_ids, 895, 5], [0.0], "length"
-    )  # 895 is beyond the tokenizer's tokens
+    # 895 is beyond the tokenizer's tokens.
+    sample = Sample([*group[0].token_ids, 895, 5], [0.0], "length")
     assert case.tokenizer.batch_decode([sample.token_ids], skip_special_tokens=True)[0].endswith(
         case.tokenizer.decode([5])
     )

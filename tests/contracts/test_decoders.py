@@ -1,4 +1,4 @@
-"""Both decoders compute the log-probabilities of the trainer's model."""
+"""Compare both decoders' log-probabilities with those of the trainer's model."""
 
 from __future__ import annotations
 
@@ -66,9 +66,8 @@ def _llama() -> PreTrainedModel:
 
 
 def _qwen2() -> PreTrainedModel:
-    wide = SIZES | {
-        "intermediate_size": 384
-    }  # MKL has another kernel for fewer than 16 rows so wide
+    # MKL uses another kernel for fewer than 16 rows of this width.
+    wide = SIZES | {"intermediate_size": 384}
     return Qwen2ForCausalLM(Qwen2Config(**wide, num_key_value_heads=4, tie_word_embeddings=True))
 
 
@@ -99,7 +98,7 @@ OTHERS = [_sliding, _neox]
 
 
 def _model(build: object) -> PeftModel:
-    """The architecture with random weights and two adapters, their B not zero."""
+    """Return a model of the architecture with random weights and two adapters, B not zero."""
     assert callable(build)
     torch.manual_seed(0)
     base = build()
@@ -133,16 +132,16 @@ def _requests(
 def _gap(
     model: torch.nn.Module, requests: Sequence[Request], groups: Sequence[Sequence[Sample]]
 ) -> float:
-    """Largest difference between the engine's log-probabilities and the trainer's."""
+    """Return the largest difference between the engine's log-probabilities and the trainer's."""
     largest = 0.0
     for one, group in zip(requests, groups, strict=True):
-        found = trainer_logprobs(model, one.member, [one], [group])
-        largest = max(largest, float((flat_logprobs([group]) - found).abs().max()))
+        expected = trainer_logprobs(model, one.member, [one], [group])
+        largest = max(largest, float((flat_logprobs([group]) - expected).abs().max()))
     return largest
 
 
 @pytest.mark.parametrize("build", [*OF_THE_FAMILY, *OTHERS])
-def test_every_architecture_says_what_the_trainer_says(build: object) -> None:
+def test_decoder_and_trainer_agree_for_every_architecture(build: object) -> None:
     model = _model(build)
     assert [llama.supports(model, member) for member in MEMBERS] == [build in OF_THE_FAMILY] * 3
     requests = _requests()
@@ -150,7 +149,7 @@ def test_every_architecture_says_what_the_trainer_says(build: object) -> None:
 
 
 @pytest.mark.parametrize("build", OF_THE_FAMILY)
-def test_the_base_comes_back_to_the_bit(build: object) -> None:
+def test_the_base_is_restored_to_the_bit(build: object) -> None:
     model = _model(build)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     _engine(model).generate(_requests())
@@ -159,7 +158,7 @@ def test_the_base_comes_back_to_the_bit(build: object) -> None:
 
 
 @pytest.mark.parametrize("build", OF_THE_FAMILY)
-def test_a_sample_is_the_same_to_the_bit_in_any_company(build: object) -> None:
+def test_a_sample_does_not_depend_on_the_rest_of_the_batch(build: object) -> None:
     engine = _engine(_model(build))
     requests = _requests()
     together = engine.generate(requests)
@@ -177,13 +176,13 @@ def test_batches_of_any_size_give_the_same_bits() -> None:
     assert _engine(model, 512).generate(requests) == _engine(model, 5).generate(requests)
 
 
-def test_the_rest_of_a_batch_goes_on_when_most_have_ended() -> None:
+def test_decoding_continues_when_most_of_a_batch_has_ended() -> None:
     model = _model(_llama)
     requests = [request(20 + seed % 5, "wide", n=16, seed=seed, longest=80) for seed in range(8)]
     groups = _engine(model).generate(requests)
     lengths = sorted(len(sample.token_ids) for group in groups for sample in group)
     assert lengths[len(lengths) // 2] < 30
-    assert lengths[-1] > 33  # and past the first room for keys and values
+    assert lengths[-1] > 33  # longer than the first allocation for keys and values
     assert _gap(model, requests, groups) < 2e-5
 
 
@@ -206,27 +205,27 @@ def test_a_plain_model_serves_its_own_weights() -> None:
         LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
     ],
 )
-def test_adapters_that_do_more_are_left_to_the_model(config: LoraConfig) -> None:
+def test_adapters_beyond_plain_lora_use_the_models_forward_pass(config: LoraConfig) -> None:
     model = get_peft_model(_llama(), config, adapter_name="other")
     assert not llama.supports(model, "other")
 
 
-def test_half_precision_is_left_to_the_model() -> None:
+def test_half_precision_uses_the_models_forward_pass() -> None:
     assert not llama.supports(_qwen2().bfloat16(), None)
 
 
-def test_prompts_of_one_member_share_their_computation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_is_computed_once_for_all_its_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     model = _model(_qwen2)
-    seen: list[int] = []
+    prefilled: list[int] = []
     inner = llama.LlamaDecoder._prefill_part
 
     def watch(
         self: llama.LlamaDecoder, prompts: Sequence[Sequence[int]], start: int, stop: int
     ) -> torch.Tensor:
-        seen.extend(len(one) for one in prompts[start:stop])
+        prefilled.extend(len(one) for one in prompts[start:stop])
         return inner(self, prompts, start, stop)
 
     monkeypatch.setattr(llama.LlamaDecoder, "_prefill_part", watch)
     one = request(7, "wide", n=9)
     _engine(model).generate([one, Request(prompt(12), 3, 1, one.sampling, "wide")])
-    assert seen == [7, 12]
+    assert prefilled == [7, 12]

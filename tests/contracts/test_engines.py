@@ -1,4 +1,7 @@
-"""What every registered engine must do. A new engine in the registry is tested without changes."""
+"""Test what every registered engine must do.
+
+A new engine in the registry is tested without changes.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,7 @@ def engine(
     base_dir: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Engine]:
-    """An engine that serves both adapters, in all slots it has."""
+    """Return an engine that serves both adapters in all its slots."""
     with contextlib.ExitStack() as stack:
         if request.param == "remote":
             stack.enter_context(ray_for_two())
@@ -80,7 +83,7 @@ def test_samples_come_in_the_order_of_the_requests(engine: Engine, model: PeftMo
     for one, group in zip(requests, groups, strict=True):
         for sample in group:
             assert 1 <= len(sample.token_ids) == len(sample.logprobs) <= LONGEST
-        # Only its own prompt and adapter explain a group's log-probabilities.
+        # Only the right prompt and adapter explain a group's log-probabilities.
         torch.testing.assert_close(
             flat_logprobs([group]),
             trainer_logprobs(model, one.member, [one], [group]),
@@ -90,7 +93,7 @@ def test_samples_come_in_the_order_of_the_requests(engine: Engine, model: PeftMo
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_are_the_trainers(engine: Engine, model: PeftModel, temperature: float) -> None:
+def test_logprobs_equal_the_trainers(engine: Engine, model: PeftModel, temperature: float) -> None:
     requests = [
         request(length, member, n=3, seed=length, temperature=temperature)
         for length in (1, 8, 40)
@@ -98,12 +101,16 @@ def test_logprobs_are_the_trainers(engine: Engine, model: PeftModel, temperature
     ]
     groups = engine.generate(requests)
     for member in MEMBERS:
-        mine = [i for i, one in enumerate(requests) if one.member == member]
-        asked, got = [requests[i] for i in mine], [groups[i] for i in mine]
-        found = flat_logprobs(got)
-        assert torch.allclose(found, trainer_logprobs(model, member, asked, got), atol=1e-4)
+        indices = [i for i, one in enumerate(requests) if one.member == member]
+        asked, got = [requests[i] for i in indices], [groups[i] for i in indices]
+        engine_logprobs = flat_logprobs(got)
+        assert torch.allclose(
+            engine_logprobs, trainer_logprobs(model, member, asked, got), atol=1e-4
+        )
         for other in set(MEMBERS) - {member}:
-            assert (found - trainer_logprobs(model, other, asked, got)).abs().mean() > 0.01
+            assert (
+                engine_logprobs - trainer_logprobs(model, other, asked, got)
+            ).abs().mean() > 0.01
 
 
 def test_samples_follow_the_distribution(engine: Engine, model: PeftModel) -> None:
@@ -132,13 +139,13 @@ def test_other_seeds_and_samples_differ(engine: Engine) -> None:
     assert len(set(completions)) >= 11
 
 
-def test_a_sample_does_not_depend_on_its_companions(engine: Engine) -> None:
+def test_a_sample_does_not_depend_on_other_requests(engine: Engine) -> None:
     one = request(20, "attention", n=3, seed=3)
-    companions = [
+    others = [
         request(length, member, n=2, seed=length) for length in (1, 33, 90) for member in MEMBERS
     ]
     alone = engine.generate([one])[0]
-    among = engine.generate([*companions[:5], one, *companions[5:]])[5]
+    among = engine.generate([*others[:5], one, *others[5:]])[5]
     assert tokens([among]) == tokens([alone])
     assert torch.allclose(flat_logprobs([among]), flat_logprobs([alone]), atol=1e-4)
 
@@ -163,7 +170,7 @@ def test_finish_reasons(engine: Engine) -> None:
     assert {sample.finish_reason for sample in samples} == {"stop", "length"}
 
 
-def test_eos_at_the_very_limit_is_a_stop(engine: Engine) -> None:
+def test_eos_at_the_length_limit_is_a_stop(engine: Engine) -> None:
     samples = engine.generate([request(4, None, n=64, longest=1)])[0]
     reasons = [(sample.token_ids[0] in STOP_TOKEN_IDS, sample.finish_reason) for sample in samples]
     assert set(reasons) == {(True, "stop"), (False, "length")}
@@ -179,8 +186,8 @@ def test_temperature_zero_is_greedy(engine: Engine, model: PeftModel) -> None:
         dim=-1
     )
     assert group[0].token_ids == greedy.tolist()
-    found = trainer_logprobs(model, "all_linear", [one], [group])  # of temperature 1
-    assert torch.allclose(flat_logprobs([group]), found, atol=1e-4)
+    expected = trainer_logprobs(model, "all_linear", [one], [group])  # at temperature 1
+    assert torch.allclose(flat_logprobs([group]), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (-1, 0.6), (20, 0.7)])
@@ -204,7 +211,7 @@ def test_truncated_distributions(
             assert sample.logprobs[t] == pytest.approx(expected.item(), abs=1e-4)
 
 
-def test_more_prompt_tokens_than_one_batch_takes(engine: Engine, model: PeftModel) -> None:
+def test_more_prompt_tokens_than_one_batch_holds(engine: Engine, model: PeftModel) -> None:
     requests = [
         request(length, "all_linear", n=1, seed=length, longest=2) for length in range(20, 96)
     ]
@@ -213,8 +220,8 @@ def test_more_prompt_tokens_than_one_batch_takes(engine: Engine, model: PeftMode
         for seed in range(1, 30)
     ]
     groups = engine.generate(requests)
-    found = trainer_logprobs(model, "all_linear", requests, groups)
-    assert torch.allclose(flat_logprobs(groups), found, atol=1e-4)
+    expected = trainer_logprobs(model, "all_linear", requests, groups)
+    assert torch.allclose(flat_logprobs(groups), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("length", [0, MAX_INPUT_LENGTH + 1])
@@ -228,11 +235,11 @@ def test_an_unknown_member_is_refused(engine: Engine) -> None:
         engine.generate([request(4, "nobody")])
 
 
-def test_the_process_is_left_as_it_was(engine: Engine, model: PeftModel) -> None:
+def test_the_process_state_does_not_change(engine: Engine, model: PeftModel) -> None:
     model.train()
     model.set_adapter("attention")
     for name, parameter in model.named_parameters():
-        if "lora_A.all_linear" in name:  # a pack trains adapters that are not the active one
+        if "lora_A.all_linear" in name:  # a pack also trains adapters that are not active
             parameter.requires_grad_(True)
     flags = [parameter.requires_grad for parameter in model.parameters()]
     drawn = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tobytes()  # type: ignore[index] # noqa: NPY002
@@ -256,7 +263,7 @@ def test_threads_can_still_be_set(engine: Engine) -> None:
 
 def test_dropped_adapters_are_gone(engine: Engine, model: PeftModel, tmp_path: Path) -> None:
     if engine.shares_weights:
-        pytest.skip("adapters come and go with the trainer's")
+        pytest.skip("the engine uses the trainer's adapters")
     engine.drop_adapter("attention")
     engine.drop_adapter("attention")
     with pytest.raises(UserError, match="no adapter"):
@@ -309,22 +316,22 @@ def _renamed(model: PeftModel, rename: Callable[[str], str]) -> dict[str, torch.
 
 
 @pytest.mark.parametrize("load", [_from_disk, _from_memory])
-def test_an_adapter_too_many_is_refused(
+def test_an_adapter_beyond_the_limit_is_refused(
     engine: Engine, model: PeftModel, tmp_path: Path, load: Load
 ) -> None:
     if engine.shares_weights:
-        pytest.skip("the trainer's model has room for any number")
+        pytest.skip("the trainer's model has no limit")
     with pytest.raises(RuntimeError, match="room for 2 adapters"):
         load(engine, model, "third", tmp_path, str)
 
 
 @pytest.mark.parametrize("load", [_from_disk, _from_memory])
-def test_a_module_the_engine_cannot_serve_is_caught(
+def test_a_module_that_the_engine_cannot_serve_is_detected(
     engine: Engine, model: PeftModel, tmp_path: Path, load: Load
 ) -> None:
     if engine.shares_weights:
-        pytest.skip("the trainer's modules serve themselves")
-    # A layer the model does not have: vLLM itself says nothing.
+        pytest.skip("the engine uses the trainer's modules")
+    # A layer that the model does not have: vLLM itself reports nothing.
     with pytest.raises(SyncError, match="3 of the 6 modules"):
         load(
             engine,
@@ -343,7 +350,7 @@ def test_a_module_the_engine_cannot_serve_is_caught(
         assert torch.allclose(flat_logprobs(groups[i : i + 1]), expected, atol=1e-4)
 
 
-def test_nothing_is_left_of_a_call_that_failed(
+def test_a_failed_call_leaves_no_requests(
     model: PeftModel, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm = getattr(engine, "_llm", None)
@@ -365,11 +372,12 @@ def test_nothing_is_left_of_a_call_that_failed(
     assert engine.generate(asked) == expected
 
 
-def test_prompts_are_shared_among_engines(engine: Engine, model: PeftModel, tmp_path: Path) -> None:
+def test_prompts_are_distributed_among_engines(
+    engine: Engine, model: PeftModel, tmp_path: Path
+) -> None:
     if not isinstance(engine, RemoteEngines):
         pytest.skip("one engine")
-    # Only the second engine is without the adapter: its share of the prompts is what cannot be
-    # answered.
+    # Only the second engine lacks the adapter, so its share of the prompts fails.
     second = RemoteEngines(engine._actors[1:])
     second.drop_adapter("attention")
     asked = [

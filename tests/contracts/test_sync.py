@@ -1,4 +1,7 @@
-"""What every registered sync must do with every engine, and that failing syncs are detected."""
+"""Test what every registered sync must do with every engine.
+
+Failing syncs must be detected.
+"""
 
 from __future__ import annotations
 
@@ -44,9 +47,10 @@ TOLERANCE = 1e-4
 
 
 @dataclass
-class Probe:
-    """Samples an engine drew at one moment, with the log-probabilities `[N]` of the engine and of
-    the trainer then.
+class Snapshot:
+    """Samples of an engine, and their log-probabilities `[N]` at that time.
+
+    `engine` are the engine's, `on` and `off` the trainer's with and without the adapter.
     """
 
     samples: list[list[Sample]]
@@ -56,29 +60,29 @@ class Probe:
 
 
 @dataclass
-class Story:
-    """One engine and one sync through the life of an adapter."""
+class History:
+    """What an engine sampled after each sync of an adapter's versions."""
 
     shares_weights: bool
-    first: Probe
-    unheard: Probe
-    second: Probe
-    stale: Probe
-    zeroed: Probe
+    first: Snapshot
+    ignored: Snapshot
+    second: Snapshot
+    stale: Snapshot
+    zeroed: Snapshot
     trainer_before: dict[str, torch.Tensor]
     trainer_after: dict[str, torch.Tensor]
 
 
-def _tell(engine: Engine, model: PeftModel, mode: SyncMode, root: Path) -> Story:
+def _record_history(engine: Engine, model: PeftModel, mode: SyncMode, root: Path) -> History:
     merged = mode is SyncMode.merge
     sync = build_sync(mode, root)
     served_as = None if merged and not engine.shares_weights else MEMBER
     requests = [request(length, served_as, n=3, seed=length) for length in (1, 9, 40, 70)]
 
-    def probe() -> Probe:
+    def snapshot() -> Snapshot:
         samples = engine.generate(requests)
         on, off = (trainer_logprobs(model, member, requests, samples) for member in (MEMBER, None))
-        return Probe(samples, flat_logprobs(samples), on, off)
+        return Snapshot(samples, flat_logprobs(samples), on, off)
 
     def state() -> dict[str, torch.Tensor]:
         return {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -86,28 +90,28 @@ def _tell(engine: Engine, model: PeftModel, mode: SyncMode, root: Path) -> Story
     before = state()
     sync.publish(engine, model, MEMBER, 1)
     after = state()
-    first = probe()
+    first = snapshot()
     shake(model, MEMBER, seed=3)
-    sync.publish(Deaf(engine), model, MEMBER, 2)  # type: ignore[arg-type]
-    unheard = probe()
+    sync.publish(IgnoringEngine(engine), model, MEMBER, 2)  # type: ignore[arg-type]
+    ignored = snapshot()
     sync.publish(engine, model, MEMBER, 3)
-    second = probe()
+    second = snapshot()
     trained = state()
     model.load_state_dict(before)
     sync.publish(engine, model, MEMBER, 4)
     model.load_state_dict(trained)
-    stale = probe()
+    stale = snapshot()
     model.load_state_dict(
         {name: tensor * ("lora_B" not in name) for name, tensor in trained.items()}
     )
     sync.publish(engine, model, MEMBER, 5)
     model.load_state_dict(trained)
-    zeroed = probe()
-    return Story(engine.shares_weights, first, unheard, second, stale, zeroed, before, after)
+    zeroed = snapshot()
+    return History(engine.shares_weights, first, ignored, second, stale, zeroed, before, after)
 
 
-class Deaf:
-    """An engine that silently ignores new adapters and weights."""
+class IgnoringEngine:
+    """Engine that silently ignores new adapters and weights."""
 
     def __init__(self, engine: Engine) -> None:
         self.shares_weights = engine.shares_weights
@@ -123,26 +127,29 @@ class Deaf:
         list(weights)
 
 
-class Stories:
-    """All stories, each told once, and the engine of the latest: engines are slow to start."""
+class Histories:
+    """All histories, each recorded once, and the engine of the latest.
+
+    Engines are slow to start.
+    """
 
     def __init__(self, base_dir: Path, root: Path) -> None:
         self._base_dir = base_dir
         self._root = root
-        self._told: dict[tuple[Kind, SyncMode], Story] = {}
+        self._recorded: dict[tuple[Kind, SyncMode], History] = {}
         self._up: tuple[Kind, int] | None = None
         self._engine: Engine | None = None
         self._ray = contextlib.ExitStack()
 
-    def get(self, kind: Kind, mode: SyncMode) -> Story:
-        """Return the story of a kind of engine and a sync."""
-        if (kind, mode) not in self._told:
+    def get(self, kind: Kind, mode: SyncMode) -> History:
+        """Return the history of a kind of engine and a sync."""
+        if (kind, mode) not in self._recorded:
             model = adapt(load_base(self._base_dir), [MEMBER])
             engine = self._started(kind, model, 0 if mode is SyncMode.merge else 4)
-            self._told[kind, mode] = _tell(
+            self._recorded[kind, mode] = _record_history(
                 engine, model, mode, self._root / name_of(kind) / mode.name
             )
-        return self._told[kind, mode]
+        return self._recorded[kind, mode]
 
     def _started(self, kind: Kind, model: PeftModel, max_lora_rank: int) -> Engine:
         if self._up != (kind, max_lora_rank) or self._engine is None:
@@ -171,10 +178,10 @@ class Stories:
 
 
 @pytest.fixture(scope="module")
-def stories(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stories]:
-    stories = Stories(base_dir, tmp_path_factory.mktemp("sync"))
-    yield stories
-    stories.close()
+def histories(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Histories]:
+    histories = Histories(base_dir, tmp_path_factory.mktemp("sync"))
+    yield histories
+    histories.close()
 
 
 PAIRS = [
@@ -185,69 +192,69 @@ ALL_KINDS = [pytest.param(kind, id=name_of(kind), marks=marks_of(kind)) for kind
 
 
 @pytest.fixture(params=PAIRS)
-def story(request: pytest.FixtureRequest, stories: Stories) -> Story:
-    return stories.get(*request.param)
+def history(request: pytest.FixtureRequest, histories: Histories) -> History:
+    return histories.get(*request.param)
 
 
 def test_every_mode_of_the_schema_has_a_sync() -> None:
     assert set(SYNCS) == set(SyncMode)
 
 
-def test_a_published_adapter_is_served(story: Story) -> None:
-    for probe in (story.first, story.second):
-        gap = check_sync(probe.engine, probe.on, probe.off, tolerance=TOLERANCE)
+def test_a_published_adapter_is_served(history: History) -> None:
+    for snapshot in (history.first, history.second):
+        gap = check_sync(snapshot.engine, snapshot.on, snapshot.off, tolerance=TOLERANCE)
         assert gap.engine <= gap.largest <= 1e-3
         assert gap.adapter is not None
         assert gap.adapter > 0.05
         with pytest.raises(SyncError, match="serves the base model"):
-            check_sync(probe.off, probe.on, probe.off, tolerance=TOLERANCE)
+            check_sync(snapshot.off, snapshot.on, snapshot.off, tolerance=TOLERANCE)
 
 
-def test_a_new_version_changes_the_rollouts(story: Story) -> None:
-    assert tokens(story.second.samples) != tokens(story.first.samples)
+def test_a_new_version_changes_the_rollouts(history: History) -> None:
+    assert tokens(history.second.samples) != tokens(history.first.samples)
 
 
-@pytest.mark.parametrize("sabotage", ["unheard", "stale"])
-def test_an_engine_left_with_the_version_before_is_caught(story: Story, sabotage: str) -> None:
-    probe = getattr(story, sabotage)
-    if story.shares_weights:
-        check_sync(probe.engine, probe.on, probe.off, tolerance=TOLERANCE)
+@pytest.mark.parametrize("sabotage", ["ignored", "stale"])
+def test_an_engine_with_the_previous_version_is_detected(history: History, sabotage: str) -> None:
+    snapshot = getattr(history, sabotage)
+    if history.shares_weights:
+        check_sync(snapshot.engine, snapshot.on, snapshot.off, tolerance=TOLERANCE)
     else:
-        assert tokens(probe.samples) == tokens(story.first.samples)
+        assert tokens(snapshot.samples) == tokens(history.first.samples)
         with pytest.raises(SyncError):
-            check_sync(probe.engine, probe.on, probe.off, tolerance=TOLERANCE)
+            check_sync(snapshot.engine, snapshot.on, snapshot.off, tolerance=TOLERANCE)
 
 
-def test_an_adapter_that_arrives_as_zeros_is_caught(story: Story) -> None:
-    probe = story.zeroed
-    if story.shares_weights:
-        check_sync(probe.engine, probe.on, probe.off, tolerance=TOLERANCE)
+def test_an_adapter_that_arrives_as_zeros_is_detected(history: History) -> None:
+    snapshot = history.zeroed
+    if history.shares_weights:
+        check_sync(snapshot.engine, snapshot.on, snapshot.off, tolerance=TOLERANCE)
     else:
-        assert torch.allclose(probe.engine, probe.off, atol=1e-4)
+        assert torch.allclose(snapshot.engine, snapshot.off, atol=1e-4)
         with pytest.raises(SyncError, match="serves the base model"):
-            check_sync(probe.engine, probe.on, probe.off, tolerance=TOLERANCE)
+            check_sync(snapshot.engine, snapshot.on, snapshot.off, tolerance=TOLERANCE)
 
 
-def test_publishing_leaves_the_trainers_weights_alone(story: Story) -> None:
-    assert story.trainer_before.keys() == story.trainer_after.keys()
+def test_publishing_does_not_change_the_trainers_weights(history: History) -> None:
+    assert history.trainer_before.keys() == history.trainer_after.keys()
     assert all(
-        torch.equal(tensor, story.trainer_after[name])
-        for name, tensor in story.trainer_before.items()
+        torch.equal(tensor, history.trainer_after[name])
+        for name, tensor in history.trainer_before.items()
     )
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
-def test_all_modes_give_the_same_rollouts(stories: Stories, kind: Kind) -> None:
-    for one, other in itertools.pairwise(stories.get(kind, mode) for mode in SYNCS):
+def test_all_modes_give_the_same_rollouts(histories: Histories, kind: Kind) -> None:
+    for one, other in itertools.pairwise(histories.get(kind, mode) for mode in SYNCS):
         for name in ("first", "second", "stale", "zeroed"):
-            mine, its = getattr(one, name), getattr(other, name)
-            assert tokens(mine.samples) == tokens(its.samples)
-            assert torch.allclose(mine.engine, its.engine, atol=1e-4)
+            left, right = getattr(one, name), getattr(other, name)
+            assert tokens(left.samples) == tokens(right.samples)
+            assert torch.allclose(left.engine, right.engine, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
-def test_disk_and_memory_agree_to_the_bit(stories: Stories, kind: Kind) -> None:
-    disk, memory = stories.get(kind, SyncMode.disk), stories.get(kind, SyncMode.memory)
+def test_disk_and_memory_agree_to_the_bit(histories: Histories, kind: Kind) -> None:
+    disk, memory = histories.get(kind, SyncMode.disk), histories.get(kind, SyncMode.memory)
     for name in ("first", "second", "stale", "zeroed"):
         assert getattr(disk, name).samples == getattr(memory, name).samples
 
@@ -257,7 +264,7 @@ def test_full_fine_tuning_is_served(base_dir: Path, tmp_path: Path) -> None:
     engine = start(Backend.vllm, model, base_dir, max_lora_rank=0)
     requests = [request(length, None, n=2, seed=length) for length in (5, 50)]
     torch.manual_seed(4)
-    seen = []
+    rollouts = []
     try:
         for version in (1, 2):
             with torch.no_grad():
@@ -267,28 +274,29 @@ def test_full_fine_tuning_is_served(base_dir: Path, tmp_path: Path) -> None:
             samples = engine.generate(requests)
             on = trainer_logprobs(model, None, requests, samples)
             check_sync(flat_logprobs(samples), on, None, tolerance=TOLERANCE)
-            seen.append(tokens(samples))
+            rollouts.append(tokens(samples))
     finally:
         engine.close()
-    assert seen[0] != seen[1]
+    assert rollouts[0] != rollouts[1]
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
-def test_half_of_a_tied_pair_is_not_merged(base_dir: Path, target: str) -> None:
+def test_one_module_of_a_tied_pair_is_not_merged(base_dir: Path, target: str) -> None:
     config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", target])
     model = get_peft_model(load_base(base_dir), config, adapter_name=MEMBER)
     with pytest.raises(UserError, match=f"got: +.*{target}"):
         next(merged_weights(model, MEMBER))
 
 
-def test_merged_weights_are_pefts_own_merge(base_dir: Path) -> None:
+def test_merged_weights_equal_pefts_merge(base_dir: Path) -> None:
     model = adapt(load_base(base_dir))
-    mine = {name: tensor.clone() for name, tensor in merged_weights(model, "attention")}
+    merged = {name: tensor.clone() for name, tensor in merged_weights(model, "attention")}
     model.set_adapter("attention")
     expected = model.merge_and_unload(adapter_names=["attention"]).state_dict()
-    assert expected.keys() - mine.keys() == {"lm_head.weight"}  # tied to the embedding
-    assert not mine.keys() - expected.keys()
-    assert all(torch.allclose(tensor, expected[name], atol=1e-6) for name, tensor in mine.items())
+    # The head is tied to the embedding.
+    assert expected.keys() - merged.keys() == {"lm_head.weight"}
+    assert not merged.keys() - expected.keys()
+    assert all(torch.allclose(tensor, expected[name], atol=1e-6) for name, tensor in merged.items())
 
 
 def test_disk_sync_keeps_one_version_in_peft_format(base_dir: Path, tmp_path: Path) -> None:
@@ -323,14 +331,14 @@ def test_a_written_adapter_loads_in_plain_peft(base_dir: Path, tmp_path: Path) -
     for member in ("all_linear", "attention"):
         write_adapter(model, member, tmp_path / member)
         plain = PeftModel.from_pretrained(load_base(base_dir), tmp_path / member).eval()
-        found, expected = (
+        loaded, expected = (
             next_token_logits(plain, "default", prompt(9)),
             next_token_logits(model, member, prompt(9)),
         )
-        assert torch.equal(found, expected)
+        assert torch.equal(loaded, expected)
 
 
-def test_what_was_there_before_is_replaced_whole(base_dir: Path, tmp_path: Path) -> None:
+def test_an_old_adapter_is_replaced_as_a_whole(base_dir: Path, tmp_path: Path) -> None:
     model = adapt(load_base(base_dir))
     folder = tmp_path / "best"
     write_adapter(model, "attention", folder)
@@ -368,7 +376,7 @@ def test_a_write_that_fails_leaves_the_old_adapter(
         ),
     ],
 )
-def test_targets_are_written_as_they_were_given(
+def test_target_modules_are_written_unchanged(
     base_dir: Path,
     tmp_path: Path,
     targets: str | list[str],
@@ -393,7 +401,7 @@ def test_targets_are_written_as_they_were_given(
     PeftModel.from_pretrained(load_base(base_dir), tmp_path / "a")
 
 
-def test_the_proof_measures_mean_and_largest_differences() -> None:
+def test_check_sync_measures_mean_and_largest_differences() -> None:
     engine, on, off = (
         torch.tensor([-1.0, -2.0]),
         torch.tensor([-1.1, -2.3]),
@@ -405,19 +413,19 @@ def test_the_proof_measures_mean_and_largest_differences() -> None:
 
 
 @pytest.mark.parametrize("off", [None, torch.tensor([-1.0, -2.0])])
-def test_the_proof_refuses_a_difference_above_the_tolerance(off: torch.Tensor | None) -> None:
+def test_check_sync_refuses_a_difference_above_the_tolerance(off: torch.Tensor | None) -> None:
     with pytest.raises(SyncError, match=r"2\.00e-01 nats, tolerance 1\.00e-01"):
         check_sync(torch.tensor([-1.2, -2.2]), torch.tensor([-1.0, -2.0]), off, tolerance=0.1)
 
 
-def test_the_proof_refuses_an_engine_nearer_to_the_base_even_within_the_tolerance() -> None:
+def test_check_sync_refuses_an_engine_nearer_to_the_base_within_the_tolerance() -> None:
     on, off = torch.tensor([-1.0, -1.0]), torch.tensor([-1.12, -1.12])
     check_sync(on + 0.05 * (off - on), on, off, tolerance=0.1)
     with pytest.raises(SyncError, match="serves the base model"):
         check_sync(on + 0.8 * (off - on), on, off, tolerance=0.1)
 
 
-def test_the_proof_refuses_nan_and_mismatched_tokens() -> None:
+def test_check_sync_refuses_nan_and_mismatched_tokens() -> None:
     good, bad = torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, torch.nan])
     for off in (None, good - 1):
         with pytest.raises(SyncError):

@@ -1,4 +1,4 @@
-"""Memory sync of later versions: parameters found once are reused while they are valid."""
+"""Test memory sync of later versions, which reuses tensors while they are valid."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("member", ADAPTERS)
-def test_tensors_found_once_follow_the_trainer(base_dir: Path, member: str) -> None:
+def test_reused_tensors_follow_the_trainer(base_dir: Path, member: str) -> None:
     model = adapt(load_base(base_dir))
     known = AdapterTensors(model, member)
     for seed in (3, 4):
@@ -41,7 +41,7 @@ def test_tensors_found_once_follow_the_trainer(base_dir: Path, member: str) -> N
         assert _same(known.now(), adapter_tensors(model, member))
 
 
-def test_another_adapter_of_the_same_name_is_noticed(base_dir: Path) -> None:
+def test_another_adapter_of_the_same_name_is_detected(base_dir: Path) -> None:
     model = adapt(load_base(base_dir))
     known = AdapterTensors(model, "attention")
     model.delete_adapter("attention")
@@ -59,7 +59,7 @@ def _check(engine: Engine, model: PeftModel) -> None:
         assert torch.allclose(flat_logprobs([group]), expected, atol=1e-4)
 
 
-def test_a_later_version_takes_over_the_memory_of_the_one_before(
+def test_a_later_version_reuses_the_memory_of_the_previous_version(
     base_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = adapt(load_base(base_dir))
@@ -83,7 +83,7 @@ def test_a_later_version_takes_over_the_memory_of_the_one_before(
                 assert _same(before, adapter_tensors(model, member))
             _check(engine, model)
         assert calls == ["add_adapter", "modules_served"] * 2 + ["update_adapter"] * 2
-        # Another alpha is another adapter, though its tensors have the same shapes.
+        # Another alpha is another adapter, although its tensors have the same shapes.
         model.peft_config["attention"].lora_alpha *= 2
         for layer in model.modules():
             if isinstance(layer, LoraLayer) and "attention" in layer.scaling:

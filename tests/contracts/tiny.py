@@ -1,4 +1,4 @@
-"""A tiny random Qwen2 with adapters, and the trainer's log-probabilities of an engine's samples."""
+"""Make a tiny random Qwen2 with adapters, and compute log-probabilities as the trainer does."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Kind: TypeAlias = Backend | Literal["remote"]
 KINDS: list[Kind] = [*ENGINES, "remote"]
 
 VOCAB = 101
-# Many ids end a completion, so that a random model's completions end both ways.
+# Many ids end a completion, so that some random completions stop and some reach the limit.
 STOP_TOKEN_IDS = (2, 17, 40, 41, 42, 77)
 MAX_INPUT_LENGTH = 96
 LONGEST = 24
@@ -36,7 +36,10 @@ ADAPTERS = {
 
 
 def write_base(folder: Path) -> None:
-    """A base model: packed projections of unequal width, biases, tied embeddings; no tokenizer."""
+    """Write a base model without tokenizer.
+
+    It has packed projections of unequal width, biases and tied embeddings.
+    """
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=VOCAB,
@@ -52,18 +55,18 @@ def write_base(folder: Path) -> None:
     model = Qwen2ForCausalLM(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # Sharper than the usual initialisation, for a distribution worth sampling from.
+            # Sharper than the usual initialisation, so that samples are not uniform.
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.15)
     model.save_pretrained(folder)
 
 
 def load_base(base_dir: Path) -> Qwen2ForCausalLM:
-    """The base in float32."""
+    """Load the base in float32."""
     return Qwen2ForCausalLM.from_pretrained(base_dir, dtype=torch.float32).eval()
 
 
 def adapt(base: Qwen2ForCausalLM, members: Iterable[str] = tuple(ADAPTERS)) -> PeftModel:
-    """The base with the named adapters of ADAPTERS, their B not zero."""
+    """Return the base with the named adapters of ADAPTERS, B not zero."""
     first, *others = members
     torch.manual_seed(1)
     model = get_peft_model(base, ADAPTERS[first], adapter_name=first)
@@ -76,7 +79,7 @@ def adapt(base: Qwen2ForCausalLM, members: Iterable[str] = tuple(ADAPTERS)) -> P
 
 @torch.no_grad()
 def shake(model: PeftModel, member: str, seed: int) -> None:
-    """Change an adapter's B as training would."""
+    """Change an adapter's B, like training."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if f"lora_B.{member}" in name:
@@ -91,11 +94,10 @@ def start(
     max_lora_rank: int = 4,
     tensor_parallel_size: int = 1,
 ) -> Engine:
-    """An engine with room for both adapters; `max_lora_rank` 0: one whose weights are replaced
-    instead.
+    """Start an engine for both adapters.
 
-    "remote": two vLLM engines in actors of their own, or one of them split over
-    `tensor_parallel_size` processes.
+    With `max_lora_rank` 0 its weights are replaced instead. "remote" means two vLLM engines in
+    separate actors, or one engine on `tensor_parallel_size` processes.
     """
     recipe = Recipe()
     recipe.trainer.placement.device = Device.cpu
@@ -130,7 +132,7 @@ def marks_of(kind: Kind) -> list[pytest.MarkDecorator]:
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
-    """A random prompt."""
+    """Return a random prompt."""
     generator = torch.Generator().manual_seed(1000 * seed + length)
     return torch.randint(3, VOCAB, (length,), generator=generator).tolist()
 
@@ -146,7 +148,7 @@ def request(
     top_p: float = 1.0,
     top_k: int = -1,
 ) -> Request:
-    """A request for a random prompt of so many tokens."""
+    """Return a request for a random prompt of `length` tokens."""
     sampling = Sampling(
         max_generate_length=longest, temperature=temperature, top_p=top_p, top_k=top_k
     )
@@ -154,12 +156,12 @@ def request(
 
 
 def tokens(groups: Sequence[Sequence[Sample]]) -> list[list[list[int]]]:
-    """Token ids `[P][G][T]`."""
+    """Return token ids `[P][G][T]`."""
     return [[sample.token_ids for sample in group] for group in groups]
 
 
 def flat_logprobs(groups: Sequence[Sequence[Sample]]) -> torch.Tensor:
-    """The engine's log-probabilities of all samples, one after another."""
+    """Return the engine's log-probabilities of all samples, concatenated."""
     return torch.tensor(
         [logprob for group in groups for sample in group for logprob in sample.logprobs]
     )
@@ -169,8 +171,9 @@ def flat_logprobs(groups: Sequence[Sequence[Sample]]) -> torch.Tensor:
 def next_token_logits(
     model: torch.nn.Module, member: str | None, ids: Sequence[int]
 ) -> torch.Tensor:
-    """Logits `[T, V]` after each token of one sequence, the member's adapter on (None: off, or a
-    plain model).
+    """Return logits `[T, V]` after each token of one sequence.
+
+    Only the member's adapter is active. None disables adapters, and is required for a plain model.
     """
     inputs = torch.tensor([list(ids)])
     if not isinstance(model, PeftModel):
@@ -191,11 +194,13 @@ def trainer_logprobs(
     groups: Sequence[Sequence[Sample]],
 ) -> torch.Tensor:
     """Return the trainer's log-probabilities of the samples, computed one sequence at a time."""
-    found = []
+    selected = []
     for one, group in zip(requests, groups, strict=True):
         for sample in group:
             ids = [*one.prompt_token_ids, *sample.token_ids]
             logits = next_token_logits(model, member, ids)[len(one.prompt_token_ids) - 1 : -1]
             logprobs = (logits / (one.sampling.temperature or 1.0)).log_softmax(dim=-1)
-            found.append(logprobs.gather(-1, torch.tensor(sample.token_ids)[:, None]).squeeze(-1))
-    return torch.cat(found)
+            selected.append(
+                logprobs.gather(-1, torch.tensor(sample.token_ids)[:, None]).squeeze(-1)
+            )
+    return torch.cat(selected)

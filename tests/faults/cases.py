@@ -1,4 +1,4 @@
-"""The faults that are tried, by name; docs/guides/reliability.md lists them."""
+"""Define the faults that the tests try, by name, as listed in docs/guides/reliability.md."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ OLDER = "named and set aside; resumes from the checkpoint before it; the same to
 CLEARED = "removed; resumes from the checkpoint before it; the same to the bit"
 ANEW = "named and set aside; starts again from step 0; the same to the bit"
 REFUSED = "named, refused with exit status 2; no file changed"
-TOLD = "a valid recipe or a dry run, or one message; never a traceback, never a start on nonsense"
+ANSWERED = (
+    "a valid recipe or a dry run, or one message; never a traceback, never a start on invalid input"
+)
 ALONE = (
     "FAILED, with its reason on the console, in study and report; the others "
     "complete; no process left"
@@ -20,7 +22,7 @@ ALONE = (
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """A SIGKILL: the phase it falls in, as the table names it, and the moment."""
+    """A SIGKILL: its phase, by its name in the table, and the moment."""
 
     phase: str
     fault: Fault
@@ -52,8 +54,8 @@ _NEW, _OLD = (
     r"(remove|rmdir) checkpoints/\.step_\d+\.\w+",
 )
 
-# One directory each: killed, resumed, killed again, resumed, ... and at last left to end. Counts
-# are of each process.
+# Each chain uses one directory, which is killed and resumed several times and then completes.
+# Counts are for each process.
 CHAINS: tuple[tuple[Kill, ...], ...] = (
     (
         _file(CREATION, r"rename recipe\.yaml", 1),
@@ -105,9 +107,7 @@ CHAINS: tuple[tuple[Kill, ...], ...] = (
     ),
     (Kill(ANYTIME, Fault("time", seconds=0.45)), Kill(ANYTIME, Fault("time", seconds=0.2))),
 )
-"""Times are shares of what the whole run computed: and strike, too, where the machine has become
-twice as fast.
-"""
+"""Times are shares of the whole run's CPU time, small enough for a machine twice as fast."""
 
 
 # A run whose engine does not share the trainer's weights: adapters reach vLLM through files.
@@ -115,7 +115,7 @@ VLLM_KILLS = (
     _file("sync to vLLM", r"rename sync/\w+/v000002", 1),
     _file("sync to vLLM", r"remove sync/\w+/v000001/", 2),
 )
-# One sweep, killed and resumed again and again: before Ray is up, while trials run, and when all
+# One sweep, killed and resumed several times: before Ray is up, while trials run, and after all
 # have ended.
 _JOURNAL, _TRIAL, _SUMMARY = (
     "sweep, journal write",
@@ -138,12 +138,11 @@ SWEEP_KILLS = (
 
 @dataclass(frozen=True, slots=True)
 class Corruption:
-    """Damage to a stopped run's files: what it is called, which file, how (see test_corruption.py),
-    what comes of it.
+    """Damage to one file of a stopped run, and its expected outcome.
 
     The run was stopped in its fifth step, with the checkpoints of steps 3 and 4 and a best adapter
-    of step 4. `said` is what the command prints, `from_step` the checkpoint it goes on from,
-    `aside` what it keeps in set_aside/.
+    of step 4. `how` names a function of test_corruption.py. `said` is what the command prints,
+    `from_step` the checkpoint it continues from, `aside` the files that it moves to set_aside/.
     """
 
     name: str
@@ -155,7 +154,7 @@ class Corruption:
 
     @property
     def happened(self) -> str:
-        """The outcome, for the table."""
+        """Return the outcome for the table."""
         if not self.aside:
             return CLEARED
         return {0: ANEW, 3: OLDER}[self.from_step]
@@ -261,7 +260,7 @@ CORRUPTIONS = (
         "adapter/best missing", "adapter/best", "remove", "it needs adapter/best, of step 4"
     ),
 )
-# What is refused on --resume: name, file, how, what is said.
+# Damage that is refused on --resume: name, file, how, message.
 REFUSALS = (
     ("manifest.json truncated", "manifest.json", "halve", "the manifest is damaged"),
     ("manifest.json: status garbled", "manifest.json", "garble", "status is"),
@@ -269,7 +268,7 @@ REFUSALS = (
     ("recipe.yaml truncated", "recipe.yaml", "halve", "recipe.yaml: its SHA-256 is not"),
 )
 NAMED = "trainer.resume_mode names a damaged checkpoint"
-OTHERS = {
+OTHER_OUTCOMES = {
     "adapter/final damaged after the last checkpoint": "named and set aside; written "
     "again from the checkpoint; "
     "the same to the bit",
@@ -282,28 +281,30 @@ OTHERS = {
     "study.journal: one bit flipped in the middle": REFUSED,
     "study.journal: a line missing": REFUSED,
 }
-# Input that is mutated at random, the same each time, and how often (test_mutations.py).
+# Number of random mutations of each input, the same each time (test_mutations.py).
 RECIPE_VALUES = "mutated recipe: values replaced, removed, renamed, moved"
 RECIPE_FILES = "mutated recipe file: cut, lines doubled or swapped, text put in"
 RUN_LINES = "mutated command line of run and sweep"
 OTHER_LINES = "mutated command line of report, export, reproduce and prepare"
 MUTATIONS = {RECIPE_VALUES: 220, RECIPE_FILES: 60, RUN_LINES: 160, OTHER_LINES: 60}
-# Trials of one sweep of ten (test_sweep_failures.py): the environments in moods/, and what befalls
-# a trial there.
+# Trials of one sweep of ten (test_sweep_failures.py): the modules in environments/, and how a trial
+# with each of them fails.
 FAILURES = {
     "raises": "a trial's reward raises",
     "hangs": "a trial hangs",
-    "nan": "a trial's reward is no number",
+    "nan": "a trial's reward is not a number",
 }
-MOODS = ("good", "raises", "good", "hangs", "good", "raises", "good", "nan", "good", "good")
+ENVIRONMENTS = ("good", "raises", "good", "hangs", "good", "raises", "good", "nan", "good", "good")
 
 
 def expected() -> dict[str, int]:
-    """Every fault with how often the tests try it."""
+    """Return how often the tests try each fault."""
     tried: dict[str, int] = {}
     for kill in [*(kill for chain in CHAINS for kill in chain), *VLLM_KILLS, *SWEEP_KILLS]:
         tried[f"SIGKILL: {kill.phase}"] = tried.get(f"SIGKILL: {kill.phase}", 0) + 1
-    names = [each.name for each in CORRUPTIONS] + [name for name, *_ in REFUSALS] + list(OTHERS)
-    # A damaged checkpoint is named twice: one of the run's own, and one of another run's.
-    failing = {fault: MOODS.count(mood) for mood, fault in FAILURES.items()}
+    names = (
+        [each.name for each in CORRUPTIONS] + [name for name, *_ in REFUSALS] + list(OTHER_OUTCOMES)
+    )
+    # Two tests try a named damaged checkpoint: one of the same run, and one of another run.
+    failing = {fault: ENVIRONMENTS.count(environment) for environment, fault in FAILURES.items()}
     return tried | dict.fromkeys(names, 1) | {NAMED: 2} | failing | MUTATIONS

@@ -1,5 +1,6 @@
-"""Whether a run, or a sweep, is the same to the bit as one that no fault befell: timings, times and
-names aside.
+"""Compare runs and sweeps with undisturbed ones, to the bit.
+
+Timings, times and names are left out.
 """
 
 from __future__ import annotations
@@ -18,64 +19,66 @@ from harness.records.files import SUMS, damage
 from harness.records.metrics_file import MetricsFile
 from harness.records.run_dir import RunDir
 
-# With times, places or what one process said in them; compared, where it matters, by what they say.
+# Files with times, paths or output of one process. Where it matters, their content is compared.
 _READ = ("log.txt", "manifest.json", "recipe.yaml", "metrics.jsonl", "state.json", SUMS)
 
 
 def rows(run: RunDir) -> list[dict[str, float]]:
-    """The log without what differs between two equal runs."""
+    """Return the log without what differs between two equal runs."""
     return [without_timings(row) for row in MetricsFile(run.metrics).rows()]
 
 
-def lost_steps(wanted: RunDir, found: RunDir) -> int:
-    """Steps whose row is missing, or not the same."""
-    there = {row["step"]: row for row in rows(found)}
-    return sum(there.get(row["step"]) != row for row in rows(wanted))
+def lost_steps(expected: RunDir, actual: RunDir) -> int:
+    """Count the steps whose row is missing or different."""
+    actual_rows = {row["step"]: row for row in rows(actual)}
+    return sum(actual_rows.get(row["step"]) != row for row in rows(expected))
 
 
-def differences(wanted: RunDir, found: RunDir) -> list[str]:
-    """What differs between two runs; files set aside are no difference, those left by a
-    kill are.
+def differences(expected: RunDir, actual: RunDir) -> list[str]:
+    """Return the differences between two runs.
+
+    Files in set_aside/ are ignored, but leftovers of a kill are not.
     """
     differ = [
-        f"{name}: only in one" for name in sorted(_files(wanted).keys() ^ _files(found).keys())
+        f"{name}: only in one" for name in sorted(_files(expected).keys() ^ _files(actual).keys())
     ]
-    for name in sorted(_files(wanted).keys() & _files(found).keys()):
-        one, two = _files(wanted)[name], _files(found)[name]
+    for name in sorted(_files(expected).keys() & _files(actual).keys()):
+        one, two = _files(expected)[name], _files(actual)[name]
         if one.name not in _READ and one.read_bytes() != two.read_bytes():
             differ.append(f"{name}: other content")
         if one.name == SUMS and damage(two.parent) is not None:
             differ.append(f"{name}: {damage(two.parent)}")
-        if one.name == "state.json" and _without_mark(one) != _without_mark(two):
-            differ.append(f"{name}: {_without_mark(two)}")
-    if rows(wanted) != rows(found):
+        if one.name == "state.json" and _without_metrics(one) != _without_metrics(two):
+            differ.append(f"{name}: {_without_metrics(two)}")
+    if rows(expected) != rows(actual):
         differ.append("metrics.jsonl: other rows")
-    said = [_said(run.read_manifest()) for run in (wanted, found)]
-    return differ if said[0] == said[1] else [*differ, f"manifest.json: {said[1]}"]
+    manifests = [_outcome(run.read_manifest()) for run in (expected, actual)]
+    return differ if manifests[0] == manifests[1] else [*differ, f"manifest.json: {manifests[1]}"]
 
 
-def sweep_differences(wanted: RunDir, found: RunDir) -> list[str]:
-    """What differs between two sweeps: studies, trials, tables, results, and the names of their
-    files.
+def sweep_differences(expected: RunDir, actual: RunDir) -> list[str]:
+    """Return the differences between two sweeps.
+
+    Compared are studies, trials, tables, results and the names of their files.
     """
     differ = [
-        f"{name}: only in one" for name in sorted(_files(wanted).keys() ^ _files(found).keys())
+        f"{name}: only in one" for name in sorted(_files(expected).keys() ^ _files(actual).keys())
     ]
-    if study(wanted) != study(found):
-        differ.append(f"study.journal: {study(found)}")
-    for number in range(len(study(wanted))):
+    if study(expected) != study(actual):
+        differ.append(f"study.journal: {study(actual)}")
+    for number in range(len(study(expected))):
         differ += [
             f"trial {number}: {one}"
-            for one in differences(wanted.trial(number), found.trial(number))
+            for one in differences(expected.trial(number), actual.trial(number))
         ]
-    if _table(wanted) != _table(found):
+    if _table(expected) != _table(actual):
         differ.append("results.csv: other rows")
-    said = [_said(sweep.read_manifest()) for sweep in (wanted, found)]
-    return differ if said[0] == said[1] else [*differ, f"manifest.json: {said[1]}"]
+    manifests = [_outcome(sweep.read_manifest()) for sweep in (expected, actual)]
+    return differ if manifests[0] == manifests[1] else [*differ, f"manifest.json: {manifests[1]}"]
 
 
 def study(sweep: RunDir) -> list[dict[str, Any]]:
-    """What a sweep's study says of each trial, times aside, read with Optuna's own backend."""
+    """Return the trials of a sweep's study without times, read with Optuna's journal backend."""
     storage = JournalStorage(JournalFileBackend(str(sweep.journal)))
     return [
         {
@@ -90,9 +93,7 @@ def study(sweep: RunDir) -> list[dict[str, Any]]:
 
 
 def digests(directory: Path) -> dict[str, bytes | None]:
-    """Every file below a directory with its content, folders with none: two are equal if nothing
-    was changed.
-    """
+    """Return the content of every path below a directory, None for folders."""
     return {
         str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
         for path in directory.rglob("*")
@@ -111,11 +112,11 @@ def _table(sweep: RunDir) -> str:
     return str(table.drop(columns=[name for name in table.columns if "seconds" in name]).to_csv())
 
 
-def _without_mark(state: Path) -> dict[str, Any]:
+def _without_metrics(state: Path) -> dict[str, Any]:
     return {key: value for key, value in json.loads(state.read_text()).items() if key != "metrics"}
 
 
-def _said(manifest: dict[str, Any]) -> dict[str, Any]:
+def _outcome(manifest: dict[str, Any]) -> dict[str, Any]:
     result = {key: value for key, value in (manifest["result"] or {}).items() if key != "seconds"}
     return {
         "status": manifest["status"],

@@ -1,6 +1,4 @@
-"""A warm process for all tests of faults, an undisturbed run to compare with, and the page that the
-tests write.
-"""
+"""Fixtures of the fault tests: a warm process, an undisturbed run, and the page's table."""
 
 from __future__ import annotations
 
@@ -30,38 +28,39 @@ class Runs:
     overrides: list[str]
 
     def start(self, name: str, *overrides: str, fault: Fault | None = None) -> Outcome:
-        """A new run of this name."""
-        place = [f"trainer.ckpt_path={self.root}", f"trainer.run_name={name}"]
+        """Start a new run of this name."""
+        location = [f"trainer.ckpt_path={self.root}", f"trainer.run_name={name}"]
         return self.warm.run(
             "harness.run",
             "recipes/quickstart.yaml",
             *self.overrides,
-            *place,
+            *location,
             *overrides,
             directory=self.root / name,
             fault=fault,
         )
 
     def resume(self, run: RunDir, fault: Fault | None = None) -> Outcome:
-        """Go on with a run."""
+        """Resume a run."""
         return self.warm.run(
             "harness.run", "--resume", str(run.path), directory=run.path, fault=fault
         )
 
     def get(self, name: str) -> RunDir:
-        """The directory of a run."""
+        """Return the directory of a run."""
         return RunDir(self.root / name)
 
 
 @pytest.fixture(scope="session")
 def results() -> Iterator[list[tuple[str, str, int]]]:
-    """What every trial of a fault found; written as a page at the end, when asked for and all were
-    tried.
+    """Collect the outcome of every fault.
+
+    They are written as a page at the end, if requested and complete.
     """
-    found: list[tuple[str, str, int]] = []
-    yield found
+    outcomes: list[tuple[str, str, int]] = []
+    yield outcomes
     if os.environ.get("NOREGRET_WRITE_DOCS") == "1":
-        rows = table.gather(found)
+        rows = table.gather(outcomes)
         missing = cases.expected().items() - {(row.fault, row.tried) for row in rows}
         assert not missing, (
             f"docs/guides/reliability.md is not written: not all was tried: {sorted(missing)}"
@@ -72,13 +71,13 @@ def results() -> Iterator[list[tuple[str, str, int]]]:
 
 @pytest.fixture
 def record(results: list[tuple[str, str, int]]) -> Record:
-    """Record a fault's name, what happened, and how many steps it lost."""
+    """Return a function that records a fault's name, its outcome, and the steps it lost."""
     return lambda fault, happened, lost: results.append((fault, happened, lost))
 
 
 @pytest.fixture(scope="session")
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
-    """The process that commands are forked from."""
+    """Start the process that commands are forked from."""
     process = Warm(tmp_path_factory.mktemp("said"))
     yield process
     process.close()
@@ -86,7 +85,7 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
 
 @pytest.fixture(scope="session")
 def small(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides that make quickstart a run of seconds, with a checkpoint at every step."""
+    """Return overrides that make quickstart a run of seconds, with a checkpoint at every step."""
     folder = tmp_path_factory.mktemp("data")
     for name, count in (("train", 12), ("validation", 8)):
         pd.read_parquet(tiny_model_dir / "data" / f"{name}.parquet").head(count).to_parquet(
@@ -101,8 +100,7 @@ def small(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
         "trainer.ckpt_interval=1",
         "trainer.max_ckpts_to_keep=2",
         "trainer.eval_interval=2",
-        # With this rate the evaluations at steps 2 and 4 are the best so far, and the one at step 6
-        # is not.
+        # With this learning rate steps 2 and 4 have the best evaluation so far, and step 6 has not.
         "trainer.policy.optimizer_config.lr=3e-3",
         "trainer.policy.optimizer_config.scheduler=cosine",
         "generator.n_samples_per_prompt=4",
@@ -112,21 +110,21 @@ def small(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
 
 @pytest.fixture(scope="session")
 def runs(warm: Warm, small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Starts and resumes small runs."""
+    """Return the object that starts and resumes small runs."""
     return Runs(warm, tmp_path_factory.mktemp("runs"), small)
 
 
 @dataclass(frozen=True, slots=True)
-class Whole:
-    """A run that no fault befell, and how long it computed."""
+class UndisturbedRun:
+    """An undisturbed run and its CPU seconds."""
 
     run: RunDir
     seconds: float
 
 
 @pytest.fixture(scope="session")
-def whole(runs: Runs) -> Whole:
-    """The undisturbed run."""
+def undisturbed(runs: Runs) -> UndisturbedRun:
+    """Train the undisturbed run."""
     outcome = runs.start("whole")
     assert outcome.status == 0, outcome.said
     run = runs.get("whole")
@@ -134,6 +132,6 @@ def whole(runs: Runs) -> Whole:
         row["eval/accuracy"] for row in MetricsFile(run.metrics).rows() if "eval/accuracy" in row
     ]
     assert scores[1] < scores[2] >= scores[3], (
-        "the best adapter is to change on the way, and not at the end"
+        "the best adapter must change during the run, and not at its end"
     )
-    return Whole(run, outcome.seconds)
+    return UndisturbedRun(run, outcome.seconds)

@@ -1,7 +1,7 @@
-"""Commands run in forks of one warm process: an import of torch costs seconds, a fork nothing.
+"""Run commands in forks of one warm process.
 
-`python -m tests.faults.forks` is the warm process; it reads requests and answers them, a line of
-JSON each.
+Importing torch takes seconds, a fork takes almost no time. `python -m tests.faults.forks` is the
+warm process. It reads requests and answers them, a line of JSON each.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from tests.faults import hooks
 from tests.faults.hooks import Fault
 
 LONGEST = 240.0
-# In the environment of all that the warm process starts.
+# Set in the environment of all processes below the warm process.
 MARK = "NOREGRET_FAULTS_MARK"
-# What a run imports before its first step; Ray reads its settings when it is imported, so each fork
-# does that itself.
+# Imports of a run before its first step. Ray reads its settings when it is imported, so each fork
+# imports it.
 MODULES = (
     "rltrain.trainer",
     "rltrain.pack",
@@ -54,8 +54,10 @@ MODULES = (
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a command ended: status (negative: the signal), what it printed, the moment of a fault,
-    CPU seconds.
+    """Outcome of a command.
+
+    `status` is negative for a signal. `moment` says where a fault struck, and `seconds` are CPU
+    seconds.
     """
 
     status: int
@@ -65,7 +67,7 @@ class Outcome:
 
     @property
     def killed(self) -> bool:
-        """Whether it was ended by SIGKILL."""
+        """Return whether SIGKILL ended the command."""
         return self.status == -signal.SIGKILL
 
 
@@ -94,21 +96,21 @@ class Warm:
     def run(
         self, command: str, *arguments: str, directory: Path, fault: Fault | None = None
     ) -> Outcome:
-        """Run `python -m COMMAND ARGUMENTS`, with a fault that strikes it in a run or sweep
-        directory.
-        """
+        """Run `python -m COMMAND ARGUMENTS`, with an optional fault in a run or sweep directory."""
         self._count += 1
-        output, told = (self._scratch / f"{self._count:04d}.{name}" for name in ("out", "moment"))
+        output, moment_file = (
+            self._scratch / f"{self._count:04d}.{name}" for name in ("out", "moment")
+        )
         request = {
             "command": command,
             "arguments": arguments,
             "directory": str(directory),
             "output": str(output),
-            "told": str(told),
+            "moment": str(moment_file),
             "fault": None if fault is None else dataclasses.asdict(fault),
         }
         answer = self._ask(request)
-        moment = told.read_text() if told.exists() else ""
+        moment = moment_file.read_text() if moment_file.exists() else ""
         return Outcome(answer["status"], output.read_text(), moment, answer["seconds"])
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -118,27 +120,26 @@ class Warm:
         answer: dict[str, Any] = json.loads(self._process.stdout.readline())
         return answer
 
-    def mount(self, place: Path, size: int | None = None) -> bool:
-        """Give the commands a disk of `size` bytes at a folder, or make the folder read-only;
-        whether that was allowed.
+    def mount(self, folder: Path, size: int | None = None) -> bool:
+        """Mount a disk of `size` bytes for the commands, or make the folder read-only.
 
-        `seen` is where this process finds it.
+        Returns whether the system allowed it. Use `seen` to look at the folder from this process.
         """
-        allowed: bool = self._ask({"mount": str(place), "size": size})["mounted"]
+        allowed: bool = self._ask({"mount": str(folder), "size": size})["mounted"]
         return allowed
 
-    def seen(self, place: Path) -> Path:
-        """A folder as the commands see it."""
-        return Path(f"/proc/{self._process.pid}/root{place}")
+    def seen(self, folder: Path) -> Path:
+        """Return the path of a folder as the commands see it."""
+        return Path(f"/proc/{self._process.pid}/root{folder}")
 
     def left_over(self) -> list[str]:
-        """Processes that commands started and that still live, by their command lines."""
-        found = []
+        """Return the command lines of processes that outlive the commands that started them."""
+        command_lines = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if process.pid != self._process.pid and process.environ().get(MARK) == self._mark:
-                    found.append(" ".join(process.cmdline()))
-        return found
+                    command_lines.append(" ".join(process.cmdline()))
+        return command_lines
 
     def close(self) -> None:
         """End the warm process."""
@@ -174,7 +175,7 @@ def serve() -> None:
 
 
 def _become(request: dict[str, Any], fault: Fault | None) -> None:
-    """Be the command, from here to the end of this process."""
+    """Turn this process into the command, until the process ends."""
     os.setsid()
     output = os.open(request["output"], os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o666)
     for descriptor in (1, 2):
@@ -184,7 +185,7 @@ def _become(request: dict[str, Any], fault: Fault | None) -> None:
     sys.modules["__main__"] = module
     sys.argv = [module.__file__ or "", *request["arguments"]]
     if fault is not None:
-        hooks.install(fault, Path(request["directory"]), Path(request["told"]))
+        hooks.install(fault, Path(request["directory"]), Path(request["moment"]))
     status: Any = 1
     try:
         module.run_command(module.main)
@@ -199,9 +200,7 @@ def _become(request: dict[str, Any], fault: Fault | None) -> None:
 
 
 def _wait(pid: int) -> dict[str, Any]:
-    """Wait for a child, and kill it when it takes too long; its status, and its seconds of
-    computing.
-    """
+    """Wait for a child, and kill it after a time limit; return its status and CPU seconds."""
     alarm = threading.Timer(LONGEST, os.kill, (pid, signal.SIGKILL))
     alarm.start()
     _, status, used = os.wait4(pid, 0)
@@ -218,11 +217,9 @@ class _Mounts:
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._apart = False
 
-    def answer(self, place: str, size: int | None) -> dict[str, Any]:
-        """Put a disk of `size` bytes at a folder, or set that of the one there; no size makes the
-        folder read-only.
-        """
-        path = os.fsencode(place)
+    def answer(self, folder: str, size: int | None) -> dict[str, Any]:
+        """Mount or resize a disk of `size` bytes at a folder, or make the folder read-only."""
+        path = os.fsencode(folder)
         try:
             if not self._apart:
                 self._check(self._libc.unshare(self.NEW_NAMESPACE))
@@ -236,7 +233,7 @@ class _Mounts:
                     )
                 )
             else:
-                flag = self.REMOUNT if os.path.ismount(place) else 0
+                flag = self.REMOUNT if os.path.ismount(folder) else 0
                 self._check(
                     self._libc.mount(b"tmpfs", path, b"tmpfs", flag, f"size={size}".encode())
                 )

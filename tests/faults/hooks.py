@@ -1,5 +1,6 @@
-"""Faults that strike a process from within: a SIGKILL at a chosen file operation, call or write, or
-a full disk.
+"""Inject faults into a process: a SIGKILL at a chosen moment, or a full disk.
+
+The moment is a file operation, a call or a write.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What befalls a process.
+    """A fault that strikes a process.
 
     `kind`: `file` and `call` kill before the `count`th matching file operation or call, `after` at
     the end of that call; `torn` kills at the `count`th fsync of a matching file with its last `cut`
-    bytes not written; `time` kills after so many `seconds` of computing; `limit` allows files of at
-    most `size` bytes; `count` only writes the file operations down.
+    bytes not written; `time` kills after so many `seconds` of CPU time; `limit` allows files of at
+    most `size` bytes; `count` only lists the file operations.
     """
 
     kind: str
@@ -40,40 +41,41 @@ class Fault:
     size: int = 0
 
 
-def install(fault: Fault, directory: Path, told: Path) -> None:
-    """Arm a fault in this process: `directory` is the run's or sweep's, the file `told` gets the
-    moment it struck.
+def install(fault: Fault, directory: Path, record: Path) -> None:
+    """Install a fault in this process.
+
+    `directory` is the run's or sweep's. The moment of the fault is written to the file `record`.
     """
     if fault.kind in ("file", "count"):
-        sys.addaudithook(functools.partial(_watch, fault, directory, told, [0]))
+        sys.addaudithook(functools.partial(_watch, fault, directory, record, [0]))
     elif fault.kind == "call":
-        _wrap(fault, told)
+        _wrap(fault, record)
     elif fault.kind == "torn":
-        _tear(fault, told)
+        _tear(fault, record)
     elif fault.kind == "time":
-        threading.Thread(target=_wait, args=(fault.seconds, told), daemon=True).start()
+        threading.Thread(target=_wait, args=(fault.seconds, record), daemon=True).start()
     elif fault.kind == "limit":
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault.size, fault.size))
 
 
-def die(told: Path, moment: str) -> None:
-    """Write down the moment, and be gone as by SIGKILL."""
-    descriptor = os.open(told, os.O_CREAT | os.O_WRONLY, 0o644)
+def die(record: Path, moment: str) -> None:
+    """Write down the moment and end this process by SIGKILL."""
+    descriptor = os.open(record, os.O_CREAT | os.O_WRONLY, 0o644)
     os.write(descriptor, moment.encode())
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _wait(seconds: float, told: Path) -> None:
+def _wait(seconds: float, record: Path) -> None:
     while time.process_time() < seconds:
         time.sleep(0.001)
-    die(told, f"after {time.process_time():.3f} s")
+    die(record, f"after {time.process_time():.3f} s")
 
 
 def _watch(
     fault: Fault,
     directory: Path,
-    told: Path,
-    seen: list[int],
+    record: Path,
+    matches: list[int],
     event: str,
     arguments: tuple[Any, ...],
 ) -> None:
@@ -81,70 +83,70 @@ def _watch(
     if operation is None:
         return
     if fault.kind == "count":
-        with open(told, "a") as file:
+        with open(record, "a") as file:
             file.write(f"{operation}\n")
     elif re.search(fault.target, operation):
-        seen[0] += 1
-        if seen[0] == fault.count:
-            die(told, f"before {operation}")
+        matches[0] += 1
+        if matches[0] == fault.count:
+            die(record, f"before {operation}")
 
 
 def _operation(event: str, arguments: tuple[Any, ...], directory: Path) -> str | None:
-    """`event path` of an audit event that changes a file below a directory; None for any other."""
+    """Return `event path` of an audit event that changes a file below a directory, else None."""
     if event == "open":
-        path, place = arguments[0], None
+        path, directory_fd = arguments[0], None
         if not isinstance(arguments[2], int) or not arguments[2] & WRITING:
             return None
     elif event in ("os.rename", "os.link"):
-        path, place = arguments[1], arguments[3]
+        path, directory_fd = arguments[1], arguments[3]
     elif event in ("os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate"):
-        path, place = arguments[0], arguments[-1]
+        path, directory_fd = arguments[0], arguments[-1]
         if event == "os.truncate":
-            place = None
+            directory_fd = None
     else:
         return None
     if isinstance(path, int):
         path = os.readlink(f"/proc/self/fd/{path}")
-    elif isinstance(place, int) and place >= 0:
-        path = os.path.join(os.readlink(f"/proc/self/fd/{place}"), os.fspath(path))
+    elif isinstance(directory_fd, int) and directory_fd >= 0:
+        path = os.path.join(os.readlink(f"/proc/self/fd/{directory_fd}"), os.fspath(path))
     path = os.path.abspath(os.fsdecode(path))
     below = os.path.relpath(path, directory)
     return None if below.startswith("..") else f"{event.removeprefix('os.')} {below}"
 
 
-def _wrap(fault: Fault, told: Path) -> None:
+def _wrap(fault: Fault, record: Path) -> None:
     module, _, name = fault.target.partition(":")
     *owners, attribute = name.split(".")
     owner = functools.reduce(getattr, owners, importlib.import_module(module))
     original: Callable[..., Any] = getattr(owner, attribute)
-    seen = 0
+    calls = 0
 
     @functools.wraps(original)
     def wrapped(*arguments: Any, **options: Any) -> Any:
-        nonlocal seen
-        seen += 1
-        mine = seen == fault.count
-        if mine and not fault.after:
-            die(told, f"before call {fault.count} of {name}")
+        nonlocal calls
+        calls += 1
+        matches = calls == fault.count
+        if matches and not fault.after:
+            die(record, f"before call {fault.count} of {name}")
         result = original(*arguments, **options)
-        if mine:
-            die(told, f"after call {fault.count} of {name}")
+        if matches:
+            die(record, f"after call {fault.count} of {name}")
         return result
 
     setattr(owner, attribute, wrapped)
 
 
-def _tear(fault: Fault, told: Path) -> None:
-    fsync, seen = os.fsync, 0
+def _tear(fault: Fault, record: Path) -> None:
+    fsync, calls = os.fsync, 0
 
     def torn(descriptor: int) -> None:
-        nonlocal seen
+        nonlocal calls
         path = os.readlink(f"/proc/self/fd/{descriptor}")
         if re.search(fault.target, path):
-            seen += 1
-            if seen == fault.count:
+            calls += 1
+            if calls == fault.count:
                 os.ftruncate(descriptor, os.fstat(descriptor).st_size - fault.cut)
-                die(told, f"amid write {fault.count} of {os.path.basename(path)}")
+                die(record, f"amid write {fault.count} of {os.path.basename(path)}")
         fsync(descriptor)
 
     setattr(os, "fsync", torn)  # noqa: B010

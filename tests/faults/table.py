@@ -1,4 +1,4 @@
-"""Write docs/guides/reliability.md: fixed text, and a table of the faults as the tests saw them."""
+"""Write docs/guides/reliability.md: fixed text, and a table of the tested faults."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from harness.core.paths import PROJECT
 
 PAGE = PROJECT / "docs" / "guides" / "reliability.md"
 HEAD = "| fault | times tried | what happened | lost steps |"
-# How the names of three kinds of faults begin; all others are damage to files, or no room for them.
+# How the names of three kinds of faults begin; the others are damage to files or full disks.
 KINDS = ("SIGKILL: ", "mutated ", "a trial")
 _ROW = re.compile(r"\| (.+) \| (\d+) \| (.+) \| (\d+) \|")
 
@@ -19,8 +19,9 @@ WORDS = PROJECT / "tests" / "faults" / "words.md"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table: a fault, how often it was tried, what happened each time, and steps
-    lost in all.
+    """One line of the table.
+
+    It has a fault, how often it was tried, its outcome, and the steps lost in total.
     """
 
     fault: str
@@ -30,9 +31,7 @@ class Row:
 
 
 def gather(results: Iterable[tuple[str, str, int]]) -> list[Row]:
-    """Rows from single trials (fault, what happened, lost steps), in the order in which faults
-    first came.
-    """
+    """Return rows for outcomes of faults (fault, outcome, lost steps), in order of appearance."""
     rows: dict[str, Row] = {}
     for fault, happened, lost in results:
         old = rows.get(fault, Row(fault, 0, happened, 0))
@@ -42,7 +41,7 @@ def gather(results: Iterable[tuple[str, str, int]]) -> list[Row]:
 
 
 def page(rows: Iterable[Row]) -> str:
-    """The page with its table."""
+    """Return the page with its table."""
     rows = list(rows)
     lines = [f"| {row.fault} | {row.tried} | {row.happened} | {row.lost} |" for row in rows]
     kills, mutated, trials = (
@@ -63,7 +62,7 @@ def page(rows: Iterable[Row]) -> str:
 
 
 def read(text: str) -> list[Row]:
-    """The rows of a page."""
+    """Return the rows of a page."""
     return [
         Row(m[1], int(m[2]), m[3], int(m[4]))
         for line in text.splitlines()

@@ -1,5 +1,7 @@
-"""Damaged files are found, named and kept; the run goes on from what is whole, or is refused with
-nothing changed.
+"""Damage a run's files and resume.
+
+Damaged files are found, named and kept. The run continues from intact files, or is refused without
+changes.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ import pytest
 from harness.core.errors import UserError
 from harness.records.files import damage, verify_folder
 from harness.records.run_dir import RunDir
-from tests.faults.cases import CORRUPTIONS, NAMED, OTHERS, REFUSALS, REFUSED, Corruption
+from tests.faults.cases import CORRUPTIONS, NAMED, OTHER_OUTCOMES, REFUSALS, REFUSED, Corruption
 from tests.faults.compare import differences, digests, lost_steps, rows
-from tests.faults.conftest import Record, Runs, Whole
+from tests.faults.conftest import Record, Runs, UndisturbedRun
 from tests.faults.hooks import Fault
 
 
@@ -32,7 +34,7 @@ def _flip(path: Path) -> None:
 
 
 def _garble(path: Path) -> None:
-    """Spoil the third line of a log, or a manifest's status."""
+    """Corrupt the third line of a log, or a manifest's status."""
     content = path.read_bytes()
     old, new = {
         ".jsonl": (b'{"step": 2', b'{"st#p: 2'),
@@ -49,7 +51,7 @@ def _renumber(path: Path) -> None:
 
 
 def _unfinish(path: Path) -> None:
-    """What a kill amid a checkpoint's write leaves: half of it, under a temporary name."""
+    """Leave half a checkpoint under its temporary name, like a kill during its write."""
     temporary = path.with_name(f".{path.name}.ab12cd34")
     temporary.mkdir()
     path.rename(temporary / "new")
@@ -70,7 +72,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 @pytest.fixture(scope="module")
 def stopped(runs: Runs) -> RunDir:
-    """A run killed in its fifth step, with checkpoints of its third and fourth."""
+    """Return a run killed in its fifth step, with checkpoints of its third and fourth."""
     outcome = runs.start("stopped", fault=Fault("call", "rltrain.step:sample_rollouts", 5))
     assert outcome.killed, outcome.said
     run = runs.get("stopped")
@@ -80,15 +82,15 @@ def stopped(runs: Runs) -> RunDir:
 
 @pytest.fixture
 def copy(stopped: RunDir, tmp_path: Path) -> RunDir:
-    """A copy of the stopped run, to be damaged."""
+    """Return a copy of the stopped run, to be damaged."""
     shutil.copytree(stopped.path, tmp_path / "run")
     return RunDir(tmp_path / "run")
 
 
 def _spoil(run: RunDir, file: str, how: str) -> None:
-    found = list(run.path.glob(file))
-    assert found
-    for path in found:
+    files = list(run.path.glob(file))
+    assert files
+    for path in files:
         DAMAGE[how](path)
 
 
@@ -109,8 +111,8 @@ QUICK = (
         for case in CORRUPTIONS
     ],
 )
-def test_damage_is_named_and_the_last_good_state_used(
-    case: Corruption, copy: RunDir, runs: Runs, whole: Whole, record: Record
+def test_damage_is_named_and_the_last_intact_state_is_used(
+    case: Corruption, copy: RunDir, runs: Runs, undisturbed: UndisturbedRun, record: Record
 ) -> None:
     _spoil(copy, case.file, case.how)
     before = digests(copy.path)
@@ -118,28 +120,23 @@ def test_damage_is_named_and_the_last_good_state_used(
     assert outcome.status == 0, outcome.said
     assert case.said in outcome.said
     assert "Traceback" not in outcome.said
-    assert differences(whole.run, copy) == []
+    assert differences(undisturbed.run, copy) == []
     assert f"step {case.from_step + 1}/6" in outcome.said
     assert (f"step {case.from_step}/6" in outcome.said) == (case.from_step == 0)
     kept = {path.name for path in copy.aside.iterdir()} if copy.aside.exists() else set()
     assert kept == set(case.aside)
-    assert [entry["as"] for entry in copy.read_manifest().get("set_aside", [])] == _order(
-        case.aside
-    )
+    # The best adapter first, then newer checkpoints before older ones, then the log.
+    order = ["best", "step_000004", "step_000003", "metrics.jsonl"]
+    moved = [entry["as"] for entry in copy.read_manifest().get("set_aside", [])]
+    assert moved == sorted(case.aside, key=order.index)
     for path in copy.aside.rglob("*"):
-        was = _was(path.relative_to(copy.aside))
-        assert before[was] == (path.read_bytes() if path.is_file() else None)
-    record(case.name, case.happened, lost_steps(whole.run, copy))
+        original = _original_path(path.relative_to(copy.aside))
+        assert before[original] == (path.read_bytes() if path.is_file() else None)
+    record(case.name, case.happened, lost_steps(undisturbed.run, copy))
 
 
-def _order(aside: tuple[str, ...]) -> list[str]:
-    """The best adapter first, the log last, the newest checkpoint before the one before it."""
-    place = {"best": 0, "step_000004": 1, "step_000003": 2, "metrics.jsonl": 3}
-    return sorted(aside, key=place.__getitem__)
-
-
-def _was(kept: Path) -> str:
-    """Where a thing that was set aside came from."""
+def _original_path(kept: Path) -> str:
+    """Return the original path of a file or folder in set_aside/."""
     folders = {"best": "adapter", "step_000003": "checkpoints", "step_000004": "checkpoints"}
     return str(Path(folders.get(kept.parts[0], "")) / kept)
 
@@ -147,7 +144,7 @@ def _was(kept: Path) -> str:
 @pytest.mark.parametrize(
     ("name", "file", "how", "said"), REFUSALS, ids=[name for name, *_ in REFUSALS]
 )
-def test_damage_that_leaves_only_guesses_is_refused(
+def test_ambiguous_damage_is_refused(
     name: str, file: str, how: str, said: str, copy: RunDir, runs: Runs, record: Record
 ) -> None:
     _spoil(copy, file, how)
@@ -162,10 +159,11 @@ def test_damage_that_leaves_only_guesses_is_refused(
 
 
 def test_a_final_adapter_damaged_before_the_runs_end_is_written_again(
-    runs: Runs, whole: Whole, tmp_path: Path, record: Record
+    runs: Runs, undisturbed: UndisturbedRun, tmp_path: Path, record: Record
 ) -> None:
-    """Killed after its last checkpoint, before COMPLETE: the checkpoint has what the adapter is
-    made of.
+    """Kill a run after its last checkpoint, before COMPLETE.
+
+    The adapter can be written again from the checkpoint.
     """
     name = "adapter/final damaged after the last checkpoint"
     assert runs.start("ending", fault=Fault("call", "rltrain.trainer:Trainer._finish")).killed
@@ -177,38 +175,38 @@ def test_a_final_adapter_damaged_before_the_runs_end_is_written_again(
     outcome = runs.resume(run)
     assert outcome.status == 0, outcome.said
     assert "adapter/final is set aside" in outcome.said
-    assert differences(whole.run, run) == []
+    assert differences(undisturbed.run, run) == []
     assert digests(run.aside / "final") == damaged
-    record(name, OTHERS[name], lost_steps(whole.run, run))
+    record(name, OTHER_OUTCOMES[name], lost_steps(undisturbed.run, run))
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["the run's own", "another run's"])
-def test_a_damaged_checkpoint_that_is_named_is_refused(
+def test_a_damaged_checkpoint_in_resume_mode_is_refused(
     own: bool, copy: RunDir, runs: Runs, tmp_path: Path, record: Record
 ) -> None:
     _spoil(copy, "checkpoints/step_000003/optimizer.safetensors", "flip")
     before = digests(copy.checkpoints)
     named = f"trainer.resume_mode={copy.checkpoints}/step_000003"
-    place = [f"trainer.ckpt_path={tmp_path}", "trainer.run_name=run"] if own else []
-    outcome = runs.start("other", *place, named)
+    overrides = [f"trainer.ckpt_path={tmp_path}", "trainer.run_name=run"] if own else []
+    outcome = runs.start("other", *overrides, named)
     assert outcome.status == 2, outcome.said
     assert f"{copy.checkpoints}/step_000003: optimizer.safetensors is damaged" in outcome.said
     assert digests(copy.checkpoints) == before
     record(NAMED, REFUSED, 0)
 
 
-def test_a_named_checkpoint_is_gone_back_to(
-    copy: RunDir, runs: Runs, whole: Whole, tmp_path: Path
+def test_a_run_returns_to_the_checkpoint_in_resume_mode(
+    copy: RunDir, runs: Runs, undisturbed: UndisturbedRun, tmp_path: Path
 ) -> None:
-    place = [f"trainer.ckpt_path={tmp_path}", "trainer.run_name=run"]
-    outcome = runs.start("back", *place, f"trainer.resume_mode={copy.checkpoints}/step_000003")
+    overrides = [f"trainer.ckpt_path={tmp_path}", "trainer.run_name=run"]
+    outcome = runs.start("back", *overrides, f"trainer.resume_mode={copy.checkpoints}/step_000003")
     assert outcome.status == 0, outcome.said
     assert "checkpoints/step_000004 is set aside" in outcome.said
-    assert differences(whole.run, copy) == []
+    assert differences(undisturbed.run, copy) == []
 
 
-def test_a_run_from_anothers_checkpoint_goes_on_from_its_own(
-    stopped: RunDir, runs: Runs, whole: Whole
+def test_a_run_started_from_a_checkpoint_resumes_from_its_latest(
+    stopped: RunDir, runs: Runs, undisturbed: UndisturbedRun
 ) -> None:
     named = f"trainer.resume_mode={stopped.checkpoints}/step_000003"
     assert runs.start("heir", named, fault=Fault("call", "rltrain.step:sample_rollouts", 3)).killed
@@ -217,18 +215,20 @@ def test_a_run_from_anothers_checkpoint_goes_on_from_its_own(
     assert outcome.status == 0, outcome.said
     assert "step 6/6" in outcome.said
     assert "step 5/6" not in outcome.said
-    assert rows(heir) == rows(whole.run)[4:]
+    assert rows(heir) == rows(undisturbed.run)[4:]
     assert not heir.aside.exists()
 
 
-def test_a_run_that_always_starts_anew_keeps_what_it_had(runs: Runs, whole: Whole) -> None:
+def test_a_run_that_always_restarts_keeps_its_old_files(
+    runs: Runs, undisturbed: UndisturbedRun
+) -> None:
     assert runs.start(
         "anew", "trainer.resume_mode=none", fault=Fault("call", "rltrain.step:sample_rollouts", 3)
     ).killed
     run = runs.get("anew")
     outcome = runs.resume(run)
     assert outcome.status == 0, outcome.said
-    assert differences(whole.run, run) == []
+    assert differences(undisturbed.run, run) == []
     assert {path.name for path in run.aside.iterdir()} == {"step_000001", "step_000002"}
 
 
@@ -246,7 +246,7 @@ def test_a_checkpoint_of_another_shape_is_refused(copy: RunDir, runs: Runs, reco
 
 
 def test_a_read_only_directory_is_refused(
-    copy: RunDir, runs: Runs, whole: Whole, record: Record
+    copy: RunDir, runs: Runs, undisturbed: UndisturbedRun, record: Record
 ) -> None:
     before = digests(copy.path)
     if os.geteuid():
@@ -263,11 +263,13 @@ def test_a_read_only_directory_is_refused(
 
 
 def test_a_file_that_grows_too_large_stops_the_run_and_loses_nothing(
-    runs: Runs, whole: Whole, record: Record
+    runs: Runs, undisturbed: UndisturbedRun, record: Record
 ) -> None:
-    """An optimizer's file is larger than any before it: the first checkpoint cannot be written."""
+    """Limit the file size so that the first checkpoint's optimizer file cannot be written."""
     name = "a file-size limit in mid-run"
-    limit = (whole.run.checkpoints / "step_000006" / "optimizer.safetensors").stat().st_size - 1
+    limit = (
+        undisturbed.run.checkpoints / "step_000006" / "optimizer.safetensors"
+    ).stat().st_size - 1
     outcome = runs.start("limited", fault=Fault("limit", size=limit))
     run = runs.get("limited")
     assert outcome.status == 2, outcome.said
@@ -277,19 +279,25 @@ def test_a_file_that_grows_too_large_stops_the_run_and_loses_nothing(
     assert list(run.checkpoints.iterdir()) == []
     outcome = runs.resume(run)
     assert outcome.status == 0, outcome.said
-    assert differences(whole.run, run) == []
-    record(name, OTHERS[name], lost_steps(whole.run, run))
+    assert differences(undisturbed.run, run) == []
+    record(name, OTHER_OUTCOMES[name], lost_steps(undisturbed.run, run))
 
 
 def test_a_full_disk_stops_the_run_and_loses_nothing(
-    runs: Runs, whole: Whole, tmp_path: Path, record: Record
+    runs: Runs, undisturbed: UndisturbedRun, tmp_path: Path, record: Record
 ) -> None:
-    name, place = "disk full in mid-run", [f"trainer.ckpt_path={tmp_path}", "trainer.run_name=run"]
-    one = sum(path.stat().st_size for path in (whole.run.checkpoints / "step_000006").iterdir())
-    # Room for two checkpoints, the best adapter and the small files, and not for the third.
+    name, overrides = (
+        "disk full in mid-run",
+        [f"trainer.ckpt_path={tmp_path}", "trainer.run_name=run"],
+    )
+    one = sum(
+        path.stat().st_size for path in (undisturbed.run.checkpoints / "step_000006").iterdir()
+    )
+    # Room for two checkpoints, the best adapter and the small files, but not for a third
+    # checkpoint.
     if not runs.warm.mount(tmp_path, int(3.2 * one)):
         pytest.skip("mounting a small disk is not allowed here")
-    outcome = runs.start("full", *place)
+    outcome = runs.start("full", *overrides)
     assert outcome.status == 2, outcome.said
     assert "No space left on device" in outcome.said
     assert (
@@ -309,13 +317,14 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(
         "step_000006": None,
     }
     run = RunDir(tmp_path / "then")
-    assert differences(whole.run, run) == []
-    record(name, OTHERS[name], lost_steps(whole.run, run))
+    assert differences(undisturbed.run, run) == []
+    record(name, OTHER_OUTCOMES[name], lost_steps(undisturbed.run, run))
 
 
 def _checkpoints_there(runs: Runs, disk: Path, copy: Path) -> dict[str, str | None]:
-    """The checkpoints on the small disk, with what is wrong with each; the whole run is copied from
-    there.
+    """Return the damage, if any, of each checkpoint on the small disk.
+
+    The whole run is copied from the disk to `copy`.
     """
     shutil.copytree(runs.warm.seen(disk) / "run", copy)
     return {path.name: damage(path) for path in (copy / "checkpoints").iterdir()}

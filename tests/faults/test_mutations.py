@@ -1,5 +1,6 @@
-"""Mutated recipes and command lines: a validated recipe or one message comes out, never another
-error or nonsense.
+"""Mutate recipes and command lines at random.
+
+The outcome is a valid recipe or one message, never another error.
 """
 
 from __future__ import annotations
@@ -27,7 +28,14 @@ from harness.core.errors import UserError
 from harness.core.paths import RECIPES
 from rltrain.tools.preflight import check_run
 from sweeps.study import plan as plans
-from tests.faults.cases import MUTATIONS, OTHER_LINES, RECIPE_FILES, RECIPE_VALUES, RUN_LINES, TOLD
+from tests.faults.cases import (
+    ANSWERED,
+    MUTATIONS,
+    OTHER_LINES,
+    RECIPE_FILES,
+    RECIPE_VALUES,
+    RUN_LINES,
+)
 
 QUICK = settings(
     deadline=None,
@@ -35,7 +43,7 @@ QUICK = settings(
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-Place = tuple[str | int, ...]
+ValuePath = tuple[str | int, ...]
 Results = list[tuple[str, str, int]]
 
 TEXTS = st.text(max_size=8) | st.sampled_from(
@@ -119,12 +127,12 @@ VALUES = st.recursive(
 
 @pytest.fixture(scope="module")
 def plain() -> dict[str, Any]:
-    """Quickstart's values, its data small and its sweep cheap to plan."""
+    """Return quickstart's values with little data and a sweep that is cheap to plan."""
     return recipes.to_dict(recipes.load("quickstart"))
 
 
-def places(node: Any, path: Place = ()) -> Iterator[Place]:
-    """Where something stands in nested values."""
+def value_paths(node: Any, path: ValuePath = ()) -> Iterator[ValuePath]:
+    """Yield the paths of all values in nested values."""
     items = (
         node.items()
         if isinstance(node, dict)
@@ -134,10 +142,10 @@ def places(node: Any, path: Place = ()) -> Iterator[Place]:
     )
     for key, inner in items:
         yield (*path, key)
-        yield from places(inner, (*path, key))
+        yield from value_paths(inner, (*path, key))
 
 
-def parent(values: Any, path: Place) -> Any:
+def parent(values: Any, path: ValuePath) -> Any:
     for key in path[:-1]:
         values = values[key]
     return values
@@ -145,10 +153,10 @@ def parent(values: Any, path: Place) -> Any:
 
 @st.composite
 def mutated(draw: st.DrawFn, values: dict[str, Any]) -> dict[str, Any]:
-    """Values with one to three of them replaced, removed, renamed, moved or doubled."""
+    """Return values with one to three of them replaced, removed, renamed, moved or duplicated."""
     values = copy.deepcopy(values)
     for _ in range(draw(st.integers(1, 3))):
-        path = draw(st.sampled_from(sorted(places(values), key=str)))
+        path = draw(st.sampled_from(sorted(value_paths(values), key=str)))
         node, key = parent(values, path), path[-1]
         what = draw(
             st.sampled_from(["replace", "replace", "replace", "remove", "rename", "wrap", "copy"])
@@ -160,7 +168,7 @@ def mutated(draw: st.DrawFn, values: dict[str, Any]) -> dict[str, Any]:
         elif what == "wrap":
             node[key] = [node[key]]
         elif what == "copy":
-            other = draw(st.sampled_from(sorted(places(values), key=str)))
+            other = draw(st.sampled_from(sorted(value_paths(values), key=str)))
             node[key] = copy.deepcopy(parent(values, other)[other[-1]])
         elif isinstance(node, dict):
             name = draw(
@@ -171,8 +179,10 @@ def mutated(draw: st.DrawFn, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def assert_sound(recipe: Recipe) -> None:
-    """Every number is finite and within its bounds, all text can be written, and it reads back as
-    it is.
+    """Assert that a recipe is valid.
+
+    Every number is finite and within its bounds, all text can be written, and the recipe reads back
+    unchanged.
     """
     check_node(recipe)
     again = recipes.from_dict(yaml.safe_load(recipes.to_yaml(recipe)))
@@ -198,8 +208,8 @@ def check_node(node: Any) -> None:
 
 
 @contextlib.contextmanager
-def told_or_fine() -> Iterator[None]:
-    """A UserError is as good as none; it can be printed, and says what."""
+def only_user_errors() -> Iterator[None]:
+    """Accept a UserError if it can be printed and has a `what`."""
     try:
         yield
     except UserError as error:
@@ -217,7 +227,7 @@ def check_message(error: UserError) -> None:
 @given(data=st.data())
 def test_mutated_values(plain: dict[str, Any], results: Results, data: st.DataObject) -> None:
     values = data.draw(mutated(plain))
-    with told_or_fine():
+    with only_user_errors():
         recipe = recipes.from_dict(values)
         assert_sound(recipe)
         if recipe.sweep is not None and recipe.sweep.space:
@@ -226,7 +236,7 @@ def test_mutated_values(plain: dict[str, Any], results: Results, data: st.DataOb
             for params in plans.preview(plan, 2):
                 assert_sound(recipes.with_values(recipe, {"sweep": None, **params}))
         check_run(recipe)
-    results.append((RECIPE_VALUES, TOLD, 0))
+    results.append((RECIPE_VALUES, ANSWERED, 0))
 
 
 @pytest.mark.slow
@@ -250,13 +260,13 @@ def test_mutated_files(
     elif kind == "swap":
         text = "".join([*lines[:at], *reversed(lines[at : at + 3]), *lines[at + 3 :]])
     else:
-        place = data.draw(st.integers(0, len(text)))
-        text = text[:place] + data.draw(TEXTS) + text[place:]
+        position = data.draw(st.integers(0, len(text)))
+        text = text[:position] + data.draw(TEXTS) + text[position:]
     file = tmp_path_factory.mktemp("mutated") / "mutated.yaml"
     file.write_bytes(text.encode(errors="surrogatepass"))
-    with told_or_fine():
+    with only_user_errors():
         assert_sound(recipes.load(file))
-    results.append((RECIPE_FILES, TOLD, 0))
+    results.append((RECIPE_FILES, ANSWERED, 0))
 
 
 KEYS = st.sampled_from(known_keys())
@@ -352,9 +362,9 @@ def test_mutated_command_lines(
             [data.draw(st.sampled_from(["quickstart"] * 9 + ["nope"])), "--dry-run", *words]
         )
     )
-    with told_or_fine(), contextlib.redirect_stdout(io.StringIO()):
+    with only_user_errors(), contextlib.redirect_stdout(io.StringIO()):
         assert command.main(list(argv)) == 0
-    results.append((RUN_LINES, TOLD, 0))
+    results.append((RUN_LINES, ANSWERED, 0))
 
 
 @settings(QUICK, max_examples=MUTATIONS[OTHER_LINES])
@@ -369,18 +379,18 @@ def test_mutated_command_lines(
         max_size=4,
     ),
 )
-def test_mutated_words_to_the_other_commands(
+def test_mutated_arguments_of_the_other_commands(
     command: Any, words: list[str], tmp_path_factory: pytest.TempPathFactory, results: Results
 ) -> None:
-    place = tmp_path_factory.mktemp("words")
+    folder = tmp_path_factory.mktemp("words")
     with (
-        contextlib.chdir(place),
+        contextlib.chdir(folder),
         contextlib.redirect_stdout(io.StringIO()),
         pytest.raises(UserError),
     ):
         command.main(words)
-    assert not [path for path in place.rglob("*") if path.is_file()]
-    results.append((OTHER_LINES, TOLD, 0))
+    assert not [path for path in folder.rglob("*") if path.is_file()]
+    results.append((OTHER_LINES, ANSWERED, 0))
 
 
 @settings(QUICK, max_examples=80)
@@ -399,7 +409,7 @@ def test_mutated_words_to_the_other_commands(
         max_leaves=4,
     )
 )
-def test_an_override_reads_back_whatever_it_holds(value: Any) -> None:
+def test_an_override_of_any_value_reads_back(value: Any) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     written = recipes.override_for("trainer.target_modules", value)

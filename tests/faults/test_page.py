@@ -8,21 +8,21 @@ from tests.faults import cases, table
 from tests.faults.table import Row
 
 
-def test_the_page_lists_every_fault_as_often_as_it_is_tried() -> None:
+def test_the_page_has_the_number_of_tries_of_every_fault() -> None:
     rows = table.read(table.PAGE.read_text())
     assert {row.fault: row.tried for row in rows} == cases.expected()
     assert [row.fault for row in rows] == list(cases.expected())
     assert {row.fault: row.lost for row in rows} == dict.fromkeys(cases.expected(), 0)
 
 
-def test_the_page_says_what_the_tests_say() -> None:
+def test_the_page_has_the_outcomes_of_the_tests() -> None:
     text = table.PAGE.read_text()
     rows = table.read(text)
     assert text == table.page(rows)
-    happened = dict.fromkeys(cases.MUTATIONS, cases.TOLD) | dict.fromkeys(
+    happened = dict.fromkeys(cases.MUTATIONS, cases.ANSWERED) | dict.fromkeys(
         cases.FAILURES.values(), cases.ALONE
     )
-    happened |= {case.name: case.happened for case in cases.CORRUPTIONS} | cases.OTHERS
+    happened |= {case.name: case.happened for case in cases.CORRUPTIONS} | cases.OTHER_OUTCOMES
     happened |= {name: cases.REFUSED for name, *_ in cases.REFUSALS}
     assert {
         row.fault: row.happened for row in rows if not row.fault.startswith("SIGKILL")
@@ -30,7 +30,7 @@ def test_the_page_says_what_the_tests_say() -> None:
     assert {row.happened for row in rows if row.fault.startswith("SIGKILL")} == {cases.SAME}
 
 
-def test_enough_is_tried() -> None:
+def test_number_of_faults() -> None:
     kills = [count for name, count in cases.expected().items() if name.startswith("SIGKILL")]
     assert sum(kills) >= 30
     assert (

@@ -1,5 +1,6 @@
-"""A sweep in which trials fail, hang and compute nonsense: the others go on, and nothing is left
-behind.
+"""Run a sweep in which trials fail, hang and compute nonsense.
+
+The other trials complete, and no process is left.
 """
 
 from __future__ import annotations
@@ -14,18 +15,16 @@ import pytest
 from analysis.experiment import Experiment
 from harness import sweep
 from harness.records.run_dir import RunDir, Status
-from tests.faults.cases import ALONE, FAILURES, MOODS
+from tests.faults.cases import ALONE, ENVIRONMENTS, FAILURES
 from tests.faults.compare import rows, study
 from tests.faults.conftest import Record
 
 DATA, LR = "data.train_data", "trainer.policy.optimizer_config.lr"
-RATES = [1e-4 * (place + 1) for place in range(len(MOODS))]
+RATES = [1e-4 * (index + 1) for index in range(len(ENVIRONMENTS))]
 
 
 def processes(rays_folder: Path) -> set[int]:
-    """Processes below this one, and those that Ray started for this test, whoever their parent is
-    now.
-    """
+    """Return processes below this one, and those that Ray started for this test."""
     rays = [
         p.pid
         for p in psutil.process_iter(["cmdline"])
@@ -36,7 +35,7 @@ def processes(rays_folder: Path) -> set[int]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_trials_that_fail_stay_alone(
+def test_failed_trials_do_not_disturb_others(
     tiny_model_dir: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -48,14 +47,15 @@ def test_trials_that_fail_stay_alone(
         for name in ("validation", "train")
     )
     held_out.to_parquet(tmp_path / "validation.parquet")
-    for mood in dict.fromkeys(MOODS):
-        training.assign(env_class=f"tests.faults.moods.{mood}").to_parquet(
-            tmp_path / f"{mood}.parquet"
+    for environment in dict.fromkeys(ENVIRONMENTS):
+        training.assign(env_class=f"tests.faults.environments.{environment}").to_parquet(
+            tmp_path / f"{environment}.parquet"
         )
-    recipe = tmp_path / "moods.yaml"
-    files = {mood: f"[{tmp_path}/{mood}.parquet]" for mood in MOODS}
+    recipe = tmp_path / "failures.yaml"
+    files = {environment: f"[{tmp_path}/{environment}.parquet]" for environment in ENVIRONMENTS}
     first = [
-        f"{{{DATA}: {files[mood]}, {LR}: {rate}}}" for mood, rate in zip(MOODS, RATES, strict=True)
+        f"{{{DATA}: {files[environment]}, {LR}: {rate}}}"
+        for environment, rate in zip(ENVIRONMENTS, RATES, strict=True)
     ]
     recipe.write_text(
         f"""
@@ -63,10 +63,10 @@ defaults: [quickstart, _self_]
 data: {{train_data: {files["good"]}, val_data: [{tmp_path}/validation.parquet]}}
 trainer:
   {{train_batch_size: 2, policy_mini_batch_size: 2, max_steps: 2, eval_interval: 1,
-    ckpt_path: {tmp_path}, run_name: moods}}
+    ckpt_path: {tmp_path}, run_name: failures}}
 generator: {{backend: transformers, n_samples_per_prompt: 2}}
 sweep:
-  num_trials: {len(MOODS)}
+  num_trials: {len(ENVIRONMENTS)}
   seeds: [0]
   sampler: random
   pruner: null
@@ -81,14 +81,14 @@ sweep:
     {LR}: {{low: 1.0e-5, high: 1.0e-2, log: true}}
 """
     )
-    resource_tracker.ensure_running()  # the report's pool of processes starts it, and it stays
+    resource_tracker.ensure_running()  # the report's process pool starts the tracker, which stays
     before = processes(rays_folder)
     assert sweep.main([str(recipe)]) == 0
     assert processes(rays_folder) <= before
 
-    table = Experiment.open(tmp_path / "moods").trials.set_index("number")
+    table = Experiment.open(tmp_path / "failures").trials.set_index("number")
     assert [table.status[number] == "COMPLETE" for number in range(10)] == [
-        mood == "good" for mood in MOODS
+        environment == "good" for environment in ENVIRONMENTS
     ]
     reasons = {
         number: str(table.reason[number])
@@ -97,26 +97,26 @@ sweep:
     }
     assert list(reasons) == [1, 3, 5, 7]
     assert reasons[1].startswith(
-        "the reward of tests.faults.moods.raises raised LookupError: no score for"
+        "the reward of tests.faults.environments.raises raised LookupError: no score for"
     )
     assert (
         reasons[3] == "no report for 60 s (sweep.stall_seconds): it hung and was ended; see log.txt"
     )
-    assert reasons[7].startswith("the reward of tests.faults.moods.nan returned nan (float)")
-    sweep_dir = RunDir(tmp_path / "moods")
-    assert "hangs.py" in sweep_dir.trial(3).log.read_text()  # where
+    assert reasons[7].startswith("the reward of tests.faults.environments.nan returned nan (float)")
+    sweep_dir = RunDir(tmp_path / "failures")
+    assert "hangs.py" in sweep_dir.trial(3).log.read_text()  # where it hung
     assert sweep_dir.status is Status.COMPLETE
     assert [trial["state"] for trial in study(sweep_dir)] == [
-        "COMPLETE" if m == "good" else "FAIL" for m in MOODS
+        "COMPLETE" if environment == "good" else "FAIL" for environment in ENVIRONMENTS
     ]
     page = (sweep_dir.report / "index.html").read_text()
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for reason in reasons.values():
         assert reason[:40] in page
-        assert reason[:40] in said
-    assert "6 complete, 0 pruned, 4 failed" in said
-    for number, mood in enumerate(MOODS):
-        if mood == "good":
+        assert reason[:40] in output
+    assert "6 complete, 0 pruned, 4 failed" in output
+    for number, environment in enumerate(ENVIRONMENTS):
+        if environment == "good":
             assert [row["step"] for row in rows(sweep_dir.trial(number))] == [0, 1, 2]
         else:
-            record(FAILURES[mood], ALONE, 0)
+            record(FAILURES[environment], ALONE, 0)

@@ -1,5 +1,6 @@
-"""A sweep killed by SIGKILL again and again ends as if never killed; a damaged journal is
-refused.
+"""Kill a sweep by SIGKILL several times; it then equals an undisturbed sweep.
+
+A damaged journal is refused.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ class Sweeps:
     overrides: list[str]
 
     def run(self, name: str, fault: Fault | None = None) -> Outcome:
-        """A new sweep of this name, or the one there is gone on with."""
+        """Start a sweep of this name, or resume it."""
         directory = self.root / name
-        place = [f"trainer.ckpt_path={self.root}", f"trainer.run_name={name}"]
-        new = ["recipes/quickstart.yaml", *self.overrides, *place]
+        location = [f"trainer.ckpt_path={self.root}", f"trainer.run_name={name}"]
+        new = ["recipes/quickstart.yaml", *self.overrides, *location]
         begun = (directory / "manifest.json").exists()
         return self.warm.run(
             "harness.sweep",
@@ -41,14 +42,14 @@ class Sweeps:
         )
 
     def get(self, name: str) -> RunDir:
-        """The directory of a sweep."""
+        """Return the directory of a sweep."""
         return RunDir(self.root / name)
 
 
 @pytest.fixture(scope="module")
 def sweeps(warm: Warm, small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Sweeps:
-    """Starts and resumes sweeps of two trials, one after the other."""
-    few = [
+    """Return the object that starts and resumes sweeps of two trials, one after the other."""
+    short = [
         "trainer.max_steps=4",
         "sweep.num_trials=2",
         "sweep.seeds=[0]",
@@ -56,12 +57,12 @@ def sweeps(warm: Warm, small: list[str], tmp_path_factory: pytest.TempPathFactor
         "sweep.first_trials=[]",
         "sweep.pruner=null",
     ]
-    return Sweeps(warm, tmp_path_factory.mktemp("sweeps"), [*small, *few])
+    return Sweeps(warm, tmp_path_factory.mktemp("sweeps"), [*small, *short])
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_killed_sweep_ends_as_if_never_killed(sweeps: Sweeps, record: Record) -> None:
+def test_killed_sweep_equals_undisturbed_sweep(sweeps: Sweeps, record: Record) -> None:
     for kill in SWEEP_KILLS:
         outcome = sweeps.run("killed", kill.fault)
         assert outcome.killed, f"{kill} did not strike: {outcome.said}"
@@ -69,23 +70,23 @@ def test_a_killed_sweep_ends_as_if_never_killed(sweeps: Sweeps, record: Record) 
     for name in ("killed", "whole"):
         outcome = sweeps.run(name)
         assert outcome.status == 0, outcome.said
-    killed, whole = sweeps.get("killed"), sweeps.get("whole")
-    assert sweep_differences(whole, killed) == []
+    killed, undisturbed = sweeps.get("killed"), sweeps.get("whole")
+    assert sweep_differences(undisturbed, killed) == []
     assert sweeps.warm.left_over() == []
-    lost = sum(lost_steps(whole.trial(number), killed.trial(number)) for number in range(2))
+    lost = sum(lost_steps(undisturbed.trial(number), killed.trial(number)) for number in range(2))
     for kill in SWEEP_KILLS:
         record(f"SIGKILL: {kill.phase}", SAME, lost)
 
 
 @pytest.fixture(scope="module")
 def begun(sweeps: Sweeps) -> RunDir:
-    """A sweep killed before its first trial: its journal says what it is about."""
+    """Return a sweep killed before its first trial, with a journal of its plan."""
     assert sweeps.run("begun", Fault("file", r"rename recipe\.yaml", 2)).killed
     return sweeps.get("begun")
 
 
 def _flip(content: bytes) -> bytes:
-    """One bit of a name: what stands there is JSON as before."""
+    """Flip one bit of a name, so that the line stays valid JSON."""
     return content.replace(b"eval/accuracy", b"eval/accuracx")
 
 

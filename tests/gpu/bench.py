@@ -1,6 +1,4 @@
-"""What a section of the measurements works with: its sizes and folders, a clock, and a record kept
-at every part.
-"""
+"""Sizes, folders, a clock and a record for one section of the measurements."""
 
 from __future__ import annotations
 
@@ -26,7 +24,7 @@ S = TypeVar("S")
 
 @dataclass
 class Bench:
-    """One section: where it computes, with which sizes, and what it has seen so far."""
+    """One section: its device, sizes, folders and record."""
 
     device: str
     scratch: Path
@@ -40,7 +38,7 @@ class Bench:
     peak: float = 0.0
 
     def run(self, work: Callable[[Bench], None]) -> None:
-        """Run the section; what it raises is noted as its last error."""
+        """Run the section; an exception is recorded as its last error."""
         try:
             work(self)
         except Exception as error:
@@ -49,25 +47,26 @@ class Bench:
         self._write()
 
     def size(self, large: T, small: S) -> T | S:
-        """The first on a GPU, the second on a CPU."""
+        """Return the first on a GPU, the second on a CPU."""
         return large if self.device == "cuda" else small
 
     def folder(self, name: str) -> Path:
-        """A new folder of the section's own."""
-        place = self.scratch / f"{self.record.stem}-{name.replace(' ', '_')}"
-        place.mkdir(parents=True)
-        return place
+        """Create a new folder for the section."""
+        path = self.scratch / f"{self.record.stem}-{name.replace(' ', '_')}"
+        path.mkdir(parents=True)
+        return path
 
     def write_model(self, name: str, shape: Shape) -> Path:
-        """The folder of a random model of that shape, or on a CPU of a tiny one like it; written
-        once for all.
+        """Return the folder of a random model of that shape, or on a CPU of a similar tiny one.
+
+        All sections share the folder.
         """
         folder = write_model(self.scratch / name, self.size(shape, tiny(shape)), self.device)
         self.free()
         return folder
 
     def write_problems(self, tokens: int) -> Path:
-        """A file of problems with prompts of so many tokens; written once for all."""
+        """Return a file of problems with prompts of this many tokens; all sections share it."""
         return write_problems(self.scratch, tokens)
 
     def recipe(
@@ -89,20 +88,19 @@ class Bench:
         )
 
     def left(self) -> float:
-        """Seconds that it may still take."""
+        """Return the seconds left to the section."""
         return self.end - time.monotonic()
 
     def note(self, name: str, value: Any) -> None:
-        """Keep what was seen, and write everything: a section that is killed leaves what it had."""
+        """Record a value and write the record, so that a killed section keeps its results."""
         self.seen[name] = value
         self._write()
 
     def part(self, name: str, work: Callable[[], T], *, keep_cache: bool = False) -> T | None:
-        """Note what a part returns; one that fails is noted with its traceback and does not stop
-        the others.
+        """Record what a part returns; one that fails is recorded with its traceback.
 
-        `keep_cache`: PyTorch keeps its free memory for the next part, which is timed in the same
-        pack.
+        Other parts still run. With `keep_cache` PyTorch keeps its free memory for the next part,
+        which is timed in the same pack.
         """
         start, value = time.perf_counter(), None
         try:
@@ -128,7 +126,7 @@ class Bench:
         self.record.write_text(json.dumps(content, indent=1, default=str) + "\n")
 
     def free(self) -> None:
-        """Give unused memory back, and count its peak anew."""
+        """Release unused memory, and reset its peak."""
         gc.collect()
         self._reset_peak()
         if self.device == "cuda":
@@ -144,16 +142,14 @@ class Bench:
             torch.cuda.reset_peak_memory_stats()
 
     def wait(self) -> None:
-        """Wait until the device has done what it was given."""
+        """Wait until the device is idle."""
         if self.device == "cuda":
             import torch
 
             torch.cuda.synchronize()
 
     def memory(self) -> dict[str, float]:
-        """GiB on the device: what tensors hold, what PyTorch keeps, and all that is taken, by
-        whomever.
-        """
+        """Return GiB on the device: of tensors, of PyTorch's cache, and of all processes."""
         if self.device == "cpu":
             return {"allocated_gb": round(ours.live_bytes("cpu") / 2**30, 4)}
         import torch
@@ -166,8 +162,9 @@ class Bench:
         }
 
     def timed(self, work: Callable[[], T]) -> tuple[T, float, float]:
-        """What `work` returns, its seconds, and the peak of memory in GiB (on a CPU: of the process
-        so far).
+        """Return the result of `work`, its seconds, and the peak memory in GiB.
+
+        On a CPU the peak is that of the process so far.
         """
         self.wait()
         self._reset_peak()
@@ -177,7 +174,7 @@ class Bench:
         return value, time.perf_counter() - start, self.peak_gb()
 
     def peak_gb(self) -> float:
-        """Peak memory in GiB: what was allocated on a GPU, else the process's."""
+        """Return the peak memory in GiB: allocated on a GPU, else of the process."""
         if self.device == "cuda":
             import torch
 
@@ -185,8 +182,9 @@ class Bench:
         return round(peak_memory_gb(), 3)
 
     def peak_flops(self) -> float:
-        """FLOP/s of the fastest of a few bfloat16 products of 8192 x 8192 matrices (on a CPU: 512 x
-        512).
+        """Return FLOP/s of the fastest of a few bfloat16 products of 8192 x 8192 matrices.
+
+        On a CPU the matrices are 512 x 512.
         """
         import torch
 
@@ -197,14 +195,14 @@ class Bench:
 
 
 def card(bench: Bench) -> None:
-    """The device's name and memory, and how fast it multiplies."""
+    """Record the device's name and memory, and the speed of its matrix products."""
     import torch
 
     if bench.device == "cuda":
-        found = torch.cuda.get_device_properties(0)
-        bench.note("name", found.name)
-        bench.note("memory_gb", round(found.total_memory / 2**30, 1))
-        bench.note("capability", f"{found.major}.{found.minor}")
+        properties = torch.cuda.get_device_properties(0)
+        bench.note("name", properties.name)
+        bench.note("memory_gb", round(properties.total_memory / 2**30, 1))
+        bench.note("capability", f"{properties.major}.{properties.minor}")
         bench.note("cuda", torch.version.cuda)
         query = [
             "nvidia-smi",
@@ -218,11 +216,10 @@ def card(bench: Bench) -> None:
 
 
 def flops_per_token(shape: Shape, length: float) -> float:
-    """FLOPs of a forward pass and the backward pass of its activations, LoRA's own left out,
-    `length` tokens seen.
+    """Return FLOPs a token of a forward pass and a backward pass of activations.
 
-    4 a weight, embeddings counted once, as the head; 6 x heads x head size x length a layer for
-    causal attention.
+    Products of LoRA are left out; `length` tokens are visible. 4 a weight, embeddings counted once,
+    as the head; 6 x heads x head size x length a layer for causal attention.
     """
     heads = shape.num_attention_heads * shape.head_dim
     attention = 2 * shape.hidden_size * (heads + shape.num_key_value_heads * shape.head_dim)

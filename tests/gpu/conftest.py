@@ -1,7 +1,7 @@
-"""Fixtures of the tests marked `gpu`: where they run, and models with random weights.
+"""Fixtures of the tests marked `gpu`: a device, and models with random weights.
 
-They need a CUDA device. `NOREGRET_GPU_TESTS=cpu` runs them on the CPU, on tiny models: both sides
-of each comparison are then computed there, which shows that the tests work, and no more.
+The tests need a CUDA device. `NOREGRET_GPU_TESTS=cpu` runs them on the CPU, on tiny models. Both
+sides of each comparison are then computed on the CPU, which shows only that the tests work.
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ PROMPT, COMPLETION = 32, 16
 
 @pytest.fixture(scope="session", autouse=True)
 def _fixed_products() -> None:
-    """What cuBLAS needs for products that are the same to the bit; it is read before the first of
-    them.
+    """Set what cuBLAS needs for products that are equal to the bit.
+
+    It is read before the first product.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture(scope="session")
 def device() -> str:
-    """The device whose results are tested."""
+    """Return the tested device."""
     return os.environ.get("NOREGRET_GPU_TESTS", "cuda")
 
 
 @pytest.fixture(scope="session")
 def model_of(device: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A random model as wide as Qwen2.5-0.5B, with so many layers; tiny on a CPU."""
+    """Return a function that writes a random model as wide as Qwen2.5-0.5B; tiny on a CPU."""
     from tests.gpu.shapes import write_model
 
     folder = tmp_path_factory.mktemp("models")
@@ -56,8 +57,9 @@ def model_of(device: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
 @pytest.fixture
 def open_pack(model_of: Callable[..., Path], device: str, tmp_path: Path) -> Iterator[OpenPack]:
-    """Open a pack on `on` (default: the tested device) with a member for each dictionary of keys,
-    weights not zero.
+    """Return a function that opens a pack with a member for each dictionary of keys.
+
+    Adapter weights are not zero. `on` is the device, by default the tested one.
     """
     from tests.gpu import ours
     from tests.gpu.shapes import write_problems
@@ -77,9 +79,9 @@ def open_pack(model_of: Callable[..., Path], device: str, tmp_path: Path) -> Ite
                 )
                 for keys in members or ({},)
             ]
-            place = tmp_path / f"pack{len(list(tmp_path.glob('pack*')))}"
-            place.mkdir()
-            pack, joined = stack.enter_context(ours.opened(recipes, place))
+            pack_folder = tmp_path / f"pack{len(list(tmp_path.glob('pack*')))}"
+            pack_folder.mkdir()
+            pack, joined = stack.enter_context(ours.opened(recipes, pack_folder))
             stack.enter_context(ours.synthetic(pack))
             for seed, member in enumerate(joined):
                 ours.shake(member, seed)

@@ -1,18 +1,17 @@
-"""`python -m tests.gpu.measure --stage 1|2 --out DIR`: what the trainer does on one GPU, in
-sections, as JSON.
+"""Measure the trainer on one GPU, in sections, and write the results as JSON.
 
     python -m tests.gpu.measure --stage 1 --out results --minutes 12
     python -m tests.gpu.measure --stage 2 --out results \
         --minutes 12 --model MODEL_FOLDER --data GSM8K_FOLDER
     python -m tests.gpu.measure --stage 1 --out results --device cpu   # the same code on tiny sizes
 
-Stage 1 needs torch, transformers, peft and what composes a recipe; neither vLLM nor Ray, and no
-network: the models have random weights in the shapes of published ones. Stage 2 needs vLLM. Each
-section is a process of its own with a time limit: one that fails, hangs or runs out of memory ends
-alone. `DIR/stage1.json` is written after every section, with the machine, the versions, and of each
-section what it saw, its errors, seconds and peak memory; its log lies beside it. Sections that no
-longer fit into `--minutes` are noted as skipped; those that matter most come first. Exit status 0:
-every section that ran is whole.
+Stage 1 needs torch, transformers, peft and the packages that compose a recipe. It needs neither
+vLLM nor Ray, and no network: the models have random weights in the shapes of published ones. Stage
+2 needs vLLM. Each section is a separate process with a time limit, so one that fails, hangs or runs
+out of memory does not end the others. `DIR/stage1.json` is written after every section. It has the
+machine, the versions, and each section's results, errors, seconds and peak memory; the logs are
+beside it. Sections that do not fit into `--minutes` are recorded as skipped; the most important
+come first. Exit status 0: every section that ran is complete.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from typing import Any
 from harness.core import machine
 from harness.core.paths import PROJECT
 
-# Name and the most seconds it may take on a GPU, in the order of what matters.
+# Name and longest time of each section on a GPU, in order of importance.
 STAGES: dict[int, dict[str, int]] = {
     1: {
         "card": 60,
@@ -79,9 +78,7 @@ PACKAGES = (
 
 
 def main() -> int:
-    """Parse, run the sections, print the table; or, in a section's own process, run that
-    section.
-    """
+    """Run the sections and print the table, or run one section in a process started for it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -115,7 +112,7 @@ def main() -> int:
             f"stage {options.stage} has no {', '.join(unknown)}; it has "
             f"{', '.join(STAGES[options.stage])}"
         )
-    # Ended from outside, it takes its sections' processes along.
+    # On SIGTERM it ends the processes of its sections.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     options.out = options.out.resolve()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -128,8 +125,9 @@ def main() -> int:
 
 
 class Stage:
-    """The sections of a stage, one process after the other, and the record that is written after
-    each.
+    """The sections of a stage, one process after the other, and their record.
+
+    The record is written after each section.
     """
 
     def __init__(self, options: argparse.Namespace, names: list[str]) -> None:
@@ -148,7 +146,7 @@ class Stage:
         }
 
     def run(self) -> int:
-        """Run all sections, print the table; 0 when every one that ran is whole."""
+        """Run all sections and print the table; return 0 when all that ran are complete."""
         begun: list[Section] = []
         try:
             for name, following in zip(self._names, [*self._names[1:], None], strict=True):
@@ -162,8 +160,8 @@ class Stage:
                 section.begin(limit)
                 begun.append(section)
                 if following is not None:
-                    # It imports while this one works, and then waits: that saves several seconds a
-                    # section.
+                    # It imports while this section runs, and then waits: that saves several seconds
+                    # a section.
                     begun.insert(0, Section(self._options, following))
                 self._keep(name, begun.pop().end(limit))
         finally:
@@ -183,7 +181,7 @@ class Stage:
         print(f"{name}: {row['status']}, {row.get('seconds', 0)} s", flush=True)
 
     def table(self) -> str:
-        """A line for each section and each of its parts."""
+        """Return a line for each section and each of its parts."""
         lines = [f"{'section':<22}{'status':<9}{'seconds':>8}{'GiB':>8}  what was seen"]
         for name, row in self._record["sections"].items():
             peak = row.get("peak_gb")
@@ -201,7 +199,10 @@ class Stage:
 
 
 def _short(item: tuple[str, Any]) -> str:
-    """One part of a section in a line: its first numbers; texts and lists are in the record."""
+    """Return one part of a section in a line: its first numbers.
+
+    Texts and lists are in the record.
+    """
     name, value = item
     if isinstance(value, dict):
         shown = [
@@ -254,8 +255,8 @@ class Section:
             "TOKENIZERS_PARALLELISM": "false",
         }
         if options.device == "cpu":
-            # One thread: several would wait for each other on a busy machine, and the sizes are
-            # tiny.
+            # One thread: several threads would wait for each other on a busy machine, and the sizes
+            # are tiny.
             environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -269,20 +270,19 @@ class Section:
             )
 
     def begin(self, limit: float) -> None:
-        """Let the process start its work once it has imported what it needs, and tell it its
-        seconds.
+        """Start the section's work, once the process has imported what it needs.
+
+        `limit` is sent to it in seconds.
         """
         self._start = time.monotonic()
         assert self._process.stdin is not None
-        # It may have died while it imported: `end` says so.
+        # If the process died while importing, `end` reports it.
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(str(limit).encode())
             self._process.stdin.close()
 
     def end(self, limit: float) -> dict[str, Any]:
-        """Wait for the process, at most so many seconds; what it saw, how long it took and how it
-        ended.
-        """
+        """Wait for the process, at most `limit` seconds; return its record, seconds and outcome."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(limit)
         status = self._process.poll()
@@ -307,7 +307,7 @@ class Section:
         return row
 
     def stop(self) -> None:
-        """End the process and all that it started, and give its pipe back."""
+        """End the process and all its descendants, and close its pipe."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -317,9 +317,7 @@ class Section:
 
 
 def run_section(options: argparse.Namespace) -> int:
-    """In a section's own process: import, wait for the number of seconds that it has, and
-    run it.
-    """
+    """Import in a section's process, wait for the number of seconds that it has, and run it."""
     from tests.gpu.bench import Bench, quiet
 
     quiet()
@@ -336,18 +334,18 @@ def run_section(options: argparse.Namespace) -> int:
 
 
 def code() -> dict[str, Any]:
-    """The commit, where there is one, and a digest of the sources."""
+    """Return the commit, if there is one, and a digest of the sources."""
     git = machine.git_state() or {}
     return {"commit": git.get("commit"), "dirty": git.get("dirty"), "digest": machine.code_digest()}
 
 
 def versions() -> dict[str, str]:
-    """The packages that compute, as far as they are here."""
-    found = {}
+    """Return the versions of installed packages that compute."""
+    installed = {}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            installed[name] = metadata.version(name)
+    return installed
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""Everything that the GPU tests and measurements use of the trainer, so that a change there is met
-in one file.
-"""
+"""All of the trainer that GPU tests and measurements use, so that a change needs one edit."""
 
 from __future__ import annotations
 
@@ -19,8 +17,8 @@ from harness.records import manifest
 from harness.records.run_dir import RunDir
 from tests.gpu.shapes import TINY_GSM
 
-# What a random model says of every token, roughly; the proof that the engine sampled this policy is
-# not wanted of it.
+# About the log-probability of every token under a random model. Agreement of engine and trainer is
+# not checked for it.
 GUESS = -11.0
 LORA = "trainer.policy.model.lora"
 RANK, ALPHA, LR = f"{LORA}.rank", f"{LORA}.alpha", "trainer.policy.optimizer_config.lr"
@@ -40,8 +38,9 @@ def overrides(
     completion: int,
     **others: Any,
 ) -> list[str]:
-    """A run of one update a step on a model and problems of our own; `others`: more keys, dots as
-    two underscores.
+    """Return overrides for a run of one update a step on a generated model and problems.
+
+    `others`: more keys, with two underscores for each dot.
     """
     keys = {
         "trainer.policy.model.path": model,
@@ -70,14 +69,14 @@ def overrides(
 
 
 def compose(name: str, keys: Sequence[str]) -> Recipe:
-    """The recipe of that name with overrides, for one run."""
+    """Return the recipe of that name with overrides, for one run."""
     recipe = recipes.load(name, keys)
     recipe.sweep, recipe.expect = None, {}
     return recipe
 
 
 def quickstart(device: str, *keys: str) -> Recipe:
-    """`recipes/quickstart.yaml` on a device, with the engine that needs no vLLM."""
+    """Return `recipes/quickstart.yaml` on a device, with the transformers engine."""
     return compose(
         "quickstart",
         [f"trainer.placement.device={device}", "generator.backend=transformers", *keys],
@@ -85,7 +84,7 @@ def quickstart(device: str, *keys: str) -> Recipe:
 
 
 def new_run(folder: Path, recipe: Recipe) -> RunDir:
-    """A fresh run directory."""
+    """Create a fresh run directory."""
     run_dir = RunDir(folder)
     run_dir.create(
         recipes.to_yaml(recipe),
@@ -98,56 +97,57 @@ def new_run(folder: Path, recipe: Recipe) -> RunDir:
 def opened(
     members: Sequence[Recipe], folder: Path, room: int | None = None
 ) -> Iterator[tuple[Any, list[Any]]]:
-    """A pack with these members, their adapters published; closed in the end."""
+    """Open a pack with these members and publish their adapters; close it at the end."""
     from rltrain.pack import Pack
 
     pack = Pack.open(members[0], slots=room or len(members))
     try:
         yield (
             pack,
-            [join(pack, recipe, folder / str(place)) for place, recipe in enumerate(members)],
+            [join(pack, recipe, folder / str(index)) for index, recipe in enumerate(members)],
         )
     finally:
         pack.close()
 
 
 def join(pack: Any, recipe: Recipe, folder: Path) -> Any:
-    """Put a member into the pack and publish its adapter."""
+    """Add a member to the pack and publish its adapter."""
     member = pack.add(recipe, new_run(folder, recipe))
     pack.publish_member(member)
     return member
 
 
 def publish(pack: Any, member: Any) -> None:
-    """Give the engine the member's adapter as it is now."""
+    """Send the member's current adapter to the engine."""
     pack.publish_member(member)
 
 
 def asleep(pack: Any) -> contextlib.AbstractContextManager[None]:
-    """The engine gives its memory back, as while the trainer works in a step."""
+    """Have the engine release its memory, as in a training step."""
     context: contextlib.AbstractContextManager[None] = pack.engine_asleep()
     return context
 
 
 def step(pack: Any, members: Sequence[Any]) -> dict[Any, Row]:
-    """One training step of these members; each one's metrics."""
+    """Take one training step of these members; return the metrics of each."""
     from rltrain.step import train_step
 
     return dict(train_step(pack, members))
 
 
 def synthetic(pack: Any) -> contextlib.AbstractContextManager[Any]:
-    """Let the engine give random tokens of full length at once: what remains of a step is the
-    trainer's work.
+    """Replace the engine's samples by random tokens of full length.
+
+    The rest of a step is then the trainer's work.
     """
     from rltrain.engines.base import Sample
 
     def generate(requests: Sequence[Any]) -> list[list[Any]]:
-        return [[draw(request, place) for place in range(request.n)] for request in requests]
+        return [[draw(request, index) for index in range(request.n)] for request in requests]
 
-    def draw(request: Any, place: int) -> Any:
+    def draw(request: Any, index: int) -> Any:
         numbers, length = (
-            random.Random(f"{request.seed}/{place}"),
+            random.Random(f"{request.seed}/{index}"),
             request.sampling.max_generate_length,
         )
         return Sample(
@@ -158,7 +158,7 @@ def synthetic(pack: Any) -> contextlib.AbstractContextManager[Any]:
 
 
 def real_engine(pack: Any) -> contextlib.AbstractContextManager[Any]:
-    """Undo `synthetic`, which stands in the way as the engine's own attribute."""
+    """Undo `synthetic`, which sets an attribute of the engine."""
     return mock.patch.object(
         pack.engine, "generate", type(pack.engine).generate.__get__(pack.engine)
     )
@@ -167,7 +167,7 @@ def real_engine(pack: Any) -> contextlib.AbstractContextManager[Any]:
 def sample(
     pack: Any, member: Any, prompts: Sequence[Sequence[int]], n: int, longest: int
 ) -> list[list[Any]]:
-    """Samples `[P][G]` from the engine, at temperature 1; each has token_ids and logprobs."""
+    """Return samples `[P][G]` from the engine at temperature 1, with token_ids and logprobs."""
     from harness.config.schema import Sampling
     from rltrain.engines.base import Request
 
@@ -180,7 +180,7 @@ def sample(
 
 
 def batch_of(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Any:
-    """A batch, a prompt for each completion."""
+    """Return a batch with a prompt for each completion."""
     from rltrain.data.batch import collate
 
     guesses = [[GUESS] * len(ids) for ids in completions]
@@ -188,8 +188,9 @@ def batch_of(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[in
 
 
 def logprobs(pack: Any, member: Any, batch: Any) -> Any:
-    """Log-probabilities `[B, T]` of a batch's completions under a member's policy, with their
-    graph.
+    """Return log-probabilities `[B, T]` of a batch's completions under a member's policy.
+
+    The result has a graph for gradients.
     """
     from rltrain.models.logprobs import token_logprobs
 
@@ -198,14 +199,15 @@ def logprobs(pack: Any, member: Any, batch: Any) -> Any:
 
 
 def adapter(member: Any) -> dict[str, Any]:
-    """A member's trained parameters by name."""
+    """Return a member's trained parameters by name."""
     parameters: dict[str, Any] = member.policy.parameters
     return parameters
 
 
 def shake(member: Any, seed: int = 0) -> None:
-    """Give an adapter weights that a device has no part in: B is not zero, as after some
-    training.
+    """Set an adapter to random weights that do not depend on the device.
+
+    B is not zero, like after training.
     """
     import torch
 
@@ -216,18 +218,19 @@ def shake(member: Any, seed: int = 0) -> None:
 
 
 def gradients(pack: Any, member: Any, batch: Any) -> dict[str, Any]:
-    """Gradients of the mean log-probability of a batch's completions, by parameter."""
+    """Return gradients of the mean log-probability of a batch's completions, by parameter."""
     import torch
 
     parameters = adapter(member)
     values = logprobs(pack, member, batch).sum() / batch.mask.sum()
-    found = torch.autograd.grad(values, list(parameters.values()))
-    return dict(zip(parameters, found, strict=True))
+    result = torch.autograd.grad(values, list(parameters.values()))
+    return dict(zip(parameters, result, strict=True))
 
 
 def plain_logprobs(pack: Any, member: Any, prompt: Sequence[int], completion: Sequence[int]) -> Any:
-    """The same of one sequence by transformers' own forward pass: nothing packed, shared or
-    chunked, `[T]`.
+    """Return log-probabilities `[T]` of one sequence by transformers' forward pass.
+
+    Nothing is packed, shared or chunked.
     """
     import torch
 
@@ -239,7 +242,7 @@ def plain_logprobs(pack: Any, member: Any, prompt: Sequence[int], completion: Se
 
 
 def optimize(pack: Any, member: Any, gradients: Mapping[str, Any]) -> Row:
-    """One optimizer step with these gradients, clipping included; its metrics."""
+    """Take one optimizer step with these gradients, clipping included; return its metrics."""
     for name, parameter in adapter(member).items():
         parameter.grad = gradients[name].to(parameter.device, parameter.dtype)
     row: Row = member.policy.optimize(pack.ranks)
@@ -247,9 +250,7 @@ def optimize(pack: Any, member: Any, gradients: Mapping[str, Any]) -> Row:
 
 
 def contain_failures(pack: Any) -> dict[Any, Exception]:
-    """Let a member that fails leave the others' step going on; who failed, and why, is found in the
-    result.
-    """
+    """Isolate failures of members; return the dictionary to which errors are added by member."""
     pack.isolates_failures = True
     failures: dict[Any, Exception] = pack.failures
     return failures
@@ -257,7 +258,7 @@ def contain_failures(pack: Any) -> dict[Any, Exception]:
 
 @contextlib.contextmanager
 def fails_to_update(member: Any, error: Exception) -> Iterator[None]:
-    """Let a member's optimizer raise."""
+    """Make a member's optimizer raise."""
     with mock.patch.object(member.policy.optimizer, "step", side_effect=error):
         yield
 
@@ -265,9 +266,7 @@ def fails_to_update(member: Any, error: Exception) -> Iterator[None]:
 def train(
     recipe: Recipe, folder: Path, *, until: Callable[[Row], bool] = lambda row: False
 ) -> list[Row]:
-    """Train a run in this process, to its end or to a step whose row ends it; its rows, times
-    included.
-    """
+    """Train a run in this process, to its end or until `until(row)`; return its rows with times."""
     from rltrain.worker_group import train_run
 
     rows: list[Row] = []
@@ -280,8 +279,9 @@ def train(
 
 
 def first_difference(one: Sequence[Row], other: Sequence[Row]) -> dict[str, Any]:
-    """Where two runs' rows first differ, and the largest difference of a metric at all, over the
-    steps both have.
+    """Return where two runs' rows first differ, and the largest difference of a metric.
+
+    Only steps of both runs are compared.
     """
     from rltrain.tools.compare import compare_rows
 
@@ -304,7 +304,7 @@ def first_difference(one: Sequence[Row], other: Sequence[Row]) -> dict[str, Any]
 
 
 def tiny_gsm_data(folder: Path, train: int, validation: int) -> list[str]:
-    """Overrides for the first problems of the embedded task."""
+    """Return overrides for the first problems of the embedded task."""
     import pandas as pd
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -318,8 +318,9 @@ def tiny_gsm_data(folder: Path, train: int, validation: int) -> list[str]:
 
 
 def live_bytes(device: str) -> int:
-    """Bytes of tensors that are alive: what the allocator counts on a GPU, what Python reaches on a
-    CPU.
+    """Return the bytes of live tensors.
+
+    A GPU's allocator counts them; on a CPU Python finds them.
     """
     import torch
 
@@ -327,7 +328,7 @@ def live_bytes(device: str) -> int:
     if device == "cuda":
         torch.cuda.empty_cache()
         return int(torch.cuda.memory_allocated())
-    # Of the exact types: libraries keep tensors of others that hold no memory.
+    # Of the exact types: libraries keep tensors of subclasses that hold no memory.
     storages = [
         one.untyped_storage()
         for one in gc.get_objects()

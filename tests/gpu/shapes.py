@@ -1,5 +1,6 @@
-"""Models with random weights in the shapes of published ones, and data for them; nothing is
-downloaded.
+"""Write random models in the shapes of published ones, and data for them.
+
+Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ ENVIRONMENT = "tests.gpu.environment"
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The sizes of a decoder of the Qwen family, its input and output embeddings tied."""
+    """Sizes of a decoder of the Qwen family with tied input and output embeddings."""
 
     model_type: str
     hidden_size: int
@@ -39,7 +40,7 @@ QWEN3_4B = Shape("qwen3", 2560, 9728, 36, 32, 8, 128)
 
 
 def tiny(shape: Shape) -> Shape:
-    """The same kind of model, small enough for a CPU to train in a fraction of a second."""
+    """Return a shape of the same kind that a CPU trains in a fraction of a second."""
     return replace(
         shape,
         hidden_size=64,
@@ -53,8 +54,9 @@ def tiny(shape: Shape) -> Shape:
 
 
 def write_model(folder: Path, shape: Shape, device: str, seed: int = 0) -> Path:
-    """Write a bfloat16 model of that shape, drawn on `device`, with tiny_gsm's tokenizer; kept when
-    it is there.
+    """Write a bfloat16 model of that shape with tiny_gsm's tokenizer, unless it exists.
+
+    Weights are sampled on `device`.
     """
     if folder.exists():
         return folder
@@ -83,8 +85,9 @@ def write_model(folder: Path, shape: Shape, device: str, seed: int = 0) -> Path:
 
 
 def write_problems(folder: Path, tokens: int, rows: int = 1024, seed: int = 0) -> Path:
-    """Write problems whose prompts have exactly so many tokens under tiny_gsm's chat template; kept
-    when there.
+    """Write problems whose prompts have exactly `tokens` tokens, unless they exist.
+
+    tiny_gsm's chat template is included.
     """
     path = folder / f"prompts{tokens}.jsonl"
     if path.exists():
@@ -101,7 +104,7 @@ def write_problems(folder: Path, tokens: int, rows: int = 1024, seed: int = 0) -
 
     draw = random.Random(seed)
     missing = tokens - length("")
-    # A digit is a token of its own for this tokenizer, and as different prompts as are wanted.
+    # A digit is one token for this tokenizer, and digits give as many different prompts as needed.
     texts = ["".join(draw.choice("0123456789") for _ in range(missing)) for _ in range(rows)]
     if wrong := {length(text) for text in texts[:8]} - {tokens}:
         raise RuntimeError(f"prompts of {tokens} tokens were wanted, and some have {sorted(wrong)}")

@@ -31,7 +31,7 @@ MIX: list[dict[str, Any]] = [
 
 
 def tests(bench: Bench) -> None:
-    """The tests marked `gpu`, each outcome noted as it comes."""
+    """Run the tests marked `gpu` and record each outcome."""
     import pytest
 
     outcomes: dict[str, Any] = {}
@@ -49,7 +49,8 @@ def tests(bench: Bench) -> None:
         def pytest_runtest_logfinish(self) -> None:
             bench.free()
 
-    # A configuration of its own: the project's asks for plugins and a version that may not be here.
+    # A separate configuration: the project's requires plugins and a version that may be missing
+    # here.
     config = bench.folder("pytest") / "pytest.ini"
     config.write_text("[pytest]\nmarkers =\n    gpu: needs a CUDA device\n    slow: slow\n")
     os.environ["NOREGRET_GPU_TESTS"] = bench.device
@@ -77,13 +78,13 @@ def tests(bench: Bench) -> None:
 
 
 def update(bench: Bench) -> None:
-    """The update alone, with each recipe key that changes how it is computed."""
+    """Time the update alone, with each recipe key that changes how it is computed."""
     model = bench.write_model("qwen2.5-0.5b", QWEN25_05B)
     peak = bench.peak_flops()
     bench.note("peak_tflops", round(peak / 1e12, 3))
     many, some = bench.size((512, 128), (16, 8))
     budgets = bench.size((65_536, 32_768, 16_384, 8_192, 4_096), (1_024, 256))
-    ways: list[tuple[str, int, dict[str, Any]]] = [
+    variants: list[tuple[str, int, dict[str, Any]]] = [
         ("512 sequences", many, {}),
         ("checkpointing off", some, {ours.CHECKPOINTING: "false"}),
         *((f"budget {budget}", some, {ours.TOKENS: budget}) for budget in budgets),
@@ -103,7 +104,7 @@ def update(bench: Bench) -> None:
             {"deterministic": "true"},
         ),  # last: it is a setting of the whole process
     ]
-    for name, count, keys in ways:
+    for name, count, keys in variants:
         bench.part(name, partial(_update, bench, model, count, peak, keys))
 
 
@@ -131,12 +132,14 @@ def timed_update(
     lengths: Sequence[int],
     group: int = GROUP,
 ) -> dict[str, Any]:
-    """A training step without its rollout: seconds, tokens a second (a shared prompt counts once),
-    peak GiB.
+    """Time a training step without its rollout.
+
+    Records seconds, tokens a second (a shared prompt counts once) and peak GiB.
     """
     rows, seconds, peak = bench.timed(lambda: ours.step(pack, members))
     row = rows[members[0]]
-    # The step in its whole, for the last of what a GPU was given ends after the span that gave it.
+    # The step is timed as a whole, because the GPU finishes its last kernels after the span that
+    # started them.
     work = seconds - row["timing_s/rollout"]
     tokens = len(members) * (sequences * lengths[1] + sequences // group * lengths[0])
     return {
@@ -150,9 +153,7 @@ def timed_update(
 
 
 def profile(bench: Bench) -> None:
-    """A small and a large update under torch.profiler: kernels, launches, and how long the device
-    was busy.
-    """
+    """Profile a small and a large update: kernels, launches, and the device's busy time."""
     model = bench.write_model("qwen2.5-0.5b", QWEN25_05B)
     prompt, completion = bench.size((PROMPT, COMPLETION), (32, 16))
     for prompts in bench.size((2, 32), (2, 4)):
@@ -173,11 +174,10 @@ def _profiled(bench: Bench, pack: Any, members: list[Any]) -> dict[str, Any]:
 
     on_gpu = bench.device == "cuda"
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profiler(activities=kinds) as seen:
+    with profiler(activities=kinds) as profiled:
         seconds = bench.timed(lambda: ours.step(pack, members))[1]
-    events = seen.key_averages()
-    # The spans that torch names itself (an optimizer's step) have device time too: that of the
-    # kernels inside.
+    events = profiled.key_averages()
+    # Spans that torch names (an optimizer's step) have device time too: that of the kernels inside.
     on_device = [
         event
         for event in events
@@ -207,12 +207,12 @@ def _profiled(bench: Bench, pack: Any, members: list[Any]) -> dict[str, Any]:
 
 
 def long_06b(bench: Bench) -> None:
-    """Qwen3-0.6B at sequences of 16k, LoRA r16, beside prime-rl's published baseline."""
+    """Measure Qwen3-0.6B at sequences of 16k, LoRA r16, beside prime-rl's published baseline."""
     _long(bench, "qwen3-0.6b", QWEN3_06B)
 
 
 def long_4b(bench: Bench) -> None:
-    """Qwen3-4B at sequences of 16k, LoRA r16, beside prime-rl's published baseline."""
+    """Measure Qwen3-4B at sequences of 16k, LoRA r16, beside prime-rl's published baseline."""
     _long(bench, "qwen3-4b", QWEN3_4B)
 
 
@@ -248,7 +248,7 @@ def _long_update(
 
 
 def packs(bench: Bench) -> None:
-    """Updates of 1, 2, 4 and 8 mixed members, one after the other, at several sizes."""
+    """Time updates of 1, 2, 4 and 8 mixed members, one after the other, at several sizes."""
     model = bench.write_model("qwen2.5-0.5b", QWEN25_05B)
     for sequences in bench.size((16, 64, 512), (8, 16)):
         _pack_updates(bench, model, sequences, *bench.size((PROMPT, COMPLETION), (32, 16)))
@@ -270,30 +270,31 @@ def _pack_updates(bench: Bench, model: Path, sequences: int, *lengths: int) -> N
 
 
 def mixed(count: int) -> list[dict[str, Any]]:
-    """Keys of members that differ in rank, alpha, learning rate, targets and seed."""
-    return [{**MIX[place % len(MIX)], "seed": place} for place in range(count)]
+    """Return keys of members that differ in rank, alpha, learning rate, targets and seed."""
+    return [{**MIX[index % len(MIX)], "seed": index} for index in range(count)]
 
 
 def close(bench: Bench) -> None:
-    """PPO, full fine-tuning and GRPO, two steps each, and the memory that is left after the pack
-    was closed.
+    """Record the memory left after a pack was closed.
+
+    PPO, full fine-tuning and GRPO train two steps each.
     """
     model = bench.write_model("qwen2.5-0.5b", QWEN25_05B)
     prompt, completion = bench.size((PROMPT, 32), (32, 8))
     ends: dict[str, Any] = {"trainer__max_steps": 2, "trainer__eval_batch_size": 64}
-    ways: dict[str, dict[str, Any]] = {
+    variants: dict[str, dict[str, Any]] = {
         "grpo": {},
         "ppo": {"trainer__algorithm__advantage_estimator": "gae"},
         "full": {ours.RANK: 0, ours.LR: 1e-6},
     }
-    for name, keys in ways.items():
+    for name, keys in variants.items():
         recipe = bench.recipe(model, 4, GROUP, prompt, completion, **ends, **keys)
         recipe.data.val_data = [str(_few(bench, prompt))]
         bench.part(name, partial(_to_the_end, bench, recipe, name))
 
 
 def _few(bench: Bench, tokens: int) -> Path:
-    """A file with 16 problems."""
+    """Return a file with 16 problems."""
     lines = bench.write_problems(tokens).read_text().splitlines(keepends=True)
     path = bench.scratch / f"few{tokens}.jsonl"
     path.write_text("".join(lines[:16]))
@@ -317,18 +318,19 @@ def _to_the_end(bench: Bench, recipe: Any, name: str) -> dict[str, Any]:
 
 
 def learns_float32(bench: Bench) -> None:
-    """`recipes/quickstart.yaml` in float32: does it learn, and does it come out the same again."""
+    """Train `recipes/quickstart.yaml` in float32 twice: it must learn and be reproducible."""
     _learns(bench, "float32")
 
 
 def learns_bfloat16(bench: Bench) -> None:
-    """The same in bfloat16."""
+    """Train it in bfloat16 twice."""
     _learns(bench, "bfloat16")
 
 
 def learns_deterministic(bench: Bench) -> None:
-    """The same in bfloat16 with `deterministic: true`, for fewer steps: it must come out the same
-    to the bit.
+    """Train it in bfloat16 with `deterministic: true`, for fewer steps.
+
+    The repetition must be equal to the bit.
     """
     _learns(bench, "bfloat16", "deterministic=true", f"trainer.max_steps={bench.size(10, 2)}")
 
@@ -374,21 +376,22 @@ def _learns(bench: Bench, dtype: str, *keys: str) -> None:
 
 
 def trl(bench: Bench) -> None:
-    """A step of TRL's GRPOTrainer with PEFT against ours at the same sizes, both sampling with
-    transformers.
+    """Compare a step of TRL's GRPOTrainer with PEFT with ours at the same sizes.
+
+    Both sample with transformers.
     """
     if find_spec("trl") is None:
         bench.note("skipped", "trl is not installed")
         return
     model = bench.write_model("qwen2.5-0.5b", QWEN25_05B)
     sizes = bench.size((64, PROMPT, 128), (8, 32, 8))
-    mine = bench.part("ours", lambda: _our_steps(bench, model, *sizes))
+    our_steps = bench.part("ours", lambda: _our_steps(bench, model, *sizes))
     for name, checkpointing in (("trl", False), ("trl with checkpointing", True)):
-        theirs = bench.part(
+        trl_steps = bench.part(
             name, partial(_trl_steps, bench, model, *sizes, checkpointing=checkpointing)
         )
-        if mine and theirs:
-            bench.note(f"{name} / ours", round(theirs["step_s"] / mine["step_s"], 2))
+        if our_steps and trl_steps:
+            bench.note(f"{name} / ours", round(trl_steps["step_s"] / our_steps["step_s"], 2))
 
 
 def _our_steps(

@@ -1,5 +1,6 @@
-"""Stage 2: vLLM as the engine, on the GPU that the trainer works on too; a process starts it once
-only.
+"""Stage 2: vLLM as the engine, on the trainer's GPU.
+
+A process can start vLLM only once.
 """
 
 from __future__ import annotations
@@ -23,20 +24,23 @@ SPARE = 20.0
 
 
 def _recipe(bench: Bench, sequences: int, **keys: Any) -> Any:
-    """A recipe of so many sequences a step on the random model, sampled by vLLM."""
+    """Return a recipe of `sequences` a step on the random model, sampled by vLLM."""
     model = bench.write_model("qwen2.5-0.5b", QWEN25_05B)
     prompt, completion = bench.size((PROMPT, COMPLETION), (32, 16))
-    here: dict[str, Any] = {
+    keys_here: dict[str, Any] = {
         "generator.backend": "vllm",
         "generator.max_num_seqs": bench.size(1024, 64),
     }
-    here |= bench.size({}, {ours.DTYPE: "float32"})  # vLLM on a CPU is at home in it
-    return bench.recipe(model, sequences // GROUP, GROUP, prompt, completion, **here, **keys)
+    keys_here |= bench.size({}, {ours.DTYPE: "float32"})  # vLLM's native dtype on a CPU
+    return bench.recipe(model, sequences // GROUP, GROUP, prompt, completion, **keys_here, **keys)
 
 
 @contextlib.contextmanager
 def _opened(bench: Bench, recipes: list[Any], name: str) -> Iterator[tuple[Any, list[Any], float]]:
-    """A pack with its members, and the seconds it took to start; start and end are noted."""
+    """Open a pack; yield it, its members, and the seconds to start.
+
+    Start and end are recorded.
+    """
     context = ours.opened(recipes, bench.folder(name))
     (pack, members), start, _ = bench.timed(context.__enter__)
     bench.note(f"{name}, start", {"seconds": round(start, 2), **bench.memory()})
@@ -48,8 +52,9 @@ def _opened(bench: Bench, recipes: list[Any], name: str) -> Iterator[tuple[Any, 
 
 
 def engine(bench: Bench) -> None:
-    """Start, log-probability parity, and ten steps, each with the engine asleep while the trainer
-    works.
+    """Measure start, log-probability parity, and ten steps.
+
+    The engine sleeps while the trainer works.
     """
     _sleeping_steps(bench, _recipe(bench, bench.size(64, 8), **{ours.LR: 1e-3}))
     bench.free()
@@ -66,14 +71,14 @@ def _sleeping_steps(bench: Bench, recipe: Any) -> None:
 
 
 def _parity(bench: Bench, pack: Any, member: Any, *, new_weights: bool = True) -> dict[str, Any]:
-    """How far the engine's log-probabilities of its samples are from the trainer's."""
+    """Return the differences between the log-probabilities of engine and trainer."""
     import torch
 
     if new_weights:
         ours.shake(member)
         ours.publish(pack, member)
     prompts = [
-        [10 + (7 * place + k) % 700 for k in range(24)] for place in range(bench.size(16, 4))
+        [10 + (7 * index + k) % 700 for k in range(24)] for index in range(bench.size(16, 4))
     ]
     groups, seconds, _ = bench.timed(
         lambda: ours.sample(pack, member, prompts, 4, bench.size(COMPLETION, 16))
@@ -125,12 +130,12 @@ def _step(bench: Bench, pack: Any, members: list[Any]) -> dict[str, Any]:
 
 
 def sync(bench: Bench) -> None:
-    """Seconds to publish an adapter through its files and in memory, by rank."""
+    """Time the publication of an adapter through files and in memory, by rank."""
     _sync(bench, "disk", "memory")
 
 
 def sync_merge(bench: Bench) -> None:
-    """Seconds to publish an adapter merged into all weights, by rank."""
+    """Time the publication of an adapter merged into all weights, by rank."""
     _sync(bench, "merge")
 
 
@@ -157,7 +162,10 @@ def _published(bench: Bench, pack: Any, member: Any) -> dict[str, float]:
 
 
 def recipe(bench: Bench) -> None:
-    """`recipes/gsm8k_lora.yaml` on one GPU with random weights, five steps, CUDA graphs on."""
+    """Train `recipes/gsm8k_lora.yaml` on one GPU for five steps, CUDA graphs on.
+
+    The model has random weights.
+    """
     model = bench.write_model("qwen2.5-0.5b", QWEN25_05B)
     _train(
         bench,
@@ -170,7 +178,7 @@ def recipe(bench: Bench) -> None:
 
 
 def recipe_eager(bench: Bench) -> None:
-    """The same without CUDA graphs, two steps."""
+    """Train it without CUDA graphs, two steps."""
     model = bench.write_model("qwen2.5-0.5b", QWEN25_05B)
     _train(
         bench,
@@ -184,8 +192,9 @@ def recipe_eager(bench: Bench) -> None:
 
 
 def real_model(bench: Bench) -> None:
-    """The same recipe on the model of `--model`, evaluated every five steps, until the section's
-    time is over.
+    """Train it on the model of `--model` until the section's time is over.
+
+    It evaluates every five steps.
     """
     model = bench.size(bench.model, bench.model or TINY_GSM)
     if model is None:
@@ -206,8 +215,9 @@ def real_model(bench: Bench) -> None:
 
 
 def _train(bench: Bench, model: Path, *keys: str) -> None:
-    """Train `recipes/gsm8k_lora.yaml` in one process, on the embedded problems; every step's row is
-    noted.
+    """Train `recipes/gsm8k_lora.yaml` in one process, on the embedded problems.
+
+    Every step's row is recorded.
     """
     one_gpu = [
         f"trainer.policy.model.path={model}",
@@ -271,14 +281,15 @@ def _run(
 
 
 def packs_small(bench: Bench) -> None:
-    """Steps of 8, 4 and 2 mixed members in one pack against theirs one after the other, 64
-    sequences each.
+    """Time steps of 8, 4 and 2 mixed members, packed and one after the other.
+
+    Each has 64 sequences.
     """
     _pack_steps(bench, bench.size(64, 8))
 
 
 def packs_large(bench: Bench) -> None:
-    """The same with 512 sequences each."""
+    """Time the same steps with 512 sequences each."""
     _pack_steps(bench, bench.size(512, 16))
 
 
@@ -286,7 +297,7 @@ def _pack_steps(bench: Bench, sequences: int) -> None:
     recipes = [
         _recipe(bench, sequences, **{"generator.max_lora_rank": 64, **keys}) for keys in mixed(8)
     ]
-    # The best of so many rounds: the first steps are slower, which matters where steps are short.
+    # The best of several rounds: first steps are slower, which matters where steps are short.
     name, rounds = f"{sequences} sequences", 2 if sequences < 512 else 1
     with _opened(bench, recipes, name) as (pack, members, start):
         bench.part(f"{name}, warm-up", lambda: _step(bench, pack, members), keep_cache=True)
@@ -310,8 +321,9 @@ def _best(bench: Bench, pack: Any, members: list[Any], rounds: int) -> dict[str,
 def _together(
     bench: Bench, pack: Any, members: list[Any], rounds: int, apart: float, start: float
 ) -> dict[str, Any]:
-    """How much faster a step of all is than their steps one after the other; also of whole runs,
-    starts included.
+    """Record the speedup of a joint step over steps one after the other.
+
+    That of whole runs, with starts, is recorded too.
     """
     step, count = _best(bench, pack, members, rounds), len(members)
     runs = {

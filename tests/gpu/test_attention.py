@@ -1,4 +1,4 @@
-"""FlashAttention's call over a packed row, against the same attention in blocks."""
+"""Compare FlashAttention's call over a packed row with the same attention in blocks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_one_call_is_what_the_blocks_are(device: str, samples: int) -> None:
     if device == "cpu":
         pytest.skip(
             "FlashAttention is for GPUs; "
-            "tests/unit/rltrain/models/test_sequence_packing.py has its arithmetic"
+            "tests/unit/rltrain/models/test_sequence_packing.py tests its arithmetic"
         )
     from rltrain.models.attention import has_varlen, packed_attention
     from rltrain.models.sequence_packing import pack
@@ -50,5 +50,5 @@ def test_one_call_is_what_the_blocks_are(device: str, samples: int) -> None:
         weights = torch.randn(output.shape, device=where, dtype=torch.bfloat16)
         results.append([output, *torch.autograd.grad(output, inputs, weights)])
     for one, other in zip(*results, strict=True):
-        # Half precision has 8 bits; a mask that is off by one token changes outputs of size 1.
+        # Half precision has 8 bits. A mask that is off by one token changes outputs by about 1.
         assert (one.float() - other.float()).norm() < 0.02 * other.float().norm()

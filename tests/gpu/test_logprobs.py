@@ -1,5 +1,6 @@
-"""Log-probabilities and their gradients on a GPU: against float32, against the CPU, against one
-sequence at a time.
+"""Test log-probabilities and gradients on a GPU.
+
+They are compared with float32, with the CPU, and with one sequence at a time.
 """
 
 from __future__ import annotations
@@ -20,18 +21,19 @@ pytestmark = pytest.mark.gpu
 
 
 def sequences(prompts: int, samples: int, length: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Random prompts of unequal lengths, each as often as it has completions, and these, of unequal
-    lengths too.
+    """Return random prompts, repeated for each completion, and random completions.
+
+    Both have unequal lengths.
     """
     draw = random.Random(0)
 
     def ids(count: int) -> list[int]:
         return [draw.randrange(10, 800) for _ in range(count)]
 
-    shared = [ids(length - 5 * place) for place in range(prompts) for _ in range(samples)]
-    for place in range(len(shared)):
-        shared[place] = shared[place - place % samples]
-    return shared, [ids(length - place % 3) for place in range(len(shared))]
+    shared = [ids(length - 5 * index) for index in range(prompts) for _ in range(samples)]
+    for index in range(len(shared)):
+        shared[index] = shared[index - index % samples]
+    return shared, [ids(length - index % 3) for index in range(len(shared))]
 
 
 def evaluated(pack: Any, member: Any, texts: tuple[list[list[int]], list[list[int]]]) -> Any:
@@ -67,15 +69,15 @@ def test_logprobs_are_the_cpus(open_pack: OpenPack) -> None:
 
 def test_gradients_are_the_cpus(open_pack: OpenPack) -> None:
     texts = sequences(prompts=2, samples=4, length=32)
-    found = [
+    results = [
         ours.gradients(pack, members[0], ours.batch_of(*texts))
         for pack, members in (open_pack(), open_pack(on="cpu"))
     ]
-    assert distance(*found) < 1e-3
+    assert distance(*results) < 1e-3
 
 
 def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
-    """The norm of the difference of two sets of tensors over the norm of the second."""
+    """Return the norm of the difference of two sets of tensors over the norm of the second."""
     import torch
 
     assert one.keys() == other.keys()
@@ -122,8 +124,8 @@ def test_the_engine_says_what_the_trainer_says(open_pack: OpenPack, dtype: str) 
     )
     values = evaluated(pack, member, texts)
     gaps = [
-        abs(value - float(values[row, place]))
+        abs(value - float(values[row, index]))
         for row, sample in enumerate(samples)
-        for place, value in enumerate(sample.logprobs)
+        for index, value in enumerate(sample.logprobs)
     ]
     assert sum(gaps) / len(gaps) < (1e-4 if dtype == "float32" else 0.02)

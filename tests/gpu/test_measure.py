@@ -1,6 +1,4 @@
-"""The measurements of a GPU run on a CPU with tiny sizes, section by section; nothing in them is
-new on a GPU.
-"""
+"""Run the GPU measurements on a CPU with tiny sizes, section by section."""
 
 from __future__ import annotations
 
@@ -20,8 +18,9 @@ QUICK = ("card", "update", "close", "learns_float32")
 
 
 def stage(out: Path, number: int, *options: str) -> dict[str, Any]:
-    """The record of a stage run as its users do, with `--device cpu`; every section must
-    be whole.
+    """Run a stage with `--device cpu` and return its record.
+
+    Every section must be complete.
     """
     command = [
         sys.executable,
@@ -70,7 +69,10 @@ def test_every_section_runs_on_a_cpu(number: int, tmp_path: Path) -> None:
 
 
 def in_process(out: Path, scratch: Path, minutes: float, *names: str) -> dict[str, Any]:
-    """The sections' records of a stage whose limits a test may have changed."""
+    """Run sections of a stage in this process and return their records.
+
+    A test may have changed their limits.
+    """
     options = argparse.Namespace(
         stage=1, out=out, minutes=minutes, device="cpu", scratch=scratch, model=None, data=None
     )

@@ -1,5 +1,7 @@
-"""Updates on a GPU: against the CPU, with and without checkpointing, twice the same, out of memory,
-nothing left.
+"""Test updates on a GPU.
+
+They are compared with the CPU, with checkpointing and with themselves. Tests also cover running out
+of memory and memory that is left.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ pytestmark = pytest.mark.gpu
 
 
 def weights(member: Any) -> dict[str, Any]:
-    """A copy of a member's adapter."""
+    """Return a copy of a member's adapter."""
     return {
         name: parameter.detach().cpu().clone() for name, parameter in ours.adapter(member).items()
     }
@@ -56,8 +58,8 @@ def test_a_training_step_is_the_cpus(open_pack: OpenPack) -> None:
     (gpu, row), (cpu, cpu_row) = results
     for name in ("grad_norm", "entropy", "sampling/sampling_logp_difference/mean"):
         assert row[name] == pytest.approx(cpu_row[name], rel=1e-3), name
-    # Adam's first step is the learning rate times the gradient's sign, also where that hangs on the
-    # last digit.
+    # Adam's first step is the learning rate times the gradient's sign, which may depend on the last
+    # digit.
     assert distance(gpu, cpu) < 0.05
 
 
@@ -78,7 +80,7 @@ def test_nothing_waits_for_the_gpu_within_a_mini_batch(
     import torch
 
     if device == "cpu":
-        pytest.skip("a CPU has nobody to wait for")
+        pytest.skip("a CPU does not run asynchronously")
     from rltrain import step
     from rltrain.algorithms.policy import Policy
 
@@ -133,8 +135,8 @@ def test_a_member_out_of_memory_leaves_the_others_as_they_are(
 ) -> None:
     import torch
 
-    # The larger member's gradients and moments of AdamW are more than all else; the vocabulary is
-    # small, so that logits are not.
+    # The larger member's gradients and moments of AdamW need most of the memory. The vocabulary is
+    # small, so that logits do not.
     model = model_of(layers=4, vocab_size=4096)
     members = [{ours.RANK: rank, "seed": rank, "deterministic": "true"} for rank in (4, 512, 8)]
     results = []
@@ -156,8 +158,9 @@ def test_a_member_out_of_memory_leaves_the_others_as_they_are(
 
 @contextlib.contextmanager
 def out_of_memory(device: str, member: Any) -> Iterator[None]:
-    """Leave the GPU no more memory than was needed so far, and some; on a CPU let the member's
-    update say so.
+    """Limit the GPU's memory to little more than was used so far.
+
+    On a CPU the member's update raises an out-of-memory error.
     """
     import torch
 
@@ -195,7 +198,7 @@ def test_a_closed_pack_leaves_no_memory(
         trainer__max_steps=1,
     )
     recipe = ours.compose("base", lines)
-    ours.train(recipe, tmp_path / "first")  # what libraries keep for themselves is there now
+    ours.train(recipe, tmp_path / "first")  # libraries have allocated what they keep
     before = ours.live_bytes(device)
     ours.train(recipe, tmp_path / "second")
     assert ours.live_bytes(device) - before < 2**20

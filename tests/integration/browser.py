@@ -1,5 +1,6 @@
-"""The system's Chromium, headless, driven through its DevTools pipe: real widths, colour schemes,
-keys and clicks.
+"""Drive the system's Chromium, headless, through its DevTools pipe.
+
+Tests see real widths, colour schemes, keys and clicks.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ KEYS = {"Tab": 9, "Enter": 13, "Escape": 27, " ": 32}
 
 
 class Browser:
-    """One Chromium; commands are of the Chrome DevTools Protocol. Close it, or use it in a
-    `with`.
+    """A Chromium process that takes commands of the Chrome DevTools Protocol.
+
+    Close it, or use it in a `with` statement.
     """
 
     def __init__(self, profile: Path, *flags: str) -> None:
@@ -59,8 +61,8 @@ class Browser:
             *FLAGS,
             f"--user-data-dir={profile}",
             *flags,
-            "about:blank",
-        ]  # no start page
+            "about:blank",  # no start page
+        ]
         self.process = subprocess.Popen(
             command,
             preexec_fn=connect,
@@ -88,8 +90,9 @@ class Browser:
         self._in.close()
 
     def call(self, method: str, session: str | None = None, **params: Any) -> dict[str, Any]:
-        """Send a command and wait for its answer; raises RuntimeError with the browser's words when
-        it fails.
+        """Send a command and return its answer.
+
+        Raises RuntimeError with the browser's message when the command fails.
         """
         self._last += 1
         message = {"id": self._last, "method": method, "params": params} | (
@@ -114,8 +117,9 @@ class Browser:
         dark: bool = False,
         script: bool = True,
     ) -> Iterator[Page]:
-        """A tab of this size and colour scheme, in which the address has been loaded;
-        `script=False` runs none.
+        """Open a tab of this size and colour scheme and load an address in it.
+
+        `script=False` disables scripts.
         """
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         page = Page(
@@ -124,7 +128,7 @@ class Browser:
         page.size(width, height)
         page.call(
             "Emulation.setEmulatedMedia",
-            features=[{"name": "prefers-color-scheme", "value": _scheme(dark)}],
+            features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}],
         )
         page.call("Emulation.setScriptExecutionDisabled", value=not script)
         page.goto(url)
@@ -135,7 +139,7 @@ class Browser:
         while b"\0" not in self._buffer:
             got = os.read(self._in.fileno(), 1 << 20)
             if not got:
-                raise RuntimeError(f"the browser has gone (exit status {self.process.poll()})")
+                raise RuntimeError(f"the browser ended (exit status {self.process.poll()})")
             self._buffer += got
         line, _, self._buffer = self._buffer.partition(b"\0")
         message: dict[str, Any] = json.loads(line)
@@ -150,39 +154,43 @@ class Page:
     session: str
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """A command for this tab."""
+        """Send a command to this tab."""
         return self.browser.call(method, self.session, **params)
 
     def goto(self, url: str) -> None:
-        """Load an address and wait until the page and its pictures are there."""
+        """Load an address and wait until the page and its pictures are complete."""
         self.call("Page.navigate", url=url)
         self.wait("document.readyState === 'complete'")
 
     def wait(self, condition: str, seconds: float = 30) -> None:
-        """Wait until a JavaScript condition holds; raises TimeoutError."""
+        """Wait until a JavaScript condition holds.
+
+        Raises TimeoutError after `seconds`.
+        """
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            with contextlib.suppress(RuntimeError):  # a page that is being left has no context
+            with contextlib.suppress(RuntimeError):  # a page that is unloading has no context
                 if self.run(condition):
                     return
             time.sleep(0.02)
         raise TimeoutError(condition)
 
     def run(self, expression: str) -> Any:
-        """The value of a JavaScript expression (a promise's once it is there); raises RuntimeError
-        when it throws.
+        """Return the value of a JavaScript expression, or of the promise that it gives.
+
+        Raises RuntimeError when the expression throws.
         """
-        found = self.call(
+        answer = self.call(
             "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True
         )
-        if "exceptionDetails" in found:
+        if "exceptionDetails" in answer:
             raise RuntimeError(
-                found["exceptionDetails"].get("exception", {}).get("description") or "it threw"
+                answer["exceptionDetails"].get("exception", {}).get("description") or "it threw"
             )
-        return found["result"].get("value")
+        return answer["result"].get("value")
 
     def press(self, *keys: str) -> None:
-        """Press keys by name (`Tab`, `Enter`) or type a character each."""
+        """Press keys by name (`Tab`, `Enter`), or type single characters."""
         for key in keys:
             text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
             code = KEYS.get(key, ord(key[0].upper()))
@@ -199,7 +207,10 @@ class Page:
                 )
 
     def point_at(self, element: str, x: float, y: float) -> None:
-        """Move the mouse over an element (JavaScript), to thousandths of its width and height."""
+        """Move the mouse over an element, given in JavaScript.
+
+        `x` and `y` are thousandths of the element's width and height.
+        """
         left, top, width, height = self.run(
             "(({left, top, width, height}) => [left, top, width, "
             f"height])({element}.getBoundingClientRect())"
@@ -212,7 +223,7 @@ class Page:
         )
 
     def size(self, width: int, height: int) -> None:
-        """Make the tab this large, in CSS pixels."""
+        """Resize the tab to this size in CSS pixels."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -222,23 +233,25 @@ class Page:
         )
 
     def screenshot(self, path: Path, *, whole: bool = True) -> None:
-        """Save what the tab shows, or the whole page, as PNG."""
-        found = self.call(
-            "Page.captureScreenshot", format="png", captureBeyondViewport=whole, **self._clip(whole)
+        """Save the visible part of the tab, or the whole page, as PNG."""
+        clip = {}
+        if whole:
+            size = self.call("Page.getLayoutMetrics")["cssContentSize"]
+            clip["clip"] = {
+                "x": 0,
+                "y": 0,
+                "width": size["width"],
+                "height": size["height"],
+                "scale": 1,
+            }
+        answer = self.call(
+            "Page.captureScreenshot", format="png", captureBeyondViewport=whole, **clip
         )
-        path.write_bytes(base64.b64decode(found["data"]))
-
-    def _clip(self, whole: bool) -> dict[str, Any]:
-        if not whole:
-            return {}
-        size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-        return {
-            "clip": {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
-        }
+        path.write_bytes(base64.b64decode(answer["data"]))
 
 
 class Listener(BaseHTTPRequestHandler):
-    """A proxy that notes what was asked for and answers nothing."""
+    """Proxy handler that records requested addresses and answers nothing."""
 
     def do_GET(self) -> None:
         assert isinstance(self.server, Proxy)
@@ -253,7 +266,7 @@ class Listener(BaseHTTPRequestHandler):
 
 
 class Proxy(ThreadingHTTPServer):
-    """Everything a browser asks the network for goes through here."""
+    """Proxy that receives all network requests of a browser."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Listener)
@@ -261,14 +274,14 @@ class Proxy(ThreadingHTTPServer):
 
     @property
     def from_pages(self) -> list[str]:
-        """What was asked for, the browser's own calls home aside."""
-        own = r"(google|googleapis|gvt1|gstatic)\.com"
-        return [path for path in self.asked if not re.search(own, path)]
+        """Return the requests of pages, without those that the browser sends by itself."""
+        google = r"(google|googleapis|gvt1|gstatic)\.com"
+        return [path for path in self.asked if not re.search(google, path)]
 
 
 @contextlib.contextmanager
-def watched(profile: Path) -> Iterator[tuple[Browser, Proxy]]:
-    """A browser, and the proxy that all its requests go to."""
+def proxied_browser(profile: Path) -> Iterator[tuple[Browser, Proxy]]:
+    """Start a browser and the proxy that receives all its requests."""
     with Proxy() as proxy:
         thread = threading.Thread(target=proxy.serve_forever)
         thread.start()
@@ -283,23 +296,21 @@ def watched(profile: Path) -> Iterator[tuple[Browser, Proxy]]:
 
 
 def violations(page: Page) -> list[str]:
-    """What axe-core finds wrong, best practices included: rule and element each."""
+    """Return the rule and element of each axe-core violation, best practices included."""
     package = importlib.util.find_spec("axe_playwright_python")
     if package is None or package.origin is None:
         pytest.skip("axe-core is not installed: pip install --no-deps axe-playwright-python")
     page.run((Path(package.origin).parent / "axe.min.js").read_text() + "; true")
-    found: dict[str, Any] = page.run("axe.run(document, {resultTypes: ['violations']})")
+    report: dict[str, Any] = page.run("axe.run(document, {resultTypes: ['violations']})")
     return [
-        f"{one['id']}: {node['html'][:200]}" for one in found["violations"] for node in one["nodes"]
+        f"{one['id']}: {node['html'][:200]}"
+        for one in report["violations"]
+        for node in one["nodes"]
     ]
 
 
-def _scheme(dark: bool) -> str:
-    return "dark" if dark else "light"
-
-
 def _pipe() -> tuple[int, int]:
-    """A pipe whose ends are not 3 or 4, which the child's own take."""
+    """Return a pipe whose ends are not 3 or 4, the numbers that the child uses."""
     ends = os.pipe()
     moved = tuple(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in ends)
     for end in ends:

@@ -1,4 +1,4 @@
-"""Small real runs on the embedded model for the integration tests."""
+"""Fixtures for small real runs on the embedded model."""
 
 from __future__ import annotations
 
@@ -25,16 +25,18 @@ if TYPE_CHECKING:
 
 
 def heed_interrupts() -> None:
-    """For a child before it starts: tests run in the background ignore SIGINT, and children would
-    inherit that.
+    """Restore the default handling of SIGINT in a child process before it starts.
+
+    Tests that run in the background ignore SIGINT, and children would inherit that.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
 def small_data(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides that make quickstart a run of seconds: few problems, small batches, transformers as
-    the engine.
+    """Return overrides that make quickstart a run of seconds.
+
+    It has few problems and small batches, and samples with transformers.
     """
     folder = tmp_path_factory.mktemp("data")
     for name, rows in (("train", 24), ("validation", 12)):
@@ -58,7 +60,7 @@ def small_data(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def small_recipe(small_data: list[str]) -> Callable[..., Recipe]:
-    """A small run's recipe with further overrides."""
+    """Return a function that composes a small run's recipe with further overrides."""
 
     def make(*overrides: str) -> Recipe:
         recipe = quickstart([*small_data, *overrides])
@@ -70,7 +72,7 @@ def small_recipe(small_data: list[str]) -> Callable[..., Recipe]:
 
 @pytest.fixture
 def new_run(tmp_path: Path) -> Callable[[Recipe, str], RunDir]:
-    """A fresh run directory for a recipe."""
+    """Return a function that makes a fresh run directory for a recipe."""
 
     def make(recipe: Recipe, name: str) -> RunDir:
         run = RunDir(tmp_path / name)
@@ -84,7 +86,7 @@ def new_run(tmp_path: Path) -> Callable[[Recipe, str], RunDir]:
 
 @pytest.fixture
 def opened(small_recipe: MakeRecipe, new_run: MakeRun) -> Iterator[Open]:
-    """A pack with one member, ready to roll out, of a small recipe with overrides."""
+    """Return a function that opens a pack with one member of a small recipe, ready to sample."""
     from rltrain.pack import Pack
 
     packs: list[Pack] = []

@@ -1,5 +1,6 @@
-"""A small model made from GSM8K's own texts: its byte-level BPE, a ChatML template, and a brief
-supervised start.
+"""Build a small model from GSM8K's texts.
+
+It has a byte-level BPE tokenizer, a ChatML template and a short supervised warm-up.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ MAX_LENGTH = 1024
 BATCH_SIZE = 32
 LEARNING_RATE = 3e-3
 
-Pair = tuple[list[int], list[int]]  # tokens of prompt and completion
+Pair = tuple[list[int], list[int]]  # token ids of prompt and completion
 
 
 def make_gsm8k_model(folder: Path, source: Path, *, seed: int = 0, steps: int = 140) -> None:
-    """Write tokenizer and model, made from the train.jsonl in `source`, to `folder`.
+    """Write a tokenizer and model, made from the train.jsonl in `source`, to `folder`.
 
-    The supervised steps teach it to write a last step of reasoning and `#### N`; the numbers are
-    seldom right.
+    The supervised steps teach the model to end with a step of reasoning and `#### N`. The numbers
+    are seldom right.
     """
     rows = [json.loads(line) for line in (source / "train.jsonl").open(encoding="utf-8")]
     tokenizer = _tokenizer([f"{row['question']}\n{row['answer']}" for row in rows])
@@ -41,7 +42,7 @@ def make_gsm8k_model(folder: Path, source: Path, *, seed: int = 0, steps: int = 
 
 
 def _tokenizer(texts: list[str]) -> PreTrainedTokenizerBase:
-    """Qwen2's class, which `AutoTokenizer` builds for a Qwen2 model whatever the folder names."""
+    """Return a tokenizer of the class that `AutoTokenizer` builds for a Qwen2 model."""
     blank = Qwen2Tokenizer(
         pad_token=PAD, eos_token=END, unk_token=None, additional_special_tokens=[START]
     )
@@ -70,8 +71,9 @@ def _model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
 
 
 def _pairs(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]]) -> list[Pair]:
-    """Chat prompts as the environment words them, and the end of each solution, calculator notes
-    taken out.
+    """Return chat prompts in the environment's wording and the end of each solution.
+
+    Calculator annotations are removed.
     """
     prompts = [
         tokenizer.apply_chat_template(
@@ -82,13 +84,14 @@ def _pairs(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]]) -> li
     solutions = (re.sub(r"<<.*?>>", "", row["answer"]).splitlines() for row in rows)
     completions = ["\n".join(lines[-2:]) + END for lines in solutions]
     pairs = zip(tokenizer(prompts)["input_ids"], tokenizer(completions)["input_ids"], strict=True)
-    # The shorter ones teach the form as well, in a third of the time.
+    # Short solutions teach the format as well, in a third of the time.
     return sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))[: len(rows) // 3]
 
 
 def _batches(pairs: list[Pair], rng: random.Random) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless batches of tokens and labels `[B, T]`: neighbours in length, so that little is
-    padding.
+    """Yield batches of tokens and labels `[B, T]` without end.
+
+    Pairs of similar length share a batch, so that there is little padding.
     """
     while True:
         start = rng.randrange(len(pairs) - BATCH_SIZE)

@@ -1,5 +1,6 @@
-"""Bad input to every command: one message with what, got, allowed or fix; nothing heavy loaded,
-nothing written.
+"""Check that every command answers bad input with one message.
+
+The message has what, got, allowed or fix. Nothing heavy is loaded and nothing is written.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from tests.unit.analysis.synthetic import Trial, example, params, write_run, wri
 
 LORA, ALGORITHM, PLACEMENT = "trainer.policy.model.lora", "trainer.algorithm", "trainer.placement"
 RUN, SWEEP = ["run", "quickstart"], ["sweep", "quickstart"]
-ANSWERS, MOOD = "data.train_data=[HERE/answers.jsonl]", "environment.env_class=tests.faults.moods"
-# HERE is a folder with the files that `write_files` makes.
+ANSWERS = "data.train_data=[HERE/answers.jsonl]"
+ENVIRONMENT = "environment.env_class=tests.faults.environments"
+# HERE is a folder with the files that `write_files` creates.
 CASES: list[tuple[list[str], str]] = [
     # Wrong type, unknown key or name, out of range.
     ([*RUN, f"{LORA}.rank=eight"], f"{LORA}.rank cannot take this value"),
@@ -109,10 +111,10 @@ CASES: list[tuple[list[str], str]] = [
     ([*RUN, "data.train_data=[HERE/half.jsonl]"], "not valid JSON"),
     ([*RUN, "data.train_data=[HERE/hostile.jsonl]"], "nested too deep"),
     ([*RUN, ANSWERS, "data.question_column=ask"], "lacks the column ask"),
-    # Rewards, called once.
-    ([*RUN, ANSWERS, f"{MOOD}.raises"], "raised LookupError: no score for 2"),
-    ([*RUN, ANSWERS, f"{MOOD}.exits"], "raised SystemExit"),
-    ([*RUN, ANSWERS, f"{MOOD}.nan"], "returned nan"),
+    # Rewards, which are called once.
+    ([*RUN, ANSWERS, f"{ENVIRONMENT}.raises"], "raised LookupError: no score for 2"),
+    ([*RUN, ANSWERS, f"{ENVIRONMENT}.exits"], "raised SystemExit"),
+    ([*RUN, ANSWERS, f"{ENVIRONMENT}.nan"], "returned nan"),
     ([*RUN, "data.train_data=[HERE/table.csv]"], "unknown kind of data file"),
     ([*RUN, "data.val_data=[HERE]"], "data file not found"),
     (
@@ -132,7 +134,7 @@ CASES: list[tuple[list[str], str]] = [
         [*RUN, "trainer.train_batch_size=4096", "trainer.policy_mini_batch_size=4096"],
         "fewer problems than one batch",
     ),
-    # Models, checkpoints and places.
+    # Models, checkpoints and paths.
     ([*RUN, "trainer.policy.model.path=HERE"], "holds no config.json"),
     ([*RUN, "trainer.policy.model.path=HERE/model"], "config.json is damaged"),
     ([*RUN, "trainer.policy.model.path=/no/such/folder"], "names no folder"),
@@ -223,20 +225,20 @@ from harness.core.errors import UserError
 for number, argv in enumerate(json.load(sys.stdin)):
     main = importlib.import_module(f'harness.{argv[0]}').main
     try:
-        told = {'status': main(argv[1:])}
+        result = {'status': main(argv[1:])}
     except UserError as error:
-        told = {'what': error.what, 'got': error.got is not None, 'allowed': error.allowed is not None,
+        result = {'what': error.what, 'got': error.got is not None, 'allowed': error.allowed is not None,
                 'fix': error.fix is not None, 'text': str(error)}
     except BaseException as error:
-        told = {'raised': f'{type(error).__name__}: {error}'}
+        result = {'raised': f'{type(error).__name__}: {error}'}
     heavy = {'torch', 'vllm', 'ray', 'transformers', 'peft'} & set(sys.modules)
-    print('\\n@@', json.dumps({**told, 'heavy': sorted(heavy)}), flush=True)
+    print('\\n@@', json.dumps({**result, 'heavy': sorted(heavy)}), flush=True)
 """  # noqa: E501
 
 
 @dataclass(frozen=True)
-class Told:
-    """What the commands answered, case by case, and what was in the folder before and after."""
+class Outcome:
+    """The commands' answers, case by case, and the folder's content before and after."""
 
     answers: list[dict[str, Any]]
     before: list[Path]
@@ -244,7 +246,7 @@ class Told:
 
 
 def write_files(here: Path) -> None:
-    """The files that the cases name."""
+    """Write the files that the cases name."""
     write_run(here, Trial(0, 0, params(8, 1e-3), 0.9))
     broken = Path(shutil.copytree(write_sweep(here, example()), here / "broken"))
     (broken / "manifest.json").write_text("[1, 2]")
@@ -276,41 +278,41 @@ def write_files(here: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def told(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Told:
-    """All cases, one after the other in a process of their own."""
+def outcome(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """Run all cases one after the other in one subprocess."""
     here = tmp_path_factory.mktemp("here")
     write_files(here)
     before = sorted(here.rglob("*"))
-    given = [[word.replace("HERE", str(here)) for word in words] for words, _ in CASES]
+    commands = [[word.replace("HERE", str(here)) for word in words] for words, _ in CASES]
     done = subprocess.run(
         [sys.executable, "-c", DRIVER],
-        input=json.dumps(given),
+        input=json.dumps(commands),
         cwd=PROJECT,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line[3:]) for line in done.stdout.splitlines() if line.startswith("@@ ")]
-    return Told(answers, before, sorted(here.rglob("*")))
+    return Outcome(answers, before, sorted(here.rglob("*")))
 
 
 @pytest.mark.parametrize(
     "number", range(len(CASES)), ids=[" ".join(words)[:70] for words, _ in CASES]
 )
 @pytest.mark.claim("A recipe holds only values")
-def test_it_is_one_message_before_anything_heavy(told: Told, number: int) -> None:
-    answer, wanted = told.answers[number], CASES[number][1]
+def test_bad_input_gives_one_message_and_loads_nothing_heavy(outcome: Outcome, number: int) -> None:
+    answer, expected = outcome.answers[number], CASES[number][1]
     assert "text" in answer, answer
-    assert wanted in answer["text"]
+    assert expected in answer["text"]
     assert "Traceback" not in answer["text"]
     assert answer["got"] or answer["fix"], "what was given, or what to give"
-    if CASES[number][0][0] != "export":  # its trainer module is light itself, but not alone
+    if CASES[number][0][0] != "export":  # the export module is light, but its package is not
         assert answer["heavy"] == []
 
 
-def test_nothing_was_written(told: Told) -> None:
-    new = [path for path in told.after if path not in told.before]
+def test_nothing_was_written(outcome: Outcome) -> None:
+    new = [path for path in outcome.after if path not in outcome.before]
     assert [path.name for path in new] == ["out"], (
         "the folder that prepare was given, and nothing in it"
     )
-    assert set(told.before) <= set(told.after)
+    assert set(outcome.before) <= set(outcome.after)

@@ -1,4 +1,4 @@
-"""`python -m harness.check`, and `harness.run --check`: what they print, write and return."""
+"""Test what `harness.check` and `harness.run --check` print, write and return."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TINY = [
 
 
 def recipe_file(folder: Path, expect: str) -> str:
-    """A tiny run's recipe, of the quickstart's values."""
+    """Write the recipe of a tiny run with the quickstart's values."""
     file = folder / "mine.yaml"
     values = recipes.to_dict(quickstart(TINY))
     values["expect"] |= yaml.safe_load(expect)
@@ -57,10 +57,10 @@ def test_every_seed_is_trained_and_the_mean_is_judged(
         "3,4",
     ]
     assert check.main(arguments) == 3
-    said = capsys.readouterr().out
-    assert "met: eval/accuracy 0 (2 seeds, 95% 0 to 0), expected >= 0 and <= 0.1" in said
-    assert "NOT MET: completions/mean_length" in said
-    assert "2 of 3 expectations met over 2 seeds" in said
+    output = capsys.readouterr().out
+    assert "met: eval/accuracy 0 (2 seeds, 95% 0 to 0), expected >= 0 and <= 0.1" in output
+    assert "NOT MET: completions/mean_length" in output
+    assert "2 of 3 expectations met over 2 seeds" in output
     record = json.loads((tmp_path / "checked" / "check.json").read_text())
     unmet = [[verdict["metric"] for verdict in record["verdicts"] if not verdict["met"]]]
     manifests = [RunDir(tmp_path / "checked" / f"seed{seed}").read_manifest() for seed in (3, 4)]
@@ -72,7 +72,7 @@ def test_every_seed_is_trained_and_the_mean_is_judged(
     assert unmet == [["completions/mean_length"]] * 3
 
 
-def test_a_seed_that_fails_ends_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_seed_ends_the_check(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file = recipe_file(tmp_path, "{eval/accuracy: {min: 0}}")
     arguments = [
         file,
@@ -81,13 +81,13 @@ def test_a_seed_that_fails_ends_it(tmp_path: Path, capfd: pytest.CaptureFixture[
         "trainer.run_name=failed",
     ]
     assert check.main(arguments) == 2
-    said = capfd.readouterr()
-    assert said.err.count("trainer.policy.model.path names no folder") == 1
-    assert "expectations met" not in said.out
+    captured = capfd.readouterr()
+    assert captured.err.count("trainer.policy.model.path names no folder") == 1
+    assert "expectations met" not in captured.out
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_what_stops_it_stops_its_run(
+def test_a_signal_to_the_check_stops_its_run(
     tiny_model_dir: Path, tmp_path: Path, sent: signal.Signals, status: int
 ) -> None:
     file = recipe_file(tmp_path, "{eval/accuracy: {min: 0}}")
@@ -117,15 +117,15 @@ def test_what_stops_it_stops_its_run(
         preexec_fn=heed_interrupts,
     )
     assert process.stdout is not None
-    # Progress is seen as it is made. The signal goes to the command alone, and it passes it on.
+    # Progress is printed while the run trains. The signal goes to the command alone, which passes
+    # it on.
     assert any(line.startswith("step    3/1000") for line in process.stdout)
     process.send_signal(sent)
-    out, told = process.communicate(
-        timeout=60
-    )  # ends when the run has closed its side of the pipe, too
-    assert process.returncode == status, told
-    assert "Traceback" not in told
-    assert ("stopped; go on with: python -m harness.run --resume" in told) == (
+    # Returns when the run has closed its end of the pipe as well.
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == status, errors
+    assert "Traceback" not in errors
+    assert ("stopped; go on with: python -m harness.run --resume" in errors) == (
         sent is signal.SIGINT
     )
     assert "expectations met" not in out
@@ -133,7 +133,7 @@ def test_what_stops_it_stops_its_run(
 
 
 @pytest.mark.parametrize(("flags", "status"), [([], 0), (["--check"], 3)])
-def test_a_run_says_what_it_did_not_show(
+def test_a_run_prints_unmet_expectations(
     tiny_model_dir: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -146,8 +146,8 @@ def test_a_run_says_what_it_did_not_show(
     assert RunDir(tmp_path / "run").read_manifest()["expect"][0]["met"] is False
     assert "NOT MET" in capsys.readouterr().out
 
-    # Another experiment is not what the expectations are about, nor is one that takes its recipe; a
-    # seed is no other.
+    # The expectations hold neither for another experiment nor for a run that uses this recipe as
+    # its base. Another seed is the same experiment.
     rate = "trainer.policy.optimizer_config.lr=1e-5"
     other = [file, rate, f"trainer.ckpt_path={tmp_path}", "trainer.run_name=other", *flags]
     assert run.main(other) == status
@@ -159,14 +159,14 @@ def test_a_run_says_what_it_did_not_show(
         "trainer.run_name=taken",
     ]
     assert run.main([*taken, *flags]) == status
-    said = capsys.readouterr().out
-    assert said.count(f"is not judged: it was overridden ({rate})") == (0 if flags else 2)
-    assert said.count("NOT MET") == (2 if flags else 0)
+    output = capsys.readouterr().out
+    assert output.count(f"is not judged: it was overridden ({rate})") == (0 if flags else 2)
+    assert output.count("NOT MET") == (2 if flags else 0)
     assert bool(RunDir(tmp_path / "taken").read_manifest()["expect"]) == bool(flags)
 
 
 @pytest.mark.parametrize("flags", [["--check"], []])
-def test_a_run_killed_before_its_verdict_gets_it_without_training_again(
+def test_a_run_killed_before_its_verdict_is_judged_without_training_again(
     tiny_model_dir: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -200,10 +200,10 @@ def test_a_run_killed_before_its_verdict_gets_it_without_training_again(
     capsys.readouterr()
     go_on = ["--resume", str(run_dir.path), *flags] if flags else start
     assert run.main(go_on) == (run.UNMET if flags else 0)
-    said = capsys.readouterr().out
-    assert "its verdict was not written" in said
-    assert "NOT MET: eval/accuracy 0 (one seed), expected >= 0.5" in said
-    assert "held-out accuracy 0.000 after 1 steps" in said
+    output = capsys.readouterr().out
+    assert "its verdict was not written" in output
+    assert "NOT MET: eval/accuracy 0 (one seed), expected >= 0.5" in output
+    assert "held-out accuracy 0.000 after 1 steps" in output
     assert {path: path.read_bytes() for path in trained} == trained
     now = run_dir.read_manifest()
     assert now["expect"][0]["met"] is False
@@ -214,7 +214,7 @@ def test_a_run_killed_before_its_verdict_gets_it_without_training_again(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["recipes/base.yaml", "trainer.policy.model.path=x"], "has no expectations"),
         (["recipes/quickstart.yaml", "--seeds", "0,zero"], "different numbers"),
@@ -222,7 +222,7 @@ def test_a_run_killed_before_its_verdict_gets_it_without_training_again(
         ([], "recipe"),
     ],
 )
-def test_bad_input_is_explained(arguments: list[str], told: str) -> None:
+def test_bad_input_is_explained(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError) as caught:
         check.main(arguments)
-    assert told in str(caught.value)
+    assert message in str(caught.value)

@@ -14,7 +14,7 @@ from tests.unit.analysis.synthetic import Sweep, Trial, params, write_sweep
 
 @pytest.fixture
 def two(tmp_path: Path) -> tuple[Path, Path]:
-    """Two sweeps on the same problems; the first wins by score."""
+    """Return two sweeps on the same problems; the first has the higher score."""
     made = []
     for name, rank, top in (("first", 8, 0.9), ("second", 1, 0.7)):
         trials = [
@@ -27,7 +27,7 @@ def two(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def answer(sweep: Path, wrong: dict[int, list[int]]) -> None:
-    """Have the winner's last evaluation answer these problems wrong, by trial number."""
+    """Make the winner's last evaluation answer these problems wrong, by trial number."""
     for number, indices in wrong.items():
         file = sweep / "trials" / f"{number:04d}" / "samples" / "step_000050.parquet"
         rows = pd.read_parquet(file)
@@ -35,7 +35,7 @@ def answer(sweep: Path, wrong: dict[int, list[int]]) -> None:
         rows.to_parquet(file)
 
 
-def test_the_best_of_each_and_the_difference_problem_by_problem(two: tuple[Path, Path]) -> None:
+def test_best_trials_are_compared_problem_by_problem(two: tuple[Path, Path]) -> None:
     answer(two[1], {2: [0, 1, 2, 3, 4, 5], 3: [0, 1, 2, 3, 4, 6]})
     experiments = read(two)
     table = compare.best_of_each(experiments)
@@ -48,7 +48,7 @@ def test_the_best_of_each_and_the_difference_problem_by_problem(two: tuple[Path,
     assert pair.verdict == "better"
 
 
-def test_a_score_that_the_shared_problems_do_not_bear_out_is_not_called_better(
+def test_a_higher_score_without_support_from_the_shared_problems_is_not_better(
     two: tuple[Path, Path],
 ) -> None:
     answer(two[1], {2: [0], 3: []})
@@ -56,7 +56,7 @@ def test_a_score_that_the_shared_problems_do_not_bear_out_is_not_called_better(
     assert pair.verdict == "cannot tell"
 
 
-def test_other_problems_do_not_compare(two: tuple[Path, Path]) -> None:
+def test_sweeps_on_different_problems_are_not_compared(two: tuple[Path, Path]) -> None:
     for file in two[1].glob("trials/*/samples/*.parquet"):
         rows = pd.read_parquet(file)
         rows["question"] = "another " + rows["question"]
@@ -65,17 +65,19 @@ def test_other_problems_do_not_compare(two: tuple[Path, Path]) -> None:
     assert (pair.verdict, pair.difference) == ("not comparable", "")
 
 
-def test_other_metrics_do_not_compare(two: tuple[Path, Path], tmp_path: Path) -> None:
+def test_sweeps_on_different_metrics_are_not_compared(
+    two: tuple[Path, Path], tmp_path: Path
+) -> None:
     trials = [Trial(0, 0, params(8, 1e-3), 0.1), Trial(1, 0, params(8, 1e-2), 0.2)]
     loss = write_sweep(
         tmp_path, Sweep(trials, seeds=[0], metric="completions/clipped_ratio"), "loss"
     )
-    found = compare.pairs(read([two[0], loss]))
-    assert [pair.verdict for pair in found] == ["not comparable"]
-    assert "is judged by" in found[0].reading
+    compared = compare.pairs(read([two[0], loss]))
+    assert [pair.verdict for pair in compared] == ["not comparable"]
+    assert "is judged by" in compared[0].reading
 
 
-def test_one_page_of_several_and_the_same_from_its_tables(
+def test_a_comparison_page_can_be_rebuilt_from_its_tables(
     two: tuple[Path, Path], tmp_path: Path
 ) -> None:
     page = write(read(two), tmp_path / "one").path
@@ -115,7 +117,7 @@ def test_claims_are_judged_on_all_runs_together(two: tuple[Path, Path]) -> None:
     )
 
 
-def test_names_that_two_share_give_way_to_their_directories(
+def test_sweeps_of_the_same_name_are_shown_by_directory(
     two: tuple[Path, Path], tmp_path: Path
 ) -> None:
     other = write_sweep(

@@ -1,5 +1,6 @@
-"""Evaluations of untrained members: sampled once for all that would sample the same, and
-no others.
+"""Test the evaluation of untrained members.
+
+Members that would sample the same completions are evaluated once.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def test_untrained_members_share_their_first_evaluation(
         ("generator.eval_sampling_params.temperature=0.5",),
     ]
     members = [
-        pack.add(small_recipe(*more), new_run(small_recipe(*more), f"run{i}"))
-        for i, more in enumerate(others)
+        pack.add(small_recipe(*overrides), new_run(small_recipe(*overrides), f"run{i}"))
+        for i, overrides in enumerate(others)
     ]
     pack.publish(members)
     generate, asked = pack.engine.generate, []
@@ -48,7 +49,7 @@ def test_untrained_members_share_their_first_evaluation(
     rows, scored = zip(*(evaluate(pack, [member])[member] for member in members), strict=True)
     assert list(dict.fromkeys(asked)) == [members[i].name for i in (0, 2, 3)]
     assert without_timings(rows[1]) == without_timings(rows[0])
-    # What was not sampled for the second member is what it would have sampled, to the bit.
+    # The second member reuses exactly what it would have sampled, to the bit.
     requests = [
         Request(
             problem.prompt_ids,
@@ -89,8 +90,8 @@ def test_a_pack_of_eight_evaluates_with_one_engine_call(
         _trained(packs, new_run, calls, monkeypatch)
         for packs in ([recipes], [[r] for r in recipes])
     )
-    # The base's evaluation as each joins, a rollout for each of two steps, and the evaluation after
-    # the second.
+    # The base's evaluation as each member joins, one rollout for each of two steps, and the
+    # evaluation after the second step.
     assert [len(members) for members in calls[:11]] == [1] * 8 + [8, 8, 8]
     assert len(calls) == 11 + 8 * 4
     for ours, theirs in zip(together, alone, strict=True):
@@ -103,7 +104,7 @@ def _trained(
     calls: list[set[str | None]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> list[dict[str, float]]:
-    """The last rows of runs trained in packs; the members of each engine call are noted."""
+    """Return the last rows of runs trained in packs, and record the members of each engine call."""
     last = []
     for number, recipes in enumerate(packs):
         trainer = Trainer(recipes[0], slots=len(recipes))
@@ -130,4 +131,4 @@ def _trained(
 def _seeds(seed: int, count: int) -> list[int]:
     from rltrain.data.seeding import stream_seed
 
-    return [stream_seed(seed, "eval", place) for place in range(count)]
+    return [stream_seed(seed, "eval", index) for index in range(count)]

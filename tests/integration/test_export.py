@@ -1,6 +1,4 @@
-"""Exported policies in other programs' hands: plain PEFT, plain transformers, and `vllm serve` over
-HTTP.
-"""
+"""Load exported policies in other programs: plain PEFT, plain transformers and `vllm serve`."""
 
 from __future__ import annotations
 
@@ -38,9 +36,7 @@ MAX_TOKENS = 48
 
 @dataclass(frozen=True)
 class Trained:
-    """A short run with what its trained policy, and its base, say of `tokens`: log-probabilities
-    `[T]`.
-    """
+    """A short run, and the log-probabilities `[T]` of `tokens` under its policy and its base."""
 
     run: RunDir
     recipe: Recipe
@@ -50,7 +46,7 @@ class Trained:
 
     @property
     def base_dir(self) -> str:
-        """The base model's folder."""
+        """Return the base model's folder."""
         return str(locate(self.recipe.trainer.policy.model.path))
 
 
@@ -78,7 +74,7 @@ def _train(folder: Path, small_data: list[str], *overrides: str) -> Trained:
     base = _logprobs(pack.model, tokens)
     for _ in train(trainer, recipe, run):
         pass
-    pack.members[0].policy.activate()  # not the critic
+    pack.members[0].policy.activate()  # the policy, not the critic
     trained = Trained(run, recipe, tokens, _logprobs(pack.model.eval(), tokens), base)
     trainer.close()
     return trained
@@ -86,7 +82,7 @@ def _train(folder: Path, small_data: list[str], *overrides: str) -> Trained:
 
 @pytest.fixture(scope="module")
 def trained(small_data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """A few steps of LoRA, at a rate that moves the policy well away from its base."""
+    """Train LoRA for a few steps, at a rate that moves the policy well away from its base."""
     return _train(
         tmp_path_factory.mktemp("runs") / "lora",
         small_data,
@@ -96,7 +92,7 @@ def trained(small_data: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def exported(trained: Trained, tmp_path: Path) -> Callable[..., Path]:
-    """The command's output folder for some of its options."""
+    """Return a function that runs the command with some options and returns its output folder."""
 
     def make(*options: str, run: RunDir = trained.run, name: str = "exported") -> Path:
         folder = tmp_path / name
@@ -107,7 +103,7 @@ def exported(trained: Trained, tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def test_the_adapter_in_plain_peft_is_the_trainers(
+def test_the_adapter_in_plain_peft_equals_the_trainers(
     trained: Trained, exported: Callable[..., Path]
 ) -> None:
     folder = exported()
@@ -121,7 +117,7 @@ def test_the_adapter_in_plain_peft_is_the_trainers(
     _assert_tokenizer_of(folder, trained.base_dir)
 
 
-def test_the_merged_model_is_a_plain_one_and_the_trainers(
+def test_the_merged_model_in_plain_transformers_equals_the_trainers(
     trained: Trained, exported: Callable[..., Path]
 ) -> None:
     folder = exported("--merged")
@@ -133,16 +129,21 @@ def test_the_merged_model_is_a_plain_one_and_the_trainers(
     )
     base = trained.base_dir
     _assert_tokenizer_of(folder, base)
-    ours, its = (GenerationConfig.from_pretrained(path).to_dict() for path in (folder, base))
-    assert ours == its
+    exported_config, base_config = (
+        GenerationConfig.from_pretrained(path).to_dict() for path in (folder, base)
+    )
+    assert exported_config == base_config
 
 
 def _assert_tokenizer_of(folder: Path, base: str) -> None:
-    own, its = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(base)
+    exported, original = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(base)
     chat = [{"role": "user", "content": "Ann's 12 pens cost $3.50 — each?"}]
-    assert own.chat_template == its.chat_template
-    assert own.apply_chat_template(chat) == its.apply_chat_template(chat)
-    assert (own.eos_token_id, own.pad_token_id) == (its.eos_token_id, its.pad_token_id)
+    assert exported.chat_template == original.chat_template
+    assert exported.apply_chat_template(chat) == original.apply_chat_template(chat)
+    assert (exported.eos_token_id, exported.pad_token_id) == (
+        original.eos_token_id,
+        original.pad_token_id,
+    )
 
 
 def test_the_card_says_that_the_inputs_changed(
@@ -160,7 +161,7 @@ def test_the_card_says_that_the_inputs_changed(
         trained.run.manifest.write_text(whole)
 
 
-def test_the_card_says_what_it_is(trained: Trained, exported: Callable[..., Path]) -> None:
+def test_the_card_describes_the_model(trained: Trained, exported: Callable[..., Path]) -> None:
     card = (exported() / "README.md").read_text()
     record = trained.run.read_manifest()
     assert record["recipe"]["digest"] in card
@@ -172,7 +173,9 @@ def test_the_card_says_what_it_is(trained: Trained, exported: Callable[..., Path
     assert "--enable-lora --max-lora-rank 8 --lora-modules noregret=FOLDER" in card
 
 
-def test_best_is_the_best_evaluations(trained: Trained, exported: Callable[..., Path]) -> None:
+def test_best_exports_the_adapter_of_the_best_evaluation(
+    trained: Trained, exported: Callable[..., Path]
+) -> None:
     folder = exported("--which", "best")
     name = "adapter_model.safetensors"
     assert (folder / name).read_bytes() == (trained.run.adapter / "best" / name).read_bytes()
@@ -201,7 +204,7 @@ def test_full_fine_tuning_gives_a_plain_model(
     assert "LoRA" not in (folder / "README.md").read_text()
 
 
-def test_a_ppo_runs_policy_goes_without_its_critic(
+def test_a_ppo_policy_is_exported_without_its_critic(
     small_data: list[str], tmp_path: Path, exported: Callable[..., Path]
 ) -> None:
     ppo = _train(
@@ -239,7 +242,7 @@ def test_an_adapter_on_a_tied_head_is_exported_but_not_merged(
     torch.testing.assert_close(_logprobs(model, tied.tokens), tied.logprobs, atol=1e-6, rtol=0)
 
 
-def test_merged_weights_have_the_bases_dtype(
+def test_merged_weights_have_the_dtype_of_the_base(
     trained: Trained, tmp_path: Path, exported: Callable[..., Path]
 ) -> None:
     path = trained.base_dir
@@ -255,20 +258,20 @@ def test_merged_weights_have_the_bases_dtype(
 
 
 def _on_base(trained: Trained, base: Path) -> RunDir:
-    """The trained run as if it had been one on another base."""
+    """Return a copy of the trained run whose recipe names another base."""
     recipe = recipes.with_values(trained.recipe, {"trainer.policy.model.path": str(base)})
     run = RunDir(base.with_name(f"run-{base.name}"))
     shutil.copytree(trained.run.path, run.path)
     run.recipe.write_text(recipes.to_yaml(recipe))
-    own = manifest.build(recipe, kind="run", name="run", source="quickstart")
+    rebuilt = manifest.build(recipe, kind="run", name="run", source="quickstart")
     write_json(
         run.manifest,
-        {**trained.run.read_manifest(), "recipe": own["recipe"], "model": own["model"]},
+        {**trained.run.read_manifest(), "recipe": rebuilt["recipe"], "model": rebuilt["model"]},
     )
     return run
 
 
-def test_a_base_that_is_not_the_one_trained_on_is_refused(
+def test_another_base_than_the_trained_one_is_refused(
     trained: Trained, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     base = tmp_path / "base"
@@ -289,7 +292,9 @@ def test_a_base_that_is_not_the_one_trained_on_is_refused(
 
 
 @pytest.mark.parametrize("options", [[], ["--merged"]])
-def test_what_fails_leaves_nothing(trained: Trained, tmp_path: Path, options: list[str]) -> None:
+def test_a_failed_export_leaves_no_files(
+    trained: Trained, tmp_path: Path, options: list[str]
+) -> None:
     run = RunDir(tmp_path / "run")
     shutil.copytree(trained.run.path, run.path)
     damaged = (
@@ -311,7 +316,7 @@ def test_vllm_serve_answers_as_the_policy(
 ) -> None:
     merged, adapter = exported("--merged", name="merged"), exported(name="adapter")
     chats = [example.prompt for example in load_examples(trained.recipe.data.val_data)]
-    prompt, ids, greedy = _told_apart(merged, trained.base_dir, chats)
+    prompt, ids, greedy = _differing_prompt(merged, trained.base_dir, chats)
     lora = ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"noregret={adapter}"]
     folder, name, options = {
         "adapter": (Path(trained.base_dir), "noregret", lora),
@@ -325,9 +330,12 @@ def test_vllm_serve_answers_as_the_policy(
     assert not server.alive()
 
 
-def _told_apart(policy: Path, base: str, prompts: list[Chat]) -> tuple[Chat, list[int], list[int]]:
-    """A prompt that the policy and its base answer differently: chat, its tokens, the tokens of the
-    greedy answer.
+def _differing_prompt(
+    policy: Path, base: str, prompts: list[Chat]
+) -> tuple[Chat, list[int], list[int]]:
+    """Return a prompt that the policy and its base answer differently.
+
+    The result is the chat, its tokens, and the tokens of the policy's greedy answer.
     """
     tokenizer = AutoTokenizer.from_pretrained(policy)
     models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in (policy, base)]

@@ -1,5 +1,6 @@
-"""The contract of every registered figure, and what all figures share; each one's own tests are in
-figures/.
+"""Test the contract of every registered figure.
+
+Tests of single figures are in figures/.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ MODULES = {found.name for found in pkgutil.iter_modules(figures.__path__) if not
 COLOUR = re.compile(r"#[0-9a-f]{6}\b")
 LOOKS = [Look(dark, narrow) for dark in (False, True) for narrow in (False, True)]
 RATES: dict[str, Any] = {"seeds": 2, "rates": 5, "failures": 0.0}
-# Between them these have enough for every figure.
+# Together these have enough data for every figure.
 WORLDS: list[Callable[[], World]] = [
     lambda: World((Arm(0, best=-4.0), Arm(1), Arm(8), Arm(64)), **RATES),
     lambda: placed(0.9, **RATES),
@@ -40,13 +41,13 @@ WORLDS: list[Callable[[], World]] = [
 
 
 def named(figure: Figure) -> str:
-    """A figure's module."""
+    """Return the name of a figure's module."""
     return figure.data.__module__.rsplit(".", 1)[-1]
 
 
 @pytest.fixture(scope="module")
 def plots(experiment: Experiment) -> Callable[[Figure], list[Plot]]:
-    """The first plots that a figure makes of the example sweep or of a simulated one."""
+    """Return a function that gives a figure's first plots of an example or simulated sweep."""
     known: dict[str, list[Plot]] = {}
     experiments: list[Experiment] = [experiment]
 
@@ -54,8 +55,8 @@ def plots(experiment: Experiment) -> Callable[[Figure], list[Plot]]:
         if named(figure) not in known:
             if len(experiments) == 1:
                 experiments.extend(worlds.experiment(make()) for make in WORLDS)
-            found = (figure.data(one) for one in experiments)
-            known[named(figure)] = next((some for some in found if some), [])
+            datasets = (figure.data(one) for one in experiments)
+            known[named(figure)] = next((some for some in datasets if some), [])
         return known[named(figure)]
 
     return first
@@ -63,7 +64,7 @@ def plots(experiment: Experiment) -> Callable[[Figure], list[Plot]]:
 
 @pytest.fixture(scope="module")
 def unfinished(tmp_path_factory: pytest.TempPathFactory) -> list[Experiment]:
-    """Sweeps with little to show: no trial, one that is waiting, and none complete."""
+    """Return sweeps with little to show: no trial, one waiting trial, and no complete trial."""
     root = tmp_path_factory.mktemp("unfinished")
     trials = [
         Trial(0, 0, params(8, 1e-3), 0.4, Status.FAILED, "out of memory", last_step=10),
@@ -88,7 +89,7 @@ def test_every_module_registers_its_figure() -> None:
 
 @pytest.mark.parametrize("figure", all_figures(), ids=named)
 class TestContract:
-    def test_says_in_words_what_it_shows(
+    def test_the_caption_describes_the_figure(
         self, figure: Figure, plots: Callable[[Figure], list[Plot]]
     ) -> None:
         assert plots(figure)
@@ -98,7 +99,7 @@ class TestContract:
             assert plot.reading in plot.alt
 
     @pytest.mark.parametrize("narrow", [False, True])
-    def test_draws_for_every_page(
+    def test_a_figure_is_drawn_for_every_page(
         self, figure: Figure, narrow: bool, plots: Callable[[Figure], list[Plot]]
     ) -> None:
         for plot in plots(figure):
@@ -125,7 +126,7 @@ class TestContract:
         assert render(draw, Look()) == every
         assert render(draw, Look(), png=False).svg == every.svg
 
-    def test_what_it_tells_is_on_the_picture(
+    def test_tooltips_are_within_the_picture(
         self, figure: Figure, plots: Callable[[Figure], list[Plot]]
     ) -> None:
         draw = partial(figure.draw, plots(figure)[0].data)
@@ -133,8 +134,8 @@ class TestContract:
             render(draw, Look(narrow=narrow), png=False).traces for narrow in (False, True)
         )
         assert bool(wide) == figure.front
-        told = [[(trace.about, trace.texts) for trace in traces] for traces in (wide, narrow)]
-        assert told[0] == told[1], "the page has one list of texts for both"
+        tooltips = [[(trace.about, trace.texts) for trace in traces] for traces in (wide, narrow)]
+        assert tooltips[0] == tooltips[1], "the page has one list of texts for both"
         for trace in (*wide, *narrow):
             assert len(trace.texts) == len(trace.places)
             assert all(0 < x < 1000 and 0 < y < 1000 for x, y in trace.places)
@@ -142,7 +143,7 @@ class TestContract:
     def test_nothing_to_show_is_no_plot(self, figure: Figure, unfinished: list[Experiment]) -> None:
         assert figure.data(unfinished[0]) == []
 
-    def test_stands_a_sweep_that_has_hardly_begun(
+    def test_a_sweep_that_has_hardly_begun_is_no_error(
         self, figure: Figure, unfinished: list[Experiment]
     ) -> None:
         for experiment in unfinished[1:]:
@@ -152,9 +153,7 @@ class TestContract:
 
 
 def assert_alike(first: bytes, second: bytes) -> None:
-    """Two drawings are the same but for the names of their marks, and for colours that nobody can
-    tell apart.
-    """
+    """Assert that two SVG drawings differ only in ids and in colours that look the same."""
     one, other = anonymous(first), anonymous(second)
     assert re.sub(COLOUR, "#", one) == re.sub(COLOUR, "#", other)
     pairs = zip(re.findall(COLOUR, one), re.findall(COLOUR, other), strict=True)
@@ -163,13 +162,14 @@ def assert_alike(first: bytes, second: bytes) -> None:
 
 
 def anonymous(svg: bytes) -> str:
-    """A drawing with its marks and hatches numbered, which otherwise are named by what they look
-    like.
+    """Return an SVG drawing with its marks and hatches numbered in order.
+
+    matplotlib names them by a hash of their look.
     """
     names: dict[str, str] = {}
     return re.sub(
         r"[hm][0-9a-f]{10}",
-        lambda found: names.setdefault(found[0], f"mark{len(names)}"),
+        lambda match: names.setdefault(match[0], f"mark{len(names)}"),
         svg.decode(),
     )
 
@@ -182,7 +182,7 @@ def test_a_png_is_an_image_of_the_look(experiment: Experiment) -> None:
 
 
 def test_a_palette_keeps_categories_and_shades() -> None:
-    """Colours of categories, and a colour bar's, are in the PNG nearly as they were drawn."""
+    """Check that colours of categories and of a colour bar stay nearly the same in the PNG."""
     look = Look()
     categories = [ImageColor.getrgb(colour) for colour in OKABE_ITO[False]]
     shades = np.round(255 * look.sequence(np.arange(256))[:, :3]).astype(int).tolist()

@@ -1,4 +1,4 @@
-"""Full fine-tuning: every weight is trained, and small updates are kept."""
+"""Test that full fine-tuning trains every weight and keeps small updates."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_full_fine_tuning_in_bfloat16_keeps_small_updates(
     before = {name: p.clone() for name, p in pack.model.named_parameters()}
     assert list(train(trainer, recipe, run))
     matrices = {name: p for name, p in pack.model.named_parameters() if p.dim() == 2}
-    # A bfloat16 weight of 0.02 moves by 6e-5 or not at all.
+    # A bfloat16 weight of 0.02 cannot change by less than 6e-5.
     assert all(0 < (p - before[name]).abs().max() < 1e-5 for name, p in matrices.items())
     saved = load_file(run.adapter / "final" / "model.safetensors")
     assert all(tensor.dtype == torch.bfloat16 for tensor in saved.values())

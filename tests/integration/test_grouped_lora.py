@@ -1,4 +1,4 @@
-"""LoRA products grouped by adapter, against vLLM's own operations."""
+"""Compare LoRA products grouped by adapter with vLLM's operations."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 
 SLOTS, MOST_SLOTS = 4, 24
-WIDTHS = [128, 384]  # MKL's kernels for few rows differ with their width
-RANKS = [8, 64]  # slots together, and each apart
+WIDTHS = [128, 384]  # MKL uses different kernels for few rows, depending on the width
+RANKS = [8, 64]  # computed for all slots together, and for each slot apart
 OUT = (128, 64, 64)
 
 
@@ -23,8 +23,9 @@ def _applied(
     slots: int = SLOTS,
     width: int = WIDTHS[0],
 ) -> torch.Tensor:
-    """y of a packed layer after the adapters were added; ids 1, 2, ... stand in slots 0, 1, ...; 0
-    is the base.
+    """Return y of a packed layer after the adapters were added.
+
+    Adapter ids 1, 2, ... are in slots 0, 1, ...; id 0 is the base.
     """
     from vllm.lora.layers import LoRAMapping
 
@@ -50,19 +51,19 @@ def _applied(
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("prefill", [True, False])
 @pytest.mark.parametrize("rows", [[0] * 512, [0, 1, 2, 3] * 40, [3] * 5 + [1], [2]])
-def test_the_same_as_vllms_own_operations(rows: list[int], prefill: bool, rank: int) -> None:
+def test_results_equal_those_of_vllms_operations(rows: list[int], prefill: bool, rank: int) -> None:
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
     from rltrain.engines.cpu.grouped_lora import GroupedLoRA
 
-    found, expected = (
+    actual, expected = (
         _applied(one, rows, rank=rank, prefill=prefill) for one in (GroupedLoRA, PunicaWrapperCPU)
     )
-    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(actual, expected, atol=1e-3, rtol=1e-5)
 
 
 @pytest.mark.parametrize("rank", RANKS)
-def test_rows_of_the_base_are_left_alone(rank: int) -> None:
+def test_rows_of_the_base_do_not_change(rank: int) -> None:
     from rltrain.engines.cpu.grouped_lora import GroupedLoRA
 
     for times in (1, 20):
@@ -74,7 +75,7 @@ def test_rows_of_the_base_are_left_alone(rank: int) -> None:
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_row_is_the_same_to_the_bit_in_any_company(threads: int, width: int, rank: int) -> None:
+def test_a_row_does_not_depend_on_the_other_rows(threads: int, width: int, rank: int) -> None:
     from rltrain.engines.cpu.grouped_lora import GroupedLoRA
 
     before = torch.get_num_threads()
@@ -95,9 +96,7 @@ def test_a_row_is_the_same_to_the_bit_in_any_company(threads: int, width: int, r
 
 @pytest.mark.parametrize("rank", [1, 8, 16, 32])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_row_is_the_same_to_the_bit_however_many_slots_the_engine_has(
-    threads: int, rank: int
-) -> None:
+def test_a_row_does_not_depend_on_the_number_of_slots(threads: int, rank: int) -> None:
     from rltrain.engines.cpu.grouped_lora import GroupedLoRA
 
     before = torch.get_num_threads()
@@ -116,7 +115,7 @@ def test_a_row_is_the_same_to_the_bit_however_many_slots_the_engine_has(
         torch.set_num_threads(before)
 
 
-def test_only_versions_that_were_checked_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_known_vllm_versions_are_patched(monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm
     from vllm.platforms import current_platform
 

@@ -1,5 +1,6 @@
-"""The GSM8K recipe, shrunk by overrides, end to end on the real texts with a small model made from
-them.
+"""Run the GSM8K recipe end to end at a small size.
+
+The texts are real, and a small model is made from them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ HELD_OUT = 96
 
 @dataclass(frozen=True)
 class Prepared:
-    """Data files as `harness.prepare` writes them, the held-out one cut, and the model."""
+    """Data files that `harness.prepare` writes, with fewer held-out problems, and the model."""
 
     train: Path
     validation: Path
@@ -49,11 +50,11 @@ def _command(*arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def prepared(gsm8k_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    """The real problems, and a model that writes answers of their form."""
+    """Prepare the real problems, and a model that writes answers in their format."""
     root = tmp_path_factory.mktemp("gsm8k")
     source = [str(gsm8k_dir / f"{name}.jsonl") for name in ("train", "test")]
-    said = _command("harness.prepare", "gsm8k", "--source", *source, "--output-dir", str(root))
-    assert "train.parquet: 7,473 problems" in said
+    output = _command("harness.prepare", "gsm8k", "--source", *source, "--output-dir", str(root))
+    assert "train.parquet: 7,473 problems" in output
     held_out = root / "held_out.parquet"
     pd.read_parquet(root / "validation.parquet").head(HELD_OUT).to_parquet(held_out)
     make_gsm8k_model(root / "model", gsm8k_dir)
@@ -68,7 +69,7 @@ def test_the_model_is_an_ordinary_qwen2(prepared: Prepared) -> None:
     chat = [{"role": "user", "content": "How many?"}]
     shown = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert shown == "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n"
-    # The markup's tokens are single ones, and digits stand alone.
+    # The markup's tokens are single ones, and each digit is a token.
     assert [tokenizer.decode(i) for i in tokenizer(shown)["input_ids"]][:1] == ["<|im_start|>"]
     assert len(tokenizer("1234")["input_ids"]) == 4
     model = AutoModelForCausalLM.from_pretrained(prepared.model)
@@ -81,12 +82,12 @@ def test_the_model_is_an_ordinary_qwen2(prepared: Prepared) -> None:
 def trained(
     prepared: Prepared, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[int], RunDir]:
-    """The recipe's run on so many ranks; each is made once."""
+    """Return a function that runs the recipe on a number of ranks, once each."""
     root = tmp_path_factory.mktemp("runs")
 
     @functools.cache
     def run(ranks: int) -> RunDir:
-        said = _command(
+        output = _command(
             "harness.run",
             "recipes/gsm8k_lora.yaml",
             f"data.train_data=[{prepared.train}]",
@@ -112,7 +113,7 @@ def trained(
             f"trainer.ckpt_path={root}",
             f"trainer.run_name=ranks{ranks}",
         )
-        assert "after 2 steps" in said.splitlines()[-1]
+        assert "after 2 steps" in output.splitlines()[-1]
         return RunDir(root / f"ranks{ranks}")
 
     return run
@@ -128,7 +129,7 @@ def test_the_recipe_trains_on_the_real_texts(
     base, *steps = MetricsFile(run.metrics).rows()
     assert [row["step"] for row in (base, *steps)] == [0, 1, 2]
     assert all(row["sampling/sampling_logp_difference/mean"] < 1e-3 for row in steps)
-    # Answers end, and some are right by luck: there is something to learn from.
+    # Completions end, and some are right by luck, so there is a signal to learn from.
     assert all(row["completions/clipped_ratio"] < 0.5 for row in steps)
     assert max(row["reward"] for row in steps) > 0
     assert max(row["grad_norm"] for row in steps) > 0
@@ -137,12 +138,13 @@ def test_the_recipe_trains_on_the_real_texts(
     learned = load_file(run.adapter / "final" / "adapter_model.safetensors")
     assert any(tensor.abs().max() > 0 for name, tensor in learned.items() if "lora_B" in name)
     samples = pd.read_parquet(run.eval_samples(2))
-    assert set(samples["question"]) <= set(_questions(prepared.validation))
+    questions = {info["question"] for info in pd.read_parquet(prepared.validation)["extra_info"]}
+    assert set(samples["question"]) <= questions
     assert samples["completion"].str.contains("####").any()
 
 
 @pytest.mark.slow
-def test_two_ranks_train_as_one(trained: Callable[[int], RunDir]) -> None:
+def test_two_ranks_train_like_one(trained: Callable[[int], RunDir]) -> None:
     one, two = (MetricsFile(trained(ranks).metrics).rows()[1:] for ranks in (1, 2))
     for name in ("reward", "loss", "kl", "entropy", "grad_norm", "num_tokens"):
         assert [row[name] for row in two] == pytest.approx(
@@ -155,7 +157,3 @@ def _prompts_above(prepared: Prepared, limit: int) -> int:
     prompts = [list(prompt) for prompt in pd.read_parquet(prepared.train)["prompt"]]
     texts = tokenizer.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True)
     return sum(len(ids) > limit for ids in tokenizer(texts)["input_ids"])
-
-
-def _questions(path: Path) -> list[str]:
-    return [info["question"] for info in pd.read_parquet(path)["extra_info"]]

@@ -1,6 +1,4 @@
-"""The example command line of SkyRL's LoRA guide, with `harness.run recipes/gsm8k_lora.yaml` as the
-entry point.
-"""
+"""Run the example command line of SkyRL's LoRA guide with `harness.run recipes/gsm8k_lora.yaml`."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ NUM_GPUS = 4
 
 
 def guide(home: Path) -> dict[str, str]:
-    """Its overrides as the shell hands them over, in its order."""
+    """Return the guide's overrides in order, as the shell passes them."""
     return {
         "data.train_data": f"['{home}/data/gsm8k/train.parquet']",
         "data.val_data": f"['{home}/data/gsm8k/validation.parquet']",
@@ -79,10 +77,10 @@ def harness_run(overrides: dict[str, str], *flags: str) -> subprocess.CompletedP
     )
 
 
-def test_it_resolves_and_dry_runs_unchanged(tmp_path: Path) -> None:
+def test_the_guides_command_line_dry_runs_unchanged(tmp_path: Path) -> None:
     done = harness_run(guide(tmp_path), "--dry-run")
     assert (done.returncode, done.stderr) == (0, "")
-    for said in (
+    for expected in (
         "Qwen/Qwen2.5-0.5B-Instruct",
         "LoRA rank 32, alpha 32, all-linear, lr 3e-05",
         "grpo, regular loss",
@@ -92,20 +90,18 @@ def test_it_resolves_and_dry_runs_unchanged(tmp_path: Path) -> None:
         f"{tmp_path}/data/gsm8k/train.parquet",
         "generator.weight_sync_backend has no effect",
     ):
-        assert said in done.stdout
+        assert expected in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 
-def test_its_memory_is_not_known_without_the_gpus(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_is_unknown_without_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     done = harness_run(guide(tmp_path), "--dry-run")
     assert done.returncode == 0
     assert "memory: not known: name each GPU's with --gpu-memory 80" in done.stdout
 
 
-def test_it_fits_four_gpus_of_80_gib(tmp_path: Path) -> None:
+def test_the_guide_fits_four_gpus_of_80_gib(tmp_path: Path) -> None:
     done = harness_run(guide(tmp_path), "--dry-run", "--gpu-memory", "80")
     assert (done.returncode, done.stderr) == (0, "")
     assert "memory of a run, GiB on each of 4 GPUs" in done.stdout
@@ -115,7 +111,7 @@ def test_it_fits_four_gpus_of_80_gib(tmp_path: Path) -> None:
     assert 5 < training < 40
 
 
-def test_for_one_gpu_of_24_gib_it_names_what_fits(tmp_path: Path) -> None:
+def test_advice_names_settings_that_fit_one_gpu_of_24_gib(tmp_path: Path) -> None:
     small = ("--dry-run", "--gpu-memory", "1x24")
     done = harness_run(guide(tmp_path), *small)
     assert done.returncode == 2
@@ -130,9 +126,7 @@ def test_for_one_gpu_of_24_gib_it_names_what_fits(tmp_path: Path) -> None:
     assert "memory of a run, GiB on the GPU" in again.stdout
 
 
-def test_without_the_gpus_it_says_what_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_gpus_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     done = harness_run(guide(tmp_path) | {"ray.address": "null"})
     assert done.returncode == 2
@@ -142,7 +136,9 @@ def test_without_the_gpus_it_says_what_is_missing(
 
 
 @pytest.mark.slow
-def test_on_two_cpu_ranks_with_a_tiny_model_it_trains(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_the_guide_trains_a_tiny_model_on_two_cpu_ranks(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
     data = tiny_model_dir / "data"
     small = {
         "trainer.policy.model.path": str(tiny_model_dir),
@@ -174,5 +170,5 @@ def test_on_two_cpu_ranks_with_a_tiny_model_it_trains(tmp_path: Path, tiny_model
     assert 0 <= rows[-1]["eval/accuracy"] <= 1
     assert (run_dir.adapter / "final" / "adapter_model.safetensors").is_file()
     assert list(run_dir.path.glob("wandb/offline-run-*/*.wandb"))
-    # Versions of the adapter went through the guide's folder, and are gone with the run.
+    # Adapter versions were written to the guide's folder, and were removed with the run.
     assert list((tmp_path / "skyrl_lora_sync").iterdir()) == []

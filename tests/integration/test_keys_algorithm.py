@@ -1,5 +1,6 @@
-"""Dynamic sampling, filters, KL in the reward, importance weights and the sync's bound in real,
-short runs.
+"""Test algorithm keys in short real runs.
+
+These are dynamic sampling, filters, KL in the reward, importance weights and the sync tolerance.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ FILTER = f"{ALGORITHM}.dynamic_sampling.type=filter"
 
 
 def _run(recipe: Recipe, run: RunDir, stop_after: int | None = None) -> list[Row]:
-    """Train; the rows that the run has then."""
+    """Train a run and return its rows."""
     train_run(recipe, run, stop_after=stop_after)
     return rows(run)
 
@@ -37,7 +38,7 @@ def _rolled_out(pack: Pack) -> tuple[Rollout, Row]:
     return scored, stats
 
 
-def test_filter_draws_until_the_batch_has_signal(opened: Open) -> None:
+def test_filter_samples_until_the_batch_has_signal(opened: Open) -> None:
     pack, _ = opened()
     plain, _ = _rolled_out(pack)
     assert 0 < len(groups_with_signal(plain.rewards)) < 4
@@ -45,7 +46,7 @@ def test_filter_draws_until_the_batch_has_signal(opened: Open) -> None:
     scored, stats = _rolled_out(pack)
     assert groups_with_signal(scored.rewards) == [0, 1, 2, 3]
     assert member.batches == stats["num_sampled_batches"] > 1
-    # What the first batch had of it comes first.
+    # The first batch's groups with a signal come first.
     kept = [plain.problems[i].example.index for i in groups_with_signal(plain.rewards)]
     assert [problem.example.index for problem in scored.problems][: len(kept)] == kept
     assert stats["frac_reward_zero_std"] > 0
@@ -75,7 +76,7 @@ def test_replace_fills_the_batch_with_copies(opened: Open) -> None:
     assert _rolled_out(pack)[1]["num_replaced_groups"] == 0
 
 
-def test_a_run_with_dynamic_sampling_goes_on_as_if_never_stopped(
+def test_resumed_run_with_dynamic_sampling_equals_uninterrupted_run(
     small_recipe: MakeRecipe, new_run: MakeRun
 ) -> None:
     recipe = small_recipe(FILTER)
@@ -100,19 +101,15 @@ def test_a_run_with_dynamic_sampling_goes_on_as_if_never_stopped(
         ("generator.apply_overlong_filtering=true", "completions/clipped_ratio"),
     ],
 )
-def test_what_is_filtered_is_the_share_that_was_found(
-    opened: Open, override: str, share: str
-) -> None:
+def test_share_of_filtered_groups_is_logged(opened: Open, override: str, share: str) -> None:
     pack, member = opened(override, "generator.sampling_params.max_generate_length=40")
     row = train_step(pack, pack.members)[member]
     assert 0 < row[share] < 1
     assert row["frac_masked_completions"] == pytest.approx(row[share])
-    assert (
-        row["num_tokens"] > row["completions/mean_length"] * 16
-    )  # counted, prompts too: filtered is not unseen
+    assert row["num_tokens"] > row["completions/mean_length"] * 16  # filtered prompts count as seen
 
 
-def test_a_batch_of_nothing_but_cut_completions_trains_nothing(
+def test_a_batch_of_only_truncated_completions_trains_nothing(
     small_recipe: MakeRecipe, new_run: MakeRun
 ) -> None:
     short = (
@@ -156,7 +153,7 @@ def test_importance_weights_are_near_one_where_engine_and_trainer_agree(
     "backward",
     [f"{ALGORITHM}.advantage_estimator=reinforce++", f"{ALGORITHM}.policy_loss_type=gspo"],
 )
-def test_other_settings_make_other_updates_of_the_same_samples(opened: Open, backward: str) -> None:
+def test_each_setting_changes_the_update_of_the_same_samples(opened: Open, backward: str) -> None:
     rows = []
     for overrides in ([], [backward]):
         pack, member = opened(*overrides)
@@ -165,9 +162,7 @@ def test_other_settings_make_other_updates_of_the_same_samples(opened: Open, bac
     assert rows[0]["grad_norm"] != pytest.approx(rows[1]["grad_norm"], rel=1e-4)
 
 
-def test_the_sync_must_be_as_close_as_sync_tolerance_says(
-    opened: Open, small_recipe: MakeRecipe
-) -> None:
+def test_a_sync_outside_sync_tolerance_is_refused(opened: Open, small_recipe: MakeRecipe) -> None:
     pack, _ = opened("trainer.sync_tolerance=1e-12")
     with pytest.raises(SyncError, match="tolerance 1.00e-12"):
         train_step(pack, pack.members)

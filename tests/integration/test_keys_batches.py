@@ -1,4 +1,4 @@
-"""How a step is cut into engine calls, mini-batches and micro-batches: counted in real steps."""
+"""Count the engine calls, mini-batches and micro-batches of real training steps."""
 
 from __future__ import annotations
 
@@ -45,26 +45,24 @@ def _step(pack: Pack, member: Member) -> Row:
         ),
     ],
 )
-def test_a_batch_makes_so_many_updates(
+def test_number_of_updates_for_each_batch(
     opened: Open, monkeypatch: pytest.MonkeyPatch, overrides: list[str], updates: list[str]
 ) -> None:
     pack, member = opened(*overrides)
-    seen: list[str] = []
+    updated: list[str] = []
     optimize = TrainedModel.optimize
 
-    def noting(self: TrainedModel, ranks: Ranks) -> Row:
-        seen.append(self.name)
+    def recording(self: TrainedModel, ranks: Ranks) -> Row:
+        updated.append(self.name)
         return optimize(self, ranks)
 
-    monkeypatch.setattr(TrainedModel, "optimize", noting)
+    monkeypatch.setattr(TrainedModel, "optimize", recording)
     _step(pack, member)
-    assert seen == updates
+    assert updated == updates
 
 
-class Noted:
-    """The batches that a learner's methods were given, `{method: [batch, ...]}`; the methods do
-    what they did.
-    """
+class RecordedBatches:
+    """Batches passed to methods of trained models, `{method: [batch, ...]}`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.batches: dict[str, list[Batch]] = {}
@@ -77,22 +75,22 @@ class Noted:
             self._watch(monkeypatch, owner, name)
 
     def _watch(self, monkeypatch: pytest.MonkeyPatch, owner: type[TrainedModel], name: str) -> None:
-        method, seen = getattr(owner, name), self.batches.setdefault(f"{owner.name}.{name}", [])
+        method, recorded = getattr(owner, name), self.batches.setdefault(f"{owner.name}.{name}", [])
 
-        def noting(learner: TrainedModel, batch: Batch, *rest: Any) -> Any:
-            seen.append(batch)
-            return method(learner, batch, *rest)
+        def recording(model: TrainedModel, batch: Batch, *rest: Any) -> Any:
+            recorded.append(batch)
+            return method(model, batch, *rest)
 
-        monkeypatch.setattr(owner, name, noting)
+        monkeypatch.setattr(owner, name, recording)
 
     def sizes(self, name: str) -> list[int]:
-        """Sequences in each of a method's batches."""
+        """Return the number of sequences in each of a method's batches."""
         return [len(batch) for batch in self.batches[name]]
 
 
 @pytest.fixture(scope="module")
-def whole() -> dict[str, Row]:
-    """The metrics of the first step in as few parts as can be, once it has been computed."""
+def first_row() -> dict[str, Row]:
+    """Return a cache for the metrics of the first step, computed in as few parts as possible."""
     return {}
 
 
@@ -106,10 +104,10 @@ def whole() -> dict[str, Row]:
     ],
 )
 def test_micro_batches_have_their_size_and_change_no_result(
-    opened: Open, monkeypatch: pytest.MonkeyPatch, whole: dict[str, Row], setting: str
+    opened: Open, monkeypatch: pytest.MonkeyPatch, first_row: dict[str, Row], setting: str
 ) -> None:
     pack, member = opened(PPO, "trainer.micro_train_batch_size_per_gpu=16", f"trainer.{setting}")
-    seen = Noted(monkeypatch)
+    recorded = RecordedBatches(monkeypatch)
     row = _step(pack, member)
     # 16 sequences to compute, and 8 in each of two mini-batches.
     forward, train = [16], [8, 8]
@@ -118,18 +116,18 @@ def test_micro_batches_have_their_size_and_change_no_result(
     if setting == "micro_forward_batch_size_per_gpu=5":
         forward = [5, 5, 5, 1]
     if setting.startswith("max_tokens"):
-        assert sum(seen.sizes("policy.logprobs")) == 16
-        for name, batches in seen.batches.items():
-            # `values` is called by `loss` too.
+        assert sum(recorded.sizes("policy.logprobs")) == 16
+        for name, batches in recorded.batches.items():
+            # `loss` calls `values` too.
             assert len(batches) > (2 if name.endswith("loss") else 1)
             assert (
                 max(packing.pack(batch, share=True).input_ids.numel() for batch in batches) <= 200
             )
     else:
-        assert seen.sizes("policy.logprobs") == forward
-        assert seen.sizes("policy.loss") == seen.sizes("critic.loss") == train
-        assert seen.sizes("critic.values") == forward + train
-    expected = whole.setdefault("first", row)
+        assert recorded.sizes("policy.logprobs") == forward
+        assert recorded.sizes("policy.loss") == recorded.sizes("critic.loss") == train
+        assert recorded.sizes("critic.values") == forward + train
+    expected = first_row.setdefault("first", row)
     for name in (
         "loss",
         "grad_norm",
@@ -142,20 +140,20 @@ def test_micro_batches_have_their_size_and_change_no_result(
 
 
 def _watch_engine(pack: Pack, monkeypatch: pytest.MonkeyPatch) -> list[list[Request]]:
-    """The requests of each call of the engine from now on."""
+    """Return a list to which each later call of the engine adds its requests."""
     calls: list[list[Request]] = []
     generate = pack.engine.generate
 
-    def noting(requests: list[Request]) -> list[list[Sample]]:
+    def recording(requests: list[Request]) -> list[list[Sample]]:
         calls.append(list(requests))
         return generate(requests)
 
-    monkeypatch.setattr(pack.engine, "generate", noting)
+    monkeypatch.setattr(pack.engine, "generate", recording)
     return calls
 
 
 @pytest.mark.parametrize(("batch", "samples"), [(4, 4), (6, 3)])
-def test_a_step_samples_so_many_prompts_so_often(
+def test_number_of_prompts_and_samples_for_each_step(
     opened: Open, monkeypatch: pytest.MonkeyPatch, batch: int, samples: int
 ) -> None:
     pack, _ = opened(
@@ -170,17 +168,17 @@ def test_a_step_samples_so_many_prompts_so_often(
 def test_batched_is_one_engine_call_or_one_for_each_prompt(
     opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = []
+    tokens = []
     for batched in ("true", "false"):
         pack, _ = opened(f"generator.batched={batched}")
         calls = _watch_engine(pack, monkeypatch)
         ((scored, _),) = sample_rollouts(pack, pack.members).values()
         assert [len(requests) for requests in calls] == ([4] if batched == "true" else [1] * 4)
-        found.append([[sample.token_ids for sample in group] for group in scored.samples])
-    assert found[0] == found[1]
+        tokens.append([[sample.token_ids for sample in group] for group in scored.samples])
+    assert tokens[0] == tokens[1]
 
 
-def test_evaluation_goes_to_the_engine_in_batches_of_samples(
+def test_evaluation_calls_the_engine_in_batches(
     opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = []
@@ -204,7 +202,7 @@ def test_evaluation_goes_to_the_engine_in_batches_of_samples(
 
 
 def _watch_widths(patch: pytest.MonkeyPatch, widths: list[int]) -> None:
-    """Note how many sequences each batch of the engine decodes."""
+    """Record how many sequences each batch of the engine decodes."""
     prefill = LlamaDecoder.prefill
 
     def watched(
@@ -216,10 +214,8 @@ def _watch_widths(patch: pytest.MonkeyPatch, widths: list[int]) -> None:
     patch.setattr(LlamaDecoder, "prefill", watched)
 
 
-def test_so_many_sequences_are_decoded_at_once(
-    opened: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = []
+def test_number_of_sequences_decoded_at_once(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = []
     for limit, most in ((256, 16), (5, 5)):
         pack, _ = opened(f"generator.max_num_seqs={limit}")
         widths: list[int] = []
@@ -227,5 +223,5 @@ def test_so_many_sequences_are_decoded_at_once(
             _watch_widths(patch, widths)
             ((scored, _),) = sample_rollouts(pack, pack.members).values()
         assert max(widths) == most
-        found.append([[sample.token_ids for sample in group] for group in scored.samples])
-    assert found[0] == found[1]
+        tokens.append([[sample.token_ids for sample in group] for group in scored.samples])
+    assert tokens[0] == tokens[1]

@@ -1,5 +1,6 @@
-"""Runs with a critic: head and adapter train and come back from a checkpoint to the bit; full
-fine-tuning of either.
+"""Test runs with a critic, by LoRA and by full fine-tuning.
+
+Head and adapter train, and checkpoints restore them to the bit.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ PPO = "trainer.algorithm.advantage_estimator=gae"
 
 
 def _run(recipe: Recipe, run: RunDir, stop_after: int | None = None) -> Tensors:
-    """Train; the critic's parameters at the end."""
+    """Train a run and return the critic's parameters at the end."""
     with Trainer(recipe) as trainer:
         list(islice(train(trainer, recipe, run), stop_after))
         critic = trainer.pack.members[0].critic
@@ -35,7 +36,7 @@ def _run(recipe: Recipe, run: RunDir, stop_after: int | None = None) -> Tensors:
 
 @pytest.fixture
 def ppo(small_recipe: MakeRecipe) -> MakeRecipe:
-    """A small PPO recipe."""
+    """Return a function that composes a small PPO recipe."""
 
     def make(*overrides: str) -> Recipe:
         return small_recipe(
@@ -45,7 +46,7 @@ def ppo(small_recipe: MakeRecipe) -> MakeRecipe:
     return make
 
 
-def test_a_stopped_ppo_run_goes_on_as_if_never_stopped(ppo: MakeRecipe, new_run: MakeRun) -> None:
+def test_resumed_ppo_run_equals_uninterrupted_run(ppo: MakeRecipe, new_run: MakeRun) -> None:
     schedule = (
         "trainer.critic.optimizer_config.lr=1e-3",
         "trainer.critic.optimizer_config.scheduler=linear",
@@ -57,9 +58,9 @@ def test_a_stopped_ppo_run_goes_on_as_if_never_stopped(ppo: MakeRecipe, new_run:
     assert broken.status is Status.RUNNING
     saved = load_file(broken.checkpoints / "step_000002" / "critic.safetensors")
     assert {"value_head.weight", "value_head.bias"} < saved.keys()
-    found = _run(recipe, broken)
+    actual = _run(recipe, broken)
     assert rows(whole) == rows(broken)
-    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    assert all(torch.equal(tensor, actual[name]) for name, tensor in expected.items())
     assert not torch.equal(saved["value_head.weight"], expected["value_head.weight"])
     adapters = [
         load_file(run.adapter / "final" / "adapter_model.safetensors") for run in (whole, broken)
@@ -75,7 +76,7 @@ def test_a_stopped_ppo_run_goes_on_as_if_never_stopped(ppo: MakeRecipe, new_run:
     )
 
 
-def test_full_fine_tuning_of_both_goes_on_as_if_never_stopped(
+def test_resumed_full_fine_tuning_of_both_equals_uninterrupted_run(
     ppo: MakeRecipe, new_run: MakeRun
 ) -> None:
     full = [f"trainer.{role}.model.lora.rank=0" for role in ("policy", "critic")]
@@ -91,14 +92,14 @@ def test_full_fine_tuning_of_both_goes_on_as_if_never_stopped(
     expected = _run(recipe, whole)
     _run(recipe, broken, stop_after=1)
     assert broken.status is Status.RUNNING
-    found = _run(recipe, broken)
+    actual = _run(recipe, broken)
     assert rows(whole) == rows(broken)
-    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    assert all(torch.equal(tensor, actual[name]) for name, tensor in expected.items())
     models = [load_file(run.adapter / "final" / "model.safetensors") for run in (whole, broken)]
     assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
 
 
-def test_a_checkpoint_without_a_critic_starts_none(
+def test_a_checkpoint_without_a_critic_is_refused(
     small_recipe: MakeRecipe, ppo: MakeRecipe, new_run: MakeRun
 ) -> None:
     first = new_run(small_recipe(), "grpo")
@@ -112,7 +113,10 @@ def test_a_checkpoint_without_a_critic_starts_none(
 def _stepped(
     recipe: Recipe, run: RunDir
 ) -> tuple[Pack, Member, Critic, dict[str, Tensors], dict[str, float]]:
-    """A pack after a step of its member; each learner's parameters from before, and the metrics."""
+    """Take one step of a pack's only member.
+
+    Returns the pack, the metrics, and each trained model's parameters from before the step.
+    """
     pack = Pack.open(recipe)
     member = pack.add(recipe, run)
     pack.publish_member(member)
@@ -125,7 +129,7 @@ def _stepped(
     return pack, member, member.critic, before, row
 
 
-def test_the_critics_rank_0_trains_a_base_of_its_own(ppo: MakeRecipe, new_run: MakeRun) -> None:
+def test_a_critic_of_rank_0_trains_a_separate_base(ppo: MakeRecipe, new_run: MakeRun) -> None:
     recipe = ppo("trainer.critic.model.lora.rank=0")
     pack, member, critic, before, row = _stepped(recipe, new_run(recipe, "run"))
     assert critic.model is not pack.model
@@ -151,26 +155,29 @@ def test_full_fine_tuning_of_the_policy_with_a_critic(
     recipe = ppo(*full, f"trainer.critic.model.lora.rank={rank}")
     pack, member, critic, before, row = _stepped(recipe, new_run(recipe, "run"))
     assert critic.model is not member.policy.model
-    for learner in member.trained_models:
+    for trained_model in member.trained_models:
         changed = [
-            not torch.equal(p, before[learner.name][name]) for name, p in learner.parameters.items()
+            not torch.equal(p, before[trained_model.name][name])
+            for name, p in trained_model.parameters.items()
         ]
-        # A of an adapter whose B was zero has no gradient in the first update, and the critic makes
-        # two.
-        assert all(changed), learner.name
+        # A has no gradient in the first update, because B is zero. The critic makes two updates.
+        assert all(changed), trained_model.name
     assert row["kl_in_reward"] == pytest.approx(0, abs=1e-6)
     pack.close()
 
 
-def test_the_base_of_policy_and_critic_stays_as_it_is(ppo: MakeRecipe, new_run: MakeRun) -> None:
+def test_the_shared_base_of_policy_and_critic_does_not_change(
+    ppo: MakeRecipe, new_run: MakeRun
+) -> None:
     recipe = ppo()
     pack = Pack.open(recipe)
     base = {name: p.detach().clone() for name, p in pack.model.named_parameters()}
     pack.close()
     pack, member, critic, before, _ = _stepped(recipe, new_run(recipe, "run"))
-    for learner in member.trained_models:
+    for trained_model in member.trained_models:
         assert any(
-            not torch.equal(p, before[learner.name][name]) for name, p in learner.parameters.items()
+            not torch.equal(p, before[trained_model.name][name])
+            for name, p in trained_model.parameters.items()
         )
     after = {
         name.replace(".base_layer", ""): p

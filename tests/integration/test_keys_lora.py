@@ -1,6 +1,4 @@
-"""What an adapter is, the policy's and the critic's alike: every key of `lora` on modules of a real
-pack.
-"""
+"""Test every key of `lora` on modules of a real pack, for policy and critic alike."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ PPO = "trainer.algorithm.advantage_estimator=gae"
 
 @pytest.fixture(scope="module")
 def packs() -> Iterator[list[Pack]]:
-    """The pack that all members of this file join in turn, opened by the first."""
+    """Return a list that holds the pack that all members of this file join, once it is open."""
     opened: list[Pack] = []
     yield opened
     for pack in opened:
@@ -43,8 +41,9 @@ def packs() -> Iterator[list[Pack]]:
 def join(
     request: pytest.FixtureRequest, small_recipe: MakeRecipe, new_run: MakeRun, packs: list[Pack]
 ) -> Iterator[Join]:
-    """The policy or the critic of a new member whose own `lora` has these settings; keys with dots
-    are whole ones.
+    """Return a function that adds a member and returns its policy or its critic.
+
+    The settings are those of the model's `lora`; keys with dots are whole keys.
     """
     members: list[Member] = []
 
@@ -56,26 +55,26 @@ def join(
         if not packs:
             packs.append(Pack.open(recipe, slots=2))
         members.append(packs[0].add(recipe, new_run(recipe, f"run{len(members)}")))
-        return {learner.name: learner for learner in members[-1].trained_models}[request.param]
+        return {model.name: model for model in members[-1].trained_models}[request.param]
 
     yield make
     for member in members:
         packs[0].remove(member)
 
 
-def _layers(learner: TrainedModel) -> dict[str, LoraLayer]:
-    return adapter_layers(learner.model, learner.adapter)
+def _layers(model: TrainedModel) -> dict[str, LoraLayer]:
+    return adapter_layers(model.model, model.adapter)
 
 
 @pytest.mark.parametrize("rank", [1, 5])
 def test_rank(join: Join, rank: int) -> None:
-    learner = join(f"rank={rank}")
-    assert {
-        layer.lora_A[learner.adapter].weight.shape[0] for layer in _layers(learner).values()
-    } == {rank}
-    assert {
-        layer.lora_B[learner.adapter].weight.shape[1] for layer in _layers(learner).values()
-    } == {rank}
+    model = join(f"rank={rank}")
+    assert {layer.lora_A[model.adapter].weight.shape[0] for layer in _layers(model).values()} == {
+        rank
+    }
+    assert {layer.lora_B[model.adapter].weight.shape[1] for layer in _layers(model).values()} == {
+        rank
+    }
 
 
 @pytest.mark.parametrize(
@@ -84,11 +83,11 @@ def test_rank(join: Join, rank: int) -> None:
 def test_alpha_over_rank_scales_the_update(
     join: Join, rank: int, alpha: float, factor: float
 ) -> None:
-    learner = join(f"rank={rank}", f"alpha={alpha}")
-    layer = next(iter(_layers(learner).values()))
-    a, b = layer.lora_A[learner.adapter].weight, layer.lora_B[learner.adapter].weight
+    model = join(f"rank={rank}", f"alpha={alpha}")
+    layer = next(iter(_layers(model).values()))
+    a, b = layer.lora_A[model.adapter].weight, layer.lora_B[model.adapter].weight
     inputs = torch.randn(3, a.shape[1], generator=torch.Generator().manual_seed(0))
-    learner.activate()
+    model.activate()
     with torch.no_grad():
         before = layer(inputs)
         b.fill_(0.01)
@@ -98,13 +97,13 @@ def test_alpha_over_rank_scales_the_update(
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_dropout_acts_in_training_alone(join: Join, dropout: float) -> None:
-    learner = join(f"dropout={dropout}")
-    layer = next(iter(_layers(learner).values()))
-    learner.activate()
-    inputs = torch.ones(50, layer.lora_A[learner.adapter].weight.shape[1])
+def test_dropout_acts_only_in_training(join: Join, dropout: float) -> None:
+    model = join(f"dropout={dropout}")
+    layer = next(iter(_layers(model).values()))
+    model.activate()
+    inputs = torch.ones(50, layer.lora_A[model.adapter].weight.shape[1])
     with torch.no_grad():
-        layer.lora_B[learner.adapter].weight.fill_(0.1)
+        layer.lora_B[model.adapter].weight.fill_(0.1)
         layer.train()
         assert torch.equal(layer(inputs)[0], layer(inputs)[1]) is (dropout == 0)
         layer.eval()
@@ -123,15 +122,15 @@ def test_dropout_acts_in_training_alone(join: Join, dropout: float) -> None:
         (["trainer.exclude_modules=[q_proj]"], LINEAR - {"q_proj"}),
     ],
 )
-def test_modules_are_its_own_or_else_the_trainers(
+def test_target_modules_default_to_those_of_the_trainer(
     join: Join, settings: list[str], leaves: set[str]
 ) -> None:
     assert {name.rsplit(".", 1)[1] for name in _layers(join(*settings))} == leaves
 
 
-def test_one_has_other_modules_than_the_other(join: Join, packs: list[Pack]) -> None:
-    learner = join("target_modules=[q_proj]")
-    other = next(one for one in packs[0].members[-1].trained_models if one is not learner)
+def test_policy_and_critic_may_have_different_target_modules(join: Join, packs: list[Pack]) -> None:
+    model = join("target_modules=[q_proj]")
+    other = next(one for one in packs[0].members[-1].trained_models if one is not model)
     assert {name.rsplit(".", 1)[1] for name in _layers(other)} == LINEAR
 
 
@@ -141,8 +140,8 @@ def test_a_starts_as_init_method_says_and_b_at_zero(join: Join) -> None:
         _layers(uniform).items(), _layers(normal).items(), strict=True
     ):
         a, gaussian = layer.lora_A[uniform.adapter].weight, other.lora_A[normal.adapter].weight
-        # Kaiming with a = sqrt(5): uniform up to 1 / sqrt(inputs); PEFT's gaussian has a deviation
-        # of 1 / rank.
+        # Kaiming with a = sqrt(5) is uniform up to 1 / sqrt(inputs). PEFT's gaussian has a
+        # deviation of 1 / rank.
         bound = a.shape[1] ** -0.5
         assert 0.9 * bound < a.abs().max() <= bound
         assert gaussian.std().item() == pytest.approx(1 / 8, rel=0.15)
@@ -164,22 +163,22 @@ def _critic_of(member: Member) -> Critic:
 
 
 @pytest.mark.parametrize("path", ["null", "the policy's"])
-def test_a_critic_on_the_policys_base_holds_no_second_one(
+def test_a_critic_shares_the_policys_base(
     small_recipe: MakeRecipe, new_run: MakeRun, tiny_model_dir: Path, path: str
 ) -> None:
-    given = "null" if path == "null" else str(tiny_model_dir)
-    pack, member = _opened(small_recipe, new_run, f"trainer.critic.model.path={given}")
+    critic_path = "null" if path == "null" else str(tiny_model_dir)
+    pack, member = _opened(small_recipe, new_run, f"trainer.critic.model.path={critic_path}")
     critic = _critic_of(member)
     assert critic.model is member.policy.model is pack.model
     weights = dict(critic.model.get_base_model().named_parameters())
     base = sum(p.numel() for name, p in weights.items() if ".lora_" not in name)
     assert base == pack.num_parameters
-    own = {id(p) for p in critic.parameters.values()}
-    assert not own & {id(p) for p in member.policy.parameters.values()}
+    critic_parameters = {id(p) for p in critic.parameters.values()}
+    assert not critic_parameters & {id(p) for p in member.policy.parameters.values()}
     pack.close()
 
 
-def test_a_critic_of_another_path_has_that_base(
+def test_a_critic_of_another_path_loads_that_base(
     small_recipe: MakeRecipe, new_run: MakeRun, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "another"
@@ -191,12 +190,12 @@ def test_a_critic_of_another_path_has_that_base(
         {"format": "pt"},
     )
     pack, member = _opened(small_recipe, new_run, f"trainer.critic.model.path={folder}")
-    own, shared = (
-        learner.model.get_base_model().model.norm.weight
-        for learner in (_critic_of(member), member.policy)
+    critic_norm, policy_norm = (
+        model.model.get_base_model().model.norm.weight
+        for model in (_critic_of(member), member.policy)
     )
-    assert torch.equal(own, 2 * shared)
+    assert torch.equal(critic_norm, 2 * policy_norm)
     row = train_step(pack, pack.members)[member]
     assert row["critic/grad_norm"] > 0
-    assert torch.equal(own, 2 * shared)  # its base stays as it is
+    assert torch.equal(critic_norm, 2 * policy_norm)  # the trained model's base does not change
     pack.close()

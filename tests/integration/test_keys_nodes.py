@@ -1,4 +1,4 @@
-"""Keys that need more than one machine's cluster."""
+"""Test keys that need a cluster of more than one machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.timeout(280)
 
 
 @pytest.mark.slow
-def test_policy_num_nodes_takes_as_many_nodes_of_the_cluster_at_ray_address(tmp_path: Path) -> None:
+def test_policy_num_nodes_uses_that_many_nodes_of_the_ray_cluster(tmp_path: Path) -> None:
     pytest_alone = [
         sys.executable,
         "-m",
@@ -24,8 +24,8 @@ def test_policy_num_nodes_takes_as_many_nodes_of_the_cluster_at_ray_address(tmp_
         "--timeout=240",
         f"--basetemp={tmp_path / 'own'}",
     ]
-    # What other tests have set for their own Ray, and pytest-xdist for its workers, is not to be
-    # this one's.
+    # Other tests' settings for Ray, and those of pytest-xdist for its workers, must not reach this
+    # cluster.
     environment = {
         k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTEST_", "TUNE_"))
     }

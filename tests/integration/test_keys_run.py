@@ -1,6 +1,4 @@
-"""What a run does when, where it keeps it and where it goes on: the command itself, in this
-process.
-"""
+"""Test when a run evaluates and saves, where it saves, and how it resumes."""
 
 from __future__ import annotations
 
@@ -34,7 +32,7 @@ def _checkpoints(run: RunDir) -> list[str]:
     return sorted(path.name for path in run.checkpoints.iterdir())
 
 
-def test_what_a_run_keeps_and_when(
+def test_evaluations_checkpoints_and_samples_of_a_run(
     small_data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     keys = [
@@ -56,7 +54,7 @@ def test_what_a_run_keeps_and_when(
     samples = {path.name: pd.read_parquet(path) for path in run.samples.iterdir()}
     assert sorted(samples) == ["step_000003.parquet", "step_000005.parquet"]
     assert [len(rows) for rows in samples.values()] == [5, 5]
-    # Evaluated on the first of data.val_data.
+    # Evaluated on the first file of data.val_data.
     held_out = pd.read_parquet(small_data[1].split("=")[1].strip("[]"))
     assert [list(rows["question"]) for rows in samples.values()] == [
         [i["question"] for i in held_out.extra_info[:5]]
@@ -65,7 +63,7 @@ def test_what_a_run_keeps_and_when(
     assert list((run.path / "tensorboard").iterdir())
 
 
-def test_intervals_of_0_mean_the_end_alone(
+def test_intervals_of_0_mean_the_last_step_only(
     small_data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     keys = [
@@ -80,13 +78,13 @@ def test_intervals_of_0_mean_the_end_alone(
     assert main(["quickstart", *small_data, *(f"trainer.{key}" for key in keys)]) == 0
     run = RunDir(tmp_path / "run")
     assert _checkpoints(run) == ["step_000002"]
-    assert _evaluated(run) == [0, 2]  # eval_before_train asks for the first by itself
+    assert _evaluated(run) == [0, 2]  # eval_before_train alone causes the first evaluation
     assert all(len(pd.read_parquet(path)) == 0 for path in run.samples.iterdir())
     assert "step 2/2" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_run_computes_with_so_many_threads(small_recipe: MakeRecipe, threads: int) -> None:
+def test_number_of_threads(small_recipe: MakeRecipe, threads: int) -> None:
     before = torch.get_num_threads()
     try:
         Pack.open(small_recipe(f"trainer.num_threads={threads}")).close()
@@ -101,7 +99,7 @@ def _joined(pack: Pack, recipe: Recipe, run: RunDir) -> Member:
     return member
 
 
-def test_an_epoch_is_every_problem_once(small_recipe: MakeRecipe, new_run: MakeRun) -> None:
+def test_an_epoch_has_every_problem_once(small_recipe: MakeRecipe, new_run: MakeRun) -> None:
     recipe = small_recipe(
         "trainer.max_steps=null", "trainer.epochs=2", "trainer.train_batch_size=8"
     )
@@ -113,7 +111,7 @@ def test_an_epoch_is_every_problem_once(small_recipe: MakeRecipe, new_run: MakeR
     assert epochs[0] != epochs[1]
     limited = small_recipe("trainer.max_steps=7", "trainer.epochs=2", "trainer.train_batch_size=8")
     assert _joined(pack, limited, new_run(limited, "steps")).total_steps == 7
-    # A last batch that is not full is left out.
+    # An incomplete last batch is dropped.
     uneven = small_recipe(
         "trainer.max_steps=null", "trainer.epochs=3", "trainer.train_batch_size=10"
     )
@@ -138,7 +136,7 @@ def _reports(recipe: Recipe, run: RunDir, count: int | None = None) -> list[Step
 
 
 @pytest.mark.parametrize(("mode", "first"), [("latest", 3), ("none", 0), ("null", 0)])
-def test_a_run_goes_on_or_starts_anew(
+def test_a_run_resumes_or_starts_from_scratch(
     small_recipe: MakeRecipe, new_run: MakeRun, mode: str, first: int
 ) -> None:
     run = new_run(small_recipe(), "run")

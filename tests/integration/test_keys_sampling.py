@@ -1,4 +1,4 @@
-"""Sampling settings of training and of evaluation, each by what the engine then samples."""
+"""Test sampling settings of training and evaluation by what the engine samples."""
 
 from __future__ import annotations
 
@@ -24,25 +24,28 @@ GREEDY = ("temperature=1e-6", "top_k=1", "top_p=1e-6")
 
 
 class Sampler:
-    """Samples of one pack under changing recipes, which agree in all that a pack's members must."""
+    """Samples from one pack under changing recipes.
+
+    The recipes agree in the keys that all members of a pack share.
+    """
 
     def __init__(self, make: MakeRecipe, new_run: MakeRun) -> None:
         self._make, self._new_run, self._count = make, new_run, 0
         self.pack = Pack.open(make())
 
     def train(self, *overrides: str) -> Rollout:
-        """What a step would train on."""
+        """Return the rollout that a step would train on."""
         with self._member(*overrides):
             ((scored, _),) = sample_rollouts(self.pack, self.pack.members).values()
         return scored
 
     def evaluate(self, *overrides: str) -> tuple[Row, Rollout]:
-        """Two samples of each held-out problem, and their metrics."""
+        """Return metrics and two samples of each held-out problem."""
         with self._member("generator.eval_n_samples_per_prompt=2", *overrides) as member:
             return evaluate(self.pack, [member])[member]
 
     def step(self, *overrides: str) -> Row:
-        """A training step's metrics."""
+        """Return a training step's metrics."""
         with self._member(*overrides) as member:
             return train_step(self.pack, self.pack.members)[member]
 
@@ -74,11 +77,11 @@ def _longest(scored: Rollout) -> int:
 
 
 def _alike(scored: Rollout) -> bool:
-    """Whether all samples of each prompt are the same."""
+    """Return whether all samples of each prompt are the same."""
     return all(sample == group[0] for group in _tokens(scored) for sample in group)
 
 
-def test_the_length_limits_are_training_s_and_evaluation_s_own(sampler: Sampler) -> None:
+def test_training_and_evaluation_have_separate_length_limits(sampler: Sampler) -> None:
     limits = (
         "generator.sampling_params.max_generate_length=5",
         "generator.eval_sampling_params.max_generate_length=7",
@@ -91,20 +94,20 @@ def test_the_length_limits_are_training_s_and_evaluation_s_own(sampler: Sampler)
     row, scored = sampler.evaluate(*limits)
     assert _longest(scored) == 7
     assert row["eval/clipped_ratio"] == scored.truncated.float().mean() > 0
-    # The limit cuts a sample and changes nothing before.
+    # The limit cuts a sample and changes nothing before the cut.
     longer = sampler.train("generator.sampling_params.max_generate_length=8")
     shorter = sampler.train(*limits)
     assert [[s[:5] for s in group] for group in _tokens(longer)] == _tokens(shorter)
 
 
 @pytest.mark.parametrize("setting", GREEDY)
-def test_the_distribution_is_training_s_and_evaluation_s_own(
+def test_training_and_evaluation_have_separate_sampling_distributions(
     sampler: Sampler, setting: str
 ) -> None:
     plain, (_, plain_eval) = sampler.train(), sampler.evaluate()
     assert not _alike(plain)
     assert not _alike(plain_eval)
-    # With nothing but the likeliest token left all samples of a prompt are alike.
+    # With only the likeliest token left, all samples of a prompt are equal.
     narrowed = sampler.train(f"generator.sampling_params.{setting}")
     assert _alike(narrowed)
     assert _tokens(sampler.evaluate(f"generator.sampling_params.{setting}")[1]) == _tokens(
@@ -124,16 +127,14 @@ def test_evaluation_at_temperature_0_is_greedy(sampler: Sampler) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.5])
-def test_the_trainer_computes_at_the_temperature_that_was_sampled_at(
-    sampler: Sampler, temperature: float
-) -> None:
+def test_the_trainer_uses_the_sampling_temperature(sampler: Sampler, temperature: float) -> None:
     row = sampler.step(f"generator.sampling_params.temperature={temperature}")
     plain = sampler.step()
     assert row["sampling/sampling_logp_difference/mean"] < 1e-4
     assert (row["entropy"] < plain["entropy"]) is (temperature < 1)
 
 
-def test_no_two_prompts_and_no_two_batches_are_sampled_with_one_seed(
+def test_every_prompt_and_batch_has_another_seed(
     sampler: Sampler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seeds: list[int] = []
@@ -144,7 +145,7 @@ def test_no_two_prompts_and_no_two_batches_are_sampled_with_one_seed(
         return generate(requests)
 
     monkeypatch.setattr(sampler.pack.engine, "generate", listen)
-    # It draws batches until four groups have a signal.
+    # It samples batches until four groups have a signal.
     sampler.train("trainer.algorithm.dynamic_sampling.type=filter")
     assert len(seeds) > 4
     assert len(set(seeds)) == len(seeds)

@@ -1,5 +1,6 @@
-"""What reaches vLLM of the keys that are its own: the configuration of one real engine with no
-value at its default.
+"""Test which settings reach vLLM.
+
+One real engine is configured with no value at its default.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ KEYS = (
 
 @pytest.fixture
 def running(small_recipe: MakeRecipe, new_run: MakeRun) -> Iterator[tuple[Pack, Member]]:
-    """A pack on vLLM with one member, ready to roll out."""
+    """Return a pack on vLLM with one member, ready to sample."""
     recipe = small_recipe(*(f"generator.{key}" for key in KEYS))
     pack = Pack.open(recipe)
     member = pack.add(recipe, new_run(recipe, "run"))
@@ -50,31 +51,31 @@ def test_what_reaches_vllm(running: tuple[Pack, Member], monkeypatch: pytest.Mon
     engine: Any = pack.engine
     assert not engine.shares_weights
     config = engine._llm.llm_engine.vllm_config
-    # Both act on a GPU alone; that they arrive is all that can be seen on a CPU.
+    # Both have an effect only on a GPU. On a CPU the test can only see that they arrive.
     assert config.cache_config.gpu_memory_utilization == 0.35
     assert config.model_config.enforce_eager is False
     assert config.cache_config.kv_cache_memory_bytes == 2 * 2**30
     assert config.scheduler_config.max_num_seqs == 7
     assert config.scheduler_config.max_num_batched_tokens == 4321
-    assert config.lora_config.max_lora_rank == 16  # vLLM knows no 9
+    assert config.lora_config.max_lora_rank == 16  # vLLM has no rank 9
     assert member.recipe.trainer.policy.model.lora.rank == 8
     assert config.model_config.max_model_len == 90 + 40
     calls: list[int] = []
     generate = engine.generate
 
-    def noting(requests: list[Request]) -> list[list[Sample]]:
+    def recording(requests: list[Request]) -> list[list[Sample]]:
         calls.append(len(requests))
         groups: list[list[Sample]] = generate(requests)
         return groups
 
-    monkeypatch.setattr(engine, "generate", noting)
+    monkeypatch.setattr(engine, "generate", recording)
     row = train_step(pack, pack.members)[member]
     assert calls == [1] * 4
-    # Sixteen samples through seven places at a time are still the policy's.
+    # Sixteen samples in seven slots are still samples of the policy.
     assert row["sampling/sampling_logp_difference/mean"] < 1e-3
 
 
-def test_the_other_backend_is_the_trainers_own_model(small_recipe: MakeRecipe) -> None:
+def test_the_transformers_backend_samples_from_the_trainers_model(small_recipe: MakeRecipe) -> None:
     pack = Pack.open(small_recipe("generator.backend=transformers"))
     assert isinstance(pack.engine, TransformersEngine)
     pack.close()

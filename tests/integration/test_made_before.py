@@ -1,8 +1,8 @@
-"""A run and a sweep that an earlier version of the code made: both resume, report and reproduce.
+"""Resume, report and reproduce a run and a sweep that an earlier version of the code made.
 
-`tests/data/made_before` was written by commit 43d52e0, before the trainer had one loop; `run` and
-`sweep` were killed, `expected` has the metrics of the same without a kill. Only the finished
-trials' checkpoints were left out.
+Commit 43d52e0, before the trainer had one loop, wrote `tests/data/made_before`. `run` and `sweep`
+were killed; `expected` has the metrics of the same without a kill. Only the finished trials'
+checkpoints were left out.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def copy_of(name: str, folder: Path) -> RunDir:
 
 
 def same_cpu(run_dir: RunDir) -> bool:
-    """Return whether this CPU computes what the one that made it did, to the bit."""
-    made, here = run_dir.read_manifest()["hardware"], machine.hardware()
-    return all(made[name] == here[name] for name in ("cpu", "simd"))
+    """Return whether this CPU gives the same bits as the one that made the run."""
+    made, current = run_dir.read_manifest()["hardware"], machine.hardware()
+    return all(made[name] == current[name] for name in ("cpu", "simd"))
 
 
 def assert_as_expected(run_dir: RunDir, name: str) -> None:
-    """Compare metrics with those of a run that was not killed; on another CPU only their names."""
+    """Compare metrics with those of an uninterrupted run; on another CPU only their names."""
     logged, expected = (
         [without_timings(row) for row in MetricsFile(file).rows()]
         for file in (run_dir.metrics, MADE / "expected" / f"{name}.jsonl")
@@ -48,7 +48,7 @@ def assert_as_expected(run_dir: RunDir, name: str) -> None:
         ]
 
 
-def test_a_run_resumes_and_is_reproduced(tmp_path: Path) -> None:
+def test_an_old_run_resumes_and_is_reproduced(tmp_path: Path) -> None:
     run_dir = copy_of("run", tmp_path)
     assert run.main(["--resume", str(run_dir.path)]) == 0
     assert run_dir.status is Status.COMPLETE
@@ -63,7 +63,9 @@ def test_a_run_resumes_and_is_reproduced(tmp_path: Path) -> None:
         assert status in (0, reproduce.DEPARTS)
 
 
-def test_a_sweep_resumes_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_old_sweep_resumes_and_reports(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sweep_dir = copy_of("sweep", tmp_path)
     assert sweep.main(["--resume", str(sweep_dir.path)]) == 0
     assert "3 complete, 0 pruned, 0 failed" in capsys.readouterr().out

@@ -1,6 +1,4 @@
-"""The math reward scores as a person would, whatever a completion holds; its data files hold what
-the trainer reads.
-"""
+"""Test the math reward on answers of many forms, and the data files of the math environment."""
 
 from __future__ import annotations
 
@@ -86,7 +84,7 @@ def box(answer: str) -> str:
         ("does not exist", r"\text{Does not exist}"),
         ("A", r"\text{(A)}"),
         (r"\text{June 20}", r"\text{June } 20"),
-        # what math-verify cannot read must look the same
+        # What math-verify cannot read must look the same.
         (r"\mathbb{Z}/2\mathbb{Z}", r"$\mathbb{Z} / 2\mathbb{Z}$"),
     ],
 )
@@ -115,7 +113,7 @@ def test_right_answers_score(answer: str, truth: str) -> None:
         ("p + q", "p - q"),
         ("No", "Yes"),
         ("1", "Yes"),
-        ("sey", "Yes"),  # as a product of letters it would be equal
+        ("sey", "Yes"),  # "sey" equals "Yes" as a product of letters
         ("Yes", "1"),
         (r"\text{Briana}", r"\text{Evelyn}"),
         ("B", r"\text{(A)}"),
@@ -161,16 +159,14 @@ BOMBS = ["9^{9^{9^9}}", "1000000000!", r"\int_0^1 e^{x^2}\sin(x^3)\,dx"]
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_what_would_take_for_ever_does_not_score(
-    monkeypatch: pytest.MonkeyPatch, bomb: str
-) -> None:
+def test_an_endless_comparison_does_not_score(monkeypatch: pytest.MonkeyPatch, bomb: str) -> None:
     verifier = math.Verifier(cpu_seconds=0.7)
     monkeypatch.setattr(math, "_VERIFIER", verifier)
     assert verifier.equal("0.125", r"\frac{6}{48}")
     process = verifier._process
     assert process is not None
     assert math.reward(box(bomb), "5") == 0.0
-    assert process.returncode == -signal.SIGPROF  # the timer ended it, not an exception of sympy's
+    assert process.returncode == -signal.SIGPROF  # the timer ended it, not an exception of sympy
     assert verifier.equal("0.125", r"\frac{6}{48}")
     verifier.close()
 
@@ -179,12 +175,12 @@ def test_what_would_take_for_ever_does_not_score(
     "answer",
     ["(" * 20 + "1" + ")" * 20, r"\frac{1}{" * 20 + "1" + "}" * 20, "9" * 499, "1," * 249 + "1"],
 )
-def test_what_is_deep_or_long_is_answered(answer: str) -> None:
+def test_deep_or_long_answers_are_compared(answer: str) -> None:
     assert math.reward(box(answer), "5") == 0.0
 
 
-def test_very_long_answers_are_compared_as_text_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(math, "_VERIFIER", None)  # not asked
+def test_very_long_answers_are_compared_only_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(math, "_VERIFIER", None)  # must not be called
     long = "x+" * 50_000 + "x"
     assert math.reward(box(long), long) == 1.0
     assert math.reward(box(long), "50001x") == 0.0
@@ -229,10 +225,10 @@ def test_rewards_are_the_same_in_other_threads(capfd: pytest.CaptureFixture[str]
     cases = [
         (f"{i}/8", rf"\frac{{{i}}}{{8}}" if i % 2 else rf"\frac{{{i + 1}}}{{8}}") for i in range(20)
     ]
-    found: dict[int, list[float]] = {}
+    rewards: dict[int, list[float]] = {}
 
     def work(name: int) -> None:
-        found[name] = [
+        rewards[name] = [
             math.reward(box(f"{answer} + {name} - {name}"), truth) for answer, truth in cases
         ]
 
@@ -241,23 +237,23 @@ def test_rewards_are_the_same_in_other_threads(capfd: pytest.CaptureFixture[str]
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == dict.fromkeys(range(4), [0.0, 1.0] * 10)
-    assert capfd.readouterr() == ("", "")  # neither math-verify nor its parser says a word
+    assert rewards == dict.fromkeys(range(4), [0.0, 1.0] * 10)
+    assert capfd.readouterr() == ("", "")  # neither math-verify nor its parser prints anything
 
 
-def test_a_forked_child_has_a_process_of_its_own() -> None:
+def test_a_forked_child_starts_a_new_comparison_process() -> None:
     assert math.reward(box("0.25 + 0.5"), r"\frac{3}{4}") == 1.0
     context = multiprocessing.get_context("fork")
     with context.Pool(1) as pool:
         theirs = [
             pool.apply_async(math.reward, (box(f"{i}/7"), rf"\frac{{{i}}}{{7}}")) for i in range(8)
         ]
-        mine = [math.reward(box(f"{i}/7"), rf"\frac{{{i + 1}}}{{7}}") for i in range(8)]
+        fractions = [math.reward(box(f"{i}/7"), rf"\frac{{{i + 1}}}{{7}}") for i in range(8)]
         assert [one.get(60) for one in theirs] == [1.0] * 8
-    assert mine == [0.0] * 8
+    assert fractions == [0.0] * 8
 
 
-def test_an_interrupted_comparison_leaves_nothing_to_the_next() -> None:
+def test_an_interrupted_comparison_does_not_affect_the_next() -> None:
     verifier = math.Verifier()
     assert verifier.equal("0.5", "1/2")
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
@@ -282,7 +278,7 @@ def test_a_process_that_cannot_start_is_an_error_not_a_wrong_answer(
         math.reward(box("355/113"), r"\frac{355}{114}")
 
 
-def test_the_process_ends_with_a_killed_program() -> None:
+def test_the_comparison_process_ends_when_its_parent_is_killed() -> None:
     program = (
         "from rltrain.envs import math\n"
         "assert math.reward(r'\\boxed{0.5}', r'\\frac12') == 1.0\n"
@@ -427,12 +423,12 @@ def test_bad_source_files_are_named_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unclear_name_is_said(tmp_path: Path) -> None:
+def test_an_ambiguous_column_name_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot tell the split"):
         math.prepare([write_jsonl(MATH_ROWS, tmp_path / "problems.jsonl")], tmp_path / "out")
 
 
-def test_reward_is_all_another_program_needs() -> None:
+def test_another_program_needs_only_the_reward_function() -> None:
     program = (
         "import sys\n"
         "from rltrain.envs.math import reward\n"

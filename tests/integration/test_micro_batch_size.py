@@ -1,4 +1,4 @@
-"""The tokens of a pass that a recipe leaves open: chosen, tried, and written down."""
+"""Test how a run chooses, tries and records the size of its micro-batches."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _stored(run: RunDir) -> Any:
     return recipes.read(run.recipe).trainer.max_tokens_per_microbatch
 
 
-def test_what_was_chosen_is_written_into_the_runs_recipe_and_stays(
+def test_the_chosen_size_is_stored_in_the_runs_recipe(
     small_recipe: MakeRecipe, new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = small_recipe(AUTO)
@@ -44,18 +44,18 @@ def test_what_was_chosen_is_written_into_the_runs_recipe_and_stays(
     assert pack.members[0].max_tokens == 512
     assert _stored(run) == 512
     assert is_recipe_digest(digest, recipes.read(run.recipe))
-    # Whatever fits another time.
+    # Another estimate would fit the next time.
     monkeypatch.setattr(memory, "tokens_that_fit", lambda *_, **__: 64)
     assert pack.add(recipes.read(run.recipe), run).max_tokens == 512
     pack.close()
 
 
-def test_the_memory_model_is_asked_with_what_is_free_and_the_packs_room(
+def test_the_memory_model_gets_free_memory_and_pack_size(
     small_recipe: MakeRecipe, new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, asked = small_recipe(AUTO), []
 
-    def fits(given: Any, shape: Any, free: float, *, on_gpu: bool, members: int) -> int:
+    def fits(recipe: Any, shape: Any, free: float, *, on_gpu: bool, members: int) -> int:
         asked.append((shape.hidden, free, on_gpu, members))
         return 128
 
@@ -63,7 +63,7 @@ def test_the_memory_model_is_asked_with_what_is_free_and_the_packs_room(
     pack = Pack.open(recipe, slots=3)
     for name in ("one", "two"):
         pack.add(recipe, new_run(recipe, name))
-    # Measured once: a member that is there already takes nothing from the next one's passes.
+    # Measured once: an earlier member does not shrink the next one's micro-batches.
     assert len(set(asked)) == 1
     hidden, free, on_gpu, members = asked[0]
     assert (hidden, on_gpu, members) == (pack.model.config.hidden_size, False, 3)
@@ -71,7 +71,7 @@ def test_the_memory_model_is_asked_with_what_is_free_and_the_packs_room(
     pack.close()
 
 
-def test_a_model_of_unknown_kind_has_a_bound_all_the_same(
+def test_an_unknown_architecture_has_a_bound_too(
     opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "shape_of", lambda path: None)
@@ -79,38 +79,38 @@ def test_a_model_of_unknown_kind_has_a_bound_all_the_same(
 
 
 @pytest.mark.parametrize("critic", [False, True])
-def test_a_pass_is_tried_and_made_smaller_until_it_fits(
+def test_a_micro_batch_shrinks_until_it_fits(
     opened: Open, monkeypatch: pytest.MonkeyPatch, critic: bool
 ) -> None:
     ppo = ["trainer.algorithm.advantage_estimator=gae"] * critic
     pack, member = opened(AUTO, "trainer.micro_train_batch_size_per_gpu=null", *ppo)
     before = {name: p.detach().clone() for name, p in member.policy.parameters.items()}
-    seen: dict[type, list[int]] = {Policy: [], Critic: []}
-    for kind in seen:
-        _fail_above(kind, 700, seen[kind], monkeypatch)
+    sizes: dict[type, list[int]] = {Policy: [], Critic: []}
+    for kind in sizes:
+        _fail_above(kind, 700, sizes[kind], monkeypatch)
     micro_batch_size.try_largest_micro_batch(pack, member, accumulate_gradients)
-    # Sequences of 128 + 64 tokens: 10 of them, then half, then half of that.
+    # Sequences of 128 + 64 tokens: 10 of them, then half, then half again.
     assert member.max_tokens is not None
     assert member.max_tokens <= 700
-    tried = seen[Critic if critic else Policy]
+    tried = sizes[Critic if critic else Policy]
     assert tried[0] == 10 * (128 + 64)
     assert tried == sorted(tried, reverse=True)
-    assert bool(seen[Critic]) is critic
+    assert bool(sizes[Critic]) is critic
     assert all(torch.equal(p, before[name]) for name, p in member.policy.parameters.items())
     assert all(
-        p.grad is None for learner in member.trained_models for p in learner.parameters.values()
+        p.grad is None for trained in member.trained_models for p in trained.parameters.values()
     )
     assert not member.policy.optimizer.state
     assert not pack.model.training
 
 
 def _fail_above(
-    kind: type[TrainedModel], most: int, seen: list[int], monkeypatch: pytest.MonkeyPatch
+    kind: type[TrainedModel], most: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loss: Any = kind.loss
 
     def failing(self: TrainedModel, micro: Batch, totals: Any) -> Any:
-        seen.append(micro.packed_tokens)
+        sizes.append(micro.packed_tokens)
         if micro.packed_tokens > most:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return loss(self, micro, totals)
@@ -118,7 +118,7 @@ def _fail_above(
     monkeypatch.setattr(kind, "loss", failing)
 
 
-def test_a_gpu_is_tried_once_for_passes_of_a_size(
+def test_each_micro_batch_size_is_tried_once_on_a_gpu(
     small_recipe: MakeRecipe, new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pack = Pack.open(small_recipe(AUTO), slots=3)
@@ -128,10 +128,10 @@ def test_a_gpu_is_tried_once_for_passes_of_a_size(
         "try_largest_micro_batch",
         lambda _, member, *__: tried.append(member.max_tokens),
     )
-    for place, tokens in enumerate([512, 256, 1024, 1024]):
+    for index, tokens in enumerate([512, 256, 1024, 1024]):
         monkeypatch.setattr(memory, "tokens_that_fit", lambda *_, tokens=tokens, **__: tokens)
         recipe = small_recipe(AUTO)
-        member = pack.add(recipe, new_run(recipe, f"run{place}"))
+        member = pack.add(recipe, new_run(recipe, f"run{index}"))
         with monkeypatch.context() as patched:
             patched.setattr(pack, "device", torch.device("cuda"))
             micro_batch_size.settle_micro_batch_size(pack, member, accumulate_gradients)
@@ -139,7 +139,7 @@ def test_a_gpu_is_tried_once_for_passes_of_a_size(
     pack.close()
 
 
-def test_a_digest_from_before_passes_were_left_out_of_it_is_known(tmp_path: Path) -> None:
+def test_an_old_digest_that_includes_the_micro_batch_size_is_accepted(tmp_path: Path) -> None:
     recipe = recipes.load("quickstart")
     old = older_digest(recipe)
     assert old != recipe_digest(recipe)

@@ -1,6 +1,4 @@
-"""An out-of-memory error in a pass: the step is that of smaller passes, and nobody is blamed for
-it.
-"""
+"""Test out-of-memory errors: the step is repeated with smaller micro-batches."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ from tests.integration.training import MakeRecipe, MakeRun, train_run
 BUDGET, FITS = 400, 110
 KEY = "trainer.max_tokens_per_microbatch"
 LORA = "trainer.policy.model.lora"
-# Mini-batches of all that a step samples, but where old log-probabilities are wanted.
+# A mini-batch holds all samples of a step, unless old log-probabilities are needed.
 MEMBERS = [
     [f"{LORA}.rank=8", "seed=1"],
     [f"{LORA}.rank=1", "seed=2", "trainer.target_modules=attention"],
@@ -50,7 +48,7 @@ def _fail(model: Any, batch: Batch, victims: set[str]) -> None:
 
 
 def _inject(place: str, victims: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on what is too large for the memory fails there, in these members' passes."""
+    """Make large micro-batches of these members run out of memory at a place in the step."""
     loss, logprobs, token_logprobs = Policy.loss, Policy.logprobs, logprobs_module.token_logprobs
 
     def failing_loss(self: Policy, micro: Batch, totals: Any) -> Any:
@@ -65,7 +63,7 @@ def _inject(place: str, victims: set[str], monkeypatch: pytest.MonkeyPatch) -> N
         _fail(self.model, batch, victims)
         return logprobs(self, batch)
 
-    def failing_probe(model: Any, batch: Batch, temperature: float) -> torch.Tensor:
+    def failing_head(model: Any, batch: Batch, temperature: float) -> torch.Tensor:
         if temperature == 0.5:
             _fail(model, batch, victims)
         return token_logprobs(model, batch, temperature)
@@ -74,30 +72,33 @@ def _inject(place: str, victims: set[str], monkeypatch: pytest.MonkeyPatch) -> N
     if place == "old log-probabilities":
         monkeypatch.setattr(Policy, "logprobs", failing_logprobs)
     if place == "evaluation":
-        monkeypatch.setattr("rltrain.algorithms.policy.token_logprobs", failing_probe)
+        monkeypatch.setattr("rltrain.algorithms.policy.token_logprobs", failing_head)
 
 
 class Runs:
-    """Packs of runs, trained for two steps; what they logged and learned."""
+    """Trains packs of runs for two steps and returns their metrics and adapters."""
 
     def __init__(self, make: MakeRecipe, new_run: MakeRun) -> None:
         self._make, self._new_run, self._count = make, new_run, 0
 
     def recipes(self, count: int, budgets: list[int], overrides: list[str]) -> list[Recipe]:
-        """The first members' recipes."""
+        """Return the first members' recipes."""
         shared = [
             "trainer.policy_mini_batch_size=4",
             "trainer.micro_train_batch_size_per_gpu=null",
             "trainer.max_steps=2",
             *overrides,
         ]
-        given = zip(MEMBERS[:count], budgets, strict=True)
-        return [self._make(*shared, *own, f"{KEY}={budget}") for own, budget in given]
+        settings = zip(MEMBERS[:count], budgets, strict=True)
+        return [self._make(*shared, *keys, f"{KEY}={budget}") for keys, budget in settings]
 
     def train(
         self, recipes: list[Recipe], before: Callable[[Pack], object] = lambda pack: None
     ) -> list[Any]:
-        """Rows, adapter and manifest of each run; `before` gets the pack when all have joined."""
+        """Return rows, adapter and manifest of each run.
+
+        `before` is called with the pack when all members have joined.
+        """
         self._count += 1
         trainer = Trainer(recipes[0], slots=len(recipes))
         pack = trainer.pack
@@ -115,7 +116,7 @@ class Runs:
         pack.close()
         rows = [[without_timings(row) for row in MetricsFile(run.metrics).rows()] for run in runs]
         manifests = [run.read_manifest() for run in runs]
-        return [rows, [list(own.values()) for own in weights], manifests]
+        return [rows, [list(weights_of_run.values()) for weights_of_run in weights], manifests]
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ def runs(small_recipe: MakeRecipe, new_run: MakeRun) -> Iterator[Runs]:
 
 @pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("place", PLACES)
-def test_the_result_is_that_of_smaller_passes(
+def test_the_result_equals_that_of_smaller_micro_batches(
     runs: Runs,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -147,7 +148,7 @@ def test_the_result_is_that_of_smaller_passes(
     assert capfd.readouterr().err.count("out of memory at step") == len(failures)
     assert all("out_of_memory" not in record for i, record in enumerate(manifests) if i != victim)
 
-    # After the last step's evaluation there is nothing to train with smaller passes.
+    # After the last step's evaluation no training is left.
     then = BUDGET if place == "evaluation" else budget
     budgets = [then if i == victim else BUDGET for i in range(count)]
     expected_rows, expected_weights, _ = runs.train(runs.recipes(count, budgets, PLACES[place]))
@@ -156,7 +157,7 @@ def test_the_result_is_that_of_smaller_passes(
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_a_resumed_run_goes_on_with_smaller_passes(
+def test_a_resumed_run_keeps_the_smaller_micro_batches(
     small_recipe: MakeRecipe, new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = small_recipe(f"{KEY}={BUDGET}", "trainer.max_steps=4")
@@ -169,7 +170,7 @@ def test_a_resumed_run_goes_on_with_smaller_passes(
     pack.close()
 
 
-def test_what_fails_with_one_sequence_is_the_members_failure_and_keeps_no_tensor(
+def test_a_failure_with_one_sequence_fails_the_member_and_keeps_no_tensor(
     runs: Runs, small_recipe: MakeRecipe, new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[weakref.ref[torch.Tensor]] = []
@@ -184,11 +185,11 @@ def test_what_fails_with_one_sequence_is_the_members_failure_and_keeps_no_tensor
 
     recipes = runs.recipes(2, [BUDGET] * 2, ["trainer.max_steps=1"])
     trainer = Trainer(recipes[0], slots=2)
-    own = [new_run(recipe, f"own{i}") for i, recipe in enumerate(recipes)]
-    for recipe, run in zip(recipes, own, strict=True):
+    run_dirs = [new_run(recipe, f"own{i}") for i, recipe in enumerate(recipes)]
+    for recipe, run in zip(recipes, run_dirs, strict=True):
         trainer.add(recipe, run)
     monkeypatch.setattr(Policy, "loss", failing)
-    done, error = trainer.step(own).values()
+    done, error = trainer.step(run_dirs).values()
     assert isinstance(done, StepReport)
     assert done.done
     assert isinstance(error, PassTooLarge)
@@ -201,7 +202,7 @@ def test_what_fails_with_one_sequence_is_the_members_failure_and_keeps_no_tensor
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_gpu_that_is_lost_ends_the_process(
+def test_a_lost_gpu_ends_the_process(
     runs: Runs, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     def lost(self: Policy, micro: Batch, totals: Any) -> Any:
@@ -212,17 +213,17 @@ def test_a_gpu_that_is_lost_ends_the_process(
         runs.train(recipes, lambda pack: monkeypatch.setattr(Policy, "loss", lost))
 
 
-def test_sampling_goes_on_with_fewer_sequences_at_a_time(
+def test_sampling_continues_with_fewer_sequences_at_a_time(
     small_recipe: MakeRecipe, new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = TransformersEngine._batch
 
-    def failing(self: TransformersEngine, requests: Any, places: Any, decoder: Any) -> Any:
-        if len(places) > 5:
+    def failing(self: TransformersEngine, requests: Any, positions: Any, decoder: Any) -> Any:
+        if len(positions) > 5:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return batch(self, requests, places, decoder)
+        return batch(self, requests, positions, decoder)
 
-    found = []
+    logs = []
     for most, patch in ((512, True), (4, False)):
         with monkeypatch.context() as patched:
             if patch:
@@ -230,9 +231,9 @@ def test_sampling_goes_on_with_fewer_sequences_at_a_time(
             recipe = small_recipe(f"generator.max_num_seqs={most}", "trainer.max_steps=2")
             run = new_run(recipe, f"most{most}")
             train_run(recipe, run)
-            found.append([without_timings(row) for row in MetricsFile(run.metrics).rows()])
-    assert [row["eval/accuracy"] for row in found[0] if "eval/accuracy" in row] == [
-        row["eval/accuracy"] for row in found[1] if "eval/accuracy" in row
+            logs.append([without_timings(row) for row in MetricsFile(run.metrics).rows()])
+    assert [row["eval/accuracy"] for row in logs[0] if "eval/accuracy" in row] == [
+        row["eval/accuracy"] for row in logs[1] if "eval/accuracy" in row
     ]
-    for ours, theirs in zip(*found, strict=True):
+    for ours, theirs in zip(*logs, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)

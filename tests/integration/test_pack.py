@@ -1,5 +1,6 @@
-"""Members of a pack on the real model: they train as if alone, adapt what their recipes say, and
-sync apart.
+"""Test members of a pack on the real model.
+
+Each trains like a run alone, has the adapter that its recipe asks for, and syncs separately.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from rltrain.trainer import Trainer
 from tests.integration.training import MakeRecipe, MakeRun, assert_equal, train
 
 
-def test_a_member_of_a_pack_trains_as_if_alone(small_recipe: MakeRecipe, new_run: MakeRun) -> None:
-    wanted = [
+def test_a_member_of_a_pack_trains_like_a_run_alone(
+    small_recipe: MakeRecipe, new_run: MakeRun
+) -> None:
+    settings = [
         ("trainer.policy.model.lora.rank=4", "trainer.target_modules=attention", "seed=3"),
         (
             "trainer.policy.model.lora.rank=8",
@@ -34,8 +37,8 @@ def test_a_member_of_a_pack_trains_as_if_alone(small_recipe: MakeRecipe, new_run
             "generator.n_samples_per_prompt=2",
         ),
     ]
-    room = "generator.max_lora_rank=8"
-    recipes = [small_recipe(room, *overrides) for overrides in wanted]
+    max_rank = "generator.max_lora_rank=8"
+    recipes = [small_recipe(max_rank, *overrides) for overrides in settings]
     pack = Pack.open(recipes[0])
     assert all(
         shares_base(recipe) and pack_key(recipe) == pack_key(recipes[0]) for recipe in recipes
@@ -67,7 +70,7 @@ def _leave_all(pack: Pack, members: list[Member]) -> None:
         pack.remove(member)
 
 
-def test_a_pack_is_as_new_when_a_member_has_left(
+def test_a_removed_member_leaves_no_trace_in_the_pack(
     small_recipe: MakeRecipe, new_run: MakeRun
 ) -> None:
     recipe = small_recipe("trainer.max_steps=2")
@@ -113,7 +116,7 @@ def open_pack(small_data: list[str]) -> Iterator[Callable[[Recipe], Pack]]:
         (r"'.*\.layers\.0\..*(q|k)_proj'", "null", {"q_proj", "k_proj"}),
     ],
 )
-def test_target_modules_are_what_the_recipe_says(
+def test_target_modules_are_those_of_the_recipe(
     small_recipe: MakeRecipe,
     new_run: MakeRun,
     open_pack: Callable[[Recipe], Pack],
@@ -124,11 +127,11 @@ def test_target_modules_are_what_the_recipe_says(
     recipe = small_recipe(f"trainer.target_modules={targets}", f"trainer.exclude_modules={exclude}")
     pack = open_pack(recipe)
     member = pack.add(recipe, new_run(recipe, "run"))
-    found = adapter_layers(pack.model, member.name)
-    assert {name.rsplit(".", 1)[1] for name in found} == leaves
+    adapted = adapter_layers(pack.model, member.name)
+    assert {name.rsplit(".", 1)[1] for name in adapted} == leaves
     layers = 1 if "layers" in targets else pack.model.config.num_hidden_layers
-    assert len(found) == len(leaves) * layers
-    assert len(member.policy.parameters) == 2 * len(found)
+    assert len(adapted) == len(leaves) * layers
+    assert len(member.policy.parameters) == 2 * len(adapted)
     assert all(
         p.requires_grad and p.dtype == torch.float32 for p in member.policy.parameters.values()
     )
@@ -172,10 +175,10 @@ def test_gradients_are_clipped_to_the_recipes_norm(
     recipe = small_recipe("trainer.policy.optimizer_config.max_grad_norm=0.5")
     member = open_pack(recipe).add(recipe, new_run(recipe, "run"))
     parameters = member.policy.parameters.values()
-    seen: list[float] = []
+    norms: list[float] = []
 
     def step() -> None:
-        seen.append(
+        norms.append(
             math.sqrt(sum(float(p.grad.square().sum()) for p in parameters if p.grad is not None))
         )
 
@@ -184,7 +187,7 @@ def test_gradients_are_clipped_to_the_recipes_norm(
         p.grad = torch.ones_like(p)
     before = math.sqrt(sum(p.numel() for p in member.policy.parameters.values()))
     assert member.policy.optimize(Ranks())["grad_norm"] == pytest.approx(before, rel=1e-5)
-    assert seen == [pytest.approx(0.5, rel=1e-3)]
+    assert norms == [pytest.approx(0.5, rel=1e-3)]
     assert all(p.grad is None for p in member.policy.parameters.values())
 
 
@@ -200,7 +203,7 @@ def test_too_few_short_prompts_are_explained(
         pack.add(recipe, new_run(recipe, "some"))
 
 
-def test_runs_of_one_name_sync_apart(small_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_runs_of_the_same_name_sync_separately(small_recipe: MakeRecipe, tmp_path: Path) -> None:
     shared = tmp_path / "adapters"
     recipe = small_recipe(
         "generator.backend=vllm", f"trainer.policy.model.lora.lora_sync_path={shared}"

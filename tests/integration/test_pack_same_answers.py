@@ -1,5 +1,6 @@
-"""A member's losses, gradients and weights, given the same samples, are those of the run alone, to
-the bit.
+"""Test that a member of a pack computes what the run alone computes.
+
+With the same samples, losses, gradients and weights are equal to the bit.
 """
 
 from __future__ import annotations
@@ -65,18 +66,17 @@ MEMBERS: list[list[str]] = [
 Key = tuple[int, int, tuple[int, ...]]
 
 
-class Tape:
-    """The samples of each member's requests: those of the first time are given again at every
-    other.
-    """
+class Replay:
+    """Records the samples of each member's requests, and replays them from then on."""
 
     def __init__(self) -> None:
         self.samples: dict[Key, list[Sample]] = {}
         self.replayed = 0
 
     def watch(self, pack: Pack, labels: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-        """Stand between a pack and its engine; `labels`: which of MEMBERS each of its
-        members is.
+        """Record or replay the samples of a pack's engine.
+
+        `labels` maps the pack's member names to indices of MEMBERS.
         """
         generate = pack.engine.generate
 
@@ -96,65 +96,66 @@ class Tape:
 
 
 def _train(pack: Pack, members: Sequence[Member]) -> list[list[dict[str, float]]]:
-    """Rows of each member's steps, timings left out; weights and the optimizer's moments go with
-    the last.
+    """Return rows of each member's steps without timings.
+
+    The last row also has the weights and the optimizer's moments.
     """
     for member in members:
         pack.publish_member(member)
     rows: list[list[dict[str, float]]] = [[] for _ in members]
     for _ in range(STEPS):
-        found = train_step(pack, list(members))
-        for own, member in zip(rows, members, strict=True):
-            own.append(metrics.without_timings(found[member]))
+        step_rows = train_step(pack, list(members))
+        for member_rows, member in zip(rows, members, strict=True):
+            member_rows.append(metrics.without_timings(step_rows[member]))
             member.step += 1
-            for learner in member.trained_models:
-                learner.scheduler.step()
+            for model in member.trained_models:
+                model.scheduler.step()
     return rows
 
 
 def _state(member: Member) -> Iterable[tuple[str, torch.Tensor]]:
-    """What a member has learned, and the mean of its gradients and of their squares."""
-    for learner in member.trained_models:
-        for name, parameter in learner.parameters.items():
-            yield name.replace(f".{learner.adapter}.", "."), parameter.detach()
-            for kind, value in learner.optimizer.state[parameter].items():
-                yield f"{name.replace(f'.{learner.adapter}.', '.')}/{kind}", value
+    """Yield a member's weights, and the means of its gradients and of their squares."""
+    for model in member.trained_models:
+        for name, parameter in model.parameters.items():
+            yield name.replace(f".{model.adapter}.", "."), parameter.detach()
+            for kind, value in model.optimizer.state[parameter].items():
+                yield f"{name.replace(f'.{model.adapter}.', '.')}/{kind}", value
 
 
-def test_members_of_a_pack_learn_what_each_would_alone(
+def test_members_of_a_pack_learn_what_a_run_alone_learns(
     small_recipe: MakeRecipe, new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lora_room = "generator.max_lora_rank=16"
     chosen = [small_recipe(lora_room, *overrides) for overrides in MEMBERS]
-    tape, alone, rows = Tape(), [], []
+    replay, alone, rows = Replay(), [], []
     for label, recipe in enumerate(chosen):
         pack = Pack.open(recipe)
         member = pack.add(recipe, new_run(recipe, f"alone{label}"))
-        tape.watch(pack, {member.name: label}, monkeypatch)
+        replay.watch(pack, {member.name: label}, monkeypatch)
         rows += _train(pack, [member])
         alone.append(dict(_state(member)))
         pack.close()
-    assert tape.replayed == 0
+    assert replay.replayed == 0
     pack = Pack.open(chosen[0], slots=len(chosen))
     assert all(shares_base(recipe) and pack_key(recipe) == pack_key(chosen[0]) for recipe in chosen)
-    # Joined in another order, so that names and places differ.
+    # Joined in another order, so that names and slots differ.
     order = [4, 0, 5, 2, 1, 3]
     members = [pack.add(chosen[label], new_run(chosen[label], f"packed{label}")) for label in order]
-    tape.watch(
+    replay.watch(
         pack,
         {member.name: label for member, label in zip(members, order, strict=True)},
         monkeypatch,
     )
-    made = len(tape.samples)
+    made = len(replay.samples)
     together = _train(pack, members)
-    assert len(tape.samples) == made == tape.replayed
+    assert len(replay.samples) == made == replay.replayed
     ignored = {"perf/members"}
-    for member, own, label in zip(members, together, order, strict=True):
+    for member, member_rows, label in zip(members, together, order, strict=True):
         for step in range(STEPS):
             expected: dict[str, Any] = {
                 k: v for k, v in rows[label][step].items() if k not in ignored
             }
-            assert {k: v for k, v in own[step].items() if k not in ignored} == expected, (
+            assert {k: v for k, v in member_rows[step].items() if k not in ignored} == expected, (
                 label,
                 step,
             )
@@ -168,20 +169,20 @@ def test_members_of_a_pack_learn_what_each_would_alone(
     pack.close()
 
 
-def test_what_is_not_gone_back_through_changes_no_result(
+def test_skipping_unneeded_backward_passes_changes_no_result(
     small_recipe: MakeRecipe, new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tape, found = Tape(), []
+    replay, results = Replay(), []
     for index in range(2):
         recipe = small_recipe("trainer.policy_mini_batch_size=4")
         pack = Pack.open(recipe)
         member = pack.add(recipe, new_run(recipe, f"run{index}"))
-        tape.watch(pack, {member.name: 0}, monkeypatch)
-        found.append((_train(pack, [member]), dict(_state(member))))
+        replay.watch(pack, {member.name: 0}, monkeypatch)
+        results.append((_train(pack, [member]), dict(_state(member))))
         pack.close()
         monkeypatch.setattr(Policy, "needs_grad", TrainedModel.needs_grad)
-    ((one,), ours), ((other,), theirs) = found
-    # Some groups were all right or all wrong, and some were not.
+    ((one,), ours), ((other,), theirs) = results
+    # Some groups were all right or all wrong, and some were mixed.
     assert any(0 < row["frac_reward_zero_std"] < 1 for row in one)
     for row, same in zip(one, other, strict=True):
         for name in (

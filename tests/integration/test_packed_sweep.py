@@ -1,5 +1,6 @@
-"""A sweep whose trials train together: each as it would alone, to the bit; those that fail or
-cannot share apart.
+"""Test sweeps whose trials train together in packs.
+
+Each trial equals its run alone to the bit. Trials that fail or cannot share are separate.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ TRIALS: list[tuple[Any, ...]] = [
     (2, 1e-3, "mlp", 2, "regular", EXITS),
 ]
 FAILS = {
-    RAISES: "the reward of tests.faults.moods.raises raised LookupError",
-    EXITS: "the reward of tests.faults.moods.exits raised SystemExit",
+    RAISES: "the reward of tests.faults.environments.raises raised LookupError",
+    EXITS: "the reward of tests.faults.environments.exits raised SystemExit",
 }
 
 
 def compared(run_dir: RunDir) -> list[dict[str, float]]:
-    """A run's log without timings."""
+    """Return a run's log without timings."""
     return [metrics.without_timings(row) for row in MetricsFile(run_dir.metrics).rows()]
 
 
@@ -55,7 +56,7 @@ def members(run_dir: RunDir) -> list[float]:
 def packed_sweep(
     trials: list[tuple[Any, ...]], pack_size: int, folder: Path, *overrides: str
 ) -> RunDir:
-    """Run a sweep of these trials in one pack of so many at a time; its directory."""
+    """Run a sweep of these trials in one pack of that many slots; return its directory."""
     space: dict[str, Any] = {
         key: {"choices": sorted({values[i] for values in trials}, key=str)}
         for i, key in enumerate(AXES)
@@ -90,17 +91,17 @@ def packed_sweep(
 
 @pytest.fixture
 def data(small_data: list[str], tmp_path: Path) -> list[str]:
-    """Overrides for little data, and the training files of the axis."""
+    """Return overrides for little data, and for the training files of the axis."""
     key, _, file = small_data[0].rstrip("]").partition("=[")
     assert key == DATA
     for name in (GOOD, RAISES, EXITS):
-        rows = pd.read_parquet(file).assign(env_class=f"tests.faults.moods.{name}")
+        rows = pd.read_parquet(file).assign(env_class=f"tests.faults.environments.{name}")
         rows.to_parquet(tmp_path / f"{name}.parquet")
     return small_data
 
 
 def assert_as_alone(trial: RunDir, folder: Path) -> None:
-    """Train a trial's recipe by itself: the same metrics and adapter, to the bit."""
+    """Train a trial's recipe alone and compare metrics and adapter, to the bit."""
     alone = RunDir(folder)
     alone.create(trial.recipe.read_text(), {"status": "CREATED", "status_history": []})
     recipe = recipes.read(trial.recipe)
@@ -113,19 +114,19 @@ def assert_as_alone(trial: RunDir, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", ["transformers", pytest.param("vllm", marks=pytest.mark.slow)])
-def test_packed_and_alone_are_the_same_to_the_bit(
+def test_packed_trials_equal_runs_alone_to_the_bit(
     backend: str, data: list[str], tmp_path: Path
 ) -> None:
     trials = [TRIALS[0], *TRIALS[2:]] if backend == "transformers" else [TRIALS[0], TRIALS[4]]
     sweep_dir = packed_sweep(trials, 3, tmp_path, *data, f"generator.backend={backend}")
-    said = [sweep_dir.trial(number).read_manifest() for number in range(len(trials))]
-    assert [m["status"] for m in said] == [
+    manifests = [sweep_dir.trial(number).read_manifest() for number in range(len(trials))]
+    assert [m["status"] for m in manifests] == [
         "FAILED" if values[-1] in FAILS else "COMPLETE" for values in trials
     ]
     for number, values in enumerate(trials):
         trial = sweep_dir.trial(number)
         if values[-1] in FAILS:
-            assert said[number]["reason"].startswith(FAILS[values[-1]])
+            assert manifests[number]["reason"].startswith(FAILS[values[-1]])
             assert "Traceback" in trial.log.read_text()
             continue
         assert_as_alone(trial, tmp_path / f"alone{number}")
@@ -147,19 +148,17 @@ def test_a_pack_on_two_ranks(data: list[str], tmp_path: Path) -> None:
     sweep_dir = packed_sweep(trials, 2, tmp_path, *data, *RANKS)
     packed = [sweep_dir.trial(number) for number in range(3)]
     assert [trial.read_manifest()["status"] for trial in packed] == ["COMPLETE"] * 3
-    assert [max(members(trial)) for trial in packed[:2]] == [
-        2,
-        2,
-    ]  # the third comes when the second has ended
+    # The third trial starts when the second has ended.
+    assert [max(members(trial)) for trial in packed[:2]] == [2, 2]
     assert_as_alone(packed[0], tmp_path / "alone")
 
 
 @pytest.mark.slow
-def test_one_whose_companion_failed_on_two_ranks_goes_on_alone(
+def test_a_trial_restarts_alone_when_another_failed_on_two_ranks(
     data: list[str], tmp_path: Path
 ) -> None:
     sweep_dir = packed_sweep([TRIALS[0], TRIALS[2]], 2, tmp_path, *data, *RANKS)
-    said = [sweep_dir.trial(number).read_manifest() for number in range(2)]
-    assert [m["status"] for m in said] == ["COMPLETE", "FAILED"]
-    assert said[1]["reason"].startswith(FAILS[RAISES])
+    manifests = [sweep_dir.trial(number).read_manifest() for number in range(2)]
+    assert [m["status"] for m in manifests] == ["COMPLETE", "FAILED"]
+    assert manifests[1]["reason"].startswith(FAILS[RAISES])
     assert set(members(sweep_dir.trial(0))[1:]) == {1.0}

@@ -1,4 +1,4 @@
-"""PPO with LoRA on policy and critic, on one base, learns the embedded task on a CPU."""
+"""Test that PPO with LoRA on policy and critic, sharing one base, learns on a CPU."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_ppo_learns_the_embedded_task(tmp_path: Path) -> None:
         row for row in MetricsFile(run_dir.metrics).rows() if "critic/explained_variance" in row
     ]
     assert len(rows) == 32
-    # The values are those from before the update: the critic has never seen the samples that it
+    # The values are from before the update: the critic has not been trained on the samples that it
     # explains.
     assert statistics.fmean(row["critic/explained_variance"] for row in rows[-16:]) > 0.3
     assert all(row["sampling/sampling_logp_difference/mean"] < 1e-3 for row in rows)

@@ -1,5 +1,6 @@
-"""The quickstart's single run, for real: vLLM, learning, reproducibility, and its adapter in other
-programs' hands.
+"""Run the quickstart's single run with vLLM.
+
+The run must learn and be reproducible, and its adapter must work in other programs.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def _run(folder: Path, name: str, *overrides: str) -> tuple[RunDir, str]:
 def quickstart(
     tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[RunDir, str]:
-    """The quickstart's run, at three quarters of its length."""
+    """Train the quickstart's run, at three quarters of its length."""
     short = ["trainer.max_steps=24", "trainer.eval_interval=24", "--check"]
     return _run(tmp_path_factory.mktemp("quickstart"), "run", *short)
 
@@ -53,7 +54,7 @@ def held_out(tiny_model_dir: Path) -> list[Example]:
     return load_examples([str(tiny_model_dir / "data" / "validation.parquet")])
 
 
-def test_it_learns(quickstart: tuple[RunDir, str]) -> None:
+def test_the_quickstart_learns(quickstart: tuple[RunDir, str]) -> None:
     run, output = quickstart
     result = run.read_manifest()["result"]
     assert result["base"]["eval/accuracy"] <= 0.40
@@ -105,7 +106,7 @@ def test_the_adapter_scores_the_same_in_plain_vllm(
 ) -> None:
     run = quickstart[0]
     (tmp_path / "prompts.json").write_text(json.dumps([example.prompt for example in held_out]))
-    # A process of its own: nothing of ours has touched this vLLM.
+    # A separate process: none of our code has touched this vLLM.
     code = f"""
 import json, os
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind")

@@ -1,4 +1,4 @@
-"""What the trainer's processes leave out."""
+"""Test which libraries the trainer's processes do not load."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ASK = (
 )
 
 
-def test_transformers_does_without_scikit_learn() -> None:
+def test_transformers_does_not_load_scikit_learn() -> None:
     done = subprocess.run(
         [sys.executable, "-c", ASK], cwd=PROJECT, capture_output=True, text=True, check=True
     )

@@ -1,5 +1,6 @@
-"""Several processes train as one does: same losses, gradients and checkpoints; real vLLM engines,
-gloo between them.
+"""Test that several processes train like one, with real vLLM engines and gloo.
+
+Losses, gradients and checkpoints are the same.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ Train = Callable[..., RunDir]
 
 
 def ranks(number: int) -> list[str]:
-    """Overrides for so many training processes on the CPU, each with its engine."""
+    """Return overrides for this number of training processes on the CPU, each with its engine."""
     return [
         f"trainer.placement.policy_num_gpus_per_node={number}",
         f"generator.num_inference_engines={number}",
@@ -48,8 +49,9 @@ def ranks(number: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def train(small_data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """Train quickstart on little data, one update a step, with these overrides; the run's
-    directory.
+    """Return a function that trains quickstart on little data, one update a step.
+
+    It returns the run's directory.
     """
     names = (f"run{i}" for i in itertools.count())
     root = tmp_path_factory.mktemp("runs")
@@ -83,7 +85,7 @@ def train(small_data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Tr
 
 @pytest.fixture(scope="module")
 def alone(train: Train) -> RunDir:
-    """The run on one process."""
+    """Train the run on one process."""
     return train()
 
 
@@ -101,8 +103,7 @@ def assert_same_training(one: RunDir, other: RunDir, names: tuple[str, ...] = CO
     for a, b in zip(first, second, strict=True):
         for name in names:
             assert b[name] == pytest.approx(a[name], abs=1e-5), (a["step"], name)
-        # AdamW divides by small moments: what is a rounding error before the first update is not
-        # one after it.
+        # AdamW divides by small moments, so a rounding error grows with the first update.
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-2)
     scores = [
         [row["eval/accuracy"] for row in run if "eval/accuracy" in row] for run in (first, second)
@@ -113,7 +114,7 @@ def assert_same_training(one: RunDir, other: RunDir, names: tuple[str, ...] = CO
 
 
 def gradients(run_dir: RunDir) -> dict[str, torch.Tensor]:
-    """The first update's gradients, clipped: AdamW's first moment is a tenth of them."""
+    """Return the first update's clipped gradients: AdamW's first moment is a tenth of them."""
     moments = weights(run_dir, 1, "optimizer")
     return {name: 10 * tensor for name, tensor in moments.items() if name.endswith("/exp_avg")}
 
@@ -130,8 +131,7 @@ def assert_same_weights(
         torch.testing.assert_close(other[name], tensor, atol=atol, rtol=0, msg=name)
 
 
-# Micro-batches differ too: of 3 sequences where one process has 4, or of as many as 300 tokens
-# hold.
+# Micro-batches differ too: 3 sequences where one process has 4, or up to 300 tokens.
 @pytest.mark.parametrize(
     ("number", "micro"),
     [
@@ -139,7 +139,7 @@ def assert_same_weights(
         pytest.param(4, "trainer.max_tokens_per_microbatch=300", marks=pytest.mark.slow),
     ],
 )
-def test_ranks_have_the_losses_of_one_process(
+def test_ranks_have_the_same_losses_as_one_process(
     train: Train, alone: RunDir, number: int, micro: str
 ) -> None:
     several = train(*ranks(number), micro)
@@ -147,14 +147,14 @@ def test_ranks_have_the_losses_of_one_process(
     assert_same_training(alone, several)
     assert_same_weights(gradients(alone), gradients(several), atol=1e-7)
     assert max(float(gradient.abs().max()) for gradient in gradients(alone).values()) > 1e-3
-    # One process wrote what there is one of: its files are whole, and no version of the adapter is
-    # left over.
+    # Shared files are written once, by one process: they are whole, and no adapter version is left
+    # over.
     assert sorted(p.name for p in several.adapter.iterdir()) == ["best", "final"]
     assert (several.path / "log.txt").is_file()
 
 
 @pytest.mark.slow
-def test_engines_apart_from_the_ranks(train: Train, alone: RunDir) -> None:
+def test_engines_in_separate_processes(train: Train, alone: RunDir) -> None:
     apart = [
         "trainer.placement.colocate_all=false",
         "generator.num_inference_engines=2",
@@ -164,7 +164,7 @@ def test_engines_apart_from_the_ranks(train: Train, alone: RunDir) -> None:
 
 
 @pytest.mark.slow
-def test_full_fine_tuning_shards_what_it_trains(train: Train) -> None:
+def test_full_fine_tuning_shards_the_weights(train: Train) -> None:
     one, two = train(*FULL), train(*FULL, *ranks(2))
     assert_same_training(one, two)
     assert_same_weights(gradients(one), gradients(two), atol=1e-7)
@@ -173,7 +173,7 @@ def test_full_fine_tuning_shards_what_it_trains(train: Train) -> None:
 
 
 @pytest.mark.slow
-def test_saved_on_two_ranks_resumed_on_one_and_back(train: Train) -> None:
+def test_resume_on_another_number_of_ranks(train: Train) -> None:
     whole = train(*PPO)
     moved = train(*PPO, *ranks(2), reports=2)
     assert moved.status is Status.RUNNING

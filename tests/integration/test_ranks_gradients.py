@@ -1,5 +1,6 @@
-"""Two processes over gloo hold the gradients that one holds, of weights that FSDP shards and of
-whole ones.
+"""Test that two processes over gloo compute the gradients of one.
+
+Some weights are sharded by FSDP, and some are whole on each rank.
 """
 
 from __future__ import annotations
@@ -17,13 +18,11 @@ ROWS, WIDTH, SIZE = 6, 4, 2
 
 
 class Layer(nn.Linear):
-    """A layer that `Ranks.shard` shards by itself: the model names its class."""
+    """Layer that `Ranks.shard` shards by itself, because the model names its class."""
 
 
 class Model(nn.Module):
-    """Sharded layers, and one weight apart from them that every rank holds whole, as it does a LoRA
-    adapter.
-    """
+    """Model with sharded layers and one weight that every rank holds whole, like a LoRA adapter."""
 
     _no_split_modules = ("Layer",)
 
@@ -39,20 +38,21 @@ class Model(nn.Module):
 
 
 def gradients(ranks: Ranks, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Gradients of a loss over all rows, of which this rank computes its share; weights float32,
-    products `dtype`.
+    """Return gradients of a loss over all rows; this rank computes its share of the rows.
+
+    Weights are float32, products `dtype`.
     """
     model, whole = Model(), nn.Parameter(torch.ones(WIDTH))
     ranks.shard(model, dtype)
-    seen: list[torch.dtype] = []
-    model.layers[0].register_forward_pre_hook(lambda layer, _: seen.append(layer.weight.dtype))
+    dtypes: list[torch.dtype] = []
+    model.layers[0].register_forward_pre_hook(lambda layer, _: dtypes.append(layer.weight.dtype))
     rows = torch.arange(float(ROWS * WIDTH)).reshape(ROWS, WIDTH).sin()
-    own = rows[list(ranks.share(ROWS))]
+    local_rows = rows[list(ranks.share(ROWS))]
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
-        made = model(own)
+        made = model(local_rows)
     (whole * made.float()).square().sum().div(ROWS).backward()
     if ranks.size > 1:
-        assert seen == [dtype]  # that is how the weights were gathered
+        assert dtypes == [dtype]  # the weights were gathered in this dtype
     named = {**dict(model.named_parameters()), "whole": whole}
     ranks.sum_gradients(named.values())
     return {
@@ -69,20 +69,20 @@ def compare(
     dtype: torch.dtype,
     tolerance: float,
 ) -> None:
-    """One of the two processes."""
+    """Compare gradients in one of the two processes."""
     address = listener.getsockname()
     ranks = Ranks.form(rank, SIZE, address, torch.device("cpu"), listener if rank == 0 else None)
-    found = gradients(ranks, dtype)
-    assert found.keys() == expected.keys()
+    actual = gradients(ranks, dtype)
+    assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
-        assert found[name].dtype == torch.float32
-        assert (found[name] - gradient).norm() <= tolerance * gradient.norm(), name
+        assert actual[name].dtype == torch.float32
+        assert (actual[name] - gradient).norm() <= tolerance * gradient.norm(), name
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_two_ranks_have_the_gradients_of_one(dtype: torch.dtype, tolerance: float) -> None:
+def test_two_ranks_have_the_same_gradients_as_one(dtype: torch.dtype, tolerance: float) -> None:
     expected = gradients(Ranks(), dtype)
     assert len(expected) == 5
     assert all(gradient.abs().max() > 1e-3 for gradient in expected.values())

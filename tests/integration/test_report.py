@@ -37,7 +37,7 @@ HOSTILE = (
 
 
 class Page(HTMLParser):
-    """A page's tags, the addresses it would load, and its text."""
+    """Tags, loaded addresses and text of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def written(sweep_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The example sweep's report."""
+    """Write the example sweep's report."""
     return write_report(sweep_dir, tmp_path_factory.mktemp("report")).path.parent
 
 
@@ -69,7 +69,7 @@ def html(written: Path) -> Page:
     return Page((written / "index.html").read_text())
 
 
-def test_the_page_answers_first_and_then_shows_why(html: Page) -> None:
+def test_the_page_starts_with_the_answer(html: Page) -> None:
     order = [
         "Of 4 configurations, rank 8, alpha 32, learning rate 1e-3, target modules all-linear won",
         "How sure",
@@ -87,12 +87,12 @@ def test_the_page_answers_first_and_then_shows_why(html: Page) -> None:
         "How this was computed",
         "Provenance",
     ]
-    body = html.text[html.text.index(order[0]) :]  # past the list of contents
-    places = [body.index(text) for text in order]
-    assert places == sorted(places)
+    body = html.text[html.text.index(order[0]) :]  # after the table of contents
+    positions = [body.index(text) for text in order]
+    assert positions == sorted(positions)
 
 
-def test_the_answer_decisions_curves_and_trials_are_open_and_the_rest_is_folded(
+def test_only_the_main_sections_are_unfolded(
     written: Path,
 ) -> None:
     text = (written / "index.html").read_text()
@@ -122,17 +122,17 @@ def test_the_answer_decisions_curves_and_trials_are_open_and_the_rest_is_folded(
     assert "<details open" not in text
 
 
-def test_claims_stand_only_where_one_can_be_judged(written: Path) -> None:
+def test_claims_are_shown_only_where_they_can_be_judged(written: Path) -> None:
     text = (written / "index.html").read_text()
     assert 'id="claims"' not in text
     assert (
         text.count("None of the 13 claims of LoRA Without Regret can be judged by these runs") == 1
     )
-    found = content.single(
+    page = content.single(
         worlds.experiment(World((Arm(1), Arm(8)), seeds=3, rates=4, failures=0.0))
     )
     beside: dict[str, Any] = {"figures": [], "refresh": None, "downloads": [], "redraw": ""}
-    judged = markup.fill("report.html.j2", {**found, **beside})
+    judged = markup.fill("report.html.j2", {**page, **beside})
     assert '<section id="claims" class="folded">' in judged
     assert re.search(r'claim by claim</h2>\n <span class="inside">.*\d+ cannot tell</span>', judged)
     assert "can be judged by these runs" not in judged
@@ -154,7 +154,7 @@ def test_every_picture_has_words(written: Path) -> None:
     assert all(re.search(r'alt="[^"]{40,}"', picture) for picture in pictures)
 
 
-def test_markdown_says_the_same_and_its_pictures_exist(written: Path, html: Page) -> None:
+def test_markdown_has_the_same_text_and_its_pictures_exist(written: Path, html: Page) -> None:
     text = (written / "report.md").read_text()
     assert (
         "**Of 4 configurations, rank 8, alpha 32, learning rate 1e-3, target modules all-linear won"
@@ -181,7 +181,7 @@ def test_markdown_tables_are_whole(written: Path) -> None:
 
 
 def everything(folder: Path) -> dict[str, bytes]:
-    """The bytes of every file of a report by its name."""
+    """Return the bytes of every file of a report by its name."""
     return {
         str(file.relative_to(folder)): file.read_bytes()
         for file in folder.rglob("*")
@@ -198,9 +198,7 @@ def test_equal_directories_give_equal_reports(
 
 
 @pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 3])
-def test_its_tables_give_the_very_same_report(
-    written: Path, tmp_path: Path, processes: int
-) -> None:
+def test_the_tables_give_the_same_report(written: Path, tmp_path: Path, processes: int) -> None:
     assert {"index.html", "trials.csv", "tables/runs.parquet", "tables/sources.parquet"} <= set(
         everything(written)
     )
@@ -217,7 +215,7 @@ def test_figures_are_drawn_without_dates_or_random_names(written: Path) -> None:
         assert b"<dc:creator>" not in svg
 
 
-def test_text_is_kept_of_what_the_page_shows_alone(written: Path) -> None:
+def test_tables_keep_only_the_text_that_the_page_shows(written: Path) -> None:
     samples = Tables.read(written / "tables").samples
     texts = samples.groupby("run_dir")["completion"].count()
     assert texts[texts > 0].index.tolist() == ["trials/0004"]
@@ -236,7 +234,7 @@ def test_model_output_stays_text(tmp_path: Path) -> None:
     assert "http" not in " ".join(html.loads)
 
 
-def test_a_hostile_reason_stays_in_its_cell(tmp_path: Path) -> None:
+def test_a_hostile_reason_stays_in_one_cell(tmp_path: Path) -> None:
     trials = [
         Trial(0, 0, params(8, 1e-3), 0.9, Status.FAILED, HOSTILE),
         Trial(1, 0, params(1, 1e-3), 0.9),
@@ -283,7 +281,7 @@ def test_all_trials_are_listed_with_how_they_ended(experiment: Experiment) -> No
     assert str(table.rows[4].command).startswith("python -m harness.run ")
 
 
-def test_what_all_trials_have_in_common_is_said_once() -> None:
+def test_common_settings_are_listed_once() -> None:
     trials = [{"rank": rank, "score": 0.5, "step": 32} for rank in (1, 8)]
     table = tables.trials([made(trials)])
     assert table.same == "seed 0 and steps 32"
@@ -299,7 +297,7 @@ def test_what_all_trials_have_in_common_is_said_once() -> None:
     )
 
 
-def test_settings_that_only_some_experiments_swept_stand_together() -> None:
+def test_settings_swept_by_some_experiments_are_listed_together() -> None:
     first = made([{"rank": rank, "score": 0.5, "alpha": rank * 4.0} for rank in (1, 8)])
     second = made([{"rank": rank, "score": 0.5} for rank in (1, 8)])
     table = tables.trials([first, second])
@@ -308,10 +306,10 @@ def test_settings_that_only_some_experiments_swept_stand_together() -> None:
     assert [row.cells[4] for row in table.rows] == ["alpha 4", "alpha 32", "alpha 32", "alpha 32"]
 
 
-def test_configurations_are_ranked_and_the_unranked_say_why(experiment: Experiment) -> None:
+def test_configurations_are_ranked_or_say_why_not(experiment: Experiment) -> None:
     table = tables.configurations(experiment)
-    places = [row.cells[0] for row in table.rows]
-    assert places == ["1", "2", "3", "4", "–", "–"]
+    ranks = [row.cells[0] for row in table.rows]
+    assert ranks == ["1", "2", "3", "4", "–", "–"]
     assert table.rows[0].best
     assert table.rows[0].cells[-1] == "2 of 2"
     assert [row.cells[-1] for row in table.rows[4:]] == [
@@ -375,7 +373,7 @@ def test_provenance_has_what_it_takes_to_do_it_again(experiment: Experiment) -> 
     assert "numpy " in facts["packages"]
 
 
-def test_a_manifest_with_nothing_but_its_status_still_makes_a_page(tmp_path: Path) -> None:
+def test_a_manifest_with_only_a_status_has_a_page(tmp_path: Path) -> None:
     path = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9))
     (path / "manifest.json").write_text('{"status": "COMPLETE", "kind": "run"}')
     assert "reached held-out accuracy 0.900" in write_report(path).answer
@@ -403,13 +401,13 @@ def test_a_manifest_with_nothing_but_its_status_still_makes_a_page(tmp_path: Pat
     ],
     ids=["no trial", "one failed", "one created", "one trial"],
 )
-def test_small_sweeps_have_their_page(tmp_path: Path, sweep: Sweep, answer: str) -> None:
+def test_small_sweeps_have_a_page(tmp_path: Path, sweep: Sweep, answer: str) -> None:
     made = write_report(write_sweep(tmp_path, sweep))
     assert made.answer.startswith(answer)
     assert made.path.is_file()
 
 
-def test_a_sweep_with_damage_everywhere_still_has_its_page(tmp_path: Path) -> None:
+def test_a_sweep_with_many_damaged_files_has_a_page(tmp_path: Path) -> None:
     path = write_sweep(tmp_path, example())
     (path / "trials" / "0000" / "manifest.json").write_text("{")
     (path / "trials" / "0001" / "metrics.jsonl").write_text("garbage\n")
@@ -420,13 +418,13 @@ def test_a_sweep_with_damage_everywhere_still_has_its_page(tmp_path: Path) -> No
     assert "unreadable the manifest is damaged" in Page(made.path.read_text()).text
 
 
-def test_neither_run_nor_sweep(tmp_path: Path) -> None:
+def test_a_directory_that_is_neither_run_nor_sweep_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a run directory"):
         write_report(tmp_path)
 
 
 @pytest.mark.slow
-def test_five_hundred_trials_of_every_fate_have_one_page(tmp_path: Path) -> None:
+def test_five_hundred_trials_of_every_status_have_one_page(tmp_path: Path) -> None:
     fates = ["COMPLETE"] * 7 + ["FAILED", "PRUNED", "UNREADABLE"]
     trials = [
         {
@@ -449,17 +447,17 @@ def test_five_hundred_trials_of_every_fate_have_one_page(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("maximize", "metric", "wins"), [(True, "eval/accuracy", 64), (False, "loss", 1)]
 )
-def test_accuracy_and_loss_each_pick_their_own_end(
+def test_best_is_highest_for_accuracy_and_lowest_for_loss(
     tmp_path: Path, maximize: bool, metric: str, wins: int
 ) -> None:
     trials = [
         {
             "rank": rank,
             "seed": seed,
-            "score": 0.4 + place / 10 + seed / 500,
+            "score": 0.4 + index / 10 + seed / 500,
             "base": 0.3 if maximize else 0.9,
         }
-        for place, rank in enumerate((1, 8, 64))
+        for index, rank in enumerate((1, 8, 64))
         for seed in range(3)
     ]
     made_of = report.write([made(trials, metric=metric, maximize=maximize)], tmp_path)
@@ -472,7 +470,7 @@ def test_accuracy_and_loss_each_pick_their_own_end(
     assert rank.split(" | ")[1:3] == [str(wins), "best"]
 
 
-def test_a_run_whose_manifest_is_damaged_has_a_page_that_says_so(tmp_path: Path) -> None:
+def test_a_page_reports_a_damaged_manifest(tmp_path: Path) -> None:
     path = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9))
     (path / "manifest.json").write_text(
         '{"status": "COMPLETE", "status_history": [{"status": "RUNNING"}]}'

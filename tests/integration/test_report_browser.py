@@ -1,5 +1,6 @@
-"""The report in a real browser: it loads nothing, runs nothing hostile, fits, sorts, filters, and
-is accessible.
+"""Test the report in a real browser.
+
+It loads nothing, runs nothing hostile, fits the screen, sorts, filters, and is accessible.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from matplotlib.image import imread
 
 from analysis.report.write import read, write
 from harness.records.run_dir import Status
-from tests.integration.browser import CHROMIUM, Browser, Page, Proxy, violations, watched
+from tests.integration.browser import CHROMIUM, Browser, Page, Proxy, proxied_browser, violations
 from tests.unit.analysis.synthetic import Sweep, Trial, example, params, write_report, write_sweep
 
 HOSTILE = (
@@ -41,26 +42,26 @@ KINDS = [
 
 @pytest.fixture(scope="module")
 def watching(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Browser, Proxy]]:
-    """A browser whose every request goes to a proxy."""
-    with watched(tmp_path_factory.mktemp("profile")) as both:
+    """Start a browser whose requests all go to a proxy."""
+    with proxied_browser(tmp_path_factory.mktemp("profile")) as both:
         yield both
 
 
 @pytest.fixture(scope="module")
 def browser(watching: tuple[Browser, Proxy]) -> Browser:
-    """The browser."""
+    """Return the browser."""
     return watching[0]
 
 
 @pytest.fixture(scope="module")
 def proxy(watching: tuple[Browser, Proxy]) -> Proxy:
-    """What the browser asked the network for."""
+    """Return the proxy, which records what the browser requests."""
     return watching[1]
 
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep whose winner's completions, and a failed trial's reason, are hostile."""
+    """Write a sweep with hostile text in the winner's completions and a failed trial's reason."""
     trials = [
         *example().trials[:10],
         Trial(5, 0, params(8, 1e-2), 0.3, Status.FAILED, HOSTILE, last_step=20),
@@ -72,14 +73,15 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def report(sweep: Path) -> Path:
-    """The hostile sweep's page."""
+    """Return the hostile sweep's page."""
     return write_report(sweep).path
 
 
 @pytest.fixture(scope="module")
 def pages(report: Path, sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Each kind of page: of a sweep, the same while it runs, of two sweeps, of a sweep without any
-    trial.
+    """Write one page of each kind.
+
+    These are a sweep, a running sweep, two sweeps, and a sweep without trials.
     """
     folder = tmp_path_factory.mktemp("pages")
     other = write_sweep(folder, Sweep(example().trials[2:6]), name="other")
@@ -106,11 +108,11 @@ def test_nothing_is_loaded_and_only_our_script_runs(
 
 @pytest.mark.parametrize("guarded", [True, False])
 @pytest.mark.claim("A report shows text as text")
-def test_what_gets_past_the_escaping_is_stopped_by_the_policy(
+def test_the_content_policy_blocks_unescaped_scripts(
     report: Path, browser: Browser, proxy: Proxy, tmp_path: Path, guarded: bool
 ) -> None:
     broken = report.read_text().replace("</main>", f"{HOSTILE}</main>")
-    if not guarded:  # the control: then it does run, and is seen
+    if not guarded:  # the control: without the policy the script runs, and the test sees it
         broken = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", broken)
     path = tmp_path / "broken.html"
     path.write_text(broken)
@@ -150,7 +152,7 @@ def test_light_and_dark_pages_are_drawn(
     assert len(np.unique(pixels @ [1, 2**8, 2**16])) > 200, "a figure and text are there"
 
 
-def test_every_picture_has_its_room_before_it_is_loaded(report: Path, browser: Browser) -> None:
+def test_every_picture_has_a_size_before_it_is_loaded(report: Path, browser: Browser) -> None:
     for width in (390, 1280):
         with browser.page(report.as_uri(), width=width) as page:
             page.run(_OPEN_ALL)
@@ -164,7 +166,7 @@ def test_every_picture_has_its_room_before_it_is_loaded(report: Path, browser: B
             assert min(before) > 100
 
 
-def test_a_heading_sorts_by_keyboard_and_says_so(report: Path, browser: Browser) -> None:
+def test_a_heading_sorts_by_keyboard_and_announces_it(report: Path, browser: Browser) -> None:
     with browser.page(report.as_uri()) as page:
         index = _column(page, "learning rate")
         numbers = _cells(page, 0)
@@ -182,10 +184,10 @@ def test_a_heading_sorts_by_keyboard_and_says_so(report: Path, browser: Browser)
         assert [float(text) for text in _cells(page, index)] == sorted(rates, reverse=True)
         page.press("Enter")
         assert page.run(f"{head}.getAttribute('aria-sort')") == "none"
-        assert _cells(page, 0) == numbers, "the order it came with"
+        assert _cells(page, 0) == numbers, "the original order"
 
 
-def test_scores_that_do_not_count_sort_last_both_ways(report: Path, browser: Browser) -> None:
+def test_uncounted_scores_are_last_in_both_sort_orders(report: Path, browser: Browser) -> None:
     with browser.page(report.as_uri()) as page:
         index = _column(page, "held-out accuracy")
         button = f"{TRIALS}.tHead.rows[0].cells[{index}].querySelector('button')"
@@ -198,7 +200,7 @@ def test_scores_that_do_not_count_sort_last_both_ways(report: Path, browser: Bro
             assert len(counted) == 11
 
 
-def test_words_columns_and_status_filter(report: Path, browser: Browser) -> None:
+def test_filter_by_text_column_and_status(report: Path, browser: Browser) -> None:
     with browser.page(report.as_uri()) as page:
         assert _filtered(page, "") == "13 of 13 trials"
         assert _filtered(page, "q_proj") == "2 of 13 trials"
@@ -226,7 +228,7 @@ def test_a_command_is_copied(report: Path, browser: Browser) -> None:
         assert page.run("navigator.clipboard.readText()") == shown
 
 
-def test_without_scripts_all_is_there_and_no_dead_control(report: Path, browser: Browser) -> None:
+def test_without_scripts_everything_is_shown_but_controls(report: Path, browser: Browser) -> None:
     with browser.page(report.as_uri(), script=False) as page:
         document = page.call("DOM.getDocument")["root"]["nodeId"]
 
@@ -239,7 +241,7 @@ def test_without_scripts_all_is_there_and_no_dead_control(report: Path, browser:
             node = page.call("DOM.querySelector", nodeId=document, selector=selector)["nodeId"]
             try:
                 page.call("DOM.getBoxModel", nodeId=node)
-            except RuntimeError:  # it has no box
+            except RuntimeError:  # the element has no box
                 return False
             return True
 
@@ -252,7 +254,7 @@ def test_without_scripts_all_is_there_and_no_dead_control(report: Path, browser:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_table_of_trials_needs_no_scrolling_to_the_side(
+def test_the_table_of_trials_needs_no_horizontal_scrolling(
     pages: dict[str, Path], browser: Browser, kind: str
 ) -> None:
     with browser.page(pages[kind].as_uri()) as page:
@@ -264,7 +266,7 @@ def test_the_table_of_trials_needs_no_scrolling_to_the_side(
         assert page.run(f"{box}.scrollWidth <= {box}.clientWidth")
 
 
-def test_a_link_opens_the_folded_section_it_leads_to(report: Path, browser: Browser) -> None:
+def test_a_link_unfolds_its_target(report: Path, browser: Browser) -> None:
     with browser.page(report.as_uri()) as page:
         folds = page.run("[...document.querySelectorAll('.fold')].map((one) => one.open)")
         assert folds == [False] * 6
@@ -280,49 +282,52 @@ def test_a_link_opens_the_folded_section_it_leads_to(report: Path, browser: Brow
         page.wait("document.getElementById('provenance-fold').open")
 
 
-def test_figures_say_what_is_pointed_at(report: Path, browser: Browser) -> None:
+def test_figures_show_tooltips(report: Path, browser: Browser) -> None:
     for width in (1280, 390):
         with browser.page(report.as_uri(), width=width) as page:
             for name in ("lr_basin", "learning_curves"):
                 image = f"document.querySelector('figure[aria-labelledby=figure-{name}] img')"
                 page.run(f"{image}.scrollIntoView({{block: 'center'}})")
-                told = json.loads(page.run(f"{image}.closest('figure').dataset.tooltips"))
+                tooltips = json.loads(page.run(f"{image}.closest('figure').dataset.tooltips"))
                 trace = next(
                     one
-                    for one in told["traces"]
-                    if told["texts"][one[0]].startswith("trial 4: rank 8,")
+                    for one in tooltips["traces"]
+                    if tooltips["texts"][one[0]].startswith("trial 4: rank 8,")
                 )
                 x, y = trace[-4:-2] if width == 1280 else trace[-2:]
                 page.point_at(image, x, y)
-                assert page.run(_TOLD) == [told["texts"][trace[0]], told["texts"][trace[-5]]]
+                assert page.run(_TOOLTIP) == [
+                    tooltips["texts"][trace[0]],
+                    tooltips["texts"][trace[-5]],
+                ]
                 box = page.run("document.querySelector('.tip').getBoundingClientRect().toJSON()")
                 assert 0 <= box["left"] < box["right"] <= width
                 assert box["top"] >= 0
                 page.point_at(image, 2, 998)
-                assert page.run(_TOLD) is None, "nothing is near the corner"
+                assert page.run(_TOOLTIP) is None, "no mark is near the corner"
 
 
-def test_the_arrows_go_from_one_place_of_a_figure_to_the_next(
-    report: Path, browser: Browser
-) -> None:
+def test_arrow_keys_move_between_marks_of_a_figure(report: Path, browser: Browser) -> None:
     with browser.page(report.as_uri()) as page:
         page.run(
             "document.querySelector('figure[aria-labelledby=figure-learning_curves] img').focus()"
         )
         page.call("Input.dispatchKeyEvent", type="keyDown", key="ArrowRight")
-        first = page.run(_TOLD)
+        first = page.run(_TOOLTIP)
         page.call("Input.dispatchKeyEvent", type="keyDown", key="ArrowRight")
-        assert (first[0], first[1][:7], page.run(_TOLD)[1][:8]) == (
-            page.run(_TOLD)[0],
+        assert (first[0], first[1][:7], page.run(_TOOLTIP)[1][:8]) == (
+            page.run(_TOOLTIP)[0],
             "step 0:",
             "step 10:",
         )
-        assert page.run("document.getElementById('said').textContent") == ", ".join(page.run(_TOLD))
+        assert page.run("document.getElementById('said').textContent") == ", ".join(
+            page.run(_TOOLTIP)
+        )
         page.press("Escape")
-        assert page.run(_TOLD) is None
+        assert page.run(_TOOLTIP) is None
 
 
-def test_a_hostile_setting_is_only_text_to_a_pointer(
+def test_a_hostile_setting_is_text_in_a_tooltip(
     browser: Browser, proxy: Proxy, tmp_path: Path
 ) -> None:
     trials = [
@@ -334,15 +339,15 @@ def test_a_hostile_setting_is_only_text_to_a_pointer(
     with browser.page(path.as_uri()) as page:
         image = "document.querySelector('figure[data-tooltips] img')"
         page.run(f"{image}.scrollIntoView({{block: 'center'}})")
-        told = json.loads(page.run(f"{image}.closest('figure').dataset.tooltips"))
-        trace = next(one for one in told["traces"] if HOSTILE in told["texts"][one[0]])
+        tooltips = json.loads(page.run(f"{image}.closest('figure').dataset.tooltips"))
+        trace = next(one for one in tooltips["traces"] if HOSTILE in tooltips["texts"][one[0]])
         page.point_at(image, *trace[-4:-2])
-        assert HOSTILE in page.run(_TOLD)[0]
+        assert HOSTILE in page.run(_TOOLTIP)[0]
         assert page.run("document.title") != "ran"
     assert len(proxy.from_pages) == before
 
 
-def test_the_first_tab_leads_past_the_contents(report: Path, browser: Browser) -> None:
+def test_the_first_tab_stop_skips_the_contents(report: Path, browser: Browser) -> None:
     with browser.page(report.as_uri()) as page:
         page.press("Tab")
         assert page.run("document.activeElement.textContent") == "Skip to the answer"
@@ -354,7 +359,7 @@ def test_the_first_tab_leads_past_the_contents(report: Path, browser: Browser) -
         assert page.run("document.activeElement.closest('main') !== null")
 
 
-def test_on_paper_every_row_is_there_and_no_control(report: Path, browser: Browser) -> None:
+def test_print_shows_every_row_and_no_control(report: Path, browser: Browser) -> None:
     with browser.page(report.as_uri(), dark=True) as page:
         page.call("Emulation.setEmulatedMedia", media="print")
         hidden = "getComputedStyle(document.querySelector('{}')).display === 'none'"
@@ -374,7 +379,7 @@ def test_on_paper_every_row_is_there_and_no_control(report: Path, browser: Brows
     assert pdf.startswith(b"%PDF")
 
 
-def test_a_live_page_comes_back_to_where_its_reader_was(
+def test_a_live_page_keeps_its_scroll_position(
     pages: dict[str, Path], browser: Browser, tmp_path: Path
 ) -> None:
     text = pages["live"].read_text()
@@ -397,15 +402,15 @@ def test_a_live_page_comes_back_to_where_its_reader_was(
         page.run(
             f"{TRIALS}.tHead.rows[0].cells[0].querySelector('button').focus({{preventScroll: true}})"  # noqa: E501
         )
-        seen = (
+        position = (
             f"[{_PLACE}, document.activeElement.textContent, "
             "document.getElementById('more-problems').open]"
         )
-        was = [_cells(page, 0, shown=True), page.run(seen)]
+        was = [_cells(page, 0, shown=True), page.run(position)]
         path.write_text(text.replace("</title>", ", again</title>"))
         page.run("document.getElementById('pause').click()")
         page.wait("document.title.endsWith(', again') && document.readyState === 'complete'")
-        assert [_cells(page, 0, shown=True), page.run(seen)] == was
+        assert [_cells(page, 0, shown=True), page.run(position)] == was
         assert was[1] == [pytest.approx(16, abs=1), "trial", True], "just below the screen's edge"
         assert page.run("document.getElementById('trial-table-status').value") == "COMPLETE"
 
@@ -413,7 +418,7 @@ def test_a_live_page_comes_back_to_where_its_reader_was(
 _PLACE = "Math.round(document.getElementById('trials').getBoundingClientRect().top)"
 
 
-def test_a_page_of_what_has_ended_does_not_load_itself_again(report: Path) -> None:
+def test_a_finished_page_does_not_reload(report: Path) -> None:
     text = report.read_text()
     assert 'id="live"' not in text
     assert 'http-equiv="refresh"' not in text
@@ -421,7 +426,7 @@ def test_a_page_of_what_has_ended_does_not_load_itself_again(report: Path) -> No
 
 @pytest.mark.parametrize(("width", "dark"), SIZES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_axe_finds_nothing(
+def test_axe_finds_no_violation(
     pages: dict[str, Path], browser: Browser, kind: str, width: int, dark: bool
 ) -> None:
     with browser.page(pages[kind].as_uri(), width=width, dark=dark) as page:
@@ -429,7 +434,7 @@ def test_axe_finds_nothing(
         assert violations(page) == []
 
 
-def test_axe_would_have_found_something(browser: Browser, tmp_path: Path) -> None:
+def test_axe_finds_a_planted_violation(browser: Browser, tmp_path: Path) -> None:
     path = tmp_path / "bad.html"
     path.write_text(
         "<!doctype html><title>bad</title><img src='data:,'><p style='color: #ccc'>faint</p>"
@@ -442,33 +447,34 @@ def test_axe_would_have_found_something(browser: Browser, tmp_path: Path) -> Non
         }
 
 
-# What a figure says just now: of what, and what; null where it says nothing.
-_TOLD = """(tip => tip && !tip.hidden ? [tip.children[0].textContent, tip.children[1].textContent] : null)(
+# Subject and text of a figure's tooltip; null without one.
+_TOOLTIP = """(tip => tip && !tip.hidden ? [tip.children[0].textContent, tip.children[1].textContent] : null)(
     document.querySelector('.tip'))"""  # noqa: E501
 
 
 def _column(page: Page, title: str) -> int:
-    found = page.run(
+    number = page.run(
         f"[...{TRIALS}.tHead.rows[0].cells].findIndex((one) => one.textContent === "
         f"{json.dumps(title)})"
     )
-    assert found >= 0
-    return int(found)
+    assert number >= 0
+    return int(number)
 
 
 def _cells(page: Page, column: int, *, shown: bool = False) -> list[str]:
-    """A column's texts, without what only a screen reader sees; `shown`: of the rows that are not
-    filtered out.
+    """Return a column's texts without those only for screen readers.
+
+    `shown`: only of rows that are not filtered out.
     """
     rows = f"[...{TRIALS}.tBodies[0].rows].filter((row) => !{json.dumps(shown)} || !row.hidden)"
-    found: list[str] = page.run(
+    count: list[str] = page.run(
         f"{rows}.map((row) => row.cells[{column}].firstChild.textContent.trim())"
     )
-    return found
+    return count
 
 
 def _filtered(page: Page, text: str, status: str = "") -> str:
-    """What the count says once this is typed and chosen."""
+    """Return the count's text after a filter was typed and a status chosen."""
     for name, value, event in (("text", text, "input"), ("status", status, "change")):
         field = f"document.getElementById('trial-table-{name}')"
         page.run(

@@ -28,7 +28,7 @@ def test_a_sweep_gets_its_report_and_results(
     assert len(pd.read_parquet(path / "results.parquet")) == 12
 
 
-def test_a_run_gets_its_report_where_asked(
+def test_a_run_gets_a_report_in_the_requested_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9))
@@ -40,7 +40,7 @@ def test_a_run_gets_its_report_where_asked(
 
 
 @pytest.mark.slow
-def test_the_tables_of_a_report_make_it_again_where_they_lie(
+def test_a_report_is_rebuilt_in_place_from_its_tables(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9))
@@ -55,22 +55,22 @@ def test_the_tables_of_a_report_make_it_again_where_they_lie(
 
 
 @pytest.mark.slow
-def test_several_are_compared_on_one_page(
+def test_several_sweeps_are_compared_on_one_page(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9), "first")
     second = write_run(tmp_path, Trial(0, 0, params(1, 1e-3), 0.8), "second")
     assert report.main(["--compare", str(first), str(second)]) == 0
-    said = capsys.readouterr().out
-    assert "first: Rank 8" in said
-    assert "second: Rank 1" in said
-    assert f"report: {tmp_path / 'comparison' / 'index.html'}" in said
+    output = capsys.readouterr().out
+    assert "first: Rank 8" in output
+    assert "second: Rank 1" in output
+    assert f"report: {tmp_path / 'comparison' / 'index.html'}" in output
     with pytest.raises(UserError, match="puts several sweeps or runs on one page"):
         report.main(["--compare", str(first)])
 
 
 @pytest.mark.slow
-def test_watching_a_run_that_has_ended_writes_it_once(
+def test_watching_a_finished_run_writes_one_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9))
@@ -80,7 +80,7 @@ def test_watching_a_run_that_has_ended_writes_it_once(
         report.main([str(path), "--watch", "0"])
 
 
-def test_a_mistyped_directory_names_the_ones_there_are(
+def test_a_mistyped_directory_lists_existing_directories(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_run(tmp_path / "runs", Trial(0, 0, params(8, 1e-3), 0.9), name="quickstart")

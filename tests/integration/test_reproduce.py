@@ -1,5 +1,6 @@
-"""`harness.reproduce` on real runs: identical where it must be, and what was tampered with is named
-where it was.
+"""Run `harness.reproduce` on real runs.
+
+Results must be identical where promised, and tampering must be named where it was.
 """
 
 from __future__ import annotations
@@ -46,25 +47,25 @@ RANKS = [
 
 @pytest.fixture
 def train(small_recipe: MakeRecipe, new_run: MakeRun) -> Callable[..., RunDir]:
-    """Train a small run; with `reports` it is killed after so many."""
+    """Return a function that trains a small run; with `reports` it is killed after that many."""
 
     def make(*overrides: str, name: str = "run", reports: int | None = None) -> RunDir:
         recipe = small_recipe("trainer.num_threads=1", LEARNS, *overrides)
         run_dir = new_run(recipe, name)
-        go_on(recipe, run_dir, reports)
+        resume(recipe, run_dir, reports)
         return run_dir
 
     return make
 
 
-def go_on(recipe: Recipe, run_dir: RunDir, reports: int | None = None) -> None:
+def resume(recipe: Recipe, run_dir: RunDir, reports: int | None = None) -> None:
     with contextlib.closing(cast(Any, worker_group.train_run(recipe, run_dir))) as training:
         for _ in islice(training, reports):
             pass
 
 
 def reproduced(run_dir: RunDir, *options: str) -> int:
-    """The command's exit status; the repetition goes beside the run."""
+    """Return the command's exit status; the repetition is written beside the run."""
     return reproduce.main([str(run_dir.path), "--output", str(again(run_dir).path), *options])
 
 
@@ -96,11 +97,11 @@ def test_a_run_is_reproduced_to_the_bit(
     record = again(run_dir).read_manifest()
     assert record["status"] == "COMPLETE"
     assert record["reproduces"]["verdict"].startswith("identical")
-    # What is identical has learnt something: equal runs of nothing would be equal too.
+    # The runs learned something: two runs of nothing would be equal too.
     assert len({row["grad_norm"] for row in rows(run_dir) if row.get("grad_norm")}) >= 2
 
 
-def test_the_environments_threads_are_not_the_runs(train: Callable[..., RunDir]) -> None:
+def test_threads_of_the_environment_do_not_matter(train: Callable[..., RunDir]) -> None:
     run_dir = train()
     command = [
         sys.executable,
@@ -132,28 +133,28 @@ def test_a_run_that_was_killed_and_resumed_is_reproduced(
     run_dir = train(reports=reports)
     assert run.main(["--resume", str(run_dir.path)]) == 0
     assert reproduced(run_dir) == 0
-    said = capsys.readouterr().out
-    assert "identical: 5 rows of metrics, 36 completions, weights best and final" in said
+    output = capsys.readouterr().out
+    assert "identical: 5 rows of metrics, 36 completions, weights best and final" in output
     (entry,) = run_dir.read_manifest()["resumed"]
     assert entry["command"]
 
 
-def test_a_run_that_did_not_end_is_compared_as_far_as_it_got(
+def test_an_unfinished_run_is_compared_up_to_its_last_step(
     train: Callable[..., RunDir], capsys: Capture
 ) -> None:
     run_dir = train(reports=4)
-    # Killed before it logged step 4, whose evaluation it had written down.
+    # Killed before it logged step 4, whose evaluation was on disk.
     run_dir.eval_samples(4).write_bytes(run_dir.eval_samples(2).read_bytes())
     assert reproduced(run_dir) == 0
-    said = capsys.readouterr().out
-    assert "RUNNING, up to step 3" in said
-    assert "the run is RUNNING: compared up to step 3, the last it logged; no weights" in said
-    assert "identical: 4 rows of metrics, 24 completions, no weights" in said
+    output = capsys.readouterr().out
+    assert "RUNNING, up to step 3" in output
+    assert "the run is RUNNING: compared up to step 3, the last it logged; no weights" in output
+    assert "identical: 4 rows of metrics, 24 completions, no weights" in output
     assert again(run_dir).status is Status.PRUNED
     assert [row["step"] for row in rows(again(run_dir))] == [0, 1, 2, 3]
 
 
-def test_a_run_from_anothers_checkpoint_is_reproduced(
+def test_a_run_from_another_runs_checkpoint_is_reproduced(
     train: Callable[..., RunDir], capsys: Capture
 ) -> None:
     first = train("trainer.max_steps=2", name="first")
@@ -162,9 +163,7 @@ def test_a_run_from_anothers_checkpoint_is_reproduced(
     assert "identical: 2 rows of metrics" in capsys.readouterr().out
 
 
-def test_a_metric_that_was_tampered_with_is_named(
-    train: Callable[..., RunDir], capsys: Capture
-) -> None:
+def test_a_changed_metric_is_named(train: Callable[..., RunDir], capsys: Capture) -> None:
     run_dir = train()
     lines = run_dir.metrics.read_text().splitlines(keepends=True)
     row = json.loads(lines[3])
@@ -179,28 +178,30 @@ def test_a_metric_that_was_tampered_with_is_named(
     )
     assert reproduced(run_dir) == 1
     out = capsys.readouterr().out.splitlines()
-    told = f"departs at step 3: reward {row['reward'] + 0.25:.9g} -> {row['reward']:.9g} (by 0.25)"
-    assert told in out  # at once, while the repetition goes on
-    assert out[-1].startswith(f"{told}; differences in all: 2")
+    message = (
+        f"departs at step 3: reward {row['reward'] + 0.25:.9g} -> {row['reward']:.9g} (by 0.25)"
+    )
+    assert message in out  # printed at once, while the repetition is running
+    assert out[-1].startswith(f"{message}; differences in all: 2")
     assert again(run_dir).status is Status.COMPLETE
 
 
-def test_it_may_stop_where_it_departs(train: Callable[..., RunDir], capsys: Capture) -> None:
+def test_the_repetition_may_stop_at_the_first_difference(
+    train: Callable[..., RunDir], capsys: Capture
+) -> None:
     run_dir = train()
     run_dir.recipe.write_text(
         recipes.to_yaml(recipes.with_values(recipes.read(run_dir.recipe), {"seed": 1}))
     )
     assert reproduced(run_dir, "--stop-at-departure") == 1
-    said = capsys.readouterr().out
-    assert "differs: recipe: " in said
+    output = capsys.readouterr().out
+    assert "differs: recipe: " in output
     assert [row["step"] for row in rows(again(run_dir))] == [0]
     assert again(run_dir).status is Status.PRUNED
     assert again(run_dir).read_manifest()["reproduces"]["verdict"].startswith("departs at step 0: ")
 
 
-def test_an_adapter_that_was_tampered_with_is_named(
-    train: Callable[..., RunDir], capsys: Capture
-) -> None:
+def test_a_changed_adapter_is_named(train: Callable[..., RunDir], capsys: Capture) -> None:
     run_dir = train()
     file = run_dir.adapter / "final" / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -213,7 +214,9 @@ def test_an_adapter_that_was_tampered_with_is_named(
     assert "(by 0.000977); differences in all: 1" in last
 
 
-def test_within_a_tolerance_it_is_equal(train: Callable[..., RunDir], capsys: Capture) -> None:
+def test_a_difference_within_the_tolerance_is_equal(
+    train: Callable[..., RunDir], capsys: Capture
+) -> None:
     run_dir = train()
     lines = run_dir.metrics.read_text().splitlines(keepends=True)
     row = json.loads(lines[2])
@@ -228,26 +231,26 @@ def test_within_a_tolerance_it_is_equal(train: Callable[..., RunDir], capsys: Ca
     assert "(largest difference: step 2, entropy)" in last
 
 
-def test_other_data_and_packages_are_named_before_it_departs(
+def test_changed_data_and_packages_are_named_first(
     train: Callable[..., RunDir], capsys: Capture, tmp_path: Path, small_recipe: MakeRecipe
 ) -> None:
-    (given,) = small_recipe().data.train_data
+    (source,) = small_recipe().data.train_data
     data = tmp_path / "train.parquet"
-    pd.read_parquet(given).to_parquet(data)
+    pd.read_parquet(source).to_parquet(data)
     run_dir = train(f"data.train_data=[{data}]")
     record = run_dir.read_manifest()
     record["packages"]["torch"] = "0.0.1"
     write_json(run_dir.manifest, record)
     pd.read_parquet(data).iloc[::-1].to_parquet(data)
     assert reproduced(run_dir) == 1
-    said = capsys.readouterr().out
-    assert f"  differs: torch: 0.0.1 -> {torch.__version__}\n" in said
-    assert f"  differs: data {data}: sha256:" in said
-    assert "departs at step 1: " in said
+    output = capsys.readouterr().out
+    assert f"  differs: torch: 0.0.1 -> {torch.__version__}\n" in output
+    assert f"  differs: data {data}: sha256:" in output
+    assert "departs at step 1: " in output
 
 
 @pytest.mark.parametrize(
-    ("calls", "error", "said"),
+    ("calls", "error", "message"),
     [
         (4, LookupError("no such word"), "failed after step 3 of 4: LookupError: no such word"),
         (
@@ -258,40 +261,40 @@ def test_other_data_and_packages_are_named_before_it_departs(
         (4, UserError("the disk is gone"), "failed after step 3 of 4: the disk is gone"),
     ],
 )
-def test_a_repetition_that_fails_says_where_and_why(
+def test_a_failed_repetition_says_where_and_why(
     train: Callable[..., RunDir],
     capsys: Capture,
     monkeypatch: pytest.MonkeyPatch,
     calls: int,
     error: Exception,
-    said: str,
+    message: str,
 ) -> None:
-    run_dir, write, seen = train(), Trainer._record, [0]
+    run_dir, write, calls_made = train(), Trainer._record, [0]
 
     def failing(*arguments: Any) -> Any:
-        seen[0] += 1
-        if seen[0] > calls:
+        calls_made[0] += 1
+        if calls_made[0] > calls:
             raise error
         return write(*arguments)
 
     monkeypatch.setattr(Trainer, "_record", failing)
     assert reproduced(run_dir) == 4
-    told = capsys.readouterr()
-    assert told.out.splitlines()[-1].startswith(said)
-    assert "Traceback" not in told.out + told.err
-    assert f"in {again(run_dir).log}" in told.err
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[-1].startswith(message)
+    assert "Traceback" not in captured.out + captured.err
+    assert f"in {again(run_dir).log}" in captured.err
     record = again(run_dir).read_manifest()
-    # A full disk is the machine's failure: the repetition could go on.
+    # A full disk is the machine's failure: the repetition can be resumed.
     status = "RUNNING" if isinstance(error, OSError) else "FAILED"
     assert (record["status"], record["reproduces"]["verdict"]) == (
         status,
-        told.out.splitlines()[-1].split("  ")[0],
+        captured.out.splitlines()[-1].split("  ")[0],
     )
     assert "raise error" in again(run_dir).log.read_text()
     assert len(rows(again(run_dir))) == calls
 
 
-def test_bad_input_that_is_found_while_it_loads_is_an_error(
+def test_bad_input_found_while_loading_is_an_error(
     train: Callable[..., RunDir], tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     model = shutil.copytree(tiny_model_dir, tmp_path / "model")
@@ -350,8 +353,7 @@ def test_a_vllm_run_is_reproduced(
 def test_a_sweep_repeats_itself_and_its_trials_are_reproduced_outside_ray(
     small_data: list[str], tmp_path: Path, capsys: Capture
 ) -> None:
-    # One trial that completes and one that is pruned at step 2, of two ranks that the engine pads
-    # alike.
+    # One trial completes, and one is pruned at step 2. The engine pads both ranks alike.
     space = "sweep.space={trainer.policy.model.lora.rank:{choices:[2,4]},trainer.max_steps:{choices:[2,4]}}"  # noqa: E501
     overrides = [
         *small_data,

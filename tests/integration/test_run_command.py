@@ -1,4 +1,4 @@
-"""`python -m harness.run` from the command line, with runs that train."""
+"""Test `python -m harness.run` from the command line with runs that train."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_finished_run_is_not_overwritten(tiny_model_dir: Path, tmp_path: Path)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == kept
 
 
-def test_a_launch_that_is_refused_leaves_nothing(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_a_refused_launch_leaves_no_files(tiny_model_dir: Path, tmp_path: Path) -> None:
     model = Path(
         shutil.copytree(tiny_model_dir, tmp_path / "model", ignore=shutil.ignore_patterns("data"))
     )
@@ -64,7 +64,9 @@ def test_a_launch_that_is_refused_leaves_nothing(tiny_model_dir: Path, tmp_path:
         f"trainer.ckpt_path={tmp_path}",
         "trainer.run_name=run",
     ]
-    with pytest.raises(UserError, match="NaN or infinite"):  # found when the directory is there
+    with pytest.raises(
+        UserError, match="NaN or infinite"
+    ):  # detected after the directory was created
         run.main(arguments)
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()
@@ -73,7 +75,7 @@ def test_a_launch_that_is_refused_leaves_nothing(tiny_model_dir: Path, tmp_path:
         run.main(arguments)
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
     record = RunDir(tmp_path / "run")
-    with held(record.path / ".lock"):  # another process trains it
+    with held(record.path / ".lock"):  # another process trains the run
         (tmp_path / "run" / "notes.txt").unlink()
         run.clear_launch(record)
     assert record.manifest.exists()
@@ -82,7 +84,7 @@ def test_a_launch_that_is_refused_leaves_nothing(tiny_model_dir: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_in_other_places(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_a_moved_run_resumes(tiny_model_dir: Path, tmp_path: Path) -> None:
     recipe = quickstart([*TINY, "trainer.num_threads=1"])
     recipe.sweep = None
     run_dir = RunDir(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""`python -m harness.run` stopped by a signal and resumed from the command line."""
+"""Stop `python -m harness.run` by a signal and resume it from the command line."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from tests.integration.conftest import heed_interrupts
     [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)],
     ids=["INT", "KILL"],
 )
-def test_a_stopped_run_goes_on_by_its_directory(
+def test_a_stopped_run_resumes_by_its_directory(
     small_data: list[str], tmp_path: Path, sent: signal.Signals, status: int
 ) -> None:
     source = Path(small_data[0].removeprefix("data.train_data=[").removesuffix("]"))
-    own = [f"data.train_data=[{shutil.copy(source, tmp_path)}]", *small_data[1:]]
+    overrides = [f"data.train_data=[{shutil.copy(source, tmp_path)}]", *small_data[1:]]
     start = [
         sys.executable,
         "-m",
         "harness.run",
         "recipes/quickstart.yaml",
-        *own,
+        *overrides,
         "trainer.max_steps=30",
         f"trainer.ckpt_path={tmp_path}",
         "trainer.run_name=run",
@@ -49,13 +49,13 @@ def test_a_stopped_run_goes_on_by_its_directory(
     assert process.stdout is not None
     assert any(line.startswith("step  5/30") for line in process.stdout)
     process.send_signal(sent)
-    _, told = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == status
-    assert "Traceback" not in told
+    assert "Traceback" not in errors
     run = RunDir(tmp_path / "run")
     assert run.read_manifest()["status"] == "RUNNING"
     resume = f"python -m harness.run --resume {run.path}"
-    assert (resume in told) == (sent is signal.SIGINT)
+    assert (resume in errors) == (sent is signal.SIGINT)
     data = tmp_path / "train.parquet"
     pd.read_parquet(data).iloc[::-1].to_parquet(data)
     again = [sys.executable, *resume.split()[1:]]

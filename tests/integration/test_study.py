@@ -1,8 +1,8 @@
-"""The committed study: its tables make its text, figures and numbers again, and its page.
+"""Rebuild the committed study's text, figures, numbers and page from its tables.
 
 The bytes of a PNG depend on the versions of matplotlib, of FreeType within it, of Pillow and of
-zlib within that: the comparisons hold for the pinned lock (requirements/cpu.txt), on each of its
-Pythons. A figure that differs under other versions is not wrong.
+zlib within that. The comparisons therefore hold for the pinned lock (requirements/cpu.txt), on each
+of its Pythons. A figure that differs under other versions is not wrong.
 """
 
 from __future__ import annotations
@@ -29,30 +29,34 @@ NOT_TRACKED = {"index.html"}
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """The bytes of every file below a folder that is tracked, by its name there."""
-    found = {str(file.relative_to(folder)): file for file in folder.rglob("*") if file.is_file()}
-    return {name: file.read_bytes() for name, file in found.items() if name not in NOT_TRACKED}
+    """Return the bytes of every tracked file below a folder by its name there."""
+    files_by_name = {
+        str(file.relative_to(folder)): file for file in folder.rglob("*") if file.is_file()
+    }
+    return {
+        name: file.read_bytes() for name, file in files_by_name.items() if name not in NOT_TRACKED
+    }
 
 
 @pytest.fixture(scope="module")
 def experiments() -> list[Experiment]:
-    """The study's sweeps, read from its tables."""
+    """Read the study's sweeps from its tables."""
     return read([STUDY / FOLDER])
 
 
 @pytest.fixture(scope="module")
 def redrawn(experiments: list[Experiment], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the whole study, made again from its tables."""
+    """Rebuild the whole study from its tables; return its folder."""
     return write(experiments, tmp_path_factory.mktemp("study"), processes=2).path.parent
 
 
-def test_its_tables_make_its_text_again(experiments: list[Experiment]) -> None:
-    found = content.comparison(experiments)
-    text = markup.markdown("compare.md.j2", {**found, "redraw": REDRAW})
+def test_the_text_is_rebuilt_from_the_tables(experiments: list[Experiment]) -> None:
+    values = content.comparison(experiments)
+    text = markup.markdown("compare.md.j2", {**values, "redraw": REDRAW})
     assert text == (STUDY / "report.md").read_text()
 
 
-def test_its_tables_are_those_of_a_report(experiments: list[Experiment], tmp_path: Path) -> None:
+def test_the_tables_are_those_of_a_report(experiments: list[Experiment], tmp_path: Path) -> None:
     tables = lean(experiments)
     tables.write(tmp_path)
     made, kept = files(tmp_path), files(STUDY / FOLDER)
@@ -61,7 +65,7 @@ def test_its_tables_are_those_of_a_report(experiments: list[Experiment], tmp_pat
     assert tables.runs.to_csv(index=False) == (STUDY / "trials.csv").read_text()
 
 
-def test_a_sweeps_figures_are_drawn_again_to_the_byte(experiments: list[Experiment]) -> None:
+def test_a_sweeps_figures_are_rebuilt_to_the_byte(experiments: list[Experiment]) -> None:
     drawn = {
         f"sweep-2-{plot.name}.png": render(partial(figure.draw, plot.data), Look()).png
         for figure in all_figures()
@@ -73,14 +77,14 @@ def test_a_sweeps_figures_are_drawn_again_to_the_byte(experiments: list[Experime
 
 
 @pytest.mark.slow
-def test_its_tables_redraw_the_study_to_the_byte(redrawn: Path) -> None:
+def test_the_study_is_rebuilt_to_the_byte(redrawn: Path) -> None:
     drawn, kept = files(redrawn), files(STUDY)
     assert drawn.keys() == kept.keys() - WRITTEN_BY_HAND
     assert [name for name in drawn if drawn[name] != kept[name]] == []
 
 
 @pytest.mark.slow
-def test_its_tables_make_the_page(redrawn: Path, experiments: list[Experiment]) -> None:
+def test_the_page_is_rebuilt_from_the_tables(redrawn: Path, experiments: list[Experiment]) -> None:
     page = html.unescape((redrawn / "index.html").read_text())
     for number, experiment in enumerate(experiments, 1):
         assert f'<a href="#sweep-{number}">{experiment.name}</a>' in page
@@ -93,7 +97,7 @@ def test_its_tables_make_the_page(redrawn: Path, experiments: list[Experiment]) 
     assert [to for to in loads if not to.startswith(("data:", "#")) and to not in beside] == []
 
 
-def test_it_has_every_recipe_with_full_fine_tuning_and_three_seeds() -> None:
+def test_the_study_has_every_recipe_with_full_fine_tuning_and_three_seeds() -> None:
     tables = Tables.read(STUDY / FOLDER)
     recipes = {file.stem for file in (RECIPES / "lora_without_regret").glob("*.yaml")}
     assert set(tables.sources["name"]) == recipes

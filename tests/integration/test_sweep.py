@@ -1,5 +1,6 @@
-"""Whole sweeps on the embedded model: every outcome in one, a kill and a Ctrl-C half way, the best
-trial run again.
+"""Run whole sweeps on the embedded model.
+
+They include every outcome, a kill, a Ctrl-C, and confirmation of the best trial.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.timeout(600)
 
 RANK, LR = "trainer.policy.model.lora.rank", "trainer.policy.optimizer_config.lr"
 TARGETS = "trainer.target_modules"
-# Takes the recipe's own axes away.
+# Removes the recipe's axes.
 NOTHING = [
     f"sweep.space.{key}=null" for key in (RANK, "trainer.policy.model.lora.alpha", LR, TARGETS)
 ]
@@ -43,9 +44,7 @@ MARK = "NOREGRET_TEST_MARK"
 
 
 class Sweeps:
-    """Starts sweep commands whose every descendant carries a mark, by which those left over are
-    found.
-    """
+    """Starts sweep commands whose descendants all carry a mark, to find leftover processes."""
 
     def __init__(self, root: Path, overrides: list[str]) -> None:
         self.root = root
@@ -58,7 +57,7 @@ class Sweeps:
         self.mark = uuid.uuid4().hex
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """A sweep command, running."""
+        """Start a sweep command."""
         return subprocess.Popen(
             [sys.executable, "-m", "harness.sweep", *arguments],
             cwd=PROJECT,
@@ -71,25 +70,27 @@ class Sweeps:
         )
 
     def new(self, name: str, *overrides: str) -> subprocess.Popen[str]:
-        """A new sweep of the quickstart recipe, made small."""
+        """Start a new, small sweep of the quickstart recipe."""
         return self.start("quickstart", *self.overrides, f"trainer.run_name={name}", *overrides)
 
     def training_files(self) -> tuple[str, str]:
-        """The training file, and one like it whose rows are scored by a reward that raises."""
+        """Return the training file, and a copy whose rows name a reward that raises."""
         file = self.overrides[0].rstrip("]").partition("=[")[2]
         self.root.mkdir(exist_ok=True)
         failing = self.root / "raises.parquet"
-        pd.read_parquet(file).assign(env_class="tests.faults.moods.raises").to_parquet(failing)
+        pd.read_parquet(file).assign(env_class="tests.faults.environments.raises").to_parquet(
+            failing
+        )
         return file, str(failing)
 
     def left_over(self) -> list[int]:
-        """Processes that still carry the mark."""
-        found = []
+        """Return processes that still carry the mark."""
+        pids = []
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 if f"{MARK}={self.mark}".encode() in (folder / "environ").read_bytes():
-                    found.append(int(folder.name))
-        return found
+                    pids.append(int(folder.name))
+        return pids
 
 
 @pytest.fixture
@@ -132,8 +133,8 @@ def rows_of(run: RunDir) -> list[dict[str, float]]:
 
 @pytest.mark.slow
 def test_complete_pruned_and_failed_trials(sweeps: Sweeps) -> None:
-    # A grid of 2 x 2: a run of 4 steps is pruned at step 2, where one of 2 has ended; a reward with
-    # a bug fails.
+    # A grid of 2 x 2: a run of 4 steps is pruned at step 2, the last step of a run of 2. A reward
+    # with a bug fails.
     good, failing = sweeps.training_files()
     space = f"sweep.space={{data.train_data:{{choices:[[{good}],[{failing}]]}},trainer.max_steps:{{choices:[2,4]}}}}"  # noqa: E501
     process = sweeps.new(
@@ -144,7 +145,7 @@ def test_complete_pruned_and_failed_trials(sweeps: Sweeps) -> None:
         "sweep.num_trials=4",
         "sweep.pruner={name:threshold,lower:2.0}",
     )
-    said = finished(process)
+    output = finished(process)
     sweep = RunDir(sweeps.root / "all")
     assert [m["status"] for m in manifests(sweep)] == ["COMPLETE", "PRUNED", "FAILED", "FAILED"]
     assert [trial.state.name for trial in studied(sweep)] == ["COMPLETE", "PRUNED", "FAIL", "FAIL"]
@@ -162,16 +163,16 @@ def test_complete_pruned_and_failed_trials(sweeps: Sweeps) -> None:
     table = pd.read_csv(sweep.path / "results.csv")
     assert table["status"].tolist() == ["COMPLETE", "PRUNED", "FAILED", "FAILED"]
     assert (sweep.report / "index.html").is_file()
-    assert "1 complete, 1 pruned, 2 failed" in said
-    assert "python -m harness.run quickstart" in said
+    assert "1 complete, 1 pruned, 2 failed" in output
+    assert "python -m harness.run quickstart" in output
     assert sweeps.left_over() == []
 
 
 @pytest.mark.slow
 def test_a_sweep_of_failures_exits_1(sweeps: Sweeps) -> None:
     only = f"sweep.space={{data.train_data:{{choices:[[{sweeps.training_files()[1]}]]}}}}"
-    said = finished(sweeps.new("none", *NOTHING, only, "sweep.num_trials=1"), status=1)
-    assert "1 failed" in said
+    output = finished(sweeps.new("none", *NOTHING, only, "sweep.num_trials=1"), status=1)
+    assert "1 failed" in output
     assert RunDir(sweeps.root / "none").status.value == "FAILED"
 
 
@@ -179,7 +180,7 @@ def test_a_sweep_of_failures_exits_1(sweeps: Sweeps) -> None:
 def test_kill_and_interrupt_and_resume(sweeps: Sweeps, interrupted: bool) -> None:
     trials = 3 if interrupted else 2
     sweep = RunDir(sweeps.root / "stopped")
-    # Long enough that a signal sent at step 2 comes before the end, on a quick machine too.
+    # Long enough that a signal sent at step 2 comes before the end, even on a fast machine.
     first = sweeps.new(
         "stopped",
         f"sweep.num_trials={trials}",
@@ -201,8 +202,8 @@ def test_kill_and_interrupt_and_resume(sweeps: Sweeps, interrupted: bool) -> Non
         assert f"--resume {sweep.path}" in finished(second, status=130)
         assert manifests(sweep)[2]["status"] == "RUNNING"
 
-    said = finished(sweeps.start("--resume", str(sweep.path)))
-    assert f"{trials} complete, 0 pruned, 0 failed" in said
+    output = finished(sweeps.start("--resume", str(sweep.path)))
+    assert f"{trials} complete, 0 pruned, 0 failed" in output
     assert [sweep.trial(0).manifest.read_bytes(), sweep.trial(0).metrics.read_bytes()] == before
     assert [trial.state.name for trial in studied(sweep)] == ["COMPLETE"] * trials
     assert len({json.dumps(trial.params, sort_keys=True) for trial in studied(sweep)}) == trials
@@ -213,14 +214,17 @@ def test_kill_and_interrupt_and_resume(sweeps: Sweeps, interrupted: bool) -> Non
         assert steps_of(sweep.trial(number)) == list(range(13))
     assert sweeps.left_over() == []
 
-    # A trial that was killed and resumed is, to the bit, the run that its command makes.
-    again = next(line for line in said.splitlines() if line.startswith("again: ")).removeprefix(
+    # A trial that was killed and resumed equals, to the bit, the run of its command.
+    again = next(line for line in output.splitlines() if line.startswith("again: ")).removeprefix(
         "again: python"
     )
     best = sweep.read_manifest()["result"]["best"]["trial"]
-    place = [f"trainer.ckpt_path={sweeps.root}", "trainer.run_name=again"]
+    location = [f"trainer.ckpt_path={sweeps.root}", "trainer.run_name=again"]
     run = subprocess.run(
-        [sys.executable, *shlex.split(again), *place], cwd=PROJECT, capture_output=True, text=True
+        [sys.executable, *shlex.split(again), *location],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stderr
     alone = RunDir(sweeps.root / "again")
@@ -232,7 +236,7 @@ def test_kill_and_interrupt_and_resume(sweeps: Sweeps, interrupted: bool) -> Non
 
 
 @pytest.mark.slow
-def test_the_best_is_run_again_on_fresh_seeds_through_a_kill(sweeps: Sweeps) -> None:
+def test_the_best_is_confirmed_on_new_seeds_across_a_kill(sweeps: Sweeps) -> None:
     sweep = RunDir(sweeps.root / "confirmed")
     rates = f"sweep.space.{LR}={{choices:[1e-5,1e-3],low:null,high:null,log:null}}"
     source = Path(sweeps.overrides[0].removeprefix("data.train_data=[").removesuffix("]"))
@@ -251,8 +255,8 @@ def test_the_best_is_run_again_on_fresh_seeds_through_a_kill(sweeps: Sweeps) -> 
     wait_until(lambda: steps_of(sweep.trial(3))[-1:] >= [3], first)
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
-    said = finished(sweeps.start("--resume", str(sweep.path)))
-    assert "4 complete, 0 pruned, 0 failed" in said
+    output = finished(sweeps.start("--resume", str(sweep.path)))
+    assert "4 complete, 0 pruned, 0 failed" in output
     best = sweep.read_manifest()["result"]["best"]
     trials = [m["trial"] for m in manifests(sweep)]
     assert [(t["seed"], t["confirm"]) for t in trials] == [
@@ -264,21 +268,21 @@ def test_the_best_is_run_again_on_fresh_seeds_through_a_kill(sweeps: Sweeps) -> 
     assert {t["configuration"] for t in trials[2:]} == {best["configuration"]}
     assert trials[2]["params"] == trials[3]["params"] == best["params"]
     assert [steps_of(sweep.trial(number)) for number in (2, 3)] == [list(range(17))] * 2
-    assert best["seeds"] == 1  # those that confirm have no part in the choice
+    assert best["seeds"] == 1  # confirmation runs do not take part in the choice
     assert len(studied(sweep)) == 4
 
-    # What was chosen on other data is not confirmed.
+    # A configuration chosen on other data is not confirmed.
     data = sweeps.root.parent / "train.parquet"
     whole = data.read_bytes()
     pd.read_parquet(data).iloc[::-1].to_parquet(data)
-    more = ["--resume", str(sweep.path), "--confirm", "2"]
-    assert f"data {data}: sha256:" in finished(sweeps.start(*more), status=2)
+    confirm = ["--resume", str(sweep.path), "--confirm", "2"]
+    assert f"data {data}: sha256:" in finished(sweeps.start(*confirm), status=2)
     assert len(studied(sweep)) == 4
     data.write_bytes(whole)
 
-    # A sweep that is complete is given more to do.
-    said = finished(sweeps.start("--resume", str(sweep.path), "--confirm", "2"))
-    assert "6 complete, 0 pruned, 0 failed" in said
+    # A complete sweep gets more trials.
+    output = finished(sweeps.start("--resume", str(sweep.path), "--confirm", "2"))
+    assert "6 complete, 0 pruned, 0 failed" in output
     assert [m["trial"]["configuration"] for m in manifests(sweep)[4:]] == [
         1 - best["configuration"]
     ] * 2

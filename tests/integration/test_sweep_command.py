@@ -1,4 +1,4 @@
-"""`python -m harness.sweep --dry-run` with every recipe that is shipped."""
+"""Run `python -m harness.sweep --dry-run` with every shipped recipe."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def test_dry_runs_load_nothing_heavy() -> None:
         "    print('----')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
-    said = done.stdout.split("----\n")
-    assert len(said) == len(SHIPPED) + 1, done.stderr
-    for recipe, one in zip(SHIPPED, said, strict=False):
+    outputs = done.stdout.split("----\n")
+    assert len(outputs) == len(SHIPPED) + 1, done.stderr
+    for recipe, one in zip(SHIPPED, outputs, strict=False):
         assert one.splitlines()[-1] == "heavy [] 0", recipe
         for part in ("space", "first trials", "cost", "trainer.policy.optimizer_config.lr"):
             assert part in one, recipe

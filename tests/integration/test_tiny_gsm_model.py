@@ -1,4 +1,4 @@
-"""The embedded model: small files, a reversible tokenizer, and room for reinforcement learning."""
+"""Test the embedded model: small files, a reversible tokenizer, and room to learn."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def tokenizer(tiny_model_dir: Path) -> Any:
     return AutoTokenizer.from_pretrained(tiny_model_dir)
 
 
-def test_files_are_small_and_all_there(tiny_model_dir: Path) -> None:
+def test_files_are_small_and_complete(tiny_model_dir: Path) -> None:
     files = {
         path.relative_to(tiny_model_dir).as_posix()
         for path in tiny_model_dir.rglob("*")
@@ -45,7 +45,7 @@ def test_files_are_small_and_all_there(tiny_model_dir: Path) -> None:
     assert sum((tiny_model_dir / name).stat().st_size for name in files) <= 4 * 2**20
 
 
-def test_every_text_survives_the_tokenizer(tiny_model_dir: Path, tokenizer: Any) -> None:
+def test_tokenizer_round_trip(tiny_model_dir: Path, tokenizer: Any) -> None:
     for split in tiny_gsm.SPLIT_SIZES:
         for row in read_rows(tiny_model_dir / "data" / f"{split}.parquet"):
             chat = tokenizer.apply_chat_template(
@@ -62,10 +62,10 @@ def test_every_text_survives_the_tokenizer(tiny_model_dir: Path, tokenizer: Any)
     )
 
 
-def test_words_are_tokens_and_numbers_are_digits(tiny_model_dir: Path, tokenizer: Any) -> None:
+def test_words_and_digits_are_single_tokens(tiny_model_dir: Path, tokenizer: Any) -> None:
     with_digits = {token for token in tokenizer.get_vocab() if re.search(r"\d", token)}
     assert with_digits == set("0123456789")
-    # No number, no punctuation: as many tokens as words.
+    # Without numbers and punctuation there are as many tokens as words.
     for problem in itertools.islice(tiny_gsm.problems("test", seed=1), 500):
         for phrase in re.findall(r"(?: [A-Za-z]+)+", problem.question):
             assert len(tokenizer.encode(phrase)) == len(phrase.split())
@@ -98,10 +98,10 @@ def test_a_short_training_writes_a_model_that_loads_and_is_reproducible(tmp_path
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     settings = Pretraining(steps=3, batch_size=8, threads=1, eval_problems=8)
-    said: list[str] = []
+    messages: list[str] = []
     for name in ("one", "two"):
-        card = prepare(tmp_path / name, settings, said.append)
-    assert any("ETA" in line for line in said)
+        card = prepare(tmp_path / name, settings, messages.append)
+    assert any("ETA" in line for line in messages)
     assert card["pretraining"]["steps"] == 3
     assert card["held_out"]["problems"] == 8
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))

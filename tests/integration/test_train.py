@@ -1,4 +1,4 @@
-"""Training for real: equal runs, resumed runs, what a run is refused or fails for."""
+"""Train real runs: equal runs, resumed runs, refused runs and failing runs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_two_equal_runs_agree_to_the_bit(small_recipe: MakeRecipe, new_run: Make
     assert record["result"]["base"] == {"eval/accuracy": logged[0]["eval/accuracy"]}
 
 
-def test_another_seed_is_another_run(small_recipe: MakeRecipe, new_run: MakeRun) -> None:
+def test_another_seed_gives_another_run(small_recipe: MakeRecipe, new_run: MakeRun) -> None:
     first, other = (small_recipe(f"seed={seed}", "trainer.max_steps=1") for seed in (0, 1))
     runs = [new_run(recipe, f"seed{recipe.seed}") for recipe in (first, other)]
     for recipe, run in zip((first, other), runs, strict=True):
@@ -43,7 +43,7 @@ def test_another_seed_is_another_run(small_recipe: MakeRecipe, new_run: MakeRun)
 @pytest.mark.parametrize(
     "reports", [2, 4], ids=["before its first checkpoint", "past its first checkpoint"]
 )
-def test_a_stopped_run_goes_on_as_if_never_stopped(
+def test_resumed_run_equals_uninterrupted_run(
     small_recipe: MakeRecipe, new_run: MakeRun, reports: int
 ) -> None:
     recipe = small_recipe("trainer.policy.optimizer_config.scheduler=cosine")
@@ -57,7 +57,7 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(
     assert statuses == ["CREATED", "RUNNING", "RUNNING", "COMPLETE"]
 
 
-def test_another_runs_checkpoint_is_gone_on_with(
+def test_a_run_starts_from_another_runs_checkpoint(
     small_recipe: MakeRecipe, new_run: MakeRun
 ) -> None:
     whole, first, second = (new_run(small_recipe(), name) for name in ("whole", "first", "second"))
@@ -89,7 +89,7 @@ def test_a_kill_between_two_records_loses_nothing(
     train_run(recipe, whole)
 
     def killed(*arguments: object) -> None:
-        # Like a signal: nothing below records it as a failure.
+        # Not recorded as a failure, like a signal.
         if any(isinstance(value, Member) and value.step == 4 for value in arguments):
             raise KeyboardInterrupt
 
@@ -121,7 +121,7 @@ def test_kl_to_the_base_starts_at_zero_and_grows(
     assert kl[-1] > kl[0]
 
 
-def test_dropout_leaves_old_logprobs_and_the_sync_proof_alone(
+def test_dropout_affects_neither_old_logprobs_nor_the_sync_check(
     small_recipe: MakeRecipe, new_run: MakeRun
 ) -> None:
     recipe = small_recipe(
@@ -137,8 +137,8 @@ def test_dropout_leaves_old_logprobs_and_the_sync_proof_alone(
     assert_equal(run, again)
     logged = rows(run)[1:]
     assert all(row["sampling/sampling_logp_difference/mean"] < 1e-3 for row in logged)
-    # The update sees dropout, the old log-probabilities do not: some ratios leave the clip range at
-    # once.
+    # The update has dropout and the old log-probabilities have none: some ratios leave the clip
+    # range at once.
     assert any(row["clip_ratio/region_mean"] > 0 for row in logged)
 
 
@@ -183,7 +183,7 @@ def test_long_prompts_are_dropped_and_counted(small_recipe: MakeRecipe, new_run:
     train_run(recipe, run)
     last = rows(run)[-1]
     assert last["num_dropped_prompts"] == sum(size > limit for size in sizes) > 0
-    # The score is of fewer problems than the file holds, and says so.
+    # The score covers fewer problems than the file holds, and says so.
     assert last["eval/num_problems"] == sum(size <= limit for size in held_out) < len(held_out)
     assert (
         run.read_manifest()["result"]["metrics"]["eval/num_problems"] == last["eval/num_problems"]

@@ -1,8 +1,7 @@
-"""Advantages, importance weights and losses against TRL's own on the same tensors: values and
-gradients.
+"""Compare advantages, importance weights and losses with TRL's on the same tensors.
 
-TRL's trainers are real; only what would cost time is given to them: completions, and the
-log-probabilities that their model would have found.
+Values and gradients are compared. TRL's trainers are real; only the slow parts are replaced:
+completions, and the log-probabilities of their model.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ SEEDS = (0, 1, 2)
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What both sides compute from: `[B, T]` tensors, and a score per completion."""
+    """Input of both implementations: `[B, T]` tensors, and a score per completion."""
 
     logprobs: torch.Tensor
     old: torch.Tensor
@@ -47,7 +46,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one side made of a case."""
+    """Results of one implementation."""
 
     advantages: torch.Tensor
     weights: torch.Tensor | None
@@ -56,8 +55,9 @@ class Outcome:
 
 
 def _case(seed: int) -> Case:
-    """Log-ratios that the clip holds here and there; scores in thousands, beside which no epsilon
-    counts.
+    """Return a case with some clipped log-ratios and scores in thousands.
+
+    Epsilons do not matter beside such scores.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -76,10 +76,10 @@ def _case(seed: int) -> Case:
 @pytest.fixture(scope="module")
 def trl() -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it names the vLLM versions that it was tried with
+        warnings.simplefilter("ignore")  # it lists the vLLM versions that it was tested with
         module = pytest.importorskip("trl", reason="TRL comes with the dev extra")
         for name in ("GRPOConfig", "GRPOTrainer", "RLOOConfig", "RLOOTrainer"):
-            getattr(module, name)  # loaded at first use, warnings included
+            getattr(module, name)  # loaded at first use, with its warnings
     return module
 
 
@@ -88,12 +88,12 @@ Build = Callable[..., Any]
 
 @pytest.fixture
 def build(trl: Any, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
-    """A TRL trainer of either kind around a tiny model, with these settings."""
+    """Return a function that builds a TRL trainer of either kind around a tiny model."""
     from huggingface_hub import constants
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     datasets = import_module("datasets")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # TRL reports each trainer that is made
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # TRL reports each new trainer
 
     def make(kind: str, case: Case, **chosen: Any) -> Any:
         scores = case.scores.tolist()
@@ -122,7 +122,7 @@ def build(trl: Any, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def _scored(trainer: Any, kind: str, case: Case) -> dict[str, torch.Tensor]:
-    """TRL's own rewards, advantages and importance weights of the case's completions."""
+    """Return TRL's rewards, advantages and importance weights of the case's completions."""
     lengths = case.mask.sum(dim=1).long().tolist()
     prompts, completions = [[1, 2]] * ROWS, [[1] * length for length in lengths]
     texts = ["x"] * ROWS
@@ -180,7 +180,7 @@ def _ours(
 
 
 LOSSES: list[tuple[str, str, dict[str, Any]]] = [
-    # Ours and its reduction; TRL's loss type and whatever makes it the same.
+    # Our loss and its reduction; TRL's loss type and the settings that make it the same.
     ("regular", "sequence_mean", {"loss_type": "grpo"}),
     ("regular", "token_mean", {"loss_type": "bnpo"}),
     ("regular", "token_mean", {"loss_type": "dapo"}),
@@ -189,11 +189,11 @@ LOSSES: list[tuple[str, str, dict[str, Any]]] = [
     ("dual_clip", "sequence_mean", {"loss_type": "grpo", "delta": DUAL}),
     ("gspo", "sequence_mean", {"loss_type": "grpo", "importance_sampling_level": "sequence"}),
     ("gspo", "token_mean", {"loss_type": "bnpo", "importance_sampling_level": "sequence"}),
-    # TRL bounds the ratio itself, not its distance from 1.
+    # TRL bounds the ratio, not its distance from 1.
     ("cispo", "token_mean", {"loss_type": "cispo", "epsilon_high": 1 + HIGH}),
 ]
 # Left out: gspo with weights per token. TRL spreads the gradient of a sequence's ratio evenly
-# before the weights come to it; ours keeps to GSPO-token, in which each token's gradient has the
+# before it applies the weights. Ours follows GSPO-token, in which each token's gradient has the
 # token's weight.
 COMPARED = [
     pytest.param(
@@ -238,7 +238,7 @@ def test_loss_and_gradient(
 
 @pytest.mark.parametrize("policy", ["regular", "dual_clip", "gspo", "cispo"])
 def test_the_cases_reach_the_bounds(policy: str) -> None:
-    """Else the comparison would say nothing about clipping."""
+    """Check that the cases are clipped; otherwise the comparison would not test clipping."""
     shares = []
     for case in map(_case, SEEDS):
         advantages = ADVANTAGES["grpo"](_returns(case, norm_by_std=True))

@@ -1,5 +1,6 @@
-"""Ray Tune under the study, on made-up learning curves: trials that end in every way, and what Ray
-leaves behind.
+"""Run Ray Tune under the study on made-up learning curves.
+
+Trials end in every possible outcome, and Ray leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from tests.unit.sweeps.curves import (
 )
 
 
-def test_every_way_a_trial_can_end(
+def test_every_outcome_of_a_trial(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rays_folder: Path
 ) -> None:
     for name in cluster.QUIET | cluster.LOOPBACK:
@@ -50,17 +51,17 @@ def test_every_way_a_trial_can_end(
     plan, sweep_dir = begin(
         recipe, tmp_path / "a sweep's directory with a name that no socket's path could hold"
     )
-    study, said = Study(sweep_dir.journal, plan), io.StringIO()
+    study, output = Study(sweep_dir.journal, plan), io.StringIO()
     with pytest.raises(
         MachineError, match=f"{sweep_dir.trial(7).checkpoints}: No space left on device"
     ):
-        tune.run(sweep_dir, study, Progress(study, Console(file=said, width=200)), curve_server)
+        tune.run(sweep_dir, study, Progress(study, Console(file=output, width=200)), curve_server)
     assert sweep_dir.trial(7).status is Status.RUNNING
     assert study.trials()[7].state.name == "RUNNING"
-    # With room, the next resume takes it up.
+    # When the disk has room, the next resume continues it.
     (sweep_dir.trials / "room").touch()
     study = Study(sweep_dir.journal, plan)
-    tune.run(sweep_dir, study, Progress(study, Console(file=said, width=200)), curve_server)
+    tune.run(sweep_dir, study, Progress(study, Console(file=output, width=200)), curve_server)
     records = study.trials()
     assert records.pop().state.name == "COMPLETE"
     assert [record.state.name for record in records] == [
@@ -103,13 +104,13 @@ def test_every_way_a_trial_can_end(
     pids = [re.findall(r"pid (\d+)", log) for log in logs]
     assert pids[0] == pids[1] == pids[2] == pids[3] != pids[4]
     assert pids[4] == pids[5]
-    # Threads as in the recipe, the working directory as it was.
+    # Threads are those of the recipe, and the working directory has not changed.
     assert all(f"threads 1 cwd {Path.cwd()}" in log for log in logs)
     assert cluster.folders() == []
 
 
 @pytest.mark.slow
-def test_a_sweep_hears_at_once_that_ray_has_died(tmp_path: Path, rays_folder: Path) -> None:
+def test_a_sweep_ends_at_once_when_ray_dies(tmp_path: Path, rays_folder: Path) -> None:
     plan, sweep_dir = begin(
         recipe_of({RANK: {"choices": [HANGS]}}, num_trials=1, stall_seconds=300), tmp_path / "s"
     )

@@ -1,6 +1,4 @@
-"""vLLM on a GPU without one: the calls that are made and the settings that are passed, against the
-installed vLLM.
-"""
+"""Test vLLM's GPU settings and calls without a GPU, against the installed vLLM."""
 
 from __future__ import annotations
 
@@ -37,21 +35,24 @@ Start = Callable[..., tuple[engines.VLLMEngine, dict[str, Any]]]
 
 @pytest.fixture
 def calls() -> list[str]:
-    """What was called, in order."""
+    """Return a list to which calls are added in order."""
     return []
 
 
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> Iterator[Start]:
-    """An engine on a GPU of 80 GiB, of which 70 are free, and the arguments that vLLM was given."""
-    given: dict[str, Any] = {}
+    """Return a function that starts an engine on a fake GPU of 80 GiB, 70 of them free.
+
+    It also returns the arguments that vLLM got.
+    """
+    passed: dict[str, Any] = {}
 
     def called(name: str) -> Callable[..., None]:
         return lambda *_, **__: calls.append(name)
 
     class LLM:
         def __init__(self, **settings: Any) -> None:
-            given.update(settings, deterministic=torch.are_deterministic_algorithms_enabled())
+            passed.update(settings, deterministic=torch.are_deterministic_algorithms_enabled())
             setattr(torch, "bmm", torch.matmul)  # noqa: B010 as 0.24 does with batch-invariant kernels
             self.llm_engine = SimpleNamespace(sleep=called("sleep"), wake_up=called("wake"))
 
@@ -62,23 +63,21 @@ def start(monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> Iterator[Start]:
     monkeypatch.setattr(torch.cuda, "synchronize", called("synchronize"))
     monkeypatch.setattr(gc, "collect", called("collect"))
     monkeypatch.setattr(vllm_gpu, "claim_cache_root", called("cache"))
-    monkeypatch.setattr(os, "environ", dict(os.environ))  # vLLM's variables stay here
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # restores vLLM's variables after the test
     os.environ.pop("VLLM_USE_V2_MODEL_RUNNER", None)
 
     def make(*overrides: str, on_cpu: bool = False) -> tuple[engines.VLLMEngine, dict[str, Any]]:
         options = EngineOptions("model", torch.bfloat16, (1,), max_lora_rank=8, max_loras=4)
-        return engines.VLLMEngine(quickstart(overrides), options, on_cpu), given
+        return engines.VLLMEngine(quickstart(overrides), options, on_cpu), passed
 
     yield make
     torch.use_deterministic_algorithms(False)
 
 
-def test_memory_is_settled_before_vllm_falls_asleep_and_wakes(
-    start: Start, calls: list[str]
-) -> None:
-    engine, given = start()
-    assert given["enable_sleep_mode"]
-    assert calls == ["cache", "collect", "empty_cache"]  # before free memory is looked at
+def test_memory_is_released_before_vllm_sleeps_and_wakes(start: Start, calls: list[str]) -> None:
+    engine, passed = start()
+    assert passed["enable_sleep_mode"]
+    assert calls == ["cache", "collect", "empty_cache"]  # before free memory is read
     calls.clear()
     engine.sleep()
     engine.wake()
@@ -103,37 +102,37 @@ def test_engines_that_need_not_sleep_do_nothing(
     [("null", False, False), ("null", True, True), ("true", False, True), ("false", True, False)],
 )
 def test_graphs_are_for_gpus(start: Start, asked: str, on_cpu: bool, eager: bool) -> None:
-    _, given = start(f"generator.enforce_eager={asked}", on_cpu=on_cpu)
-    assert given["enforce_eager"] is eager
-    assert ("compilation_config" in given) is (not on_cpu and not eager)
+    _, passed = start(f"generator.enforce_eager={asked}", on_cpu=on_cpu)
+    assert passed["enforce_eager"] is eager
+    assert ("compilation_config" in passed) is (not on_cpu and not eager)
 
 
-def test_what_a_gpu_is_given_is_what_this_vllm_takes(start: Start) -> None:
-    _, given = start("generator.max_num_seqs=100", "deterministic=true")
-    given.pop("deterministic")
-    assert given.keys() <= set(EngineArgs.__dataclass_fields__)
-    sizes = given["compilation_config"]["cudagraph_capture_sizes"]
-    config = CompilationConfig(**given["compilation_config"])
+def test_gpu_settings_are_accepted_by_this_vllm(start: Start) -> None:
+    _, passed = start("generator.max_num_seqs=100", "deterministic=true")
+    passed.pop("deterministic")
+    assert passed.keys() <= set(EngineArgs.__dataclass_fields__)
+    sizes = passed["compilation_config"]["cudagraph_capture_sizes"]
+    config = CompilationConfig(**passed["compilation_config"])
     assert config.cudagraph_capture_sizes == sizes
     assert sizes[-1] == 100
     assert config.cudagraph_specialize_lora
-    assert "kv_cache_memory_bytes" not in given
-    assert given["worker_cls"] == f"{Worker.__module__}.{Worker.__name__}"
+    assert "kv_cache_memory_bytes" not in passed
+    assert passed["worker_cls"] == f"{Worker.__module__}.{Worker.__name__}"
 
 
-def test_the_users_arguments_win(start: Start) -> None:
-    _, given = start(
+def test_the_users_arguments_take_precedence(start: Start) -> None:
+    _, passed = start(
         "generator.engine_args={max_num_batched_tokens: 777, compilation_config: {mode: 0}}",
         on_cpu=True,
     )
-    assert given["max_num_batched_tokens"] == 777
-    _, given = start("generator.engine_args={compilation_config: {mode: 0}}")
-    assert given["compilation_config"] == {"mode": 0}
+    assert passed["max_num_batched_tokens"] == 777
+    _, passed = start("generator.engine_args={compilation_config: {mode: 0}}")
+    assert passed["compilation_config"] == {"mode": 0}
     with pytest.raises(UserError, match="set generator.max_num_seqs"):
         start("generator.engine_args={max_num_seqs: 3}")
 
 
-def test_too_little_memory_is_told_before_vllm_starts(
+def test_too_little_memory_is_reported_before_vllm_starts(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (GIB // 2, 80 * GIB))
@@ -142,10 +141,10 @@ def test_too_little_memory_is_told_before_vllm_starts(
 
 
 @pytest.mark.parametrize("of_some", [True, False])
-def test_the_second_model_runner_is_asked_for_where_it_is_the_default_of_some_models_alone(
+def test_the_second_model_runner_is_requested_where_it_is_the_default_of_some_models(
     start: Start, monkeypatch: pytest.MonkeyPatch, of_some: bool
 ) -> None:
-    # A list of them is in vLLM 0.24; 0.32 has none.
+    # vLLM 0.24 has a list of them, 0.32 has none.
     name = "DEFAULT_V2_MODEL_RUNNER_ARCHITECTURES"
     monkeypatch.delattr(vllm_defaults, name, raising=False)
     if of_some:
@@ -159,28 +158,28 @@ def test_the_second_model_runner_is_asked_for_where_it_is_the_default_of_some_mo
     assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0"
 
 
-def test_the_trainers_determinism_and_products_are_its_own(start: Start) -> None:
+def test_vllm_does_not_change_the_trainers_determinism(start: Start) -> None:
     bmm = torch.bmm
     torch.use_deterministic_algorithms(True)
-    _, given = start()
-    assert not given["deterministic"]
+    _, passed = start()
+    assert not passed["deterministic"]
     assert torch.are_deterministic_algorithms_enabled()
     assert torch.bmm is bmm
 
 
-@pytest.mark.parametrize(("measured", "found"), [(10**9, (7 + 1) * 3000), (5000, 5000)])
+@pytest.mark.parametrize(("measured", "expected"), [(10**9, (7 + 1) * 3000), (5000, 5000)])
 def test_the_cache_is_no_larger_than_a_batch(
-    monkeypatch: pytest.MonkeyPatch, measured: int, found: int
+    monkeypatch: pytest.MonkeyPatch, measured: int, expected: int
 ) -> None:
     monkeypatch.setattr(gpu_worker.Worker, "determine_available_memory", lambda self: measured)
     worker = Worker.__new__(Worker)
     worker.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=7))
     layers = {str(i): SimpleNamespace(max_memory_usage_bytes=lambda config: 1000) for i in range(3)}
     worker.model_runner = SimpleNamespace(get_kv_cache_spec=lambda: layers)
-    assert worker.determine_available_memory() == found
+    assert worker.determine_available_memory() == expected
 
 
-def test_vllms_own_kinds_of_cache_tell_what_a_sequence_takes() -> None:
+def test_cache_memory_of_a_sequence_follows_vllms_cache_kinds() -> None:
     spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
     config = SimpleNamespace(
         model_config=SimpleNamespace(max_model_len=100),
@@ -191,15 +190,16 @@ def test_vllms_own_kinds_of_cache_tell_what_a_sequence_takes() -> None:
     assert spec.max_memory_usage_bytes(config) == 7 * 16 * (2 * 2 * 64 * 2)
 
 
-def test_our_workers_methods_are_not_vllms() -> None:
+def test_worker_extension_has_no_method_of_vllms_worker() -> None:
     # vLLM refuses an extension that has a name of its worker.
     own = {name for name in dir(WorkerExtension) if not name.startswith("__")}
     assert not own & set(dir(Worker))
 
 
 def test_batch_invariant_products_have_no_backward_pass_where_they_replace_linear() -> None:
-    """Why `deterministic: true` is refused before Hopper: what vLLM registers there, registered on
-    a CPU.
+    """Show why `deterministic: true` is refused before Hopper.
+
+    The test registers on a CPU what vLLM registers there.
     """
     script = """
 import torch
@@ -217,7 +217,7 @@ except NotImplementedError as error:
     assert "aten::linear_backward" in done.stdout
 
 
-def test_an_engine_in_a_process_of_its_own_is_prepared_first(
+def test_an_engine_in_a_separate_process_is_prepared_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     order: list[str] = []

@@ -1,4 +1,4 @@
-"""A wheel built from the repository, in an environment of its own, far from any clone."""
+"""Test a wheel built from the repository in a separate environment, away from any clone."""
 
 from __future__ import annotations
 
@@ -25,9 +25,7 @@ BUILD = "from setuptools.build_meta import build_wheel; build_wheel('dist')"
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built offline from a copy, so that the repository gets no build/ and no
-    egg-info.
-    """
+    """Build the wheel offline from a copy, so that the repository gets no build files."""
     copy = tmp_path_factory.mktemp("build") / "project"
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         copy.mkdir(exist_ok=True)
@@ -42,7 +40,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh environment with the wheel; its other packages are those of this environment."""
+    """Create an environment with the wheel; its other packages are those of this environment."""
     pytest.importorskip("ensurepip", reason="this Python cannot make environments with pip")
     folder = tmp_path_factory.mktemp("fresh") / "venv"
     venv.create(folder, symlinks=True, with_pip=True)
@@ -52,15 +50,15 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         env=clean_environment() | {"PIP_CONFIG_FILE": os.devnull},
         check=True,
     )
-    # Python adds the folder that a .pth file names, and reads no .pth file in it: the clone, which
-    # is installed there by one, stays out.
+    # Python adds the folder that a .pth file names, and reads no .pth file in it. The clone is
+    # installed by one, so it stays out.
     (site_packages(folder) / "others.pth").write_text(sysconfig.get_path("purelib"))
     return folder
 
 
 def site_packages(environment: Path) -> Path:
-    (found,) = (environment / "lib").glob("python*/site-packages")
-    return found
+    (packages,) = (environment / "lib").glob("python*/site-packages")
+    return packages
 
 
 def clean_environment() -> dict[str, str]:
@@ -81,9 +79,7 @@ def start(environment: Path, cwd: Path, *arguments: str) -> subprocess.Completed
 
 
 def tracked(folders: Sequence[str]) -> set[str]:
-    """Source and data files of the repository under `folders`, without what running it leaves
-    there.
-    """
+    """Return tracked source and data files under `folders`."""
     return {
         str(file.relative_to(PROJECT))
         for folder in folders
@@ -92,7 +88,7 @@ def tracked(folders: Sequence[str]) -> set[str]:
     }
 
 
-def test_it_holds_code_recipes_and_assets_and_no_tests(wheel: Path) -> None:
+def test_the_wheel_has_code_recipes_and_assets_but_no_tests(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name for name in names if ".dist-info/" not in name} == tracked([*PACKAGES, "recipes"])
     (record,) = (name for name in names if name.endswith(".dist-info/RECORD"))
@@ -100,7 +96,7 @@ def test_it_holds_code_recipes_and_assets_and_no_tests(wheel: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["sweep", "quickstart", "--dry-run"], "sweep of quickstart"),
         (
@@ -112,32 +108,32 @@ def test_it_holds_code_recipes_and_assets_and_no_tests(wheel: Path) -> None:
     ],
 )
 def test_the_console_script_works_in_an_empty_folder(
-    environment: Path, tmp_path: Path, arguments: list[str], told: str
+    environment: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     done = start(environment, tmp_path, "noregret", *arguments)
     assert done.returncode == 0, done.stderr
-    assert told in done.stdout
+    assert message in done.stdout
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["run", "quikstart"], "did you mean recipes/quickstart.yaml?"),
         (["sweep", "--resume", "quickstart"], "which sweep of this recipe is to be resumed?"),
     ],
 )
-def test_its_errors_are_those_of_a_clone(
-    environment: Path, tmp_path: Path, arguments: list[str], told: str
+def test_errors_equal_those_of_a_clone(
+    environment: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     done = start(environment, tmp_path, "noregret", *arguments)
     assert done.returncode == 2
-    assert told in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_manifest_takes_no_other_repository_for_ours(environment: Path, tmp_path: Path) -> None:
-    """Not even one that site-packages itself is."""
+def test_a_manifest_ignores_other_repositories(environment: Path, tmp_path: Path) -> None:
+    """Check this even for a repository that contains site-packages."""
     site = site_packages(environment)
     who = ["-c", "user.name=a", "-c", "user.email=a@localhost"]
     for command in (["init", "-q"], [*who, "commit", "-q", "--allow-empty", "-m", "first"]):

@@ -1,4 +1,4 @@
-"""Small runs trained in this process, and what they leave to compare them by."""
+"""Train small runs in this process, and compare their results."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ Open = Callable[..., tuple[Pack, Member]]
 
 
 def train_run(recipe: Recipe, run: RunDir, *, stop_after: int | None = None) -> None:
-    """Train to the end, or for so many reports as if killed then."""
+    """Train to the end, or stop after that many reports, like a kill."""
     with Trainer(recipe) as trainer:
         list(islice(train(trainer, recipe, run), stop_after))
 
 
 def train(trainer: Trainer, recipe: Recipe, run: RunDir) -> Iterator[StepReport]:
-    """Add a run and train it to its end; what makes it fail is raised."""
+    """Add a run and train it to its end.
+
+    Raises the error that fails the run.
+    """
     reports = trainer.add(recipe, run)
     yield from reports
     while not (reports and reports[-1].done):
@@ -41,17 +44,17 @@ def train(trainer: Trainer, recipe: Recipe, run: RunDir) -> Iterator[StepReport]
 
 
 def rows(run: RunDir) -> list[dict[str, float]]:
-    """A run's metrics, timings aside."""
+    """Return a run's metrics without timings."""
     return [without_timings(row) for row in MetricsFile(run.metrics).rows()]
 
 
 def adapter(run: RunDir) -> dict[str, torch.Tensor]:
-    """A run's final adapter."""
+    """Return a run's final adapter."""
     return load_file(run.adapter / "final" / "adapter_model.safetensors")
 
 
 def assert_equal(one: RunDir, two: RunDir) -> None:
-    """The same metrics and the same adapter, to the bit."""
+    """Assert that two runs have the same metrics and the same adapter, to the bit."""
     assert rows(one) == rows(two)
     first, second = adapter(one), adapter(two)
     assert first.keys() == second.keys()

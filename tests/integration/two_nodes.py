@@ -1,7 +1,7 @@
-"""Nodes of a running Ray cluster: two raylets on this machine, which Ray takes for two machines.
+"""Test a running Ray cluster with two raylets on this machine, which Ray sees as two nodes.
 
-`test_keys_nodes.py` runs this in a process of its own: Ray reads its settings when it is imported,
-and other tests' would be this cluster's.
+`test_keys_nodes.py` runs this file in a separate process: Ray reads its settings when it is
+imported, and would read those of other tests.
 """
 
 from __future__ import annotations
@@ -28,15 +28,14 @@ ONE_CPU = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80 * 2**20}
 
 @pytest.fixture
 def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A running cluster of one node."""
+    """Start a cluster of one node."""
     for name, value in (QUIET | this_machine()).items():
         monkeypatch.setenv(name, value)
     from ray.cluster_utils import Cluster
 
     folder = Path(tempfile.mkdtemp(prefix="noregret-", dir="/tmp"))  # a socket's path must be short
-    monkeypatch.setenv(
-        "RAY_TMPDIR", str(folder)
-    )  # where Cluster notes its address: not in this machine's /tmp/ray
+    # The cluster's address is recorded here, not in /tmp/ray.
+    monkeypatch.setenv("RAY_TMPDIR", str(folder))
     (folder / "ray").mkdir()
     head = {
         **ONE_CPU,
@@ -50,7 +49,7 @@ def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_two_nodes_train_as_one_process_does(
+def test_two_nodes_train_like_one_process(
     ray_cluster: Any, small_recipe: MakeRecipe, new_run: MakeRun
 ) -> None:
     keys = [
@@ -75,10 +74,10 @@ def test_two_nodes_train_as_one_process_does(
         assert second[name] == pytest.approx(first[name], rel=1e-4, abs=1e-5), name
 
 
-def test_a_cluster_says_how_many_gpus_its_machines_have(ray_cluster: Any) -> None:
+def test_a_cluster_reports_the_number_of_gpus(ray_cluster: Any) -> None:
     for count in (2, 4):
         ray_cluster.add_node(**ONE_CPU | {"num_gpus": count})
-    for _ in range(2):  # and may be asked again in the same process
+    for _ in range(2):  # also a second time in the same process
         gpus = gpus_of(ray_cluster.address)
         assert sorted(gpus.per_machine) == [0, 2, 4]
-        assert gpus.memory is None  # nvidia-smi says nothing of GPUs that are not there
+        assert gpus.memory is None  # nvidia-smi knows nothing of GPUs that do not exist

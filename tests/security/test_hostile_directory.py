@@ -1,5 +1,6 @@
-"""A report of a directory that somebody else made: it reads nothing outside it, and shows text as
-text.
+"""Write reports of hostile directories.
+
+A report reads nothing outside its directory, and shows text only as text.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import yaml
 from analysis.report.write import DOWNLOADS
 from harness import report
 from harness.core.errors import UserError
-from tests.integration.browser import CHROMIUM, Browser, Proxy, watched
+from tests.integration.browser import CHROMIUM, Browser, Proxy, proxied_browser
 from tests.unit.analysis.synthetic import Sweep, Trial, params, write_run, write_sweep
 
 pytestmark = pytest.mark.timeout(120)
@@ -31,14 +32,14 @@ MARK = "OutsideSecret"
 
 @pytest.fixture(scope="module")
 def watching(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Browser, Proxy]]:
-    """A browser whose every request goes to a proxy."""
-    with watched(tmp_path_factory.mktemp("profile")) as both:
+    """Start a browser whose requests all go to a proxy."""
+    with proxied_browser(tmp_path_factory.mktemp("profile")) as both:
         yield both
 
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small sweep of two configurations on two seeds."""
+    """Return a small sweep of two configurations on two seeds."""
     trials = [
         Trial(c, s, params(8, lr), 0.5 + c / 5 + s / 100)
         for c, lr in enumerate((1e-4, 1e-3))
@@ -49,13 +50,13 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def sweep(template: Path, tmp_path: Path) -> Path:
-    """A copy to damage, apart from the recipe and the data it was made with."""
+    """Return a copy to damage, away from its recipe and data."""
     return Path(shutil.copytree(template, tmp_path / "given" / "sweep"))
 
 
 @pytest.fixture(scope="module")
 def outside(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Somebody's own files, every text in them marked."""
+    """Write private files outside the directory, with a marker in all their text."""
     folder = tmp_path_factory.mktemp("home")
     run = write_run(
         folder, Trial(0, 0, params(8, 1e-3, targets=MARK), 0.99, completion=MARK), name="own"
@@ -75,7 +76,7 @@ def _note(event: str, arguments: tuple[Any, ...]) -> None:
 
 @pytest.fixture
 def opened() -> Iterator[list[str]]:
-    """The files that Python opens while the test runs."""
+    """Yield a list of the files that Python opens during the test."""
     global _opened
     if _opened is None:
         sys.addaudithook(_note)
@@ -84,21 +85,21 @@ def opened() -> Iterator[list[str]]:
     _opened = []
 
 
-def assert_nothing_leaked(given: Path, outside: Path, opened: list[str], said: str) -> None:
-    """Nothing of the outside was opened, shown, or written."""
+def assert_nothing_leaked(hostile: Path, outside: Path, opened: list[str], output: str) -> None:
+    """Assert that no file outside was opened or shown, and nothing was written there."""
     assert not [path for path in opened if Path(path).is_relative_to(outside.resolve())]
-    assert MARK not in said
-    for file in given.rglob("*"):
+    assert MARK not in output
+    for file in hostile.rglob("*"):
         if (
             file.is_file()
             and not file.is_symlink()
-            and file.resolve().is_relative_to(given.resolve())
+            and file.resolve().is_relative_to(hostile.resolve())
         ):
             assert MARK.encode() not in file.read_bytes(), file
 
 
-def tell(directory: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """What the report command says, refused or not."""
+def report_output(directory: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the report command's output, refused or not."""
     try:
         report.main([str(directory)])
     except UserError as error:
@@ -137,22 +138,22 @@ def test_a_link_that_leads_outside_is_not_followed(
     if name.startswith("report"):
         target = outside.parent / "elsewhere"
         target.mkdir(exist_ok=True)
-    place = sweep / name
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if place.is_dir():
-        shutil.rmtree(place)
-    place.unlink(missing_ok=True)
-    place.symlink_to(target)
+    link = sweep / name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if link.is_dir():
+        shutil.rmtree(link)
+    link.unlink(missing_ok=True)
+    link.symlink_to(target)
     assert target.exists()
     before = sorted(outside.parent.rglob("*"))
     opened.clear()
-    said = tell(sweep, capsys)
-    assert_nothing_leaked(sweep, outside, opened, said)
+    output = report_output(sweep, capsys)
+    assert_nothing_leaked(sweep, outside, opened, output)
     assert sorted(outside.parent.rglob("*")) == before
-    # What only adds to the page is left out; anything else is refused by name.
+    # A file that only adds to the page is left out; any other is refused by name.
     refused = "leads out of the run directory"
     left_out = "samples" in name or name == "trials/0003/recipe.yaml"
-    assert left_out or refused in said or refused in (sweep / "report" / "index.html").read_text()
+    assert left_out or refused in output or refused in (sweep / "report" / "index.html").read_text()
 
 
 def test_links_within_the_directory_are_followed(
@@ -161,7 +162,7 @@ def test_links_within_the_directory_are_followed(
     (sweep / "elsewhere").mkdir()
     shutil.move(sweep / "trials" / "0003", sweep / "elsewhere" / "0003")
     (sweep / "trials" / "0003").symlink_to("../elsewhere/0003")
-    assert "Of 2 configurations" in tell(sweep, capsys)
+    assert "Of 2 configurations" in report_output(sweep, capsys)
 
 
 def edit(file: Path, **values: Any) -> None:
@@ -180,7 +181,7 @@ def edit(file: Path, **values: Any) -> None:
 
 
 @pytest.mark.claim("Looking at a stranger's run directory is safe")
-def test_names_in_the_files_lead_nowhere(
+def test_paths_in_the_files_are_not_followed(
     sweep: Path, outside: Path, opened: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     secret, away = str(outside / "secret.jsonl"), os.path.relpath(outside, sweep)
@@ -197,9 +198,9 @@ def test_names_in_the_files_lead_nowhere(
         edit(folder / "recipe.yaml", data__val_data=[secret, f"{away}/secret.jsonl", "/etc/passwd"])
     edit(sweep / "trials" / "0003" / "manifest.json", trial__run_dir=away, trial__number=3)
     opened.clear()
-    said = tell(sweep, capsys)
-    assert "Of 2 configurations" in said
-    assert_nothing_leaked(sweep, outside, opened, said)
+    output = report_output(sweep, capsys)
+    assert "Of 2 configurations" in output
+    assert_nothing_leaked(sweep, outside, opened, output)
 
 
 @pytest.mark.parametrize(
@@ -226,11 +227,11 @@ def test_no_device_or_pipe_is_read(
         data={name: "sha256:0"},
         recipe={"source": name, "overrides": [], "digest": "x"},
     )
-    assert "Of 2 configurations" in tell(sweep, capsys)
+    assert "Of 2 configurations" in report_output(sweep, capsys)
 
 
 @pytest.mark.claim("Looking at a stranger's run directory is safe")
-def test_a_recipe_that_came_with_the_directory_is_not_composed(
+def test_a_recipe_in_the_directory_is_not_composed(
     sweep: Path, opened: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     theirs = sweep / "mine.yaml"
@@ -240,7 +241,7 @@ def test_a_recipe_that_came_with_the_directory_is_not_composed(
             folder / "manifest.json", recipe={"source": str(theirs), "overrides": [], "digest": "x"}
         )
     opened.clear()
-    assert "Of 2 configurations" in tell(sweep, capsys)
+    assert "Of 2 configurations" in report_output(sweep, capsys)
     assert str(theirs) not in opened
 
 
@@ -254,7 +255,7 @@ def test_a_swept_key_names_no_file(
     for number, folder in enumerate(sorted((sweep / "trials").iterdir())):
         edit(folder / "manifest.json", trial__params={key: number})
     before = {path for path in sweep.parent.parent.rglob("*") if not path.is_relative_to(sweep)}
-    tell(sweep, capsys)
+    report_output(sweep, capsys)
     assert {
         path for path in sweep.parent.parent.rglob("*") if not path.is_relative_to(sweep)
     } == before
@@ -262,15 +263,15 @@ def test_a_swept_key_names_no_file(
 
 
 @pytest.mark.claim("A terminal shows control characters as escapes")
-def test_nothing_moves_the_terminals_cursor(
+def test_terminal_control_characters_are_not_printed(
     sweep: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number, folder in enumerate(sorted((sweep / "trials").iterdir())):
         named = {"trainer.target_modules": f"\x1b]0;owned\x07\x1b[2J{number // 2}\u202e"}
         edit(folder / "manifest.json", trial__params=named)
-    said = tell(sweep, capsys)
-    assert "\\x1b]0;owned" in said
-    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\u202e]", said)
+    output = report_output(sweep, capsys)
+    assert "\\x1b]0;owned" in output
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f\u202e]", output)
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", str(UserError("bad", got="\x1b[2J\r")))
 
 
@@ -287,9 +288,7 @@ TEMPLATE_PARTS = ("status", "time", "kind", "metric")
 
 
 def poison(value: Any, name: str = "") -> Any:
-    """Every text of a manifest followed by the hostile one, what the report's logic hangs
-    on aside.
-    """
+    """Append hostile text to every text of a manifest, except those that the report parses."""
     if isinstance(value, dict):
         return {key: poison(inner, key) for key, inner in value.items()}
     if isinstance(value, list):
@@ -299,27 +298,28 @@ def poison(value: Any, name: str = "") -> Any:
 
 @pytest.fixture(scope="module")
 def poisoned(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of a sweep whose every name, setting, reason, question and completion is
-    hostile.
+    """Write the report of a sweep with hostile text in all its fields.
+
+    These are names, settings, reasons, questions and completions.
     """
-    given = Path(shutil.copytree(template, tmp_path_factory.mktemp("poisoned") / "sweep"))
-    for file in given.rglob("manifest.json"):
+    hostile = Path(shutil.copytree(template, tmp_path_factory.mktemp("poisoned") / "sweep"))
+    for file in hostile.rglob("manifest.json"):
         record = poison(json.loads(file.read_text()))
         record["data"] = {f"javascript:{HOSTILE}": HOSTILE}
         file.write_text(json.dumps(record))
-    for file in given.rglob("*.parquet"):
+    for file in hostile.rglob("*.parquet"):
         rows = pd.read_parquet(file)
         for column in ("question", "ground_truth", "completion", "finish_reason"):
             rows[column] = rows[column] + HOSTILE
         rows.to_parquet(file)
-    failed = given / "trials" / "0000"
+    failed = hostile / "trials" / "0000"
     edit(failed / "manifest.json", status="FAILED", reason=HOSTILE)
-    report.main([str(given)])
-    return given / "report"
+    report.main([str(hostile)])
+    return hostile / "report"
 
 
 @pytest.mark.claim("A report shows text as text")
-def test_nothing_on_the_page_is_more_than_text(poisoned: Path) -> None:
+def test_hostile_text_on_the_page_stays_text(poisoned: Path) -> None:
     page = (poisoned / "index.html").read_text()
     body = re.sub(r"data:image/svg\+xml;base64,[A-Za-z0-9+/=]+", "", page)
     tags = set(re.findall(r"<\s*/?\s*([a-zA-Z!?][a-zA-Z0-9]*)", body))
@@ -342,7 +342,7 @@ def test_nothing_on_the_page_is_more_than_text(poisoned: Path) -> None:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not on PATH: apt-get install chromium")
 @pytest.mark.claim("A report shows text as text")
-def test_a_browser_shows_it_and_runs_none_of_it(
+def test_a_browser_shows_hostile_text_and_runs_no_script(
     poisoned: Path, watching: tuple[Browser, Proxy]
 ) -> None:
     browser, proxy = watching
@@ -358,7 +358,9 @@ def test_a_browser_shows_it_and_runs_none_of_it(
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not on PATH: apt-get install chromium")
-def test_the_browser_would_have_run_it(watching: tuple[Browser, Proxy], tmp_path: Path) -> None:
+def test_the_browser_runs_an_unescaped_script(
+    watching: tuple[Browser, Proxy], tmp_path: Path
+) -> None:
     browser, proxy = watching
     path = tmp_path / "control.html"
     path.write_text(f"<!doctype html><title>quiet</title><p>{HOSTILE}</p>")

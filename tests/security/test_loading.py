@@ -1,5 +1,6 @@
-"""Models, adapters and chat templates that carry code: none of it runs, and what is wrong
-is said.
+"""Load models, adapters and chat templates that carry code.
+
+None of the code runs, and the error names the cause.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ ADAPTER = {
 
 
 class Payload:
-    """Unpickling it makes a file."""
+    """Object that creates a file when it is unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -55,13 +56,13 @@ class Payload:
 
 @pytest.fixture
 def canary(tmp_path: Path) -> Path:
-    """A file that must not come to be."""
+    """Return the path of a file that must not be created."""
     return tmp_path / "canary"
 
 
 @pytest.fixture
 def model(tiny_model_dir: Path, tmp_path: Path) -> Path:
-    """A copy of the embedded model."""
+    """Return a copy of the embedded model."""
     return Path(
         shutil.copytree(tiny_model_dir, tmp_path / "model", ignore=shutil.ignore_patterns("data"))
     )
@@ -78,7 +79,7 @@ def test_the_payloads_work(canary: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.claim("A model's own code is not run")
-def test_a_models_own_code_is_not_run_whatever_is_answered(
+def test_a_models_code_is_not_run_whatever_the_user_answers(
     model: Path, canary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = json.loads((model / "config.json").read_text())
@@ -87,7 +88,7 @@ def test_a_models_own_code_is_not_run_whatever_is_answered(
         json.dumps({**config, "model_type": "theirs", "auto_map": theirs})
     )
     (model / "theirs.py").write_text(CODE.format(canary=str(canary)))
-    # Left to itself, transformers would ask on the terminal.
+    # By default transformers would ask on the terminal.
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     with pytest.raises(UserError, match="cannot load"):
         load_base(recipe_of(model))
@@ -95,7 +96,7 @@ def test_a_models_own_code_is_not_run_whatever_is_answered(
 
 
 @pytest.mark.claim("A model's own code is not run")
-def test_a_models_own_tokenizer_code_is_not_run(
+def test_a_models_tokenizer_code_is_not_run(
     model: Path, canary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = json.loads((model / "tokenizer_config.json").read_text())
@@ -152,7 +153,7 @@ def test_a_pickled_adapter_is_not_unpickled(
     ],
 )
 @pytest.mark.claim("A chat template is only a template")
-def test_a_chat_template_is_a_template_only(model: Path, canary: Path, template: str) -> None:
+def test_a_chat_template_runs_no_code(model: Path, canary: Path, template: str) -> None:
     (model / "chat_template.jinja").write_text(template.replace("CANARY", str(canary)))
     recipe = recipe_of(model)
     tokenizer = AutoTokenizer.from_pretrained(model, **NO_CODE)

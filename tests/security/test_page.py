@@ -11,7 +11,8 @@ import pytest
 from harness.core.paths import PROJECT
 
 TESTS = sorted((PROJECT / "tests").rglob("test_*.py"))
-# A paragraph that begins in bold; in bold at the head of a list's item is what is trusted.
+# A claim is a paragraph that begins in bold. Bold text at the start of a list item names what is
+# trusted.
 CLAIM = re.compile(r"(?m)^\*\*(.+?)\.?\*\*")
 
 
@@ -20,7 +21,7 @@ def claims(page: str) -> list[str]:
 
 
 def named(source: str) -> Iterator[str]:
-    """The claims that a file's tests name."""
+    """Yield the claims that a file's tests name."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
             for mark in node.decorator_list:
@@ -28,16 +29,16 @@ def named(source: str) -> Iterator[str]:
                     yield from (ast.literal_eval(text) for text in mark.args)
 
 
-def test_every_claim_of_the_page_is_held_by_a_test_that_names_it() -> None:
+def test_a_test_names_every_claim_of_the_page() -> None:
     on_page = claims((PROJECT / "docs" / "guides" / "security.md").read_text())
     in_tests = {claim for file in TESTS for claim in named(file.read_text())}
     assert len(on_page) == len(set(on_page)) > 10
-    assert set(on_page) - in_tests == set(), "no test names these"
-    assert in_tests - set(on_page) == set(), "the page does not make these"
+    assert set(on_page) - in_tests == set(), "no test names these claims"
+    assert in_tests - set(on_page) == set(), "the page does not make these claims"
 
 
 @pytest.mark.parametrize(
-    ("source", "found"),
+    ("source", "claimed"),
     [
         ('@pytest.mark.claim("a")\n@pytest.mark.timeout(3)\ndef test_it(): ...', ["a"]),
         ('class TestIt:\n    @pytest.mark.claim("a", "b")\n    def test_it(self): ...', ["a", "b"]),
@@ -46,8 +47,8 @@ def test_every_claim_of_the_page_is_held_by_a_test_that_names_it() -> None:
         ('"""pytest.mark.claim("a")"""\ndef test_it(): ...', []),
     ],
 )
-def test_only_a_test_names_a_claim(source: str, found: list[str]) -> None:
-    assert list(named(source)) == found
+def test_only_a_test_names_a_claim(source: str, claimed: list[str]) -> None:
+    assert list(named(source)) == claimed
 
 
 def test_claims_begin_paragraphs() -> None:

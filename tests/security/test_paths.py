@@ -1,6 +1,4 @@
-"""Where a recipe's names lead: a run's directory and its adapters' folder lie where they were asked
-for.
-"""
+"""Test where a recipe's names lead: run directory and adapter folder stay where they belong."""
 
 from __future__ import annotations
 
@@ -67,7 +65,7 @@ def test_a_run_name_that_is_a_path_is_refused(base: Recipe, name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["run", "run 2", "lr=1e-3,rank=8", "...".join("ab"), "é", "-x", "a:b", "100%", "~a"]
 )
-def test_other_names_are_taken(base: Recipe, name: str, tmp_path: Path) -> None:
+def test_other_names_are_accepted(base: Recipe, name: str, tmp_path: Path) -> None:
     recipe = recipes.with_values(base, {NAME: name, "trainer.ckpt_path": str(tmp_path)})
     assert run_dir_for(recipe, "x.yaml").path == tmp_path / name
 
@@ -78,7 +76,7 @@ def test_other_names_are_taken(base: Recipe, name: str, tmp_path: Path) -> None:
     | st.lists(st.sampled_from(["..", ".", "/", "a", "\\", "~", " "])).map("".join)
 )
 @pytest.mark.claim("Names lead nowhere else")
-def test_a_run_lies_in_its_ckpt_path(base: Recipe, name: str) -> None:
+def test_a_run_is_created_in_its_ckpt_path(base: Recipe, name: str) -> None:
     try:
         recipe = recipes.with_values(base, {NAME: name, "trainer.ckpt_path": "/tmp/runs"})
     except UserError:
@@ -87,19 +85,19 @@ def test_a_run_lies_in_its_ckpt_path(base: Recipe, name: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["run", "sweep"])
-def test_both_commands_refuse_it_before_they_write(command: str, tmp_path: Path) -> None:
+def test_both_commands_refuse_a_path_before_they_write(command: str, tmp_path: Path) -> None:
     from harness import run, sweep
 
-    there = tmp_path / "there"
+    folder = tmp_path / "there"
     with pytest.raises(UserError, match="not a path"):
         {"run": run, "sweep": sweep}[command].main(
-            ["quickstart", f"trainer.ckpt_path={there}", f"{NAME}=../outside"]
+            ["quickstart", f"trainer.ckpt_path={folder}", f"{NAME}=../outside"]
         )
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.claim("Names lead nowhere else")
-def test_synced_adapters_lie_in_a_folder_of_the_runs_own(base: Recipe, tmp_path: Path) -> None:
+def test_each_run_syncs_adapters_in_a_separate_folder(base: Recipe, tmp_path: Path) -> None:
     from rltrain.pack import _sync_folder
 
     recipe = recipes.with_values(base, {"trainer.policy.model.lora.lora_sync_path": str(tmp_path)})
@@ -110,8 +108,10 @@ def test_synced_adapters_lie_in_a_folder_of_the_runs_own(base: Recipe, tmp_path:
     ]
     assert all(root.resolve().parent == tmp_path.resolve() for root in roots)
     assert len(set(roots)) == len(roots)
-    own = recipes.with_values(base, {"trainer.policy.model.lora.lora_sync_path": None})
-    assert _sync_folder(own, RunDir(tmp_path / "run")).parent == tmp_path / "run"
+    without_sync_path = recipes.with_values(
+        base, {"trainer.policy.model.lora.lora_sync_path": None}
+    )
+    assert _sync_folder(without_sync_path, RunDir(tmp_path / "run")).parent == tmp_path / "run"
 
 
 OUTSIDE = [

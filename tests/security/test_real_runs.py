@@ -1,5 +1,6 @@
-"""A real sweep on several processes and a run, watched: where they listen, what they leave on disk,
-what they tell.
+"""Watch a real run and a real sweep on several processes.
+
+Tests check where they listen, what they write to disk, and what they print.
 """
 
 from __future__ import annotations
@@ -58,9 +59,7 @@ PICKLES, ARCHIVES = (
 
 @dataclass
 class Watched:
-    """What a command said, the addresses that its processes listened on, and their command
-    lines.
-    """
+    """Output, listening addresses and command lines of a command's processes."""
 
     folder: Path
     said: str = ""
@@ -68,17 +67,17 @@ class Watched:
     commands: set[str] = field(default_factory=set)
 
 
-def elsewhere(folder: Path) -> list[str]:
-    """How to start a command for which this machine's name leads to a real network device; [] where
-    that cannot be.
+def network_prefix(folder: Path) -> list[str]:
+    """Return a command prefix that maps this machine's name to a real network device.
 
-    Many machines' names lead to the loopback device, and hide who listens where the name leads.
+    The result is [] where that is impossible. On many machines the name maps to the loopback
+    device, which hides processes that listen on the name's address.
     """
     devices = [
         (one.address, name)
-        for name, own in psutil.net_if_addrs().items()
-        for one in own
-        if one.family == 2
+        for name, addresses in psutil.net_if_addrs().items()
+        for one in addresses
+        if one.process_tree == 2
     ]
     address = next(
         (address for address, name in devices if not ipaddress.ip_address(address).is_loopback),
@@ -100,16 +99,16 @@ def elsewhere(folder: Path) -> list[str]:
 
 
 def watch(folder: Path, *arguments: str) -> Watched:
-    """Run a command of the harness with secrets in its environment and a home of its own."""
+    """Run a command of the harness with secrets in its environment and a separate home folder."""
     home = folder / "home"
     home.mkdir()
     keys = ("WANDB_", "RAY_", "GLOO_", "NCCL_", "VLLM_HOST")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(keys)}
     environment |= {**SECRETS, "HOME": str(home), "OMP_NUM_THREADS": "1"}
-    seen, log = Watched(folder), folder / "said"
+    watched, log = Watched(folder), folder / "said"
     with log.open("w") as out:
         command = [
-            *elsewhere(folder),
+            *network_prefix(folder),
             sys.executable,
             "-m",
             *arguments,
@@ -119,23 +118,23 @@ def watch(folder: Path, *arguments: str) -> Watched:
             command, cwd=PROJECT, env=environment, stdout=out, stderr=subprocess.STDOUT
         )
         while process.poll() is None:
-            for each in family(process):
+            for each in process_tree(process):
                 try:
-                    seen.commands.add(" ".join(each.cmdline()))
+                    watched.commands.add(" ".join(each.cmdline()))
                     listening = [
                         c for c in each.net_connections("inet") if c.status == psutil.CONN_LISTEN
                     ]
                 except psutil.Error:
                     continue
-                seen.addresses |= {connection.laddr.ip for connection in listening}
+                watched.addresses |= {connection.laddr.ip for connection in listening}
             time.sleep(0.05)
-    seen.said = log.read_text()
-    assert process.returncode == 0, seen.said
-    return seen
+    watched.said = log.read_text()
+    assert process.returncode == 0, watched.said
+    return watched
 
 
-def family(process: psutil.Process) -> Iterator[psutil.Process]:
-    """A process and all below it."""
+def process_tree(process: psutil.Process) -> Iterator[psutil.Process]:
+    """Yield a process and all its descendants."""
     yield process
     try:
         yield from process.children(recursive=True)
@@ -144,8 +143,8 @@ def family(process: psutil.Process) -> Iterator[psutil.Process]:
 
 
 @pytest.fixture(scope="module")
-def few(small_data: list[str]) -> list[str]:
-    """One step of a small run with a real engine, told to every logger."""
+def small_overrides(small_data: list[str]) -> list[str]:
+    """Return overrides for one step of a small run with a real engine and every logger."""
     return [
         *small_data,
         "generator.backend=vllm",
@@ -156,9 +155,9 @@ def few(small_data: list[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def sweep(few: list[str], tmp_path_factory: pytest.TempPathFactory) -> Watched:
-    """A sweep of one trial, on two ranks and an engine apart from them that is split in two."""
-    places = [
+def sweep(small_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    """Run a sweep of one trial, on two ranks and a separate engine that is split in two."""
+    placement = [
         "trainer.placement.policy_num_gpus_per_node=2",
         "trainer.placement.colocate_all=false",
         "generator.inference_engine_tensor_parallel_size=2",
@@ -166,37 +165,48 @@ def sweep(few: list[str], tmp_path_factory: pytest.TempPathFactory) -> Watched:
     ]
     ours = ["sweep.num_trials=1", "sweep.seeds=[0]", "trainer.run_name=sweep"]
     return watch(
-        tmp_path_factory.mktemp("sweep"), "harness.sweep", "quickstart", *few, *places, *ours
+        tmp_path_factory.mktemp("sweep"),
+        "harness.sweep",
+        "quickstart",
+        *small_overrides,
+        *placement,
+        *ours,
     )
 
 
 @pytest.fixture(scope="module")
-def run(few: list[str], tmp_path_factory: pytest.TempPathFactory) -> Watched:
-    """A run in one process."""
+def run(small_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    """Run a run in one process."""
     return watch(
-        tmp_path_factory.mktemp("run"), "harness.run", "quickstart", *few, "trainer.run_name=run"
+        tmp_path_factory.mktemp("run"),
+        "harness.run",
+        "quickstart",
+        *small_overrides,
+        "trainer.run_name=run",
     )
 
 
 @pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) for name in ("sweep", "run")])
 def watched(request: pytest.FixtureRequest) -> Watched:
-    """Each of the two."""
-    found: Watched = request.getfixturevalue(request.param)
-    return found
+    """Return the sweep and the run, one after the other."""
+    command: Watched = request.getfixturevalue(request.param)
+    return command
 
 
 @pytest.mark.claim("Everything listens on the loopback device")
-def test_they_listen_on_the_loopback_device_alone(watched: Watched) -> None:
+def test_processes_listen_only_on_the_loopback_device(watched: Watched) -> None:
     assert "127.0.0.1" in watched.addresses
     for address in watched.addresses:
-        there = ipaddress.ip_address(address)
-        assert (getattr(there, "ipv4_mapped", None) or there).is_loopback, sorted(watched.addresses)
+        ip = ipaddress.ip_address(address)
+        assert (getattr(ip, "ipv4_mapped", None) or ip).is_loopback, sorted(watched.addresses)
 
 
 def content(file: Path) -> bytes:
-    """A file's bytes, and those of its columns where they are compressed."""
-    own = file.read_bytes()
-    return own + str(pq.read_table(file).to_pylist()).encode() if file.suffix == ".parquet" else own
+    """Return a file's bytes, and those of its columns where they are compressed."""
+    data = file.read_bytes()
+    return (
+        data + str(pq.read_table(file).to_pylist()).encode() if file.suffix == ".parquet" else data
+    )
 
 
 def files(folder: Path) -> list[Path]:
@@ -204,7 +214,7 @@ def files(folder: Path) -> list[Path]:
 
 
 @pytest.mark.claim("Keys and tokens of the environment are written nowhere")
-def test_no_secret_of_the_environment_is_told(watched: Watched) -> None:
+def test_no_secret_of_the_environment_is_printed_or_stored(watched: Watched) -> None:
     written = files(watched.folder)
     assert {"manifest.json", "recipe.yaml", "metrics.jsonl"} <= {file.name for file in written}
     assert any(file.suffix == ".wandb" for file in written)
@@ -232,7 +242,7 @@ def test_a_secret_would_be_found(sweep: Watched) -> None:
 def test_a_run_directory_holds_data_and_no_code(watched: Watched) -> None:
     name = next(name for name in ("sweep", "run") if (watched.folder / name).is_dir())
     for file in files(watched.folder / name):
-        # W&B keeps nameless copies of the adapter's files, for its sync to find.
+        # W&B keeps copies of the adapter's files under generated names, for its sync.
         known = (
             file.suffix in KINDS
             or file.name in NAMES
@@ -248,16 +258,16 @@ def test_a_run_directory_holds_data_and_no_code(watched: Watched) -> None:
 def test_ray_leaves_neither_its_folder_nor_its_token(watched: Watched) -> None:
     from rltrain.distributed import cluster
 
-    said = " ".join(watched.commands)
-    assert cluster.PREFIX in said
-    assert not [folder for folder in cluster.folders() if folder.name in said]
+    command_lines = " ".join(watched.commands)
+    assert cluster.PREFIX in command_lines
+    assert not [folder for folder in cluster.folders() if folder.name in command_lines]
     assert not [
         line for line in watched.commands if "auth" in line.lower() and "token" in line.lower()
     ]
 
 
 @pytest.mark.slow
-def test_the_sweep_and_the_run_are_whole(sweep: Watched, run: Watched) -> None:
+def test_the_sweep_and_the_run_are_complete(sweep: Watched, run: Watched) -> None:
     assert RunDir(sweep.folder / "sweep").status is Status.COMPLETE
     assert (sweep.folder / "sweep" / "report" / "index.html").is_file()
     assert RunDir(run.folder / "run").status is Status.COMPLETE
@@ -268,7 +278,7 @@ def test_the_sweep_and_the_run_are_whole(sweep: Watched, run: Watched) -> None:
 
 
 @pytest.mark.claim("Ray is closed to other users of the machine")
-def test_rays_folder_is_for_its_owner_alone() -> None:
+def test_only_the_owner_can_read_rays_folder() -> None:
     from rltrain.distributed import cluster
 
     with cluster._own_folder() as ours:
@@ -295,7 +305,7 @@ print(ray.get(ray.remote(num_cpus=0)(lambda: "ran").remote(), timeout=60))
 
 @pytest.mark.slow
 @pytest.mark.claim("Ray is closed to other users of the machine")
-def test_ray_lets_in_who_has_its_token_alone() -> None:
+def test_ray_requires_its_token() -> None:
     from rltrain.distributed import cluster
 
     token, other = ("0123456789abcdef" * 4, "fedcba9876543210" * 4)
@@ -313,16 +323,21 @@ def test_ray_lets_in_who_has_its_token_alone() -> None:
     address = serve.stdout.readline().strip()
     try:
         answers = {}
-        for given in (token, other):
+        for candidate in (token, other):
             join = subprocess.run(
                 [sys.executable, "-c", JOIN, address],
                 cwd=PROJECT,
                 capture_output=True,
                 text=True,
                 timeout=180,
-                env={**bare, **cluster.LOOPBACK, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": given},
+                env={
+                    **bare,
+                    **cluster.LOOPBACK,
+                    "RAY_AUTH_MODE": "token",
+                    "RAY_AUTH_TOKEN": candidate,
+                },
             )
-            answers[given] = join.stdout.strip() if join.returncode == 0 else "refused"
+            answers[candidate] = join.stdout.strip() if join.returncode == 0 else "refused"
     finally:
         serve.communicate()
     assert answers == {token: "ran", other: "refused"}

@@ -1,4 +1,7 @@
-"""What a model writes is scored, never run: no completion has an effect, or takes without end."""
+"""Score hostile completions.
+
+No completion has a side effect or runs without end.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from rltrain.envs import Env, env_names, get_env, math
 
 pytestmark = pytest.mark.timeout(240)
 
-# {canary} is a file that must not come to be.
+# {canary} is a file that must not be created.
 CODE = [
     "__import__('os').system('touch {canary}')",
     "open('{canary}','w').write('1')",
@@ -39,7 +42,7 @@ CODE = [
     "!!python/object/apply:os.system ['touch {canary}']",
     "\\directlua{{os.execute('touch {canary}')}}",
 ]
-# What takes a computer algebra system for ever, or much memory.
+# Answers that keep a computer algebra system busy for ever, or need much memory.
 ENDLESS = [
     "9^{9^{9^{9^{9}}}}",
     "10^{10^{10}}",
@@ -93,14 +96,14 @@ ODD = [
 ENVS = env_names()
 
 
-def told(answer: str) -> Iterator[str]:
-    """An answer as the environments look for one, and bare."""
+def formatted(answer: str) -> Iterator[str]:
+    """Yield an answer in the format of each environment, and bare."""
     yield from (f"#### {answer}", f"So it is $\\boxed{{{answer}}}$.", answer)
 
 
 @pytest.fixture(autouse=True)
-def _patience() -> Iterator[None]:
-    """A comparison is given up after half a CPU second here, as otherwise after five."""
+def _short_time_limit() -> Iterator[None]:
+    """Set the time limit of a comparison to half a CPU second; the default is five."""
     verifier, math._VERIFIER = math._VERIFIER, math.Verifier(0.5)
     yield
     math._VERIFIER.close()
@@ -108,7 +111,7 @@ def _patience() -> Iterator[None]:
 
 
 def scores(env: Env, answers: list[str], truths: tuple[str, ...]) -> list[float]:
-    pairs = [(text, truth) for answer in answers for text in told(answer) for truth in truths]
+    pairs = [(text, truth) for answer in answers for text in formatted(answer) for truth in truths]
     return [env.reward(text, truth) for text, truth in pairs]
 
 
@@ -120,33 +123,33 @@ def test_code_in_a_completion_or_a_truth_is_not_run(
     monkeypatch.chdir(tmp_path)
     canary = tmp_path / "canary"
     answers = [text.format(canary=canary) for text in CODE]
-    given = scores(get_env(name), answers, ("2", "\\frac{1}{2}"))
-    assert set(given) <= {0.0, 1.0}
-    given += [get_env(name).reward(text, truth) for truth in answers for text in told("2")]
+    rewards = scores(get_env(name), answers, ("2", "\\frac{1}{2}"))
+    assert set(rewards) <= {0.0, 1.0}
+    rewards += [get_env(name).reward(text, truth) for truth in answers for text in formatted("2")]
     assert sorted(os.listdir(tmp_path)) == []
-    assert len(given) > 100
+    assert len(rewards) > 100
 
 
-def test_the_canary_would_be_seen(tmp_path: Path) -> None:
+def test_the_canary_works(tmp_path: Path) -> None:
     eval(CODE[0].format(canary=tmp_path / "canary"))
     assert (tmp_path / "canary").exists()
 
 
 @pytest.mark.parametrize("name", ENVS)
 @pytest.mark.claim("No completion takes forever to score")
-def test_no_completion_takes_without_end(name: str) -> None:
+def test_no_completion_runs_without_end(name: str) -> None:
     env = get_env(name)
     assert set(scores(env, ENDLESS, ("2",))) == {0.0}
     assert set(scores(env, LONG, ("2", "yes"))) <= {0.0, 1.0}
     for answer, truth in itertools.product(ODD, ODD):
         assert env.reward(answer, truth) in (0.0, 1.0)
-    # And it still tells right from wrong.
-    assert max(env.reward(text, "2") for text in told("2")) == 1.0
-    assert max(env.reward(text, "2") for text in told("3")) == 0.0
+    # It can still tell right from wrong.
+    assert max(env.reward(text, "2") for text in formatted("2")) == 1.0
+    assert max(env.reward(text, "2") for text in formatted("3")) == 0.0
 
 
 @pytest.mark.claim("No completion takes forever to score")
-def test_a_comparison_has_neither_the_trainers_memory_nor_its_time() -> None:
+def test_a_comparison_has_limits_of_memory_and_time() -> None:
     verifier = math.Verifier(0.5)
     assert verifier.equal("2", "\\frac{4}{2}")
     first = verifier._process

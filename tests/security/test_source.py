@@ -1,4 +1,4 @@
-"""The source itself: nothing in it unpickles, evaluates or unpacks what a file or a model says."""
+"""Search the source for code that unpickles, evaluates or unpacks untrusted data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SOURCES = sorted(
     for name in ("harness", "rltrain", "sweeps", "analysis")
     for file in (PROJECT / name).rglob("*.py")
 )
-# Modules that exist to run or to unpickle what they are given.
+# Modules that exist to run or unpickle their input.
 MODULES = {
     "pickle",
     "cPickle",
@@ -53,15 +53,15 @@ CALLS = {
     "sympy.sympify",
     "parse_expr",
 }
-# Those of these that are as harmless as `yaml.safe_load`.
+# Functions among these that are as harmless as `yaml.safe_load`.
 SAFE_LOADERS = {"yaml.SafeLoader", "yaml.CSafeLoader"}
 METHODS = {"extractall", "extract", "to_pickle", "read_pickle"}
-# Keywords that open a hole unless they are False.
+# Keywords that are unsafe unless they are False.
 KEYWORDS = ("shell", "allow_pickle", "trust_remote_code")
 
 
 def faults(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Line and name of what no source file may hold."""
+    """Yield line and name of code that no source file may contain."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = (
@@ -75,18 +75,18 @@ def faults(tree: ast.AST) -> Iterator[tuple[int, str]]:
         if not isinstance(node, ast.Call):
             continue
         called = ast.unparse(node.func)
-        given = {
+        options = {
             keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg
         }
-        safe = called == "yaml.load" and given.get("Loader") in SAFE_LOADERS
+        safe = called == "yaml.load" and options.get("Loader") in SAFE_LOADERS
         if (called in CALLS and not safe) or (
             isinstance(node.func, ast.Attribute) and node.func.attr in METHODS
         ):
             yield node.lineno, called
         yield from (
-            (node.lineno, f"{name}=") for name in KEYWORDS if given.get(name, "False") != "False"
+            (node.lineno, f"{name}=") for name in KEYWORDS if options.get(name, "False") != "False"
         )
-        if called == "torch.load" and given.get("weights_only") != "True":
+        if called == "torch.load" and options.get("weights_only") != "True":
             yield node.lineno, "torch.load without weights_only=True"
         if (
             called.startswith("Auto")
@@ -104,7 +104,7 @@ def _refuses_code(call: ast.Call) -> bool:
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(PROJECT)))
 @pytest.mark.claim("Nothing is unpickled")
-def test_no_source_runs_or_unpickles_what_it_is_given(file: Path) -> None:
+def test_no_source_runs_or_unpickles_untrusted_data(file: Path) -> None:
     assert list(faults(ast.parse(file.read_text()))) == []
 
 
@@ -130,7 +130,7 @@ def test_no_source_runs_or_unpickles_what_it_is_given(file: Path) -> None:
         "AutoTokenizer.from_pretrained(path, trust_remote_code=True)",
     ],
 )
-def test_the_search_finds_them(snippet: str) -> None:
+def test_the_search_finds_unsafe_code(snippet: str) -> None:
     assert list(faults(ast.parse(snippet)))
 
 

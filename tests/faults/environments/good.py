@@ -1,4 +1,4 @@
-"""Nothing goes wrong."""
+"""Environment without a fault."""
 
 from rltrain.envs.tiny_gsm import reward
 

@@ -1,8 +1,8 @@
-"""A reward that ends the process, as if all were well."""
+"""Reward that ends the process with status 0."""
 
 import sys
 
 
 def reward(completion: str, ground_truth: str) -> float:
-    """Never comes back."""
+    """Never return."""
     sys.exit(0)

@@ -1,8 +1,8 @@
-"""A reward that is not a number."""
+"""Reward that is not a number."""
 
 import math
 
 
 def reward(completion: str, ground_truth: str) -> float:
-    """Not a number."""
+    """Return NaN."""
     return math.nan

@@ -1,9 +1,9 @@
-"""A reward that waits for what never comes."""
+"""Reward that never returns."""
 
 import threading
 
 
 def reward(completion: str, ground_truth: str) -> float:
-    """Never comes back."""
+    """Never return."""
     threading.Event().wait()
     return 0.0

@@ -1,0 +1,1 @@
+"""Environments of the embedded task that fail in different ways."""

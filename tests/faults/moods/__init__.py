@@ -1,1 +1,0 @@
-"""Environments of the embedded task that go wrong, each in its own way."""
