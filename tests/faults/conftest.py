@@ -78,7 +78,7 @@ def record(results: list[tuple[str, str, int]]) -> Record:
 @pytest.fixture(scope="session")
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
     """Start the process that commands are forked from."""
-    process = Warm(tmp_path_factory.mktemp("said"))
+    process = Warm(tmp_path_factory.mktemp("output"))
     yield process
     process.close()
 
@@ -125,9 +125,9 @@ class UndisturbedRun:
 @pytest.fixture(scope="session")
 def undisturbed(runs: Runs) -> UndisturbedRun:
     """Train the undisturbed run."""
-    outcome = runs.start("whole")
-    assert outcome.status == 0, outcome.said
-    run = runs.get("whole")
+    outcome = runs.start("undisturbed")
+    assert outcome.status == 0, outcome.output
+    run = runs.get("undisturbed")
     scores = [
         row["eval/accuracy"] for row in MetricsFile(run.metrics).rows() if "eval/accuracy" in row
     ]

@@ -61,7 +61,7 @@ class Outcome:
     """
 
     status: int
-    said: str
+    output: str
     moment: str
     seconds: float
 

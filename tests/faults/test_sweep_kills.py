@@ -65,12 +65,12 @@ def sweeps(warm: Warm, small: list[str], tmp_path_factory: pytest.TempPathFactor
 def test_killed_sweep_equals_undisturbed_sweep(sweeps: Sweeps, record: Record) -> None:
     for kill in SWEEP_KILLS:
         outcome = sweeps.run("killed", kill.fault)
-        assert outcome.killed, f"{kill} did not strike: {outcome.said}"
-        assert "Traceback" not in outcome.said
-    for name in ("killed", "whole"):
+        assert outcome.killed, f"{kill} did not strike: {outcome.output}"
+        assert "Traceback" not in outcome.output
+    for name in ("killed", "undisturbed"):
         outcome = sweeps.run(name)
-        assert outcome.status == 0, outcome.said
-    killed, undisturbed = sweeps.get("killed"), sweeps.get("whole")
+        assert outcome.status == 0, outcome.output
+    killed, undisturbed = sweeps.get("killed"), sweeps.get("undisturbed")
     assert sweep_differences(undisturbed, killed) == []
     assert sweeps.warm.left_over() == []
     lost = sum(lost_steps(undisturbed.trial(number), killed.trial(number)) for number in range(2))
@@ -116,8 +116,8 @@ def test_a_damaged_journal_is_refused(
     copy.journal.write_bytes(change(begun.journal.read_bytes()))
     before = digests(copy.path)
     outcome = sweeps.warm.run("harness.sweep", "--resume", str(copy.path), directory=copy.path)
-    assert outcome.status == 2, outcome.said
-    assert f"line {line} of study.journal is damaged" in outcome.said
-    assert "Traceback" not in outcome.said
+    assert outcome.status == 2, outcome.output
+    assert f"line {line} of study.journal is damaged" in outcome.output
+    assert "Traceback" not in outcome.output
     assert digests(copy.path) == before
     record(name, REFUSED, 0)

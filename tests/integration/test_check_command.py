@@ -198,8 +198,8 @@ def test_a_run_killed_before_its_verdict_is_judged_without_training_again(
         if path.suffix in (".jsonl", ".safetensors")
     }
     capsys.readouterr()
-    go_on = ["--resume", str(run_dir.path), *flags] if flags else start
-    assert run.main(go_on) == (run.UNMET if flags else 0)
+    resume = ["--resume", str(run_dir.path), *flags] if flags else start
+    assert run.main(resume) == (run.UNMET if flags else 0)
     output = capsys.readouterr().out
     assert "its verdict was not written" in output
     assert "NOT MET: eval/accuracy 0 (one seed), expected >= 0.5" in output
@@ -210,7 +210,7 @@ def test_a_run_killed_before_its_verdict_is_judged_without_training_again(
     assert {**now, "expect": None} == {**record, "expect": None}
     assert event_steps(run_dir.path / "tensorboard") == {1}
     with pytest.raises(UserError, match="COMPLETE already"):
-        run.main(go_on)
+        run.main(resume)
 
 
 @pytest.mark.parametrize(

@@ -153,8 +153,8 @@ def test_the_result_equals_that_of_smaller_micro_batches(
     budgets = [then if i == victim else BUDGET for i in range(count)]
     expected_rows, expected_weights, _ = runs.train(runs.recipes(count, budgets, PLACES[place]))
     assert rows == expected_rows
-    for ours, theirs in zip(weights, expected_weights, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    for tensors, expected in zip(weights, expected_weights, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(tensors, expected, strict=True))
 
 
 def test_a_resumed_run_keeps_the_smaller_micro_batches(
@@ -235,5 +235,5 @@ def test_sampling_continues_with_fewer_sequences_at_a_time(
     assert [row["eval/accuracy"] for row in logs[0] if "eval/accuracy" in row] == [
         row["eval/accuracy"] for row in logs[1] if "eval/accuracy" in row
     ]
-    for ours, theirs in zip(*logs, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    for actual_row, expected_row in zip(*logs, strict=True):
+        assert actual_row == pytest.approx(expected_row, rel=1e-4, abs=1e-6)
