@@ -86,7 +86,7 @@ def copy(stopped: RunDir, tmp_path: Path) -> RunDir:
     return RunDir(tmp_path / "run")
 
 
-def _spoil(run: RunDir, file: str, how: str) -> None:
+def _damage(run: RunDir, file: str, how: str) -> None:
     files = list(run.path.glob(file))
     assert files
     for path in files:
@@ -113,7 +113,7 @@ QUICK = (
 def test_damage_is_named_and_the_last_intact_state_is_used(
     case: Corruption, copy: RunDir, runs: Runs, undisturbed: UndisturbedRun, record: Record
 ) -> None:
-    _spoil(copy, case.file, case.how)
+    _damage(copy, case.file, case.how)
     before = digests(copy.path)
     outcome = runs.resume(copy)
     assert outcome.status == 0, outcome.output
@@ -146,7 +146,7 @@ def _original_path(kept: Path) -> str:
 def test_ambiguous_damage_is_refused(
     name: str, file: str, how: str, message: str, copy: RunDir, runs: Runs, record: Record
 ) -> None:
-    _spoil(copy, file, how)
+    _damage(copy, file, how)
     before = digests(copy.path)
     outcome = runs.resume(copy)
     assert outcome.status == 2, outcome.output
@@ -167,7 +167,7 @@ def test_a_final_adapter_damaged_before_the_runs_end_is_written_again(
     name = "adapter/final damaged after the last checkpoint"
     assert runs.start("ending", fault=Fault("call", "rltrain.trainer:Trainer._finish")).killed
     run = runs.get("ending")
-    _spoil(run, "adapter/final/adapter_model.safetensors", "flip")
+    _damage(run, "adapter/final/adapter_model.safetensors", "flip")
     with pytest.raises(UserError, match="adapter_model.safetensors is damaged"):
         verify_folder(run.adapter / "final")
     damaged = digests(run.adapter / "final")
@@ -183,7 +183,7 @@ def test_a_final_adapter_damaged_before_the_runs_end_is_written_again(
 def test_a_damaged_checkpoint_in_resume_mode_is_refused(
     own: bool, copy: RunDir, runs: Runs, tmp_path: Path, record: Record
 ) -> None:
-    _spoil(copy, "checkpoints/step_000003/optimizer.safetensors", "flip")
+    _damage(copy, "checkpoints/step_000003/optimizer.safetensors", "flip")
     before = digests(copy.checkpoints)
     named = f"trainer.resume_mode={copy.checkpoints}/step_000003"
     overrides = [f"trainer.ckpt_path={tmp_path}", "trainer.run_name=run"] if own else []
@@ -304,14 +304,14 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(
         in outcome.output
     )
     assert "Traceback" not in outcome.output
-    assert _checkpoints_there(runs, tmp_path, tmp_path / "first") == {
+    assert _damage_of_checkpoints(runs, tmp_path, tmp_path / "first") == {
         "step_000001": None,
         "step_000002": None,
     }
     assert runs.warm.mount(tmp_path, 10 * one)
     outcome = runs.resume(RunDir(tmp_path / "run"))
     assert outcome.status == 0, outcome.output
-    assert _checkpoints_there(runs, tmp_path, tmp_path / "then") == {
+    assert _damage_of_checkpoints(runs, tmp_path, tmp_path / "then") == {
         "step_000005": None,
         "step_000006": None,
     }
@@ -320,7 +320,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(
     record(name, OTHER_OUTCOMES[name], lost_steps(undisturbed.run, run))
 
 
-def _checkpoints_there(runs: Runs, disk: Path, copy: Path) -> dict[str, str | None]:
+def _damage_of_checkpoints(runs: Runs, disk: Path, copy: Path) -> dict[str, str | None]:
     """Return the damage, if any, of each checkpoint on the small disk.
 
     The whole run is copied from the disk to `copy`.

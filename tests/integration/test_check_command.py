@@ -19,7 +19,7 @@ from harness.loggers.logfiles import event_steps
 from harness.records.run_dir import RunDir
 from rltrain.member import Member
 from rltrain.trainer import Trainer
-from tests.integration.conftest import heed_interrupts
+from tests.integration.conftest import restore_interrupts
 from tests.recipes import quickstart
 
 TINY = [
@@ -114,7 +114,7 @@ def test_a_signal_to_the_check_stops_its_run(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=heed_interrupts,
+        preexec_fn=restore_interrupts,
     )
     assert process.stdout is not None
     # Progress is printed while the run trains. The signal goes to the command alone, which passes
