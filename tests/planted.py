@@ -231,7 +231,7 @@ class Planting:
                 hung = True
         seconds = round(time.monotonic() - start, 1)
         if area and area not in self._sound and failing_area(self._clean, [area]):
-            what = "tests fail without a fault: that they notice one cannot be told"
+            what = "tests fail without a fault, so they cannot show that they notice one"
             raise UserError(what, got=area, fix="fix them, then run the same command again")
         self._sound.add(area)
         return Result(file, tier, area, seconds, hung)

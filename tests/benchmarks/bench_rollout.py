@@ -118,7 +118,7 @@ def _variants(packs: dict[str, tuple[Any, list[Any]]]) -> dict[str, Callable[[in
         def add_lora_linear(self, *_: Any, **__: Any) -> None:
             pass
 
-    def instead(kind: type) -> Callable[[int, int], int]:
+    def with_wrapper(kind: type) -> Callable[[int, int], int]:
         def variant(samples: int, adapters: int) -> int:
             kinds = [type(wrapper) for wrapper in wrappers]
             for wrapper in wrappers:
@@ -134,8 +134,8 @@ def _variants(packs: dict[str, tuple[Any, list[Any]]]) -> dict[str, Callable[[in
     pack, members = packs["transformers"]
     return {
         "vllm": ours("vllm"),
-        "vllm stock": instead(PunicaWrapperCPU),
-        "vllm without LoRA": instead(NoLoRA),
+        "vllm stock": with_wrapper(PunicaWrapperCPU),
+        "vllm without LoRA": with_wrapper(NoLoRA),
         "transformers": ours("transformers"),
         "generate": lambda samples, _: _generate(pack, members[0], samples),
     }

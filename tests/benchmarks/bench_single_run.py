@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        contest = Contest(Path(scratch), options.contenders, options.threads)
+        contest = Comparison(Path(scratch), options.contenders, options.threads)
         speed = {str(n): contest.speed(n, options.rounds) for n in options.completions}
         accuracy = contest.accuracy(options.seeds) if options.seeds else None
     write_record(
@@ -82,7 +82,7 @@ def main() -> None:
     )
 
 
-class Contest:
+class Comparison:
     """The contenders, and the folder of their runs."""
 
     def __init__(self, scratch: Path, contenders: Sequence[str], threads: int) -> None:

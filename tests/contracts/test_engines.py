@@ -151,8 +151,8 @@ def test_a_sample_does_not_depend_on_other_requests(engine: Engine) -> None:
 
 
 def test_fewer_samples_are_the_first_of_more(engine: Engine) -> None:
-    few, many = (engine.generate([request(11, "all_linear", n=n, seed=4)])[0] for n in (2, 5))
-    assert tokens([many[:2]]) == tokens([few])
+    first_two, five = (engine.generate([request(11, "all_linear", n=n, seed=4)])[0] for n in (2, 5))
+    assert tokens([five[:2]]) == tokens([first_two])
 
 
 def test_finish_reasons(engine: Engine) -> None:

@@ -141,14 +141,14 @@ class Corruption:
     """Damage to one file of a stopped run, and its expected outcome.
 
     The run was stopped in its fifth step, with the checkpoints of steps 3 and 4 and a best adapter
-    of step 4. `how` names a function of test_corruption.py. `said` is what the command prints,
+    of step 4. `how` names a function of test_corruption.py. `message` is what the command prints,
     `from_step` the checkpoint it continues from, `aside` the files that it moves to set_aside/.
     """
 
     name: str
     file: str
     how: str
-    said: str
+    message: str
     from_step: int = 3
     aside: tuple[str, ...] = ("step_000004",)
 

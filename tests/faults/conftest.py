@@ -13,7 +13,7 @@ import pytest
 from harness.records.metrics_file import MetricsFile
 from harness.records.run_dir import RunDir
 from tests.faults import cases, table
-from tests.faults.forks import Outcome, Warm
+from tests.faults.forks import Outcome, WarmProcess
 from tests.faults.hooks import Fault
 
 Record = Callable[[str, str, int], None]
@@ -23,7 +23,7 @@ Record = Callable[[str, str, int], None]
 class Runs:
     """Starts and resumes runs of one small recipe in the warm process."""
 
-    warm: Warm
+    warm: WarmProcess
     root: Path
     overrides: list[str]
 
@@ -76,9 +76,9 @@ def record(results: list[tuple[str, str, int]]) -> Record:
 
 
 @pytest.fixture(scope="session")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmProcess]:
     """Start the process that commands are forked from."""
-    process = Warm(tmp_path_factory.mktemp("said"))
+    process = WarmProcess(tmp_path_factory.mktemp("output"))
     yield process
     process.close()
 
@@ -109,7 +109,7 @@ def small(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
 
 
 @pytest.fixture(scope="session")
-def runs(warm: Warm, small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(warm: WarmProcess, small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Return the object that starts and resumes small runs."""
     return Runs(warm, tmp_path_factory.mktemp("runs"), small)
 
@@ -125,9 +125,9 @@ class UndisturbedRun:
 @pytest.fixture(scope="session")
 def undisturbed(runs: Runs) -> UndisturbedRun:
     """Train the undisturbed run."""
-    outcome = runs.start("whole")
-    assert outcome.status == 0, outcome.said
-    run = runs.get("whole")
+    outcome = runs.start("undisturbed")
+    assert outcome.status == 0, outcome.output
+    run = runs.get("undisturbed")
     scores = [
         row["eval/accuracy"] for row in MetricsFile(run.metrics).rows() if "eval/accuracy" in row
     ]

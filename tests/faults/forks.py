@@ -61,7 +61,7 @@ class Outcome:
     """
 
     status: int
-    said: str
+    output: str
     moment: str
     seconds: float
 
@@ -71,7 +71,7 @@ class Outcome:
         return self.status == -signal.SIGKILL
 
 
-class Warm:
+class WarmProcess:
     """The warm process, and the commands that it forks."""
 
     def __init__(self, scratch: Path) -> None:

@@ -74,7 +74,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 def stopped(runs: Runs) -> RunDir:
     """Return a run killed in its fifth step, with checkpoints of its third and fourth."""
     outcome = runs.start("stopped", fault=Fault("call", "rltrain.step:sample_rollouts", 5))
-    assert outcome.killed, outcome.said
+    assert outcome.killed, outcome.output
     run = runs.get("stopped")
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step_000003", "step_000004"]
     return run
@@ -87,7 +87,7 @@ def copy(stopped: RunDir, tmp_path: Path) -> RunDir:
     return RunDir(tmp_path / "run")
 
 
-def _spoil(run: RunDir, file: str, how: str) -> None:
+def _damage(run: RunDir, file: str, how: str) -> None:
     files = list(run.path.glob(file))
     assert files
     for path in files:
@@ -114,15 +114,15 @@ QUICK = (
 def test_damage_is_named_and_the_last_intact_state_is_used(
     case: Corruption, copy: RunDir, runs: Runs, undisturbed: UndisturbedRun, record: Record
 ) -> None:
-    _spoil(copy, case.file, case.how)
+    _damage(copy, case.file, case.how)
     before = digests(copy.path)
     outcome = runs.resume(copy)
-    assert outcome.status == 0, outcome.said
-    assert case.said in outcome.said
-    assert "Traceback" not in outcome.said
+    assert outcome.status == 0, outcome.output
+    assert case.message in outcome.output
+    assert "Traceback" not in outcome.output
     assert differences(undisturbed.run, copy) == []
-    assert f"step {case.from_step + 1}/6" in outcome.said
-    assert (f"step {case.from_step}/6" in outcome.said) == (case.from_step == 0)
+    assert f"step {case.from_step + 1}/6" in outcome.output
+    assert (f"step {case.from_step}/6" in outcome.output) == (case.from_step == 0)
     kept = {path.name for path in copy.aside.iterdir()} if copy.aside.exists() else set()
     assert kept == set(case.aside)
     # The best adapter first, then newer checkpoints before older ones, then the log.
@@ -142,18 +142,18 @@ def _original_path(kept: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "file", "how", "said"), REFUSALS, ids=[name for name, *_ in REFUSALS]
+    ("name", "file", "how", "message"), REFUSALS, ids=[name for name, *_ in REFUSALS]
 )
 def test_ambiguous_damage_is_refused(
-    name: str, file: str, how: str, said: str, copy: RunDir, runs: Runs, record: Record
+    name: str, file: str, how: str, message: str, copy: RunDir, runs: Runs, record: Record
 ) -> None:
-    _spoil(copy, file, how)
+    _damage(copy, file, how)
     before = digests(copy.path)
     outcome = runs.resume(copy)
-    assert outcome.status == 2, outcome.said
-    assert said in outcome.said
-    assert str(copy.path / file) in outcome.said
-    assert "Traceback" not in outcome.said
+    assert outcome.status == 2, outcome.output
+    assert message in outcome.output
+    assert str(copy.path / file) in outcome.output
+    assert "Traceback" not in outcome.output
     assert digests(copy.path) == before
     record(name, REFUSED, 0)
 
@@ -168,13 +168,13 @@ def test_a_final_adapter_damaged_before_the_runs_end_is_written_again(
     name = "adapter/final damaged after the last checkpoint"
     assert runs.start("ending", fault=Fault("call", "rltrain.trainer:Trainer._finish")).killed
     run = runs.get("ending")
-    _spoil(run, "adapter/final/adapter_model.safetensors", "flip")
+    _damage(run, "adapter/final/adapter_model.safetensors", "flip")
     with pytest.raises(UserError, match="adapter_model.safetensors is damaged"):
         verify_folder(run.adapter / "final")
     damaged = digests(run.adapter / "final")
     outcome = runs.resume(run)
-    assert outcome.status == 0, outcome.said
-    assert "adapter/final is set aside" in outcome.said
+    assert outcome.status == 0, outcome.output
+    assert "adapter/final is set aside" in outcome.output
     assert differences(undisturbed.run, run) == []
     assert digests(run.aside / "final") == damaged
     record(name, OTHER_OUTCOMES[name], lost_steps(undisturbed.run, run))
@@ -184,13 +184,13 @@ def test_a_final_adapter_damaged_before_the_runs_end_is_written_again(
 def test_a_damaged_checkpoint_in_resume_mode_is_refused(
     own: bool, copy: RunDir, runs: Runs, tmp_path: Path, record: Record
 ) -> None:
-    _spoil(copy, "checkpoints/step_000003/optimizer.safetensors", "flip")
+    _damage(copy, "checkpoints/step_000003/optimizer.safetensors", "flip")
     before = digests(copy.checkpoints)
     named = f"trainer.resume_mode={copy.checkpoints}/step_000003"
     overrides = [f"trainer.ckpt_path={tmp_path}", "trainer.run_name=run"] if own else []
     outcome = runs.start("other", *overrides, named)
-    assert outcome.status == 2, outcome.said
-    assert f"{copy.checkpoints}/step_000003: optimizer.safetensors is damaged" in outcome.said
+    assert outcome.status == 2, outcome.output
+    assert f"{copy.checkpoints}/step_000003: optimizer.safetensors is damaged" in outcome.output
     assert digests(copy.checkpoints) == before
     record(NAMED, REFUSED, 0)
 
@@ -200,8 +200,8 @@ def test_a_run_returns_to_the_checkpoint_in_resume_mode(
 ) -> None:
     overrides = [f"trainer.ckpt_path={tmp_path}", "trainer.run_name=run"]
     outcome = runs.start("back", *overrides, f"trainer.resume_mode={copy.checkpoints}/step_000003")
-    assert outcome.status == 0, outcome.said
-    assert "checkpoints/step_000004 is set aside" in outcome.said
+    assert outcome.status == 0, outcome.output
+    assert "checkpoints/step_000004 is set aside" in outcome.output
     assert differences(undisturbed.run, copy) == []
 
 
@@ -212,9 +212,9 @@ def test_a_run_started_from_a_checkpoint_resumes_from_its_latest(
     assert runs.start("heir", named, fault=Fault("call", "rltrain.step:sample_rollouts", 3)).killed
     heir = runs.get("heir")
     outcome = runs.resume(heir)
-    assert outcome.status == 0, outcome.said
-    assert "step 6/6" in outcome.said
-    assert "step 5/6" not in outcome.said
+    assert outcome.status == 0, outcome.output
+    assert "step 6/6" in outcome.output
+    assert "step 5/6" not in outcome.output
     assert rows(heir) == rows(undisturbed.run)[4:]
     assert not heir.aside.exists()
 
@@ -227,7 +227,7 @@ def test_a_run_that_always_restarts_keeps_its_old_files(
     ).killed
     run = runs.get("anew")
     outcome = runs.resume(run)
-    assert outcome.status == 0, outcome.said
+    assert outcome.status == 0, outcome.output
     assert differences(undisturbed.run, run) == []
     assert {path.name for path in run.aside.iterdir()} == {"step_000001", "step_000002"}
 
@@ -239,8 +239,8 @@ def test_a_checkpoint_of_another_shape_is_refused(copy: RunDir, runs: Runs, reco
         "trainer.policy.model.lora.rank=4",
         f"trainer.resume_mode={copy.checkpoints}/step_000004",
     )
-    assert outcome.status == 2, outcome.said
-    assert "does not fit this recipe's policy" in outcome.said
+    assert outcome.status == 2, outcome.output
+    assert "does not fit this recipe's policy" in outcome.output
     assert digests(copy.path) == before
     record("a checkpoint of another rank", REFUSED, 0)
 
@@ -255,9 +255,9 @@ def test_a_read_only_directory_is_refused(
     elif not runs.warm.mount(copy.path):
         pytest.skip("root may write read-only files, and may not mount here")
     outcome = runs.resume(copy)
-    assert outcome.status == 2, outcome.said
-    assert f"a file cannot be written\n  got:     {copy.path}/" in outcome.said
-    assert "Traceback" not in outcome.said
+    assert outcome.status == 2, outcome.output
+    assert f"a file cannot be written\n  got:     {copy.path}/" in outcome.output
+    assert "Traceback" not in outcome.output
     assert digests(copy.path) == before
     record("read-only run directory", REFUSED, 0)
 
@@ -272,13 +272,13 @@ def test_a_file_that_grows_too_large_stops_the_run_and_loses_nothing(
     ).stat().st_size - 1
     outcome = runs.start("limited", fault=Fault("limit", size=limit))
     run = runs.get("limited")
-    assert outcome.status == 2, outcome.said
-    assert f"{run.checkpoints}/step_000001: File too large" in outcome.said
-    assert "Traceback" not in outcome.said
+    assert outcome.status == 2, outcome.output
+    assert f"{run.checkpoints}/step_000001: File too large" in outcome.output
+    assert "Traceback" not in outcome.output
     assert run.read_manifest()["reason"].startswith("OSError: [Errno 27] File too large")
     assert list(run.checkpoints.iterdir()) == []
     outcome = runs.resume(run)
-    assert outcome.status == 0, outcome.said
+    assert outcome.status == 0, outcome.output
     assert differences(undisturbed.run, run) == []
     record(name, OTHER_OUTCOMES[name], lost_steps(undisturbed.run, run))
 
@@ -298,21 +298,21 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(
     if not runs.warm.mount(tmp_path, int(3.2 * one)):
         pytest.skip("mounting a small disk is not allowed here")
     outcome = runs.start("full", *overrides)
-    assert outcome.status == 2, outcome.said
-    assert "No space left on device" in outcome.said
+    assert outcome.status == 2, outcome.output
+    assert "No space left on device" in outcome.output
     assert (
         f"a file cannot be written\n  got:     {tmp_path}/run/checkpoints/step_000003"
-        in outcome.said
+        in outcome.output
     )
-    assert "Traceback" not in outcome.said
-    assert _checkpoints_there(runs, tmp_path, tmp_path / "first") == {
+    assert "Traceback" not in outcome.output
+    assert _damage_of_checkpoints(runs, tmp_path, tmp_path / "first") == {
         "step_000001": None,
         "step_000002": None,
     }
     assert runs.warm.mount(tmp_path, 10 * one)
     outcome = runs.resume(RunDir(tmp_path / "run"))
-    assert outcome.status == 0, outcome.said
-    assert _checkpoints_there(runs, tmp_path, tmp_path / "then") == {
+    assert outcome.status == 0, outcome.output
+    assert _damage_of_checkpoints(runs, tmp_path, tmp_path / "then") == {
         "step_000005": None,
         "step_000006": None,
     }
@@ -321,7 +321,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(
     record(name, OTHER_OUTCOMES[name], lost_steps(undisturbed.run, run))
 
 
-def _checkpoints_there(runs: Runs, disk: Path, copy: Path) -> dict[str, str | None]:
+def _damage_of_checkpoints(runs: Runs, disk: Path, copy: Path) -> dict[str, str | None]:
     """Return the damage, if any, of each checkpoint on the small disk.
 
     The whole run is copied from the disk to `copy`.

@@ -21,9 +21,9 @@ def test_killed_run_equals_undisturbed_run(
 ) -> None:
     run = runs.get(f"killed{chain}")
     for kill in CHAINS[chain]:
-        _strike(kill, run, runs, undisturbed.seconds)
+        _run_until_kill(kill, run, runs, undisturbed.seconds)
     last = runs.resume(run)
-    assert last.status == 0, last.said
+    assert last.status == 0, last.output
     assert differences(undisturbed.run, run) == []
     assert not run.aside.exists()
     for kill in CHAINS[chain]:
@@ -39,21 +39,21 @@ def test_run_killed_during_a_sync_to_vllm_equals_undisturbed_run(
     runs: Runs, record: Record
 ) -> None:
     vllm = dataclasses.replace(runs, overrides=[*runs.overrides, *VLLM])
-    killed, undisturbed = vllm.get("vllm_killed"), vllm.get("vllm_whole")
+    killed, undisturbed = vllm.get("vllm_killed"), vllm.get("vllm_undisturbed")
     for kill in VLLM_KILLS:
-        _strike(kill, killed, vllm, 0.0)
-    for outcome in (vllm.resume(killed), vllm.start("vllm_whole")):
-        assert outcome.status == 0, outcome.said
+        _run_until_kill(kill, killed, vllm, 0.0)
+    for outcome in (vllm.resume(killed), vllm.start("vllm_undisturbed")):
+        assert outcome.status == 0, outcome.output
     assert differences(undisturbed, killed) == []
     for kill in VLLM_KILLS:
         record(f"SIGKILL: {kill.phase}", SAME, lost_steps(undisturbed, killed))
 
 
-def _strike(kill: Kill, run: RunDir, runs: Runs, seconds: float) -> None:
+def _run_until_kill(kill: Kill, run: RunDir, runs: Runs, seconds: float) -> None:
     """Start or resume the run, up to a kill."""
     fault = dataclasses.replace(kill.fault, seconds=kill.fault.seconds * seconds)
     begun = run.manifest.exists()
     outcome = runs.resume(run, fault) if begun else runs.start(run.path.name, fault=fault)
-    assert outcome.killed, f"{kill} did not strike: {outcome.said}"
+    assert outcome.killed, f"{kill} did not strike: {outcome.output}"
     assert outcome.moment
-    assert "Traceback" not in outcome.said
+    assert "Traceback" not in outcome.output

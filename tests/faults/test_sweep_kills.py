@@ -16,7 +16,7 @@ from harness.records.run_dir import RunDir
 from tests.faults.cases import REFUSED, SAME, SWEEP_KILLS
 from tests.faults.compare import digests, lost_steps, sweep_differences
 from tests.faults.conftest import Record
-from tests.faults.forks import Outcome, Warm
+from tests.faults.forks import Outcome, WarmProcess
 from tests.faults.hooks import Fault
 
 
@@ -24,7 +24,7 @@ from tests.faults.hooks import Fault
 class Sweeps:
     """Starts and resumes sweeps of one small recipe in the warm process."""
 
-    warm: Warm
+    warm: WarmProcess
     root: Path
     overrides: list[str]
 
@@ -33,10 +33,10 @@ class Sweeps:
         directory = self.root / name
         location = [f"trainer.ckpt_path={self.root}", f"trainer.run_name={name}"]
         new = ["recipes/quickstart.yaml", *self.overrides, *location]
-        begun = (directory / "manifest.json").exists()
+        started = (directory / "manifest.json").exists()
         return self.warm.run(
             "harness.sweep",
-            *(["--resume", str(directory)] if begun else new),
+            *(["--resume", str(directory)] if started else new),
             directory=directory,
             fault=fault,
         )
@@ -47,7 +47,7 @@ class Sweeps:
 
 
 @pytest.fixture(scope="module")
-def sweeps(warm: Warm, small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Sweeps:
+def sweeps(warm: WarmProcess, small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Sweeps:
     """Return the object that starts and resumes sweeps of two trials, one after the other."""
     short = [
         "trainer.max_steps=4",
@@ -65,12 +65,12 @@ def sweeps(warm: Warm, small: list[str], tmp_path_factory: pytest.TempPathFactor
 def test_killed_sweep_equals_undisturbed_sweep(sweeps: Sweeps, record: Record) -> None:
     for kill in SWEEP_KILLS:
         outcome = sweeps.run("killed", kill.fault)
-        assert outcome.killed, f"{kill} did not strike: {outcome.said}"
-        assert "Traceback" not in outcome.said
-    for name in ("killed", "whole"):
+        assert outcome.killed, f"{kill} did not strike: {outcome.output}"
+        assert "Traceback" not in outcome.output
+    for name in ("killed", "undisturbed"):
         outcome = sweeps.run(name)
-        assert outcome.status == 0, outcome.said
-    killed, undisturbed = sweeps.get("killed"), sweeps.get("whole")
+        assert outcome.status == 0, outcome.output
+    killed, undisturbed = sweeps.get("killed"), sweeps.get("undisturbed")
     assert sweep_differences(undisturbed, killed) == []
     assert sweeps.warm.left_over() == []
     lost = sum(lost_steps(undisturbed.trial(number), killed.trial(number)) for number in range(2))
@@ -79,7 +79,7 @@ def test_killed_sweep_equals_undisturbed_sweep(sweeps: Sweeps, record: Record) -
 
 
 @pytest.fixture(scope="module")
-def begun(sweeps: Sweeps) -> RunDir:
+def started(sweeps: Sweeps) -> RunDir:
     """Return a sweep killed before its first trial, with a journal of its plan."""
     assert sweeps.run("begun", Fault("file", r"rename recipe\.yaml", 2)).killed
     return sweeps.get("begun")
@@ -106,18 +106,18 @@ def test_a_damaged_journal_is_refused(
     name: str,
     change: Callable[[bytes], bytes],
     line: int,
-    begun: RunDir,
+    started: RunDir,
     sweeps: Sweeps,
     tmp_path: Path,
     record: Record,
 ) -> None:
     copy = RunDir(tmp_path / "sweep")
-    shutil.copytree(begun.path, copy.path)
-    copy.journal.write_bytes(change(begun.journal.read_bytes()))
+    shutil.copytree(started.path, copy.path)
+    copy.journal.write_bytes(change(started.journal.read_bytes()))
     before = digests(copy.path)
     outcome = sweeps.warm.run("harness.sweep", "--resume", str(copy.path), directory=copy.path)
-    assert outcome.status == 2, outcome.said
-    assert f"line {line} of study.journal is damaged" in outcome.said
-    assert "Traceback" not in outcome.said
+    assert outcome.status == 2, outcome.output
+    assert f"line {line} of study.journal is damaged" in outcome.output
+    assert "Traceback" not in outcome.output
     assert digests(copy.path) == before
     record(name, REFUSED, 0)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tests.integration.training import MakeRecipe, MakeRun, Open
 
 
-def heed_interrupts() -> None:
+def restore_interrupts() -> None:
     """Restore the default handling of SIGINT in a child process before it starts.
 
     Tests that run in the background ignore SIGINT, and children would inherit that.

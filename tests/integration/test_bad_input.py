@@ -245,45 +245,45 @@ class Outcome:
     after: list[Path]
 
 
-def write_files(here: Path) -> None:
+def write_files(folder: Path) -> None:
     """Write the files that the cases name."""
-    write_run(here, Trial(0, 0, params(8, 1e-3), 0.9))
-    broken = Path(shutil.copytree(write_sweep(here, example()), here / "broken"))
+    write_run(folder, Trial(0, 0, params(8, 1e-3), 0.9))
+    broken = Path(shutil.copytree(write_sweep(folder, example()), folder / "broken"))
     (broken / "manifest.json").write_text("[1, 2]")
-    pd.DataFrame({"prompt": [], "reward_spec": []}).to_parquet(here / "empty.parquet")
-    write_rows([{"question": "1 + 1?"}], here / "columns.parquet")
-    (here / "garbage.parquet").write_bytes(b"PAR1 but no more")
-    (here / "texts.jsonl").write_text(
+    pd.DataFrame({"prompt": [], "reward_spec": []}).to_parquet(folder / "empty.parquet")
+    write_rows([{"question": "1 + 1?"}], folder / "columns.parquet")
+    (folder / "garbage.parquet").write_bytes(b"PAR1 but no more")
+    (folder / "texts.jsonl").write_text(
         '{"prompt": "1 + 1?", "reward_spec": {"ground_truth": "2"}}\n'
     )
-    (here / "hostile.jsonl").write_text('{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
-    (here / "answers.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n' * 2)
-    (here / "half.jsonl").write_text('{"prompt": [{"role": "us')
-    (here / "table.csv").write_text("prompt,answer\n")
-    (here / "model").mkdir()
-    (here / "model" / "config.json").write_text("[]")
-    (here / "pickled").mkdir()
-    (here / "pickled" / "config.json").write_text("{}")
-    (here / "pickled" / "pytorch_model.bin").write_bytes(b"PK")
-    (here / "list.yaml").write_text("- trainer\n")
-    (here / "latin.yaml").write_bytes(b"trainer: {project_name: caf\xe9}\n")
-    (here / "twice.yaml").write_text("defaults: [quickstart, _self_]\nseed: 1\nseed: 2\n")
+    (folder / "hostile.jsonl").write_text('{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    (folder / "answers.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n' * 2)
+    (folder / "half.jsonl").write_text('{"prompt": [{"role": "us')
+    (folder / "table.csv").write_text("prompt,answer\n")
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text("[]")
+    (folder / "pickled").mkdir()
+    (folder / "pickled" / "config.json").write_text("{}")
+    (folder / "pickled" / "pytorch_model.bin").write_bytes(b"PK")
+    (folder / "list.yaml").write_text("- trainer\n")
+    (folder / "latin.yaml").write_bytes(b"trainer: {project_name: caf\xe9}\n")
+    (folder / "twice.yaml").write_text("defaults: [quickstart, _self_]\nseed: 1\nseed: 2\n")
     names = "abcdefgh"
     lines = ["a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
     lines += [
         f"{one}: &{one} [{', '.join([f'*{last}'] * 9)}]" for last, one in itertools.pairwise(names)
     ]
-    (here / "bomb.yaml").write_text("\n".join(lines))
-    (here / "deep.yaml").write_text("seed: " + "[" * 3000 + "]" * 3000)
+    (folder / "bomb.yaml").write_text("\n".join(lines))
+    (folder / "deep.yaml").write_text("seed: " + "[" * 3000 + "]" * 3000)
 
 
 @pytest.fixture(scope="module")
 def outcome(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """Run all cases one after the other in one subprocess."""
-    here = tmp_path_factory.mktemp("here")
-    write_files(here)
-    before = sorted(here.rglob("*"))
-    commands = [[word.replace("HERE", str(here)) for word in words] for words, _ in CASES]
+    folder = tmp_path_factory.mktemp("here")
+    write_files(folder)
+    before = sorted(folder.rglob("*"))
+    commands = [[word.replace("HERE", str(folder)) for word in words] for words, _ in CASES]
     done = subprocess.run(
         [sys.executable, "-c", DRIVER],
         input=json.dumps(commands),
@@ -293,7 +293,7 @@ def outcome(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> O
     )
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line[3:]) for line in done.stdout.splitlines() if line.startswith("@@ ")]
-    return Outcome(answers, before, sorted(here.rglob("*")))
+    return Outcome(answers, before, sorted(folder.rglob("*")))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from harness.core.paths import PROJECT
 from harness.records.run_dir import RunDir
 from rltrain.member import Member
 from rltrain.trainer import Trainer
-from tests.integration.conftest import heed_interrupts
+from tests.integration.conftest import restore_interrupts
 from tests.integration.logged import TensorBoardRun
 from tests.recipes import quickstart
 
@@ -114,7 +114,7 @@ def test_a_signal_to_the_check_stops_its_run(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=heed_interrupts,
+        preexec_fn=restore_interrupts,
     )
     assert process.stdout is not None
     # Progress is printed while the run trains. The signal goes to the command alone, which passes
@@ -198,8 +198,8 @@ def test_a_run_killed_before_its_verdict_is_judged_without_training_again(
         if path.suffix in (".jsonl", ".safetensors")
     }
     capsys.readouterr()
-    go_on = ["--resume", str(run_dir.path), *flags] if flags else start
-    assert run.main(go_on) == (run.UNMET if flags else 0)
+    resume = ["--resume", str(run_dir.path), *flags] if flags else start
+    assert run.main(resume) == (run.UNMET if flags else 0)
     output = capsys.readouterr().out
     assert "its verdict was not written" in output
     assert "NOT MET: eval/accuracy 0 (one seed), expected >= 0.5" in output
@@ -210,7 +210,7 @@ def test_a_run_killed_before_its_verdict_is_judged_without_training_again(
     assert {**now, "expect": None} == {**record, "expect": None}
     assert [step for step, _ in TensorBoardRun(run_dir).scalars("reward")] == [1]
     with pytest.raises(UserError, match="COMPLETE already"):
-        run.main(go_on)
+        run.main(resume)
 
 
 @pytest.mark.parametrize(

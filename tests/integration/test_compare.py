@@ -13,7 +13,7 @@ from tests.unit.analysis.synthetic import Sweep, Trial, params, write_sweep
 
 
 @pytest.fixture
-def two(tmp_path: Path) -> tuple[Path, Path]:
+def two_sweeps(tmp_path: Path) -> tuple[Path, Path]:
     """Return two sweeps on the same problems; the first has the higher score."""
     made = []
     for name, rank, top in (("first", 8, 0.9), ("second", 1, 0.7)):
@@ -35,9 +35,9 @@ def answer(sweep: Path, wrong: dict[int, list[int]]) -> None:
         rows.to_parquet(file)
 
 
-def test_best_trials_are_compared_problem_by_problem(two: tuple[Path, Path]) -> None:
-    answer(two[1], {2: [0, 1, 2, 3, 4, 5], 3: [0, 1, 2, 3, 4, 6]})
-    experiments = read(two)
+def test_best_trials_are_compared_problem_by_problem(two_sweeps: tuple[Path, Path]) -> None:
+    answer(two_sweeps[1], {2: [0, 1, 2, 3, 4, 5], 3: [0, 1, 2, 3, 4, 6]})
+    experiments = read(two_sweeps)
     table = compare.best_of_each(experiments)
     assert [row.best for row in table.rows] == [True, False]
     assert [row.cells[0] for row in table.rows] == ["first", "second"]
@@ -49,38 +49,38 @@ def test_best_trials_are_compared_problem_by_problem(two: tuple[Path, Path]) -> 
 
 
 def test_a_higher_score_without_support_from_the_shared_problems_is_not_better(
-    two: tuple[Path, Path],
+    two_sweeps: tuple[Path, Path],
 ) -> None:
-    answer(two[1], {2: [0], 3: []})
-    [pair] = compare.pairs(read(two))
+    answer(two_sweeps[1], {2: [0], 3: []})
+    [pair] = compare.pairs(read(two_sweeps))
     assert pair.verdict == "cannot tell"
 
 
-def test_sweeps_on_different_problems_are_not_compared(two: tuple[Path, Path]) -> None:
-    for file in two[1].glob("trials/*/samples/*.parquet"):
+def test_sweeps_on_different_problems_are_not_compared(two_sweeps: tuple[Path, Path]) -> None:
+    for file in two_sweeps[1].glob("trials/*/samples/*.parquet"):
         rows = pd.read_parquet(file)
         rows["question"] = "another " + rows["question"]
         rows.to_parquet(file)
-    [pair] = compare.pairs(read(two))
+    [pair] = compare.pairs(read(two_sweeps))
     assert (pair.verdict, pair.difference) == ("not comparable", "")
 
 
 def test_sweeps_on_different_metrics_are_not_compared(
-    two: tuple[Path, Path], tmp_path: Path
+    two_sweeps: tuple[Path, Path], tmp_path: Path
 ) -> None:
     trials = [Trial(0, 0, params(8, 1e-3), 0.1), Trial(1, 0, params(8, 1e-2), 0.2)]
     loss = write_sweep(
         tmp_path, Sweep(trials, seeds=[0], metric="completions/clipped_ratio"), "loss"
     )
-    compared = compare.pairs(read([two[0], loss]))
+    compared = compare.pairs(read([two_sweeps[0], loss]))
     assert [pair.verdict for pair in compared] == ["not comparable"]
     assert "is judged by" in compared[0].reading
 
 
 def test_a_comparison_page_can_be_rebuilt_from_its_tables(
-    two: tuple[Path, Path], tmp_path: Path
+    two_sweeps: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    page = write(read(two), tmp_path / "one").path
+    page = write(read(two_sweeps), tmp_path / "one").path
     text = page.read_text()
     assert text.count("won: held-out accuracy") == 2
     assert {"first", "second"} <= {
@@ -100,8 +100,8 @@ def test_a_comparison_page_can_be_rebuilt_from_its_tables(
         )
 
 
-def test_claims_are_judged_on_all_runs_together(two: tuple[Path, Path]) -> None:
-    experiments = read(two)
+def test_claims_are_judged_on_all_runs_together(two_sweeps: tuple[Path, Path]) -> None:
+    experiments = read(two_sweeps)
     together, alone = claim_table(experiments), claim_table(experiments[:1])
     assert together is not None
     assert alone is not None
@@ -118,12 +118,12 @@ def test_claims_are_judged_on_all_runs_together(two: tuple[Path, Path]) -> None:
 
 
 def test_sweeps_of_the_same_name_are_shown_by_directory(
-    two: tuple[Path, Path], tmp_path: Path
+    two_sweeps: tuple[Path, Path], tmp_path: Path
 ) -> None:
     other = write_sweep(
         tmp_path / "elsewhere", Sweep([Trial(0, 0, params(8, 1e-3), 0.9)], seeds=[0]), "first"
     )
     assert (
-        compare.unique_names(read([two[0], other]))
-        == load([two[0], other]).sources["directory"].tolist()
+        compare.unique_names(read([two_sweeps[0], other]))
+        == load([two_sweeps[0], other]).sources["directory"].tolist()
     )

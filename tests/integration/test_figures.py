@@ -116,7 +116,7 @@ class TestContract:
                 assert width == pytest.approx(look.size[0] * 72, rel=0.01)
             light, dark = drawn.values()
             if not figure.dark_apart:
-                assert_alike(darkened(light), dark)
+                assert_same_drawing(darkened(light), dark)
 
     def test_equal_data_gives_equal_bytes(
         self, figure: Figure, plots: Callable[[Figure], list[Plot]]
@@ -152,16 +152,16 @@ class TestContract:
                 assert render(partial(figure.draw, plot.data), Look(), png=False).svg
 
 
-def assert_alike(first: bytes, second: bytes) -> None:
+def assert_same_drawing(first: bytes, second: bytes) -> None:
     """Assert that two SVG drawings differ only in ids and in colours that look the same."""
-    one, other = anonymous(first), anonymous(second)
+    one, other = with_numbered_ids(first), with_numbered_ids(second)
     assert re.sub(COLOUR, "#", one) == re.sub(COLOUR, "#", other)
     pairs = zip(re.findall(COLOUR, one), re.findall(COLOUR, other), strict=True)
     channels = [(int(a[i : i + 2], 16), int(b[i : i + 2], 16)) for a, b in pairs for i in (1, 3, 5)]
     assert max((abs(a - b) for a, b in channels), default=0) <= 4
 
 
-def anonymous(svg: bytes) -> str:
+def with_numbered_ids(svg: bytes) -> str:
     """Return an SVG drawing with its marks and hatches numbered in order.
 
     matplotlib names them by a hash of their look.

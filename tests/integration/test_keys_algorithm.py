@@ -80,16 +80,17 @@ def test_resumed_run_with_dynamic_sampling_equals_uninterrupted_run(
     small_recipe: MakeRecipe, new_run: MakeRun
 ) -> None:
     recipe = small_recipe(FILTER)
-    whole, broken = new_run(recipe, "whole"), new_run(recipe, "broken")
-    expected = _run(recipe, whole)
-    _run(recipe, broken, stop_after=4)  # one step past the checkpoint
-    assert broken.status is Status.RUNNING
-    state = json.loads((broken.checkpoints / "step_000002" / "state.json").read_text())
+    uninterrupted, resumed = new_run(recipe, "uninterrupted"), new_run(recipe, "resumed")
+    expected = _run(recipe, uninterrupted)
+    _run(recipe, resumed, stop_after=4)  # one step past the checkpoint
+    assert resumed.status is Status.RUNNING
+    state = json.loads((resumed.checkpoints / "step_000002" / "state.json").read_text())
     assert state["step"] == 2
     assert state["batches"] == sum(row["num_sampled_batches"] for row in expected[1:3]) > 2
-    assert _run(recipe, broken) == expected
+    assert _run(recipe, resumed) == expected
     adapters = [
-        load_file(run.adapter / "final" / "adapter_model.safetensors") for run in (whole, broken)
+        load_file(run.adapter / "final" / "adapter_model.safetensors")
+        for run in (uninterrupted, resumed)
     ]
     assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
 

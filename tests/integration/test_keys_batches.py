@@ -205,13 +205,13 @@ def _watch_widths(patch: pytest.MonkeyPatch, widths: list[int]) -> None:
     """Record how many sequences each batch of the engine decodes."""
     prefill = LlamaDecoder.prefill
 
-    def watched(
+    def recording_prefill(
         self: LlamaDecoder, prompts: Sequence[Sequence[int]], prompt_of_N: torch.Tensor
     ) -> torch.Tensor:
         widths.append(len(prompt_of_N))
         return prefill(self, prompts, prompt_of_N)
 
-    patch.setattr(LlamaDecoder, "prefill", watched)
+    patch.setattr(LlamaDecoder, "prefill", recording_prefill)
 
 
 def test_number_of_sequences_decoded_at_once(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:

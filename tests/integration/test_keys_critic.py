@@ -52,21 +52,22 @@ def test_resumed_ppo_run_equals_uninterrupted_run(ppo: MakeRecipe, new_run: Make
         "trainer.critic.optimizer_config.scheduler=linear",
     )
     recipe = ppo(*schedule, "trainer.critic_mini_batch_size=1")
-    whole, broken = new_run(recipe, "whole"), new_run(recipe, "broken")
-    expected = _run(recipe, whole)
-    _run(recipe, broken, stop_after=4)  # one step past the checkpoint
-    assert broken.status is Status.RUNNING
-    saved = load_file(broken.checkpoints / "step_000002" / "critic.safetensors")
+    uninterrupted, resumed = new_run(recipe, "uninterrupted"), new_run(recipe, "resumed")
+    expected = _run(recipe, uninterrupted)
+    _run(recipe, resumed, stop_after=4)  # one step past the checkpoint
+    assert resumed.status is Status.RUNNING
+    saved = load_file(resumed.checkpoints / "step_000002" / "critic.safetensors")
     assert {"value_head.weight", "value_head.bias"} < saved.keys()
-    actual = _run(recipe, broken)
-    assert rows(whole) == rows(broken)
+    actual = _run(recipe, resumed)
+    assert rows(uninterrupted) == rows(resumed)
     assert all(torch.equal(tensor, actual[name]) for name, tensor in expected.items())
     assert not torch.equal(saved["value_head.weight"], expected["value_head.weight"])
     adapters = [
-        load_file(run.adapter / "final" / "adapter_model.safetensors") for run in (whole, broken)
+        load_file(run.adapter / "final" / "adapter_model.safetensors")
+        for run in (uninterrupted, resumed)
     ]
     assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
-    logged = rows(whole)[1:]
+    logged = rows(uninterrupted)[1:]
     assert [row["critic/learning_rate"] for row in logged] == pytest.approx(
         [1e-3 * f for f in (1, 0.75, 0.5, 0.25)]
     )
@@ -88,14 +89,16 @@ def test_resumed_full_fine_tuning_of_both_equals_uninterrupted_run(
         "trainer.ckpt_interval=1",
         "trainer.eval_before_train=false",
     )
-    whole, broken = new_run(recipe, "whole"), new_run(recipe, "broken")
-    expected = _run(recipe, whole)
-    _run(recipe, broken, stop_after=1)
-    assert broken.status is Status.RUNNING
-    actual = _run(recipe, broken)
-    assert rows(whole) == rows(broken)
+    uninterrupted, resumed = new_run(recipe, "uninterrupted"), new_run(recipe, "resumed")
+    expected = _run(recipe, uninterrupted)
+    _run(recipe, resumed, stop_after=1)
+    assert resumed.status is Status.RUNNING
+    actual = _run(recipe, resumed)
+    assert rows(uninterrupted) == rows(resumed)
     assert all(torch.equal(tensor, actual[name]) for name, tensor in expected.items())
-    models = [load_file(run.adapter / "final" / "model.safetensors") for run in (whole, broken)]
+    models = [
+        load_file(run.adapter / "final" / "model.safetensors") for run in (uninterrupted, resumed)
+    ]
     assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
 
 

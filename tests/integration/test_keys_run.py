@@ -121,13 +121,13 @@ def test_an_epoch_has_every_problem_once(small_recipe: MakeRecipe, new_run: Make
 
 def test_the_order_of_the_data_follows_the_seed(small_recipe: MakeRecipe, new_run: MakeRun) -> None:
     pack = Pack.open(small_recipe())
-    drawn = []
+    order = []
     for name, override in (("one", "seed=1"), ("same", "trainer.seed=1"), ("other", "seed=2")):
         recipe = small_recipe(override)
         member = _joined(pack, recipe, new_run(recipe, name))
-        drawn.append([problem.example.index for problem in member.next_problems()])
+        order.append([problem.example.index for problem in member.next_problems()])
     pack.close()
-    assert drawn[0] == drawn[1] != drawn[2]
+    assert order[0] == order[1] != order[2]
 
 
 def _reports(recipe: Recipe, run: RunDir, count: int | None = None) -> list[StepReport]:

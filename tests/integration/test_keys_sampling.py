@@ -76,7 +76,7 @@ def _longest(scored: Rollout) -> int:
     return max(len(sample.token_ids) for sample in scored.flat_samples)
 
 
-def _alike(scored: Rollout) -> bool:
+def _all_samples_equal(scored: Rollout) -> bool:
     """Return whether all samples of each prompt are the same."""
     return all(sample == group[0] for group in _tokens(scored) for sample in group)
 
@@ -105,16 +105,16 @@ def test_training_and_evaluation_have_separate_sampling_distributions(
     sampler: Sampler, setting: str
 ) -> None:
     plain, (_, plain_eval) = sampler.train(), sampler.evaluate()
-    assert not _alike(plain)
-    assert not _alike(plain_eval)
+    assert not _all_samples_equal(plain)
+    assert not _all_samples_equal(plain_eval)
     # With only the likeliest token left, all samples of a prompt are equal.
     narrowed = sampler.train(f"generator.sampling_params.{setting}")
-    assert _alike(narrowed)
+    assert _all_samples_equal(narrowed)
     assert _tokens(sampler.evaluate(f"generator.sampling_params.{setting}")[1]) == _tokens(
         plain_eval
     )
     _, evaluated = sampler.evaluate(f"generator.eval_sampling_params.{setting}")
-    assert _alike(evaluated)
+    assert _all_samples_equal(evaluated)
     assert _tokens(sampler.train(f"generator.eval_sampling_params.{setting}")) == _tokens(plain)
 
 
@@ -140,11 +140,11 @@ def test_every_prompt_and_batch_has_another_seed(
     seeds: list[int] = []
     generate = sampler.pack.engine.generate
 
-    def listen(requests: Sequence[Request]) -> list[list[Sample]]:
+    def record(requests: Sequence[Request]) -> list[list[Sample]]:
         seeds.extend(request.seed for request in requests)
         return generate(requests)
 
-    monkeypatch.setattr(sampler.pack.engine, "generate", listen)
+    monkeypatch.setattr(sampler.pack.engine, "generate", record)
     # It samples batches until four groups have a signal.
     sampler.train("trainer.algorithm.dynamic_sampling.type=filter")
     assert len(seeds) > 4

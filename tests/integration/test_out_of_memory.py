@@ -34,7 +34,7 @@ MEMBERS = [
     [f"{LORA}.rank=4", "seed=3", "trainer.target_modules=mlp"],
     [f"{LORA}.rank=2", "seed=4"],
 ]
-PLACES: dict[str, list[str]] = {
+STAGES: dict[str, list[str]] = {
     "old log-probabilities": ["trainer.policy_mini_batch_size=2"],
     "forward": [],
     "backward": [],
@@ -47,15 +47,15 @@ def _fail(model: Any, batch: Batch, victims: set[str]) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
-def _inject(place: str, victims: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make large micro-batches of these members run out of memory at a place in the step."""
+def _inject(stage: str, victims: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make large micro-batches of these members run out of memory in a stage of the step."""
     loss, logprobs, token_logprobs = Policy.loss, Policy.logprobs, logprobs_module.token_logprobs
 
     def failing_loss(self: Policy, micro: Batch, totals: Any) -> Any:
-        if place == "forward":
+        if stage == "forward":
             _fail(self.model, micro, victims)
         value, stats = loss(self, micro, totals)
-        if place == "backward" and value.requires_grad:
+        if stage == "backward" and value.requires_grad:
             value.register_hook(lambda _: _fail(self.model, micro, victims))
         return value, stats
 
@@ -69,9 +69,9 @@ def _inject(place: str, victims: set[str], monkeypatch: pytest.MonkeyPatch) -> N
         return token_logprobs(model, batch, temperature)
 
     monkeypatch.setattr(Policy, "loss", failing_loss)
-    if place == "old log-probabilities":
+    if stage == "old log-probabilities":
         monkeypatch.setattr(Policy, "logprobs", failing_logprobs)
-    if place == "evaluation":
+    if stage == "evaluation":
         monkeypatch.setattr("rltrain.algorithms.policy.token_logprobs", failing_head)
 
 
@@ -126,19 +126,19 @@ def runs(small_recipe: MakeRecipe, new_run: MakeRun) -> Iterator[Runs]:
 
 
 @pytest.mark.parametrize("count", [1, 4])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("stage", STAGES)
 def test_the_result_equals_that_of_smaller_micro_batches(
     runs: Runs,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
-    place: str,
+    stage: str,
     count: int,
 ) -> None:
     victim = min(1, count - 1)
-    recipes = runs.recipes(count, [BUDGET] * count, PLACES[place])
+    recipes = runs.recipes(count, [BUDGET] * count, STAGES[stage])
     with monkeypatch.context() as patched:
         rows, weights, manifests = runs.train(
-            recipes, lambda pack: _inject(place, {pack.members[victim].name}, patched)
+            recipes, lambda pack: _inject(stage, {pack.members[victim].name}, patched)
         )
     failures = manifests[victim]["out_of_memory"]
     budget = failures[-1]["tokens"]
@@ -149,12 +149,12 @@ def test_the_result_equals_that_of_smaller_micro_batches(
     assert all("out_of_memory" not in record for i, record in enumerate(manifests) if i != victim)
 
     # After the last step's evaluation no training is left.
-    then = BUDGET if place == "evaluation" else budget
+    then = BUDGET if stage == "evaluation" else budget
     budgets = [then if i == victim else BUDGET for i in range(count)]
-    expected_rows, expected_weights, _ = runs.train(runs.recipes(count, budgets, PLACES[place]))
+    expected_rows, expected_weights, _ = runs.train(runs.recipes(count, budgets, STAGES[stage]))
     assert rows == expected_rows
-    for ours, theirs in zip(weights, expected_weights, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    for tensors, expected in zip(weights, expected_weights, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(tensors, expected, strict=True))
 
 
 def test_a_resumed_run_keeps_the_smaller_micro_batches(
@@ -235,5 +235,5 @@ def test_sampling_continues_with_fewer_sequences_at_a_time(
     assert [row["eval/accuracy"] for row in logs[0] if "eval/accuracy" in row] == [
         row["eval/accuracy"] for row in logs[1] if "eval/accuracy" in row
     ]
-    for ours, theirs in zip(*logs, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    for actual_row, expected_row in zip(*logs, strict=True):
+        assert actual_row == pytest.approx(expected_row, rel=1e-4, abs=1e-6)

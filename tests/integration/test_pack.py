@@ -47,12 +47,12 @@ def test_a_member_of_a_pack_trains_like_a_run_alone(
     pack.publish(pack.members)
     rows = _two_steps(pack)
     together = [rows[member] for member in members]
-    _leave_all(pack, members)
+    _remove_all(pack, members)
     for recipe, expected in zip(recipes, together, strict=True):
         member = pack.add(recipe, new_run(recipe, f"solo{recipe.seed}"))
         pack.publish(pack.members)
         alone = _two_steps(pack)[member]
-        _leave_all(pack, [member])
+        _remove_all(pack, [member])
         assert without_timings(alone) == without_timings(expected)
     pack.close()
 
@@ -65,7 +65,7 @@ def _two_steps(pack: Pack) -> dict[Member, dict[str, float]]:
     return rows
 
 
-def _leave_all(pack: Pack, members: list[Member]) -> None:
+def _remove_all(pack: Pack, members: list[Member]) -> None:
     for member in members:
         pack.remove(member)
 

@@ -174,14 +174,14 @@ def test_full_fine_tuning_shards_the_weights(train: Train) -> None:
 
 @pytest.mark.slow
 def test_resume_on_another_number_of_ranks(train: Train) -> None:
-    whole = train(*PPO)
+    uninterrupted = train(*PPO)
     moved = train(*PPO, *ranks(2), reports=2)
     assert moved.status is Status.RUNNING
     train(*PPO, run_dir=moved, reports=1)
     train(*PPO, *ranks(2), run_dir=moved)
-    assert_same_training(whole, moved, (*COMPARED, *CRITIC))
+    assert_same_training(uninterrupted, moved, (*COMPARED, *CRITIC))
     for name in ("weights", "critic", "optimizer", "critic_optimizer"):
-        one, other = weights(whole, STEPS, name), weights(moved, STEPS, name)
+        one, other = weights(uninterrupted, STEPS, name), weights(moved, STEPS, name)
         assert one.keys() == other.keys()
         for key, tensor in one.items():
             assert (other[key] - tensor).norm() <= 0.02 * tensor.norm(), (name, key)

@@ -180,7 +180,7 @@ def test_markdown_tables_are_whole(written: Path) -> None:
         assert len(widths) == 1
 
 
-def everything(folder: Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
     """Return the bytes of every file of a report by its name."""
     return {
         str(file.relative_to(folder)): file.read_bytes()
@@ -194,16 +194,16 @@ def test_equal_directories_give_equal_reports(
     sweep_dir: Path, written: Path, tmp_path: Path
 ) -> None:
     write_report(sweep_dir, tmp_path)
-    assert everything(tmp_path) == everything(written)
+    assert read_files(tmp_path) == read_files(written)
 
 
 @pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_the_tables_give_the_same_report(written: Path, tmp_path: Path, processes: int) -> None:
     assert {"index.html", "trials.csv", "tables/runs.parquet", "tables/sources.parquet"} <= set(
-        everything(written)
+        read_files(written)
     )
     write_report(written / "tables", tmp_path, processes=processes)
-    assert everything(tmp_path) == everything(written)
+    assert read_files(tmp_path) == read_files(written)
 
 
 def test_figures_are_drawn_without_dates_or_random_names(written: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from harness.core.paths import PROJECT
 from harness.records.metrics_file import MetricsFile
 from harness.records.run_dir import RunDir
-from tests.integration.conftest import heed_interrupts
+from tests.integration.conftest import restore_interrupts
 
 
 @pytest.mark.slow
@@ -44,7 +44,7 @@ def test_a_stopped_run_resumes_by_its_directory(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=heed_interrupts,
+        preexec_fn=restore_interrupts,
     )
     assert process.stdout is not None
     assert any(line.startswith("step  5/30") for line in process.stdout)

@@ -29,7 +29,7 @@ from harness.config import metrics
 from harness.core.paths import PROJECT
 from harness.records.metrics_file import MetricsFile
 from harness.records.run_dir import RunDir
-from tests.integration.conftest import heed_interrupts
+from tests.integration.conftest import restore_interrupts
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -66,7 +66,7 @@ class Sweeps:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            preexec_fn=heed_interrupts,
+            preexec_fn=restore_interrupts,
         )
 
     def new(self, name: str, *overrides: str) -> subprocess.Popen[str]:

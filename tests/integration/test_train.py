@@ -47,27 +47,30 @@ def test_resumed_run_equals_uninterrupted_run(
     small_recipe: MakeRecipe, new_run: MakeRun, reports: int
 ) -> None:
     recipe = small_recipe("trainer.policy.optimizer_config.scheduler=cosine")
-    whole, broken = new_run(recipe, "whole"), new_run(recipe, "broken")
-    train_run(recipe, whole)
-    train_run(recipe, broken, stop_after=reports)
-    assert broken.status is Status.RUNNING
-    train_run(recipe, broken)
-    assert_equal(whole, broken)
-    statuses = [entry["status"] for entry in broken.read_manifest()["status_history"]]
+    uninterrupted, resumed = new_run(recipe, "uninterrupted"), new_run(recipe, "resumed")
+    train_run(recipe, uninterrupted)
+    train_run(recipe, resumed, stop_after=reports)
+    assert resumed.status is Status.RUNNING
+    train_run(recipe, resumed)
+    assert_equal(uninterrupted, resumed)
+    statuses = [entry["status"] for entry in resumed.read_manifest()["status_history"]]
     assert statuses == ["CREATED", "RUNNING", "RUNNING", "COMPLETE"]
 
 
 def test_a_run_starts_from_another_runs_checkpoint(
     small_recipe: MakeRecipe, new_run: MakeRun
 ) -> None:
-    whole, first, second = (new_run(small_recipe(), name) for name in ("whole", "first", "second"))
-    train_run(small_recipe(), whole)
+    uninterrupted, first, second = (
+        new_run(small_recipe(), name) for name in ("uninterrupted", "first", "second")
+    )
+    train_run(small_recipe(), uninterrupted)
     train_run(small_recipe("trainer.max_steps=2"), first)
     source = f"trainer.resume_mode={first.path}/checkpoints/step_000002"
     train_run(small_recipe(source), second)
-    assert rows(second) == rows(whole)[3:]
+    assert rows(second) == rows(uninterrupted)[3:]
     assert all(
-        torch.equal(tensor, adapter(whole)[name]) for name, tensor in adapter(second).items()
+        torch.equal(tensor, adapter(uninterrupted)[name])
+        for name, tensor in adapter(second).items()
     )
     done = small_recipe(source, "trainer.max_steps=2")
     with pytest.raises(UserError, match="last step already"):
@@ -80,13 +83,13 @@ def test_a_run_starts_from_another_runs_checkpoint(
         train_run(nowhere, new_run(nowhere, "nowhere"))
 
 
-@pytest.mark.parametrize("moment", ["before a checkpoint is whole", "before the last status"])
+@pytest.mark.parametrize("moment", ["before a checkpoint is complete", "before the last status"])
 def test_a_kill_between_two_records_loses_nothing(
     small_recipe: MakeRecipe, new_run: MakeRun, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     recipe = small_recipe("trainer.eval_interval=4")
-    whole, broken = new_run(recipe, "whole"), new_run(recipe, "broken")
-    train_run(recipe, whole)
+    uninterrupted, resumed = new_run(recipe, "uninterrupted"), new_run(recipe, "resumed")
+    train_run(recipe, uninterrupted)
 
     def killed(*arguments: object) -> None:
         # Not recorded as a failure, like a signal.
@@ -94,18 +97,18 @@ def test_a_kill_between_two_records_loses_nothing(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        if moment.endswith("whole"):
+        if moment.startswith("before a checkpoint"):
             patch.setattr(checkpoint, "save", killed)
         else:
             patch.setattr(trainer.Trainer, "_finish", killed)
         with pytest.raises(KeyboardInterrupt):
-            train_run(recipe, broken)
-    assert broken.status is Status.RUNNING
-    train_run(recipe, broken)
-    assert_equal(whole, broken)
+            train_run(recipe, resumed)
+    assert resumed.status is Status.RUNNING
+    train_run(recipe, resumed)
+    assert_equal(uninterrupted, resumed)
     results = [
         {k: v for k, v in run.read_manifest()["result"].items() if k != "seconds"}
-        for run in (whole, broken)
+        for run in (uninterrupted, resumed)
     ]
     assert results[0] == results[1]
 

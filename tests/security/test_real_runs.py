@@ -62,7 +62,7 @@ class Watched:
     """Output, listening addresses and command lines of a command's processes."""
 
     folder: Path
-    said: str = ""
+    output: str = ""
     addresses: set[str] = field(default_factory=set)
     commands: set[str] = field(default_factory=set)
 
@@ -105,7 +105,7 @@ def watch(folder: Path, *arguments: str) -> Watched:
     keys = ("WANDB_", "RAY_", "GLOO_", "NCCL_", "VLLM_HOST")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(keys)}
     environment |= {**SECRETS, "HOME": str(home), "OMP_NUM_THREADS": "1"}
-    watched, log = Watched(folder), folder / "said"
+    watched, log = Watched(folder), folder / "output"
     with log.open("w") as out:
         command = [
             *network_prefix(folder),
@@ -128,8 +128,8 @@ def watch(folder: Path, *arguments: str) -> Watched:
                     continue
                 watched.addresses |= {connection.laddr.ip for connection in listening}
             time.sleep(0.05)
-    watched.said = log.read_text()
-    assert process.returncode == 0, watched.said
+    watched.output = log.read_text()
+    assert process.returncode == 0, watched.output
     return watched
 
 
@@ -220,7 +220,7 @@ def test_no_secret_of_the_environment_is_printed_or_stored(watched: Watched) -> 
     assert any(file.suffix == ".wandb" for file in written)
     assert any("tfevents" in file.name for file in written)
     for name, secret in SECRETS.items():
-        assert secret not in watched.said, name
+        assert secret not in watched.output, name
         assert not [line for line in watched.commands if secret in line], name
         assert not [file for file in written if secret.encode() in content(file)], name
 
