@@ -21,7 +21,7 @@ from harness.records.run_dir import RunDir, Status
 from rltrain.report import StepReport
 from sweeps.study import plan as plans
 from sweeps.study.plan import Plan
-from sweeps.study.trials import settle
+from sweeps.study.sizing import settle
 
 RANK = "trainer.policy.model.lora.rank"
 ALPHA = "trainer.policy.model.lora.alpha"
