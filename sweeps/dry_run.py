@@ -40,15 +40,18 @@ def describe(plan: Plan, source: str, gpus: Gpus | None = None, *, confirm: int 
     confirm_runs = min(confirm, plan.num_configurations) * len(plan.fresh_seeds)
     # A cluster's GPUs are not known before it is reached.
     if gpus is None or gpus.count > 0:
-        plan = sizing.settle_plan(plan, gpus)
+        plan = sizing.settle(plan, gpus)
         slots = sizing.describe_slots(plan.recipe)
     elif plan.sweep.max_concurrent:
         slots = f"in {plan.sweep.max_concurrent} packs"
     else:
         slots = "in as many packs as the GPUs hold (--gpu-memory 8x80 shows it for those)"
+    size = plan.space.size
+    extent = "continuous" if size is None else f"{size} configurations"
+    axes = [[axis.key, axis.kind, axis.describe()] for axis in plan.space.axes]
     parts = [
         _sweep_settings(plan, source, confirm_runs, slots),
-        _space(plan),
+        f"space ({extent})\n{_table(axes)}",
         _first_trials(plan),
     ]
     if gpus is not None:
@@ -60,7 +63,7 @@ def describe(plan: Plan, source: str, gpus: Gpus | None = None, *, confirm: int 
 def check_fits(plan: Plan, gpus: Gpus | None) -> None:
     """Raise UserError for a sweep whose largest trials do not fit the GPUs."""
     if gpus is not None and gpus.count > 0:
-        for trial in sizing.largest_trials(sizing.settle_plan(plan, gpus)):
+        for trial in sizing.largest_trials(sizing.settle(plan, gpus)):
             check_fit(trial, gpus)
 
 
@@ -156,12 +159,6 @@ def _sweep_settings(plan: Plan, source: str, confirm_runs: int, slots: str) -> s
         note = f"the space has only {size} configurations: sweep.num_trials={sweep.num_trials}"
         rows.append(["note", note])
     return f"sweep of {source}\n{_table(rows)}"
-
-
-def _space(plan: Plan) -> str:
-    size = plan.space.size
-    rows = [[axis.key, axis.kind, axis.describe()] for axis in plan.space.axes]
-    return f"space ({'continuous' if size is None else f'{size} configurations'})\n{_table(rows)}"
 
 
 def _first_trials(plan: Plan) -> str:

@@ -169,7 +169,7 @@ def _session(plan: Plan, sweep_dir: RunDir, confirm: int | None) -> Session:
     """Settle a sweep's recipe, and check that the machine can run its trials."""
     check_run(recipes.with_values(plan.recipe, {"sweep": None}))
     gpus = _gpus(plan.recipe)
-    settled = sizing.settle_plan(plan, gpus)
+    settled = sizing.settle(plan, gpus)
     _check_gpus(settled.recipe)
     for trial in sizing.largest_trials(settled):
         note_fit(trial, gpus)

@@ -56,7 +56,8 @@ class Journal(JournalFileBackend):
             self._read_new_lines()
             hasher, lines = self._hash.copy(), b""
             for log in logs:
-                line = _sealed(json.dumps(log, separators=(",", ":")).encode(), hasher)
+                body = json.dumps(log, separators=(",", ":")).encode()[:-1]
+                line = body + b',"sha256":"' + _digest(body, hasher) + b'"}\n'
                 hasher.update(line)
                 lines += line
             self._append(lines)
@@ -105,12 +106,8 @@ class Journal(JournalFileBackend):
         )
 
 
-def _sealed(log: bytes, before: hashlib._Hash) -> bytes:
-    """Return a log as a line that ends with the checksum of everything before it, and of itself."""
-    return log[:-1] + b',"sha256":"' + _digest(log[:-1], before) + b'"}\n'
-
-
 def _digest(body: bytes, before: hashlib._Hash) -> bytes:
+    """Return the checksum of a line's body and everything before it."""
     hasher = before.copy()
     hasher.update(body)
     return hasher.hexdigest()[:16].encode()

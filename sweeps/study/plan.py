@@ -117,7 +117,14 @@ def build(recipe: Recipe) -> Plan:
     """
     space = from_recipe(recipe)
     plan = Plan(recipe, space, _first_trials(recipe, space))
-    _check_metric(recipe, plan.sweep.metric)
+    metrics.direction(plan.sweep.metric)  # raises for a metric that has none
+    _, at, count = plan.sweep.metric.partition("@")
+    if at and int(count) != recipe.generator.eval_n_samples_per_prompt:
+        raise UserError(
+            "sweep.metric needs as many samples a problem at evaluation",
+            got=plan.sweep.metric,
+            fix=f"generator.eval_n_samples_per_prompt={count}",
+        )
     _check_batches(recipe, space)
     build_pruner(recipe)
     if plan.sweep.sampler is Sampler.grid and space.size is None:
@@ -148,18 +155,6 @@ def _check_batches(recipe: Recipe, space: Space) -> None:
     for problems in map(count_rows, data):
         if problems is not None:
             check_batch(problems, max(batch_size))
-
-
-def _check_metric(recipe: Recipe, metric: str) -> None:
-    """Raise UserError for a metric without a direction, or one that the runs do not log."""
-    metrics.direction(metric)
-    _, at, count = metric.partition("@")
-    if at and int(count) != recipe.generator.eval_n_samples_per_prompt:
-        raise UserError(
-            "sweep.metric needs as many samples a problem at evaluation",
-            got=metric,
-            fix=f"generator.eval_n_samples_per_prompt={count}",
-        )
 
 
 def propose(plan: Plan, history: Sequence[Observation]) -> Params | None:

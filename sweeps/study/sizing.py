@@ -23,30 +23,26 @@ from rltrain.distributed.placement import bundles, needs_workers, shares_base, u
 from rltrain.models.memory import members_that_fit
 from rltrain.tools.fit import gpus_to_plan_for, runs_together
 from sweeps.study.plan import Plan
-from sweeps.study.space import from_recipe
 
 RANK = "trainer.policy.model.lora.rank"
 # TPE proposes from results. If all trials started together, it would have none.
 TPE_ROUNDS = 3
 
 
-def settle(recipe: Recipe, gpus: Gpus | None = None) -> Recipe:
-    """Return a sweep's recipe with the number of packs, their size and the threads written out.
+def settle(plan: Plan, gpus: Gpus | None = None) -> Plan:
+    """Return a plan whose recipe says how many packs, slots and threads there are.
 
     A sweep that is resumed on another machine keeps these numbers. `gpus` defaults to this
     machine's.
     """
-    plan = Plan(recipe, from_recipe(recipe), ())
-    gpus = gpus or gpus_to_plan_for(recipe, None)
-    packs = choose_num_packs(recipe, gpus, plan.num_runs)
-    size = choose_pack_size(recipe, largest_trials(plan)[0], gpus, plan.num_runs, packs)
-    settled = recipes.with_values(recipe, {"sweep.max_concurrent": packs, "sweep.pack_size": size})
-    return recipes.with_values(settled, {"trainer.num_threads": threads_per_process(settled)})
-
-
-def settle_plan(plan: Plan, gpus: Gpus | None = None) -> Plan:
-    """Return a plan with its recipe settled."""
-    return Plan(settle(plan.recipe, gpus), plan.space, plan.first_trials)
+    gpus = gpus or gpus_to_plan_for(plan.recipe, None)
+    packs = choose_num_packs(plan.recipe, gpus, plan.num_runs)
+    size = choose_pack_size(plan.recipe, largest_trials(plan)[0], gpus, plan.num_runs, packs)
+    values = {"sweep.max_concurrent": packs, "sweep.pack_size": size}
+    recipe = recipes.with_values(plan.recipe, values)
+    threads = threads_per_process(recipe)
+    recipe = recipes.with_values(recipe, {"trainer.num_threads": threads})
+    return Plan(recipe, plan.space, plan.first_trials)
 
 
 def choose_num_packs(recipe: Recipe, gpus: Gpus | None, num_runs: int) -> int:
@@ -161,18 +157,13 @@ def num_packs(recipe: Recipe) -> int:
     return recipe.sweep.max_concurrent or 1
 
 
-def slots_per_pack(recipe: Recipe) -> int:
-    """Return how many trials of a settled recipe train together in a pack."""
-    return runs_together(recipe)
-
-
 def num_slots(recipe: Recipe) -> int:
     """Return how many trials of a settled recipe run at once, in all packs together."""
-    return num_packs(recipe) * slots_per_pack(recipe)
+    return num_packs(recipe) * runs_together(recipe)
 
 
 def describe_slots(recipe: Recipe) -> str:
     """Return how many trials run at once, and in which packs, in words."""
-    packs, slots = num_packs(recipe), slots_per_pack(recipe)
+    packs, slots = num_packs(recipe), runs_together(recipe)
     details = f" in {packs} pack{'s' * (packs > 1)} of {slots} on one base" if slots > 1 else ""
     return f"{num_slots(recipe)} at a time{details}"

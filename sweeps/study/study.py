@@ -162,7 +162,22 @@ class Study:
             trial = self._next()
             if trial is None:
                 return None
-            self._add(trial)
+            attrs: dict[str, Any] = {
+                "configuration": trial.configuration,
+                "seed": trial.seed,
+                "run_dir": trial.run_dir,
+            }
+            if trial.confirm:
+                attrs["confirm"] = True
+            # One line of the journal: a kill leaves a trial with all its parameters, or none.
+            self._study.add_trial(
+                create_trial(
+                    state=TrialState.RUNNING,
+                    params=self.plan.space.encode_all(trial.params),
+                    distributions=dict(self.plan.space.distributions),
+                    user_attrs=attrs,
+                )
+            )
         self._issued.add(number)
         return self.describe(number)
 
@@ -276,18 +291,6 @@ class Study:
         configuration, seed = to_confirm[0]
         params = self._params(searched[configuration * len(seeds)])
         return Trial(number, configuration, seed, params, confirm=True)
-
-    def _add(self, trial: Trial) -> None:
-        attrs = {"configuration": trial.configuration, "seed": trial.seed, "run_dir": trial.run_dir}
-        # One line of the journal: after a kill a trial has all its parameters, or does not exist.
-        self._study.add_trial(
-            create_trial(
-                state=TrialState.RUNNING,
-                params=self.plan.space.encode_all(trial.params),
-                distributions=dict(self.plan.space.distributions),
-                user_attrs=attrs | ({"confirm": True} if trial.confirm else {}),
-            )
-        )
 
     def _to_confirm(self) -> list[tuple[int, int]]:
         """Return the best configurations with each fresh seed that they have no trial for."""

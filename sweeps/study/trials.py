@@ -161,24 +161,21 @@ def reconcile(study: Study, sweep_dir: RunDir) -> None:
     _check_none_lost(len(study.trials()), sweep_dir)
     for record in study.trials():
         run_dir = sweep_dir.trial(record.number)
-        if run_dir.manifest.exists():
-            _reconcile_trial(study, record, run_dir)
-
-
-def _reconcile_trial(study: Study, record: FrozenTrial, run_dir: RunDir) -> None:
-    status, running = run_dir.status, record.state is TrialState.RUNNING
-    if running and status is Status.COMPLETE:
-        reason = study.complete(record.number, *final_value(run_dir, study.plan.sweep.metric))
-        if reason is not None:
-            run_dir.update(reason=reason)
-    elif running and status is Status.FAILED:
-        study.fail(record.number, run_dir.read_manifest()["reason"])
-    elif running and status is Status.RUNNING:
-        _report_logged(study, record, run_dir)
-    elif record.state in _FINAL and status in (Status.CREATED, Status.RUNNING):
-        run_dir.move_to(_FINAL[record.state], reason=record.user_attrs.get("reason"))
-    elif record.state is TrialState.FAIL and status is Status.COMPLETE:
-        run_dir.update(reason=record.user_attrs.get("reason"))
+        if not run_dir.manifest.exists():
+            continue
+        status, running = run_dir.status, record.state is TrialState.RUNNING
+        if running and status is Status.COMPLETE:
+            reason = study.complete(record.number, *final_value(run_dir, study.plan.sweep.metric))
+            if reason is not None:
+                run_dir.update(reason=reason)
+        elif running and status is Status.FAILED:
+            study.fail(record.number, run_dir.read_manifest()["reason"])
+        elif running and status is Status.RUNNING:
+            _report_logged(study, record, run_dir)
+        elif record.state in _FINAL and status in (Status.CREATED, Status.RUNNING):
+            run_dir.move_to(_FINAL[record.state], reason=record.user_attrs.get("reason"))
+        elif record.state is TrialState.FAIL and status is Status.COMPLETE:
+            run_dir.update(reason=record.user_attrs.get("reason"))
 
 
 def _report_logged(study: Study, record: FrozenTrial, run_dir: RunDir) -> None:

@@ -57,11 +57,11 @@ def _base() -> Recipe:
 
 def begin(recipe: Recipe, folder: Path) -> tuple[Plan, RunDir]:
     """The plan and the directory of a sweep."""
-    settled = settle(recipe)
+    plan = settle(plans.build(recipe))
     sweep_dir = RunDir(folder)
-    record = manifest.build(settled, kind="sweep", name=folder.name, source="recipes/base.yaml")
-    sweep_dir.create(recipes.to_yaml(settled), record)
-    return plans.build(settled), sweep_dir
+    record = manifest.build(plan.recipe, kind="sweep", name=folder.name, source="recipes/base.yaml")
+    sweep_dir.create(recipes.to_yaml(plan.recipe), record)
+    return plan, sweep_dir
 
 
 def curve(rank: int, step: int) -> float:

@@ -39,8 +39,12 @@ def sweep(*overrides: str, name: str = "gsm8k_lora") -> Recipe:
     return recipes.load(name, list(overrides))
 
 
+def settle(recipe: Recipe, gpus: Gpus | None = None) -> Recipe:
+    return sizing.settle(plans.build(recipe), gpus).recipe
+
+
 def chosen(recipe: Recipe, gpus: Gpus | None = None) -> tuple[int | None, int | None]:
-    settled = sizing.settle(recipe, gpus).sweep
+    settled = settle(recipe, gpus).sweep
     assert settled is not None
     return settled.max_concurrent, settled.pack_size
 
@@ -50,7 +54,7 @@ def chosen(recipe: Recipe, gpus: Gpus | None = None) -> tuple[int | None, int | 
 )
 def test_every_gpu_gets_a_pack_without_a_word_in_the_recipe(name: str) -> None:
     recipe = sweep(name=f"recipes/{name}.yaml")
-    settled = sizing.settle(recipe)
+    settled = settle(recipe)
     assert sizing.num_packs(settled) == 8
     assert sizing.gpus_per_pack(settled) == 1
     assert sizing.server_bundles(settled) == [{"CPU": 8.0, "GPU": 1.0}]
@@ -76,7 +80,7 @@ def test_a_trial_that_ends_its_pack_leaves_the_other_gpus_alone() -> None:
 
         def end(self, name: str) -> None: ...
 
-    recipe, processes = sizing.settle(sweep(), Gpus((4,), 80 * GIB)), Processes()
+    recipe, processes = settle(sweep(), Gpus((4,), 80 * GIB)), Processes()
     assert sizing.gpus_per_pack(recipe) == 1
     pool = ServerPool(recipe, processes)
     trial = recipes.with_values(recipe, {"sweep": None})
@@ -137,23 +141,21 @@ def test_on_a_cpu_its_cores_are_shared_out(threads: int | None, packs: int) -> N
         "trainer.placement.device=cpu", "sweep.sampler=random", name="recipes/gsm8k_lora.yaml"
     )
     recipe.trainer.num_threads = threads
-    settled = sizing.settle(recipe)
+    settled = settle(recipe)
     assert sizing.num_packs(settled) == packs
     assert settled.trainer.num_threads == (threads or 64)
 
 
 def test_what_was_chosen_stays() -> None:
-    settled = sizing.settle(sweep())
-    assert sizing.settle(settled, Gpus((2,), 24 * GIB)) == settled
+    settled = settle(sweep())
+    assert settle(settled, Gpus((2,), 24 * GIB)) == settled
 
 
 def test_the_largest_trials_are_a_pack_of_the_largest_rank_and_full_fine_tuning_alone() -> None:
-    plan = plans.build(
-        sizing.settle(sweep(name="recipes/lora_without_regret/qwen/lr_by_rank.yaml"))
-    )
+    plan = plans.build(settle(sweep(name="recipes/lora_without_regret/qwen/lr_by_rank.yaml")))
     pack, full = sizing.largest_trials(plan)
     assert (pack.trainer.policy.model.lora.rank, pack.generator.max_lora_rank) == (64, 64)
-    assert fit.runs_together(pack) == sizing.slots_per_pack(plan.recipe) > 1
+    assert fit.runs_together(pack) == fit.runs_together(plan.recipe) > 1
     assert (full.trainer.policy.model.lora.rank, fit.runs_together(full)) == (0, 1)
     other = recipes.with_values(
         plan.recipe, {"sweep.space": {LR: {"choices": [1e-5, 1e-4]}}, "sweep.first_trials": []}
@@ -174,7 +176,7 @@ def test_a_cluster_that_is_not_reached_yet_plans_nothing() -> None:
 def test_trials_share_an_engine_with_room_for_the_largest_rank() -> None:
     recipe = recipe_of({RANK: {"choices": [1, 64, 8]}}, max_concurrent=2)
     recipe.trainer.num_threads = None
-    assert sizing.settle(recipe).trainer.num_threads == sizing.threads_per_process(recipe)
+    assert settle(recipe).trainer.num_threads == sizing.threads_per_process(recipe)
     assert sizing.engine_rank(plans.build(recipe)) == 64
     # The recipe's own rank counts only where rank is no axis; a limit in the recipe stands.
     assert sizing.engine_rank(plans.build(recipe_of({RANK: {"choices": [1, 8]}}))) == 8
