@@ -147,16 +147,14 @@ def _dry_run(options: argparse.Namespace) -> int:
 
 def _run(session: Session, *, new: bool) -> int:
     from sweeps import session as sessions
-    from sweeps.study.trials import at_a_time
+    from sweeps.study.sizing import describe_slots
 
     place = shown(session.sweep_dir.path)
     for note in recipes.engine_notes(session.plan.recipe):
         print(f"note: {note}")
     again = f", then the best {session.confirm} again on fresh seeds" if session.confirm else ""
-    print(
-        f"sweep {place}: {session.plan.num_runs} runs{again}, {at_a_time(session.plan.recipe)}",
-        flush=True,
-    )
+    slots = describe_slots(session.plan.recipe)
+    print(f"sweep {place}: {session.plan.num_runs} runs{again}, {slots}", flush=True)
     try:
         study = sessions.run(session)
     except KeyboardInterrupt:
@@ -168,7 +166,7 @@ def _run(session: Session, *, new: bool) -> int:
         raise
     if study.exhausted:
         print(
-            f"the space is exhausted after {len(study.swept())} runs: sweep.num_trials "
+            f"the space is exhausted after {len(study.search_trials())} runs: sweep.num_trials "
             "asks for more"
         )
     return _finish(session, study, place)

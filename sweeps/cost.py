@@ -1,6 +1,4 @@
-"""What a sweep will cost, before it runs: steps, samples, tokens, arithmetic, and time by earlier
-runs.
-"""
+"""The cost of a run or a sweep, before it runs: steps, samples, tokens, FLOPs and time."""
 
 from __future__ import annotations
 
@@ -53,11 +51,15 @@ _IN_NAME = re.compile(r"(?<![\d.])(A?)(\d+(?:\.\d+)?)[bB](?![a-zA-Z])")
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """One run's cost. Token counts are upper bounds: every prompt and completion as long as it may
-    be.
+    """The cost of one run.
 
-    `evaluation_samples` is None, and evaluations are not counted, while the held-out data is not
-    there.
+    Attributes:
+        steps: training steps.
+        training_samples: completions sampled to train on.
+        evaluation_samples: completions sampled in evaluations; None, and not in the other numbers,
+            while the evaluation data is missing.
+        tokens: an upper bound: every prompt and completion has its greatest length.
+        flops: model FLOPs for these tokens; None on a CPU or for a model of unknown size.
     """
 
     steps: int
@@ -69,91 +71,85 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """Seconds a step takes, evaluations included: the median of earlier runs of the same recipe."""
+    """Seconds per step, evaluations included: the median over earlier runs of the same recipe."""
 
     seconds_per_step: float
     num_runs: int
 
 
 def costs(plan: Plan) -> list[Cost]:
-    """The cheapest and the dearest run of a sweep, one cost when these are equal; empty where
-    `run_cost` has none.
+    """Return the costs of a sweep's cheapest and most expensive run, one cost where they are equal.
+
+    Empty where `run_cost` is None.
     """
     if run_cost(plan.recipe) is None:
         return []
     base = recipes.with_values(plan.recipe, {"sweep": None})
-    found: list[Cost] = []
-    for values in _points(plan):
-        try:
-            found += [
-                one
-                for one in [run_cost(recipes.with_values(base, values) if values else base)]
-                if one
-            ]
-        except UserError:
-            continue  # a corner of the space that the recipe refuses is no trial either
-    found.sort(key=lambda one: (one.tokens, one.steps, one.flops or 0.0))
-    ends = [found[0], found[-1]] if found else []
-    return ends[:1] if ends and ends[0] == ends[1] else ends
+    all_costs: list[Cost] = []
+    for params in _configurations(plan):
+        # The recipe may refuse a corner of the space: then it is no trial either.
+        with contextlib.suppress(UserError):
+            cost = run_cost(recipes.with_values(base, params) if params else base)
+            all_costs += [] if cost is None else [cost]
+    all_costs.sort(key=lambda cost: (cost.tokens, cost.steps, cost.flops or 0.0))
+    extremes = [all_costs[0], all_costs[-1]] if all_costs else []
+    return extremes[:1] if extremes and extremes[0] == extremes[1] else extremes
 
 
-def _points(plan: Plan) -> list[Params]:
-    """What to reckon the cost of: all configurations where the recipe gives them all, else the
-    corners of the space.
+def _configurations(plan: Plan) -> list[Params]:
+    """Return the configurations to compute the cost of.
+
+    They are the recipe's first trials where these are the whole sweep, else the corners of the
+    space.
     """
     axes = [axis for axis in plan.space.axes if axis.key in COST_KEYS]
-    whole = [params for params in plan.first_trials if len(params) == len(plan.space.axes)]
-    if len(whole) >= plan.num_configurations:
-        given = whole[: plan.num_configurations]
-        return list({tuple(params[axis.key] for axis in axes): params for params in given}.values())
+    complete = [params for params in plan.first_trials if len(params) == len(plan.space.axes)]
+    if len(complete) >= plan.num_configurations:
+        by_cost_keys = {
+            tuple(params[axis.key] for axis in axes): params
+            for params in complete[: plan.num_configurations]
+        }
+        return list(by_cost_keys.values())
     corners = itertools.product(*({axis.bounds()[0], axis.bounds()[-1]} for axis in axes))
-    return [
-        {axis.key: value for axis, value in zip(axes, corner, strict=True)} for corner in corners
-    ]
+    keys = [axis.key for axis in axes]
+    return [dict(zip(keys, corner, strict=True)) for corner in corners]
 
 
 def run_cost(recipe: Recipe) -> Cost | None:
-    """One run's cost; None where training data is missing whose size decides on the number of
-    steps.
+    """Return one run's cost.
+
+    None where the number of steps depends on training data that is missing.
     """
-    num_train, num_val = (
-        count_rows(paths) for paths in (recipe.data.train_data, recipe.data.val_data)
-    )
-    return (
-        None
-        if num_train is None and recipe.trainer.max_steps is None
-        else cost(recipe, num_train, num_val)
-    )
-
-
-def cost(recipe: Recipe, num_train: int | None, num_val: int | None) -> Cost:
-    """One run's cost, from the numbers of its training and evaluation problems; None: not known."""
     trainer, generator = recipe.trainer, recipe.generator
+    num_train, num_val = count_rows(recipe.data.train_data), count_rows(recipe.data.val_data)
+    if num_train is None and trainer.max_steps is None:
+        return None
     steps = trainer.max_steps or trainer.epochs * ((num_train or 0) // trainer.train_batch_size)
     training = steps * trainer.train_batch_size * generator.n_samples_per_prompt
-    times = math.ceil(steps / trainer.eval_interval) if trainer.eval_interval else 1
-    evaluation = (
-        (times + trainer.eval_before_train) * (num_val or 0) * generator.eval_n_samples_per_prompt
+    evaluations = math.ceil(steps / trainer.eval_interval) if trainer.eval_interval else 1
+    evaluations += trainer.eval_before_train
+    evaluation = evaluations * (num_val or 0) * generator.eval_n_samples_per_prompt
+    prompt_length = generator.max_input_length
+    train_tokens = training * (prompt_length + generator.sampling_params.max_generate_length)
+    eval_length = prompt_length + generator.eval_sampling_params.max_generate_length
+    eval_tokens = evaluation * eval_length
+    return Cost(
+        steps,
+        training,
+        None if num_val is None else evaluation,
+        train_tokens + eval_tokens,
+        _flops(recipe, train_tokens, eval_tokens),
     )
-    trained = training * (
-        generator.max_input_length + generator.sampling_params.max_generate_length
-    )
-    evaluated = evaluation * (
-        generator.max_input_length + generator.eval_sampling_params.max_generate_length
-    )
-    counted = None if num_val is None else evaluation
-    return Cost(steps, training, counted, trained + evaluated, _flops(recipe, trained, evaluated))
 
 
 def pace(plan: Plan, source: str) -> Pace | None:
-    """How fast earlier runs and trials of the same recipe file were; None when there are none."""
+    """Return how fast earlier runs and trials of the same recipe file were; None without any."""
     root = Path(plan.recipe.trainer.ckpt_path)
     paces = []
     if not os.path.isdir(root):
         return None
     for file in [*root.glob("*/manifest.json"), *root.glob("*/trials/*/manifest.json")]:
-        # Any folder may lie there, and any file: what is no finished run of this recipe is passed
-        # over.
+        # Users may keep other folders and files there: skip what is no finished run.
         with contextlib.suppress(
             OSError, ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError
         ):
@@ -164,17 +160,17 @@ def pace(plan: Plan, source: str) -> Pace | None:
     return Pace(statistics.median(paces), len(paces)) if paces else None
 
 
-def _flops(recipe: Recipe, trained: int, evaluated: int) -> float | None:
+def _flops(recipe: Recipe, train_tokens: int, eval_tokens: int) -> float | None:
     """Return model FLOPs of a run on a GPU; None on a CPU or for a model of unknown size."""
     parameters = _parameters(recipe.trainer.policy.model.path)
     if parameters is None or recipe.trainer.placement.device is Device.cpu:
         return None
     sampling = training_flops(parameters, forwards=1, updates=0, full=False)
-    return flops_per_token(recipe, parameters) * trained + sampling * evaluated
+    return flops_per_token(recipe, parameters) * train_tokens + sampling * eval_tokens
 
 
 def _parameters(path: str) -> float | None:
-    """Return a model's parameters by its sizes, else by a hub name like My-0.5B or My-30B-A3B.
+    """Return a model's parameters by its sizes, else by a Hugging Face name like My-30B-A3B.
 
     Of a mixture of experts these are the active parameters.
     """

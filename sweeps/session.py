@@ -1,6 +1,4 @@
-"""A sweep from its first to its last trial, over as many processes as it takes: start, resume, run,
-conclude.
-"""
+"""A sweep from its first to its last trial, over one or more processes: start, resume, run."""
 
 from __future__ import annotations
 
@@ -26,41 +24,44 @@ from rltrain.tools.fit import gpus_to_plan_for, note_fit
 from rltrain.tools.preflight import check_run
 from sweeps.execution import tune
 from sweeps.study import plan as plans
-from sweeps.study import trials
+from sweeps.study import sizing, trials
 from sweeps.study.plan import Plan
 from sweeps.study.progress import Progress
 from sweeps.study.study import Study
 
-# What a sweep chooses when it begins, where its recipe does not say.
+# What a sweep chooses when it starts, where its recipe leaves it open.
 SETTLED = ("trainer.num_threads", "sweep.max_concurrent", "sweep.pack_size")
 RUNS_ALREADY = "another process is running this sweep"
 
 
 @dataclass(frozen=True)
 class Session:
-    """A sweep ready to run: the plan of its settled recipe, and its directory."""
+    """A sweep that is ready to run.
+
+    Attributes:
+        plan: the plan of its settled recipe.
+        sweep_dir: its directory.
+        confirm: how many of the best configurations to run again on fresh seeds; None: as many as
+            the study already has to confirm.
+        changed_inputs: whether to go on although the model, the data or the environment module
+            changed since the sweep started.
+    """
 
     plan: Plan
     sweep_dir: RunDir
     confirm: int | None = None
-    """How many of the best configurations are to run again on fresh seeds; None: as many as asked
-    for before.
-    """
     changed_inputs: bool = False
-    """Whether to go on although data, model or environment module are others than when the sweep
-    began.
-    """
 
 
 def start(source: str, overrides: Sequence[str], confirm: int | None = None) -> Session:
-    """A new sweep's directory; raises UserError for anything wrong, and for a directory that
-    exists.
+    """Check a recipe's sweep and make its directory.
+
+    Raises UserError for anything wrong, and for a directory that exists.
     """
-    recipe = recipes.load(source, overrides)
-    plan = plans.build(recipe)
-    sweep_dir = run_dir_for(recipe, source)
+    plan = plans.build(recipes.load(source, overrides))
+    sweep_dir = run_dir_for(plan.recipe, source)
     _check_new(sweep_dir)
-    session = _session(recipe, plan, sweep_dir, confirm)
+    session = _session(plan, sweep_dir, confirm)
     recipe = session.plan.recipe
     record = manifest.build(
         recipe,
@@ -71,18 +72,9 @@ def start(source: str, overrides: Sequence[str], confirm: int | None = None) -> 
         command=manifest.this_command(),
     )
     with sweep_dir.locked(RUNS_ALREADY):
-        _check_new(sweep_dir)  # another start may have made it meanwhile
+        _check_new(sweep_dir)  # another process may have made it meanwhile
         sweep_dir.create(recipes.to_yaml(recipe), record)
     return session
-
-
-def _check_new(sweep_dir: RunDir) -> None:
-    if sweep_dir.manifest.exists():
-        raise UserError(
-            "this directory exists",
-            got=shown(sweep_dir.path),
-            fix=f"go on with --resume {shown(sweep_dir.path)}, or choose another trainer.run_name",
-        )
 
 
 def resume(
@@ -93,11 +85,12 @@ def resume(
     *,
     changed_inputs: bool = False,
 ) -> Session:
-    """A sweep begun earlier, by its directory or by recipe and `trainer.run_name`; UserError if it
-    is another now.
+    """Find a sweep by its directory, or by its recipe and `trainer.run_name`, to go on with it.
+
+    Raises UserError where the recipe is not the one that the sweep started with.
     """
     recipe = None if source is None else recipes.load(source, overrides)
-    sweep_dir = RunDir(directory) if directory else _by_name(recipe, source)
+    sweep_dir = RunDir(directory) if directory else _directory_by_name(recipe, source)
     record = sweep_dir.sound_manifest()
     if record["kind"] != "sweep":
         raise UserError(
@@ -106,32 +99,36 @@ def resume(
             fix=f"{invocation('run')} --resume goes on with a run",
         )
     stored = recipes.read(sweep_dir.recipe)
-    recipe = (
-        recipes.load(sweep_dir.recipe, overrides) if recipe is None else _as_settled(recipe, stored)
-    )
+    if recipe is None:
+        recipe = recipes.load(sweep_dir.recipe, overrides)
+    else:
+        # This machine may have other GPUs or cores than the one where the sweep chose these.
+        open_keys = [key for key in SETTLED if recipes.get(recipe, key) is None]
+        recipe = recipes.with_values(recipe, {key: recipes.get(stored, key) for key in open_keys})
     _check_same(recipe, stored)
-    session = _session(recipe, plans.build(recipe), sweep_dir, confirm)
+    session = _session(plans.build(recipe), sweep_dir, confirm)
     return replace(session, changed_inputs=changed_inputs)
 
 
 def run(session: Session, server: Callable[[], type] | None = None) -> Study:
-    """Run what the sweep has left; its study afterwards.
+    """Run the trials that a sweep has left, and return its study.
 
-    Raises UserError when another process is at it, and for inputs that changed unless
-    `session.changed_inputs`.
+    KeyboardInterrupt, also on SIGTERM, and a failure of the machine (MachineError) leave the sweep
+    RUNNING. Other errors leave it FAILED, with the reason. It can be resumed in each case.
 
-    KeyboardInterrupt, SIGTERM too, and a failure of the machine (MachineError) leave the sweep
-    RUNNING; any other failure FAILED with the reason. All can be resumed.
+    Raises:
+        UserError: another process is running the sweep, or its inputs changed, unless
+            `session.changed_inputs`.
     """
     sweep_dir = session.sweep_dir
     with sweep_dir.locked(RUNS_ALREADY):
         study = Study(sweep_dir.journal, session.plan)
-        study.former = trials.on_former_inputs(sweep_dir)
+        study.outdated = trials.outdated_trials(sweep_dir)
         trials.reconcile(study, sweep_dir)
-        more = session.confirm not in (None, study.num_to_confirm)
-        if more or not study.finished:
+        new_confirm = session.confirm not in (None, study.num_to_confirm)
+        if new_confirm or not study.finished:
             _check_inputs(session, study)
-            study.former = trials.on_former_inputs(sweep_dir)
+            study.outdated = trials.outdated_trials(sweep_dir)
         if session.confirm is not None:
             study.confirm_best(session.confirm)
         if study.finished:
@@ -155,7 +152,7 @@ def run(session: Session, server: Callable[[], type] | None = None) -> Study:
 
 
 def conclude(session: Session, study: Study, best: dict[str, Any] | None) -> None:
-    """Write the sweep's final status and result."""
+    """Write the sweep's final status and result to its manifest."""
     sweep_dir, counts = session.sweep_dir, study.counts()
     reason = study.stopped or (None if counts["COMPLETE"] else "no trial completed")
     status = Status.COMPLETE if reason is None else Status.FAILED
@@ -168,20 +165,19 @@ def conclude(session: Session, study: Study, best: dict[str, Any] | None) -> Non
         sweep_dir.move_to(status, reason=reason, result=result)
 
 
-def _session(recipe: Recipe, plan: Plan, sweep_dir: RunDir, confirm: int | None) -> Session:
-    check_run(recipes.with_values(recipe, {"sweep": None}))
-    gpus = _gpus(recipe)
-    settled = Plan(trials.settle(recipe, gpus), plan.space, plan.first_trials)
-    _check_places(settled.recipe)
-    for one in trials.largest(settled):
-        note_fit(one, gpus)
+def _session(plan: Plan, sweep_dir: RunDir, confirm: int | None) -> Session:
+    """Settle a sweep's recipe, and check that the machine can run its trials."""
+    check_run(recipes.with_values(plan.recipe, {"sweep": None}))
+    gpus = _gpus(plan.recipe)
+    settled = sizing.settle(plan, gpus)
+    _check_gpus(settled.recipe)
+    for trial in sizing.largest_trials(settled):
+        note_fit(trial, gpus)
     return Session(settled, sweep_dir, confirm)
 
 
 def _gpus(recipe: Recipe) -> Gpus | None:
-    """The GPUs to plan for; a cluster is asked for its own where the recipe leaves the packs to
-    them.
-    """
+    """Return the GPUs to plan for; asks a cluster for its own where the recipe needs to know."""
     assert recipe.sweep is not None
     address, sizes = address_of(recipe), (recipe.sweep.max_concurrent, recipe.sweep.pack_size)
     if address is None or None not in sizes or not uses_gpus(recipe):
@@ -189,19 +185,22 @@ def _gpus(recipe: Recipe) -> Gpus | None:
     return gpus_of(address)
 
 
-def _check_places(recipe: Recipe) -> None:
-    """Places must each have their GPUs; a cluster's are for Ray to count."""
-    packs = trials.packs_at_once(recipe)
-    wanted, there = trials.gpus_per_place(recipe) * packs, visible_gpus()
-    if packs > 1 and wanted > there and address_of(recipe) is None:
+def _check_gpus(recipe: Recipe) -> None:
+    """Raise UserError where this machine has fewer GPUs than the packs need.
+
+    A cluster's GPUs are for Ray to count.
+    """
+    packs = sizing.num_packs(recipe)
+    needed, visible = sizing.gpus_per_pack(recipe) * packs, visible_gpus()
+    if packs > 1 and needed > visible and address_of(recipe) is None:
         raise UserError(
             "not enough GPUs for sweep.max_concurrent",
-            got=f"{wanted} asked, {there} there",
+            got=f"{needed} asked, {visible} there",
             fix="sweep.max_concurrent=null takes those that are there",
         )
 
 
-def _by_name(recipe: Recipe | None, source: str | None) -> RunDir:
+def _directory_by_name(recipe: Recipe | None, source: str | None) -> RunDir:
     if recipe is None or source is None:
         raise UserError(
             "which sweep is to be resumed?", fix=f"{invocation('sweep')} --resume runs/NAME"
@@ -217,12 +216,13 @@ def _by_name(recipe: Recipe | None, source: str | None) -> RunDir:
     return run_dir_for(recipe, source)
 
 
-def _as_settled(recipe: Recipe, stored: Recipe) -> Recipe:
-    """A recipe file's recipe with what the sweep settled when it began: this machine may have
-    others to give.
-    """
-    open_keys = [key for key in SETTLED if recipes.get(recipe, key) is None]
-    return recipes.with_values(recipe, {key: recipes.get(stored, key) for key in open_keys})
+def _check_new(sweep_dir: RunDir) -> None:
+    if sweep_dir.manifest.exists():
+        raise UserError(
+            "this directory exists",
+            got=shown(sweep_dir.path),
+            fix=f"go on with --resume {shown(sweep_dir.path)}, or choose another trainer.run_name",
+        )
 
 
 def _check_same(recipe: Recipe, stored: Recipe) -> None:
@@ -238,9 +238,7 @@ def _check_same(recipe: Recipe, stored: Recipe) -> None:
 
 
 def _check_inputs(session: Session, study: Study) -> None:
-    """Refuse inputs that changed since the sweep began, or record the new ones and say what they
-    are.
-    """
+    """Raise UserError where the inputs changed; record the new ones where that is allowed."""
     changes = trials.changed_inputs(session.sweep_dir)
     if changes and study.finished:
         raise UserError(

@@ -115,8 +115,8 @@ class TrialController:
             and len(self._waiting) < MOST_WAITING
             and (trial := self.study.ask()) is not None
         ):
-            run_dir = trials.create(self.study.plan, trial, self.sweep_dir)
-            waiting = _Waiting(trial, run_dir, recipes.read(run_dir.recipe))
+            run_dir, recipe = trials.create(self.study.plan, trial, self.sweep_dir)
+            waiting = _Waiting(trial, run_dir, recipe)
             if (server := self._admit(waiting)) is not None:
                 return waiting, server
             self._waiting.append(waiting)
@@ -160,7 +160,7 @@ class TrialController:
             self._note_delay(number)
             trial, recipe = self.study.describe(number), recipes.read(run_dir.recipe)
             self._waiting.append(_Waiting(trial, run_dir, recipe, alone=True))
-            self.progress.displaced(number)
+            self.progress.restarts_alone(number)
             return
         before, self._oom_kills = self._oom_kills, oom_kills()
         if died and self._oom_kills > before and run_dir.status in (Status.CREATED, Status.RUNNING):
@@ -193,7 +193,7 @@ class TrialController:
             total = self._total_steps.get(trial)
             if trial != number:
                 left[trial] = None if total is None else total - steps[trial]
-        self.study.fall_behind(number, steps[number], left)
+        self.study.note_late_restart(number, steps[number], left)
 
     def _stop(self, run_dir: RunDir, machine: MachineError) -> None:
         """Stop the sweep; but fail a trial alone that runs out of memory a second time."""

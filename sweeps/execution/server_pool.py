@@ -9,7 +9,8 @@ from typing import Protocol
 from harness.config.schema import Recipe
 from harness.records.run_dir import RunDir
 from rltrain.distributed.placement import pack_key, shares_base, uses_gpus
-from sweeps.study.trials import packs_at_once, trials_per_place
+from rltrain.tools.fit import runs_together
+from sweeps.study.sizing import num_packs
 
 
 class PackServers(Protocol):
@@ -57,9 +58,9 @@ class ServerPool:
     def __init__(self, recipe: Recipe, servers: PackServers) -> None:
         """`recipe` is the sweep's."""
         self._recipe = recipe
-        self._hosts = [Host() for _ in range(packs_at_once(recipe))]
+        self._hosts = [Host() for _ in range(num_packs(recipe))]
         self._servers = servers
-        self._slots = trials_per_place(recipe)
+        self._slots = runs_together(recipe)
         # vLLM does not give all GPU memory back: on GPUs a server with one slot has one trial.
         self._reuses = self._slots > 1 or not uses_gpus(recipe)
         self._names = (f"pack{n}" for n in count())

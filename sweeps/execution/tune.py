@@ -15,7 +15,7 @@ from harness.records.run_dir import RunDir
 from rltrain.distributed.cluster import cluster
 from rltrain.distributed.placement import address_of
 from sweeps.execution.controller import StopSweep, TrialController
-from sweeps.study import trials
+from sweeps.study import sizing
 from sweeps.study.progress import Progress
 from sweeps.study.study import Study
 
@@ -58,15 +58,15 @@ def pack_server() -> type:
 
 def _cluster(recipe: Recipe) -> contextlib.AbstractContextManager[Path]:
     """Start Ray with room for all trials that run at once; yield a folder for Tune's files."""
-    packs, needs = trials.packs_at_once(recipe), trials.server_bundles(recipe)
+    packs, needs = sizing.num_packs(recipe), sizing.server_bundles(recipe)
     cpus, gpus = (packs * sum(bundle.get(kind, 0.0) for bundle in needs) for kind in ("CPU", "GPU"))
-    count = trials.trials_at_once(recipe)
+    count = sizing.num_slots(recipe)
     # By default Tune starts its trials' processes one after another.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(count)
     return cluster(
         cpus=cpus + count * TRIAL_CPUS,
         gpus=gpus,
-        threads=trials.cpus_per_trial(recipe),
+        threads=sizing.threads_per_process(recipe),
         address=address_of(recipe),
         scratch="tune",
     )
@@ -91,7 +91,7 @@ class RayPackServers:
         assert self._recipe.sweep is not None
         log = self._sweep_dir.packs / f"{name}.txt" if slots > 1 else run_dir.log
         log.parent.mkdir(exist_ok=True)
-        own, *ranks = trials.server_bundles(self._recipe)
+        own, *ranks = sizing.server_bundles(self._recipe)
         options = {
             "name": name,
             "num_cpus": own["CPU"],

@@ -1,6 +1,4 @@
-"""Which recipe keys a sweep may vary: those that change what a trial learns, and leave its measure
-alone.
-"""
+"""Which keys a sweep may vary: those that change the training, but not how it is measured."""
 
 from __future__ import annotations
 
@@ -18,8 +16,8 @@ from harness.core.errors import UserError
 
 ALGORITHM, PLACEMENT = "trainer.algorithm", "trainer.placement"
 POLICY, CRITIC = "trainer.policy.model.lora", "trainer.critic.model.lora"
-# Keys that end in a point stand for all keys below them.
-RULER = (
+# How trials are measured. A name that ends in a point stands for all keys below it.
+MEASURE = (
     "data.val_data",
     "data.question_column",
     "data.answer_column",
@@ -30,6 +28,7 @@ RULER = (
     "trainer.eval_interval",
     "environment.env_class",
 )
+# What a run records, and where.
 RECORDS = (
     "trainer.logger",
     "trainer.project_name",
@@ -42,7 +41,7 @@ RECORDS = (
     "ray.address",
     "expect",
 )
-# The same answers by contract (docs/guides/cluster.md), sooner or with less memory.
+# These keys change time and memory; the results are the same (docs/guides/cluster.md).
 SPEED = (
     f"{PLACEMENT}.",
     "trainer.num_threads",
@@ -65,8 +64,12 @@ SPEED = (
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What other keys must be for a key to have an effect: `holds` of their values, and in
-    words.
+    """A condition on other keys under which a key has an effect.
+
+    Attributes:
+        words: the condition as text.
+        keys: the other keys.
+        holds: whether the condition holds, from their values in this order.
     """
 
     words: str
@@ -75,15 +78,15 @@ class Need:
 
 
 def _is(key: str, *values: Any) -> Need:
-    words = f"{key}={' or '.join(_word(value) for value in values)}"
+    words = f"{key}={' or '.join(map(_as_yaml, values))}"
     return Need(words, (key,), lambda value: value in values)
 
 
-def _is_not(key: str, value: Any) -> Need:
-    return Need(f"{key} other than {_word(value)}", (key,), lambda given: given != value)
+def _is_not(key: str, excluded: Any) -> Need:
+    return Need(f"{key} other than {_as_yaml(excluded)}", (key,), lambda value: value != excluded)
 
 
-def _word(value: Any) -> str:
+def _as_yaml(value: Any) -> str:
     return {None: "null", True: "true"}.get(value, str(value))
 
 
@@ -95,8 +98,8 @@ _BATCH, _MINI, _EPOCHS = (
 )
 _CRITIC_MINI = "trainer.critic_mini_batch_size"
 _GAE = _is(_ESTIMATOR, "gae")
-# In a batch's only update the policy is still the one that sampled: every ratio is 1, and no bound
-# is reached.
+# In a batch's first update the policy is still the one that sampled it: every ratio is 1, and
+# clipping has no effect.
 _REUSED = Need(
     "several updates a batch (policy_mini_batch_size below train_batch_size, or "
     "update_epochs_per_batch above 1)",
@@ -107,7 +110,9 @@ _REUSED_BY_CRITIC = Need(
     "several of the critic's updates a batch (critic_mini_batch_size below train_batch_size, or "
     "update_epochs_per_batch above 1)",
     (_BATCH, _MINI, _CRITIC_MINI, _EPOCHS, f"{CRITIC}.dropout"),
-    lambda batch, mini, own, epochs, dropout: (own or mini) < batch or epochs > 1 or dropout > 0,
+    lambda batch, mini, critic, epochs, dropout: (
+        (critic or mini) < batch or epochs > 1 or dropout > 0
+    ),
 )
 _KL = Need(
     f"{ALGORITHM}.use_kl_loss=true or {ALGORITHM}.use_kl_in_reward=true",
@@ -116,13 +121,18 @@ _KL = Need(
 )
 
 
-def _of_trainer(name: str) -> list[Need]:
-    """`trainer.target_modules` is for the adapters that name none of their own."""
-    own = (f"{POLICY}.{name}", f"{CRITIC}.{name}")
+def _default_of_adapters(name: str) -> list[Need]:
+    """Return the condition for `trainer.<name>`: some adapter does not set `<name>` itself."""
     return [
         Need(
             f"an adapter of rank above 0 whose own {name} is null",
-            (_ESTIMATOR, f"{POLICY}.rank", own[0], f"{CRITIC}.rank", own[1]),
+            (
+                _ESTIMATOR,
+                f"{POLICY}.rank",
+                f"{POLICY}.{name}",
+                f"{CRITIC}.rank",
+                f"{CRITIC}.{name}",
+            ),
             lambda estimator, rank, policy, critic_rank, critic: (
                 (rank > 0 and policy is None)
                 or (estimator == "gae" and critic_rank > 0 and critic is None)
@@ -137,8 +147,8 @@ NEEDS: dict[str, list[Need]] = {
     "trainer.critic_mini_batch_size": [_GAE],
     **{f"{CRITIC}.{name}": [_GAE, _is_not(f"{CRITIC}.rank", 0)] for name in _LORA_KEYS},
     **{f"{POLICY}.{name}": [_is_not(f"{POLICY}.rank", 0)] for name in (*_LORA_KEYS, "sync")},
-    "trainer.target_modules": _of_trainer("target_modules"),
-    "trainer.exclude_modules": _of_trainer("exclude_modules"),
+    "trainer.target_modules": _default_of_adapters("target_modules"),
+    "trainer.exclude_modules": _default_of_adapters("exclude_modules"),
     "trainer.epochs": [_is("trainer.max_steps", None)],
     f"{ALGORITHM}.grpo_norm_by_std": [_is(_ESTIMATOR, "grpo"), _is_not(_LOSS, "dr_grpo")],
     f"{ALGORITHM}.gamma": [_is(_ESTIMATOR, "gae", "reinforce++")],
@@ -161,37 +171,37 @@ NEEDS: dict[str, list[Need]] = {
 
 
 def check_kind(key: str, metric: str) -> None:
-    """Raise UserError for a key that no sweep for this metric may vary."""
-    out = f"sweep.space.{key}=null takes the axis out"
-    if _among(key, RULER):
+    """Raise UserError for a key that a sweep for this metric may not vary."""
+    fix = f"sweep.space.{key}=null removes the axis"
+    if _matches(key, MEASURE):
         if key == "environment.env_class":
-            out = "name each file's environment in its env_class column, and sweep data.train_data"
+            fix = "name each file's environment in its env_class column, and sweep data.train_data"
         raise UserError(
             "sweep.space: this key changes how trials are measured: their scores could "
             "not be compared",
             got=key,
             allowed="keys that change the training alone",
-            fix=out,
+            fix=fix,
         )
-    if _among(key, RECORDS):
+    if _matches(key, RECORDS):
         raise UserError(
             "sweep.space: this key changes what is recorded or where, not what a trial learns",
             got=key,
-            fix=out,
+            fix=fix,
         )
-    if _among(key, SPEED) and not metrics.lookup(metric).timing:
+    if _matches(key, SPEED) and not metrics.lookup(metric).timing:
         raise UserError(
             "sweep.space: this key changes how fast a trial is, not what it learns",
             got=key,
             allowed=f"with a metric of time or memory (sweep.metric is {metric})",
-            fix=out,
+            fix=fix,
         )
 
 
 def check_effect(axes: Mapping[str, Sequence[Any]], recipe: Recipe) -> None:
-    """Raise UserError for an axis that has no effect, whatever the other axes are.
+    """Raise UserError for an axis that has no effect, whatever values the other axes have.
 
-    `axes` holds each axis's choices, or its bounds; any other key is what the recipe says.
+    `axes` holds each axis's choices or bounds. Other keys have the recipe's value.
     """
     plain = recipes.to_dict(recipe)
 
@@ -199,18 +209,18 @@ def check_effect(axes: Mapping[str, Sequence[Any]], recipe: Recipe) -> None:
         return axes.get(key) or [functools.reduce(operator.getitem, key.split("."), plain)]
 
     for key in axes:
-        for need in (
-            need for name, needs in NEEDS.items() if _among(key, (name,)) for need in needs
-        ):
-            if not any(need.holds(*some) for some in itertools.product(*map(values, need.keys))):
-                given = (f"{other}={'|'.join(map(_word, values(other)))}" for other in need.keys)
+        needs = [need for name in NEEDS if _matches(key, (name,)) for need in NEEDS[name]]
+        for need in needs:
+            combinations = itertools.product(*map(values, need.keys))
+            if not any(need.holds(*combination) for combination in combinations):
+                current = (f"{name}={'|'.join(map(_as_yaml, values(name)))}" for name in need.keys)
                 raise UserError(
                     f"sweep.space: {key} has no effect here",
-                    got=", ".join(given),
+                    got=", ".join(current),
                     allowed=f"with {need.words}",
-                    fix=f"set that, or take the axis out: sweep.space.{key}=null",
+                    fix=f"set that, or remove the axis: sweep.space.{key}=null",
                 )
 
 
-def _among(key: str, names: Sequence[str]) -> bool:
+def _matches(key: str, names: Sequence[str]) -> bool:
     return any(key == name or (name.endswith(".") and key.startswith(name)) for name in names)

@@ -1,6 +1,4 @@
-"""A study's journal: Optuna's file, in which every line ends with a checksum of all that stands
-before it.
-"""
+"""A study's journal: Optuna's file, with a checksum of all earlier content in every line."""
 
 from __future__ import annotations
 
@@ -21,52 +19,54 @@ _SEALED = re.compile(rb'(.*),"sha256":"([0-9a-f]{16})"}\n', re.DOTALL)
 
 
 class Journal(JournalFileBackend):
-    """Optuna's journal backend with checksums, which Optuna and its dashboard read past; kills
-    leave no lock behind.
+    """Optuna's journal backend with checksums, and with a lock that the kernel frees after a kill.
 
-    Lines that others append have none, and are covered by the next one's.
+    Optuna and its dashboard ignore the checksums. Lines that other programs append have none of
+    their own; the next line's covers them.
     """
 
     def __init__(self, path: Path) -> None:
-        """Open a journal, new or existing; raises UserError naming the line when one is damaged.
+        """Open a journal, new or existing.
 
-        A last line that a kill cut short is taken off: the next would be appended to it, and
-        neither be readable.
+        A last line that a kill cut short is removed, or the next line would be appended to it.
+        Raises UserError, which names the line, when one is damaged.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
-        self._own_lock = KernelLock(path.with_name(f"{path.name}.lock"))
-        self._total = hashlib.sha256()
+        self._file_lock = KernelLock(path.with_name(f"{path.name}.lock"))
+        self._hash = hashlib.sha256()
         self._size = 0
-        super().__init__(str(path), lock_obj=self._own_lock)  # type: ignore[arg-type]
+        super().__init__(str(path), lock_obj=self._file_lock)  # type: ignore[arg-type]
         sync(path.parent)
-        self._own_lock.acquire()
+        self._file_lock.acquire()
         try:
-            self._read_on()
+            self._read_new_lines()
             if self._size < path.stat().st_size:
                 os.truncate(path, self._size)
         finally:
-            self._own_lock.release()
+            self._file_lock.release()
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Append one line a log, all or none of them; OSError when the disk is full, with the file
-        as it was.
+        """Append a line for each log: all lines, or none.
+
+        Raises OSError when the disk is full, and leaves the file as it was.
         """
-        self._own_lock.acquire()
+        self._file_lock.acquire()
         try:
-            self._read_on()
-            total, lines = self._total.copy(), b""
+            self._read_new_lines()
+            hasher, lines = self._hash.copy(), b""
             for log in logs:
-                line = _sealed(json.dumps(log, separators=(",", ":")).encode(), total)
-                total.update(line)
+                body = json.dumps(log, separators=(",", ":")).encode()[:-1]
+                line = body + b',"sha256":"' + _digest(body, hasher) + b'"}\n'
+                hasher.update(line)
                 lines += line
             self._append(lines)
-            self._total, self._size = total, self._size + len(lines)
+            self._hash, self._size = hasher, self._size + len(lines)
         finally:
-            self._own_lock.release()
+            self._file_lock.release()
 
     def _append(self, lines: bytes) -> None:
-        # Unbuffered: what a full disk refuses must not be tried again when the file is closed.
+        # Unbuffered: otherwise closing the file would retry what a full disk has refused.
         with named(self._path), self._path.open("ab", buffering=0) as file:
             left = memoryview(lines)
             try:
@@ -74,28 +74,28 @@ class Journal(JournalFileBackend):
                     left = left[file.write(left) :]
                 os.fsync(file.fileno())
             except OSError:
-                # Half a line would spoil the one that comes after it.
+                # The next line would be appended to half a line.
                 os.truncate(self._path, self._size)
                 raise
 
-    def _read_on(self) -> None:
-        """Check what stands after the last line that is known."""
+    def _read_new_lines(self) -> None:
+        """Read and check the lines that were appended since the last call."""
         with self._path.open("rb") as file:
             file.seek(self._size)
             for line in file:
                 if not line.endswith(b"\n"):
                     break
                 self._check(line)
-                self._total.update(line)
+                self._hash.update(line)
                 self._size += len(line)
 
     def _check(self, line: bytes) -> None:
         match = _SEALED.fullmatch(line)
         try:
-            known = isinstance(json.loads(line), dict)
+            is_log = isinstance(json.loads(line), dict)
         except ValueError:
-            known = False
-        if known and (match is None or _digest(match[1], self._total) == match[2]):
+            is_log = False
+        if is_log and (match is None or _digest(match[1], self._hash) == match[2]):
             return
         number = self._path.read_bytes()[: self._size].count(b"\n") + 1
         raise UserError(
@@ -106,12 +106,8 @@ class Journal(JournalFileBackend):
         )
 
 
-def _sealed(log: bytes, before: hashlib._Hash) -> bytes:
-    """A log as a line that ends with the checksum of everything up to there."""
-    return log[:-1] + b',"sha256":"' + _digest(log[:-1], before) + b'"}\n'
-
-
 def _digest(body: bytes, before: hashlib._Hash) -> bytes:
-    total = before.copy()
-    total.update(body)
-    return total.hexdigest()[:16].encode()
+    """Return the checksum of a line's body and everything before it."""
+    hasher = before.copy()
+    hasher.update(body)
+    return hasher.hexdigest()[:16].encode()

@@ -14,11 +14,11 @@ from rich.text import Text
 from harness.config.metrics import duration
 from harness.records.metrics_file import MetricsFile
 from harness.records.run_dir import RunDir
-from sweeps.study.space import Params, short_names, show
+from sweeps.study.sizing import num_slots
+from sweeps.study.space import short_names, show
 from sweeps.study.study import Study, Trial
-from sweeps.study.trials import trials_at_once
 
-# A pruned trial's reason says so itself.
+# The reason of a pruned trial begins with "pruned".
 STATES = {"COMPLETE": "complete: ", "PRUNED": "", "FAIL": "failed: "}
 
 
@@ -40,12 +40,12 @@ class Progress:
     def __init__(self, study: Study, console: Console | None = None) -> None:
         self.study = study
         self.console = console or Console(soft_wrap=True)
-        plan = study.plan
-        self._names = short_names([axis.key for axis in plan.space.axes])
+        self._metric = study.plan.sweep.metric
+        self._names = short_names([axis.key for axis in study.plan.space.axes])
         self._running: dict[int, Running] = {}
-        self._spent: list[float] = []
+        self._durations: list[float] = []
         self._began = time.monotonic()
-        self._count()
+        self._summarize()
         live = Live(
             get_renderable=self.render, console=self.console, refresh_per_second=1, transient=True
         )
@@ -66,133 +66,106 @@ class Progress:
             self._live.stop()
 
     def began(self, trial: Trial, run_dir: RunDir) -> None:
-        """A trial was given to a worker."""
+        """Report that a trial begins."""
         self._running[trial.number] = Running(trial, run_dir, time.monotonic())
-        self._count()
+        self._summarize()
         confirms = f", confirms configuration {trial.configuration}" if trial.confirm else ""
-        self._say(f"trial {trial.number} begins: {self._label(trial)}{confirms}")
+        self._print(f"trial {trial.number} begins: {self._label(trial)}{confirms}")
 
     def evaluated(self, number: int, step: int, total_steps: int, value: float | None) -> None:
-        """A trial came by an evaluation."""
+        """Report an evaluation of a trial."""
         running = self._running[number]
         running.step, running.total_steps = step, total_steps
         running.value = value if value is not None else running.value
         if not self._live and 0 < step < total_steps:
-            reached = "" if value is None else f": {self._score(value)}"
-            self._say(f"trial {number} at step {step} of {total_steps}{reached}  {self._times()}")
+            score = "" if value is None else f": {self._metric} {value:.4g}"
+            self._print(f"trial {number} at step {step} of {total_steps}{score}  {self._times()}")
 
-    def displaced(self, number: int) -> None:
-        """A trial's process died in a pack; it goes on alone."""
+    def restarts_alone(self, number: int) -> None:
+        """Report that a pack's process died and one of its trials goes on alone."""
         self._running.pop(number)
-        self._say(f"trial {number}: its pack's process died; it goes on from its checkpoint, alone")
+        self._print(
+            f"trial {number}: its pack's process died; it goes on from its checkpoint, alone"
+        )
 
     def ended(self, number: int, value: float | None) -> None:
-        """A trial is complete, pruned or failed."""
+        """Report that a trial is complete, pruned or failed."""
         running = self._running.pop(number)
         seconds = time.monotonic() - running.began
-        self._spent.append(seconds)
+        self._durations.append(seconds)
         record = self.study.trials()[number]
-        reached = "" if value is None else f"{self._score(value)} in {duration(seconds)}"
-        self._count()
-        self._say(
-            f"trial {number} "
-            f"{STATES[record.state.name]}{record.user_attrs.get('reason') or reached}"
-        )
+        score = "" if value is None else f"{self._metric} {value:.4g} in {duration(seconds)}"
+        outcome = record.user_attrs.get("reason") or score
+        self._summarize()
+        self._print(f"trial {number} {STATES[record.state.name]}{outcome}")
         if not self._live:
-            self.console.print(
-                f"  {self._summary}  {self._times()}  {self._best}", highlight=False, markup=False
-            )
+            self._print(f"  {self._summary}  {self._times()}  {self._best}")
 
     def render(self) -> Group:
-        """The table of running trials, with the counts, the best so far and the time left
-        under it.
-        """
+        """Return the table of running trials, with the counts, the time left and the best below."""
         table = Table(box=None, padding=(0, 2, 0, 0))
-        for heading in (
-            "trial",
-            *self._names.values(),
-            "seed",
-            "step",
-            self.study.plan.sweep.metric,
-            "time",
-        ):
+        for heading in ("trial", *self._names.values(), "seed", "step", self._metric, "time"):
             table.add_column(heading, no_wrap=True)
         for running in list(self._running.values()):
-            self._refresh(running)
+            rows = MetricsFile(running.run_dir.metrics).rows()
+            if rows:
+                running.step = int(rows[-1]["step"])
+            values = [row[self._metric] for row in rows if self._metric in row]
+            if values:
+                running.value = values[-1]
             total = f"/{running.total_steps}" if running.total_steps else ""
-            value = "" if running.value is None else f"{running.value:.4f}"
-            cells = [show(running.trial.params[key]) for key in self._names]
-            spent = duration(time.monotonic() - running.began)
             table.add_row(
                 str(running.trial.number),
-                *cells,
+                *(show(running.trial.params[key]) for key in self._names),
                 str(running.trial.seed),
                 f"{running.step}{total}",
-                value,
-                spent,
+                "" if running.value is None else f"{running.value:.4f}",
+                duration(time.monotonic() - running.began),
             )
-        # On lines of their own: a line longer than the terminal is cut.
+        # Two lines: rich cuts a line that is longer than the terminal.
         return Group(table, Text(f"{self._summary}  {self._times()}"), Text(self._best))
 
     def seconds_left(self) -> float | None:
-        """Time until the sweep's end: by the trials ended, before these by the steps of those that
-        run, else None.
+        """Return the time until the sweep's end, None while it cannot be estimated.
+
+        The estimate follows the trials that have ended; before the first one, the steps of those
+        that run.
         """
-        # Copied: the live table asks from a thread of its own.
-        now, under_way = time.monotonic(), list(self._running.values())
-        whole = self._spent or [
-            (now - one.began) * one.total_steps / one.step
-            for one in under_way
-            if one.step and one.total_steps
+        # A copy: the live table calls this from a thread of its own.
+        now, running = time.monotonic(), list(self._running.values())
+        durations = self._durations or [
+            (now - trial.began) * trial.total_steps / trial.step
+            for trial in running
+            if trial.step and trial.total_steps
         ]
-        if not whole:
+        if not durations:
             return None
-        mean = sum(whole) / len(whole)
-        done = sum(min(mean, now - one.began) for one in under_way)
-        at_once = trials_at_once(self.study.plan.recipe)
-        return max(0.0, self._left * mean - done) / min(at_once, max(1, self._left))
+        mean = sum(durations) / len(durations)
+        done = sum(min(mean, now - trial.began) for trial in running)
+        slots = num_slots(self.study.plan.recipe)
+        return max(0.0, self._left * mean - done) / min(slots, max(1, self._left))
 
-    def _refresh(self, running: Running) -> None:
-        """The step that the trial's own metrics file has come to."""
-        rows = MetricsFile(running.run_dir.metrics).rows()
-        if rows:
-            running.step = int(rows[-1]["step"])
-        values = [
-            row[self.study.plan.sweep.metric] for row in rows if self.study.plan.sweep.metric in row
-        ]
-        if values:
-            running.value = values[-1]
-
-    def _count(self) -> None:
-        """Take the counts and the best from the study: once an event, not once a frame."""
+    def _summarize(self) -> None:
+        """Read the counts and the best from the study: once an event, not once a frame."""
         counts, self._left = self.study.counts(), self.study.num_left
         self._summary = (
             f"{counts['COMPLETE']} complete, {counts['PRUNED']} pruned, {counts['FAIL']} failed, "
             f"{self._left} left of {self.study.num_runs}"
         )
         self._best = ""
-        best = self.study.best
-        if best is not None:
-            self._best = (
-                f"best so far {best[1]:.4f} (trial {best[0].number}: {self._label(best[0])})"
-            )
+        if (best := self.study.best) is not None:
+            trial, value = best
+            self._best = f"best so far {value:.4f} (trial {trial.number}: {self._label(trial)})"
 
     def _times(self) -> str:
         left = self.seconds_left()
         eta = f", ETA {duration(left)}" if left else ""
         return f"[{duration(time.monotonic() - self._began)}{eta}]"
 
-    def _score(self, value: float) -> str:
-        return f"{self.study.plan.sweep.metric} {value:.4g}"
-
     def _label(self, trial: Trial) -> str:
-        return label(trial.params, trial.seed, self._names)
+        """Return a trial's configuration and seed on one line: `rank=8 lr=0.001 seed=0`."""
+        values = [f"{self._names[key]}={show(value)}" for key, value in trial.params.items()]
+        return " ".join([*values, f"seed={trial.seed}"])
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False)
-
-
-def label(params: Params, seed: int | None, names: dict[str, str]) -> str:
-    """A configuration on one line: `rank=8 lr=0.001 seed=0`."""
-    parts = [f"{names[key]}={show(value)}" for key, value in params.items()]
-    return " ".join(parts + ([] if seed is None else [f"seed={seed}"]))

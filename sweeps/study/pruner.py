@@ -1,15 +1,17 @@
-"""A recipe's `sweep.pruner` as an Optuna pruner: any of Optuna's, by name."""
+"""The pruner of a sweep: any of Optuna's, by name, and the trials that it compares."""
 
 from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
+import optuna
 from optuna import pruners
 from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner, NopPruner
+from optuna.trial import FrozenTrial, TrialState
 
 from harness.config.schema import Recipe
 from harness.core.errors import UserError, nearest
@@ -24,16 +26,42 @@ PRUNERS: dict[str, type[BasePruner]] = {
 }
 
 
-def build_pruner(recipe: Recipe) -> BasePruner:
-    """The pruner of a recipe's sweep, none for null; raises UserError for an unknown name or
-    argument.
+class PrunerView(optuna.Study):
+    """A study as its pruner sees it: without confirmation runs.
+
+    Attributes:
+        excluded: further trials that the pruner does not see.
+        still_running: trials that the pruner sees as running although they may have ended.
     """
-    given = recipe.sweep.pruner if recipe.sweep else None
-    return NopPruner() if given is None else _build(given, recipe, "sweep.pruner")
+
+    excluded: frozenset[int] = frozenset()
+    still_running: frozenset[int] = frozenset()
+
+    def get_trials(
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        """Return the trials in these states, or all."""
+        excluded = self.excluded
+        if states is not None and TrialState.RUNNING not in states:
+            excluded = excluded | self.still_running
+        return [
+            trial
+            for trial in super().get_trials(deepcopy, states)
+            if not trial.user_attrs.get("confirm") and trial.number not in excluded
+        ]
 
 
-def _build(given: Mapping[str, Any], recipe: Recipe, where: str) -> BasePruner:
-    name = given.get("name")
+def build_pruner(recipe: Recipe) -> BasePruner:
+    """Return the pruner of a recipe's sweep; one that prunes nothing where it has none.
+
+    Raises UserError for an unknown name or argument.
+    """
+    settings = recipe.sweep.pruner if recipe.sweep else None
+    return NopPruner() if settings is None else _build(settings, recipe, "sweep.pruner")
+
+
+def _build(settings: Mapping[str, Any], recipe: Recipe, where: str) -> BasePruner:
+    name = settings.get("name")
     if name not in PRUNERS:
         guess = nearest(str(name), PRUNERS)
         raise UserError(
@@ -42,9 +70,9 @@ def _build(given: Mapping[str, Any], recipe: Recipe, where: str) -> BasePruner:
             allowed=", ".join(PRUNERS),
             fix=f"did you mean {guess}?" if guess else None,
         )
-    kind = PRUNERS[name]
-    known = [p for p in inspect.signature(kind).parameters if p != "self"]
-    arguments = {**_defaults(name, recipe), **{k: v for k, v in given.items() if k != "name"}}
+    pruner = PRUNERS[name]
+    known = [p for p in inspect.signature(pruner).parameters if p != "self"]
+    arguments = {**_defaults(name, recipe), **{k: v for k, v in settings.items() if k != "name"}}
     for argument, value in arguments.items():
         if argument not in known:
             guess = nearest(argument, known)
@@ -54,7 +82,7 @@ def _build(given: Mapping[str, Any], recipe: Recipe, where: str) -> BasePruner:
                 else "overrides add to the recipe's pruner: sweep.pruner=null first"
             )
             raise UserError(
-                f"{where}: {kind.__name__} takes no such argument",
+                f"{where}: {pruner.__name__} takes no such argument",
                 got=argument,
                 allowed=", ".join(known),
                 fix=fix,
@@ -64,19 +92,18 @@ def _build(given: Mapping[str, Any], recipe: Recipe, where: str) -> BasePruner:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
-            return kind(**arguments)
+            return pruner(**arguments)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"{where}: {kind.__name__} refuses this", got=dict(given), fix=str(error)
+            f"{where}: {pruner.__name__} refuses this", got=dict(settings), fix=str(error)
         ) from None
 
 
 def _defaults(name: str, recipe: Recipe) -> dict[str, Any]:
-    """Rungs in optimizer steps: from the first evaluation to the last step, where the recipe sets
-    these.
+    """Return rungs from the first evaluation to the last step, where the recipe sets these.
 
-    Optuna's own start at step 1 and end at the first finished trial's length, which a resumed sweep
-    may see otherwise.
+    Optuna's defaults start at step 1, and end at the length of the first finished trial, which may
+    be another trial after a resumption.
     """
     trainer = recipe.trainer
     defaults: dict[str, Any] = {}

@@ -1,12 +1,16 @@
-"""A recipe's `sweep.space` as axes with Optuna distributions, checked against the recipe itself.
+"""A recipe's `sweep.space` as axes with Optuna distributions, checked against the recipe.
+
 Imports no torch.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,12 +28,11 @@ from sweeps.study import axes
 Params = dict[str, Any]
 Distribution = CategoricalDistribution | IntDistribution | FloatDistribution
 FORMS = "{choices: [...]} or {low, high, log, step}"
-PLACES = PLACE_KEYS
 
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One swept recipe key: its values are `choices`, or the range that `distribution` holds."""
+    """A swept recipe key; its values are `choices`, or a range where `choices` is None."""
 
     key: str
     distribution: Distribution
@@ -37,16 +40,14 @@ class Axis:
 
     @property
     def kind(self) -> str:
-        """How values are drawn: `choices`, `int` or `float`, with `, log` for a
-        logarithmic scale.
-        """
+        """`choices`, `int` or `float`, with `, log` for a logarithmic scale."""
         if isinstance(self.distribution, CategoricalDistribution):
             return "choices"
         name = "int" if isinstance(self.distribution, IntDistribution) else "float"
         return f"{name}, log" if self.distribution.log else name
 
     def values(self) -> tuple[Any, ...] | None:
-        """Every value in order, or None for a continuous range."""
+        """Return every value in order, or None for a continuous range."""
         span = self.distribution
         if isinstance(span, CategoricalDistribution):
             return self.choices
@@ -60,13 +61,13 @@ class Axis:
         return None
 
     def bounds(self) -> tuple[Any, ...]:
-        """Every choice, or the lowest and the highest value."""
+        """Return every choice, or the lowest and the highest value."""
         if isinstance(self.distribution, CategoricalDistribution):
             return self.choices or ()
         return (self.distribution.low, self.distribution.high)
 
-    def holds(self, value: Any) -> bool:
-        """Whether a value is one this axis can take."""
+    def contains(self, value: Any) -> bool:
+        """Return whether the axis has a value."""
         span = self.distribution
         if isinstance(span, CategoricalDistribution):
             return encode(value) in span.choices
@@ -81,16 +82,14 @@ class Axis:
         steps = (value - span.low) / span.step if span.step is not None else 0
         return math.isclose(steps, round(steps), abs_tol=1e-9)
 
-    def normal(self, value: Any) -> Any:
-        """A value that the axis holds, as the recipe reads it: 16 is 16.0 where the key is
-        a float.
-        """
+    def convert(self, value: Any) -> Any:
+        """Return a value of the axis in the type of its key: 16 as 16.0 for a float."""
         if self.choices is not None:
             return next(choice for choice in self.choices if encode(choice) == encode(value))
         return int(value) if isinstance(self.distribution, IntDistribution) else float(value)
 
     def describe(self) -> str:
-        """The choices or the range, for people."""
+        """Return the choices or the range as text."""
         if self.choices is not None:
             return ", ".join(show(choice) for choice in self.choices)
         step = getattr(self.distribution, "step", None)
@@ -100,8 +99,9 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """The axes of a sweep. Parameters are plain values by dotted key; `encode_all` gives Optuna's
-    form of them.
+    """The axes of a sweep.
+
+    Parameters are plain values by dotted key. Optuna stores them as `encode_all` returns them.
     """
 
     axes: tuple[Axis, ...]
@@ -113,7 +113,7 @@ class Space:
 
     @property
     def size(self) -> int | None:
-        """How many different configurations there are; None when an axis is continuous."""
+        """The number of configurations; None when an axis is continuous."""
         values = [axis.values() for axis in self.axes]
         return math.prod(len(v) for v in values if v is not None) if None not in values else None
 
@@ -121,38 +121,47 @@ class Space:
         return next(axis for axis in self.axes if axis.key == key)
 
     def point(self, index: int) -> Params:
-        """The configuration at a place in a finite space, the last axis varying quickest."""
+        """Return a configuration of a finite space by its index; the last axis varies fastest."""
         params: Params = {}
         for axis in reversed(self.axes):
             values = axis.values() or ()
-            index, place = divmod(index, len(values))
-            params[axis.key] = values[place]
+            index, value_index = divmod(index, len(values))
+            params[axis.key] = values[value_index]
         return {axis.key: params[axis.key] for axis in self.axes}
 
     def encode_all(self, params: Params) -> Params:
-        """Parameters as Optuna stores them."""
+        """Return parameters as Optuna stores them."""
         return {
             key: encode(value) if self[key].choices is not None else value
             for key, value in params.items()
         }
 
     def decode_all(self, params: Mapping[str, Any]) -> Params:
-        """Parameters as the recipe takes them, in the axes' order."""
-        return {axis.key: decode(axis, params[axis.key]) for axis in self.axes}
+        """Return parameters that Optuna stored as the recipe has them, in the axes' order."""
+        decoded: Params = {}
+        for axis in self.axes:
+            value = params[axis.key]
+            if axis.choices is not None:
+                value = next(choice for choice in axis.choices if encode(choice) == value)
+            decoded[axis.key] = value
+        return decoded
 
     def describe(self) -> dict[str, str]:
-        """Kind and range of each axis, for people."""
+        """Return the kind and the range of each axis as text."""
         return {axis.key: f"{axis.kind}: {axis.describe()}" for axis in self.axes}
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the space, by which a resumed sweep tells whether it changed."""
+        """The SHA-256 of the space: a resumed sweep compares it."""
         exact = {axis.key: repr(axis.distribution) for axis in self.axes}
         return hashlib.sha256(json.dumps(exact, sort_keys=True).encode()).hexdigest()
 
 
 def from_recipe(recipe: Recipe) -> Space:
-    """The space of a recipe's sweep; raises UserError naming the axis at fault."""
+    """Return the space of a recipe's sweep.
+
+    Raises UserError, which names the axis, for anything wrong in it.
+    """
     if recipe.sweep is None or not recipe.sweep.space:
         raise UserError(
             "the recipe sweeps nothing: sweep.space names no key",
@@ -171,19 +180,12 @@ def from_recipe(recipe: Recipe) -> Space:
 
 
 def encode(value: Any) -> Any:
-    """A choice as Optuna can store it: lists as their JSON text, scalars as they are."""
+    """Return a choice as Optuna can store it: lists as JSON text, scalars unchanged."""
     return json.dumps(value) if isinstance(value, list | dict) else value
 
 
-def decode(axis: Axis, stored: Any) -> Any:
-    """The value that Optuna stored in the form of `encode`."""
-    if axis.choices is None:
-        return stored
-    return next(choice for choice in axis.choices if encode(choice) == stored)
-
-
 def show(value: Any) -> str:
-    """A parameter's value for people: short numbers, plain lists."""
+    """Return a parameter's value as short text."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list):
@@ -192,12 +194,12 @@ def show(value: Any) -> str:
 
 
 def identity(params: Params) -> str:
-    """Text that is equal for equal configurations."""
+    """Return text that is equal for equal configurations."""
     return json.dumps(params, sort_keys=True)
 
 
 def short_names(keys: list[str]) -> dict[str, str]:
-    """The shortest dotted endings that still tell the keys apart, for table headings."""
+    """Return headings by key: the shortest dotted endings that are still different."""
     for length in range(1, max((key.count(".") for key in keys), default=0) + 2):
         names = {key: ".".join(key.split(".")[-length:]) for key in keys}
         if len(set(names.values())) == len(keys):
@@ -213,7 +215,7 @@ def _check_key(plain: Recipe, key: str) -> None:
         raise UserError(
             "sweep.space: seeds are not an axis", got=key, fix="list them in sweep.seeds"
         )
-    if key in PLACES:
+    if key in PLACE_KEYS:
         raise UserError(
             "sweep.space: the sweep names its trials' directories itself", got=key, allowed=example
         )
@@ -229,26 +231,26 @@ def _check_key(plain: Recipe, key: str) -> None:
 
 
 def _check_modules(plain: Recipe, values: Mapping[str, Sequence[Any]]) -> None:
-    """Raise UserError for target modules that the model has not: each trial would fail, after its
-    engine started.
+    """Raise UserError for target modules that the model does not have.
+
+    Without this check, each trial would fail after its engine has started.
     """
+    if {"trainer.policy.model.path", "trainer.critic.model.path"} & set(values):
+        return  # the modules depend on the trial
+    policy, critic = plain.trainer.policy, plain.trainer.critic
     for key in values:
         if key.endswith(("target_modules", "exclude_modules")):
-            role = (
-                plain.trainer.critic if key.startswith("trainer.critic.") else plain.trainer.policy
-            )
-            path = role.model.path or plain.trainer.policy.model.path
-            swept = {"trainer.policy.model.path", "trainer.critic.model.path"} & set(values)
-            there = None if swept else stored_modules(path)
-            for value in values[key]:
-                if there is not None:
-                    check_modules(f"sweep.space: {key}", value, there)
+            role = critic if key.startswith("trainer.critic.") else policy
+            modules = stored_modules(role.model.path or policy.model.path)
+            if modules is not None:
+                for value in values[key]:
+                    check_modules(f"sweep.space: {key}", value, modules)
 
 
 def _check_form(key: str, spec: Any) -> None:
     if not isinstance(spec, Mapping):
         raise UserError(f"sweep.space: {key} is no axis", got=spec, allowed=FORMS)
-    given = {name for name, value in spec.items() if value is not None}
+    fields = {name for name, value in spec.items() if value is not None}
     unknown = set(spec) - set(AXIS_FIELDS)
     if unknown:
         raise UserError(
@@ -256,17 +258,19 @@ def _check_form(key: str, spec: Any) -> None:
             got=", ".join(sorted(unknown)),
             allowed=FORMS,
         )
-    listed, ranged = "choices" in given, bool(given & {"low", "high", "log", "step"})
-    if listed == ranged:
-        problem = "has both choices and a range" if listed else "has neither choices nor a range"
+    has_choices, has_range = "choices" in fields, bool(fields & {"low", "high", "log", "step"})
+    if has_choices == has_range:
+        problem = (
+            "has both choices and a range" if has_choices else "has neither choices nor a range"
+        )
         raise UserError(f"sweep.space: {key} {problem}", got=dict(spec), allowed=FORMS)
-    if ranged:
+    if has_range:
         _check_range(key, spec)
     elif not isinstance(spec["choices"], list) or not spec["choices"]:
         raise UserError(
             f"sweep.space: {key} has no choices",
             got=spec["choices"],
-            allowed="choices: [one, or, more]",
+            allowed="choices: [A, B, ...]",
         )
 
 
@@ -306,40 +310,36 @@ def _check_range(key: str, spec: Mapping[str, Any]) -> None:
 
 
 def _values(plain: Recipe, specs: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Each axis's choices or bounds as the recipe reads them; raises UserError for one that the
-    recipe refuses.
+    """Return each axis's choices or bounds in the types of the recipe's keys.
+
+    Raises UserError for a value that the recipe refuses.
     """
-    given = {key: spec.get("choices") or [spec["low"], spec["high"]] for key, spec in specs.items()}
-    read: dict[str, list[Any]] = {key: [] for key in given}
-    for place in range(max(map(len, given.values()))):
-        # One value of every axis at a time: validating a recipe is what takes the time here.
-        some = {key: values[place] for key, values in given.items() if place < len(values)}
+    written = {key: _choices_or_bounds(spec) for key, spec in specs.items()}
+    converted: dict[str, list[Any]] = {key: [] for key in written}
+    for index in range(max(map(len, written.values()))):
+        # One value of every axis at a time, because validating a recipe is slow.
+        values = {key: axis[index] for key, axis in written.items() if index < len(axis)}
         try:
-            accepted = recipes.to_dict(recipes.with_values(plain, some))
-            found = {key: _get(accepted, key) for key in some}
+            accepted = _read_back(plain, values)
         except UserError:
-            found = {key: _accepted(plain, key, value, specs) for key, value in some.items()}
-        for key, value in found.items():
-            read[key].append(value)
-    return read
+            accepted = {key: _accepted(plain, key, v, specs) for key, v in values.items()}
+        for key, value in accepted.items():
+            converted[key].append(value)
+    return converted
 
 
 def _accepted(plain: Recipe, key: str, value: Any, specs: Mapping[str, Any]) -> Any:
     try:
-        return _get(recipes.to_dict(recipes.with_values(plain, {key: value})), key)
+        return _read_back(plain, {key: value})[key]
     except UserError as error:
         refusal = error
-    # Keys may depend on each other (a batch and its mini-batch): a value stands if one of another
-    # axis allows it.
+    # Keys may depend on each other, such as a batch and its mini-batch: a value is accepted if it
+    # is valid with some value of another axis.
     for other, spec in specs.items():
         if other != key:
-            for mate in spec.get("choices") or [spec.get("low"), spec.get("high")]:
-                try:
-                    return _get(
-                        recipes.to_dict(recipes.with_values(plain, {key: value, other: mate})), key
-                    )
-                except UserError:
-                    continue
+            for other_value in _choices_or_bounds(spec):
+                with contextlib.suppress(UserError):
+                    return _read_back(plain, {key: value, other: other_value})[key]
     raise UserError(
         f"sweep.space: {key} cannot be {show(value)}: {refusal.what}",
         got=refusal.got,
@@ -373,8 +373,11 @@ def _axis(key: str, spec: Mapping[str, Any], values: list[Any]) -> Axis:
     return Axis(key, FloatDistribution(low, high, log=log, step=step))
 
 
-def _get(values: dict[str, Any], key: str) -> Any:
-    value: Any = values
-    for part in key.split("."):
-        value = value[part]
-    return value
+def _choices_or_bounds(spec: Mapping[str, Any]) -> list[Any]:
+    return spec.get("choices") or [spec["low"], spec["high"]]
+
+
+def _read_back(plain: Recipe, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values as the recipe has them after it was validated with them."""
+    accepted = recipes.to_dict(recipes.with_values(plain, dict(values)))
+    return {key: functools.reduce(operator.getitem, key.split("."), accepted) for key in values}

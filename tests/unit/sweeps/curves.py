@@ -21,7 +21,7 @@ from harness.records.run_dir import RunDir, Status
 from rltrain.report import StepReport
 from sweeps.study import plan as plans
 from sweeps.study.plan import Plan
-from sweeps.study.trials import settle
+from sweeps.study.sizing import settle
 
 RANK = "trainer.policy.model.lora.rank"
 ALPHA = "trainer.policy.model.lora.alpha"
@@ -57,11 +57,11 @@ def _base() -> Recipe:
 
 def begin(recipe: Recipe, folder: Path) -> tuple[Plan, RunDir]:
     """The plan and the directory of a sweep."""
-    settled = settle(recipe)
+    plan = settle(plans.build(recipe))
     sweep_dir = RunDir(folder)
-    record = manifest.build(settled, kind="sweep", name=folder.name, source="recipes/base.yaml")
-    sweep_dir.create(recipes.to_yaml(settled), record)
-    return plans.build(settled), sweep_dir
+    record = manifest.build(plan.recipe, kind="sweep", name=folder.name, source="recipes/base.yaml")
+    sweep_dir.create(recipes.to_yaml(plan.recipe), record)
+    return plan, sweep_dir
 
 
 def curve(rank: int, step: int) -> float:

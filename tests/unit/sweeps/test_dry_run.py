@@ -152,7 +152,7 @@ def test_a_hubs_model_has_its_published_size_or_its_names(
 
 def test_confirming_is_counted(recipe: Recipe) -> None:
     text = dry_run.describe(plans.build(recipe), "my.yaml", confirm=2)
-    assert "the best 2 again, on seeds 2, 3: 4 runs more" in text
+    assert "the best 2 again, on seeds 2, 3: 4 more runs" in text
     assert "all 10" in text
 
 
@@ -177,6 +177,4 @@ def test_arithmetic_of_a_gpu_recipe(recipe: Recipe, tmp_path: Path) -> None:
 
 def test_a_space_smaller_than_the_number_of_trials_is_said(recipe: Recipe) -> None:
     small = recipes.with_values(recipe, {"sweep.space": {RANK: {"choices": [1, 8]}}})
-    assert "the space has no more than 2 configurations" in dry_run.describe(
-        plans.build(small), "my.yaml"
-    )
+    assert "the space has only 2 configurations" in dry_run.describe(plans.build(small), "my.yaml")

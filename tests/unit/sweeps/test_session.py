@@ -22,8 +22,8 @@ from harness.records.run_dir import Status
 from sweeps import session as sessions
 from sweeps.session import Session
 from sweeps.study import trials
+from sweeps.study.sizing import num_packs
 from sweeps.study.study import Study
-from sweeps.study.trials import packs_at_once
 from tests.unit.sweeps.curves import LR, RANK
 
 Start = Callable[..., Session]
@@ -126,14 +126,14 @@ def test_packs_are_as_many_as_the_gpus_and_stay_so(
     begun = sessions.start(
         str(recipe_file), ["trainer.placement.device=cuda", "trainer.run_name=two"]
     )
-    assert packs_at_once(begun.plan.recipe) == 2
+    assert num_packs(begun.plan.recipe) == 2
     for module in ("sweeps.session", "rltrain.distributed.placement"):
         monkeypatch.setattr(f"{module}.visible_gpus", lambda: 1)
     same = ["trainer.placement.device=cuda", "trainer.run_name=two"]
     with pytest.raises(UserError, match=r"2 asked, 1 there(.|\n)*sweep.max_concurrent=null"):
         sessions.resume(None, str(recipe_file), same)
     fewer = sessions.resume(str(begun.sweep_dir.path), None, ["sweep.max_concurrent=null"])
-    assert packs_at_once(fewer.plan.recipe) == 1
+    assert num_packs(fewer.plan.recipe) == 1
 
 
 def test_resume_by_directory(begun: Session) -> None:
@@ -286,7 +286,7 @@ def test_trials_know_which_inputs_they_were_trained_on(recipe_file: Path, begun:
     study = Study(sweep_dir.journal, plan)
     asked = [study.ask() for _ in range(3)]
     ended, trained, _ = [
-        trials.create(plan, trial, sweep_dir) for trial in asked if trial is not None
+        trials.create(plan, trial, sweep_dir)[0] for trial in asked if trial is not None
     ]
     for run_dir in (ended, trained):
         run_dir.move_to(Status.RUNNING)
@@ -304,12 +304,12 @@ def test_trials_know_which_inputs_they_were_trained_on(recipe_file: Path, begun:
     digests = [one["data"][str(data)] for one in records(begun)]
     assert digests == [was, *[manifest.digest_path(str(data))] * 2]
     assert sweep_dir.read_manifest()["inputs"] == [1, 2]
-    assert trials.on_former_inputs(sweep_dir) == {0, 1}
+    assert trials.outdated_trials(sweep_dir) == {0, 1}
     # Those made from now on are of the new inputs, and a trial that has ended stays of the first.
     change(data)
     trials.accept_inputs(sweep_dir)
     assert [one["inputs"] for one in records(begun)] == [[1], [1, 2, 3], [3]]
-    assert trials.on_former_inputs(sweep_dir) == {0, 1}
+    assert trials.outdated_trials(sweep_dir) == {0, 1}
 
 
 def test_data_that_are_an_axis_are_compared_too(recipe_file: Path) -> None:
@@ -328,7 +328,7 @@ def test_data_that_are_an_axis_are_compared_too(recipe_file: Path) -> None:
     for _ in range(3):
         trial = study.ask()
         assert trial is not None
-        run_dir = trials.create(session.plan, trial, session.sweep_dir)
+        run_dir = trials.create(session.plan, trial, session.sweep_dir)[0]
         run_dir.move_to(Status.RUNNING)
         run_dir.move_to(Status.COMPLETE)
     pd.read_parquet(folder / "other.parquet").iloc[::-1].to_parquet(folder / "other.parquet")

@@ -73,7 +73,7 @@ def test_there_is_no_note_where_vllm_is_installed(
 @pytest.mark.usefixtures("left_out")
 def test_trials_and_their_reruns_agree_with_the_sweep(tmp_path: Path) -> None:
     plan = plans.build(recipes.load("quickstart"))
-    trial = Trial(0, 0, 1, plan.first_trials[1], "trials/0000")
+    trial = Trial(0, 0, 1, plan.first_trials[1])
     of_trial = trials.trial_recipe(plan, trial, RunDir(tmp_path))
     assert of_trial.generator.backend is Backend.transformers
     again = recipes.load("quickstart", trials.rerun_overrides(plan, trial, []))

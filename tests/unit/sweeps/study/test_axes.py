@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from harness.config import recipe as recipes
+from harness.config.digest import PLACE_KEYS
 from harness.config.recipe_keys import known_keys
 from harness.core.errors import UserError
 from sweeps.study import axes
-from sweeps.study.space import PLACES, from_recipe
+from sweeps.study.space import from_recipe
 from tests.unit.sweeps.curves import ALPHA, LR, RANK, TARGETS, recipe_of
 
 ALGORITHM, CRITIC, POLICY = "trainer.algorithm", "trainer.critic", "trainer.policy"
@@ -62,7 +63,7 @@ def test_every_key_is_an_axis_or_refused() -> None:
     allowed = set()
     for key in known_keys():
         if (
-            key not in PLACES
+            key not in PLACE_KEYS
             and not key.startswith("sweep.")
             and key not in ("seed", "trainer.seed")
         ):

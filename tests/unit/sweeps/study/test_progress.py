@@ -41,7 +41,7 @@ def test_the_time_left_follows_the_trials_so_far(tmp_path: Path, clock: Clock) -
     for _ in range(2):
         trial = study.ask()
         assert trial is not None
-        progress.began(trial, trials.create(plan, trial, sweep_dir))
+        progress.began(trial, trials.create(plan, trial, sweep_dir)[0])
     progress.evaluated(0, 0, 4, 0.25)  # the base
     assert progress.seconds_left() is None
     clock.now += 30
@@ -73,7 +73,7 @@ def test_the_table_shows_what_runs(tmp_path: Path) -> None:
     assert trial is not None
     console = Console(file=io.StringIO(), width=200, force_terminal=True)
     with Progress(study, console) as progress:
-        run_dir = trials.create(plan, trial, sweep_dir)
+        run_dir = trials.create(plan, trial, sweep_dir)[0]
         progress.began(trial, run_dir)
         progress.evaluated(trial.number, 2, 4, 0.5)
         MetricsFile(run_dir.metrics).append({"step": 3, "eval/accuracy": 0.625})

@@ -20,8 +20,8 @@ from rltrain.tools import fit
 from sweeps import dry_run
 from sweeps.execution.server_pool import ServerPool
 from sweeps.study import plan as plans
-from sweeps.study import trials
-from tests.unit.sweeps.curves import LR, RANK
+from sweeps.study import sizing
+from tests.unit.sweeps.curves import LR, RANK, recipe_of
 
 DROPOUT = "trainer.policy.model.lora.dropout"
 
@@ -39,8 +39,12 @@ def sweep(*overrides: str, name: str = "gsm8k_lora") -> Recipe:
     return recipes.load(name, list(overrides))
 
 
+def settle(recipe: Recipe, gpus: Gpus | None = None) -> Recipe:
+    return sizing.settle(plans.build(recipe), gpus).recipe
+
+
 def chosen(recipe: Recipe, gpus: Gpus | None = None) -> tuple[int | None, int | None]:
-    settled = trials.settle(recipe, gpus).sweep
+    settled = settle(recipe, gpus).sweep
     assert settled is not None
     return settled.max_concurrent, settled.pack_size
 
@@ -50,10 +54,10 @@ def chosen(recipe: Recipe, gpus: Gpus | None = None) -> tuple[int | None, int | 
 )
 def test_every_gpu_gets_a_pack_without_a_word_in_the_recipe(name: str) -> None:
     recipe = sweep(name=f"recipes/{name}.yaml")
-    settled = trials.settle(recipe)
-    assert trials.packs_at_once(settled) == 8
-    assert trials.gpus_per_place(settled) == 1
-    assert trials.server_bundles(settled) == [{"CPU": 8.0, "GPU": 1.0}]
+    settled = settle(recipe)
+    assert sizing.num_packs(settled) == 8
+    assert sizing.gpus_per_pack(settled) == 1
+    assert sizing.server_bundles(settled) == [{"CPU": 8.0, "GPU": 1.0}]
     assert settled.trainer.num_threads == 8
     assert "in 8 packs" in dry_run.describe(plans.build(recipe), "my.yaml", Gpus((8,), 80 * GIB))
 
@@ -76,8 +80,8 @@ def test_a_trial_that_ends_its_pack_leaves_the_other_gpus_alone() -> None:
 
         def end(self, name: str) -> None: ...
 
-    recipe, processes = trials.settle(sweep(), Gpus((4,), 80 * GIB)), Processes()
-    assert trials.gpus_per_place(recipe) == 1
+    recipe, processes = settle(sweep(), Gpus((4,), 80 * GIB)), Processes()
+    assert sizing.gpus_per_pack(recipe) == 1
     pool = ServerPool(recipe, processes)
     trial = recipes.with_values(recipe, {"sweep": None})
     servers, run_dir = [], RunDir("runs/trial")
@@ -137,28 +141,26 @@ def test_on_a_cpu_its_cores_are_shared_out(threads: int | None, packs: int) -> N
         "trainer.placement.device=cpu", "sweep.sampler=random", name="recipes/gsm8k_lora.yaml"
     )
     recipe.trainer.num_threads = threads
-    settled = trials.settle(recipe)
-    assert trials.packs_at_once(settled) == packs
+    settled = settle(recipe)
+    assert sizing.num_packs(settled) == packs
     assert settled.trainer.num_threads == (threads or 64)
 
 
 def test_what_was_chosen_stays() -> None:
-    settled = trials.settle(sweep())
-    assert trials.settle(settled, Gpus((2,), 24 * GIB)) == settled
+    settled = settle(sweep())
+    assert settle(settled, Gpus((2,), 24 * GIB)) == settled
 
 
 def test_the_largest_trials_are_a_pack_of_the_largest_rank_and_full_fine_tuning_alone() -> None:
-    plan = plans.build(
-        trials.settle(sweep(name="recipes/lora_without_regret/qwen/lr_by_rank.yaml"))
-    )
-    pack, full = trials.largest(plan)
+    plan = plans.build(settle(sweep(name="recipes/lora_without_regret/qwen/lr_by_rank.yaml")))
+    pack, full = sizing.largest_trials(plan)
     assert (pack.trainer.policy.model.lora.rank, pack.generator.max_lora_rank) == (64, 64)
-    assert fit.runs_together(pack) == trials.trials_per_place(plan.recipe) > 1
+    assert fit.runs_together(pack) == fit.runs_together(plan.recipe) > 1
     assert (full.trainer.policy.model.lora.rank, fit.runs_together(full)) == (0, 1)
     other = recipes.with_values(
         plan.recipe, {"sweep.space": {LR: {"choices": [1e-5, 1e-4]}}, "sweep.first_trials": []}
     )
-    (alone,) = trials.largest(plans.build(other))
+    (alone,) = sizing.largest_trials(plans.build(other))
     assert alone.trainer.policy.model.lora.rank == 32
     assert RANK not in (other.sweep.space if other.sweep else {})
 
@@ -169,3 +171,55 @@ def test_a_cluster_that_is_not_reached_yet_plans_nothing() -> None:
     )
     assert "as many packs as the GPUs hold" in text
     assert "--gpu-memory" in text
+
+
+def test_trials_share_an_engine_with_room_for_the_largest_rank() -> None:
+    recipe = recipe_of({RANK: {"choices": [1, 64, 8]}}, max_concurrent=2)
+    recipe.trainer.num_threads = None
+    assert settle(recipe).trainer.num_threads == sizing.threads_per_process(recipe)
+    assert sizing.engine_rank(plans.build(recipe)) == 64
+    # The recipe's own rank counts only where rank is no axis; a limit in the recipe stands.
+    assert sizing.engine_rank(plans.build(recipe_of({RANK: {"choices": [1, 8]}}))) == 8
+    other = recipe_of({LR: {"low": 1e-5, "high": 1e-3}})
+    assert sizing.engine_rank(plans.build(other)) == 32
+    other.generator.max_lora_rank = 256
+    assert sizing.engine_rank(plans.build(other)) == 256
+
+
+@pytest.mark.parametrize(("threads", "concurrent", "expected"), [(3, 1, 3), (None, 10_000, 1)])
+def test_cores_are_shared_out(threads: int | None, concurrent: int, expected: int) -> None:
+    recipe = recipe_of(max_concurrent=concurrent)
+    recipe.trainer.num_threads = threads
+    assert sizing.threads_per_process(recipe) == expected
+
+
+def test_a_sweep_on_the_cpu_asks_for_no_gpu() -> None:
+    assert sizing.gpus_per_pack(recipe_of()) == 0
+    assert sizing.gpus_per_pack(_on_gpus(recipe_of(), ranks=1)) == 1
+
+
+def test_a_trial_of_several_processes_holds_a_place_for_each() -> None:
+    recipe = _on_gpus(recipe_of(), ranks=4)
+    assert sizing.gpus_per_pack(recipe) == 4
+    threads = float(recipe.trainer.num_threads or 1)
+    assert sizing.server_bundles(recipe) == [{"CPU": 1.0}, {"CPU": 4 * threads, "GPU": 4.0}]
+    apart = recipes.with_values(
+        recipe,
+        {
+            "trainer.placement.colocate_all": False,
+            "generator.inference_engine_tensor_parallel_size": 2,
+        },
+    )
+    assert sizing.gpus_per_pack(apart) == 4 + 4 * 2
+    assert len(sizing.server_bundles(apart)) == 2 + 4
+
+
+def _on_gpus(recipe: Recipe, *, ranks: int) -> Recipe:
+    return recipes.with_values(
+        recipe,
+        {
+            "trainer.placement.device": "cuda",
+            "generator.num_inference_engines": ranks,
+            "trainer.placement.policy_num_gpus_per_node": ranks,
+        },
+    )

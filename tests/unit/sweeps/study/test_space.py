@@ -12,7 +12,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from harness.config import recipe as recipes
 from harness.core.errors import UserError
 from sweeps.study import space as spaces
-from sweeps.study.space import Space, decode, encode, from_recipe, short_names
+from sweeps.study.space import Space, encode, from_recipe, short_names
 from tests.unit.sweeps.curves import ALPHA, LR, RANK, TARGETS, recipe_of
 
 BATCH, MINI = "trainer.train_batch_size", "trainer.policy_mini_batch_size"
@@ -91,18 +91,19 @@ def test_what_is_wrong_is_said(space: dict[str, Any], said: str) -> None:
 
 def test_lists_as_choices_go_through_optuna_as_text_and_back() -> None:
     modules = ["q_proj", "v_proj"]
-    axis = space_of({TARGETS: {"choices": ["all-linear", modules]}}).axes[0]
+    space = space_of({TARGETS: {"choices": ["all-linear", modules]}})
+    (axis,) = space.axes
     assert isinstance(axis.distribution, CategoricalDistribution)
     assert axis.distribution.choices == ("all-linear", '["q_proj", "v_proj"]')
-    assert decode(axis, encode(modules)) == modules
+    assert space.decode_all({TARGETS: encode(modules)}) == {TARGETS: modules}
 
 
 def test_choices_are_read_as_the_recipe_reads_them() -> None:
     axis = space_of({ALPHA: {"choices": [16, 32]}}).axes[0]
     assert [type(choice) for choice in axis.choices or ()] == [float, float]
-    assert axis.holds(16)
-    assert not axis.holds(17)
-    assert isinstance(axis.normal(16), float)
+    assert axis.contains(16)
+    assert not axis.contains(17)
+    assert isinstance(axis.convert(16), float)
 
 
 def test_overrides_arrive_nested_and_win() -> None:

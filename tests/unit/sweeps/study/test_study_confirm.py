@@ -144,7 +144,7 @@ def test_a_kill_while_confirming_repeats_nothing(tmp_path: Path) -> None:
     ]
 
 
-def test_trials_on_former_inputs_teach_nothing(tmp_path: Path) -> None:
+def test_trials_on_earlier_inputs_teach_nothing(tmp_path: Path) -> None:
     """Their scores are another experiment's: neither pruner nor sampler nor the choice of the best
     looks at them.
     """
@@ -158,7 +158,7 @@ def test_trials_on_former_inputs_teach_nothing(tmp_path: Path) -> None:
     study = study_of(tmp_path, space, **settings)
     for trial in fill(study, by_rank, most=4):
         assert trial.params[RANK] in (1, 8)
-    study.former = frozenset({0, 1, 2, 3})
+    study.outdated = frozenset({0, 1, 2, 3})
     assert study.best is None
     assert [(seen.params[RANK], seen.value) for seen in study._history()] == [(1, None), (8, None)]
     asked = study.ask()
@@ -169,7 +169,7 @@ def test_trials_on_former_inputs_teach_nothing(tmp_path: Path) -> None:
     fill(study, by_rank)
     study.confirm_best(1)
     assert {trial.params[RANK] for trial in fill(study, by_rank)} == {32}
-    # The same evaluation is pruned where the former trials count.
+    # The same evaluation is pruned where the outdated trials count.
     again = study_of(tmp_path / "again", space, **settings)
     fill(again, by_rank, most=4)
     asked = again.ask()

@@ -14,27 +14,12 @@ from optuna.trial import TrialState
 from harness import run
 from harness.config import recipe as recipes
 from harness.config.digest import recipe_digest
-from harness.config.schema import Recipe
 from harness.core.errors import UserError
 from harness.records.metrics_file import MetricsFile
 from harness.records.run_dir import Status
-from sweeps.study import plan as plans
 from sweeps.study import trials
 from sweeps.study.study import Study
 from tests.unit.sweeps.curves import ALPHA, LR, RANK, TARGETS, begin, recipe_of
-
-
-def test_trials_share_an_engine_with_room_for_the_largest_rank() -> None:
-    recipe = recipe_of({RANK: {"choices": [1, 64, 8]}}, max_concurrent=2)
-    recipe.trainer.num_threads = None
-    assert trials.settle(recipe).trainer.num_threads == trials.cpus_per_trial(recipe)
-    assert trials.engine_rank(plans.build(recipe)) == 64
-    # The recipe's own rank counts only where rank is no axis; a limit in the recipe stands.
-    assert trials.engine_rank(plans.build(recipe_of({RANK: {"choices": [1, 8]}}))) == 8
-    other = recipe_of({LR: {"low": 1e-5, "high": 1e-3}})
-    assert trials.engine_rank(plans.build(other)) == 32
-    other.generator.max_lora_rank = 256
-    assert trials.engine_rank(plans.build(other)) == 256
 
 
 def test_a_trial_is_a_run_that_its_overrides_make_again(tmp_path: Path) -> None:
@@ -63,7 +48,7 @@ def test_a_trial_is_a_run_that_its_overrides_make_again(tmp_path: Path) -> None:
     for _ in range(2):
         trial = study.ask()
         assert trial is not None
-        run_dir = trials.create(plan, trial, sweep_dir)
+        run_dir, created = trials.create(plan, trial, sweep_dir)
         manifest = run_dir.read_manifest()
         assert manifest["kind"] == "trial"
         assert manifest["trial"] == {
@@ -78,6 +63,7 @@ def test_a_trial_is_a_run_that_its_overrides_make_again(tmp_path: Path) -> None:
         again = recipes.load("recipes/base.yaml", overrides)
         assert recipe_digest(again) == manifest["recipe"]["digest"]
         own = recipes.read(run_dir.recipe)
+        assert own == created
         assert own.sweep is None
         assert own.seed == 3
         assert own.trainer.target_modules == trial.params[TARGETS]
@@ -88,9 +74,9 @@ def test_an_interrupted_trials_directory_is_kept(tmp_path: Path) -> None:
     plan, sweep_dir = begin(recipe_of(), tmp_path)
     trial = Study(sweep_dir.journal, plan).ask()
     assert trial is not None
-    run_dir = trials.create(plan, trial, sweep_dir)
+    run_dir, recipe = trials.create(plan, trial, sweep_dir)
     run_dir.move_to(Status.RUNNING)
-    trials.create(plan, trial, sweep_dir)
+    assert trials.create(plan, trial, sweep_dir)[1] == recipe
     assert run_dir.status is Status.RUNNING
 
 
@@ -98,7 +84,9 @@ def test_study_and_directories_agree_again_after_a_kill(tmp_path: Path) -> None:
     plan, sweep_dir = begin(recipe_of(num_trials=6), tmp_path)
     study = Study(sweep_dir.journal, plan)
     asked = [study.ask() for _ in range(6)]
-    run_dirs = [trials.create(plan, trial, sweep_dir) for trial in asked[:5] if trial is not None]
+    run_dirs = [
+        trials.create(plan, trial, sweep_dir)[0] for trial in asked[:5] if trial is not None
+    ]
     for run_dir in run_dirs:
         run_dir.move_to(Status.RUNNING)
     # Each killed between two lines of the program: 0 finished, 1 failed, 2 was pruned, 3 failed in
@@ -137,7 +125,7 @@ def test_an_evaluation_logged_before_a_kill_reaches_the_study_and_its_pruner(
     )
     study = Study(sweep_dir.journal, plan)
     asked = [study.ask() for _ in range(3)]
-    run_dirs = [trials.create(plan, trial, sweep_dir) for trial in asked if trial is not None]
+    run_dirs = [trials.create(plan, trial, sweep_dir)[0] for trial in asked if trial is not None]
     for run_dir, value in zip(run_dirs, (0.5, 0.125, 0.75), strict=True):
         run_dir.move_to(Status.RUNNING)
         for step in range(3):
@@ -158,7 +146,7 @@ def test_a_value_that_is_no_number_is_said_in_the_directory_too(tmp_path: Path) 
     plan, sweep_dir = begin(recipe_of(num_trials=2), tmp_path)
     study = Study(sweep_dir.journal, plan)
     asked = [study.ask() for _ in range(2)]
-    run_dirs = [trials.create(plan, trial, sweep_dir) for trial in asked if trial is not None]
+    run_dirs = [trials.create(plan, trial, sweep_dir)[0] for trial in asked if trial is not None]
     for run_dir in run_dirs:
         run_dir.move_to(Status.RUNNING)
         MetricsFile(run_dir.metrics).append({"step": 4, "eval/accuracy": math.nan})
@@ -182,7 +170,7 @@ def test_a_journal_that_lost_trials_is_refused(
     asked = [study.ask() for _ in range(3)]
     for trial in asked:
         assert trial is not None
-        trials.create(plan, trial, sweep_dir).move_to(Status.RUNNING)
+        trials.create(plan, trial, sweep_dir)[0].move_to(Status.RUNNING)
     sweep_dir.trial(1).move_to(Status.FAILED, reason="no luck")
     content = sweep_dir.journal.read_bytes().splitlines(keepends=True)
     sweep_dir.journal.write_bytes(b"".join(content[:-lines]))
@@ -201,50 +189,11 @@ def test_a_journal_that_lost_trials_is_refused(
         trials.create(plan, other, sweep_dir)
 
 
-@pytest.mark.parametrize(("threads", "concurrent", "expected"), [(3, 1, 3), (None, 10_000, 1)])
-def test_cores_are_shared_out(threads: int | None, concurrent: int, expected: int) -> None:
-    recipe = recipe_of(max_concurrent=concurrent)
-    recipe.trainer.num_threads = threads
-    assert trials.cpus_per_trial(recipe) == expected
-
-
-def test_a_sweep_on_the_cpu_asks_for_no_gpu() -> None:
-    assert trials.gpus_per_place(recipe_of()) == 0
-    assert trials.gpus_per_place(_on_gpus(recipe_of(), ranks=1)) == 1
-
-
-def test_a_trial_of_several_processes_holds_a_place_for_each() -> None:
-    recipe = _on_gpus(recipe_of(), ranks=4)
-    assert trials.gpus_per_place(recipe) == 4
-    threads = float(recipe.trainer.num_threads or 1)
-    assert trials.server_bundles(recipe) == [{"CPU": 1.0}, {"CPU": 4 * threads, "GPU": 4.0}]
-    apart = recipes.with_values(
-        recipe,
-        {
-            "trainer.placement.colocate_all": False,
-            "generator.inference_engine_tensor_parallel_size": 2,
-        },
-    )
-    assert trials.gpus_per_place(apart) == 4 + 4 * 2
-    assert len(trials.server_bundles(apart)) == 2 + 4
-
-
-def _on_gpus(recipe: Recipe, *, ranks: int) -> Recipe:
-    return recipes.with_values(
-        recipe,
-        {
-            "trainer.placement.device": "cuda",
-            "generator.num_inference_engines": ranks,
-            "trainer.placement.policy_num_gpus_per_node": ranks,
-        },
-    )
-
-
 def test_a_trial_is_resumed_with_its_sweep_alone(tmp_path: Path) -> None:
     plan, sweep_dir = begin(recipe_of(), tmp_path / "sweep")
     trial = Study(sweep_dir.journal, plan).ask()
     assert trial is not None
-    run_dir = trials.create(plan, trial, sweep_dir)
+    run_dir = trials.create(plan, trial, sweep_dir)[0]
     run_dir.move_to(Status.FAILED, reason="no luck")
     before = run_dir.manifest.read_bytes()
     for arguments in (
