@@ -109,7 +109,8 @@ class WorkerGroup:
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
-            if not _inside_ray():
+            ray = sys.modules.get("ray")
+            if ray is None or not ray.is_initialized():
                 stack.enter_context(self._cluster())
             stack.callback(self._kill)
             self._place(stack)
@@ -226,11 +227,6 @@ class Rank:
         return getattr(self._trainer, method)(*args)
 
 
-def _inside_ray() -> bool:
-    ray = sys.modules.get("ray")
-    return ray is not None and ray.is_initialized()
-
-
 def _threads(recipe: Recipe) -> int:
     return recipe.trainer.num_threads or 1
 
@@ -291,11 +287,6 @@ def _get(
             raise (error.cause if isinstance(error.cause, Exception) else error) from None
         except RayActorError as error:
             rank = calls.index(done[0])
-            raise RuntimeError(
-                f"training process {rank} of {len(ranks)} died: {_first_line(error)}"
-            ) from None
+            reason = " ".join(str(error).split())[:300]
+            raise RuntimeError(f"training process {rank} of {len(ranks)} died: {reason}") from None
     return list(ray.get(calls))
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -36,7 +36,10 @@ def check(recipe: Recipe) -> None:
         _check_optimizer(f"trainer.{role}", getattr(recipe.trainer, role).optimizer_config)
     _check_sampling(recipe)
     if recipe.sweep is not None:
-        _check_sweep(recipe)
+        seeds = recipe.sweep.seeds
+        if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+            raise UserError("sweep.seeds must be different numbers >= 0, at least one", got=seeds)
+        _check_pruner("sweep.pruner", recipe.sweep.pruner)
     check_expectations(recipe.expect)
 
 
@@ -298,14 +301,6 @@ def _check_optimizer(role: str, settings: Optimizer) -> None:
             allowed="two numbers in [0, 1)",
             fix="[0.9, 0.999]",
         )
-
-
-def _check_sweep(recipe: Recipe) -> None:
-    assert recipe.sweep is not None
-    seeds = recipe.sweep.seeds
-    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
-        raise UserError("sweep.seeds must be different numbers >= 0, at least one", got=seeds)
-    _check_pruner("sweep.pruner", recipe.sweep.pruner)
 
 
 def _check_pruner(key: str, pruner: Any) -> None:

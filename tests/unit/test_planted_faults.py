@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from harness.core.errors import UserError
+from tests.conftest import TESTS
 from tests.planted import PACKAGES, Fault, load_faults, read_sources
 
 FAULTS = load_faults()
@@ -23,6 +24,11 @@ def test_there_are_enough_faults_and_no_two_are_the_same() -> None:
     assert len(FAULTS) >= 30
     assert len({fault.name for fault in FAULTS}) == len(FAULTS)
     assert len({(fault.find, fault.replace) for fault in FAULTS}) == len(FAULTS)
+
+
+def test_hints_name_test_files() -> None:
+    names = {file.stem.removeprefix("test_") for file in TESTS.rglob("test_*.py")}
+    assert {name for fault in FAULTS for name in fault.tests} <= names
 
 
 def test_every_package_has_faults() -> None:
