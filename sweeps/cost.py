@@ -133,12 +133,16 @@ def run_cost(recipe: Recipe) -> Cost | None:
     train_tokens = training * (prompt_length + generator.sampling_params.max_generate_length)
     eval_length = prompt_length + generator.eval_sampling_params.max_generate_length
     eval_tokens = evaluation * eval_length
+    parameters, flops = _parameters(trainer.policy.model.path), None
+    if parameters is not None and trainer.placement.device is not Device.cpu:
+        sampling = training_flops(parameters, forwards=1, updates=0, full=False)
+        flops = flops_per_token(recipe, parameters) * train_tokens + sampling * eval_tokens
     return Cost(
         steps,
         training,
         None if num_val is None else evaluation,
         train_tokens + eval_tokens,
-        _flops(recipe, train_tokens, eval_tokens),
+        flops,
     )
 
 
@@ -158,15 +162,6 @@ def pace(plan: Plan, source: str) -> Pace | None:
             if same and record["status"] == "COMPLETE":
                 paces.append(float(record["result"]["seconds"] / record["result"]["step"]))
     return Pace(statistics.median(paces), len(paces)) if paces else None
-
-
-def _flops(recipe: Recipe, train_tokens: int, eval_tokens: int) -> float | None:
-    """Return model FLOPs of a run on a GPU; None on a CPU or for a model of unknown size."""
-    parameters = _parameters(recipe.trainer.policy.model.path)
-    if parameters is None or recipe.trainer.placement.device is Device.cpu:
-        return None
-    sampling = training_flops(parameters, forwards=1, updates=0, full=False)
-    return flops_per_token(recipe, parameters) * train_tokens + sampling * eval_tokens
 
 
 def _parameters(path: str) -> float | None:

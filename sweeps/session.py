@@ -168,21 +168,19 @@ def conclude(session: Session, study: Study, best: dict[str, Any] | None) -> Non
 def _session(plan: Plan, sweep_dir: RunDir, confirm: int | None) -> Session:
     """Settle a sweep's recipe, and check that the machine can run its trials."""
     check_run(recipes.with_values(plan.recipe, {"sweep": None}))
-    gpus = _gpus(plan.recipe)
+    address = address_of(plan.recipe)
+    sizes = (plan.sweep.max_concurrent, plan.sweep.pack_size)
+    # A cluster is asked for its GPUs only where the packs depend on them.
+    gpus: Gpus | None
+    if address is not None and None in sizes and uses_gpus(plan.recipe):
+        gpus = gpus_of(address)
+    else:
+        gpus = gpus_to_plan_for(plan.recipe, None)
     settled = sizing.settle(plan, gpus)
     _check_gpus(settled.recipe)
     for trial in sizing.largest_trials(settled):
         note_fit(trial, gpus)
     return Session(settled, sweep_dir, confirm)
-
-
-def _gpus(recipe: Recipe) -> Gpus | None:
-    """Return the GPUs to plan for; asks a cluster for its own where the recipe needs to know."""
-    assert recipe.sweep is not None
-    address, sizes = address_of(recipe), (recipe.sweep.max_concurrent, recipe.sweep.pack_size)
-    if address is None or None not in sizes or not uses_gpus(recipe):
-        return gpus_to_plan_for(recipe, None)
-    return gpus_of(address)
 
 
 def _check_gpus(recipe: Recipe) -> None:

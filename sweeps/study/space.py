@@ -146,10 +146,6 @@ class Space:
             decoded[axis.key] = value
         return decoded
 
-    def describe(self) -> dict[str, str]:
-        """Return the kind and the range of each axis as text."""
-        return {axis.key: f"{axis.kind}: {axis.describe()}" for axis in self.axes}
-
     @property
     def hash(self) -> str:
         """The SHA-256 of the space: a resumed sweep compares it."""

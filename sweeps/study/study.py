@@ -345,7 +345,7 @@ class Study:
         plan, stored = self.plan, self._study.user_attrs
         current: dict[str, Any] = {
             "space_hash": plan.space.hash,
-            "space": plan.space.describe(),
+            "space": {axis.key: f"{axis.kind}: {axis.describe()}" for axis in plan.space.axes},
             "metric": plan.sweep.metric,
             "seeds": plan.sweep.seeds,
         }

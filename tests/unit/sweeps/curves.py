@@ -1,4 +1,4 @@
-"""A stand-in for training: learning curves by formula, to test the sweep apart from the trainer."""
+"""A substitute for training: learning curves by formula, to test sweeps without the trainer."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ SPACE: dict[str, Any] = {
     TARGETS: {"choices": ["all-linear", ["q_proj", "v_proj"]]},
 }
 STEPS, INTERVAL = 4, 1
-# Ranks that make a run fail in a chosen way.
+# Ranks at which a run fails in a certain way.
 RAISES, DIES, IS_NAN, HANGS, FULL = 13, 14, 15, 16, 17
 
 
 def recipe_of(space: dict[str, Any] | None = None, *, steps: int = STEPS, **sweep: Any) -> Recipe:
-    """A recipe with a sweep over `space`."""
+    """Return a recipe with a sweep over `space`."""
     defaults = {"metric": "eval/accuracy", "num_trials": 4, "sampler": "random", "pack_size": 1}
     block = defaults | {"space": SPACE if space is None else space} | sweep
     return recipes.with_values(_base(), {"trainer.max_steps": steps, "sweep": block})
@@ -56,7 +56,7 @@ def _base() -> Recipe:
 
 
 def begin(recipe: Recipe, folder: Path) -> tuple[Plan, RunDir]:
-    """The plan and the directory of a sweep."""
+    """Make a sweep's directory; return its settled plan and the directory."""
     plan = settle(plans.build(recipe))
     sweep_dir = RunDir(folder)
     record = manifest.build(plan.recipe, kind="sweep", name=folder.name, source="recipes/base.yaml")
@@ -65,12 +65,12 @@ def begin(recipe: Recipe, folder: Path) -> tuple[Plan, RunDir]:
 
 
 def curve(rank: int, step: int) -> float:
-    """A made-up accuracy: rank 1 learns slowly, the others alike; all begin at the base's."""
+    """Return a made-up accuracy: rank 1 learns slowly; all ranks start at the base's."""
     return 0.25 + step * (0.0625 if rank == 1 else 0.125)
 
 
 def follow(run_dir: RunDir) -> Iterator[StepReport]:
-    """The reports of a run that computes nothing."""
+    """Yield the reports of a run that computes nothing."""
     recipe = recipes.read(run_dir.recipe)
     rank, total = recipe.trainer.policy.model.lora.rank, recipe.trainer.max_steps or 0
     run_dir.move_to(Status.RUNNING)
@@ -129,6 +129,6 @@ def curve_server() -> type:
         def _open_trainer(self) -> Any:
             return Curves()
 
-    # Ray's workers do not know where the tests are.
+    # Ray's workers cannot import the tests.
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     return CurveServer

@@ -1,6 +1,4 @@
-"""What a dry run says of a sweep: its size, its first trials, its cost, its time by
-earlier runs.
-"""
+"""Test the text of `--dry-run`, and the costs in it."""
 
 from __future__ import annotations
 
@@ -60,7 +58,7 @@ def test_an_axis_that_changes_the_cost_gives_a_span(recipe: Recipe) -> None:
     assert (low.training_samples, high.training_samples) == (2 * 24 * 2, 6 * 8 * 4)
 
 
-def test_given_configurations_are_reckoned_themselves_not_the_corners_between_them(
+def test_the_cost_of_listed_configurations_is_theirs_and_not_the_corners(
     recipe: Recipe,
 ) -> None:
     steps, batch, update = (
@@ -76,7 +74,7 @@ def test_given_configurations_are_reckoned_themselves_not_the_corners_between_th
     assert few.training_samples == many.training_samples == 48 * 3
 
 
-def test_the_text(recipe: Recipe) -> None:
+def test_describe_a_sweep(recipe: Recipe) -> None:
     text = dry_run.describe(plans.build(recipe), "my.yaml")
     assert "3 configurations x 2 seeds = 6 runs, 2 at a time" in text
     assert f"{LR}" in text
@@ -103,20 +101,20 @@ def test_time_by_earlier_runs_of_the_same_recipe(recipe: Recipe) -> None:
     ran("other", "yours.yaml", 6000)
     (Path(recipe.trainer.ckpt_path) / "other" / "manifest.json").with_name("broken").mkdir()
     assert estimate.pace(plan, "my.yaml") == estimate.Pace(20.0, 3)
-    # 6 runs of 2 minutes, two at a time.
+    # 6 runs of 2 minutes in two slots.
     assert "about 2 min 00 s  about 6 min 00 s (median of 3 earlier runs)" in dry_run.describe(
         plan, "my.yaml"
     )
 
 
-def test_what_is_missing_is_named(recipe: Recipe) -> None:
+def test_missing_data_is_named(recipe: Recipe) -> None:
     missing = recipes.with_values(recipe, {"data.train_data": ["nowhere/train.parquet"]})
     text = dry_run.describe(plans.build(missing), "my.yaml")
     assert "cost: unknown until the data is there" in text
     assert "nowhere/train.parquet" in text
 
 
-def test_a_given_number_of_steps_costs_what_it_costs_without_any_data(recipe: Recipe) -> None:
+def test_with_max_steps_the_cost_is_known_without_data(recipe: Recipe) -> None:
     nowhere = {
         "data.train_data": ["nowhere/train.parquet"],
         "data.val_data": ["nowhere/val.parquet"],
@@ -137,7 +135,7 @@ def test_a_given_number_of_steps_costs_what_it_costs_without_any_data(recipe: Re
         ("google/bert", None),
     ],
 )
-def test_a_hubs_model_has_its_published_size_or_its_names(
+def test_a_hugging_face_model_has_its_published_size_or_the_one_in_its_name(
     recipe: Recipe, name: str, billions: float | None
 ) -> None:
     values = {"trainer.policy.model.path": name, "trainer.placement.device": "cuda", "sweep": None}
@@ -150,13 +148,13 @@ def test_a_hubs_model_has_its_published_size_or_its_names(
     )
 
 
-def test_confirming_is_counted(recipe: Recipe) -> None:
+def test_confirmation_runs_are_counted(recipe: Recipe) -> None:
     text = dry_run.describe(plans.build(recipe), "my.yaml", confirm=2)
     assert "the best 2 again, on seeds 2, 3: 4 more runs" in text
     assert "all 10" in text
 
 
-def test_arithmetic_of_a_gpu_recipe(recipe: Recipe, tmp_path: Path) -> None:
+def test_flops_on_a_gpu(recipe: Recipe, tmp_path: Path) -> None:
     config: dict[str, Any] = {
         "hidden_size": 896,
         "num_hidden_layers": 24,
@@ -175,6 +173,6 @@ def test_arithmetic_of_a_gpu_recipe(recipe: Recipe, tmp_path: Path) -> None:
     assert "FLOPs" in dry_run.describe(plans.build(gpu), "my.yaml")
 
 
-def test_a_space_smaller_than_the_number_of_trials_is_said(recipe: Recipe) -> None:
+def test_a_space_smaller_than_the_number_of_trials_is_noted(recipe: Recipe) -> None:
     small = recipes.with_values(recipe, {"sweep.space": {RANK: {"choices": [1, 8]}}})
     assert "the space has only 2 configurations" in dry_run.describe(plans.build(small), "my.yaml")

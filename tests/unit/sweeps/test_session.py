@@ -1,6 +1,4 @@
-"""Starting and resuming a sweep: what is checked before anything heavy, and what a resumed sweep
-may change.
-"""
+"""Test starting and resuming a sweep: its checks, and what a resumed sweep may change."""
 
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ Start = Callable[..., Session]
 
 @pytest.fixture
 def recipe_file(tmp_path: Path) -> Path:
-    """A recipe with everything the checks want: a model's config.json and data files."""
+    """A recipe that passes the checks: the model's config.json and data files exist."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     rows = [
@@ -69,7 +67,7 @@ def recipe_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def begun(recipe_file: Path) -> Session:
-    """A sweep of which one trial was begun."""
+    """A sweep with one trial that has started."""
     session = sessions.start(str(recipe_file), ["trainer.run_name=first"])
     assert Study(session.sweep_dir.journal, session.plan).ask() is not None
     session.sweep_dir.move_to(Status.RUNNING)
@@ -88,7 +86,7 @@ def test_a_sweeps_directory(recipe_file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("data.train_data=[nowhere.parquet]", "data file not found"),
         ("trainer.policy.model.path=nowhere/at/all", "names no folder"),
@@ -99,17 +97,17 @@ def test_a_sweeps_directory(recipe_file: Path) -> None:
         ("sweep.pruner.name=hyperbnd", "did you mean hyperband?"),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_starts(
-    recipe_file: Path, monkeypatch: pytest.MonkeyPatch, override: str, said: str
+def test_errors_are_raised_before_anything_starts(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch, override: str, message: str
 ) -> None:
     monkeypatch.setattr("rltrain.distributed.placement.visible_gpus", lambda: 0)
     with pytest.raises(UserError) as caught:
         sessions.start(str(recipe_file), [override])
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert not (recipe_file.parent / "runs").exists()
 
 
-def test_trials_at_once_need_their_gpus(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packs_need_their_gpus(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("sweeps.session", "rltrain.distributed.placement"):
         monkeypatch.setattr(f"{module}.visible_gpus", lambda: 1)
     cuda = "trainer.placement.device=cuda"
@@ -118,7 +116,7 @@ def test_trials_at_once_need_their_gpus(recipe_file: Path, monkeypatch: pytest.M
         sessions.start(str(recipe_file), [cuda, "trainer.run_name=two", "sweep.max_concurrent=2"])
 
 
-def test_packs_are_as_many_as_the_gpus_and_stay_so(
+def test_there_is_a_pack_per_gpu_and_their_number_stays(
     recipe_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("sweeps.session", "rltrain.distributed.placement"):
@@ -152,7 +150,7 @@ def test_resume_by_recipe_and_name(begun: Session, recipe_file: Path) -> None:
         sessions.resume(None, str(recipe_file), [])
 
 
-def test_threads_stay_what_they_were(
+def test_a_resumed_sweep_keeps_its_threads(
     begun: Session, recipe_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 999)
@@ -161,17 +159,17 @@ def test_threads_stay_what_they_were(
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("trainer.max_steps=8", "trainer.max_steps: 4 -> 8"),
         ("seed=3", "seed: 0 -> 3"),
         (f"sweep.first_trials=[{{{RANK}:8}}]", "sweep.first_trials"),
     ],
 )
-def test_another_recipe_is_not_resumed(begun: Session, override: str, said: str) -> None:
+def test_another_recipe_is_not_resumed(begun: Session, override: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         sessions.resume(str(begun.sweep_dir.path), None, [override])
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_another_space_is_not_resumed(begun: Session) -> None:
@@ -191,26 +189,25 @@ def test_only_sweeps_are_resumed(begun: Session, tmp_path: Path) -> None:
         sessions.resume(None, None, [])
 
 
-def test_one_process_at_a_time(begun: Session) -> None:
+def test_a_sweep_runs_in_one_process_at_a_time(begun: Session) -> None:
     with held(begun.sweep_dir.path / ".lock") as owned:
         assert owned
         with pytest.raises(UserError, match="another process"):
             sessions.run(begun)
 
 
-def test_of_two_starts_with_one_name_one_makes_the_sweep(
+def test_of_two_starts_with_the_same_name_one_fails(
     recipe_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build, made = manifest.build, list[Session]()
 
-    def late(*args: Any, **values: Any) -> dict[str, Any]:
-        # The other start comes when this one has seen that there is no such sweep, and has not made
-        # it yet.
+    def start_other_first(*args: Any, **values: Any) -> dict[str, Any]:
+        # The other start happens after this one has checked that there is no such sweep.
         monkeypatch.setattr(manifest, "build", build)
         made.append(sessions.start(str(recipe_file), ["trainer.run_name=first", "seed=4"]))
         return build(*args, **values)
 
-    monkeypatch.setattr(manifest, "build", late)
+    monkeypatch.setattr(manifest, "build", start_other_first)
     with pytest.raises(UserError, match="this directory exists"):
         sessions.start(str(recipe_file), ["trainer.run_name=first", "seed=3"])
     stored = recipes.read(made[0].sweep_dir.recipe)
@@ -233,7 +230,7 @@ def test_a_sweep_with_nothing_left_starts_nothing(begun: Session) -> None:
 
 
 def change(data: Path) -> None:
-    """Leave out the last row of a data file."""
+    """Remove the last row of a data file."""
     pd.read_parquet(data).iloc[:-1].to_parquet(data)
 
 
@@ -241,7 +238,7 @@ def records(session: Session) -> list[dict[str, Any]]:
     return [session.sweep_dir.trial(number).read_manifest() for number in range(3)]
 
 
-def test_a_sweep_does_not_go_on_with_other_data(recipe_file: Path, begun: Session) -> None:
+def test_a_sweep_does_not_go_on_with_changed_data(recipe_file: Path, begun: Session) -> None:
     change(recipe_file.parent / "more.parquet")
     again = sessions.resume(str(begun.sweep_dir.path), None, [], 1)
     before = begun.sweep_dir.manifest.read_bytes()
@@ -254,7 +251,7 @@ def test_a_sweep_does_not_go_on_with_other_data(recipe_file: Path, begun: Sessio
     assert Study(begun.sweep_dir.journal, begun.plan).num_to_confirm == 0
 
 
-def test_a_sweep_that_is_told_to_goes_on_with_other_data(
+def test_a_sweep_goes_on_with_changed_data_where_that_is_allowed(
     recipe_file: Path, begun: Session, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change(recipe_file.parent / "more.parquet")
@@ -281,7 +278,7 @@ def test_a_finished_sweep_needs_no_data(recipe_file: Path, begun: Session) -> No
             )
 
 
-def test_trials_know_which_inputs_they_were_trained_on(recipe_file: Path, begun: Session) -> None:
+def test_trials_record_which_inputs_they_were_trained_on(recipe_file: Path, begun: Session) -> None:
     plan, sweep_dir = begun.plan, begun.sweep_dir
     study = Study(sweep_dir.journal, plan)
     asked = [study.ask() for _ in range(3)]
@@ -296,24 +293,24 @@ def test_trials_know_which_inputs_they_were_trained_on(recipe_file: Path, begun:
     data = recipe_file.parent / "more.parquet"
     was = manifest.digest_path(str(data))
     change(data)
-    assert [one.was[:19] for one in trials.changed_inputs(sweep_dir)] == [str(was)[:19]]
+    assert [change.was[:19] for change in trials.changed_inputs(sweep_dir)] == [str(was)[:19]]
     trials.accept_inputs(sweep_dir)
     assert ended.manifest.read_bytes() == kept
     assert trials.changed_inputs(sweep_dir) == []
-    assert [one["inputs"] for one in records(begun)] == [[1], [1, 2], [2]]
-    digests = [one["data"][str(data)] for one in records(begun)]
+    assert [record["inputs"] for record in records(begun)] == [[1], [1, 2], [2]]
+    digests = [record["data"][str(data)] for record in records(begun)]
     assert digests == [was, *[manifest.digest_path(str(data))] * 2]
     assert sweep_dir.read_manifest()["inputs"] == [1, 2]
     assert trials.outdated_trials(sweep_dir) == {0, 1}
-    # Those made from now on are of the new inputs, and a trial that has ended stays of the first.
+    # Further trials have the new inputs. A trial that has ended keeps its first ones.
     change(data)
     trials.accept_inputs(sweep_dir)
-    assert [one["inputs"] for one in records(begun)] == [[1], [1, 2, 3], [3]]
+    assert [record["inputs"] for record in records(begun)] == [[1], [1, 2, 3], [3]]
     assert trials.outdated_trials(sweep_dir) == {0, 1}
 
 
-def test_data_that_are_an_axis_are_compared_too(recipe_file: Path) -> None:
-    """What one trial was trained on has changed; the others' inputs have not."""
+def test_data_files_that_are_an_axis_are_compared_too(recipe_file: Path) -> None:
+    """The data of some trials changed; the others' did not."""
     folder = recipe_file.parent
     axis = [
         f"sweep.space.{LR}=null",
@@ -332,12 +329,14 @@ def test_data_that_are_an_axis_are_compared_too(recipe_file: Path) -> None:
         run_dir.move_to(Status.RUNNING)
         run_dir.move_to(Status.COMPLETE)
     pd.read_parquet(folder / "other.parquet").iloc[::-1].to_parquet(folder / "other.parquet")
-    (found,) = trials.changed_inputs(session.sweep_dir)
-    assert "other.parquet" in found.what
+    (changed,) = trials.changed_inputs(session.sweep_dir)
+    assert "other.parquet" in changed.what
     trials.accept_inputs(session.sweep_dir)
-    swept = [
-        one["trial"]["params"]["data.train_data"][0].endswith("other.parquet")
-        for one in records(session)
+    on_other = [
+        record["trial"]["params"]["data.train_data"][0].endswith("other.parquet")
+        for record in records(session)
     ]
-    assert [one["inputs"] for one in records(session)] == [[1] if other else [2] for other in swept]
-    assert 0 < sum(swept) < 3
+    assert [record["inputs"] for record in records(session)] == [
+        [1] if other else [2] for other in on_other
+    ]
+    assert 0 < sum(on_other) < 3

@@ -1,6 +1,4 @@
-"""The recipes of recipes/lora_without_regret: what each compares, on the embedded task and with
-Qwen2.5-0.5B.
-"""
+"""Test that the recipes of recipes/lora_without_regret compare what they say."""
 
 from __future__ import annotations
 
@@ -30,7 +28,7 @@ BOTH = pytest.mark.parametrize("folder", ["lora_without_regret", "lora_without_r
 
 @functools.cache
 def study(folder: str, name: str) -> tuple[Recipe, list[Params]]:
-    """A recipe, and every configuration of its sweep."""
+    """Return a recipe, and every configuration of its sweep."""
     recipe = recipes.load(f"recipes/{folder}/{name}.yaml")
     return recipe, plans.preview(plans.build(recipe), 1000)
 

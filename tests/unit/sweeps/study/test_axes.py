@@ -1,4 +1,4 @@
-"""Which keys a sweep may vary: not what trials are measured by, and nothing without effect."""
+"""Test which keys a sweep may vary: no measures, and none without effect."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GAE, KL = {f"{ALGORITHM}.advantage_estimator": "gae"}, {f"{ALGORITHM}.use_kl_los
 CRITIC_LR = f"{CRITIC}.optimizer_config.lr"
 OPTIMIZER = ("lr", "betas", "weight_decay", "max_grad_norm", "scheduler", "num_warmup_steps")
 LORA = ("rank", "alpha", "dropout", "target_modules", "exclude_modules", "init_method")
-# What changes the training, at least where other keys let it.
+# Keys that change the training, at least with certain values of other keys.
 SWEPT = {
     "data.train_data",
     f"{POLICY}.model.path",
@@ -50,10 +50,10 @@ SWEPT = {
 }
 
 
-def refused(space: dict[str, Any], **given: Any) -> str:
-    """What is said of a space, with values set in the recipe; "" where it is taken."""
+def refused(space: dict[str, Any], **values: Any) -> str:
+    """Return the error for a space, with values set in the recipe; "" where it is valid."""
     try:
-        from_recipe(recipes.with_values(recipe_of(space), given))
+        from_recipe(recipes.with_values(recipe_of(space), values))
     except UserError as error:
         return str(error)
     return ""
@@ -79,7 +79,7 @@ def test_every_key_is_an_axis_or_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "choices", "said"),
+    ("key", "choices", "message"),
     [
         ("data.val_data", [["a.parquet"], ["b.parquet"]], "how trials are measured"),
         ("generator.eval_sampling_params.temperature", [0.0, 1.0], "how trials are measured"),
@@ -94,13 +94,13 @@ def test_every_key_is_an_axis_or_refused() -> None:
         ("trainer.logger", [["console"], ["wandb"]], "what is recorded"),
     ],
 )
-def test_the_measure_and_the_records_are_no_axes(key: str, choices: list[Any], said: str) -> None:
-    told = refused({RANK: {"choices": [1, 8]}, key: {"choices": choices}})
-    assert said in told
-    assert key in told
+def test_measures_and_records_are_no_axes(key: str, choices: list[Any], message: str) -> None:
+    refusal = refused({RANK: {"choices": [1, 8]}, key: {"choices": choices}})
+    assert message in refusal
+    assert key in refusal
 
 
-def test_what_changes_the_speed_alone_may_be_swept_for_a_time() -> None:
+def test_keys_of_speed_may_be_swept_with_a_metric_of_time() -> None:
     space = {"trainer.micro_train_batch_size_per_gpu": {"choices": [4, 8]}}
     assert "sweep.metric is eval/accuracy" in refused(space)
     assert from_recipe(recipe_of(space, metric="step_time")).size == 2
@@ -139,17 +139,17 @@ def test_what_changes_the_speed_alone_may_be_swept_for_a_time() -> None:
         ("trainer.epochs", [1, 2], {"trainer.max_steps": None}),
     ],
 )
-def test_an_axis_needs_the_keys_that_give_it_an_effect(
+def test_an_axis_without_effect_is_refused(
     key: str, choices: list[Any], otherwise: dict[str, Any]
 ) -> None:
     axis = {key: {"choices": choices}}
-    told = refused(axis)
-    assert f"{key} has no effect here" in told
-    assert f"sweep.space.{key}=null" in told
+    message = refused(axis)
+    assert f"{key} has no effect here" in message
+    assert f"sweep.space.{key}=null" in message
     assert refused(axis, **otherwise) == ""
 
 
-def test_another_axis_may_give_an_axis_its_effect() -> None:
+def test_an_axis_may_have_an_effect_through_another_axis() -> None:
     axis = {CRITIC_LR: {"low": 1e-4, "high": 1e-2, "log": True}}
     assert refused({**axis, f"{ALGORITHM}.advantage_estimator": {"choices": ["grpo", "gae"]}}) == ""
     assert "grpo|rloo" in refused(
@@ -158,12 +158,12 @@ def test_another_axis_may_give_an_axis_its_effect() -> None:
 
 
 def test_a_key_that_another_one_overrides_is_no_axis() -> None:
-    own = {f"{POLICY}.model.lora.target_modules": "mlp"}
+    policy_targets = {f"{POLICY}.model.lora.target_modules": "mlp"}
     axis = {TARGETS: {"choices": ["mlp", "attention"]}}
-    assert "whose own target_modules is null" in refused(axis, **own)
-    assert refused(axis, **own, **GAE) == ""  # the critic's are the trainer's still
+    assert "whose own target_modules is null" in refused(axis, **policy_targets)
+    assert refused(axis, **policy_targets, **GAE) == ""  # the critic still uses the trainer's
     assert "whose own target_modules is null" in refused(
-        axis, **own, **GAE, **{f"{CRITIC}.model.lora.rank": 0}
+        axis, **policy_targets, **GAE, **{f"{CRITIC}.model.lora.rank": 0}
     )
     for key in ("grpo_norm_by_std", "loss_reduction"):
         choices: list[Any] = (

@@ -1,6 +1,4 @@
-"""The journal's checksums: damage is found and named by its line, and a full disk leaves no half
-line.
-"""
+"""Test the journal's checksums and its behaviour on a full disk."""
 
 from __future__ import annotations
 
@@ -39,7 +37,7 @@ def journal(tmp_path: Path) -> Path:
     return file
 
 
-def test_what_is_appended_is_read_over_several_processes(journal: Path) -> None:
+def test_logs_of_several_processes_are_read(journal: Path) -> None:
     assert numbers(journal) == [0, 1, 2, 3]
     lines = [json.loads(line) for line in journal.read_text().splitlines()]
     assert len({line["sha256"] for line in lines}) == len(lines) == 8
@@ -58,9 +56,7 @@ def test_every_flipped_bit_is_found(journal: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "line"), [("lost", 2), ("swapped", 2), ("doubled", 3), ("emptied", 2)]
 )
-def test_lines_that_are_not_where_they_were_are_found(
-    journal: Path, change: str, line: int
-) -> None:
+def test_missing_and_moved_lines_are_found(journal: Path, change: str, line: int) -> None:
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(
         b"".join(
@@ -76,20 +72,20 @@ def test_lines_that_are_not_where_they_were_are_found(
         Journal(journal)
 
 
-def test_a_cut_last_line_is_taken_off_but_not_from_a_damaged_file(journal: Path) -> None:
-    whole = journal.read_bytes()
-    journal.write_bytes(whole[:-9])
+def test_a_cut_last_line_is_removed_but_not_from_a_damaged_file(journal: Path) -> None:
+    content = journal.read_bytes()
+    journal.write_bytes(content[:-9])
     assert numbers(journal) == [0, 1, 2, 3]
     add(journal, 4)
     assert numbers(journal) == [0, 1, 2, 3, 4]
-    spoilt = b"x" + whole[1:-9]
-    journal.write_bytes(spoilt)
+    damaged = b"x" + content[1:-9]
+    journal.write_bytes(damaged)
     with pytest.raises(UserError, match="line 1 of"):
         Journal(journal)
-    assert journal.read_bytes() == spoilt
+    assert journal.read_bytes() == damaged
 
 
-def test_lines_of_optunas_own_are_taken_and_covered(journal: Path) -> None:
+def test_lines_that_optuna_appends_are_read_and_checked_later(journal: Path) -> None:
     lock = KernelLock(journal.with_name("study.journal.lock"))
     JournalFileBackend(str(journal), lock).append_logs([{"op_code": 5, "trial": 9}])  # type: ignore[arg-type]
     add(journal, 10)
@@ -100,10 +96,10 @@ def test_lines_of_optunas_own_are_taken_and_covered(journal: Path) -> None:
 
 
 def test_two_writers_see_each_others_lines(journal: Path) -> None:
-    one, two = Journal(journal), Journal(journal)
-    one.append_logs([{"op_code": 5, "trial": 4}])
-    two.append_logs([{"op_code": 5, "trial": 5}])
-    one.append_logs([{"op_code": 5, "trial": 6}])
+    first, second = Journal(journal), Journal(journal)
+    first.append_logs([{"op_code": 5, "trial": 4}])
+    second.append_logs([{"op_code": 5, "trial": 5}])
+    first.append_logs([{"op_code": 5, "trial": 6}])
     assert numbers(journal) == [0, 1, 2, 3, 4, 5, 6]
 
 
@@ -117,14 +113,14 @@ def test_a_full_disk_leaves_whole_lines(journal: Path) -> None:
         "except OSError as error:\n    print(error.filename)\n"
     )
     command = [sys.executable, "-c", script, str(journal), str(len(before) + 20)]
-    said = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout
-    assert said == f"{journal}\n"
+    output = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout
+    assert output == f"{journal}\n"
     assert journal.read_bytes() == before
     add(journal, 4)
     assert numbers(journal) == [0, 1, 2, 3, 4]
 
 
-def test_optuna_reads_past_the_checksums(tmp_path: Path) -> None:
+def test_optuna_ignores_the_checksums(tmp_path: Path) -> None:
     file = tmp_path / "study.journal"
     study = optuna.create_study(storage=JournalStorage(Journal(file)), study_name="s")
     for value in (0.25, 0.5):

@@ -1,6 +1,4 @@
-"""Which configuration comes next: first trials, samplers, no repeats, and nothing but the history
-to decide it.
-"""
+"""Test the next configuration: first trials, samplers, no repeats, and only history decides."""
 
 from __future__ import annotations
 
@@ -26,11 +24,11 @@ def plan_of(space: dict[str, Any] | None = None, **sweep: Any) -> Plan:
 
 
 def walk(plan: Plan) -> list[dict[str, Any]]:
-    """Every configuration, none of whose results is known."""
+    """Return every configuration, without any results."""
     history: list[Observation] = []
     while (params := propose(plan, history)) is not None:
         history.append(Observation(params))
-    return [seen.params for seen in history]
+    return [observation.params for observation in history]
 
 
 def unique(params: list[dict[str, Any]]) -> int:
@@ -45,7 +43,7 @@ def test_the_next_configuration_depends_on_the_history_alone(sampler: str) -> No
     ]
     plan = plan_of(sampler=sampler, num_trials=20)
     assert propose(plan, seen) == propose(plan_of(sampler=sampler, num_trials=20), list(seen))
-    # A sampler made anew with the same seed each time would begin again with its first suggestion.
+    # A new sampler with the same seed each time would repeat its first suggestion.
     assert unique([p for n in range(12) if (p := propose(plan, seen[:n]))]) == 12
 
 
@@ -55,7 +53,7 @@ def test_tpe_learns_from_results() -> None:
     while (params := propose(plan, history)) is not None:
         near = abs(params[LR] - 1e-3) < 9e-4
         history.append(Observation(params, TrialState.COMPLETE, 0.9 if near else 0.1))
-    late = [seen for seen in history[30:] if seen.value == 0.9]
+    late = [result for result in history[30:] if result.value == 0.9]
     assert len(late) > 20
 
 
@@ -73,15 +71,15 @@ def test_a_finite_space_is_covered_without_repeats(sampler: str) -> None:
 
 
 def test_a_whole_grid_goes_in_order_and_a_part_of_it_covers_every_value() -> None:
-    whole = walk(plan_of(FINITE, sampler="grid", num_trials=6))
-    assert [p[RANK] for p in whole] == [1, 1, 8, 8, 32, 32]
+    grid = walk(plan_of(FINITE, sampler="grid", num_trials=6))
+    assert [p[RANK] for p in grid] == [1, 1, 8, 8, 32, 32]
     space = {RANK: {"choices": [1, 2, 4, 8]}, ALPHA: {"choices": [8, 16, 32, 64]}}
     part = walk(plan_of(space, sampler="grid", num_trials=8))
     assert len(part) == unique(part) == 8
     assert {p[RANK] for p in part} == {1, 2, 4, 8}
 
 
-def test_first_trials_come_first_and_the_sampler_fills_in_what_they_leave_open() -> None:
+def test_first_trials_come_first_and_the_sampler_completes_them() -> None:
     first = [{RANK: 8, LR: 0.001, TARGETS: ["q_proj", "v_proj"]}, {RANK: 32}]
     tried = walk(plan_of(first_trials=first))
     assert tried[0] == first[0]
@@ -91,17 +89,17 @@ def test_first_trials_come_first_and_the_sampler_fills_in_what_they_leave_open()
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
-def test_the_sampler_does_not_use_up_a_first_trial(sampler: str) -> None:
+def test_the_sampler_does_not_propose_later_first_trials(sampler: str) -> None:
     first = [{RANK: 8}, {RANK: 8, ALPHA: 16}, {RANK: 8}]
     tried = walk(plan_of(FINITE, sampler=sampler, num_trials=6, first_trials=first))
     assert [p[RANK] for p in tried[:2]] == [8, 8]
     assert (tried[0][ALPHA], tried[1][ALPHA]) == (32, 16)
-    # Rank 8 is used up: the third first trial falls to the sampler rather than ending the sweep.
+    # Rank 8 has been tried: the sampler proposes another configuration, and the sweep goes on.
     assert unique(tried) == 6
 
 
 @pytest.mark.parametrize(
-    ("first", "said"),
+    ("first", "message"),
     [
         ([{"trainer.policy.model.lora.rnk": 8}], f"did you mean {RANK}?"),
         ([{ALPHA: 8}], "no axis"),
@@ -113,14 +111,14 @@ def test_the_sampler_does_not_use_up_a_first_trial(sampler: str) -> None:
         ([{RANK: 8, LR: 1e-4, TARGETS: "all-linear"}] * 2, "repeats"),
     ],
 )
-def test_wrong_first_trials_are_refused(first: list[dict[str, Any]], said: str) -> None:
+def test_wrong_first_trials_are_refused(first: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(UserError) as caught:
         plan_of(first_trials=first)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
-def test_configurations_that_the_recipe_refuses_are_passed_over(sampler: str) -> None:
+def test_configurations_that_the_recipe_refuses_are_skipped(sampler: str) -> None:
     # 4 of the 6 pairs: a mini-batch must divide its batch.
     space = {BATCH: {"choices": [128, 192]}, MINI: {"choices": [64, 96, 128]}}
     tried = walk(plan_of(space, sampler=sampler, num_trials=6))
@@ -136,17 +134,17 @@ def test_a_grid_needs_values() -> None:
 
 
 @pytest.mark.parametrize(
-    ("metric", "said"),
+    ("metric", "message"),
     [
         ("eval/acuracy", "did you mean eval/accuracy?"),
         ("kl", "neither direction is better"),
         ("eval/pass@4", "generator.eval_n_samples_per_prompt=4"),
     ],
 )
-def test_a_metric_that_cannot_be_optimised_is_refused(metric: str, said: str) -> None:
+def test_a_metric_that_cannot_be_optimised_is_refused(metric: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         plan_of(metric=metric)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_training_data_must_fill_the_largest_batch(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The progress of a sweep: plain lines off a terminal, a table on one, and the time left."""
+"""Test the progress of a sweep: lines, the table on a terminal, and the time left."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.unit.sweeps.curves import LR, RANK, begin, recipe_of
 
 
 class Clock:
-    """A clock that goes when told to."""
+    """A clock that tests set."""
 
     now = 1000.0
 
@@ -46,7 +46,7 @@ def test_the_time_left_follows_the_trials_so_far(tmp_path: Path, clock: Clock) -
     assert progress.seconds_left() is None
     clock.now += 30
     progress.evaluated(0, 2, 4, 0.375)
-    # Half way after 30 s: five trials of 60 s, two at a time, and two have had 30 s.
+    # Half way after 30 s: five trials of 60 s in two slots, and two have run for 30 s.
     assert progress.seconds_left() == 120
     assert (
         text.getvalue().splitlines()[-1]
@@ -55,7 +55,7 @@ def test_the_time_left_follows_the_trials_so_far(tmp_path: Path, clock: Clock) -
     clock.now += 30
     study.complete(0, 0.5, 4)
     progress.ended(0, 0.5)
-    # Four are left at 60 s each, two at a time; the one under way has had its 60 s.
+    # Four trials of 60 s are left in two slots; the running one has had its 60 s.
     assert progress.seconds_left() == 90
     last = text.getvalue().splitlines()[-1]
     assert last.startswith(
@@ -64,7 +64,7 @@ def test_the_time_left_follows_the_trials_so_far(tmp_path: Path, clock: Clock) -
     assert "best so far 0.5000 (trial 0: rank=" in last
 
 
-def test_the_table_shows_what_runs(tmp_path: Path) -> None:
+def test_the_table_shows_running_trials(tmp_path: Path) -> None:
     plan, sweep_dir = begin(
         recipe_of({RANK: {"choices": [1, 8]}}, num_trials=1, first_trials=[{RANK: 8}]), tmp_path
     )
@@ -83,5 +83,5 @@ def test_the_table_shows_what_runs(tmp_path: Path) -> None:
     assert lines[0].split() == ["trial", "rank", "seed", "step", "eval/accuracy", "time"]
     assert lines[1].split()[:5] == ["0", "8", "0", "3/4", "0.6250"]
     assert "0 complete, 0 pruned, 0 failed, 1 left of 1" in lines[2]
-    # A terminal's table takes the place of the counts that follow each line elsewhere.
+    # On a terminal the table has the counts, which otherwise follow each line.
     assert "left of" not in console.file.getvalue().split("trial 0 begins")[0]  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""`sweep.pruner`: any of Optuna's pruners by name, its arguments checked."""
+"""Test `sweep.pruner`: names and arguments."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_null_prunes_nothing() -> None:
     assert isinstance(build_pruner(recipe_of(pruner=None)), pruners.NopPruner)
 
 
-def test_rungs_follow_the_recipe_unless_given() -> None:
+def test_rungs_follow_the_recipe_by_default() -> None:
     recipe = recipe_of(steps=50, pruner={"name": "hyperband"})
     recipe.trainer.eval_interval = 10
     built = build_pruner(recipe)
@@ -43,7 +43,7 @@ def test_pruners_nest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pruner", "said"),
+    ("pruner", "message"),
     [
         ({"name": "hyperbands"}, "did you mean hyperband?"),
         ({"min_resource": 3}, "is no pruner"),
@@ -56,7 +56,7 @@ def test_pruners_nest() -> None:
         ),
     ],
 )
-def test_what_is_wrong_is_said(pruner: dict[str, Any], said: str) -> None:
+def test_errors(pruner: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         build_pruner(recipe_of(pruner=pruner))
-    assert said in str(caught.value)
+    assert message in str(caught.value)

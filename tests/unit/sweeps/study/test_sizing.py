@@ -1,6 +1,4 @@
-"""Packs that a sweep chooses: one on each GPU, as large as memory and the sweep's runs make sense
-of.
-"""
+"""Test the packs that a sweep chooses, and the resources that they reserve."""
 
 from __future__ import annotations
 
@@ -52,7 +50,7 @@ def chosen(recipe: Recipe, gpus: Gpus | None = None) -> tuple[int | None, int | 
 @pytest.mark.parametrize(
     "name", ["gsm8k_lora", "gsm8k_ppo_lora", "lora_without_regret/qwen/lr_by_rank"]
 )
-def test_every_gpu_gets_a_pack_without_a_word_in_the_recipe(name: str) -> None:
+def test_every_gpu_gets_a_pack_by_default(name: str) -> None:
     recipe = sweep(name=f"recipes/{name}.yaml")
     settled = settle(recipe)
     assert sizing.num_packs(settled) == 8
@@ -62,10 +60,8 @@ def test_every_gpu_gets_a_pack_without_a_word_in_the_recipe(name: str) -> None:
     assert "in 8 packs" in dry_run.describe(plans.build(recipe), "my.yaml", Gpus((8,), 80 * GIB))
 
 
-def test_a_trial_that_ends_its_pack_leaves_the_other_gpus_alone() -> None:
-    """On four GPUs there are four packs in processes of their own, not one over all four that dies
-    as one.
-    """
+def test_a_process_that_dies_leaves_the_other_packs_running() -> None:
+    """Four GPUs have four packs in four processes, not one pack over all of them."""
 
     class Processes:
         opened: tuple[str, ...] = ()
@@ -96,7 +92,7 @@ def test_a_trial_that_ends_its_pack_leaves_the_other_gpus_alone() -> None:
 @pytest.mark.parametrize(
     ("overrides", "gpus", "expected"),
     [
-        # 72 runs by TPE: 24 of them at a time, and 16 to a pack at most.
+        # 72 runs with TPE: 24 of them at once, and at most 16 in a pack.
         ([], Gpus((8,), 80 * GIB), (8, 3)),
         ([], Gpus((4,), 80 * GIB), (4, 6)),
         ([], Gpus((1,), 80 * GIB), (1, 16)),
@@ -107,7 +103,7 @@ def test_a_trial_that_ends_its_pack_leaves_the_other_gpus_alone() -> None:
         ([], Gpus((8,), None), (8, 1)),
         (["trainer.policy.model.path=someone/unknown"], Gpus((8,), 80 * GIB), (8, 1)),
         ([f"{DROPOUT}=0.1"], Gpus((8,), 80 * GIB), (8, 1)),
-        # Four ranks a pack; two machines of five GPUs hold one each.
+        # Four ranks per pack: two machines of five GPUs have room for one each.
         (
             ["trainer.placement.policy_num_gpus_per_node=4", "generator.num_inference_engines=4"],
             Gpus((5, 5), 80 * GIB),
@@ -124,7 +120,7 @@ def test_packs_and_their_size(overrides: list[str], gpus: Gpus, expected: tuple[
     assert chosen(sweep(*overrides), gpus) == expected
 
 
-def test_memory_bounds_a_pack() -> None:
+def test_memory_limits_a_pack() -> None:
     seven = sweep(
         "trainer.policy.model.path=Qwen/Qwen2.5-7B-Instruct", "generator.max_num_seqs=256"
     )
@@ -136,7 +132,7 @@ def test_memory_bounds_a_pack() -> None:
 
 
 @pytest.mark.parametrize(("threads", "packs"), [(None, 1), (16, 4), (100, 1)])
-def test_on_a_cpu_its_cores_are_shared_out(threads: int | None, packs: int) -> None:
+def test_packs_divide_the_cores(threads: int | None, packs: int) -> None:
     recipe = sweep(
         "trainer.placement.device=cpu", "sweep.sampler=random", name="recipes/gsm8k_lora.yaml"
     )
@@ -146,12 +142,12 @@ def test_on_a_cpu_its_cores_are_shared_out(threads: int | None, packs: int) -> N
     assert settled.trainer.num_threads == (threads or 64)
 
 
-def test_what_was_chosen_stays() -> None:
+def test_a_settled_recipe_stays_as_it_is() -> None:
     settled = settle(sweep())
     assert settle(settled, Gpus((2,), 24 * GIB)) == settled
 
 
-def test_the_largest_trials_are_a_pack_of_the_largest_rank_and_full_fine_tuning_alone() -> None:
+def test_largest_trials() -> None:
     plan = plans.build(settle(sweep(name="recipes/lora_without_regret/qwen/lr_by_rank.yaml")))
     pack, full = sizing.largest_trials(plan)
     assert (pack.trainer.policy.model.lora.rank, pack.generator.max_lora_rank) == (64, 64)
@@ -173,12 +169,12 @@ def test_a_cluster_that_is_not_reached_yet_plans_nothing() -> None:
     assert "--gpu-memory" in text
 
 
-def test_trials_share_an_engine_with_room_for_the_largest_rank() -> None:
+def test_engines_reserve_room_for_the_largest_rank() -> None:
     recipe = recipe_of({RANK: {"choices": [1, 64, 8]}}, max_concurrent=2)
     recipe.trainer.num_threads = None
     assert settle(recipe).trainer.num_threads == sizing.threads_per_process(recipe)
     assert sizing.engine_rank(plans.build(recipe)) == 64
-    # The recipe's own rank counts only where rank is no axis; a limit in the recipe stands.
+    # The recipe's rank counts only where rank is no axis; max_lora_rank in the recipe stays.
     assert sizing.engine_rank(plans.build(recipe_of({RANK: {"choices": [1, 8]}}))) == 8
     other = recipe_of({LR: {"low": 1e-5, "high": 1e-3}})
     assert sizing.engine_rank(plans.build(other)) == 32
@@ -187,18 +183,18 @@ def test_trials_share_an_engine_with_room_for_the_largest_rank() -> None:
 
 
 @pytest.mark.parametrize(("threads", "concurrent", "expected"), [(3, 1, 3), (None, 10_000, 1)])
-def test_cores_are_shared_out(threads: int | None, concurrent: int, expected: int) -> None:
+def test_processes_divide_the_cores(threads: int | None, concurrent: int, expected: int) -> None:
     recipe = recipe_of(max_concurrent=concurrent)
     recipe.trainer.num_threads = threads
     assert sizing.threads_per_process(recipe) == expected
 
 
-def test_a_sweep_on_the_cpu_asks_for_no_gpu() -> None:
+def test_a_pack_on_a_cpu_reserves_no_gpu() -> None:
     assert sizing.gpus_per_pack(recipe_of()) == 0
     assert sizing.gpus_per_pack(_on_gpus(recipe_of(), ranks=1)) == 1
 
 
-def test_a_trial_of_several_processes_holds_a_place_for_each() -> None:
+def test_a_pack_reserves_resources_for_each_rank_and_engine() -> None:
     recipe = _on_gpus(recipe_of(), ranks=4)
     assert sizing.gpus_per_pack(recipe) == 4
     threads = float(recipe.trainer.num_threads or 1)

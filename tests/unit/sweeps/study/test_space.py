@@ -1,6 +1,4 @@
-"""`sweep.space`: what it accepts, what it refuses and how it says so, and values on their way
-through Optuna.
-"""
+"""Test `sweep.space`: what is valid, its errors, and how Optuna stores its values."""
 
 from __future__ import annotations
 
@@ -34,7 +32,7 @@ def test_each_form_becomes_its_distribution() -> None:
     assert space.distributions == {
         RANK: CategoricalDistribution([1, 8]),
         LR: FloatDistribution(1e-5, 1e-3, log=True),
-        # The key is a float, so the axis is one although its bounds are written as whole numbers.
+        # The key is a float, so the axis is too, although its bounds are written as integers.
         ALPHA: FloatDistribution(8.0, 64.0, step=8.0),
         BATCH: IntDistribution(128, 512, step=128),
     }
@@ -47,7 +45,7 @@ def test_each_form_becomes_its_distribution() -> None:
 
 
 @pytest.mark.parametrize(
-    ("space", "said"),
+    ("space", "message"),
     [
         (
             {"trainer.policy.model.lora.rnak": {"choices": [1]}},
@@ -83,13 +81,13 @@ def test_each_form_becomes_its_distribution() -> None:
         ({}, "sweeps nothing"),
     ],
 )
-def test_what_is_wrong_is_said(space: dict[str, Any], said: str) -> None:
+def test_errors(space: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         space_of(space)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_lists_as_choices_go_through_optuna_as_text_and_back() -> None:
+def test_lists_as_choices_are_text_in_optuna() -> None:
     modules = ["q_proj", "v_proj"]
     space = space_of({TARGETS: {"choices": ["all-linear", modules]}})
     (axis,) = space.axes
@@ -98,7 +96,7 @@ def test_lists_as_choices_go_through_optuna_as_text_and_back() -> None:
     assert space.decode_all({TARGETS: encode(modules)}) == {TARGETS: modules}
 
 
-def test_choices_are_read_as_the_recipe_reads_them() -> None:
+def test_choices_have_the_type_of_the_key() -> None:
     axis = space_of({ALPHA: {"choices": [16, 32]}}).axes[0]
     assert [type(choice) for choice in axis.choices or ()] == [float, float]
     assert axis.contains(16)
@@ -143,7 +141,7 @@ def test_the_hash_follows_the_space() -> None:
     reordered = dict(reversed(space.items()))
     assert space_of(space).hash == space_of(reordered).hash
     assert space_of(space).hash != space_of(space | {RANK: {"choices": [1, 8, 16]}}).hash
-    # Too close for the text that people read.
+    # Equal in the text for users.
     assert (
         space_of(space).hash
         != space_of(space | {LR: {"low": 1e-5, "high": 1.00001e-3, "log": True}}).hash

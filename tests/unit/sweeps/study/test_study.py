@@ -1,6 +1,4 @@
-"""The study on its journal: numbering, pruning, failures, and what a kill at any moment leaves for
-the next process.
-"""
+"""Test the study on its journal: numbering, pruning, failures and resumption."""
 
 from __future__ import annotations
 
@@ -55,13 +53,15 @@ def test_every_configuration_runs_with_every_seed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sampler", "first", "shown"), [("random", 0, 9), ("tpe", 0, 3), ("tpe", 4, 4)]
 )
-def test_dry_run_shows_what_the_study_asks_whatever_the_results(
+def test_the_preview_is_what_the_study_asks_whatever_the_results(
     sampler: str, first: int, shown: int, tmp_path: Path
 ) -> None:
-    given = [{RANK: 8, LR: lr, TARGETS: "all-linear"} for lr in (1e-5, 1e-4, 1e-3, 1e-2)[:first]]
+    first_trials = [
+        {RANK: 8, LR: lr, TARGETS: "all-linear"} for lr in (1e-5, 1e-4, 1e-3, 1e-2)[:first]
+    ]
     for results in ([0.5] * 9, [i / 10 for i in range(9)]):
         study = study_of(
-            tmp_path / str(results[0]), sampler=sampler, num_trials=9, first_trials=given
+            tmp_path / str(results[0]), sampler=sampler, num_trials=9, first_trials=first_trials
         )
         asked = []
         for value in results:
@@ -160,7 +160,7 @@ def test_a_resumed_sweep_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> Non
                     return seen
                 study.complete(trial.number, trial.params[LR] * 50, 4)
                 seen.append(trial.params)
-            study.ask()  # the process is lost here, with this trial under way
+            study.ask()  # the process dies here, with this trial running
 
     assert walk(tmp_path / "whole", 100) == walk(tmp_path / "parts", 3)
 
@@ -180,7 +180,7 @@ def test_an_evaluation_reported_before_the_kill_is_not_reported_twice(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"space": {RANK: {"choices": [1, 8]}}}, f"{RANK}: choices: 1, 8, 32 -> choices: 1, 8"),
         (
@@ -191,13 +191,13 @@ def test_an_evaluation_reported_before_the_kill_is_not_reported_twice(tmp_path: 
         ({"seeds": [0, 1]}, "sweep.seeds: [0] -> [0, 1]"),
     ],
 )
-def test_another_sweep_is_not_resumed(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+def test_another_sweep_is_not_resumed(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     space = {RANK: {"choices": [1, 8, 32]}}
     study_of(tmp_path, space).ask()
     with pytest.raises(UserError) as caught:
         study_of(tmp_path, **{"space": space, **change})
-    assert said in str(caught.value)
-    # More trials of the same space are no other sweep.
+    assert message in str(caught.value)
+    # More trials of the same space are allowed.
     assert study_of(tmp_path, space, num_trials=99).ask() is not None
 
 
@@ -237,7 +237,7 @@ def test_a_killed_process_leaves_no_lock_behind(tmp_path: Path) -> None:
     holder.wait()
     began = time.monotonic()
     assert study_of(tmp_path).ask() is not None
-    # Optuna's own locks would be broken after 30 seconds.
+    # Optuna's locks are released only after 30 seconds.
     assert time.monotonic() - began < 25
 
 
@@ -249,7 +249,7 @@ def test_a_finite_space_runs_out(tmp_path: Path) -> None:
     study = study_of(tmp_path, space, num_trials=4, seeds=[0, 1])
     assert not study.exhausted
     asked = [study.ask() for _ in range(5)]
-    assert not study.exhausted  # the third configuration has a seed to go
+    assert not study.exhausted  # the third configuration has a seed left
     asked += ask_all(study)
     assert len(asked) == 6
     assert study.exhausted
@@ -275,7 +275,7 @@ def test_samplers_see_a_configurations_mean_over_seeds(tmp_path: Path) -> None:
     assert second.state is TrialState.RUNNING
 
 
-def test_a_configuration_with_a_pruned_seed_is_pruned_whatever_its_others_reached(
+def test_a_configuration_with_a_pruned_seed_is_pruned(
     tmp_path: Path,
 ) -> None:
     study = study_of(tmp_path, num_trials=3, seeds=[0, 1])

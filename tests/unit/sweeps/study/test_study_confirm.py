@@ -1,6 +1,4 @@
-"""The best configurations of a sweep run again on fresh seeds: which, when, and that nothing else
-learns from them.
-"""
+"""Test confirmation runs: which and when, and that nothing learns from them."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from tests.unit.sweeps.study.test_study import study_of
 
 
 def fill(study: Study, score: Callable[[Trial], float], most: int = 1000) -> list[Trial]:
-    """Every trial that the study asks for, one after the other, complete with its score."""
+    """Complete the trials that the study asks for, one after the other, and return them."""
     done: list[Trial] = []
     while len(done) < most and (trial := study.ask()) is not None:
         study.complete(trial.number, score(trial), STEPS)
@@ -23,7 +21,7 @@ def fill(study: Study, score: Callable[[Trial], float], most: int = 1000) -> lis
 
 
 def by_rank(trial: Trial) -> float:
-    """Rank 8 is best, 32 next, 1 worst; seeds differ."""
+    """Return a score: rank 8 is best, then 32, then 1; seeds differ a little."""
     return {8: 0.8, 32: 0.7, 1: 0.6}[trial.params[RANK]] + trial.seed / 1000
 
 
@@ -32,7 +30,7 @@ def test_the_best_are_run_again_on_fresh_seeds(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"sampler": "grid", "num_trials": 3, "seeds": [0, 4]}
     study = study_of(tmp_path, space, **settings)
     study.confirm_best(2)
-    assert study.num_left == 6  # which ones are to be confirmed is not known yet
+    assert study.num_left == 6  # it is not known yet which to confirm
     done = fill(study, by_rank)
     assert [trial.confirm for trial in done] == [False] * 6 + [True] * 4
     again = [
@@ -75,11 +73,11 @@ def test_nothing_is_confirmed_before_the_last_trial_has_ended(tmp_path: Path) ->
     assert not study.finished
     assert last is not None
     study.fail(last.number, "no luck")
-    # Rank 8 is short of a seed: only a configuration with all of them can lead.
+    # Rank 8 lacks a seed: only a configuration with all seeds can be among the best.
     assert [trial.params[RANK] for trial in fill(study, by_rank)] == [1, 1]
 
 
-def test_those_that_confirm_teach_sampler_and_pruner_nothing(tmp_path: Path) -> None:
+def test_sampler_and_pruner_ignore_confirmation_runs(tmp_path: Path) -> None:
     def walk(folder: Path, confirm: int) -> list[Any]:
         settings: dict[str, Any] = {
             "sampler": "tpe",
@@ -91,8 +89,8 @@ def test_those_that_confirm_teach_sampler_and_pruner_nothing(tmp_path: Path) -> 
                 study.confirm_best(best)
             seen: list[Any] = []
             while (trial := study.ask()) is not None:
-                # Those that confirm do far better early on: what they taught would prune all the
-                # rest.
+                # Confirmation runs are far better early on: with them the pruner would stop all
+                # other trials.
                 pruned = study.report(trial.number, 1, 0.9 if trial.confirm else trial.params[LR])
                 study.complete(
                     trial.number, 0.99 if trial.confirm else trial.params[LR] * 50, STEPS
@@ -110,9 +108,9 @@ def test_a_sweep_goes_on_after_it_was_confirmed(tmp_path: Path) -> None:
     first = study_of(tmp_path, space, num_trials=1, first_trials=[{RANK: 1}], **settings)
     first.confirm_best(1)
     assert [trial.seed for trial in fill(first, by_rank)] == [0, 1, 2, 3]
-    more = study_of(tmp_path, space, num_trials=3, first_trials=[{RANK: 1}], **settings)
-    assert more.num_to_confirm == 1
-    done = fill(more, by_rank)
+    longer = study_of(tmp_path, space, num_trials=3, first_trials=[{RANK: 1}], **settings)
+    assert longer.num_to_confirm == 1
+    done = fill(longer, by_rank)
     assert [(t.number, t.configuration, t.seed, t.confirm) for t in done] == [
         (4, 1, 0, False),
         (5, 1, 1, False),
@@ -121,9 +119,9 @@ def test_a_sweep_goes_on_after_it_was_confirmed(tmp_path: Path) -> None:
         (8, 1, 2, True),
         (9, 1, 3, True),
     ]
-    assert more.best is not None
-    assert more.best[0].number == 5
-    assert more.num_left == 0
+    assert longer.best is not None
+    assert longer.best[0].number == 5
+    assert longer.num_left == 0
 
 
 def test_a_kill_while_confirming_repeats_nothing(tmp_path: Path) -> None:
@@ -132,22 +130,20 @@ def test_a_kill_while_confirming_repeats_nothing(tmp_path: Path) -> None:
     study = study_of(tmp_path, space, **settings)
     study.confirm_best(2)
     fill(study, by_rank, most=5)
-    under_way = study.ask()
-    again = study_of(tmp_path, space, **settings)  # the process is lost here
-    assert again.ask() == under_way
-    assert under_way is not None
-    assert (under_way.number, under_way.confirm) == (5, True)
-    again.complete(under_way.number, 0.5, STEPS)
+    running = study.ask()
+    again = study_of(tmp_path, space, **settings)  # the process dies here
+    assert again.ask() == running
+    assert running is not None
+    assert (running.number, running.confirm) == (5, True)
+    again.complete(running.number, 0.5, STEPS)
     assert [(t.number, t.configuration, t.seed) for t in fill(again, by_rank)] == [
         (6, 0, 2),
         (7, 0, 3),
     ]
 
 
-def test_trials_on_earlier_inputs_teach_nothing(tmp_path: Path) -> None:
-    """Their scores are another experiment's: neither pruner nor sampler nor the choice of the best
-    looks at them.
-    """
+def test_outdated_trials_are_ignored(tmp_path: Path) -> None:
+    """Their scores belong to another experiment, so pruner, sampler and `best` ignore them."""
     settings: dict[str, Any] = {
         "sampler": "grid",
         "num_trials": 3,
@@ -160,10 +156,10 @@ def test_trials_on_earlier_inputs_teach_nothing(tmp_path: Path) -> None:
         assert trial.params[RANK] in (1, 8)
     study.outdated = frozenset({0, 1, 2, 3})
     assert study.best is None
-    assert [(seen.params[RANK], seen.value) for seen in study._history()] == [(1, None), (8, None)]
+    assert [(o.params[RANK], o.value) for o in study._history()] == [(1, None), (8, None)]
     asked = study.ask()
     assert asked is not None
-    assert asked.params[RANK] == 32  # what was tried is not tried again
+    assert asked.params[RANK] == 32  # earlier configurations are not tried again
     assert study.report(asked.number, STEPS, 0.1) is None
     study.complete(asked.number, 0.1, STEPS)
     fill(study, by_rank)

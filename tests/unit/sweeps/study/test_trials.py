@@ -1,6 +1,4 @@
-"""Trials as runs: their recipes, their directories, the overrides that make one again, and the
-mending after a kill.
-"""
+"""Test trials' recipes, directories and rerun overrides, and their recovery after a kill."""
 
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ def test_a_trial_is_a_run_that_its_overrides_make_again(tmp_path: Path) -> None:
         "generator.sampling_params.temperature": {"choices": [0.7, 1.0]},
         "trainer.strategy": {"choices": ["fsdp2"]},
     }
-    given = [
+    overrides_of_sweep = [
         "trainer.policy.model.path=rltrain",
         "trainer.max_steps=3",
         "seed=7",
@@ -40,10 +38,11 @@ def test_a_trial_is_a_run_that_its_overrides_make_again(tmp_path: Path) -> None:
         "sweep.num_trials=2",
     ]
     recipe = recipes.with_values(
-        recipes.load("base", given), {"sweep": {"num_trials": 2, "seeds": [3], "space": space}}
+        recipes.load("base", overrides_of_sweep),
+        {"sweep": {"num_trials": 2, "seeds": [3], "space": space}},
     )
     plan, sweep_dir = begin(recipe, tmp_path)
-    sweep_dir.update(recipe={"source": "recipes/base.yaml", "overrides": given})
+    sweep_dir.update(recipe={"source": "recipes/base.yaml", "overrides": overrides_of_sweep})
     study = Study(sweep_dir.journal, plan)
     for _ in range(2):
         trial = study.ask()
@@ -62,12 +61,11 @@ def test_a_trial_is_a_run_that_its_overrides_make_again(tmp_path: Path) -> None:
         assert not any(override.startswith(("sweep", "trainer.run_name")) for override in overrides)
         again = recipes.load("recipes/base.yaml", overrides)
         assert recipe_digest(again) == manifest["recipe"]["digest"]
-        own = recipes.read(run_dir.recipe)
-        assert own == created
-        assert own.sweep is None
-        assert own.seed == 3
-        assert own.trainer.target_modules == trial.params[TARGETS]
-        assert Path(own.trainer.ckpt_path) / str(own.trainer.run_name) == run_dir.path
+        assert recipes.read(run_dir.recipe) == created
+        assert created.sweep is None
+        assert created.seed == 3
+        assert created.trainer.target_modules == trial.params[TARGETS]
+        assert Path(created.trainer.ckpt_path) / str(created.trainer.run_name) == run_dir.path
 
 
 def test_an_interrupted_trials_directory_is_kept(tmp_path: Path) -> None:
@@ -80,7 +78,7 @@ def test_an_interrupted_trials_directory_is_kept(tmp_path: Path) -> None:
     assert run_dir.status is Status.RUNNING
 
 
-def test_study_and_directories_agree_again_after_a_kill(tmp_path: Path) -> None:
+def test_reconcile_study_and_directories_after_a_kill(tmp_path: Path) -> None:
     plan, sweep_dir = begin(recipe_of(num_trials=6), tmp_path)
     study = Study(sweep_dir.journal, plan)
     asked = [study.ask() for _ in range(6)]
@@ -89,8 +87,8 @@ def test_study_and_directories_agree_again_after_a_kill(tmp_path: Path) -> None:
     ]
     for run_dir in run_dirs:
         run_dir.move_to(Status.RUNNING)
-    # Each killed between two lines of the program: 0 finished, 1 failed, 2 was pruned, 3 failed in
-    # the study alone, 4 was training, and 5 has no directory yet.
+    # Each was killed at another moment: 0 had finished, 1 had failed, 2 was pruned, 3 had failed
+    # in the study only, 4 was training, and 5 has no directory yet.
     MetricsFile(run_dirs[0].metrics).append({"step": 4, "eval/accuracy": 0.5})
     run_dirs[0].move_to(Status.COMPLETE)
     run_dirs[1].move_to(Status.FAILED, reason="ValueError: no luck")
@@ -142,7 +140,7 @@ def test_an_evaluation_logged_before_a_kill_reaches_the_study_and_its_pruner(
     assert (third.state, third.intermediate_values) == (TrialState.RUNNING, {})
 
 
-def test_a_value_that_is_no_number_is_said_in_the_directory_too(tmp_path: Path) -> None:
+def test_a_directory_records_that_the_value_is_not_finite(tmp_path: Path) -> None:
     plan, sweep_dir = begin(recipe_of(num_trials=2), tmp_path)
     study = Study(sweep_dir.journal, plan)
     asked = [study.ask() for _ in range(2)]
@@ -151,7 +149,7 @@ def test_a_value_that_is_no_number_is_said_in_the_directory_too(tmp_path: Path) 
         run_dir.move_to(Status.RUNNING)
         MetricsFile(run_dir.metrics).append({"step": 4, "eval/accuracy": math.nan})
         run_dir.move_to(Status.COMPLETE)
-    study.complete(0, math.nan, 4)  # killed before the directory was told
+    study.complete(0, math.nan, 4)  # killed before the directory records it
     trials.reconcile(Study(sweep_dir.journal, plan), sweep_dir)
     assert [run_dir.read_manifest()["reason"] for run_dir in run_dirs] == [
         "eval/accuracy is nan at step 4"
@@ -159,11 +157,11 @@ def test_a_value_that_is_no_number_is_said_in_the_directory_too(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("lines", "said"),
+    ("lines", "message"),
     [(1, None), (2, "trials/0001: the study has no such trial"), (3, "trials/0001: the study has")],
 )
 def test_a_journal_that_lost_trials_is_refused(
-    tmp_path: Path, lines: int, said: str | None
+    tmp_path: Path, lines: int, message: str | None
 ) -> None:
     plan, sweep_dir = begin(recipe_of(num_trials=4), tmp_path)
     study = Study(sweep_dir.journal, plan)
@@ -175,11 +173,11 @@ def test_a_journal_that_lost_trials_is_refused(
     content = sweep_dir.journal.read_bytes().splitlines(keepends=True)
     sweep_dir.journal.write_bytes(b"".join(content[:-lines]))
     again = Study(sweep_dir.journal, plan)
-    if said is not None:
-        with pytest.raises(UserError, match=f"has lost lines\n.*{said}"):
+    if message is not None:
+        with pytest.raises(UserError, match=f"has lost lines\n.*{message}"):
             trials.reconcile(again, sweep_dir)
         return
-    # The last line alone may be cut off: its trial is asked for again, as it was.
+    # A kill may cut off the last line: the study asks for the same trial again.
     trials.reconcile(again, sweep_dir)
     issued = [again.ask() for _ in range(2)]
     assert issued == [asked[0], asked[2]]
@@ -189,7 +187,7 @@ def test_a_journal_that_lost_trials_is_refused(
         trials.create(plan, other, sweep_dir)
 
 
-def test_a_trial_is_resumed_with_its_sweep_alone(tmp_path: Path) -> None:
+def test_a_trial_is_resumed_only_with_its_sweep(tmp_path: Path) -> None:
     plan, sweep_dir = begin(recipe_of(), tmp_path / "sweep")
     trial = Study(sweep_dir.journal, plan).ask()
     assert trial is not None
