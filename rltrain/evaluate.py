@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+import torch
+
 from rltrain.engines.base import Request, Sample
 from rltrain.member import Member, truncates
 from rltrain.micro_batch_size import in_micro_batches
