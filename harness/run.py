@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--resume",
         metavar="DIR",
-        help="go on with the run in this directory; its placement may be overridden",
+        help="resume the run in this directory; its placement may be overridden",
     )
     parser.add_argument(
         "--from",
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--changed-inputs",
         action="store_true",
-        help="with --resume: go on although data, model or "
+        help="with --resume: continue although data, model or "
         "environment module changed; manifest and report say so",
     )
     parser.add_argument(
@@ -270,7 +270,7 @@ def _only_lacks_verdict(record: dict[str, Any]) -> bool:
 def _train(recipe: Recipe, run_dir: RunDir, *, changed_inputs: bool) -> None:
     path = shown(run_dir.path)
     if changed_inputs and (changes := manifest.accept_inputs(run_dir)):
-        print(f"note: going on with changed inputs: {'; '.join(changes)}")
+        print(f"note: continuing with changed inputs: {'; '.join(changes)}")
     record = run_dir.read_manifest()
     if record["status"] != Status.CREATED.value:
         run_dir.update(resumed=[*record.get("resumed", []), manifest.resumption(record, recipe)])
@@ -286,7 +286,7 @@ def _train(recipe: Recipe, run_dir: RunDir, *, changed_inputs: bool) -> None:
             for report in train_run(recipe, run_dir):
                 loggers.report(report.total_steps, report.metrics)
     except KeyboardInterrupt:
-        print(f"stopped; go on with: {invocation('run')} --resume {path}", file=sys.stderr)
+        print(f"stopped; resume with: {invocation('run')} --resume {path}", file=sys.stderr)
         raise
 
 

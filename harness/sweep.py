@@ -72,12 +72,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         nargs="?",
         const="",
         metavar="DIR",
-        help="go on with the sweep in this directory",
+        help="resume the sweep in this directory",
     )
     parser.add_argument(
         "--changed-inputs",
         action="store_true",
-        help="with --resume: go on although data, model or "
+        help="with --resume: continue although data, model or "
         "environment module changed; the report marks which trials were trained on which",
     )
     parser.add_argument(
@@ -158,7 +158,7 @@ def _run(session: Session, *, new: bool) -> int:
     try:
         study = sessions.run(session)
     except KeyboardInterrupt:
-        print(f"stopped; go on with: {invocation('sweep')} --resume {place}", file=sys.stderr)
+        print(f"stopped; resume with: {invocation('sweep')} --resume {place}", file=sys.stderr)
         raise
     except UserError:
         if new:
@@ -190,7 +190,7 @@ def _finish(session: Session, study: Study, place: str) -> int:
         print(f"again: {experiment.command(str(trial['run_dir']))}")
     counts = study.counts()
     if study.stopped:
-        print(f"stopped: {study.stopped}; go on with: {invocation('sweep')} --resume {place}")
+        print(f"stopped: {study.stopped}; resume with: {invocation('sweep')} --resume {place}")
     print(
         f"{counts['COMPLETE']} complete, {counts['PRUNED']} pruned, {counts['FAIL']} "
         f"failed  {place}"

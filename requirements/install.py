@@ -36,7 +36,7 @@ NETWORK = re.compile(r"dns error|\(Connect\)|timed out|error sending request|fai
 
 
 class Failure(Exception):
-    """An installation that cannot go on: the problem, and how to fix it."""
+    """An installation that cannot continue: the problem, and how to fix it."""
 
     def __init__(self, problem: str, fix: str) -> None:
         super().__init__(f"error: {problem}; fix: {fix}")

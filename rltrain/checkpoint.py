@@ -115,7 +115,7 @@ def _latest_sound(member: Member) -> Path | None:
     if lost_rows is not None and run_dir.metrics.exists():
         run_dir.set_aside(run_dir.metrics, lost_rows, copy=True)
     if damaged:
-        print(f"going on from {sound.name if sound else 'step 0'}", file=sys.stderr, flush=True)
+        print(f"resuming from {sound.name if sound else 'step 0'}", file=sys.stderr, flush=True)
     return sound
 
 

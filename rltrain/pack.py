@@ -49,7 +49,7 @@ class Pack:
     same order.
 
     Attributes:
-        isolates_failures: whether a member's failure is kept in `failures` and others go on.
+        isolates_failures: whether a member's failure is kept in `failures` and the others continue.
         base_samples: completions of untrained members, by what they were asked.
         tried_tokens: tokens of the largest micro-batch that was tried on this GPU.
     """

@@ -42,7 +42,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, *, slots: int = 1, ranks: Ranks | None = None) -> None:
         """Load the base model and start the engine that a recipe asks for."""
         self.pack = Pack.open(recipe, slots=slots, ranks=ranks)
-        # A rank that goes on alone would wait for the others.
+        # A rank that continues alone would wait for the others.
         self.pack.isolates_failures = ranks is None
         self._members: dict[Path, Member] = {}
         self._closed = False

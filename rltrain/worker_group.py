@@ -79,7 +79,7 @@ def open_trainer(
 
 @contextlib.contextmanager
 def recorded_failure(run_dir: RunDir) -> Iterator[None]:
-    """Record an exception as the run's FAILED status, with its reason, and let it go on."""
+    """Record an exception as the run's FAILED status, with its reason, and raise it again."""
     try:
         with exits_are_failures():
             yield

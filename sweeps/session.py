@@ -43,7 +43,7 @@ class Session:
         sweep_dir: its directory.
         confirm: how many of the best configurations to run again on fresh seeds; None: as many as
             the study already has to confirm.
-        changed_inputs: whether to go on although the model, the data or the environment module
+        changed_inputs: whether to continue although the model, the data or the environment module
             changed since the sweep started.
     """
 
@@ -85,7 +85,7 @@ def resume(
     *,
     changed_inputs: bool = False,
 ) -> Session:
-    """Find a sweep by its directory, or by its recipe and `trainer.run_name`, to go on with it.
+    """Find a sweep by its directory, or by its recipe and `trainer.run_name`, to resume it.
 
     Raises UserError where the recipe is not the one that the sweep started with.
     """
@@ -96,7 +96,7 @@ def resume(
         raise UserError(
             f"this is the directory of a {record['kind']}",
             got=shown(sweep_dir.path),
-            fix=f"{invocation('run')} --resume goes on with a run",
+            fix=f"{invocation('run')} --resume resumes a run",
         )
     stored = recipes.read(sweep_dir.recipe)
     if recipe is None:
@@ -144,7 +144,7 @@ def run(session: Session, server: Callable[[], type] | None = None) -> Study:
                 raise MachineError(
                     f"the machine failed, not a trial, and the sweep has stopped: {machine.what}",
                     got=machine.got,
-                    fix=f"{machine.fix}, then go on with: {again}; its trials go on from "
+                    fix=f"{machine.fix}, then resume with: {again}; its trials resume from "
                     "their checkpoints",
                 ) from error
             raise
@@ -219,7 +219,7 @@ def _check_new(sweep_dir: RunDir) -> None:
         raise UserError(
             "this directory exists",
             got=shown(sweep_dir.path),
-            fix=f"go on with --resume {shown(sweep_dir.path)}, or choose another trainer.run_name",
+            fix=f"add --resume {shown(sweep_dir.path)}, or choose another trainer.run_name",
         )
 
 
@@ -247,4 +247,4 @@ def _check_inputs(session: Session, study: Study) -> None:
     manifest.check_inputs(changes, "sweep", allowed=session.changed_inputs)
     if changes:
         trials.accept_inputs(session.sweep_dir)
-        print(f"note: going on with changed inputs: {'; '.join(map(str, changes))}", flush=True)
+        print(f"note: continuing with changed inputs: {'; '.join(map(str, changes))}", flush=True)

@@ -101,7 +101,7 @@ def rank_one_is_wider(e: Evidence) -> Finding | Obstacle:
     wide, at_least = _width_in_grid(one), "at least " if cut_off else ""
     effect = difference(wide, width(full.basin))
     beyond = Obstacle(
-        "rank 1's basin goes on beyond the tested rates",
+        "rank 1's basin extends beyond the tested rates",
         "add learning rates beyond rank 1's good ones",
     )
     return Finding(

@@ -144,7 +144,7 @@ def watch(
             seen = state
             time.sleep(max(every, REST * (time.monotonic() - start)))
     except KeyboardInterrupt:
-        pass  # ends the watch; the sweep goes on
+        pass  # ends the watch; the sweep continues
     return write_page(None)
 
 

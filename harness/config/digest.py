@@ -14,8 +14,8 @@ from harness.config.schema import Recipe
 
 # What a key can be exempt from:
 #   digest        it is no part of the recipe's digest
-#   run           it may differ when a run goes on
-#   sweep         it may differ when a sweep goes on
+#   run           it may differ when a run is resumed
+#   sweep         it may differ when a sweep is resumed
 #   expectations  overriding it leaves `expect` valid
 Rule = Literal["digest", "run", "sweep", "expectations"]
 

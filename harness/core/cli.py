@@ -64,7 +64,7 @@ def run_command(main: Callable[[list[str]], int]) -> NoReturn:
         machine = machine_error(error, writes=["/"])
         if machine is None:
             raise
-        fix = f"{machine.fix}, then go on with --resume: saved files are unchanged"
+        fix = f"{machine.fix}, then continue with --resume: saved files are unchanged"
         print(UserError(machine.what, got=machine.got, fix=fix), file=sys.stderr)
         status = 2
     sys.exit(status)

@@ -57,7 +57,7 @@ def _rebuild(
 
 
 class MachineError(UserError):
-    """A failure of the machine; runs can go on from their checkpoints once it is repaired."""
+    """A failure of the machine; runs can resume from their checkpoints once it is repaired."""
 
 
 NO_MEMORY = "the machine ran out of memory"

@@ -12,8 +12,7 @@ class RunLogger(ABC):
     """One destination for the metrics and samples of one run."""
 
     replay_from: int | None = 0
-    """When a run goes on, earlier rows of `metrics.jsonl` from this step on are logged again; None
-    logs none of them."""
+    """The first step of the earlier rows that a resumed run logs again; None: it logs none."""
 
     @abstractmethod
     def log(
@@ -26,5 +25,5 @@ class RunLogger(ABC):
         return
 
     def close(self) -> None:
-        """Write what is buffered and close files; the run may go on later."""
+        """Write what is buffered and close files; the run may be resumed later."""
         return

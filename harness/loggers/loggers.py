@@ -1,8 +1,8 @@
 """All loggers of a run behind one object.
 
 `metrics.jsonl` is the complete record of a run. After a kill, W&B and TensorBoard may lack its last
-rows. When the run goes on they get all earlier rows again, so that none is missing, and some may be
-there twice.
+rows. When the run is resumed they get all earlier rows again: none is missing, some may be there
+twice.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from harness.records.run_dir import RunDir
 class TensorBoard(RunLogger):
     """Writes event files in the run's `tensorboard/`: metrics as scalars, samples as Markdown.
 
-    When a run goes on, a new file holds every row, and its `purge_step` makes TensorBoard hide what
+    A resumed run writes every row to a new file, whose `purge_step` makes TensorBoard hide what
     earlier files hold.
     """
 

@@ -79,7 +79,7 @@ def build(
 
 
 def resumption(record: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """Return the manifest's entry for a run that goes on: time, command, and what differs now."""
+    """Return the manifest's entry for a resumed run: time, command, and what differs now."""
     current = build(
         recipe, kind=record["kind"], name=record["name"], source=record["recipe"]["source"]
     )

@@ -23,7 +23,7 @@ from harness.records.files import sync, tidy, write_json, write_text
 class Status(Enum):
     """Status of a run, a trial or a sweep.
 
-    COMPLETE, PRUNED and FAILED are final, except that a FAILED run and a COMPLETE sweep can go on.
+    COMPLETE, PRUNED and FAILED are final, but a FAILED run and a COMPLETE sweep can be resumed.
     """
 
     CREATED = "CREATED"
@@ -33,7 +33,7 @@ class Status(Enum):
     FAILED = "FAILED"
 
 
-# RUNNING -> RUNNING is a run that was killed and goes on.
+# RUNNING -> RUNNING is a run that was killed and is resumed.
 _NEXT = {
     Status.CREATED: {Status.RUNNING, Status.FAILED, Status.PRUNED},
     Status.RUNNING: {Status.RUNNING, Status.COMPLETE, Status.PRUNED, Status.FAILED},
@@ -153,7 +153,7 @@ class RunDir:
         return record
 
     def sound_manifest(self) -> dict[str, Any]:
-        """Return the manifest of a run that is to go on.
+        """Return the manifest of a run that is to be resumed.
 
         Raises UserError when a field that this needs is damaged.
         """

@@ -62,7 +62,7 @@ def training_parts(
     trained = [i for i, any_token in enumerate(batch.loss_mask.any(dim=1).tolist()) if any_token]
     needs_grad = needs_grad_B.tolist()
     if ranks.size > 1 or not any(needs_grad[row] for row in trained):
-        # With a zero gradient the optimizer still steps: its momentum goes on.
+        # With a zero gradient the optimizer still steps: its momentum moves the weights.
         needs_grad = [True] * len(batch)
     parts: list[tuple[Batch, bool]] = []
     for backward in (True, False):

@@ -107,7 +107,7 @@ def _check_policy(export: Export) -> None:
         if _holds_policy(export.run_dir.adapter / "best"):
             fix = "--which best exports the best evaluated so far"
         elif status != Status.PRUNED.value:
-            fix = f"go on with it: {invocation('run')} --resume {shown(export.run_dir.path)}"
+            fix = f"resume it: {invocation('run')} --resume {shown(export.run_dir.path)}"
         raise UserError(
             f"the run is {status}: it has no final policy",
             got=shown(export.run_dir.path),

@@ -74,7 +74,7 @@ class ServedTrial:
 class PackServer:
     """A trainer, and a queue of trials in front of its slots.
 
-    One thread trains all trials that may go on, a step at a time; calls of other processes wait.
+    One thread trains all trials that may train, a step at a time; calls of other processes wait.
     An error that cannot be attributed to one trial ends a process with several slots: its trials
     restart alone. Errors in a worker group never can.
     """

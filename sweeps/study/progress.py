@@ -82,10 +82,10 @@ class Progress:
             self._print(f"trial {number} at step {step} of {total_steps}{score}  {self._times()}")
 
     def restarts_alone(self, number: int) -> None:
-        """Report that a pack's process died and one of its trials goes on alone."""
+        """Report that a pack's process died and one of its trials continues alone."""
         self._running.pop(number)
         self._print(
-            f"trial {number}: its pack's process died; it goes on from its checkpoint, alone"
+            f"trial {number}: its pack's process died; it resumes from its checkpoint, alone"
         )
 
     def ended(self, number: int, value: float | None) -> None:

@@ -217,7 +217,7 @@ class Study:
     def note_late_restart(
         self, number: int, step: int, steps_left: Mapping[int, int | None]
     ) -> None:
-        """Note that a trial will go on from `step` alone, later than the other running trials.
+        """Note that a trial will resume from `step` alone, later than the other running trials.
 
         From then on the pruner compares it with what it would have seen without the delay.
         `steps_left` are the steps that each other running trial still has to take, None where that

@@ -107,7 +107,7 @@ def changed_inputs(sweep_dir: RunDir) -> list[manifest.Difference]:
 
 
 def accept_inputs(sweep_dir: RunDir) -> None:
-    """Record the current inputs in the manifests of a sweep and of its trials that go on.
+    """Record the current inputs in the manifests of a sweep and of its trials that continue.
 
     A trial that has ended keeps its record, unless none of its own inputs changed.
     """

@@ -207,7 +207,7 @@ CORRUPTIONS = (
         "every checkpoint damaged",
         "checkpoints/*/weights.safetensors",
         "flip",
-        "going on from step 0",
+        "resuming from step 0",
         from_step=0,
         aside=("step_000003", "step_000004"),
     ),

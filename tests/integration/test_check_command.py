@@ -125,7 +125,7 @@ def test_a_signal_to_the_check_stops_its_run(
     out, errors = process.communicate(timeout=60)
     assert process.returncode == status, errors
     assert "Traceback" not in errors
-    assert ("stopped; go on with: python -m harness.run --resume" in errors) == (
+    assert ("stopped; resume with: python -m harness.run --resume" in errors) == (
         sent is signal.SIGINT
     )
     assert "expectations met" not in out

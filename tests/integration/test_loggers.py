@@ -147,7 +147,7 @@ def test_a_resumed_run_keeps_its_wandb_id_and_its_last_file_has_every_row(tmp_pa
     assert kept.exit_codes == [255, 0]
 
 
-# W&B's own process is killed too: else it would go on writing.
+# W&B's own process is killed too: else it would continue to write.
 KILLED = """
 import os, psutil, signal, sys
 sys.path.insert(0, {project!r})

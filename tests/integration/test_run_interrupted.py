@@ -65,7 +65,7 @@ def test_a_stopped_run_resumes_by_its_directory(
     again.append("--changed-inputs")
     done = subprocess.run(again, cwd=PROJECT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert f"note: going on with changed inputs: data {data}" in done.stdout
+    assert f"note: continuing with changed inputs: data {data}" in done.stdout
     assert run.read_manifest()["inputs"] == [1, 2]
     assert run.read_manifest()["status"] == "COMPLETE"
     assert [row["step"] for row in MetricsFile(run.metrics).rows()] == list(range(31))

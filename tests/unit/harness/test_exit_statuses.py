@@ -42,7 +42,7 @@ def _heed() -> None:
         (
             NO_ROOM,
             2,
-            "/full/file: No space left on device\n  fix:     make room, then go on with --resume",
+            "No space left on device\n  fix:     make room, then continue with --resume",
         ),
         ("raise SystemExit(0)", 0, ""),  # --help
     ],

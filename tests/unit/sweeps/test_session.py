@@ -258,7 +258,7 @@ def test_a_sweep_goes_on_with_changed_data_where_that_is_allowed(
     again = sessions.resume(str(begun.sweep_dir.path), None, [], changed_inputs=True)
     study = Study(begun.sweep_dir.journal, begun.plan)
     sessions._check_inputs(again, study)
-    assert "note: going on with changed inputs: data " in capsys.readouterr().out
+    assert "note: continuing with changed inputs: data " in capsys.readouterr().out
     sessions._check_inputs(
         sessions.resume(str(begun.sweep_dir.path), None, []), study
     )  # asked once for each change

@@ -277,7 +277,7 @@ def test_trials_whose_pack_died_go_on_alone_and_are_judged_by_that(
         controller.end(name, died=True)
     assert study.counts() == {"RUNNING": 2}
     assert (
-        "trial 0: its pack's process died; it goes on from its checkpoint, alone" in said.getvalue()
+        "trial 0: its pack's process died; it resumes from its checkpoint, alone" in said.getvalue()
     )
     assert not controller.over
 
@@ -340,7 +340,7 @@ def fates(folder: Path, *, lost: bool) -> list[str]:
             lost = False
             servers.end("pack0")
             for name in list(trained):
-                steps[trained.pop(name)] = 0  # no checkpoint: it goes on from the start
+                steps[trained.pop(name)] = 0  # no checkpoint: it starts again
                 controller.end(name, died=True)
 
 

@@ -94,7 +94,7 @@ def test_the_sampler_does_not_propose_later_first_trials(sampler: str) -> None:
     tried = walk(plan_of(FINITE, sampler=sampler, num_trials=6, first_trials=first))
     assert [p[RANK] for p in tried[:2]] == [8, 8]
     assert (tried[0][ALPHA], tried[1][ALPHA]) == (32, 16)
-    # Rank 8 has been tried: the sampler proposes another configuration, and the sweep goes on.
+    # Rank 8 has been tried: the sampler proposes another configuration, and the sweep continues.
     assert unique(tried) == 6
 
 
