@@ -1,6 +1,4 @@
-"""A watch over a trial's process from within: one that makes no progress ends, and its log says
-where it hung.
-"""
+"""The watchdog of a training process: it ends one that makes no progress and logs where it hung."""
 
 from __future__ import annotations
 
@@ -10,42 +8,42 @@ import os
 from pathlib import Path
 
 _STDERR = 2
-_TOLD = b"Timeout ("
+# How faulthandler begins its report.
+_TIMEOUT = b"Timeout ("
 _LAST_BYTES = 1 << 16
 
 
 def watch(seconds: float) -> None:
-    """End this process, with the stack of every thread on stderr, unless called again or stopped
-    within `seconds`.
+    """End this process in `seconds`, its stacks on stderr, unless called again or stopped.
 
-    The timer is a thread of C code: it fires even where Python's own threads cannot run.
+    The timer is a thread of C code: it fires even where Python's threads cannot run.
     """
     faulthandler.dump_traceback_later(seconds, exit=True, file=_STDERR)
 
 
 def stop_watching() -> None:
-    """The process may wait for as long as it likes."""
+    """Stop the timer."""
     faulthandler.cancel_dump_traceback_later()
 
 
 def hung(log: Path) -> bool:
-    """Whether a process that wrote this log was ended by its watch."""
+    """Return whether the watchdog ended the process that wrote this log."""
     if not log.is_file():
         return False
     with log.open("rb") as file:
         file.seek(max(0, os.path.getsize(log) - _LAST_BYTES))
-        return any(line.startswith(_TOLD) for line in file.read().splitlines())
+        return any(line.startswith(_TIMEOUT) for line in file.read().splitlines())
 
 
 def oom_kills() -> int:
-    """How many processes the kernel has ended for want of memory, as far as it says so."""
+    """Return how many processes the kernel has ended out of memory, by its own counters."""
     counts = [0]
-    for place in (
+    for file in (
         "/proc/vmstat",
         "/sys/fs/cgroup/memory.events",
         "/sys/fs/cgroup/memory/memory.oom_control",
     ):
         with contextlib.suppress(OSError):
-            lines = Path(place).read_text().splitlines()
+            lines = Path(file).read_text().splitlines()
             counts += [int(line.split()[1]) for line in lines if line.startswith("oom_kill ")]
     return sum(counts)
