@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from harness.core.errors import UserError
+from harness.records import files, run_dir
 from harness.records.run_dir import Status
 from rltrain import checkpoint, trainer, worker_group
 from rltrain.engines.base import Engine, SyncError
@@ -191,3 +193,25 @@ def test_long_prompts_are_dropped_and_counted(small_recipe: MakeRecipe, new_run:
     assert (
         run.read_manifest()["result"]["metrics"]["eval/num_problems"] == last["eval/num_problems"]
     )
+
+
+def test_the_manifest_is_not_written_at_each_step(
+    small_recipe: MakeRecipe, new_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writes: list[Path] = []
+
+    def write(path: Path, value: Any) -> None:
+        writes.append(path)
+        files.write_json(path, value)
+
+    monkeypatch.setattr(run_dir, "write_json", write)
+    counts = []
+    for steps in (1, 4):
+        recipe = small_recipe(
+            f"trainer.max_steps={steps}", "trainer.eval_interval=0", "trainer.ckpt_interval=0"
+        )
+        run = new_run(recipe, f"run{steps}")
+        writes.clear()
+        train_run(recipe, run)
+        counts.append(writes.count(run.manifest))
+    assert counts[0] == counts[1] > 0
