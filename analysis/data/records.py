@@ -188,9 +188,11 @@ def recipe_text(run: RunDir) -> str:
 
 def parse_recipe(text: str) -> dict[str, Any]:
     """Return a resolved recipe as plain values, whatever schema version; empty for damaged YAML."""
-    load = yaml.CSafeLoader if len(text) <= _SHORT else yaml.SafeLoader
     try:
-        values = yaml.load(text, Loader=load)
+        if len(text) <= _SHORT:
+            values = yaml.load(text, Loader=yaml.CSafeLoader)
+        else:
+            values = yaml.safe_load(text)
     except (ValueError, RecursionError, yaml.YAMLError):
         return {}
     return values if isinstance(values, dict) else {}
