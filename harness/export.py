@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from harness.config.metrics import ACCURACY
 from harness.core.cli import Parser, invocation, run_command
 from harness.core.errors import UserError
 from harness.core.paths import shown
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> int:
     quiet_libraries()
     export.write(planned)
     row = planned.evaluated
-    scored = f", held-out accuracy {row[export.ACCURACY]:.3f} at step {row['step']}" if row else ""
+    scored = f", held-out accuracy {row[ACCURACY]:.3f} at step {row['step']}" if row else ""
     print(f"{arguments.which} policy{scored}  {shown(planned.output)}")
     return 0
 

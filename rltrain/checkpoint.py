@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from harness.config.metrics import ACCURACY
 from harness.core.errors import UserError
 from harness.records.files import damage, remove_folder, whole_folder
 from harness.records.run_dir import RunDir
@@ -212,8 +213,8 @@ def _steps(root: Path) -> list[Path]:
 def keep_adapter(pack: Pack, member: Member, accuracy: float) -> None:
     """Write `adapter/best` when the score is the best so far, and `adapter/final` at the end."""
     folders = []
-    if member.best is None or accuracy > member.best["eval/accuracy"]:
-        member.best = {"step": member.step, "eval/accuracy": accuracy}
+    if member.best is None or accuracy > member.best[ACCURACY]:
+        member.best = {"step": member.step, ACCURACY: accuracy}
         folders.append("best")
     if member.done:
         folders.append("final")

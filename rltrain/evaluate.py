@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from harness.config.metrics import ACCURACY
 from rltrain.engines.base import Request, Sample
 from rltrain.member import Member, truncates
 from rltrain.micro_batch_size import in_micro_batches
@@ -110,6 +111,6 @@ def _accuracy(rewards_PG: torch.Tensor) -> dict[str, float]:
     """Return the mean reward and, with N samples per problem, mean@N and pass@N (reward >= 1)."""
     mean, n = float(rewards_PG.mean()), rewards_PG.shape[1]
     if n == 1:
-        return {"eval/accuracy": mean}
+        return {ACCURACY: mean}
     passed = float((rewards_PG >= 1).any(dim=1).float().mean())
-    return {"eval/accuracy": mean, f"eval/mean@{n}": mean, f"eval/pass@{n}": passed}
+    return {ACCURACY: mean, f"eval/mean@{n}": mean, f"eval/pass@{n}": passed}

@@ -12,6 +12,7 @@ from typing import Self
 
 import torch
 
+from harness.config.metrics import ACCURACY
 from harness.config.schema import Recipe
 from harness.config.shapes import flops_per_token
 from harness.core.errors import UserError
@@ -25,8 +26,6 @@ from rltrain.models.loading import adapter_statistics
 from rltrain.pack import Pack
 from rltrain.report import StepReport
 from rltrain.step import accumulate_gradients, train_step
-
-ACCURACY = "eval/accuracy"
 
 
 class Trainer:
@@ -166,14 +165,15 @@ class Trainer:
         row = {"step": member.step, **row}
         if pack.ranks.first:
             member.metrics.append(row)
+        checkpoint_due = member.step > 0 and is_due(member, trainer.ckpt_interval)
         # The checkpoint comes after the row. A kill between them repeats the step; in the other
         # order it would lose the row.
-        if member.step > 0 and is_due(member, trainer.ckpt_interval):
+        if checkpoint_due:
             with pack.span("checkpoint"):
                 checkpoint.save(member, pack.ranks)
         if member.done:
             self._finish(member)
-        elif pack.ranks.first and (evaluation is not None or is_due(member, trainer.ckpt_interval)):
+        elif pack.ranks.first and (evaluation is not None or checkpoint_due):
             member.run_dir.update(seconds=member.seconds())
         return StepReport(member.step, member.total_steps, row)
 

@@ -25,7 +25,7 @@ MEANINGS: dict[Sureness, str] = {
     "open": "the runs do not settle it; the report says what would",
     "not tested": "every run used the same value",
 }
-"""What the verdicts mean. Each question has its own error rate of 5%."""
+"""The meaning of each verdict. Each question has its own error rate of 5%."""
 SETTLED = "Settled for this model, task and length."
 # The most seeds that are advised, and the most values in a sentence.
 MOST_SEEDS, MOST_VALUES = 12, 4

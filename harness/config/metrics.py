@@ -37,6 +37,9 @@ _CRITIC = "step, with `advantage_estimator=gae`"
 _TIS = "step, with `tis`"
 _FILTERS = "step, with `apply_overlong_filtering` or `zero_variance_filter`"
 
+ACCURACY = "eval/accuracy"
+"""The metric that every evaluation logs."""
+
 METRICS: dict[str, Metric] = {
     m.name: m
     for m in (
@@ -206,7 +209,7 @@ METRICS: dict[str, Metric] = {
             timing=True,
         ),
         Metric(
-            "eval/accuracy",
+            ACCURACY,
             "mean reward on held-out problems",
             "share",
             "maximize",

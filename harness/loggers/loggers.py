@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Mapping
 from typing import Any
 
+from harness.config.metrics import ACCURACY
 from harness.config.schema import Logger, Recipe
 from harness.loggers.base import RunLogger
 from harness.loggers.console import Console
@@ -52,8 +53,8 @@ class Loggers:
         if row["step"] >= total_steps and self._run_dir.status is Status.COMPLETE:
             adapter = self._run_dir.adapter / "final"
             has_adapter = (adapter / "adapter_config.json").is_file()
+            result = self._run_dir.read_manifest()["result"]
             for logger in self._loggers:
-                result = self._run_dir.read_manifest()["result"]
                 logger.finish(result, adapter if has_adapter else None)
 
     def close(self) -> None:
@@ -65,17 +66,19 @@ class Loggers:
 
     def _replay(self, total_steps: int, step: int) -> None:
         """Log the rows before a step again, to the loggers that want them."""
-        rows = [row for row in MetricsFile(self._run_dir.metrics).rows() if row["step"] < step]
-        for logger in self._loggers:
-            start = logger.replay_from
-            for row in rows:
-                if start is not None and row["step"] >= start:
-                    logger.log(row, self._samples(row), total_steps)
+        starts = [(logger, logger.replay_from) for logger in self._loggers]
+        replaying = [(logger, start) for logger, start in starts if start is not None]
+        rows = MetricsFile(self._run_dir.metrics).rows() if replaying else []
+        for row in (row for row in rows if row["step"] < step):
+            samples = self._samples(row)
+            for logger, start in replaying:
+                if row["step"] >= start:
+                    logger.log(row, samples, total_steps)
 
     def _samples(self, row: Mapping[str, float]) -> list[dict[str, Any]]:
         """Return the completions kept from a row's evaluation; [] where there are none."""
         path = self._run_dir.eval_samples(int(row["step"]))
-        if "eval/accuracy" not in row or not path.is_file():
+        if ACCURACY not in row or not path.is_file():
             return []
         import pyarrow.parquet
 

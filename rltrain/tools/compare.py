@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from harness.config.metrics import without_timings
+from harness.config.metrics import ACCURACY, without_timings
 from harness.records.metrics_file import MetricsFile
 from harness.records.run_dir import RunDir
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import torch
 
 Row = Mapping[str, float]
-ACCURACY = "eval/accuracy"
 ABSENT = "absent"
 UNREADABLE = "unreadable"
 SHOWN_CHARACTERS = 60

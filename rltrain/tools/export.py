@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import recipe as recipes
+from harness.config.metrics import ACCURACY
 from harness.config.schema import Recipe
 from harness.config.validate import VLLM_LORA_RANKS
 from harness.core.cli import invocation
@@ -18,8 +19,6 @@ from harness.records.files import verify_folder, whole_folder, write_json, write
 from harness.records.manifest import digest_path
 from harness.records.metrics_file import MetricsFile
 from harness.records.run_dir import RunDir, Status
-
-ACCURACY = "eval/accuracy"
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.config import recipe as recipes
+from harness.config.metrics import ACCURACY
 from harness.config.schema import Recipe
 from harness.core.errors import MachineError, machine_error
 from harness.core.locks import KernelLock
@@ -31,7 +32,6 @@ TAKEOVER_SECONDS = 60.0
 # The next trial asks for a slot some tenths of a second after it is free. Without this wait it
 # would have to wait for a whole step of the others.
 HANDOVER_SECONDS = 0.3
-EVALUATED = "eval/accuracy"
 
 
 class Stage(Enum):
@@ -62,7 +62,7 @@ class ServedTrial:
         self.reports.append(report)
         if report.done:
             self.stage = Stage.ENDED
-        elif EVALUATED in report.metrics:
+        elif ACCURACY in report.metrics:
             self.stage = Stage.WAITING
 
     def fail(self, error: Exception) -> None:

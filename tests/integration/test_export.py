@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from harness import export as command
 from harness.config import recipe as recipes
+from harness.config.metrics import ACCURACY
 from harness.config.schema import Recipe
 from harness.core.errors import UserError
 from harness.core.paths import locate
@@ -167,7 +168,7 @@ def test_the_card_describes_the_model(trained: Trained, exported: Callable[..., 
     assert record["recipe"]["digest"] in card
     assert record["model"]["digest"] in card
     result = record["result"]
-    accuracy, base = result["metrics"][export.ACCURACY], result["base"][export.ACCURACY]
+    accuracy, base = result["metrics"][ACCURACY], result["base"][ACCURACY]
     assert f"| held-out accuracy | {accuracy:.3f} (base {base:.3f}) |" in card
     assert "| policy | final: step 4, of a run that is COMPLETE |" in card
     assert "--enable-lora --max-lora-rank 8 --lora-modules noregret=FOLDER" in card
@@ -182,7 +183,7 @@ def test_best_exports_the_adapter_of_the_best_evaluation(
     best = trained.run.read_manifest()["result"]["best"]
     card = (folder / "README.md").read_text()
     assert f"best: step {best['step']}" in card
-    assert f"| held-out accuracy | {best[export.ACCURACY]:.3f} " in card
+    assert f"| held-out accuracy | {best[ACCURACY]:.3f} " in card
 
 
 def test_full_fine_tuning_gives_a_plain_model(

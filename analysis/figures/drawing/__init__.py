@@ -1,1 +1,1 @@
-"""What the figures share: colours, marks, grids and rendering."""
+"""Colours, marks, grids and rendering of all figures."""
