@@ -35,7 +35,9 @@ def main(argv: list[str]) -> int:
     """
     name, *arguments = argv or ["--help"]
     if name in ("-h", "--help"):
-        print(_help())
+        commands = "\n".join(f"  {name:<11}{line}" for name, line in COMMANDS.items())
+        print(f"usage: {SCRIPT} COMMAND ...\n\n{commands}\n")
+        print(f"{SCRIPT} COMMAND --help describes one, {SCRIPT} --version prints the version.")
         return 0
     if name == "--version":
         print(f"{SCRIPT} {metadata.version(SCRIPT)}")
@@ -50,11 +52,3 @@ def main(argv: list[str]) -> int:
         )
     status: int = importlib.import_module(f"harness.{name}").main(arguments)
     return status
-
-
-def _help() -> str:
-    commands = "\n".join(f"  {name:<11}{line}" for name, line in COMMANDS.items())
-    return (
-        f"usage: {SCRIPT} COMMAND ...\n\n{commands}\n\n"
-        f"{SCRIPT} COMMAND --help describes a command, {SCRIPT} --version prints the version."
-    )

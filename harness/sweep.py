@@ -94,13 +94,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError("--changed-inputs is for --resume: a new sweep has no earlier inputs")
     words = list(options.arguments)
     # argparse gives `--resume` the next word, also when that is a recipe or an override.
-    if (
-        options.resume
-        and not Path(options.resume).is_dir()
-        and ("=" in options.resume or _is_recipe(options.resume))
-    ):
-        words.insert(0, options.resume)
-        options.resume = ""
+    if (word := options.resume) and not Path(word).is_dir():
+        recipe = word.endswith((".yaml", ".yml")) or (RECIPES / f"{word}.yaml").is_file()
+        if recipe or "=" in word:
+            words.insert(0, word)
+            options.resume = ""
     sources = [word for word in words if "=" not in word]
     options.overrides = [word for word in words if "=" in word]
     if len(sources) > 1:
@@ -109,10 +107,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         )
     options.recipe = sources[0] if sources else None
     return options
-
-
-def _is_recipe(word: str) -> bool:
-    return word.endswith((".yaml", ".yml")) or (RECIPES / f"{word}.yaml").is_file()
 
 
 def _recipe(options: argparse.Namespace) -> str:

@@ -42,7 +42,9 @@ def save(member: Member, ranks: Ranks) -> None:
         weights, optimizer = _FILES[model.name]
         tensors[weights] = {name: full(p.detach()) for name, p in _named(model)}
         tensors[optimizer] = {
-            name: full(value) for name, value in _optimizer_tensors(model).items()
+            f"{name}/{kind}": full(value.detach())
+            for name, parameter in _named(model)
+            for kind, value in model.optimizer.state.get(parameter, {}).items()
         }
     state = {
         "step": member.step,
@@ -178,14 +180,6 @@ def load(member: Member, path: Path) -> None:
 def _named(model: TrainedModel) -> list[tuple[str, torch.nn.Parameter]]:
     """Return parameters by name without the adapter's, which differs from pack to pack."""
     return [(name.replace(f".{model.adapter}.", "."), p) for name, p in model.parameters.items()]
-
-
-def _optimizer_tensors(model: TrainedModel) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}/{key}": value.detach()
-        for name, parameter in _named(model)
-        for key, value in model.optimizer.state.get(parameter, {}).items()
-    }
 
 
 def _load_optimizer(model: TrainedModel, tensors: dict[str, torch.Tensor]) -> None:

@@ -45,7 +45,7 @@ COST_KEYS = frozenset(
         "generator.eval_sampling_params.max_generate_length",
     }
 )
-# Billions of parameters in a model's name; after an A those that are active for a token.
+# Billions of parameters in a model's name; after an A the ones active for a token.
 _IN_NAME = re.compile(r"(?<![\d.])(A?)(\d+(?:\.\d+)?)[bB](?![a-zA-Z])")
 
 

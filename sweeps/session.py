@@ -194,7 +194,7 @@ def _check_gpus(recipe: Recipe) -> None:
         raise UserError(
             "not enough GPUs for sweep.max_concurrent",
             got=f"{needed} asked, {visible} there",
-            fix="sweep.max_concurrent=null takes those that are there",
+            fix="sweep.max_concurrent=null uses the GPUs that are there",
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 AREAS = ("harness", "rltrain", "sweeps", "analysis")
 MOST_MODULES = 12
 MOST_LEVELS = 10
-MOST_FUNCTIONS = 57
+MOST_FUNCTIONS = 56
 MOST_LINES = 400
 LONGEST_LINE = 100
 
@@ -160,6 +161,19 @@ def repeated_classes(modules: Mapping[str, Module]) -> dict[str, list[str]]:
     return {name: found for name, found in places.items() if len(found) > 1}
 
 
+def unused_private(modules: Mapping[str, Module]) -> list[str]:
+    """Return the private functions and classes that their module does not use."""
+    unused = []
+    for name, module in modules.items():
+        words = Counter(re.findall(r"\w+", module.text))
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                private = node.name.startswith("_") and not node.name.endswith("__")
+                if private and words[node.name] == 1:
+                    unused.append(f"{name}.{node.name}")
+    return unused
+
+
 def measure(root: Path = PROJECT) -> tuple[list[tuple[str, str, str]], list[str]]:
     """Return the table (what, measured, wanted) and what must not be and is."""
     modules = read_modules(root)
@@ -169,7 +183,7 @@ def measure(root: Path = PROJECT) -> tuple[list[tuple[str, str, str]], list[str]
         mutual_packages(modules, graph),
         repeated_classes(modules),
     )
-    folders = folder_sizes(modules)
+    folders, unused = folder_sizes(modules), unused_private(modules)
     count = count_functions(modules)
     functions = 1000 * count / max(1, sum(module.lines for module in modules.values()))
     skipped = sum(module.text.count("# fmt: " + "skip") for module in modules.values())
@@ -193,6 +207,7 @@ def measure(root: Path = PROJECT) -> tuple[list[tuple[str, str, str]], list[str]
         ("circles of imports", str(len(around)), "0"),
         ("packages that import each other", str(len(mutual)), "0"),
         ("class names defined twice", str(len(classes)), "0"),
+        ("private functions without a caller", str(len(unused)), "0"),
         (f"lines longer than {LONGEST_LINE}", str(long_lines), "0"),
         ("`# fmt: skip`", str(skipped), "few"),
         *((f"lines of {area}", f"{lines[area]:,}", "") for area in AREAS),
@@ -201,6 +216,7 @@ def measure(root: Path = PROJECT) -> tuple[list[tuple[str, str, str]], list[str]
     faults = [f"modules import each other: {', '.join(circle)}" for circle in around]
     faults += [f"packages import each other: {one} and {two}" for one, two in mutual]
     faults += [f"class {name} is defined in {', '.join(found)}" for name, found in classes.items()]
+    faults += [f"nothing calls {name}" for name in unused]
     faults += [
         f"{name} has {n} modules, more than {MOST_MODULES}"
         for name, n in folders.items()

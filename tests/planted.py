@@ -272,9 +272,9 @@ def table(results: Mapping[str, Result]) -> str:
     ]
     return f"""# Planted faults
 
-Each fault below was planted in the code, alone, and tests ran up to the first failure: those that
-are likely to notice it, of `make test-fast`, then of `make test`, and where these passed all tests
-of the first, then of the second. Seconds are those until one failed. Of {len(results)} faults
+Each fault below was planted in the code, alone, and tests ran until the first failure: first the
+tests likely to notice it, from `make test-fast` and then from `make test`; where these passed, all
+tests of either. The seconds are the time to the first failure. Of {len(results)} faults
 `make test-fast` notices at least {by_fast}, and `make test` {by_any}.
 
 The faults are in `tests/planted_faults.yaml`; `python -m tests.planted --output docs/planted.md`

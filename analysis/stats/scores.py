@@ -42,8 +42,8 @@ class SweepScores:
     """A sweep's scores `[configurations, seeds]`, higher is better, NaN where there is none.
 
     `swept` has the sweep's seeds, `fresh` those of re-runs. `cells` has a row of settings for each
-    configuration. `whole` marks configurations with all the sweep's seeds, `confirmed` those with
-    all fresh seeds (two or more), `competing` those that kept most of the best gain. `collapsed`
+    configuration. `whole` marks configurations with all the sweep's seeds, `confirmed` ones with
+    all fresh seeds (two or more), `competing` ones that kept most of the best gain. `collapsed`
     counts collapsed seeds.
     """
 

@@ -64,7 +64,11 @@ def advise(
     `num_parameters` of the adapter and `hidden_size` of the model are looked up by default.
     `num_problems` is the size of the training data, for runs counted in epochs.
     """
-    config = _model_config(recipe.trainer.policy.model.path)
+    path = recipe.trainer.policy.model.path
+    config = stored_config(path)
+    if locate(path) is None:
+        # A hub model's name mostly contains its type.
+        config = {"model_type": next((name for name in EXPONENTS if name in path.lower()), "")}
     if hidden_size is not None:
         config["hidden_size"] = hidden_size
     checks = [_sampling(recipe), _group(recipe)]
@@ -290,13 +294,6 @@ def _matches(targets: Any, path: str) -> bool:
             return False
     names = sets[targets] if isinstance(targets, str) else targets or ()
     return any(path == name or path.endswith(f".{name}") for name in names)
-
-
-def _model_config(path: str) -> dict[str, Any]:
-    """Return a local model's type and sizes, or the type that a hub name contains."""
-    if locate(path) is None:
-        return {"model_type": next((name for name in EXPONENTS if name in path.lower()), "")}
-    return stored_config(path)
 
 
 def stored_config(path: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -82,7 +83,11 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, sweeps: bool = True
             OmegaConf.merge(_schema(), _one_as_list(values)), enum_to_str=True
         )
         check_interpolations(plain, recipe.sweep.space)
-    return _without_vllm(recipe) if _vllm_is_left_out() else recipe
+    if _vllm_is_left_out():
+        # The engine stays where transformers cannot serve the recipe.
+        with contextlib.suppress(UserError):
+            return with_values(recipe, {"generator.backend": Backend.transformers.name})
+    return recipe
 
 
 def notes(overrides: Sequence[str]) -> list[str]:
@@ -115,14 +120,6 @@ def engine_notes(recipe: Recipe) -> list[str]:
 
 def _vllm_is_left_out() -> bool:
     return not machine.vllm_has_builds() and not machine.has_vllm()
-
-
-def _without_vllm(recipe: Recipe) -> Recipe:
-    """Return a recipe with the transformers engine; unchanged where that engine cannot serve it."""
-    try:
-        return with_values(recipe, {"generator.backend": Backend.transformers.name})
-    except UserError:
-        return recipe
 
 
 def read(path: Path) -> Recipe:

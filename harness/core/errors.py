@@ -7,6 +7,7 @@ import errno
 import os
 import re
 from collections.abc import Iterable
+from functools import partial
 from unicodedata import category
 
 
@@ -27,7 +28,8 @@ class UserError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         # Ray pickles errors between processes, and the default pickling loses keyword arguments.
-        return (_rebuild, (type(self), self.what, self.got, self.allowed, self.fix))
+        build = partial(type(self), got=self.got, allowed=self.allowed, fix=self.fix)
+        return build, (self.what,)
 
     def __str__(self) -> str:
         lines = [f"error: {self.what}"]
@@ -48,12 +50,6 @@ def visible(text: str) -> str:
     return "".join(
         c if c.isprintable() or c == "\n" or category(c) == "Zs" else ascii(c)[1:-1] for c in text
     )
-
-
-def _rebuild(
-    kind: type[UserError], what: str, got: object, allowed: object, fix: str | None
-) -> UserError:
-    return kind(what, got=got, allowed=allowed, fix=fix)
 
 
 class MachineError(UserError):

@@ -24,9 +24,9 @@ _EXIT_CODES = {Status.COMPLETE: 0, Status.PRUNED: 0, Status.FAILED: 1}
 class WandB(RunLogger):
     """Writes a W&B run in the run's `wandb/`; a resumed run keeps its W&B id.
 
-    Offline, a process that resumes a run writes a new file with all rows so far: those that a
-    kill cut off are then there, and the others are there twice. Online, rows that the server has
-    are not logged again.
+    Offline, a process that resumes a run writes a new file with all rows so far. Rows that a kill
+    cut off are then there, and the others are there twice. Online, rows that the server has are
+    not logged again.
     """
 
     def __init__(

@@ -118,7 +118,7 @@ def check_inputs(changes: Sequence[Difference], kind: str, *, allowed: bool) -> 
     """Raise UserError for changed inputs of a run or sweep (`kind`), unless `allowed`."""
     if changes and not allowed:
         raise UserError(
-            f"the inputs are not those that this {kind} began with",
+            f"the inputs of this {kind} have changed since it began",
             got="; ".join(map(str, changes)),
             fix=f"restore them, start a new {kind} under another trainer.run_name, or add "
             "--changed-inputs: what was "

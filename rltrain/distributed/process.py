@@ -25,10 +25,8 @@ def quiet_libraries() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    # Both are installed, and transformers would import them, which takes seconds, for assisted
-    # generation and image models.
-    for name in ("is_sklearn_available", "is_scipy_available"):
-        setattr(transformers_utils, name, lambda: False)
+    # transformers would import SciPy for the losses of image models, which takes up to a second.
+    transformers_utils.is_scipy_available = lambda: False
 
 
 def redirect_output(log: Path) -> None:

@@ -37,7 +37,7 @@ def build(recipe: Recipe, model: Any, options: EngineOptions) -> TransformersEng
 class TransformersEngine(Engine):
     """Samples from the trainer's modules, one batch per member and sampling parameters.
 
-    Adapters and weights are those that the trainer holds at that moment, so nothing is loaded.
+    It uses the trainer's adapters and weights of that moment, so nothing is loaded.
     """
 
     shares_weights = True

@@ -263,17 +263,6 @@ def _facts(export: Export) -> dict[str, str]:
     return facts
 
 
-def _digest(digest: str | None) -> str:
-    return "" if digest is None else f", digest `{digest}`"
-
-
-def _base_accuracy(export: Export) -> str:
-    first = next(
-        (row for row in MetricsFile(export.run_dir.metrics).rows() if ACCURACY in row), None
-    )
-    return f" (base {first[ACCURACY]:.3f})" if first is not None and first["step"] == 0 else ""
-
-
 def _adapter_usage(export: Export) -> str:
     rank = export.recipe.trainer.policy.model.lora.rank
     room = next(room for room in VLLM_LORA_RANKS if room >= rank)

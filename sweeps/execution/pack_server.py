@@ -45,7 +45,7 @@ class Stage(Enum):
 
 @dataclass(eq=False)
 class ServedTrial:
-    """A trial in the server; `reports` are those that its own process has not fetched yet.
+    """A trial in the server; `reports` waits for the trial's own process to fetch it.
 
     `machine` is set where a failure of the machine, not of the trial, ended it.
     """
@@ -158,7 +158,7 @@ class PackServer:
         return trainer.__enter__()
 
     def _refuse(self, error: Exception) -> None:
-        """Fail all trials, those that are here and those that come, with this error."""
+        """Fail all trials in the server, and all that join later, with this error."""
         stop_watching()
         self._broken = True
         while True:

@@ -96,7 +96,7 @@ class ServerPool:
         if self._servers.works(host.server):
             self._servers.remove(host.server, run_dir)
         else:
-            host.key = None  # no trial joins; those that are still in it will end as well
+            host.key = None  # no trial joins, and the others in it will end as well
         return host.slots > 1
 
     @property

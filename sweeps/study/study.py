@@ -105,7 +105,7 @@ class Study:
 
     @property
     def num_left(self) -> int:
-        """Runs that have not ended, including those that have not started.
+        """Runs that are running or have not started.
 
         Confirmation runs count once it is known which they are.
         """
@@ -114,7 +114,7 @@ class Study:
 
     @property
     def num_runs(self) -> int:
-        """Runs that have ended, and those that are left."""
+        """Runs that have ended, and `num_left`."""
         return len(self.trials()) - self.counts()["RUNNING"] + self.num_left
 
     @property

@@ -68,7 +68,7 @@ def trial_recipe(plan: Plan, trial: Trial, sweep_dir: RunDir) -> Recipe:
 def rerun_overrides(plan: Plan, trial: Trial, sweep_overrides: Sequence[str]) -> list[str]:
     """Return the overrides with which `harness.run` makes a trial's recipe from the sweep's file.
 
-    `sweep_overrides` are those that the sweep was started with.
+    `sweep_overrides` are the overrides that the sweep was started with.
     """
     values = _trial_values(plan, trial)
     dropped = {"sweep", "trainer.seed", *PLACE_KEYS, *values}

@@ -67,6 +67,17 @@ def test_repeated_classes_large_folders_and_long_modules(project: Path) -> None:
     assert f"rltrain.long has {house.MOST_LINES + 1} lines, more than 400" in faults(project)
 
 
+def test_a_private_function_without_a_caller(project: Path) -> None:
+    write(
+        project,
+        "rltrain/card.py",
+        "def card():\n    return _used()\n\n\ndef _used(): ...\n" + "\n" * 60,
+    )
+    assert faults(project) == []
+    write(project, "rltrain/card.py", "def card(): ...\n\n\ndef _used(): ...\n" + "\n" * 60)
+    assert faults(project) == ["nothing calls rltrain.card._used"]
+
+
 def test_levels_are_the_longest_chain_of_imports(project: Path) -> None:
     write(project, "rltrain/trainer.py", "from rltrain.step import x\n")
     write(project, "rltrain/run.py", "from rltrain import step, trainer\n")

@@ -97,7 +97,8 @@ def test_a_run_goes_on_with_the_data_it_began_with(tiny_model_dir: Path, tmp_pat
     shutil.copy(tiny_model_dir / "data" / "validation.parquet", data)
     before = run_dir.manifest.read_bytes()
     with pytest.raises(
-        UserError, match=r"this run began with\n.*data .*train.parquet(.|\n)*--changed-inputs"
+        UserError,
+        match=r"of this run have changed since .*\n.*data .*train.parquet(.|\n)*--changed-inputs",
     ):
         run.main(["--resume", str(run_dir.path)])
     assert run_dir.manifest.read_bytes() == before

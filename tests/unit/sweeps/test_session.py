@@ -244,7 +244,7 @@ def test_a_sweep_does_not_go_on_with_changed_data(recipe_file: Path, begun: Sess
     before = begun.sweep_dir.manifest.read_bytes()
     with pytest.raises(
         UserError,
-        match=r"not those that this sweep began with\n(.|\n)*data .*more\.parquet: sha256:",
+        match=r"inputs of this sweep have changed .*\n(.|\n)*data .*more\.parquet: sha256:",
     ):
         sessions.run(again)
     assert begun.sweep_dir.manifest.read_bytes() == before

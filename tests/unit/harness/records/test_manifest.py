@@ -338,7 +338,8 @@ def test_inputs_that_changed_are_named(
     assert change.what.startswith(said)
     manifest.check_inputs([change], "run", allowed=True)
     with pytest.raises(
-        UserError, match=r"inputs are not those that this run began with\n(.|\n)*--changed-inputs"
+        UserError,
+        match=r"the inputs of this run have changed since it began\n(.|\n)*--changed-inputs",
     ):
         manifest.check_inputs([change], "run", allowed=False)
 
