@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -35,12 +35,12 @@ GAINS = {f"{GAIN:g}": {}, f"{GAIN / 2:g}": {"gain": GAIN / 2}}
 
 
 def main() -> None:
-    """Simulate, print, and write `docs/benchmarks/claims.json` and `docs/claims.md`.
-
-    Arguments: `claims` or `decisions` simulates that part alone and keeps the other's record.
-    """
+    """Simulate, print, and write `docs/benchmarks/claims.json` and `docs/claims.md`."""
     parts = {"claims": claims, "decisions": decisions}
-    selected = sys.argv[1:] or list(parts)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=parts, help="simulate it alone; the other's record stays")
+    options = parser.parse_args()
+    selected = [options.only] if options.only else list(parts)
     record = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
     record |= {"what": __doc__, "sweeps": SWEEPS, "sweeps_elsewhere": FOR_SEEDS}
     record |= {"cases" if name == "claims" else name: parts[name]() for name in selected}

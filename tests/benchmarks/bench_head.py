@@ -7,6 +7,7 @@ inputs.
 
 from __future__ import annotations
 
+import argparse
 import os
 from typing import Any
 
@@ -19,6 +20,7 @@ CONTENDERS = ("in chunks", "all rows at once", "PyTorch's autograd")
 
 def main() -> None:
     """Measure, print, and write `docs/benchmarks/head.json`."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     threads = os.cpu_count() or 1
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
     for _ in range(ROUNDS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import tempfile
 import time
@@ -28,6 +29,7 @@ MARKS = {"parsed": "domInteractive", "usable": "domContentLoadedEventEnd", "load
 
 def main() -> None:
     """Write, load, print, and write `docs/benchmarks/report.json`."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     if CHROMIUM is None:
         print("left out: chromium is not on PATH (apt-get install chromium)")
         return

@@ -7,6 +7,7 @@ on them ("generate"), which TRL's trainers call.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import tempfile
 import time
@@ -26,6 +27,7 @@ WAYS = ("vllm", "vllm stock", "vllm without LoRA", "transformers", "generate")
 
 def main() -> None:
     """Measure, print, and write `docs/benchmarks/rollout.json`."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     from rltrain.distributed.process import quiet_libraries
 
     quiet_libraries()

@@ -5,6 +5,7 @@ Measured are every sync mode, both engines, and several LoRA ranks.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import tempfile
 import time
@@ -21,6 +22,7 @@ RANKS = (1, 8, 64, 256)
 
 def main() -> None:
     """Measure, print, and write `docs/benchmarks/sync.json`."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     from rltrain.distributed.process import quiet_libraries
 
     quiet_libraries()

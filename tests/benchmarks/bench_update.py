@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import statistics
 import tempfile
@@ -36,6 +37,7 @@ WAYS: dict[str, tuple[tuple[bool, bool, bool, bool], dict[str, int | None]]] = {
 
 def main() -> None:
     """Measure, print, and write `docs/benchmarks/update.json`."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     from rltrain.distributed.process import quiet_libraries
 
     quiet_libraries()
@@ -80,9 +82,11 @@ def _run_dir(scratch: Path, name: str) -> RunDir:
 def _measure(pack: Any, member: Any, count: int, prompts: int) -> list[dict[str, Any]]:
     """Return a row for each method: seconds, CPU seconds and tokens a second of one update."""
     from rltrain.algorithms.advantages import compute_advantages
+    from rltrain.models import attention
     from rltrain.rollout import sample_rollouts
     from rltrain.step import update
 
+    assert pack.model.config._attn_implementation == attention.NAME
     ((rollout, _),) = sample_rollouts(pack, [member]).values()
     rollout = rollout.select(range(prompts))
     batch = rollout.to_batch(pack.pad_id)
@@ -97,7 +101,7 @@ def _measure(pack: Any, member: Any, count: int, prompts: int) -> list[dict[str,
             trainer = member.recipe.trainer
             for key, value in ({ROWS: 16, BUDGET: None} | keys).items():
                 setattr(trainer, key, value)
-            with _method(pack, *kind):
+            with method(*kind):
                 start, cpu = time.perf_counter(), time.process_time()
                 update(pack, member, member.policy, batch, 0)
                 spent = time.perf_counter() - start, time.process_time() - cpu
@@ -120,15 +124,13 @@ def _measure(pack: Any, member: Any, count: int, prompts: int) -> list[dict[str,
 
 
 @contextlib.contextmanager
-def _method(
-    pack: Any, packed: bool, shared: bool, one_product: bool, skipping: bool
-) -> Iterator[None]:
+def method(packed: bool, shared: bool, one_product: bool, skipping: bool) -> Iterator[None]:
     """Disable parts of the update, for comparison."""
     from peft.tuners import lora
 
     from rltrain.algorithms.policy import Policy
     from rltrain.algorithms.trained_model import TrainedModel
-    from rltrain.models import attention, logprobs
+    from rltrain.models import logprobs
     from rltrain.models.lora import LoRALinear
 
     with contextlib.ExitStack() as stack:
@@ -140,7 +142,6 @@ def _method(
             stack.enter_context(mock.patch.object(LoRALinear, "forward", lora.Linear.forward))
         if not skipping:
             stack.enter_context(mock.patch.object(Policy, "needs_grad", TrainedModel.needs_grad))
-        assert pack.model.config._attn_implementation == attention.NAME
         yield
 
 
