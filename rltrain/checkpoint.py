@@ -86,11 +86,11 @@ def find(member: Member) -> Path | None:
     run_dir.tidy()
     if mode == "latest":
         return _latest_sound(member)
-    own = _steps(run_dir.checkpoints)
+    steps = _steps(run_dir.checkpoints)
     named = None if mode == "none" else _asked_for(member, Path(mode).resolve())
-    if named is not None and named not in own:
+    if named is not None and named not in steps:
         return _latest_sound(member) or named
-    for later in own[own.index(named) + 1 if named else 0 :]:
+    for later in steps[steps.index(named) + 1 if named else 0 :]:
         run_dir.set_aside(later, f"trainer.resume_mode={mode}")
     return named
 
@@ -157,8 +157,10 @@ def load(member: Member, path: Path) -> None:
     for model in member.trained_models:
         file = path / f"{_FILES[model.name][0]}.safetensors"
         weights = load_file(file) if file.is_file() else {}
-        own = dict(_named(model))
-        if weights.keys() != own.keys() or any(weights[n].shape != p.shape for n, p in own.items()):
+        parameters = dict(_named(model))
+        if weights.keys() != parameters.keys() or any(
+            weights[n].shape != p.shape for n, p in parameters.items()
+        ):
             raise UserError(
                 f"the checkpoint does not fit this recipe's {model.name} (rank, target modules)",
                 got=path,

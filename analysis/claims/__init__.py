@@ -98,7 +98,7 @@ def judge(evidence: Evidence | None) -> list[JudgedClaim]:
     """Judge every claim in order, with p-values corrected for multiple tests (Holm)."""
     judged = [claim.verdict(evidence) for claim in CLAIMS.values()]
     # Claim 7 is arithmetic and no test, so it is left out.
-    tested = {one.id: one.p for one in judged if one.p is not None and one.id != "7"}
+    tested = {claim.id: claim.p for claim in judged if claim.p is not None and claim.id != "7"}
     return with_holm(judged, dict(zip(tested, holm(list(tested.values())), strict=True)))
 
 

@@ -140,14 +140,14 @@ class Claim:
 def with_holm(judged: list[JudgedClaim], adjusted: dict[str, float]) -> list[JudgedClaim]:
     """Add the corrected p-values by id; a "holds" that they do not support says so."""
     done = []
-    for one in judged:
-        p = adjusted.get(one.id)
+    for claim in judged:
+        p = adjusted.get(claim.id)
         note = ""
-        if one.verdict == HOLDS and p is not None and p > ALPHA:
+        if claim.verdict == HOLDS and p is not None and p > ALPHA:
             note = (
                 f" Corrected for {len(adjusted)} claims it is not significant (Holm p = {p:.2f})."
             )
-        done.append(replace(one, p_holm=p, reading=one.reading + note))
+        done.append(replace(claim, p_holm=p, reading=claim.reading + note))
     return done
 
 

@@ -62,25 +62,25 @@ def rank_one_reaches(e: Evidence) -> Finding | Obstacle:
     pair = _one_and_full(e)
     if isinstance(pair, Obstacle):
         return pair
-    one, full = pair
-    effect = gap(one, full)
+    rank_1, full = pair
+    effect = gap(rank_1, full)
     assert effect is not None  # both arms have a peak
     margin = GAIN_SHARE * gained(full)
     return Finding(
         effect=effect,
         unit=e.metric,
-        outcome=no_worse(kept(one, full, 1 - GAIN_SHARE)),
+        outcome=no_worse(kept(rank_1, full, 1 - GAIN_SHARE)),
         margin=_margin(margin, "full fine-tuning's gain"),
         bound=-margin,
-        n=one.runs + full.runs,
-        seeds=min(one.seeds, full.seeds),
+        n=rank_1.runs + full.runs,
+        seeds=min(rank_1.seeds, full.seeds),
         reading=(
             f"At their best learning rates rank 1 is at {points(effect.value)} against full "
             f"fine-tuning, which gained {gained(full):.3f}. It falls short by at most "
             f"{max(0.0, -effect.interval()[0]):.3f}."
         ),
         against_holds=untuned(full, "full fine-tuning"),
-        against_fails=untuned(one, "rank 1"),
+        against_fails=untuned(rank_1, "rank 1"),
     )
 
 
@@ -89,16 +89,16 @@ def rank_one_is_wider(e: Evidence) -> Finding | Obstacle:
     pair = _one_and_full(e)
     if isinstance(pair, Obstacle):
         return pair
-    one, full = pair
+    rank_1, full = pair
     if full.basin is None:
         return Obstacle(
             "full fine-tuning's basin is cut off by the ends of the tested rates",
             "add learning rates on the side where full fine-tuning is still good",
         )
-    if one.seeds < 2 or not one.learned:
+    if rank_1.seeds < 2 or not rank_1.learned:
         return Obstacle("rank 1 has fewer than two seeds, or did not learn")
-    cut_off = one.basin is None
-    wide, at_least = _width_in_grid(one), "at least " if cut_off else ""
+    cut_off = rank_1.basin is None
+    wide, at_least = _width_in_grid(rank_1), "at least " if cut_off else ""
     effect = difference(wide, width(full.basin))
     beyond = Obstacle(
         "rank 1's basin extends beyond the tested rates",
@@ -110,8 +110,8 @@ def rank_one_is_wider(e: Evidence) -> Finding | Obstacle:
         outcome=better(effect, effect.scaled(-1.0).shifted(WIDER)),
         margin=f"{WIDER} decades",
         bound=0.0,
-        n=one.runs + full.runs,
-        seeds=min(one.seeds, full.seeds),
+        n=rank_1.runs + full.runs,
+        seeds=min(rank_1.seeds, full.seeds),
         reading=(
             f"Rank 1 keeps {BASIN_SHARE:.0%} of its gain over {at_least}{wide.value:.2f} decades "
             f"of learning rate, full fine-tuning over {width(full.basin).value:.2f}."
@@ -169,13 +169,13 @@ def capacity_is_spare(e: Evidence) -> Finding | Obstacle:
 
 def _one_and_full(e: Evidence) -> tuple[Arm, Arm] | Obstacle:
     for stratum in e.strata(e.lora, "batch", "budget", "targets", "alpha"):
-        one, full = e.arm(stratum & (e.rank == 1)), e.arm(e.full_like(stratum))
-        if one is not None and full is not None:
+        rank_1, full = e.arm(stratum & (e.rank == 1)), e.arm(e.full_like(stratum))
+        if rank_1 is not None and full is not None:
             # That rank 1 did not learn is a result, and no obstacle.
             return (
                 not_learned(full, "full fine-tuning")
-                or (too_few_seeds("rank 1") if one.peak is None else None)
-                or (one, full)
+                or (too_few_seeds("rank 1") if rank_1.peak is None else None)
+                or (rank_1, full)
             )
     return Obstacle(
         "there are no runs of both rank 1 and full fine-tuning at the same batch size and length"
@@ -206,8 +206,8 @@ def equal_parameters(e: Evidence, stratum: Mask, first: float, second: float) ->
         for code in (first, second)
     ]
     near = sorted(
-        (abs(math.log(one.parameters / other.parameters)), i, j)
-        for i, one in enumerate(sides[0])
+        (abs(math.log(arm.parameters / other.parameters)), i, j)
+        for i, arm in enumerate(sides[0])
         for j, other in enumerate(sides[1])
     )
     pairs: list[ArmPair] = []
@@ -230,22 +230,22 @@ def _placements(
     e: Evidence, placed: list[ArmPair], first: str, second: str, *, tost: bool
 ) -> Finding | Obstacle:
     pairs = [(pair.first.arm, pair.second.arm) for pair in placed]
-    for one, other in pairs:
-        obstacle = not_learned(one, first) or (not_learned(other, second) if tost else None)
+    for arm, other in pairs:
+        obstacle = not_learned(arm, first) or (not_learned(other, second) if tost else None)
         if obstacle is not None:
             return obstacle
-    gaps = [effect for one, other in pairs if (effect := gap(one, other)) is not None]
+    gaps = [effect for arm, other in pairs if (effect := gap(arm, other)) is not None]
     if len(gaps) < len(pairs):
         return too_few_seeds(second)
     effect = average(gaps)
-    reference = float(np.mean([gained(other if tost else one) for one, other in pairs]))
+    reference = float(np.mean([gained(other if tost else arm) for arm, other in pairs]))
     margin = GAIN_SHARE * reference
     over = f" over {len(pairs)} pairs of ranks" if len(pairs) > 1 else ""
-    first_edge = next((edge for one, _ in pairs if (edge := untuned(one, first))), None)
+    first_edge = next((edge for arm, _ in pairs if (edge := untuned(arm, first))), None)
     second_edge = next((edge for _, two in pairs if (edge := untuned(two, second))), None)
-    least = average([kept(one, other, 1 - GAIN_SHARE) for one, other in pairs])
-    most = average([kept(one, other, 1 + GAIN_SHARE) for one, other in pairs])
-    lag = average([kept(other, one, 1 - GAIN_SHARE) for one, other in pairs])
+    least = average([kept(arm, other, 1 - GAIN_SHARE) for arm, other in pairs])
+    most = average([kept(arm, other, 1 + GAIN_SHARE) for arm, other in pairs])
+    lag = average([kept(other, arm, 1 - GAIN_SHARE) for arm, other in pairs])
     either = first_edge or second_edge
     return Finding(
         effect=effect,
@@ -253,8 +253,8 @@ def _placements(
         outcome=equivalent(least, most) if tost else better(effect, lag),
         margin=_margin(margin, "MLP-only's gain"),
         bound=math.copysign(margin, effect.value) if tost else 0.0,
-        n=sum(one.runs + two.runs for one, two in pairs),
-        seeds=min(min(one.seeds, two.seeds) for one, two in pairs),
+        n=sum(arm.runs + other.runs for arm, other in pairs),
+        seeds=min(min(arm.seeds, other.seeds) for arm, other in pairs),
         reading=(
             f"At their best learning rates {first} is at {points(effect.value)} against {second}"
             f"{over}; MLP-only gained {reference:.3f}."

@@ -89,8 +89,8 @@ def run_facts(directory: Path, record: Record, metric: str, maximize: bool) -> d
     path = lookup(recipe, "trainer.policy.model.path")
     config = advice.stored_config(path) if isinstance(path, str) else {}
     modules = _adapted_modules(recipe)
-    found = locate(path) if isinstance(path, str) else None
-    weights = sorted(found.glob("*.safetensors")) if found is not None and found.is_dir() else []
+    folder = locate(path) if isinstance(path, str) else None
+    weights = sorted(folder.glob("*.safetensors")) if folder is not None and folder.is_dir() else []
     model_parameters = _stored_parameters(tuple(weights))
     group = _int(lookup(recipe, "generator.n_samples_per_prompt"))
     mini, batch = (

@@ -74,14 +74,14 @@ def _plot(experiment: Experiment, e: Evidence, sizes: dict[float, dict[int, Arm]
         [_cost(e, rank, small[rank], large[rank]) for rank in shared],
         columns=["rank", "cost", "low", "high"],
     )
-    found = BatchData(points, costs, experiment.base, experiment.metric)
+    chart = BatchData(points, costs, experiment.base, experiment.metric)
     what = (
         f"Line chart of {labels.metric(experiment.metric)} against batch size at {len(sizes)} "
         "sizes, a line per rank."
     )
-    reading = _reading(experiment, found, (min(sizes), max(sizes))) + left_out(experiment)
+    reading = _reading(experiment, chart, (min(sizes), max(sizes))) + left_out(experiment)
     title = "Batch size: what it costs LoRA and full fine-tuning"
-    return Plot("batch_size", title, what, reading, found)
+    return Plot("batch_size", title, what, reading, chart)
 
 
 def _cost(e: Evidence, rank: int, small: Arm, large: Arm) -> dict[str, float]:
@@ -93,13 +93,13 @@ def _cost(e: Evidence, rank: int, small: Arm, large: Arm) -> dict[str, float]:
     return {"rank": rank, "cost": cost.value, "low": low, "high": high}
 
 
-def _reading(experiment: Experiment, found: BatchData, ends: tuple[float, float]) -> str:
-    if found.costs.empty:
+def _reading(experiment: Experiment, chart: BatchData, ends: tuple[float, float]) -> str:
+    if chart.costs.empty:
         return "No rank has scores at both the smallest and the largest batch."
     each = [
         f"{labels.rank(row['rank'])} "
-        f"{with_interval(found.metric, row['cost'], row['low'], row['high'])}"
-        for _, row in found.costs.iterrows()
+        f"{with_interval(chart.metric, row['cost'], row['low'], row['high'])}"
+        for _, row in chart.costs.iterrows()
     ]
     budgets = sorted(set(experiment.tables.runs["budget"].dropna()))
     length = f"Lengths differ ({labels.listed(budgets)})"
@@ -107,32 +107,32 @@ def _reading(experiment: Experiment, found: BatchData, ends: tuple[float, float]
         length = f"All ran {budgets[0]}"
     return (
         f"Going from {ends[0]:g} to {ends[1]:g} sequences an update costs {labels.listed(each)} "
-        f"({tuned(found.points)}). {length}."
+        f"({tuned(chart.points)}). {length}."
     )
 
 
-def draw(found: BatchData, figure: Canvas, look: Look) -> None:
+def draw(chart: BatchData, figure: Canvas, look: Look) -> None:
     """Draw a line for each rank over batch sizes (log scale), with a mark and interval at each."""
     axes = figure.add_subplot()
     axes.set_xscale("log", base=2)
-    ranks = sorted(found.points["rank"].unique())
+    ranks = sorted(chart.points["rank"].unique())
     styles = rank_styles(ranks, look)
-    sizes = sorted(found.points["batch"].unique())
+    sizes = sorted(chart.points["batch"].unique())
     # Intervals at one batch size would hide each other, so they stand side by side.
     shift = (sizes[-1] / sizes[0]) ** (0.035 if look.narrow else 0.015)
     for place, rank in enumerate(ranks):
-        rows = found.points[found.points["rank"] == rank].sort_values("batch")
+        rows = chart.points[chart.points["rank"] == rank].sort_values("batch")
         at = rows["batch"].to_numpy(float) * shift ** (place - (len(ranks) - 1) / 2)
         axes.plot(at, rows["score"], color=styles[rank][0], linewidth=1.4, alpha=0.75, zorder=2)
         interval_marks(axes, at, rows, styles[rank])
-    fit_scores(axes, found.points, found.base, found.metric)
-    base_line(axes, found.base, found.metric, look)
+    fit_scores(axes, chart.points, chart.base, chart.metric)
+    base_line(axes, chart.base, chart.metric, look)
     axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
     axes.xaxis.set_minor_locator(NullLocator())
     beyond = (sizes[-1] / sizes[0]) ** 0.14
     axes.set_xlim(sizes[0] / beyond, sizes[-1] * beyond)
     axes.set_xlabel("sequences an update (log scale)")
-    axes.set_ylabel(labels.metric(found.metric))
+    axes.set_ylabel(labels.metric(chart.metric))
     legend(figure, handles(styles, {rank: labels.rank(rank) for rank in ranks}), look)
 
 

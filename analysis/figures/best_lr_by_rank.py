@@ -60,15 +60,15 @@ def data(experiment: Experiment) -> list[Plot]:
     kinds: tuple[tuple[Literal["alpha", "scale"], str], ...] = (("alpha", ""), ("scale", "_scaled"))
     for fixed, suffix in kinds if e is not None else ():
         assert e is not None
-        found = best_rates(e, fixed)
-        if found is not None:
+        chart = best_rates(e, fixed)
+        if chart is not None:
             what = (
                 "Chart of the best learning rate of each rank, on log scales, with intervals, at "
-                f"{found.fixed}."
+                f"{chart.fixed}."
             )
-            title = f"Best learning rate by rank, at {found.fixed}"
-            reading = _reading(found) + left_out(experiment)
-            plots.append(Plot(f"best_lr_by_rank{suffix}", title, what, reading, found))
+            title = f"Best learning rate by rank, at {chart.fixed}"
+            reading = _reading(chart) + left_out(experiment)
+            plots.append(Plot(f"best_lr_by_rank{suffix}", title, what, reading, chart))
     return plots
 
 
@@ -119,33 +119,33 @@ def _best_rates(e: Evidence, stratum: Mask, arms: dict[int, Arm], fixed: str) ->
     )
 
 
-def _reading(found: BestRateData) -> str:
+def _reading(chart: BestRateData) -> str:
     parts = []
-    if found.exponent is not None:
-        low, high = found.exponent.interval(0.025)
+    if chart.exponent is not None:
+        low, high = chart.exponent.interval(0.025)
         inside = [name for name, value in EXPONENTS.items() if low <= value <= high]
         sides = {"inside": inside, "outside": [name for name in EXPONENTS if name not in inside]}
         told = [f"{labels.listed(names)} {where}" for where, names in sides.items() if names]
-        seeds = labels.plural(int(found.points["seeds"].min()), "seed")
+        seeds = labels.plural(int(chart.points["seeds"].min()), "seed")
         parts.append(
-            f"At {found.fixed} the best rate goes as rank to the power "
-            f"{_signed(found.exponent.value)} (95% interval {_signed(low)} to {_signed(high)}, "
-            f"ranks {found.fitted[0]} to {found.fitted[-1]}, {seeds}). Of theory's exponents "
+            f"At {chart.fixed} the best rate goes as rank to the power "
+            f"{_signed(chart.exponent.value)} (95% interval {_signed(low)} to {_signed(high)}, "
+            f"ranks {chart.fitted[0]} to {chart.fitted[-1]}, {seeds}). Of theory's exponents "
             f"{', '.join(told)} the interval."
         )
     else:
         parts.append(
-            f"At {found.fixed} no exponent of rank can be fitted: ranks from {FROM_RANK} on with a "
+            f"At {chart.fixed} no exponent of rank can be fitted: ranks from {FROM_RANK} on with a "
             f"located best rate do not span a factor of {2**MIN_OCTAVES:g}."
         )
-    if found.ratio is not None:
-        low, high = found.ratio.interval(0.025)
+    if chart.ratio is not None:
+        low, high = chart.ratio.interval(0.025)
         where = "inside" if low <= math.log10(LORA_OVER_FULL) <= high else "outside"
         parts.append(
-            f"LoRA's best rate is {10**found.ratio.value:.1f} times full fine-tuning's (95% "
+            f"LoRA's best rate is {10**chart.ratio.value:.1f} times full fine-tuning's (95% "
             f"interval {10**low:.1f} to {10**high:.1f}; {LORA_OVER_FULL:g} is {where})."
         )
-    for why, ranks in found.unlocated.items():
+    for why, ranks in chart.unlocated.items():
         who = labels.listed([labels.rank(rank) for rank in ranks])
         parts.append(f"Not located: {who} ({'each' if len(ranks) > 1 else 'it'} {why}).")
     return " ".join(parts)
@@ -155,19 +155,19 @@ def _signed(value: float) -> str:
     return f"{value:+.2f}".replace("-", "−")
 
 
-def draw(found: BestRateData, figure: Canvas, look: Look) -> None:
+def draw(chart: BestRateData, figure: Canvas, look: Look) -> None:
     """Draw a mark and an interval for each rank, and theory's slopes through the fit's middle."""
     axes = figure.add_subplot()
     axes.set_yscale("log")
-    points = found.points.sort_values("rank", ignore_index=True)
+    points = chart.points.sort_values("rank", ignore_index=True)
     ranks = points["rank"].tolist()
     places = {rank: math.log2(rank) for rank in ranks if rank}
     if 0 in ranks:  # full fine-tuning stands beyond the last rank
         places[0] = max(places.values()) + 1.5
     styles = rank_styles(ranks, look)
     handles: list[Artist] = []
-    if found.exponent is not None:
-        handles += _slopes(axes, found, found.exponent.value, look)
+    if chart.exponent is not None:
+        handles += _slopes(axes, chart, chart.exponent.value, look)
     full = points[(points["rank"] == 0) & points["located"]]
     if len(full):
         low, high = (LORA_OVER_FULL * float(full[name].iloc[0]) for name in ("low", "high"))
@@ -197,9 +197,9 @@ def draw(found: BestRateData, figure: Canvas, look: Look) -> None:
     legend(figure, handles, look)
 
 
-def _slopes(axes: Axes, found: BestRateData, fit: float, look: Look) -> list[Line2D]:
+def _slopes(axes: Axes, chart: BestRateData, fit: float, look: Look) -> list[Line2D]:
     """Draw the fitted exponent and theory's through the middle of the fitted ranks."""
-    known = found.points[found.points["rank"].isin(found.fitted)]
+    known = chart.points[chart.points["rank"].isin(chart.fitted)]
     x, y = np.log2(known["rank"].to_numpy(float)), np.log10(known["rate"].to_numpy())
     ends = np.array([x.min() - 0.3, x.max() + 0.3])
     dashes = [(0, (1, 2)), (0, (5, 2)), (0, (5, 2, 1, 2))]

@@ -66,10 +66,10 @@ def data(experiment: Experiment) -> list[Plot]:
         times = known[["started", "ended"]] - known["started"].min()
         times = times.rename(columns={"started": "start", "ended": "end"})
         spans = known[["number", "status"]].join(times).reset_index(drop=True)
-    found = CostData(spans, phases, _packing(tables.steps))
+    chart = CostData(spans, phases, _packing(tables.steps))
     over_time = "" if spans.empty else ", and of the trials over time"
     what = f"Bar chart of the trainer's time by phase{over_time}."
-    return [Plot("cost", "What it cost", what, _reading(found), found)]
+    return [Plot("cost", "What it cost", what, _reading(chart), chart)]
 
 
 def _seconds(steps: pd.DataFrame) -> pd.DataFrame:
@@ -99,18 +99,18 @@ def _packing(steps: pd.DataFrame) -> pd.DataFrame:
     return table.assign(steps=(table["steps"] / table["members"]).round().astype(int))
 
 
-def _reading(found: CostData) -> str:
+def _reading(chart: CostData) -> str:
     parts = []
-    if found.makespan and len(found.spans) > 1:
-        spent = float((found.spans["end"] - found.spans["start"]).sum())
+    if chart.makespan and len(chart.spans) > 1:
+        spent = float((chart.spans["end"] - chart.spans["start"]).sum())
         parts.append(
-            f"From the first start to the last end {labels.plural(len(found.spans), 'trial')} took "
-            f"{duration(found.makespan)}, {spent / found.makespan:.1f} at a time on average."
+            f"From the first start to the last end {labels.plural(len(chart.spans), 'trial')} took "
+            f"{duration(chart.makespan)}, {spent / chart.makespan:.1f} at a time on average."
         )
-    if len(found.packing) and found.packing["members"].max() > 1:
-        most = found.packing.iloc[-1]
+    if len(chart.packing) and chart.packing["members"].max() > 1:
+        most = chart.packing.iloc[-1]
         text = f"A step took {most['seconds']:.2g} s for each of {most['members']:.0f} members"
-        alone = found.packing[found.packing["members"] == 1]
+        alone = chart.packing[chart.packing["members"] == 1]
         if alone.empty:
             parts.append(f"{text}. None was taken alone, so the gain of packing is not known.")
         else:
@@ -119,42 +119,42 @@ def _reading(found: CostData) -> str:
                 f"{text}, and {single:.2g} s for one alone: {single / most['seconds']:.1f} times. "
                 "This is rough, as other trials at other times were alone."
             )
-    whole = float(found.phases.sum())
-    top = found.phases.sort_values(ascending=False).head(2)
+    whole = float(chart.phases.sum())
+    top = chart.phases.sort_values(ascending=False).head(2)
     shares = labels.listed([f"{seconds / whole:.0%} into {name}" for name, seconds in top.items()])
     return " ".join([*parts, f"The trainers' {duration(whole)} went {shares}."])
 
 
-def draw(found: CostData, figure: Canvas, look: Look) -> None:
+def draw(chart: CostData, figure: Canvas, look: Look) -> None:
     """Draw the trials over time, seconds by phase, and a step's seconds a member."""
     panels = [_phases]
-    if len(found.spans) > 1:
+    if len(chart.spans) > 1:
         panels.insert(0, _timeline)
-    if len(found.packing) > 1:
+    if len(chart.packing) > 1:
         panels.append(_together)
     if look.narrow:
         figure.set_size_inches(look.size[0], 2.7 * len(panels))
     shape = (len(panels), 1) if look.narrow else (1, len(panels))
     for axes, panel in zip(figure.subplots(*shape, squeeze=False).flat, panels, strict=True):
-        panel(axes, found, look)
+        panel(axes, chart, look)
 
 
-def _timeline(axes: Axes, found: CostData, look: Look) -> None:
-    makespan = found.makespan
+def _timeline(axes: Axes, chart: CostData, look: Look) -> None:
+    makespan = chart.makespan
     unit, size = next(pair for pair in _UNITS if makespan >= pair[1] * 2 or pair[1] == 1)
     axes.set_xlabel(f"{unit} since the first began")
     axes.set_xlim(0, 1.03 * max(makespan / size, 1e-9))
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-    if len(found.spans) > MAX_BARS:
+    if len(chart.spans) > MAX_BARS:
         # The trials that ran at a time, on average over each period.
         edges = np.linspace(0.0, makespan, PERIODS + 1)
-        start, end = found.spans[["start", "end"]].to_numpy(float).T[:, :, None]
+        start, end = chart.spans[["start", "end"]].to_numpy(float).T[:, :, None]
         shared = np.minimum(end, edges[1:]) - np.maximum(start, edges[:-1])  # [trials, periods]
         running = np.clip(shared, 0.0, None).sum(axis=0) / np.diff(edges)
         axes.stairs(running, edges / size, fill=True, color=look.first, zorder=3)
         axes.set_ylabel("trials at a time")
         return
-    spans = found.spans.sort_values(["start", "number"], ignore_index=True)
+    spans = chart.spans.sort_values(["start", "number"], ignore_index=True)
     done = (spans["status"] == Status.COMPLETE.value).to_numpy()
     kinds = ((done, look.first, "complete"), (~done, look.colours["soft"], "not complete"))
     for mask, colour, name in kinds:
@@ -170,26 +170,26 @@ def _timeline(axes: Axes, found: CostData, look: Look) -> None:
     axes.set_ylabel("trials, in the order they began")
 
 
-def _phases(axes: Axes, found: CostData, look: Look) -> None:
-    whole = float(found.phases.sum())
-    places = np.arange(len(found.phases))
-    axes.barh(places, found.phases / whole, 0.7, color=look.first, linewidth=0, zorder=3)
-    for place, seconds in zip(places, found.phases, strict=True):
+def _phases(axes: Axes, chart: CostData, look: Look) -> None:
+    whole = float(chart.phases.sum())
+    places = np.arange(len(chart.phases))
+    axes.barh(places, chart.phases / whole, 0.7, color=look.first, linewidth=0, zorder=3)
+    for place, seconds in zip(places, chart.phases, strict=True):
         share = seconds / whole
         text = f"{share:.0%}, {duration(seconds)}" if share >= 0.005 else "under 1%"
         offset: dict[str, Any] = {"xytext": (3, 0), "textcoords": "offset points"}
         axes.annotate(text, (share, place), va="center", fontsize="small", **offset)
-    axes.set_yticks(places, [str(name) for name in found.phases.index])
+    axes.set_yticks(places, [str(name) for name in chart.phases.index])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.set_xlim(0, 1.65 * float(found.phases.max()) / whole)
+    axes.set_xlim(0, 1.65 * float(chart.phases.max()) / whole)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.set_xlabel("share of the trainer's time")
 
 
-def _together(axes: Axes, found: CostData, look: Look) -> None:
-    members, seconds = found.packing["members"], found.packing["seconds"]
+def _together(axes: Axes, chart: CostData, look: Look) -> None:
+    members, seconds = chart.packing["members"], chart.packing["seconds"]
     axes.plot(members, seconds, color=look.first, marker=MARKERS[0], zorder=3)
     axes.set_xticks(members.tolist())
     axes.set_ylim(0, 1.12 * float(seconds.max()))

@@ -42,13 +42,13 @@ def data(experiment: Experiment) -> list[Plot]:
     early = None if e is None else early_curves(e)
     if early is None or isinstance(early, Obstacle):
         return []
-    found = by_rank(early)
+    chart = by_rank(early)
     what = (
         "Line chart of training reward against step, a line per rank, and a chart of early "
         "differences."
     )
-    reading = _reading(found) + left_out(experiment)
-    return [Plot("early_curves", "Early training curves by rank", what, reading, found)]
+    reading = _reading(chart) + left_out(experiment)
+    return [Plot("early_curves", "Early training curves by rank", what, reading, chart)]
 
 
 def by_rank(early: Early) -> EarlyData:
@@ -78,10 +78,10 @@ def by_rank(early: Early) -> EarlyData:
     )
 
 
-def _reading(found: EarlyData) -> str:
-    table = found.leads
+def _reading(chart: EarlyData) -> str:
+    table = chart.leads
     furthest = table.iloc[int(table["lead"].abs().to_numpy().argmax())]
-    last = found.curves[found.curves["step"] > found.curves["step"].max() - SMOOTHING]
+    last = chart.curves[chart.curves["step"] > chart.curves["step"].max() - SMOOTHING]
     ends = last.groupby("rank")["reward"].mean()
     parting = (
         f"In the last {SMOOTHING} steps they are {ends.max() - ends.min():.3f} apart, rank "
@@ -91,14 +91,14 @@ def _reading(found: EarlyData) -> str:
         f"{furthest[name]:+.3f}".replace("-", "−") for name in ("lead", "low", "high")
     )
     text = (
-        f"In the first {found.steps} steps, which make half of the rise, rank "
+        f"In the first {chart.steps} steps, which make half of the rise, rank "
         f"{furthest['rank']:.0f} is farthest from the other ranks: {lead}"
     )
-    if found.pairs < 2:
+    if chart.pairs < 2:
         return f"{text}. With one seed whether that is chance is not known. {parting}"
-    same = f"±{found.margin:.3f} ({CURVE_SHARE:.0%} of the early rise)"
-    inside = (table["low"] > -found.margin) & (table["high"] < found.margin)
-    beyond = table[(table["low"] > found.margin) | (table["high"] < -found.margin)]
+    same = f"±{chart.margin:.3f} ({CURVE_SHARE:.0%} of the early rise)"
+    inside = (table["low"] > -chart.margin) & (table["high"] < chart.margin)
+    beyond = table[(table["low"] > chart.margin) | (table["high"] < -chart.margin)]
     if inside.all():
         verdict = f"Every rank's interval is within {same}: the early curves are the same"
     elif len(beyond):
@@ -110,32 +110,32 @@ def _reading(found: EarlyData) -> str:
             f"Not every rank's interval is within {same}: whether the early curves are the same is "
             "not known"
         )
-    over = f"{labels.plural(found.pairs, 'pair')} of rate and seed"
+    over = f"{labels.plural(chart.pairs, 'pair')} of rate and seed"
     return f"{text} (90% interval {low} to {high}, {over}). {verdict}. {parting}"
 
 
-def draw(found: EarlyData, figure: Canvas, look: Look) -> None:
+def draw(chart: EarlyData, figure: Canvas, look: Look) -> None:
     """Draw the curves with the early part shaded, and each rank's early lead with the margin."""
     if look.narrow:
         figure.set_size_inches(look.size[0], 5.6)
         left, right = figure.subplots(2, 1, height_ratios=[1.6, 1])
     else:
         left, right = figure.subplots(1, 2, width_ratios=[2.2, 1])
-    ranks = found.leads["rank"].tolist()
+    ranks = chart.leads["rank"].tolist()
     styles = rank_styles(ranks, look)
     good = look.colours["good"]
-    for rank, line in found.curves.groupby("rank"):
+    for rank, line in chart.curves.groupby("rank"):
         colour = styles[rank][0]
         left.plot(line["step"], line["reward"], color=colour, linewidth=0.8, alpha=0.35, zorder=2)
         left.plot(line["step"], line["smooth"], color=colour, linewidth=1.8, zorder=3)
-    left.axvspan(0, found.steps + 0.5, color=good, zorder=0, linewidth=0)
+    left.axvspan(0, chart.steps + 0.5, color=good, zorder=0, linewidth=0)
     _name_band(left, "early", look, xytext=(3, 4))
-    left.set_xlim(left=0, right=float(found.curves["step"].max()))
+    left.set_xlim(left=0, right=float(chart.curves["step"].max()))
     left.set_xlabel("optimizer step")
     left.set_ylabel("training reward")
-    right.axvspan(-found.margin, found.margin, color=good, zorder=0, linewidth=0)
+    right.axvspan(-chart.margin, chart.margin, color=good, zorder=0, linewidth=0)
     right.axvline(0, color=look.colours["soft"], linewidth=1, zorder=1)
-    for place, row in enumerate(each(found.leads)):
+    for place, row in enumerate(each(chart.leads)):
         colour, marker = styles[row.rank]
         right.plot(row.lead, place, marker, color=colour, markersize=7, zorder=4)
         if np.isfinite(row.low):

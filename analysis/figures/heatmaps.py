@@ -70,14 +70,14 @@ def _plot(experiment: Experiment, key: str) -> Plot | None:
     diverged = wild.groupby(["value", "lr"]).size().rename("runs").reset_index()
     best = cells.iloc[0]
     lines = _lines(key, table, best)
-    found = HeatmapData(key, cells, diverged, lines, best, experiment.metric)
+    chart = HeatmapData(key, cells, diverged, lines, best, experiment.metric)
     binned = not np.allclose(rates[: len(table)], table["exact"], rtol=1e-4)
     what = (
         f"Heatmap of {labels.metric(experiment.metric)} by {name} and learning rate, "
         f"{labels.plural(len(cells), 'cell')}."
     )
     title = f"Score by {name} and learning rate"
-    return Plot(f"heatmap_{name}", title, what, _reading(experiment, found, binned), found)
+    return Plot(f"heatmap_{name}", title, what, _reading(experiment, chart, binned), chart)
 
 
 def _lines(key: str, table: pd.DataFrame, best: pd.Series) -> pd.DataFrame:
@@ -99,11 +99,11 @@ def _lines(key: str, table: pd.DataFrame, best: pd.Series) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)[["constant", "value", "lr"]]
 
 
-def _reading(experiment: Experiment, found: HeatmapData, binned: bool) -> str:
-    best, cells, metric = found.best, found.cells, experiment.metric
+def _reading(experiment: Experiment, chart: HeatmapData, binned: bool) -> str:
+    best, cells, metric = chart.best, chart.cells, experiment.metric
     text = (
         f"The best of {labels.plural(len(cells), 'cell')} is "
-        f"{labels.setting(found.key, best['value'])} at {labels.lr(best['exact'])}: "
+        f"{labels.setting(chart.key, best['value'])} at {labels.lr(best['exact'])}: "
         f"{labels.score(metric, best['mean'])} "
         f"({labels.plural(best['n'], 'seed')})"
     )
@@ -113,11 +113,11 @@ def _reading(experiment: Experiment, found: HeatmapData, binned: bool) -> str:
         interval = labels.score_range(metric, best["low"], best["high"])
         text += f"; {others} within its {best['source']}, {interval}"
     parts = [f"{text}."]
-    if len(set(experiment.axes) - {found.key, labels.LR}):
+    if len(set(experiment.axes) - {chart.key, labels.LR}):
         parts.append("A cell shows its best configuration, so other settings differ between cells.")
     if binned:
         parts.append("Learning rates are grouped by thirds of a decade.")
-    if found.key == labels.ALPHA:
+    if chart.key == labels.ALPHA:
         parts.append(_alpha_words(experiment.evidence))
     return " ".join(parts)
 
@@ -151,13 +151,13 @@ def exponent_of_alpha(e: Evidence) -> Estimate | None:
     return exponent(most)[0] if len(most) > 1 else None
 
 
-def draw(found: HeatmapData, figure: Canvas, look: Look) -> None:
+def draw(chart: HeatmapData, figure: Canvas, look: Look) -> None:
     """Draw a coloured cell for each value and rate, with a cross where runs diverged."""
     axes = figure.add_subplot()
     axes.set_xscale("log")
-    cells, places = found.cells, _places(found)
+    cells, places = chart.cells, _places(chart)
     # The best stands out from the page: darker on a light one, brighter on a dark one.
-    maximize = metrics.direction(found.metric) == "maximize"
+    maximize = metrics.direction(chart.metric) == "maximize"
     sequence = look.sequence if maximize == look.dark else look.sequence.reversed()
     scale = Normalize(float(cells["mean"].min()), float(cells["mean"].max()))
     colours = ScalarMappable(scale, sequence)
@@ -165,13 +165,13 @@ def draw(found: HeatmapData, figure: Canvas, look: Look) -> None:
     for cell in each(places[np.isfinite(places["mean"])]):
         x, y = [cell.left, cell.right], [cell.bottom, cell.top]
         axes.pcolormesh(x, y, [[cell.mean]], linewidth=0.2, **style)
-    _draw_texts(axes, found, places, colours, look)
-    handles = _draw_lines(axes, found, octaves(places["value"].tolist()), look)
-    if len(found.diverged):
+    _draw_texts(axes, chart, places, colours, look)
+    handles = _draw_lines(axes, chart, octaves(places["value"].tolist()), look)
+    if len(chart.diverged):
         cross: dict[str, Any] = {"marker": "X", "linestyle": "", "color": look.colours["soft"]}
         handles.append(Line2D([], [], label="some runs diverged", **cross))
     side: Any = "top" if look.narrow else "right"
-    bar = figure.colorbar(colours, ax=axes, label=labels.metric(found.metric), location=side)
+    bar = figure.colorbar(colours, ax=axes, label=labels.metric(chart.metric), location=side)
     bar.outline.set_visible(False)
     axes.set_xlim(places["left"].min(), places["right"].max())
     axes.set_ylim(places["bottom"].min(), places["top"].max())
@@ -182,22 +182,22 @@ def draw(found: HeatmapData, figure: Canvas, look: Look) -> None:
         axes.xaxis.set_major_locator(FixedLocator(rates))
     axes.xaxis.set_minor_locator(NullLocator())
     rows = places.drop_duplicates("value")
-    full = found.key == labels.RANK
+    full = chart.key == labels.RANK
     names = ["full" if full and value == 0 else f"{value:g}" for value in rows["value"]]
     axes.set_yticks(rows["row"].tolist(), names)
     axes.grid(visible=False)
     axes.set_xlabel("learning rate (log scale)")
-    axes.set_ylabel(f"{labels.key(found.key)} (log scale)")
+    axes.set_ylabel(f"{labels.key(chart.key)} (log scale)")
     if handles:
         columns = 2 if look.narrow else 3
         figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize="small")
 
 
-def _places(found: HeatmapData) -> pd.DataFrame:
+def _places(chart: HeatmapData) -> pd.DataFrame:
     """Return a row per cell: value, lr, mean, runs (diverged ones), its row and borders."""
     keys = ["value", "lr"]
-    cells = found.cells[[*keys, "mean"]].astype(float)
-    cells = cells.merge(found.diverged.astype(float), on=keys, how="outer")
+    cells = chart.cells[[*keys, "mean"]].astype(float)
+    cells = cells.merge(chart.diverged.astype(float), on=keys, how="outer")
     step = float(np.diff(np.log10(np.unique(cells["lr"]))).min())
     rows = octaves(sorted(cells["value"].unique()))
     parts = []
@@ -210,10 +210,10 @@ def _places(found: HeatmapData) -> pd.DataFrame:
 
 
 def _draw_texts(
-    axes: Axes, found: HeatmapData, places: pd.DataFrame, colours: ScalarMappable, look: Look
+    axes: Axes, chart: HeatmapData, places: pd.DataFrame, colours: ScalarMappable, look: Look
 ) -> None:
     """Draw each cell's score where it fits, and a cross above it where runs diverged."""
-    share = metrics.lookup(found.metric).unit == "share"
+    share = metrics.lookup(chart.metric).unit == "share"
     width = np.log(places["right"].max() / places["left"].min())
     narrowest = np.log(places["right"] / places["left"]).min() / width
     room = narrowest > (0.07 if look.narrow else 0.05)
@@ -246,13 +246,13 @@ def _draw_texts(
 
 
 def _draw_lines(
-    axes: Axes, found: HeatmapData, rows: dict[float, float], look: Look
+    axes: Axes, chart: HeatmapData, rows: dict[float, float], look: Look
 ) -> list[Line2D]:
     """Draw the lines of equal alpha·lr; return their legend."""
     handles = []
     # A halo of the page's colour keeps a line visible on a cell of any colour.
     halo = [Stroke(linewidth=2.6, foreground=look.colours["paper"], alpha=0.7), Normal()]
-    for place, (constant, line) in enumerate(found.lines.groupby("constant", sort=False)):
+    for place, (constant, line) in enumerate(chart.lines.groupby("constant", sort=False)):
         points = line["lr"].to_numpy(float), [rows[float(value)] for value in line["value"]]
         style: dict[str, Any] = {"color": look.colours["ink"], "linewidth": 1.3}
         style["linestyle"] = "-" if place == 0 else (0, (2, 3))

@@ -65,7 +65,7 @@ def data(experiment: Experiment) -> list[Plot]:
     lines["shade"] = lines["run_dir"].map(shades)
     best = experiment.best_trial()
     members = steps.get("perf/members")
-    found = CurveData(
+    chart = CurveData(
         lines=lines,
         costs=tuple(cost for cost in COSTS if lines[cost].max() > 0),
         shade=shade,
@@ -80,11 +80,11 @@ def data(experiment: Experiment) -> list[Plot]:
     )
     what = (
         f"Line charts of {labels.metric(metric)} against "
-        f"{labels.listed([COSTS[cost] for cost in found.costs])}, "
+        f"{labels.listed([COSTS[cost] for cost in chart.costs])}, "
         f"{labels.plural(lines['run_dir'].nunique(), 'run')}."
     )
-    reading = _reading(experiment, found)
-    return [Plot("learning_curves", "Learning curves", what, reading, found)]
+    reading = _reading(experiment, chart)
+    return [Plot("learning_curves", "Learning curves", what, reading, chart)]
 
 
 def _lines(steps: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -102,13 +102,13 @@ def _lines(steps: pd.DataFrame, metric: str) -> pd.DataFrame:
     return lines.dropna(subset=[metric]).rename(columns={metric: "score"}).reset_index(drop=True)
 
 
-def _reading(experiment: Experiment, found: CurveData) -> str:
-    best, metric = experiment.best_trial(), found.metric
+def _reading(experiment: Experiment, chart: CurveData) -> str:
+    best, metric = experiment.best_trial(), chart.metric
     if best is None:
         if experiment.is_sweep:
             return "No configuration has all its seeds complete."
         return "The run has not completed."
-    line = found.lines[found.lines["run_dir"] == best["run_dir"]].sort_values("step")
+    line = chart.lines[chart.lines["run_dir"] == best["run_dir"]].sort_values("step")
     who = f"Trial {best['number']}" if experiment.is_sweep else "The run"
     if line.empty:
         return f"{who} is the best, but its steps cannot be read."
@@ -118,8 +118,8 @@ def _reading(experiment: Experiment, found: CurveData) -> str:
     half = experiment.base + (final - experiment.base) / 2
     reached = line[[not experiment.better(half, score) for score in line["score"]]].iloc[0]
     text = (
-        f"{who} has half of its gain by step {reached['step']}{_spent(found, reached)}, and ends "
-        f"at {labels.score(metric, final)} after {last['step']}{_spent(found, last)}"
+        f"{who} has half of its gain by step {reached['step']}{_spent(chart, reached)}, and ends "
+        f"at {labels.score(metric, final)} after {last['step']}{_spent(chart, last)}"
     )
     peak, at = float(best[f"best/{metric}"]), int(best["best/step"])
     if experiment.better(peak, final):
@@ -127,57 +127,57 @@ def _reading(experiment: Experiment, found: CurveData) -> str:
     return text + "."
 
 
-def _spent(found: CurveData, row: pd.Series) -> str:
+def _spent(chart: CurveData, row: pd.Series) -> str:
     """Say in brackets what a run had used at an evaluation."""
     words: dict[str, Callable[[float], str]] = {
         "tokens": lambda used: f"{EngFormatter(sep='', places=0)(used)} tokens",
         "flops": lambda used: f"{used:.1e} FLOPs".replace("e+", "e"),
-        "seconds": lambda used: metrics.duration(used) + (" of its pack's" if found.packed else ""),
+        "seconds": lambda used: metrics.duration(used) + (" of its pack's" if chart.packed else ""),
     }
-    costs = [cost for cost in found.costs if cost in words and row[cost] > 0]
+    costs = [cost for cost in chart.costs if cost in words and row[cost] > 0]
     return f" ({', '.join(words[cost](float(row[cost])) for cost in costs)})" if costs else ""
 
 
-def draw(found: CurveData, figure: Canvas, look: Look) -> list[Trace]:
+def draw(chart: CurveData, figure: Canvas, look: Look) -> list[Trace]:
     """Draw a panel for each cost, with a coloured line for each run; the best is thick."""
-    count = len(found.costs)
+    count = len(chart.costs)
     columns = 1 if look.narrow or count == 1 else 2
     rows = -(-count // columns)
     figure.set_size_inches(look.size[0], look.size[1] if count == 1 else 2.3 * rows + 1.4)
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
-    colour_of = _colours(found, figure, list(panels), look)
+    colour_of = _colours(chart, figure, list(panels), look)
     traces = []
-    for place, (cost, axes) in enumerate(zip(found.costs, panels, strict=False)):
-        traces += _panel(axes, found, cost, colour_of, look)
+    for place, (cost, axes) in enumerate(zip(chart.costs, panels, strict=False)):
+        traces += _panel(axes, chart, cost, colour_of, look)
         last = (place + 1) % columns == 0 or place == count - 1
-        base_line(axes, found.base, found.metric, look, named=last)
+        base_line(axes, chart.base, chart.metric, look, named=last)
     for axes in panels[count:]:
         axes.set_visible(False)
-    figure.supylabel(labels.metric(found.metric), fontsize="medium", color=look.colours["ink"])
+    figure.supylabel(labels.metric(chart.metric), fontsize="medium", color=look.colours["ink"])
     return traces
 
 
 def _panel(
-    axes: Axes, found: CurveData, cost: str, colour_of: Callable[[Any], Any], look: Look
+    axes: Axes, chart: CurveData, cost: str, colour_of: Callable[[Any], Any], look: Look
 ) -> list[Trace]:
-    name, traces = labels.metric(found.metric), []
-    for run_dir, line in found.lines.dropna(subset=[cost]).groupby("run_dir"):
+    name, traces = labels.metric(chart.metric), []
+    for run_dir, line in chart.lines.dropna(subset=[cost]).groupby("run_dir"):
         style, marker = status_style(str(line["status"].iloc[0]))
-        colour, best = colour_of(line["shade"].iloc[0]), run_dir == found.best
+        colour, best = colour_of(line["shade"].iloc[0]), run_dir == chart.best
         used, scores = line[cost].astype(float).tolist(), line["score"].tolist()
         width, front = (2.2, 4) if best else (1.0, 3)
         axes.plot(used, scores, style, color=colour, linewidth=width, zorder=front)
-        if best and found.best_name:
+        if best and chart.best_name:
             axes.plot(used, scores, color=look.colours["ink"], linewidth=4.4, zorder=3.9)
         if marker:
             hollow: dict[str, Any] = {"markerfacecolor": "none", "markersize": 6, "zorder": 5}
             axes.plot(used[-1:], scores[-1:], marker, color=colour, **hollow)
         texts = [
-            f"step {step}: {name} {labels.score(found.metric, score)}"
+            f"step {step}: {name} {labels.score(chart.metric, score)}"
             for step, score in zip(line["step"], scores, strict=True)
         ]
-        traces.append(Trace(found.names[str(run_dir)], texts, used, scores, axes.transData))
-    whose = " (of the whole pack)" if cost == "seconds" and found.packed else ""
+        traces.append(Trace(chart.names[str(run_dir)], texts, used, scores, axes.transData))
+    whose = " (of the whole pack)" if cost == "seconds" and chart.packed else ""
     axes.set_xlabel(COSTS[cost] + whose)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(4 if look.narrow else 6))
@@ -193,15 +193,15 @@ def _power(value: float, _: int) -> str:
 
 
 def _colours(
-    found: CurveData, figure: Canvas, panels: list[Axes], look: Look
+    chart: CurveData, figure: Canvas, panels: list[Axes], look: Look
 ) -> Callable[[Any], Any]:
     """Return the colour of each shade, and draw its legend or colour bar."""
     handles = []
-    if found.best_name:
+    if chart.best_name:
         ink = look.colours["ink"]
-        handles.append(Line2D([], [], color=ink, linewidth=4.4, label=found.best_name))
+        handles.append(Line2D([], [], color=ink, linewidth=4.4, label=chart.best_name))
     for status in ("PRUNED", "RUNNING", "FAILED"):
-        if status in set(found.lines["status"]):
+        if status in set(chart.lines["status"]):
             dashes, marker = status_style(status)
             style: dict[str, Any] = {
                 "linestyle": dashes,
@@ -211,8 +211,8 @@ def _colours(
             soft = look.colours["soft"]
             handles.append(Line2D([], [], color=soft, label=status.lower(), **style))
     wide_columns = 5
-    if found.shade == labels.LR:
-        rates = found.lines["shade"].astype(float)
+    if chart.shade == labels.LR:
+        rates = chart.lines["shade"].astype(float)
         scale = ScalarMappable(LogNorm(rates.min(), rates.max()), look.sequence)
         side: Any = "bottom" if look.narrow else "right"
         shape: dict[str, Any] = {"pad": 0.02, "aspect": 30 if look.narrow else 40}
@@ -233,11 +233,11 @@ def _colours(
             return scale.to_rgba(np.asarray(float(shade)))
 
     else:
-        values = sorted(found.lines["shade"].dropna().unique())
-        of_ranks = found.shade == labels.RANK
+        values = sorted(chart.lines["shade"].dropna().unique())
+        of_ranks = chart.shade == labels.RANK
         styles = rank_styles(values, look) if of_ranks else category_styles(values, look)
-        if found.shade:
-            names = {value: labels.setting(found.shade, value) for value in values}
+        if chart.shade:
+            names = {value: labels.setting(chart.shade, value) for value in values}
             shades = [Line2D([], [], color=styles[v][0], label=name) for v, name in names.items()]
             handles = shades + handles
 

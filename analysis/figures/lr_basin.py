@@ -75,7 +75,7 @@ def data(experiment: Experiment) -> list[Plot]:
         return []
     lines, tops = _lines(experiment, points)
     sources = experiment.configurations["source"].dropna().unique()
-    found = BasinData(
+    chart = BasinData(
         points=points,
         lines=lines,
         tops=tops,
@@ -88,7 +88,7 @@ def data(experiment: Experiment) -> list[Plot]:
         f"Line and scatter chart of {labels.metric(experiment.metric)} against learning rate on a "
         f"log scale, a line per rank, {labels.plural(len(points), 'run')}."
     )
-    return [Plot("lr_basin", "Score against learning rate", what, _reading(found), found)]
+    return [Plot("lr_basin", "Score against learning rate", what, _reading(chart), chart)]
 
 
 def _lines(experiment: Experiment, points: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -107,25 +107,25 @@ def _lines(experiment: Experiment, points: pd.DataFrame) -> tuple[pd.DataFrame, 
     return lines[names], tops[names].assign(edge=pd.Series(edges, index=tops.index, dtype=object))
 
 
-def _reading(found: BasinData) -> str:
-    metric, ranks = found.metric, set(found.points["rank"])
-    words = labels.capital(found.split.in_words()) if found.split else "No trial has finished yet."
+def _reading(chart: BasinData) -> str:
+    metric, ranks = chart.metric, set(chart.points["rank"])
+    words = labels.capital(chart.split.in_words()) if chart.split else "No trial has finished yet."
     parts = [f"LoRA, all ranks together: {words}" if 0 in ranks and len(ranks) > 1 else words]
-    if len(found.tops):
-        few = len(found.tops) <= MOST_INTERVALS
+    if len(chart.tops):
+        few = len(chart.tops) <= MOST_INTERVALS
         bests = []
-        for top in each(found.tops):
+        for top in each(chart.tops):
             score = labels.score(metric, top.mean)
             if few and top.low == top.low:
                 score += f", {labels.score_range(metric, top.low, top.high)}"
             bests.append(f"{labels.rank(top.rank)} {labels.lr(top.lr)} ({score})")
-        interval = f", in brackets the {found.source}" if few and found.source else ""
-        seeds = sorted(set(found.tops["n"]))
+        interval = f", in brackets the {chart.source}" if few and chart.source else ""
+        seeds = sorted(set(chart.tops["n"]))
         count = labels.plural(seeds[0], "seed")
         if len(seeds) > 1:
             count = f"{seeds[0]} to {seeds[-1]} seeds"
         parts.append(f"Best rate tested, mean over {count}{interval}: {labels.listed(bests)}.")
-    wild = found.points[found.points["diverged"]]
+    wild = chart.points[chart.points["diverged"]]
     if len(wild):
         sides = {"full fine-tuning": wild[wild["rank"] == 0], "LoRA": wild[wild["rank"] > 0]}
         where = [
@@ -133,9 +133,9 @@ def _reading(found: BasinData) -> str:
             for who, side in sides.items()
             if len(side)
         ]
-        runs = labels.plural(len(found.points), "run")
+        runs = labels.plural(len(chart.points), "run")
         parts.append(f"{len(wild)} of {runs} diverged: {labels.listed(where)}.")
-    for edge, group in found.tops.dropna(subset=["edge"]).groupby("edge"):
+    for edge, group in chart.tops.dropna(subset=["edge"]).groupby("edge"):
         who = labels.listed([labels.rank(rank) for rank in group["rank"]])
         parts.append(
             f"Warning: the best of {who} is the {edge} rate tested, so a better one may lie beyond."
@@ -143,22 +143,22 @@ def _reading(found: BasinData) -> str:
     return " ".join(parts)
 
 
-def draw(found: BasinData, figure: Canvas, look: Look) -> list[Trace]:
+def draw(chart: BasinData, figure: Canvas, look: Look) -> list[Trace]:
     """Draw a point for each run, a line for each rank, and the good rates as a band."""
     axes = figure.add_subplot()
     axes.set_xscale("log")
-    ranks = sorted(set(found.points["rank"]))
+    ranks = sorted(set(chart.points["rank"]))
     styles = rank_styles(ranks, look)
     runs, means = [], []
-    for rank, shift in zip(ranks, _shifts(found.points, ranks), strict=True):
+    for rank, shift in zip(ranks, _shifts(chart.points, ranks), strict=True):
         colour, marker = styles[rank]
-        points = found.points[found.points["rank"] == rank]
+        points = chart.points[chart.points["rank"] == rank]
         _draw_points(axes, points, shift, colour, marker)
-        line = found.lines[found.lines["rank"] == rank]
+        line = chart.lines[chart.lines["rank"] == rank]
         _draw_line(axes, line, set(points["lr"]), shift, colour)
-        runs += _run_traces(axes, points, shift, found.metric)
-        means.append(_mean_trace(axes, line, shift, found.metric))
-        for top in each(found.tops[found.tops["rank"] == rank].dropna(subset=["edge"])):
+        runs += _run_traces(axes, points, shift, chart.metric)
+        means.append(_mean_trace(axes, line, shift, chart.metric))
+        for top in each(chart.tops[chart.tops["rank"] == rank].dropna(subset=["edge"])):
             ahead = 20 if top.edge == "highest" else -20
             arrow = {"arrowstyle": "<|-", "shrinkA": 0, "shrinkB": 6, "linewidth": 1.4}
             axes.annotate(
@@ -170,16 +170,16 @@ def draw(found: BasinData, figure: Canvas, look: Look) -> list[Trace]:
                 xytext=(ahead, 0),
                 zorder=6,
             )
-    span = float(found.points["lr"].min()), float(found.points["lr"].max())
+    span = float(chart.points["lr"].min()), float(chart.points["lr"].max())
     axes.set_xlim(span[0] / 1.35, span[1] * 1.35)
-    if found.split:
+    if chart.split:
         good = "good for LoRA" if 0 in ranks and len(ranks) > 1 else "good"
-        _draw_bands(axes, found.split, good, look)
-    base_line(axes, found.base, found.metric, look)
+        _draw_bands(axes, chart.split, good, look)
+    base_line(axes, chart.base, chart.metric, look)
     log_axis(axes.xaxis, look, span, labels.lr)
     axes.set_xlabel("learning rate (log scale)")
-    axes.set_ylabel(labels.metric(found.metric))
-    legend(figure, _handles(found, ranks, look), look)
+    axes.set_ylabel(labels.metric(chart.metric))
+    legend(figure, _handles(chart, ranks, look), look)
     return [*runs, *means]
 
 
@@ -288,21 +288,21 @@ def _draw_bands(axes: Axes, split: RateSplit, good: str, look: Look) -> None:
             )
 
 
-def _handles(found: BasinData, ranks: list[int], look: Look) -> list[Line2D]:
+def _handles(chart: BasinData, ranks: list[int], look: Look) -> list[Line2D]:
     ink = look.colours["soft"]
-    statuses = set(found.points.loc[~found.points["diverged"], "status"])
+    statuses = set(chart.points.loc[~chart.points["diverged"], "status"])
     marks = []
-    if found.points["diverged"].any():
+    if chart.points["diverged"].any():
         marks.append(("X", ink, "diverged"))
     unfinished = [s.lower() for s in (Status.PRUNED.value, Status.RUNNING.value) if s in statuses]
     if unfinished:
         marks.append(("o", "none", f"{labels.listed(unfinished, 'or')}: last score"))
     if Status.FAILED.value in statuses:
         marks.append(("x", ink, "failed: last score"))
-    if found.tops["edge"].notna().any():
+    if chart.tops["edge"].notna().any():
         marks.append((">", ink, "best at the grid's edge"))
-    if found.source:
-        marks.append(("|", ink, found.source))
+    if chart.source:
+        marks.append(("|", ink, chart.source))
     return handles(rank_styles(ranks, look), {rank: labels.rank(rank) for rank in ranks}) + [
         Line2D([], [], color=ink, marker=marker, markerfacecolor=face, linestyle="", label=text)
         for marker, face, text in marks

@@ -85,27 +85,27 @@ def _reading(experiment: Experiment, key: str, tops: pd.Series, counts: dict[Any
     )
 
 
-def draw(found: ByValueData, figure: Canvas, look: Look) -> None:
+def draw(chart: ByValueData, figure: Canvas, look: Look) -> None:
     """Draw a column for each value: trials, their mean, and the best configuration's mean."""
     axes, ink = figure.add_subplot(), look.colours["ink"]
-    values = list(found.means.index)
+    values = list(chart.means.index)
     jitter = np.random.default_rng(0)
     for place, value in enumerate(values):
-        scores = found.points.loc[found.points["value"] == value, "score"].to_numpy()
+        scores = chart.points.loc[chart.points["value"] == value, "score"].to_numpy()
         at = place + 0.18 * jitter.uniform(-1, 1, len(scores))
         axes.scatter(at, scores, s=26, color=look.first, alpha=0.65, linewidths=0, zorder=3)
         ends = place - 0.3, place + 0.3
-        axes.hlines(found.means[value], *ends, color=ink, linewidth=2, zorder=4)
-        if value in found.tops.index:
+        axes.hlines(chart.means[value], *ends, color=ink, linewidth=2, zorder=4)
+        if value in chart.tops.index:
             hollow: dict[str, Any] = {"marker": "D", "facecolors": "none", "edgecolors": ink}
-            axes.scatter(place, found.tops[value], s=56, zorder=5, **hollow)
-    base_line(axes, found.base, found.metric, look)
-    names = [labels.value(found.key, value) for value in values]
+            axes.scatter(place, chart.tops[value], s=56, zorder=5, **hollow)
+    base_line(axes, chart.base, chart.metric, look)
+    names = [labels.value(chart.key, value) for value in values]
     axes.set_xticks(range(len(values)), [name.replace(", ", ",\n") for name in names])
     axes.set_xlim(-0.6, len(values) - 0.4)
     axes.grid(axis="x", visible=False)
-    axes.set_xlabel(labels.key(found.key))
-    axes.set_ylabel(labels.metric(found.metric))
+    axes.set_xlabel(labels.key(chart.key))
+    axes.set_ylabel(labels.metric(chart.metric))
     trial: dict[str, Any] = {"color": look.first, "marker": "o", "linestyle": "", "alpha": 0.65}
     best: dict[str, Any] = {"color": ink, "marker": "D", "markerfacecolor": "none", "linestyle": ""}
     figure.legend(

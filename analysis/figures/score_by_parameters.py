@@ -57,7 +57,7 @@ def data(experiment: Experiment) -> list[Plot]:
         episodes = float(np.nanmax(e.episodes[stratum], initial=0))
         if points.loc[points["rank"] > 0, "parameters"].nunique() < 2 or not episodes:
             continue
-        found = SizeData(
+        chart = SizeData(
             points=points,
             needed=episodes / BITS_PER_PARAMETER,
             episodes=int(episodes),
@@ -69,8 +69,8 @@ def data(experiment: Experiment) -> list[Plot]:
             f"Scatter chart of {labels.metric(experiment.metric)} against trained parameters on a "
             f"log scale, {labels.plural(len(points), 'mark')} with intervals."
         )
-        reading = _reading(found) + left_out(experiment)
-        return [Plot("score_by_parameters", "Score by trained parameters", what, reading, found)]
+        reading = _reading(chart) + left_out(experiment)
+        return [Plot("score_by_parameters", "Score by trained parameters", what, reading, chart)]
     return []
 
 
@@ -95,29 +95,29 @@ def sizes(e: Evidence, stratum: Mask) -> pd.DataFrame:
     return table
 
 
-def _reading(found: SizeData) -> str:
-    adapters = found.points[found.points["rank"] > 0].sort_values("parameters")
-    large = int((adapters["parameters"] >= found.needed).sum())
+def _reading(chart: SizeData) -> str:
+    adapters = chart.points[chart.points["rank"] > 0].sort_values("parameters")
+    large = int((adapters["parameters"] >= chart.needed).sum())
     chosen = [("the smallest, ", adapters.iloc[0]), ("the largest, ", adapters.iloc[-1])]
-    chosen += [("", row) for _, row in found.points[found.points["rank"] == 0].iterrows()]
+    chosen += [("", row) for _, row in chart.points[chart.points["rank"] == 0].iterrows()]
     parts = []
     for lead, row in chosen:
         who = FULL if row["rank"] == 0 else f"rank {row['rank']} on {row['targets']}"
-        score = with_interval(found.metric, row["score"], row["low"], row["high"])
+        score = with_interval(chart.metric, row["score"], row["low"], row["high"])
         parts.append(f"{lead}{who} with {row['parameters']:,} parameters is at {score}")
-    seeds = int(found.points["seeds"].min())
+    seeds = int(chart.points["seeds"].min())
     chance = f"{seeds} seeds, 95% intervals" if seeds > 1 else "one seed, without interval"
     return (
-        f"{found.episodes:,} episodes teach at most one bit each. {found.needed:,.0f} parameters "
+        f"{chart.episodes:,} episodes teach at most one bit each. {chart.needed:,.0f} parameters "
         f"hold that, at {BITS_PER_PARAMETER} bits each, and {large} of {len(adapters)} adapters "
-        f"have that many. At {found.setting} and each at its best learning rate ({chance}): "
+        f"have that many. At {chart.setting} and each at its best learning rate ({chance}): "
         f"{'; '.join(parts)}."
     )
 
 
-def draw(found: SizeData, figure: Canvas, look: Look) -> None:
+def draw(chart: SizeData, figure: Canvas, look: Look) -> None:
     """Draw a mark and an interval for each arm, and a line through ranks of the same modules."""
-    axes, points = figure.add_subplot(), found.points
+    axes, points = figure.add_subplot(), chart.points
     axes.set_xscale("log")
     names = list(dict.fromkeys(points["targets"]))
     styles = category_styles([name for name in names if name != FULL], look)
@@ -138,21 +138,21 @@ def draw(found: SizeData, figure: Canvas, look: Look) -> None:
                 fontsize="small",
             )
     # Adapters in the shaded part cannot hold a bit of each episode.
-    left = min(points["parameters"].min(), found.needed) / 1.6
-    right = max(points["parameters"].max(), found.needed) * 1.6
-    axes.axvspan(left, found.needed, color=look.colours["rule"], alpha=0.5, zorder=0, linewidth=0)
+    left = min(points["parameters"].min(), chart.needed) / 1.6
+    right = max(points["parameters"].max(), chart.needed) * 1.6
+    axes.axvspan(left, chart.needed, color=look.colours["rule"], alpha=0.5, zorder=0, linewidth=0)
     border: dict[str, Any] = {
         "color": look.colours["ink"],
         "linestyle": (0, (5, 2)),
         "linewidth": 1.2,
     }
-    axes.axvline(found.needed, zorder=1, **border)
+    axes.axvline(chart.needed, zorder=1, **border)
     axes.set_xlim(left, right)
-    base_line(axes, found.base, found.metric, look)
-    fit_scores(axes, points, found.base, found.metric)
+    base_line(axes, chart.base, chart.metric, look)
+    fit_scores(axes, points, chart.base, chart.metric)
     log_axis(axes.xaxis, look, axes.get_xlim(), EngFormatter(sep=""))
     axes.set_xlabel("trained parameters (log scale)")
-    axes.set_ylabel(labels.metric(found.metric))
+    axes.set_ylabel(labels.metric(chart.metric))
     room = Line2D([], [], label="room for a bit an episode", **border)
     legend(figure, [*handles(styles, {name: name for name in names}), room], look)
 

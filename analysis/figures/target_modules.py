@@ -72,7 +72,7 @@ def data(experiment: Experiment) -> list[Plot]:
             setting += f", {e.batch[stratum][0]:g} sequences a batch"
         points = [_points(e, panel, pairs) for panel, pairs in matched.items()]
         gaps = [_gap(e, panel, *item) for panel, pairs in matched.items() for item in pairs.items()]
-        found = PlacementData(
+        chart = PlacementData(
             points=pd.concat(points, ignore_index=True),
             gaps=pd.DataFrame(gaps),
             setting=setting,
@@ -80,10 +80,10 @@ def data(experiment: Experiment) -> list[Plot]:
             metric=experiment.metric,
             maximize=e.sign > 0,
         )
-        where = labels.listed([f"at {panel}" for panel in found.panels])
+        where = labels.listed([f"at {panel}" for panel in chart.panels])
         what = f"Dot chart of {labels.metric(experiment.metric)} by target modules {where}."
-        reading = _reading(found) + left_out(experiment)
-        return [Plot("target_modules", "Target modules, all else equal", what, reading, found)]
+        reading = _reading(chart) + left_out(experiment)
+        return [Plot("target_modules", "Target modules, all else equal", what, reading, chart)]
     return []
 
 
@@ -130,11 +130,11 @@ def _points(e: Evidence, panel: str, matched: Matched) -> pd.DataFrame:
 
 def _group(panel: str, pair: ArmPair) -> tuple[float, str]:
     """Return where a pair stands on its panel's axis, and its name there."""
-    one, two = pair.first, pair.second
+    first, second = pair.first, pair.second
     if panel == EQUAL_RANK:
-        return float(one.rank), f"{one.rank}"
-    size = math.sqrt(one.parameters * two.parameters)
-    ranks = labels.listed([f"{rank}" for rank in sorted({one.rank, two.rank})])
+        return float(first.rank), f"{first.rank}"
+    size = math.sqrt(first.parameters * second.parameters)
+    ranks = labels.listed([f"{rank}" for rank in sorted({first.rank, second.rank})])
     return size, f"{_count(size)}\nrank {ranks}"
 
 
@@ -143,11 +143,11 @@ def _gap(
 ) -> dict[str, Any]:
     """Return the mean gap over pairs; without an interval where an arm has one seed."""
     arms = [(pair.first.arm, pair.second.arm) for pair in pairs]
-    gaps = [effect for one, two in arms if (effect := gap(one, two)) is not None]
+    gaps = [effect for pair in arms if (effect := gap(*pair)) is not None]
     if len(gaps) == len(arms):
         mean = average(gaps).scaled(e.sign)
     else:
-        apart = [e.best_score(one).value - e.best_score(two).value for one, two in arms]
+        apart = [e.best_score(a).value - e.best_score(b).value for a, b in arms]
         mean = Estimate(float(np.mean(apart)), math.nan, math.nan)
     first, second = (e.target_names[int(code)] for code in codes)
     low, high = mean.interval(0.025)
@@ -155,24 +155,24 @@ def _gap(
     return {"panel": panel, "first": first, "second": second, "pairs": len(pairs), **interval}
 
 
-def _reading(found: PlacementData) -> str:
+def _reading(chart: PlacementData) -> str:
     parts = []
-    for panel, gaps in found.gaps.groupby("panel", sort=False):
+    for panel, gaps in chart.gaps.groupby("panel", sort=False):
         # The set of modules that is ahead of most others.
-        wins = gaps["first"].where((gaps["gap"] > 0) == found.maximize, gaps["second"])
+        wins = gaps["first"].where((gaps["gap"] > 0) == chart.maximize, gaps["second"])
         first = str(wins.value_counts().idxmax())
         against = []
         for _, row in gaps[(gaps["first"] == first) | (gaps["second"] == first)].iterrows():
             sign, other = (1.0, "second") if row["first"] == first else (-1.0, "first")
             low, high = sorted((sign * row["low"], sign * row["high"]))
-            text = f"{labels.signed(found.metric, sign * row['gap'])} against {row[other]}"
+            text = f"{labels.signed(chart.metric, sign * row['gap'])} against {row[other]}"
             if math.isfinite(low):
-                ends = [labels.signed(found.metric, end) for end in (low, high)]
+                ends = [labels.signed(chart.metric, end) for end in (low, high)]
                 told = "" if low > 0 or high < 0 else ", not told apart"
                 text += f" ({' to '.join(ends)}{told})"
             against.append(text)
         parts.append(f"At {panel} {first} is {labels.listed(against)}.")
-    return f"{' '.join(parts)} All with {found.setting}, {tuned(found.points)}."
+    return f"{' '.join(parts)} All with {chart.setting}, {tuned(chart.points)}."
 
 
 def _count(parameters: float) -> str:
@@ -184,26 +184,26 @@ def _count(parameters: float) -> str:
     return f"{parameters:.0f}"
 
 
-def draw(found: PlacementData, figure: Canvas, look: Look) -> None:
+def draw(chart: PlacementData, figure: Canvas, look: Look) -> None:
     """Draw a panel for each kind of pair; in a group, a mark for each set of target modules."""
-    panels = found.panels
-    names = list(dict.fromkeys(found.points["targets"]))
+    panels = chart.panels
+    names = list(dict.fromkeys(chart.points["targets"]))
     styles = category_styles(sorted(names), look)
     if look.narrow:
         figure.set_size_inches(look.size[0], 2.9 * len(panels) + 0.8)
     shape = (len(panels), 1) if look.narrow else (1, len(panels))
     for axes, panel in zip(np.atleast_1d(figure.subplots(*shape)).flat, panels, strict=True):
-        _panel(axes, found, panel, styles)
+        _panel(axes, chart, panel, styles)
         axes.tick_params(axis="x", labelsize="x-small" if look.narrow else "small")
         named = look.narrow or panel == panels[-1]
-        base_line(axes, found.base, found.metric, look, named=named)
+        base_line(axes, chart.base, chart.metric, look, named=named)
     legend(figure, handles(styles, {name: name for name in styles}, linestyle=""), look)
 
 
 def _panel(
-    axes: Axes, found: PlacementData, panel: str, styles: dict[Any, tuple[str, str]]
+    axes: Axes, chart: PlacementData, panel: str, styles: dict[Any, tuple[str, str]]
 ) -> None:
-    points = found.points[found.points["panel"] == panel]
+    points = chart.points[chart.points["panel"] == panel]
     groups = list(dict.fromkeys(points["group"]))
     for place, group in enumerate(groups):
         rows = points[points["group"] == group].sort_values("targets")
@@ -211,12 +211,12 @@ def _panel(
         for at, (_, row) in enumerate(rows.iterrows()):
             shift = width * (at - (len(rows) - 1) / 2)
             interval_marks(axes, [place + shift], row.to_frame().T, styles[row["targets"]])
-    fit_scores(axes, found.points, found.base, found.metric)
+    fit_scores(axes, chart.points, chart.base, chart.metric)
     axes.set_xticks(range(len(groups)), groups)
     axes.set_xlim(-0.6, len(groups) - 0.4)
     axes.grid(axis="x", visible=False)
     axes.set_xlabel("rank" if panel == EQUAL_RANK else "trained parameters")
-    axes.set_ylabel(labels.metric(found.metric))
+    axes.set_ylabel(labels.metric(chart.metric))
     axes.set_title(f"at {panel}", fontsize="medium")
 
 

@@ -61,13 +61,13 @@ def part(experiment: Experiment) -> dict[str, Any]:
 
 def single(experiment: Experiment) -> dict[str, Any]:
     """Return the content of the page of one run or sweep."""
-    claims, own = claim_table([experiment]), part(experiment)
+    claims, content = claim_table([experiment]), part(experiment)
     return {
-        **own,
+        **content,
         "compare": False,
         "claims": claims if claims and claims.judged else None,
         "trials": tables.trials([experiment]),
-        "method": [*own["method"], *_unjudged(claims)],
+        "method": [*content["method"], *_unjudged(claims)],
     }
 
 
@@ -78,17 +78,17 @@ def comparison(experiments: list[Experiment]) -> dict[str, Any]:
         {**part(experiment), "name": name, "anchor": f"sweep-{number}"}
         for number, (name, experiment) in enumerate(zip(names, experiments, strict=True), 1)
     ]
-    better = {one["better"] for one in parts}
+    better = {content["better"] for content in parts}
     count = labels.plural(sum(len(experiment.trials) for experiment in experiments), "trial")
     claims = claim_table(experiments)
     judged = claims if claims and claims.judged else None
     method = [_PAIRED_METHOD, *([_CLAIM_METHOD] if judged else [])]
-    method += [line for one in parts for line in one["method"]] + _unjudged(claims)
+    method += [line for content in parts for line in content["method"]] + _unjudged(claims)
     return {
         "name": f"{labels.plural(len(experiments), 'experiment')} compared",
         "compare": True,
         "standing": f"{labels.listed(names)}: {count} in all.",
-        "metric": labels.listed(list(dict.fromkeys(one["metric"] for one in parts))),
+        "metric": labels.listed(list(dict.fromkeys(content["metric"] for content in parts))),
         "better": better.pop() if len(better) == 1 else "each metric's better end",
         "parts": parts,
         "best_of_each": compare.best_of_each(experiments),

@@ -81,7 +81,7 @@ class Question:
 
     def names(self, values: list[ComparedValue]) -> str:
         """Write the first values of a list."""
-        return labels.listed([self.name(compared.value) for compared in values[:MOST_VALUES]])
+        return labels.listed([self.name(value.value) for value in values[:MOST_VALUES]])
 
 
 QUESTIONS = (
@@ -124,25 +124,26 @@ def _decide(experiment: Experiment, question: Question, row: pd.Series) -> Decis
     others = [key for key in experiment.axes if key not in (*question.keys, *question.with_it)]
     if question.column == "lr":
         runs, others = _same_otherwise(runs, row, others)
-    found = experiment.compare(question.column, int(row["configuration"]), others, runs)
-    if found is None or len(found.values) < 2:
+    compared = experiment.compare(question.column, int(row["configuration"]), others, runs)
+    if compared is None or len(compared.values) < 2:
         return _no_other_value(experiment, question, row)
     if question.column == "lr":
-        return _rate(experiment, question, row, found, _cost(question, found.chosen, found, runs))
-    value = found.chosen
-    if found.verdict == "tied":
+        cost = _cost(question, compared.chosen, compared, runs)
+        return _rate(experiment, question, row, compared, cost)
+    value = compared.chosen
+    if compared.verdict == "tied":
         # The value with the fewest trained parameters; the chosen one where none has fewer.
-        candidates = [found.chosen, *found.of("tied")]
-        value = min(candidates, key=lambda candidate: _parameters(found, candidate, runs))
+        candidates = [compared.chosen, *compared.of("tied")]
+        value = min(candidates, key=lambda candidate: _parameters(compared, candidate, runs))
     settle, command = SETTLED, None
-    if found.verdict == "open":
-        settle, command = _settle(experiment, question, row, found)
+    if compared.verdict == "open":
+        settle, command = _settle(experiment, question, row, compared)
     return Decision(
         question=question.text,
         value=question.answer(value.value),
-        verdict=found.verdict,
-        evidence=_evidence(experiment, question, found),
-        cost=_cost(question, value, found, runs),
+        verdict=compared.verdict,
+        evidence=_evidence(experiment, question, compared),
+        cost=_cost(question, value, compared, runs),
         next=settle,
         command=command,
     )
@@ -163,25 +164,27 @@ def _same_otherwise(
 
 
 def _rate(
-    experiment: Experiment, question: Question, row: pd.Series, found: ValueComparison, cost: str
+    experiment: Experiment, question: Question, row: pd.Series, compared: ValueComparison, cost: str
 ) -> Decision:
     """Decide a learning rate as a range around the winner's.
 
     It ends before the next rate that is worse on each side.
     """
-    tested, chosen = [float(one.value) for one in found.values], float(found.chosen.value)
-    place, worse = tested.index(chosen), [one.standing == "worse" for one in found.values]
+    tested = [float(value.value) for value in compared.values]
+    worse = [value.standing == "worse" for value in compared.values]
+    chosen = float(compared.chosen.value)
+    place = tested.index(chosen)
     first = next((at + 1 for at in reversed(range(place)) if worse[at]), 0)
     last = next((at - 1 for at in range(place, len(tested)) if worse[at]), len(tested) - 1)
     value = labels.lr(chosen)
     if first < last:
         ends = f"{labels.lr(tested[first])} to {labels.lr(tested[last])}"
         value = f"{ends} (highest score at {value})"
-    inside = found.values[first : last + 1]
-    ahead = any(one.standing in ("better", "unstable") for one in inside)
-    sure = found.chosen.score is not None and not found.chosen.collapsed and not ahead
+    inside = compared.values[first : last + 1]
+    ahead = any(value.standing in ("better", "unstable") for value in inside)
+    sure = compared.chosen.score is not None and not compared.chosen.collapsed and not ahead
     bounded = sure and first > 0 and last < len(tested) - 1
-    verdict: Sureness = "best" if bounded else found.verdict
+    verdict: Sureness = "best" if bounded else compared.verdict
     at_edge = chosen in (tested[0], tested[-1])
     settle, command = SETTLED, None
     if at_edge:
@@ -191,20 +194,22 @@ def _rate(
         step = min(max(step, 2.0), 10.0)
         powers = (0, 1, 2) if high else (-2, -1, 0)
         beyond = [float(f"{chosen * step**power:.3g}") for power in powers]
-        seeds = experiment.seeds if len(experiment.seeds) > 1 else _seeds(experiment, 3)
+        seeds = (
+            experiment.seeds if len(experiment.seeds) > 1 else next_sweep.more_seeds(experiment, 3)
+        )
         end = "highest" if high else "lowest"
         settle = f"Run rates beyond the {end} tested: a better one may lie there."
         command = _grid(experiment, question, row, beyond, seeds)
     elif verdict == "open":
-        settle, command = _settle(experiment, question, row, found)
-    evidence = _evidence(experiment, question, found)
+        settle, command = _settle(experiment, question, row, compared)
+    evidence = _evidence(experiment, question, compared)
     return Decision(question.text, value, verdict, evidence, cost, settle, command, at_edge=at_edge)
 
 
 def _untested(experiment: Experiment, question: Question, row: pd.Series) -> Decision:
     """Say what to try of a setting that every run had alike."""
     values = _to_try(experiment, question, row)
-    seeds = experiment.seeds if experiment.is_sweep else _seeds(experiment, 3)
+    seeds = experiment.seeds if experiment.is_sweep else next_sweep.more_seeds(experiment, 3)
     # A mini-batch is set in prompts, and asked for in sequences.
     group = lookup(experiment.recipe, "generator.n_samples_per_prompt")
     factor = group if question.column == "batch_size" and group else 1
@@ -251,31 +256,34 @@ def _to_try(experiment: Experiment, question: Question, row: pd.Series) -> list[
 
 
 def _settle(
-    experiment: Experiment, question: Question, row: pd.Series, found: ValueComparison
+    experiment: Experiment, question: Question, row: pd.Series, compared: ValueComparison
 ) -> tuple[str, str]:
     """Return what would settle an open question, and the command that runs it."""
-    left = found.of("better", "unstable", "open")
-    unfair = [one for one in left if not one.fair]
-    unstable = [one for one in left if one.collapsed]
+    left = compared.of("better", "unstable", "open")
+    unfair = [value for value in left if not value.fair]
+    unstable = [value for value in left if value.collapsed]
     count = len(experiment.seeds)
-    if found.chosen.collapsed or unstable:
+    if compared.chosen.collapsed or unstable:
         count = min(2 * count, MOST_SEEDS)
-        who = question.names([found.chosen, *unstable] if found.chosen.collapsed else unstable)
+        chosen = [compared.chosen] if compared.chosen.collapsed else []
+        who = question.names([*chosen, *unstable])
         why = (
             f"Run {labels.plural(count, 'seed')}: seeds of {who} collapsed, and few seeds do not "
             "show how often."
         )
-    elif any(one.score is None for one in (found.chosen, *left)):
+    elif any(value.score is None for value in (compared.chosen, *left)):
         count = max(3, count)
         seeds = labels.plural(count, "seed")
         why = f"Run {seeds} of each: with one, chance in training is not known."
     elif unfair:
         why = f"Run {question.names(unfair)} beside the winner's other settings."
     else:
-        needed = [found.seeds_needed(one, MOST_SEEDS) or MOST_SEEDS for one in left]
-        count = max([*needed, found.chosen.seeds + 1])
+        needed = [compared.seeds_needed(value, MOST_SEEDS) or MOST_SEEDS for value in left]
+        count = max([*needed, compared.chosen.seeds + 1])
         why = f"Run about {labels.plural(count, 'seed')} of the values that are not told apart."
-    values = [one.value for one in found.values if one.standing == "chosen" or one in left]
+    values = [
+        value.value for value in compared.values if value.standing == "chosen" or value in left
+    ]
     full = [value for value in values if question.column == "rank" and (value == 0) != is_full(row)]
     if full and len(full) == len(values) - 1:
         # Full fine-tuning's learning rates are about a tenth of LoRA's: one grid cannot hold both.
@@ -283,10 +291,10 @@ def _settle(
         rates = [float(f"{rate * by:.2g}") for by in (1 / 3, 1.0, 3.0)]
         why = f"Run {question.name(full[0])} at learning rates of its own."
         other = pd.concat([row.drop(RANK), pd.Series({RANK: full[0]})])
-        seeds_of = _seeds(experiment, count)
+        seeds_of = next_sweep.more_seeds(experiment, count)
         return why, next_sweep.grid_sweep(experiment, other, {LR: rates}, seeds_of)
     kept = [value for value in values if value not in full]
-    return why, _grid(experiment, question, row, kept, _seeds(experiment, count))
+    return why, _grid(experiment, question, row, kept, next_sweep.more_seeds(experiment, count))
 
 
 def _grid(
@@ -309,17 +317,10 @@ def _grid(
     return next_sweep.grid_sweep(experiment, row, {key: list(dict.fromkeys(values))}, seeds)
 
 
-def _seeds(experiment: Experiment, count: int) -> list[int]:
-    """Return at least `count` seeds, those of the sweep first."""
-    used = experiment.seeds
-    fresh = [seed for seed in range(count + len(used)) if seed not in used]
-    return [*used, *fresh][: max(count, len(used))]
-
-
-def _evidence(experiment: Experiment, question: Question, found: ValueComparison) -> str:
+def _evidence(experiment: Experiment, question: Question, compared: ValueComparison) -> str:
     """Say how far each other value is from the chosen one, nearest first."""
-    first = found.chosen
-    rest = sorted(found.others, key=lambda one: abs(one.mean - first.mean))
+    first = compared.chosen
+    rest = sorted(compared.others, key=lambda value: abs(value.mean - first.mean))
     name = question.name(first.value)
     text = f"Against {name}, the winner's: "
     if first.collapsed:
@@ -327,16 +328,16 @@ def _evidence(experiment: Experiment, question: Question, found: ValueComparison
     elif first.score is None:
         mean = labels.score(experiment.metric, first.mean)
         text = f"{name} reached {mean} with one seed, so chance is not known. "
-    parts = [_beside(experiment, question, found, one) for one in rest[:MOST_VALUES]]
+    parts = [_beside(experiment, question, compared, value) for value in rest[:MOST_VALUES]]
     if more := rest[MOST_VALUES:]:
-        left = sum(one.standing != "worse" for one in more)
+        left = sum(value.standing != "worse" for value in more)
         worse = f"{len(more)} more {'is' if len(more) == 1 else 'are'} worse"
         parts.append(f"of {len(more)} more {left} not told apart" if left else worse)
     return f"{labels.capital(text)}{'; '.join(parts)}."
 
 
 def _beside(
-    experiment: Experiment, question: Question, found: ValueComparison, value: ComparedValue
+    experiment: Experiment, question: Question, compared: ValueComparison, value: ComparedValue
 ) -> str:
     name, metric = question.name(value.value), experiment.metric
     if value.standing == "unstable":
@@ -346,7 +347,7 @@ def _beside(
     if value.ahead is not None:
         lead = value.ahead.value
     else:
-        lead = found.chosen.mean - value.mean
+        lead = compared.chosen.mean - value.mean
         lead = -lead if experiment.direction == "minimize" else lead
     behind = "behind" if lead >= 0 else "ahead"
     text = f"{name} is {labels.score(metric, abs(lead))} {behind}"
@@ -354,32 +355,33 @@ def _beside(
         return text
     low, high = (labels.signed(metric, -end) for end in reversed(value.interval))
     verdict = {
-        "tied": f"tied, less than {labels.score(metric, found.margin)} apart",
+        "tied": f"tied, less than {labels.score(metric, compared.margin)} apart",
         "open": "not told apart",
     }.get(value.standing, value.standing)
     return f"{text} ({low} to {high}), {verdict}"
 
 
 def _cost(
-    question: Question, value: ComparedValue, found: ValueComparison, runs: pd.DataFrame
+    question: Question, value: ComparedValue, compared: ValueComparison, runs: pd.DataFrame
 ) -> str:
     """Return the median costs of a value's runs, and of the cheapest other value's."""
-    text = f"{labels.capital(question.name(value.value))}: {_cost_of(_scored(found, value, runs))}"
+    cost = _cost_of(_scored(compared, value, runs))
+    text = f"{labels.capital(question.name(value.value))}: {cost}"
     if question.column not in ("rank", "targets", "batch_size"):
         return f"{text} (medians of its runs); no value costs more than another."
-    others = [other for other in found.values if other is not value]
-    cheapest = min(others, key=lambda other: _parameters(found, other, runs))
-    other = f"{question.name(cheapest.value)}: {_cost_of(_scored(found, cheapest, runs))}"
+    others = [other for other in compared.values if other is not value]
+    cheapest = min(others, key=lambda other: _parameters(compared, other, runs))
+    other = f"{question.name(cheapest.value)}: {_cost_of(_scored(compared, cheapest, runs))}"
     return f"{text}; {other} (medians of each value's runs)."
 
 
-def _scored(found: ValueComparison, value: ComparedValue, runs: pd.DataFrame) -> pd.DataFrame:
+def _scored(compared: ValueComparison, value: ComparedValue, runs: pd.DataFrame) -> pd.DataFrame:
     """Return the runs of a value that have a score."""
-    return runs[runs["score"].notna() & (runs[found.column] == value.value)]
+    return runs[runs["score"].notna() & (runs[compared.column] == value.value)]
 
 
-def _parameters(found: ValueComparison, value: ComparedValue, runs: pd.DataFrame) -> float:
-    known = _scored(found, value, runs)["parameters"].dropna()
+def _parameters(compared: ValueComparison, value: ComparedValue, runs: pd.DataFrame) -> float:
+    known = _scored(compared, value, runs)["parameters"].dropna()
     return float(known.median()) if len(known) else float("inf")
 
 

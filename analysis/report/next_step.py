@@ -33,7 +33,7 @@ def next_step(experiment: Experiment, decisions: list[Decision]) -> NextStep:
         return NextStep(f"Wait: the {what} has not ended, and its answer may change.", None)
     if not decisions:
         return _none_complete(experiment)
-    rate = next((one for one in decisions if one.question == "Which learning rate?"), None)
+    rate = next((choice for choice in decisions if choice.question == "Which learning rate?"), None)
     if not experiment.is_sweep:
         first = rate or decisions[0]
         return NextStep(f"A single run compares nothing. {first.next}", first.command)

@@ -85,3 +85,10 @@ def _plain(value: Any) -> Any:
         return json.loads(value) if value.startswith("[") else value
     number = float(value)
     return int(number) if number.is_integer() else number
+
+
+def more_seeds(experiment: Experiment, count: int) -> list[int]:
+    """Return at least `count` seeds, those of the sweep first."""
+    used = experiment.seeds
+    fresh = [seed for seed in range(count + len(used)) if seed not in used]
+    return [*used, *fresh][: max(count, len(used))]

@@ -156,7 +156,7 @@ def trials(experiments: Sequence[Experiment]) -> Table:
     several = len(experiments) > 1
     swept = several or experiments[0].is_sweep
     axes = list(dict.fromkeys(key for experiment in experiments for key in experiment.axes))
-    everywhere = [key for key in axes if all(key in one.axes for one in experiments)]
+    everywhere = [key for key in axes if all(key in experiment.axes for experiment in experiments)]
     apart = everywhere[:MOST_AXES]
     together = [key for key in axes if key not in apart]
     names = {labels.metric(experiment.metric) for experiment in experiments}
@@ -230,8 +230,8 @@ def score(title: str, name: str, metric: str | None = None) -> Column:
     """Return a column of scores, by default in the row's own metric."""
 
     def cell(row: pd.Series) -> str:
-        given = None if pd.isna(row[name]) else float(row[name])
-        return labels.score(metric or row["metric"], given)
+        value = None if pd.isna(row[name]) else float(row[name])
+        return labels.score(metric or row["metric"], value)
 
     return Column(title, cell, sort=number(name))
 

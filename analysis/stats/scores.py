@@ -110,14 +110,14 @@ class SweepScores:
                     square = float(((scores - scores.mean()) ** 2).sum())
                     squares[value] = squares.get(value, 0.0) + square
                     counts[value] = counts.get(value, 0) + len(scores) - 1
-        own = {value: squares[value] / count for value, count in counts.items() if count}
-        pooled = [value for value in own if (self.competing & (values == value)).any()]
+        variances = {value: squares[value] / count for value, count in counts.items() if count}
+        pooled = [value for value in variances if (self.competing & (values == value)).any()]
         total = sum(squares[value] for value in pooled)
         df = float(sum(counts[value] for value in pooled))
         if not df or not total:
-            return SeedNoise(0.0, df, own)
+            return SeedNoise(0.0, df, variances)
         effective = total**2 / sum(squares[value] ** 2 / counts[value] for value in pooled)
-        return SeedNoise(total / df, effective, own)
+        return SeedNoise(total / df, effective, variances)
 
     def held(self, among: Mask, variance: float, df: float) -> Held | None:
         """Return the best score among some configurations, corrected for selection bias.

@@ -91,16 +91,16 @@ class RayPackServers:
         assert self._recipe.sweep is not None
         log = self._sweep_dir.packs / f"{name}.txt" if slots > 1 else run_dir.log
         log.parent.mkdir(exist_ok=True)
-        own, *ranks = sizing.server_bundles(self._recipe)
+        server, *ranks = sizing.server_bundles(self._recipe)
         options = {
             "name": name,
-            "num_cpus": own["CPU"],
-            "num_gpus": own.get("GPU", 0.0),
+            "num_cpus": server["CPU"],
+            "num_gpus": server.get("GPU", 0.0),
             # A thread for each trial that waits, one that leaves and one that joins.
             "max_concurrency": 2 * slots + 2,
         }
         if ranks:
-            bundles = [{kind: n for kind, n in one.items() if n} for one in (own, *ranks)]
+            bundles = [{kind: n for kind, n in bundle.items() if n} for bundle in (server, *ranks)]
             self._groups[name] = group = placement_group(bundles)
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
                 group, placement_group_bundle_index=0

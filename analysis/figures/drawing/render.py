@@ -99,7 +99,7 @@ def render(draw: Draw, look: Look, *, png: bool = True) -> Rendered:
 
 def darkened(svg: bytes) -> bytes:
     """Return a light drawing for a dark page by replacing the theme's colours."""
-    return _COLOUR.sub(lambda found: _DARK.get(found[0], found[0]), svg)
+    return _COLOUR.sub(lambda match: _DARK.get(match[0], match[0]), svg)
 
 
 def _place(figure: Figure, trace: Trace) -> PlacedTrace:
