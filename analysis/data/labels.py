@@ -30,26 +30,26 @@ def metric(name: str) -> str:
     return _METRICS.get(name, name)
 
 
-def value(name: str, given: Any) -> str:
+def value(name: str, raw: Any) -> str:
     """Write a recipe key's value: `3e-4` for a learning rate, `q_proj, v_proj` for a list."""
-    if given is None or given != given:
+    if raw is None or raw != raw:
         return "–"
     if name == LR or name.endswith(".lr"):
-        return lr(float(given))
-    if name == RANK and int(given) == 0:
+        return lr(float(raw))
+    if name == RANK and int(raw) == 0:
         return "0 (full)"
-    if isinstance(given, str) and given.startswith("["):
-        given = json.loads(given)
-    if isinstance(given, list):
-        return ", ".join(visible(str(item)) for item in given)
-    return f"{given:g}" if isinstance(given, int | float) else visible(str(given))
+    if isinstance(raw, str) and raw.startswith("["):
+        raw = json.loads(raw)
+    if isinstance(raw, list):
+        return ", ".join(visible(str(item)) for item in raw)
+    return f"{raw:g}" if isinstance(raw, int | float) else visible(str(raw))
 
 
-def setting(name: str, given: Any) -> str:
+def setting(name: str, raw: Any) -> str:
     """Write a key with its value: `rank 8`, `full fine-tuning`."""
-    if name == RANK and given is not None and given == given and int(given) == 0:
+    if name == RANK and raw is not None and raw == raw and int(raw) == 0:
         return "full fine-tuning"
-    return f"{key(name)} {value(name, given)}"
+    return f"{key(name)} {value(name, raw)}"
 
 
 def rank(number: float) -> str:
@@ -64,22 +64,20 @@ def matters(name: str, values: dict[str, Any]) -> bool:
 
 def settings(values: dict[str, Any]) -> str:
     """Write several keys with their values: `rank 8, alpha 32, learning rate 3e-4`."""
-    return ", ".join(
-        setting(name, given) for name, given in values.items() if matters(name, values)
-    )
+    return ", ".join(setting(name, raw) for name, raw in values.items() if matters(name, values))
 
 
-def lr(given: float) -> str:
+def lr(rate: float) -> str:
     """Write a learning rate with two digits: `3e-4`, `1.2e-3`."""
-    mantissa, exponent = f"{given:.1e}".split("e")
+    mantissa, exponent = f"{rate:.1e}".split("e")
     return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 
-def score(name: str, given: float | None) -> str:
+def score(name: str, number: float | None) -> str:
     """Write a metric's value: three decimals for a share, else four digits; `–` for none."""
-    if given is None or not math.isfinite(given):
+    if number is None or not math.isfinite(number):
         return "–"
-    return f"{given:.3f}" if metrics.lookup(name).unit == "share" else f"{given:.4g}"
+    return f"{number:.3f}" if metrics.lookup(name).unit == "share" else f"{number:.4g}"
 
 
 def score_range(name: str, low: float, high: float) -> str:
@@ -87,12 +85,12 @@ def score_range(name: str, low: float, high: float) -> str:
     return f"{score(name, low)} to {score(name, high)}"
 
 
-def signed(name: str, given: float) -> str:
+def signed(name: str, number: float) -> str:
     """Write a difference of two values of a metric with its sign: `+0.012`."""
     # Adding 0.0 turns -0.0 into 0.0.
     if metrics.lookup(name).unit == "share":
-        return f"{round(given, 3) + 0.0:+.3f}"
-    return f"{given + 0.0:+.4g}"
+        return f"{round(number, 3) + 0.0:+.3f}"
+    return f"{number + 0.0:+.4g}"
 
 
 def listed(parts: list[str], last: str = "and") -> str:
