@@ -195,7 +195,10 @@ def check_node(node: Any) -> None:
         for item in dataclasses.fields(node):
             value = getattr(node, item.name)
             for name, limit in item.metadata.items():
-                assert value is None or BOUNDS[name][0](value, limit), item.name
+                if name == "one_of":
+                    assert value in limit or (int in limit and value >= 1), item.name
+                else:
+                    assert value is None or BOUNDS[name][0](value, limit), item.name
             check_node(value)
     elif isinstance(node, dict | list):
         for value in [*node, *node.values()] if isinstance(node, dict) else node:

@@ -65,7 +65,9 @@ def test_every_section_runs_on_a_cpu(number: int, tmp_path: Path) -> None:
     record = stage(tmp_path, number)
     assert list(record["sections"]) == list(measure.STAGES[number])
     if number == 1:
-        assert record["sections"]["tests"]["seen"]["counts"].keys() == {"passed"}
+        outcomes = record["sections"]["tests"]["seen"]["counts"]
+        assert outcomes["passed"] > 0
+        assert outcomes.keys() <= {"passed", "skipped"}  # a CPU cannot run them all
 
 
 def in_process(out: Path, scratch: Path, minutes: float, *names: str) -> dict[str, Any]:
