@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from analysis.data.columns import param_columns
 from analysis.data.labels import LR, RANK
 from analysis.data.records import THEN, lookup, parse_recipe
 from analysis.data.rows import as_trials
-from analysis.data.sources import DEFAULT_METRIC
+from analysis.data.sources import DEFAULT_METRIC, of_manifest
 from analysis.data.tables import Tables, load
 from analysis.stats import ranking
 from analysis.stats.rates import RateSplit, split_rates
@@ -49,6 +49,13 @@ class Experiment:
             got, allowed = directory or "no name", ", ".join(known)
             raise UserError("the tables hold no such directory", got=got, allowed=allowed)
         return cls(tables.of([directory or known[0]]))
+
+    def with_manifest(self, manifest: dict[str, Any]) -> Experiment:
+        """Return the experiment as it is under a newer manifest of its directory."""
+        sources = self.tables.sources.copy()
+        for name, value in of_manifest(manifest).items():
+            sources[name] = pd.Series([value], dtype=sources[name].dtype)
+        return Experiment(replace(self.tables, sources=sources))
 
     @cached_property
     def source(self) -> pd.Series:

@@ -176,6 +176,8 @@ def _finish(session: Session, study: Study, place: str) -> int:
     experiment = Experiment.open(session.sweep_dir.path)
     trial = experiment.best_trial()
     conclude(session, study, _best(experiment, trial))
+    # The trials are read once, before their best is in the manifest.
+    experiment = experiment.with_manifest(session.sweep_dir.read_manifest())
     write_results(session.sweep_dir.path, experiment.trials)
     folder = report_folder(session.sweep_dir.path)
     report = write([experiment], folder, processes=os.cpu_count() or 1)

@@ -41,19 +41,28 @@ def source_row(directory: Path, manifest: dict[str, Any], records: list[Record])
         rows = records[0].rows
         evaluated = not rows or any(DEFAULT_METRIC in row for row in rows)
         metric = DEFAULT_METRIC if evaluated else "reward"
-    seconds = manifest.get("seconds")
     return {
         "directory": shown(directory),
         "name": str(manifest.get("name") or directory.name),
         "kind": "sweep" if is_sweep else "run",
-        "status": status,
-        "reason": reason,
         "metric": metric,
         "seeds": json.dumps(seeds),
-        "manifest": json.dumps(manifest),
         "recipe": text,
         "maximize": metrics.direction(metric) == "maximize",
         "problems": _num_problems(manifest, recipe, records),
+        **of_manifest(manifest),
+        "status": status,
+        "reason": reason,
+    }
+
+
+def of_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return the columns of a directory's row that change when it ends."""
+    seconds = manifest.get("seconds")
+    return {
+        "manifest": json.dumps(manifest),
+        "status": manifest.get("status"),
+        "reason": manifest.get("reason"),
         "seconds": seconds if isinstance(seconds, int | float) else None,
         **times_of(manifest),
     }

@@ -204,6 +204,7 @@ def test_kill_and_interrupt_and_resume(sweeps: Sweeps, interrupted: bool) -> Non
 
     output = finished(sweeps.start("--resume", str(sweep.path)))
     assert f"{trials} complete, 0 pruned, 0 failed" in output
+    assert "has not ended" not in (sweep.report / "report.md").read_text()
     assert [sweep.trial(0).manifest.read_bytes(), sweep.trial(0).metrics.read_bytes()] == before
     assert [trial.state.name for trial in studied(sweep)] == ["COMPLETE"] * trials
     assert len({json.dumps(trial.params, sort_keys=True) for trial in studied(sweep)}) == trials

@@ -10,7 +10,7 @@ from analysis.experiment import Experiment
 from analysis.report import compare, tables
 from analysis.report.answer import answer, rate_rows, standing
 from analysis.report.decisions import decisions
-from harness.records.run_dir import Status
+from harness.records.run_dir import RunDir, Status
 from tests.unit.analysis.data.test_tables import on_inputs
 from tests.unit.analysis.synthetic import (
     ALPHA,
@@ -36,6 +36,19 @@ def test_what_the_example_sweep_is(experiment: Experiment) -> None:
     assert experiment.axes == [RANK, LR, TARGETS]
     assert experiment.base == pytest.approx(BASE)
     assert experiment.problems == PROBLEMS
+
+
+def test_a_newer_manifest_counts_as_if_the_directory_was_read_again(tmp_path: Path) -> None:
+    trials = [Trial(0, 0, params(8, 1e-3), 0.9)]
+    directory = write_sweep(tmp_path, Sweep(trials, status=Status.RUNNING))
+    before = Experiment.open(directory)
+    run_dir = RunDir(directory)
+    run_dir.update(seconds=7.0)
+    run_dir.move_to(Status.COMPLETE, result={"best": {"trial": 0}})
+    after = before.with_manifest(run_dir.read_manifest())
+    assert (before.finished, after.finished) == (False, True)
+    assert after.manifest["result"] == {"best": {"trial": 0}}
+    pd.testing.assert_frame_equal(after.tables.sources, Experiment.open(directory).tables.sources)
 
 
 def test_the_best_trial_is_the_better_seed_of_the_best_configuration(
