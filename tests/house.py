@@ -167,7 +167,7 @@ def unused_private(modules: Mapping[str, Module]) -> list[str]:
     for name, module in modules.items():
         words = Counter(re.findall(r"\w+", module.text))
         for node in ast.walk(module.tree):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 private = node.name.startswith("_") and not node.name.endswith("__")
                 if private and words[node.name] == 1:
                     unused.append(f"{name}.{node.name}")

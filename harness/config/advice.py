@@ -65,10 +65,12 @@ def advise(
     `num_problems` is the size of the training data, for runs counted in epochs.
     """
     path = recipe.trainer.policy.model.path
-    config = stored_config(path)
     if locate(path) is None:
         # A hub model's name mostly contains its type.
-        config = {"model_type": next((name for name in EXPONENTS if name in path.lower()), "")}
+        family = next((name for name in EXPONENTS if name in path.lower()), "")
+        config: dict[str, Any] = {"model_type": family}
+    else:
+        config = stored_config(path)
     if hidden_size is not None:
         config["hidden_size"] = hidden_size
     checks = [_sampling(recipe), _group(recipe)]

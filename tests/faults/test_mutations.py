@@ -196,7 +196,9 @@ def check_node(node: Any) -> None:
             value = getattr(node, item.name)
             for name, limit in item.metadata.items():
                 if name == "one_of":
-                    assert value in limit or (int in limit and value >= 1), item.name
+                    allowed = [(type(other), other) for other in limit]
+                    count = int in limit and type(value) is int and value >= 1
+                    assert count or (type(value), value) in allowed, item.name
                 else:
                     assert value is None or BOUNDS[name][0](value, limit), item.name
             check_node(value)

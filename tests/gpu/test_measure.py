@@ -65,9 +65,9 @@ def test_every_section_runs_on_a_cpu(number: int, tmp_path: Path) -> None:
     record = stage(tmp_path, number)
     assert list(record["sections"]) == list(measure.STAGES[number])
     if number == 1:
-        outcomes = record["sections"]["tests"]["seen"]["counts"]
-        assert outcomes["passed"] > 0
-        assert outcomes.keys() <= {"passed", "skipped"}  # a CPU cannot run them all
+        # A CPU cannot run them all.
+        counts = record["sections"]["tests"]["seen"]["counts"]
+        assert counts.keys() == {"passed", "skipped"}
 
 
 def in_process(out: Path, scratch: Path, minutes: float, *names: str) -> dict[str, Any]:

@@ -265,7 +265,9 @@ def test_ray_leaves_neither_its_folder_nor_its_token(sweep: Watched, run: Watche
     assert cluster.PREFIX in command_lines
     assert not [folder for folder in cluster.folders() if folder.name in command_lines]
     assert not [
-        line for line in sweep.commands if "auth" in line.lower() and "token" in line.lower()
+        line
+        for line in (*sweep.commands, *run.commands)
+        if "auth" in line.lower() and "token" in line.lower()
     ]
 
 

@@ -98,7 +98,8 @@ def test_a_run_goes_on_with_the_data_it_began_with(tiny_model_dir: Path, tmp_pat
     before = run_dir.manifest.read_bytes()
     with pytest.raises(
         UserError,
-        match=r"of this run have changed since .*\n.*data .*train.parquet(.|\n)*--changed-inputs",
+        match=r"the inputs of this run have changed since it began\n"
+        r".*data .*train.parquet(.|\n)*--changed-inputs",
     ):
         run.main(["--resume", str(run_dir.path)])
     assert run_dir.manifest.read_bytes() == before

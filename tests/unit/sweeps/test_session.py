@@ -244,7 +244,8 @@ def test_a_sweep_does_not_go_on_with_changed_data(recipe_file: Path, begun: Sess
     before = begun.sweep_dir.manifest.read_bytes()
     with pytest.raises(
         UserError,
-        match=r"inputs of this sweep have changed .*\n(.|\n)*data .*more\.parquet: sha256:",
+        match=r"the inputs of this sweep have changed since it began\n"
+        r"(.|\n)*data .*more\.parquet: sha256:",
     ):
         sessions.run(again)
     assert begun.sweep_dir.manifest.read_bytes() == before
