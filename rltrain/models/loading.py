@@ -55,7 +55,7 @@ def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_folder(path), **NO_CODE)
     except Exception as error:  # tokenizers raises nothing narrower
-        raise _cannot_load("trainer.policy.model.path", path, error) from error
+        raise cannot_load("trainer.policy.model.path", path, error) from error
     _check_tokenizer(tokenizer, model, path)
     check_context(recipe, getattr(model.config, "max_position_embeddings", sys.maxsize))
     return model, tokenizer
@@ -97,7 +97,7 @@ def load_model(path: str, recipe: Recipe, *, key: str, full: bool) -> PreTrained
             **NO_CODE,
         )
     except Exception as error:  # a damaged file can raise anything
-        raise _cannot_load(key, path, error) from error
+        raise cannot_load(key, path, error) from error
     if info["missing_keys"]:
         raise UserError(
             f"{key} lacks weights of its architecture: they would be random",
@@ -161,7 +161,7 @@ def _check_finite(key: str, path: str, model: PreTrainedModel) -> None:
             )
 
 
-def _cannot_load(key: str, path: str, error: Exception) -> UserError:
+def cannot_load(key: str, path: str, error: Exception) -> UserError:
     first = next(iter(str(error).strip().splitlines()), "")
     if "no file named" in first and "safetensors" in first:
         return UserError(

@@ -12,8 +12,9 @@ from pathlib import Path
 from harness.config.schema import AdvantageEstimator, Backend, DType, Recipe, SyncMode
 from harness.config.validate import check_context, sync_mode, target_modules
 from harness.core import machine
+from harness.core.cli import invocation
 from harness.core.errors import UserError
-from harness.core.paths import locate
+from harness.core.paths import locate, shown
 from rltrain.data.files import load_examples
 from rltrain.distributed.placement import address_of, check_placement, uses_gpus
 from rltrain.engines.arguments import check_engine_args
@@ -168,7 +169,12 @@ def _check_model(recipe: Recipe, key: str, path: str) -> None:
     try:
         config = json.loads((folder / "config.json").read_text())
     except OSError:
-        raise UserError(f"{key} holds no config.json", got=folder) from None
+        gguf = folder if folder.is_file() else next(folder.glob("*.gguf"), None)
+        raise UserError(
+            f"{key} holds no config.json",
+            got=folder,
+            fix=f"{invocation('prepare')} model {shown(gguf)} --output FOLDER" if gguf else None,
+        ) from None
     except ValueError as error:
         raise UserError("the model's config.json is damaged", got=f"{folder}: {error}") from None
     if not isinstance(config, dict):

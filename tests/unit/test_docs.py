@@ -13,7 +13,7 @@ from harness.main import COMMANDS
 
 DOCS = PROJECT / "docs"
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
-TASKS = ("gsm8k", "tiny_gsm")
+TASKS = ("gsm8k", "model", "tiny_gsm")
 """Tasks of `prepare` that together have all of its options."""
 
 

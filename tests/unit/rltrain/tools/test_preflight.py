@@ -28,6 +28,14 @@ def test_the_quickstart_passes(tiny_model_dir: Path) -> None:
     check_run(quickstart())
 
 
+@pytest.mark.parametrize("named", ["models/m.gguf", "models"])
+def test_a_gguf_file_in_place_of_a_model_folder(named: str, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match=r"prepare model .*m\.gguf --output FOLDER"):
+        check_run(quickstart([f"trainer.policy.model.path={tmp_path / named}"]))
+
+
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
