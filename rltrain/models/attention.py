@@ -15,8 +15,8 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "packed_sdpa"
 
-# A window that ends with the token itself; with more keys than queries both ends are aligned
-# (FlashAttention 2.1).
+# How many tokens before and after its own a query sees, -1: all. With more keys than queries both
+# ends are aligned (FlashAttention 2.1).
 CAUSAL = (-1, 0)
 # torch 2.11 accepts fewer key heads than query heads as they are; later versions need the flag.
 _GROUPED: dict[str, Any] = (
@@ -87,12 +87,10 @@ def packed_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return attention outputs `[1, N, H, d]` for inputs `[1, H, N, d]`, as transformers' do."""
     if packing is None:
-        result: tuple[torch.Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, **kwargs
-        )
-        return result
+        return _attend(module, query, key, value, attention_mask, **kwargs), None
+    window = kwargs.get("sliding_window")
     if packing.segments is not None:
-        outputs = _varlen(query, key, value, packing.segments, packing, kwargs["scaling"])
+        outputs = _varlen(query, key, value, packing.segments, packing, kwargs["scaling"], window)
         return outputs.unsqueeze(0), None
     heads, size = query.shape[1], query.shape[3]
     rows = [tensor[0].transpose(0, 1).flatten(1) for tensor in (query, key, value)]
@@ -103,10 +101,49 @@ def packed_attention(
             embedding(indices, tensor).unflatten(-1, (-1, size)).transpose(1, 2)
             for indices, tensor in zip((block.queries, block.keys, block.keys), rows, strict=True)
         )
-        output, _ = sdpa_attention_forward(module, q, k, v, block.mask, **kwargs)
+        mask = block.mask
+        if window is not None and window < block.keys.shape[1]:
+            mask = _windowed(block, packing.position_ids[0], window)
+        output = _attend(module, q, k, v, mask, **kwargs)
         parts.append(output.flatten(0, 1).flatten(1))
     outputs = embedding(packing.output_rows, torch.cat(parts)).unflatten(-1, (heads, size))
     return outputs.unsqueeze(0), None
+
+
+def _windowed(block: AttentionBlock, positions: torch.Tensor, window: int) -> torch.Tensor:
+    """Return a block's mask `[R, 1, Q, K]` where each query sees the last `window` tokens only."""
+    distance = positions[block.queries].unsqueeze(2) - positions[block.keys].unsqueeze(1)
+    near = (distance < window).unsqueeze(1)
+    # Padding sits at position 0, from where every key is near: no query is without one.
+    return near.tril() if block.mask is None else near & block.mask
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Return outputs `[R, Q, H, d]`; without a mask attention is causal.
+
+    Soft-capped scores (Gemma 2, arXiv 2408.00118) are computed here: no kernel of torch has them.
+    """
+    if softcap is None:
+        output: torch.Tensor = sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
+        return output
+    groups = query.shape[1] // key.shape[1]
+    scores = query.unflatten(1, (-1, groups)) @ key.unsqueeze(2).transpose(-1, -2)
+    scores = softcap * torch.tanh(scores.float() * (kwargs["scaling"] / softcap))
+    if mask is None:
+        queries, keys = scores.shape[-2:]
+        mask = scores.new_ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    scores = scores.masked_fill(~mask.unsqueeze(-3), torch.finfo(scores.dtype).min)
+    mixed = scores.softmax(dim=-1).to(value.dtype) @ value.unsqueeze(2)
+    return mixed.flatten(1, 2).transpose(1, 2)
 
 
 def _varlen(
@@ -116,6 +153,7 @@ def _varlen(
     segments: Segments,
     packing: Packing,
     scaling: float | None,
+    window: int | None,
 ) -> torch.Tensor:
     """Return outputs `[N, H, d]`, all segments in one call."""
     # Under autocast rotated queries and keys are float32.
@@ -136,7 +174,7 @@ def _varlen(
         segments.longest_query,
         segments.longest_key,
         scale=scaling,
-        window_size=CAUSAL,
+        window_size=CAUSAL if window is None else (window - 1, 0),
         **_GROUPED,
     )
     result: torch.Tensor = _Permute.apply(output, packing.output_rows, segments.queries)
@@ -170,11 +208,9 @@ def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def can_pack(config: Any) -> bool:
-    """Return whether all layers use this attention, over the whole sequence."""
-    # A model without a list of layers has its window, if any, in all of them (Mistral).
-    window = getattr(config, "sliding_window", None) is not None
-    kinds = set(
-        getattr(config, "layer_types", None)
-        or ["sliding_attention" if window else "full_attention"]
-    )
-    return config._attn_implementation == NAME and kinds == {"full_attention"}
+    """Return whether all layers use this attention, over the whole sequence or a sliding window."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return config._attn_implementation == NAME and kinds <= {
+        "full_attention",
+        "sliding_attention",
+    }

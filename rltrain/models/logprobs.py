@@ -19,8 +19,12 @@ from rltrain.models.sequence_packing import pack
 LOGITS_BYTES = LOGITS_CHUNK
 """Bytes of float32 logits computed at a time; a pass holds about three such tensors."""
 
-# Models with one of these set change their logits after the head (Gemma 2, Granite, Cohere).
-_CHANGES_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+# What models do to their logits after the head, and the setting that does nothing.
+_AFTER_HEAD: dict[str, Any] = {
+    "final_logit_softcapping": None,  # Gemma 2: c tanh(logits / c)
+    "logits_scaling": 1.0,  # Granite: logits / s
+    "logit_scale": 1.0,  # Cohere: logits * s
+}
 
 
 def token_logprobs(model: Any, batch: Batch, temperature: float) -> torch.Tensor:
@@ -41,13 +45,16 @@ def token_logprobs_and_entropy(
     """
     tokens = to_device(batch.completion_ids[batch.mask.bool()], model.device)
     head: Any = base_model(model).get_output_embeddings()
-    if any(getattr(model.config, name, None) is not None for name in _CHANGES_LOGITS):
-        logits = at_predictors(model, batch, head)
-        both = chosen_logprobs(logits, torch.nn.Identity(), tokens, temperature)
-    else:
-        both = at_predictors(
-            model, batch, lambda hidden: chosen_logprobs(hidden, head, tokens, temperature)
-        )
+    softcap, divisor, scale = (
+        getattr(model.config, name, neutral) for name, neutral in _AFTER_HEAD.items()
+    )
+    both = at_predictors(
+        model,
+        batch,
+        lambda hidden: chosen_logprobs(
+            hidden, head, tokens, temperature * divisor / scale, softcap
+        ),
+    )
     return on_tokens(both[:, 0], batch), on_tokens(both[:, 1].detach(), batch)
 
 
@@ -90,17 +97,16 @@ def at_predictors(
     """Run the model with `head` in place of its own, on the tokens that predict completion tokens.
 
     `head` gets the hidden states `[M, d]` before each of the M completion tokens, in batch order,
-    and its result `[M, ...]` is returned. It runs inside the model's forward pass, where FSDP has
-    gathered the weights. Where the model's attention allows it, padding is not computed and a
-    shared prompt is computed once, except under dropout. The batch may be on the CPU: only what the
-    pass needs is moved.
+    and its result `[M, ...]` is returned: what the model does after its head is left out. It runs
+    inside the model's forward pass, where FSDP has gathered the weights. Where the model's
+    attention allows it, padding is not computed and a shared prompt is computed once, except under
+    dropout. The batch may be on the CPU: only what the pass needs is moved.
     """
     device = model.device
     if can_pack(model.config):
-        # FlashAttention's call has no dropout.
-        varlen = has_varlen(device, computing_dtype(model)) and not (
-            model.training and getattr(model.config, "attention_dropout", None)
-        )
+        # FlashAttention's call has no soft cap.
+        capped = getattr(model.config, "attn_logit_softcapping", None) is not None
+        varlen = has_varlen(device, computing_dtype(model)) and not capped
         packing = pack(batch, share=not _drops(model), varlen=varlen, device=device)
         inputs = {
             "input_ids": packing.input_ids,
@@ -128,12 +134,22 @@ def at_predictors(
 
     base: Any = base_model(model)
     original = base.get_output_embeddings()
+    after_head = [
+        (owner, name, getattr(owner, name))
+        for owner in (base, base.config)
+        for name in _AFTER_HEAD
+        if hasattr(owner, name)
+    ]
     base.set_output_embeddings(_Head(lambda hidden: head(select(hidden))))
     try:
+        for owner, name, _ in after_head:
+            setattr(owner, name, _AFTER_HEAD[name])
         with precision(model):
             result: torch.Tensor = model(**inputs, use_cache=False).logits[0]
     finally:
         base.set_output_embeddings(original)
+        for owner, name, value in after_head:
+            setattr(owner, name, value)
     return result
 
 
@@ -149,10 +165,15 @@ class _Head(torch.nn.Module):
 
 
 def chosen_logprobs(
-    hidden: torch.Tensor, head: Any, tokens: torch.Tensor, temperature: float
+    hidden: torch.Tensor,
+    head: Any,
+    tokens: torch.Tensor,
+    temperature: float,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Return log softmax(head(h) / temperature) at one token each, and entropies, `[M, 2]`.
 
+    With a soft cap c, c tanh(head(h) / c) takes the place of head(h) (Gemma 2, arXiv 2408.00118).
     `hidden` is `[M, d]`, `tokens` `[M]`; results are float32. Rows are computed in chunks, so that
     no `[M, V]` tensor is made. Under a frozen head the gradient of log p(y) by h, (W[y] - p W) /
     temperature, scales linearly with the incoming gradient: it is computed in the forward pass and
@@ -164,11 +185,16 @@ def chosen_logprobs(
     vocabulary = head.weight.shape[0] if hasattr(head, "weight") else hidden.shape[1]
     rows = max(1, LOGITS_BYTES // (4 * vocabulary))
     if type(head) is torch.nn.Linear and not head.weight.requires_grad:
-        chosen, entropy = _Chosen.apply(hidden, head.weight, head.bias, tokens, temperature, rows)
+        chosen, entropy = _Chosen.apply(
+            hidden, head.weight, head.bias, tokens, temperature, softcap, rows
+        )
         return torch.stack([chosen, entropy], dim=1)
 
     def part(hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        logprobs = torch.log_softmax(head(hidden).float() / temperature, dim=-1)
+        logits = head(hidden).float()
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        logprobs = torch.log_softmax(logits / temperature, dim=-1)
         entropy = -torch.linalg.vecdot(logprobs.detach().exp(), logprobs.detach())
         return torch.stack([logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1), entropy], dim=1)
 
@@ -187,6 +213,7 @@ class _Chosen(torch.autograd.Function):
         bias: torch.Tensor | None,
         tokens: torch.Tensor,
         temperature: float,
+        softcap: float | None,
         rows: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         chosen = torch.empty(len(hidden), device=hidden.device)
@@ -196,6 +223,9 @@ class _Chosen(torch.autograd.Function):
             chunk = slice(start, start + rows)
             index = tokens[chunk].unsqueeze(1)
             logits = torch.nn.functional.linear(hidden[chunk], weight, bias).float()
+            if softcap is not None:
+                tanh = torch.tanh(logits.div_(softcap))
+                logits = softcap * tanh
             logprobs = torch.log_softmax(
                 logits if temperature == 1 else logits.div_(temperature), dim=-1
             )
@@ -208,6 +238,8 @@ class _Chosen(torch.autograd.Function):
                 # 1 - p in float32: in half precision W[y] - p W would lose its digits.
                 difference = probabilities.neg_()
                 difference.scatter_add_(1, index, torch.ones_like(index, dtype=difference.dtype))
+                if softcap is not None:
+                    difference.mul_(1 - tanh.square_())
                 gradient[chunk] = (difference.to(weight.dtype) @ weight).div_(temperature)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(entropy)
@@ -216,14 +248,7 @@ class _Chosen(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (
-            (gradient * gradients[0].unsqueeze(1)).to(gradient.dtype),
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        return (gradient * gradients[0].unsqueeze(1)).to(gradient.dtype), *(None,) * 6
 
 
 def on_tokens(values: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -251,12 +276,9 @@ def precision(model: Any) -> torch.autocast:
 
 
 def _drops(model: Any) -> bool:
-    """Return whether the model's passes use dropout."""
-    adapter = (
-        model.peft_config[model.active_adapter].lora_dropout
-        if isinstance(model, PeftModel)
-        else 0.0
-    )
-    return bool(
-        model.training and (adapter > 0 or getattr(model.config, "attention_dropout", None))
+    """Return whether the model's passes use dropout, which only an adapter can have."""
+    return (
+        model.training
+        and isinstance(model, PeftModel)
+        and model.peft_config[model.active_adapter].lora_dropout > 0
     )

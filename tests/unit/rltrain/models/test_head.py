@@ -57,25 +57,33 @@ def _inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def _whole(
-    hidden: torch.Tensor, head: Any, tokens: torch.Tensor, temperature: float
+    hidden: torch.Tensor,
+    head: Any,
+    tokens: torch.Tensor,
+    temperature: float,
+    softcap: float | None,
 ) -> torch.Tensor:
     """The same from all logits at once."""
-    distribution = torch.distributions.Categorical(logits=head(hidden) / temperature)
+    logits = head(hidden)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    distribution = torch.distributions.Categorical(logits=logits / temperature)
     return torch.stack([distribution.log_prob(tokens), distribution.entropy()], dim=1)
 
 
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("softcap", [None, 0.5])
 def test_values_and_gradients_are_those_of_all_logits(
-    temperature: float, bias: bool, trained: bool
+    softcap: float | None, temperature: float, bias: bool, trained: bool
 ) -> None:
     results = []
     for compute in (chosen_logprobs, _whole):
         head = _head(bias=bias, trained=trained)
         hidden, tokens, weights = _inputs()
         hidden.requires_grad_()
-        both = compute(hidden, head, tokens, temperature)
+        both = compute(hidden, head, tokens, temperature, softcap)
         (both[:, 0] * weights).sum().backward()
         gradients = [p.grad for p in (hidden, *head.parameters()) if p.grad is not None]
         assert len(gradients) == (1 + trained * (1 + bias))
@@ -85,10 +93,14 @@ def test_values_and_gradients_are_those_of_all_logits(
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_no_tensor_of_all_rows_by_the_vocabulary_is_made(trained: bool) -> None:
+@pytest.mark.parametrize("softcap", [None, 0.5])
+def test_no_tensor_of_all_rows_by_the_vocabulary_is_made(
+    softcap: float | None, trained: bool
+) -> None:
     head, (hidden, tokens, _) = _head(bias=False, trained=trained), _inputs()
     with Largest() as largest:
-        chosen_logprobs(hidden.requires_grad_(), head, tokens, 1.0)[:, 0].sum().backward()
+        both = chosen_logprobs(hidden.requires_grad_(), head, tokens, 1.0, softcap)
+        both[:, 0].sum().backward()
     assert largest.numel == max(7, WIDTH) * VOCABULARY < ROWS * VOCABULARY
 
 

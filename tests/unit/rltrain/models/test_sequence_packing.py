@@ -167,13 +167,15 @@ def test_logprobs_and_gradients_are_those_of_each_sequence_alone(
         assert gradient.norm() > 0.1, name
 
 
-def test_a_model_whose_layers_look_back_only_so_far_is_padded() -> None:
+def test_layers_that_look_back_only_so_far_are_packed() -> None:
     windows: dict[str, Any] = {
         "use_sliding_window": True,
         "sliding_window": 4,
         "max_window_layers": 0,
     }
     packed, plain = _model("qwen2", **windows), _model("qwen2", "sdpa", **windows)
+    assert attention.can_pack(packed.config)
+    assert not attention.can_pack(plain.config)
     found, expected = token_logprobs(packed, _batch(), 1.0), token_logprobs(plain, _batch(), 1.0)
     torch.testing.assert_close(found, expected)
     whole = token_logprobs(_model("qwen2"), _batch(), 1.0)
