@@ -10,11 +10,14 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 
 from harness.config.schema import LoRA, Recipe
 from harness.config.validate import check_context, exclude_modules, num_processes, target_modules
@@ -25,12 +28,12 @@ from rltrain.models import attention
 from rltrain.models.lora import LoRALinear, base_model
 from rltrain.models.memory import checkpoints
 from rltrain.models.targets import (
-    MODULE_SETS,
     TO_SAFETENSORS,
     Modules,
     check_adapters,
     check_modules,
     modules,
+    resolve,
 )
 
 # Python code in a model's folder or repository is never run, and transformers does not ask.
@@ -88,6 +91,14 @@ def load_model(path: str, recipe: Recipe, *, key: str, full: bool) -> PreTrained
     """
     dtype = torch.float32 if full else dtype_of(recipe)
     try:
+        config = AutoConfig.from_pretrained(model_folder(path), **NO_CODE)
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        if kind is not None and not kind._supports_sdpa:
+            raise UserError(
+                f"{key} has an attention that the trainer does not compute",
+                got=f"{path}: {kind.__name__}",
+                allowed="an architecture for which transformers has SDPA",
+            )
         model, info = AutoModelForCausalLM.from_pretrained(
             model_folder(path),
             dtype=dtype,
@@ -96,6 +107,8 @@ def load_model(path: str, recipe: Recipe, *, key: str, full: bool) -> PreTrained
             use_safetensors=True,
             **NO_CODE,
         )
+    except UserError:
+        raise
     except Exception as error:  # a damaged file can raise anything
         raise cannot_load(key, path, error) from error
     if info["missing_keys"]:
@@ -105,7 +118,7 @@ def load_model(path: str, recipe: Recipe, *, key: str, full: bool) -> PreTrained
             f"{sorted(info['missing_keys'])[0]} first",
             fix="check config.json against the weights",
         )
-    _check_dropout(key, path, model)
+    _switch_off_dropout(model)
     model.computes_in = dtype_of(recipe)
     model.requires_grad_(False).eval()
     if num_processes(recipe) == 1:  # else FSDP moves each rank's shard: no GPU holds it whole
@@ -122,30 +135,13 @@ def load_model(path: str, recipe: Recipe, *, key: str, full: bool) -> PreTrained
     return model
 
 
-def _check_dropout(key: str, path: str, model: PreTrainedModel) -> None:
-    """Raise UserError for a base with dropout: log-probabilities would differ from the engine's."""
-    rates = (
-        (f"{name}.{attribute}", value)
-        for name, module in model.named_modules()
-        for attribute, value in vars(module).items()
-        if "drop" in attribute or (attribute == "p" and isinstance(module, torch.nn.Dropout))
-    )
-    first = next(
-        (f"{name}={rate:g}" for name, rate in rates if isinstance(rate, float) and rate > 0), None
-    )
-    if first is not None:
-        config = model.config.to_dict().items()
-        keys = [
-            name
-            for name, value in config
-            if "drop" in name and isinstance(value, float) and value > 0
-        ]
-        raise UserError(
-            f"{key} has dropout: log-probabilities in training would differ from those in sampling",
-            got=f"{path}: {first}",
-            allowed="0",
-            fix=f"set to 0 in its config.json: {', '.join(keys)}",
-        )
+def _switch_off_dropout(model: PreTrainedModel) -> None:
+    """Set the base's dropout to 0: training would see other log-probabilities than sampling."""
+    for owner in (model.config, *model.modules()):
+        for name, value in list(vars(owner).items()):
+            is_rate = "drop" in name or (name == "p" and isinstance(owner, torch.nn.Dropout))
+            if is_rate and isinstance(value, float):
+                setattr(owner, name, 0.0)
 
 
 @torch.no_grad()
@@ -179,13 +175,12 @@ def cannot_load(key: str, path: str, error: Exception) -> UserError:
 
 def lora_config(recipe: Recipe, lora: LoRA) -> LoraConfig:
     """Return PEFT's configuration of an adapter of the recipe's policy or critic."""
-    targets = target_modules(recipe, lora)
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=MODULE_SETS.get(targets, targets) if isinstance(targets, str) else targets,
+        target_modules=target_modules(recipe, lora),
         exclude_modules=exclude_modules(recipe, lora),
         init_lora_weights=True if lora.init_method == "kaiming" else "gaussian",
     )
@@ -203,6 +198,10 @@ def add_adapter(
     known = modules_of(model)
     check_modules("trainer.target_modules", config.target_modules, known)
     check_modules("trainer.exclude_modules", config.exclude_modules, known)
+    config.target_modules = resolve(config.target_modules, known)
+    config.exclude_modules = resolve(config.exclude_modules, known)
+    # GPT-2 stores its weights as [in, out].
+    config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if isinstance(model, PeftModel):

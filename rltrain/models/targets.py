@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from harness.config.schema import Recipe
-from harness.config.shapes import ATTENTION, MLP
 from harness.config.validate import exclude_modules, target_modules
 from harness.core.errors import UserError, nearest
 from harness.core.paths import locate
 
-# For architectures of the Llama family (Qwen2, Qwen3, Llama, Mistral).
-MODULE_SETS = {"attention": list(ATTENTION), "mlp": list(MLP)}
+# The named sets, by what a layer calls the modules that hold its projections: `self_attn` and `mlp`
+# in Llama's family, `attn` and `mlp` in GPT-2, `attention` and `mlp` in GPT-NeoX.
+MODULE_SETS = {"attention": ("attn.", "attention."), "mlp": ("mlp.", "feed_forward.", "moe.")}
 # How to convert a model's pickled weights.
 TO_SAFETENSORS = (
     'for weights you trust: python -c "from transformers import AutoModelForCausalLM as M; '
@@ -51,7 +51,11 @@ def stored_modules(path: str) -> Modules | None:
             }
     if not dimensions:
         return None
-    matrices = {name.removesuffix(".weight") for name, count in dimensions.items() if count > 1}
+    matrices = {
+        name.removesuffix(".weight")
+        for name, count in dimensions.items()
+        if count > 1 and name.endswith(".weight")
+    }
     matrices.add("lm_head")  # not in the file where it is tied to the embedding
     return modules(matrices, {name.rpartition(".")[0] for name in dimensions} - matrices)
 
@@ -62,6 +66,20 @@ def modules(matrices: Collection[str], others: Collection[str]) -> Modules:
         name[: dot.start()] for name in (*matrices, *others) for dot in re.finditer(r"\.", name)
     }
     return Modules(frozenset(matrices), frozenset({*others, *parents} - {*matrices, ""}))
+
+
+def resolve(targets: Any, known: Modules) -> Any:
+    """Return a named set's modules as names for PEFT; other targets are returned as they are.
+
+    A name is the last part of a module's name, with its parent's where a module outside of the set
+    has the same last part (GPT-2 has a `c_proj` in attention and one in the MLP).
+    """
+    if not isinstance(targets, str) or targets not in MODULE_SETS:
+        return targets
+    inside = {name for name in known.matrices if any(p in name for p in MODULE_SETS[targets])}
+    outside = {name.rpartition(".")[2] for name in known.matrices - inside}
+    parts = [name.split(".") for name in inside]
+    return sorted({".".join(part[-2:] if part[-1] in outside else part[-1:]) for part in parts})
 
 
 def check_adapters(recipe: Recipe, known: Modules | None = None) -> None:
@@ -98,8 +116,7 @@ def check_modules(key: str, value: Any, known: Modules) -> None:
     """
     if value is None or value == "all-linear":
         return
-    named_set = isinstance(value, str) and value in MODULE_SETS
-    names = MODULE_SETS[value] if named_set else value
+    names = resolve(value, known) or [value]
     parts = [names] if isinstance(names, str) else list(names)
     misses = [
         part for part in parts if not any(_matches(names, part, name) for name in known.matrices)
@@ -110,15 +127,11 @@ def check_modules(key: str, value: Any, known: Modules) -> None:
     )
     if misses:
         near = {miss: nearest(miss, (*leaves, *MODULE_SETS, "all-linear")) for miss in misses}
-        guesses = [
-            f"{guess} for {miss}"
-            for miss, guess in near.items()
-            if guess and not named_set and guess != miss
-        ]
+        guesses = [f"{guess} for {miss}" for miss, guess in near.items() if guess and guess != miss]
         guesses += [
             f"{miss} alone, not in a list"
             for miss in misses
-            if miss in (*MODULE_SETS, "all-linear")
+            if isinstance(value, list) and miss in (*MODULE_SETS, "all-linear")
         ]
         if isinstance(value, str) and value in leaves:
             guesses = [f"[{value}], a list; a text is a regex of the whole name"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import shutil
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+from transformers import MistralConfig, MistralForCausalLM
 
 from harness.config import recipe as recipes
 from harness.core.errors import UserError
@@ -21,7 +20,7 @@ from harness.records.run_dir import RunDir
 from rltrain.data.batch import collate
 from rltrain.envs.problems import load_problems
 from rltrain.models import attention
-from rltrain.models.loading import _check_dropout, load_base
+from rltrain.models.loading import load_base
 from rltrain.models.logprobs import token_logprobs
 from rltrain.pack import Pack
 from tests.recipes import quickstart
@@ -103,13 +102,16 @@ def model(tiny_model_dir: Path, tmp_path: Path) -> Path:
             "lacks weights of its architecture",
         ),
         (config(model_type="no_such_model"), "no_such_model"),
+        (
+            config(model_type="gpt_oss", architectures=["GptOssForCausalLM"]),
+            "an attention that the trainer does not compute",
+        ),
         (config(max_position_embeddings=64), "<= 64 together"),
         (
             poison("model.layers.1.mlp.up_proj.weight", math.nan),
             "1 of 49152 in model.layers.1.mlp.up_proj.weight",
         ),
         (poison("model.norm.weight", math.inf), "weights that are NaN or infinite"),
-        (config(attention_dropout=0.1), "set to 0 in its config.json: attention_dropout"),
         (pickled, "save_pretrained"),
     ],
 )
@@ -125,22 +127,17 @@ def test_a_model_that_cannot_serve_is_refused(
     assert str(model) in str(caught.value) or "64" in told
 
 
-def test_dropout_of_its_own_layers_is_found() -> None:
-    # What GPT-2's configuration has where nothing is said.
-    sizes = {"vocab_size": 8, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 1}
-    with pytest.raises(UserError, match=r"transformer\.drop\.p=0\.1") as caught:
-        _check_dropout(MODEL, "gpt2", GPT2LMHeadModel(GPT2Config(**sizes)))
-    assert all(name in str(caught.value) for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop"))
-    _check_dropout(
-        MODEL,
-        "gpt2",
-        GPT2LMHeadModel(GPT2Config(**sizes, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0)),
-    )
+def test_dropout_of_the_base_is_off(model: Path) -> None:
+    config(attention_dropout=0.1)(model)
+    recipe = quickstart([f"{MODEL}={model}"])
+    base: Any
+    base, _ = load_base(recipe)
+    assert base.config.attention_dropout == 0
+    assert {layer.self_attn.attention_dropout for layer in base.model.layers} == {0}
 
 
 def test_a_window_of_attention_is_the_models_in_training_too() -> None:
-    # Mistral's configuration has a window and no list of layers: a packed row would see all of a
-    # sequence.
+    # Mistral's configuration has a window and no list of layers.
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=32,
@@ -161,16 +158,6 @@ def test_a_window_of_attention_is_the_models_in_training_too() -> None:
     with torch.no_grad():
         found = token_logprobs(model, batch, 1.0)[0]
     assert (found - expected).abs().max() < 1e-5
-    assert not can_pack_with(model, sliding_window=4)
-    assert can_pack_with(model, sliding_window=None)
-
-
-def can_pack_with(model: Any, **values: Any) -> bool:
-    """Whether a model packs its rows under other settings."""
-    changed = copy.copy(model.config)
-    for name, value in values.items():
-        setattr(changed, name, value)
-    return attention.can_pack(changed)
 
 
 def test_a_tokenizer_of_another_model_is_refused(model: Path) -> None:

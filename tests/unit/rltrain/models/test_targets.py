@@ -11,7 +11,7 @@ import pytest
 
 from harness.config import recipe as recipes
 from harness.core.errors import UserError
-from rltrain.models.targets import Modules, check_modules, modules, stored_modules
+from rltrain.models.targets import Modules, check_modules, modules, resolve, stored_modules
 from rltrain.tools.preflight import check_run
 from sweeps.study.space import from_recipe
 from tests.recipes import quickstart
@@ -76,10 +76,21 @@ def test_modules_that_are_not(known: Modules, wanted: Any, said: list[str]) -> N
 
 def test_another_familys_names() -> None:
     known = modules(GPT2, ["h.0.ln_1"])
-    assert "got:     q_proj, k_proj, v_proj, o_proj" in told("attention", known)
-    assert "c_attn, c_fc, c_proj" in told("mlp", known)
+    assert resolve("attention", known) == ["attn.c_proj", "c_attn"]
+    assert resolve("mlp", known) == ["c_fc", "mlp.c_proj"]
+    assert "allowed: all-linear, a regex of whole names, or a list of these: c_attn" in told(
+        ["q_proj"], known
+    )
     # The file leaves out the name of the body, which PEFT's regex is to match.
     assert told(r"transformer\.h\.0\.attn\.c_attn", known) == ""
+
+
+def test_a_set_that_a_model_does_not_have() -> None:
+    known = modules(["decoder.layers.0.fc1", "decoder.layers.0.fc2"], [])
+    message = told("mlp", known)
+    assert "got:     mlp" in message
+    assert "fc1, fc2" in message
+    assert "alone" not in message
 
 
 def test_exclusions_must_name_a_module_too(known: Modules) -> None:
