@@ -39,6 +39,7 @@ from rltrain.engines.base import (
 from rltrain.engines.vllm_extension import WorkerExtension
 from rltrain.engines.vllm_process import (
     executor_backend,
+    preserve_classes,
     preserve_process_state,
     preserve_random_state,
     set_environment,
@@ -139,7 +140,7 @@ class VLLMEngine(Engine):
                 ),
                 "max_loras": options.max_loras,
             }
-        with preserve_process_state(), without_torch_determinism():
+        with preserve_process_state(), preserve_classes(model), without_torch_determinism():
             if on_cpu:
                 # For worker processes: as many threads as this one.
                 os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())

@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -106,3 +107,27 @@ def preserve_process_state() -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def preserve_classes(model: Any) -> Iterator[None]:
+    """Restore the classes of the trainer's model afterwards, where it is in this process.
+
+    For a model that vLLM has no class of its own for (OLMo 2, SmolLM3) it changes transformers',
+    whose objects then expect to be vLLM's when they are called. vLLM's own, warmed up by then, is
+    served without compilation.
+    """
+    modules = () if model is None else model.modules()
+    before = {
+        kind: {name: getattr(kind, name) for name in ("__bases__", "__init__", "__call__")}
+        for module in modules
+        for kind in type(module).__mro__  # FSDP puts its own class in front
+        if issubclass(kind, torch.nn.Module)
+    }
+    try:
+        yield
+    finally:
+        for kind, attributes in before.items():
+            if kind.__bases__ != attributes["__bases__"]:
+                for name, value in attributes.items():
+                    setattr(kind, name, value)
