@@ -299,7 +299,7 @@ def _matches(targets: Any, path: str) -> bool:
 
 
 def stored_config(path: str) -> dict[str, Any]:
-    """Return a local model's type and sizes from its config.json; {} where there is none."""
+    """Return a model's type and sizes from its config.json; {} where there is none here."""
     return {
         name: value
         for name, value in read_config(path).items()

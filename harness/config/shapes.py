@@ -123,9 +123,7 @@ def shape_of(path: str) -> ModelShape | None:
     """Return the sizes of a local model or a hub model, without network; None if not known."""
     config = read_config(path)
     if not config and locate(path) is None:
-        config = _cached_config(path)
-        if not config:
-            return _PUBLISHED.get(_VARIANT.sub("", path.rpartition("/")[2]))
+        return _PUBLISHED.get(_VARIANT.sub("", path.rpartition("/")[2]))
     return shape_from(config)
 
 
@@ -151,15 +149,16 @@ def shape_from(config: Mapping[str, Any]) -> ModelShape | None:
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """Return a local model's config.json; {} for one that is missing or damaged."""
-    return _read(locate(f"{path}/config.json"))
+    """Return the config.json of a local model, or of one in the hub's cache.
 
-
-def _cached_config(name: str) -> dict[str, Any]:
+    The result is {} for one that is missing or damaged.
+    """
+    if locate(path) is not None:
+        return _read(locate(f"{path}/config.json"))
     from huggingface_hub import try_to_load_from_cache
 
     with contextlib.suppress(ValueError, OSError):  # raised for a name that the hub cannot have
-        file = try_to_load_from_cache(name, "config.json")
+        file = try_to_load_from_cache(path, "config.json")
         return _read(Path(file)) if isinstance(file, str) else {}
     return {}
 

@@ -10,6 +10,7 @@ import urllib.request
 from pathlib import Path
 
 from harness.config.schema import AdvantageEstimator, Backend, DType, Recipe, SyncMode
+from harness.config.shapes import read_config
 from harness.config.validate import check_context, sync_mode, target_modules
 from harness.core import machine
 from harness.core.cli import invocation
@@ -23,6 +24,19 @@ from rltrain.envs.problems import check_truth, messages, reward_of
 from rltrain.models.targets import TO_SAFETENSORS, check_adapters
 
 HUB_SECONDS = 5.0
+# Architectures that vLLM 0.32 serves without adapters.
+WITHOUT_ADAPTERS = {
+    "BloomForCausalLM",
+    "FalconForCausalLM",
+    "FalconMambaForCausalLM",
+    "GPT2LMHeadModel",
+    "GPTJForCausalLM",
+    "Gemma3nForCausalLM",
+    "Mamba2ForCausalLM",
+    "MambaForCausalLM",
+    "StableLmForCausalLM",
+    "Zamba2ForCausalLM",
+}
 
 
 def check_run(recipe: Recipe) -> None:
@@ -156,7 +170,17 @@ def _check_engine(recipe: Recipe) -> None:
 
 
 def _check_model(recipe: Recipe, key: str, path: str) -> None:
-    """Raise UserError unless a path is a local model folder or looks like a hub's `owner/name`."""
+    """Raise UserError for a model that is no text model.
+
+    A path is a local model folder or looks like a hub's `owner/name`.
+    """
+    towers = [name for name in read_config(path) if name in ("vision_config", "audio_config")]
+    if towers:
+        raise UserError(
+            f"{key} is a model of images or sound as well as text",
+            got=f"{path}: its config.json has {towers[0]}",
+            fix="use a model of text alone",
+        )
     folder = locate(path)
     if folder is None:
         if path.count("/") != 1 or path.startswith((".", "/", "~")):
@@ -182,7 +206,9 @@ def _check_model(recipe: Recipe, key: str, path: str) -> None:
             "the model's config.json is damaged",
             got=f"{folder}: no mapping, but {type(config).__name__}",
         )
-    if isinstance(limit := config.get("max_position_embeddings"), int):
+    # GPT-2 calls it n_positions.
+    limit = config.get("max_position_embeddings", config.get("n_positions"))
+    if isinstance(limit, int):
         check_context(recipe, limit)
     if not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
         raise UserError(
@@ -232,16 +258,20 @@ def _check_critic(recipe: Recipe) -> None:
 
 
 def _check_sync(recipe: Recipe) -> None:
-    """Raise UserError for adapters on the embedding or head, which vLLM does not serve."""
+    """Raise UserError for adapters that vLLM does not serve: on some models, embedding or head."""
     lora = recipe.trainer.policy.model.lora
     targets = target_modules(recipe, lora)
-    if (
-        recipe.generator.backend is not Backend.vllm
-        or sync_mode(lora) is SyncMode.merge
-        or not isinstance(targets, list)
-    ):
+    if recipe.generator.backend is not Backend.vllm or sync_mode(lora) is SyncMode.merge:
         return
-    refused = sorted({"lm_head", "embed_tokens"} & set(targets))
+    path = recipe.trainer.policy.model.path
+    architectures = WITHOUT_ADAPTERS.intersection(read_config(path).get("architectures") or ())
+    if architectures:
+        raise UserError(
+            "vLLM serves no adapters on this architecture",
+            got=f"{path}: {architectures.pop()}, sync={sync_mode(lora).name}",
+            fix="trainer.policy.model.lora.sync=merge, or generator.backend=transformers",
+        )
+    refused = sorted({"lm_head", "embed_tokens"} & set(targets if type(targets) is list else ()))
     if refused:
         raise UserError(
             "vLLM serves no adapter on these modules",

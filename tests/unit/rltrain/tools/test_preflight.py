@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import http.server
+import json
 import shutil
 import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -68,6 +70,24 @@ def test_a_gguf_file_in_place_of_a_model_folder(named: str, tmp_path: Path) -> N
 def test_bad_input_is_explained(tiny_model_dir: Path, overrides: list[str], told: str) -> None:
     with pytest.raises(UserError) as caught:
         check_run(quickstart(overrides))
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"model_type": "gemma3", "vision_config": {}}, "images or sound as well as text"),
+        ({"model_type": "gpt2", "n_positions": 64}, "<= 64 together"),
+        (
+            {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
+            "vLLM serves no adapters on this architecture",
+        ),
+    ],
+)
+def test_a_config_tells_what_cannot_work(tmp_path: Path, config: dict[str, Any], told: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError) as caught:
+        check_run(quickstart([f"trainer.policy.model.path={tmp_path}"]))
     assert told in str(caught.value)
 
 
