@@ -10,24 +10,17 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.side_by_side import create_environment, middle, result, write_record
+from tests.benchmarks.task import task_of
 from tests.benchmarks.trl_run import PACKAGES
 
 THREADS = 2
 ROUNDS = 3
-WARM_UP = 2
-STEPS = {64: 14, 512: 8}  # after the warm-up
-TRIED = {64: 6, 512: 3}  # the same, when trying each contender's settings
 LORA = {"rank": 8, "alpha": 32.0, "targets": "all-linear"}
-LR = 1e-3
-
-ACCURACY_COMPLETIONS, ACCURACY_STEPS, KEEP_EVERY = 128, 32, 2
-SEEDS = (0, 1, 2)
-SCORED_SAMPLES = 2  # of each of 512 held-out problems
-ACCURACIES = (0.6, 0.7, 0.8, 0.9)
 
 
 def our_variants(engine: str) -> dict[str, dict[str, Any]]:
@@ -55,28 +48,81 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What is compared.
+
+    Attributes:
+        variants: each contender's settings that change only the speed, by name.
+        steps: timed steps by completions of a batch, after `warm_up` steps.
+        tried: the same, when trying the settings.
+        accuracy_completions: completions of a batch in the runs to the same accuracy.
+        accuracy_steps: steps of these runs, of which each `keep_every`th adapter is scored.
+        samples: of each held-out problem, for that score.
+    """
+
+    recipe: str
+    lr: float
+    variants: dict[str, dict[str, dict[str, Any]]]
+    steps: dict[int, int]
+    tried: dict[int, int]
+    warm_up: int
+    accuracy_completions: int
+    accuracy_steps: int
+    keep_every: int
+    samples: int
+    accuracies: tuple[float, ...]
+    seeds: tuple[int, ...]
+
+
+SETUP = Setup(
+    recipe="quickstart",
+    lr=1e-3,
+    variants=VARIANTS,
+    steps={64: 14, 512: 8},
+    tried={64: 6, 512: 3},
+    warm_up=2,
+    accuracy_completions=128,
+    accuracy_steps=32,
+    keep_every=2,
+    samples=2,
+    accuracies=(0.6, 0.7, 0.8, 0.9),
+    seeds=(0, 1, 2),
+)
+
+
 def main() -> None:
     """Measure, print, and write `docs/benchmarks/single_run.json`."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    compare("single_run", __doc__, SETUP)
+
+
+def compare(name: str, what: str | None, setup: Setup) -> None:
+    """Measure a setup as the command line says, print, and write `docs/benchmarks/<name>.json`."""
+    parser = argparse.ArgumentParser(description=what)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--threads", type=int, default=THREADS)
-    parser.add_argument("--completions", type=int, nargs="*", default=list(STEPS))
+    parser.add_argument("--completions", type=int, nargs="*", default=list(setup.steps))
     parser.add_argument(
-        "--seeds", type=int, nargs="*", default=list(SEEDS), help="of the runs to the same accuracy"
+        "--seeds",
+        type=int,
+        nargs="*",
+        default=list(setup.seeds),
+        help="of the runs to the same accuracy",
     )
-    parser.add_argument("--contenders", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
+    names = list(setup.variants)
+    parser.add_argument("--contenders", nargs="*", default=names, choices=names)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        contest = Comparison(Path(scratch), options.contenders, options.threads)
+        contest = Comparison(setup, Path(scratch), options.contenders, options.threads)
         speed = {str(n): contest.speed(n, options.rounds) for n in options.completions}
         accuracy = contest.accuracy(options.seeds) if options.seeds else None
     write_record(
-        "single_run",
-        __doc__,
+        name,
+        what,
         threads=options.threads,
         rounds=options.rounds,
         lora=LORA,
-        lr=LR,
+        lr=setup.lr,
         speed=speed,
         accuracy=accuracy,
     )
@@ -85,7 +131,11 @@ def main() -> None:
 class Comparison:
     """The contenders, and the folder of their runs."""
 
-    def __init__(self, scratch: Path, contenders: Sequence[str], threads: int) -> None:
+    def __init__(
+        self, setup: Setup, scratch: Path, contenders: Sequence[str], threads: int
+    ) -> None:
+        self._setup = setup
+        self._task = task_of(setup.recipe)
         self._scratch = scratch
         self._contenders = contenders
         self._threads = threads
@@ -103,7 +153,7 @@ class Comparison:
         }
         measured: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
         for name in self._turns(rounds):
-            row = self._row(name, chosen[name], completions, STEPS[completions])
+            row = self._row(name, chosen[name], completions, self._setup.steps[completions])
             measured[name].append(row)
             rate, memory = row["tokens_per_second"], row["memory_gb"]
             print(
@@ -127,21 +177,18 @@ class Comparison:
 
         One evaluation scores all adapters while the clock is stopped.
         """
+        setup = self._setup
+        completions, steps = setup.accuracy_completions, setup.accuracy_steps
         curves: dict[str, list[list[dict[str, float]]]] = {name: [] for name in self._contenders}
-        tried = self._try(ACCURACY_COMPLETIONS)
+        tried = self._try(completions)
         for seed in seeds:
             for name in self._contenders:
                 variant = max(tried[name], key=lambda one: tried[name][one])
                 # One step more: our final evaluation is part of the last step.
-                run = self._run(
-                    name, variant, ACCURACY_COMPLETIONS, ACCURACY_STEPS + 1, seed=seed, keep=True
-                )
-                run["kept"] = [one for one in run["kept"] if one["step"] <= ACCURACY_STEPS]
-                scored = result(
-                    "score_adapters",
-                    {"adapters": run["kept"], "samples": SCORED_SAMPLES},
-                    threads=self._threads,
-                )
+                run = self._run(name, variant, completions, steps + 1, seed=seed, keep=True)
+                run["kept"] = [one for one in run["kept"] if one["step"] <= steps]
+                spec = {"recipe": setup.recipe, "adapters": run["kept"], "samples": setup.samples}
+                scored = result("score_adapters", spec, threads=self._threads)
                 curves[name].append(curve(run, scored["accuracy"]))
                 print(
                     f"seed {seed}  {name:<20} {curves[name][-1][-1]['accuracy']:.3f} after "
@@ -149,11 +196,11 @@ class Comparison:
                     flush=True,
                 )
         return {
-            "completions": ACCURACY_COMPLETIONS,
-            "steps": ACCURACY_STEPS,
+            "completions": completions,
+            "steps": steps,
             "seeds": list(seeds),
             "contenders": {
-                name: {"curves": points, "reached": reached(points)}
+                name: {"curves": points, "reached": reached(points, setup.accuracies)}
                 for name, points in curves.items()
             },
         }
@@ -163,10 +210,11 @@ class Comparison:
 
     def _try(self, completions: int) -> dict[str, dict[str, float]]:
         """Return completion tokens a second of each contender and setting, in short runs."""
-        steps = TRIED.get(completions, TRIED[64])
+        tried = self._setup.tried
+        steps = tried.get(completions, tried[min(tried)])
         rates: dict[str, dict[str, float]] = {name: {} for name in self._contenders}
         for name in self._contenders:
-            for variant in VARIANTS[name]:
+            for variant in self._setup.variants[name]:
                 row = self._row(name, variant, completions, steps)
                 rates[name][variant] = round(row["tokens_per_second"], 1)
                 print(
@@ -179,8 +227,9 @@ class Comparison:
     def _row(self, name: str, variant: str, completions: int, steps: int) -> dict[str, Any]:
         # Our last step includes the final evaluation and checkpoint: one more step, which is not
         # counted.
-        run = self._run(name, variant, completions, WARM_UP + steps + 1)
-        step_s, lengths = run["step_s"][WARM_UP:-1], run["mean_length"][WARM_UP:-1]
+        timed = slice(self._setup.warm_up, -1)
+        run = self._run(name, variant, completions, self._setup.warm_up + steps + 1)
+        step_s, lengths = run["step_s"][timed], run["mean_length"][timed]
         rates = [
             completions * length / seconds for length, seconds in zip(lengths, step_s, strict=True)
         ]
@@ -194,9 +243,9 @@ class Comparison:
         }
         if "timing_s" in run:
             row["timing_s"] = {
-                part: middle(values[WARM_UP:-1]) for part, values in run["timing_s"].items()
+                part: middle(values[timed]) for part, values in run["timing_s"].items()
             }
-            row["mfu"] = middle(run["mfu"][WARM_UP:-1])
+            row["mfu"] = middle(run["mfu"][timed])
         return row
 
     def _run(
@@ -210,15 +259,17 @@ class Comparison:
         keep: bool = False,
     ) -> Any:
         self._runs += 1
-        settings, output = VARIANTS[name][variant], self._scratch / f"run{self._runs:03d}"
+        settings = self._setup.variants[name][variant]
+        output = self._scratch / f"run{self._runs:03d}"
         threads = settings.get("threads", self._threads)
-        every = KEEP_EVERY if keep else 0
+        every = self._setup.keep_every if keep else 0
         if name == "TRL":
             spec = {
+                "task": self._task,
                 "completions": completions,
                 "steps": steps,
                 "seed": seed,
-                "lr": LR,
+                "lr": self._setup.lr,
                 **LORA,
                 "output": str(output),
                 "keep_every": every,
@@ -226,14 +277,15 @@ class Comparison:
                 **settings,
             }
             return result("trl_run", spec, threads=threads, python=self._trl)
+        prompts = completions // self._task["samples"]
         overrides = [
             f"generator.backend={settings['engine']}",
             "generator.max_num_seqs=512",
             f"seed={seed}",
-            f"trainer.train_batch_size={completions // 8}",
-            f"trainer.policy_mini_batch_size={completions // 8}",
+            f"trainer.train_batch_size={prompts}",
+            f"trainer.policy_mini_batch_size={prompts}",
             f"trainer.max_steps={steps}",
-            f"trainer.policy.optimizer_config.lr={LR}",
+            f"trainer.policy.optimizer_config.lr={self._setup.lr}",
             f"trainer.policy.model.lora.rank={LORA['rank']}",
             f"trainer.policy.model.lora.alpha={LORA['alpha']}",
             f"trainer.target_modules={LORA['targets']}",
@@ -244,7 +296,8 @@ class Comparison:
             "expect={}",
             *settings["overrides"],
         ]
-        return result("our_run", {"overrides": overrides, "output": str(output)}, threads=threads)
+        spec = {"recipe": self._setup.recipe, "overrides": overrides, "output": str(output)}
+        return result("our_run", spec, threads=threads)
 
 
 def medians(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -279,13 +332,15 @@ def curve(run: dict[str, Any], accuracies: Sequence[float]) -> list[dict[str, fl
     return points
 
 
-def reached(curves: Sequence[Sequence[dict[str, float]]]) -> dict[str, dict[str, Any]]:
+def reached(
+    curves: Sequence[Sequence[dict[str, float]]], accuracies: Sequence[float]
+) -> dict[str, dict[str, Any]]:
     """Return, for each accuracy, the median seconds until a seed first reached it.
 
     The number of seeds that did is included.
     """
     table = {}
-    for accuracy in ACCURACIES:
+    for accuracy in accuracies:
         times = {
             key: [first(points, accuracy, key) for points in curves]
             for key in ("seconds", "training_s", "step")

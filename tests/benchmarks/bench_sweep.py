@@ -35,6 +35,7 @@ from tests.benchmarks.side_by_side import (
     result,
     write_record,
 )
+from tests.benchmarks.task import task_of
 from tests.benchmarks.trl_run import PACKAGES
 
 CORES = 2
@@ -174,7 +175,9 @@ def measure(size: int, chosen: dict[str, Variants], rounds: int, root: Path) -> 
             )
     adapters = [{"folder": rows[0]["best_adapter"]} for rows in measured.values()]
     scored = result(
-        "score_adapters", {"adapters": adapters, "samples": SCORED_SAMPLES}, threads=CORES
+        "score_adapters",
+        {"recipe": "quickstart", "adapters": adapters, "samples": SCORED_SAMPLES},
+        threads=CORES,
     )["accuracy"]
     for rows in measured.values():
         for row in rows:
@@ -201,6 +204,7 @@ def their_sweep(size: int, root: Path, together: int, trl: Path, steps: int) -> 
     def trial(number: int) -> dict[str, Any]:
         rank, alpha, lr, targets = CONFIGURATIONS[number]
         spec = {
+            "task": task_of("quickstart"),
             "completions": COMPLETIONS,
             "per_device": COMPLETIONS,
             "steps": steps,

@@ -16,7 +16,7 @@ from tests.benchmarks.side_by_side import peak_memory_gb, worker_files
 
 
 def main() -> None:
-    """Train the quickstart's recipe with the spec's overrides and write the result.
+    """Train the spec's recipe with its overrides and write the result.
 
     It has what `trl_run` writes, and the parts of the time.
     """
@@ -29,7 +29,7 @@ def main() -> None:
         "trainer.run_name=run",
         f"trainer.num_threads={spec['threads']}",
     ]
-    status = run.main(["recipes/quickstart.yaml", *overrides])
+    status = run.main([spec["recipe"], *overrides])
     if status != 0:
         raise SystemExit(status)
     run_dir = RunDir(output / "run")

@@ -24,7 +24,7 @@ def main() -> None:
     from rltrain.pack import Pack
 
     with tempfile.TemporaryDirectory() as scratch:
-        # 8 is the quickstart's rank.
+        # 8 is the recipes' rank.
         largest = max(8, *(config(adapter)["r"] for adapter in spec["adapters"]))
         shared = [
             "generator.backend=transformers",
@@ -33,9 +33,9 @@ def main() -> None:
             f"generator.max_lora_rank={largest}",
             f"trainer.num_threads={spec['threads']}",
         ]
-        pack = Pack.open(recipes.load("quickstart", shared))
+        pack = Pack.open(recipes.load(spec["recipe"], shared))
         scores = [
-            accuracy(pack, one, shared, Path(scratch) / str(i))
+            accuracy(pack, one, spec["recipe"], shared, Path(scratch) / str(i))
             for i, one in enumerate(spec["adapters"])
         ]
         pack.close()
@@ -50,7 +50,9 @@ def config(adapter: dict[str, str]) -> dict[str, Any]:
     return content
 
 
-def accuracy(pack: Any, adapter: dict[str, str], shared: list[str], folder: Path) -> float:
+def accuracy(
+    pack: Any, adapter: dict[str, str], source: str, shared: list[str], folder: Path
+) -> float:
     """Return the mean reward of an adapter on the held-out problems.
 
     The adapter joins the pack and is removed.
@@ -62,7 +64,7 @@ def accuracy(pack: Any, adapter: dict[str, str], shared: list[str], folder: Path
 
     peft = config(adapter)
     recipe = recipes.load(
-        "quickstart",
+        source,
         [
             *shared,
             f"trainer.policy.model.lora.rank={peft['r']}",

