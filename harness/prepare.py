@@ -90,23 +90,24 @@ def _parser(modules: list[str]) -> Parser:
         "MODULE is the dotted path of your own environment, if it has a prepare function.",
     )
     tasks = parser.add_subparsers(
-        dest="task", required=True, metavar="{gsm8k,math,model,tiny_gsm,MODULE}"
+        dest="task", required=True, metavar="{gsm8k,instructions,math,model,tiny_gsm,MODULE}"
     )
 
-    data = {"gsm8k": "GSM8K", "math": "MATH, or files of its or DeepMath's columns,"}
+    usual = "as train.parquet and validation.parquet"
+    named = "JSONL or parquet files named *train* and *test* (default: the hub)"
+    data = {
+        "gsm8k": (f"GSM8K {usual}", named),
+        "instructions": (
+            "short texts with constraints as four parquet files; or IFEval as ifeval.parquet",
+            "IFEval's JSONL files (default: prompts made here)",
+        ),
+        "math": (f"MATH, or files of its or DeepMath's columns, {usual}", named),
+    }
     for task in (*data, *modules):
-        what = data.get(task, f"the data of {task}")
-        parser_of_task = tasks.add_parser(
-            task, help=f"{what} as train.parquet and validation.parquet"
-        )
+        what, source = data.get(task, (f"the data of {task} {usual}", named))
+        parser_of_task = tasks.add_parser(task, help=what)
         parser_of_task.add_argument("--output-dir", type=Path, required=True)
-        parser_of_task.add_argument(
-            "--source",
-            type=Path,
-            nargs="+",
-            metavar="FILE",
-            help="JSONL or parquet files named *train* and *test* (default: the hub)",
-        )
+        parser_of_task.add_argument("--source", type=Path, nargs="+", metavar="FILE", help=source)
 
     model = tasks.add_parser("model", help="a model folder, from a GGUF file too, checked")
     model.add_argument("source", help="a GGUF file, a model folder, or a hub name owner/name")

@@ -94,6 +94,17 @@ ODD = [
     "\n\n",
 ]
 ENVS = env_names()
+# A right and a wrong answer and their truth, where it is not a number.
+KNOWN = {
+    "instructions": (
+        "snow is cold.",
+        "Snow is cold.",
+        (
+            '{"instruction_id_list": ["change_case:english_lowercase"], "kwargs": [{}], '
+            '"form": "sentence", "topic": ["snow"], "prompt": ""}'
+        ),
+    )
+}
 
 
 def formatted(answer: str) -> Iterator[str]:
@@ -123,7 +134,8 @@ def test_code_in_a_completion_or_a_truth_is_not_run(
     monkeypatch.chdir(tmp_path)
     canary = tmp_path / "canary"
     answers = [text.format(canary=canary) for text in CODE]
-    rewards = scores(get_env(name), answers, ("2", "\\frac{1}{2}"))
+    truths = ("2", "\\frac{1}{2}", *KNOWN.get(name, ())[2:])
+    rewards = scores(get_env(name), answers, truths)
     assert set(rewards) <= {0.0, 1.0}
     rewards += [get_env(name).reward(text, truth) for truth in answers for text in formatted("2")]
     assert sorted(os.listdir(tmp_path)) == []
@@ -144,8 +156,10 @@ def test_no_completion_runs_without_end(name: str) -> None:
     for answer, truth in itertools.product(ODD, ODD):
         assert env.reward(answer, truth) in (0.0, 1.0)
     # It can still tell right from wrong.
-    assert max(env.reward(text, "2") for text in formatted("2")) == 1.0
-    assert max(env.reward(text, "2") for text in formatted("3")) == 0.0
+    right, wrong, truth = KNOWN.get(name, ("2", "3", "2"))
+    assert set(scores(env, LONG, (truth,))) <= {0.0, 1.0}
+    assert max(env.reward(text, truth) for text in formatted(right)) == 1.0
+    assert max(env.reward(text, truth) for text in formatted(wrong)) == 0.0
 
 
 @pytest.mark.claim("No completion takes forever to score")

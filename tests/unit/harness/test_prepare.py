@@ -58,6 +58,23 @@ def test_math_from_local_files(tmp_path: Path, capsys: pytest.CaptureFixture[str
     ]
 
 
+def test_instructions_are_made_here_and_ifeval_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["instructions", "--output-dir", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "train.parquet: 2,048 problems" in out
+    assert "test_unseen.parquet: 256 problems" in out
+    examples = load_examples([tmp_path / "validation.parquet"])
+    assert {example.env_class for example in examples} == {"instructions"}
+    source = tmp_path / "input_data.jsonl"
+    source.write_text(
+        '{"prompt": "p", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}\n'
+    )
+    assert main(["instructions", "--output-dir", str(tmp_path), "--source", str(source)]) == 0
+    assert "ifeval.parquet: 1 problems" in capsys.readouterr().out
+
+
 def test_a_module_of_ones_own_prepares_its_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

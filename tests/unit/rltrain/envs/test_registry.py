@@ -19,7 +19,7 @@ def reward(completion, ground_truth): return float(completion == ground_truth)
 
 
 def test_built_in_environments_register_themselves() -> None:
-    assert env_names() == ("gsm8k", "math", "tiny_gsm")
+    assert env_names() == ("gsm8k", "instructions", "math", "tiny_gsm")
 
 
 @pytest.mark.parametrize("name", env_names())
@@ -37,7 +37,7 @@ def test_every_environment_keeps_the_contract(
 def test_a_typo_gets_the_known_names_and_a_suggestion() -> None:
     with pytest.raises(UserError, match="unknown environment") as raised:
         get_env("gms8k")
-    assert "gsm8k, math, tiny_gsm" in str(raised.value)
+    assert "gsm8k, instructions, math, tiny_gsm" in str(raised.value)
     assert "did you mean gsm8k?" in str(raised.value)
 
 
