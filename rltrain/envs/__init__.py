@@ -1,4 +1,4 @@
-"""Environments: one module each, with its reward. A new file here registers itself."""
+"""Environments: one module or package each, with its reward. A new one registers itself."""
 
 from __future__ import annotations
 

@@ -58,7 +58,8 @@ def _read_ifeval(paths: Sequence[Path]) -> list[dict[str, object]]:
                 ) from None
             if not isinstance(prompt, str) or not prompt.strip():
                 raise UserError("a prompt is not text", got=f"{where}: {prompt!r}")
+            chat = [{"role": "user", "content": prompt}]
             rows.append(
-                row(prompt, task.to_ground_truth(), "ifeval", len(rows), data_source="IFEval")
+                row(chat, task.to_ground_truth(), "ifeval", len(rows), data_source="IFEval")
             )
     return rows

@@ -31,7 +31,6 @@ FORMS: Mapping[str, Form] = {
     "short sentence": Form(3, 25, 1),
     "sentence": Form(3, 45, 1),
     "two sentences": Form(6, 60, 2),
-    "question": Form(3, 30, 1, ("?",)),
     "headline": Form(3, 20, end=()),
     "note": Form(3, 60),
     "lines": Form(6, 60, end=()),
@@ -51,7 +50,6 @@ _REQUEST_WORDS = frozenset(
         "digits slogan"
     )
 )
-# And verbs so common that a short sentence without the others has one of them.
 _FUNCTION_WORDS = frozenset(
     texts.words(
         "a an the this that these those my your his her its our their some any every each no "
@@ -61,9 +59,14 @@ _FUNCTION_WORDS = frozenset(
         "because while as than of in on at by for with from to into onto over under about after "
         "before between through during without near around up down out off not very too also "
         "just only never always often let's it's i'm don't can't that's you're we're they're "
-        "i've isn't doesn't didn't won't i'll make makes love loves like likes need needs help "
-        "helps give gives bring brings come comes go goes keep keeps let lets see look looks "
-        "feel feels"
+        "i've isn't doesn't didn't won't i'll"
+    )
+)
+# So common that a short sentence without a function word has one of them.
+_COMMON_VERBS = frozenset(
+    texts.words(
+        "make makes love loves like likes need needs help helps give gives bring brings come comes "
+        "go goes keep keeps let lets see look looks feel feels"
     )
 )
 _ARTICLES = frozenset(texts.words("a an the my your our their"))
@@ -75,6 +78,7 @@ _NOT_AFTER_ARTICLES = frozenset(
 _CODE = re.compile(r"[{}\\|=~^<>`]|\w\(|;\s*$|://|#")
 _MARKER = re.compile(r"^\s*(?:[-*•]+|\d+[.)])\s+", re.MULTILINE)
 _TITLE = re.compile(r"^.*<<.*>>[ \t]*", re.MULTILINE)
+_INITIALS = re.compile(r"[^\W\d_](?:\.[^\W\d_])+")  # P.S, a.m
 _SUFFIX = re.compile(r"(?:'s|’s|'|’|ing|ed|es|s|er|ers|y|ies|e)$")
 
 
@@ -169,6 +173,8 @@ def _has_unknown_words(text: str) -> bool:
     """
     known, unknown, names, count = known_words(), 0, 0, 0
     for position, token in enumerate(texts.words(text)):
+        if _INITIALS.fullmatch(token):
+            continue
         for word in re.split(r"[-&.,]", token.replace("’", "'")):
             count += 1
             lower = word.lower()
@@ -190,10 +196,11 @@ def _copies(words: Sequence[str], prompt: Sequence[str]) -> bool:
 
 def _reads_as_sentences(text: str, words: Sequence[str]) -> bool:
     """Return whether words are joined as sentences join them: no list, no words cut off."""
-    short_words = sum(word in _FUNCTION_WORDS or word.isdigit() for word in words)
+    short_words = sum(word in _FUNCTION_WORDS for word in words)
+    joining = short_words + sum(word in _COMMON_VERBS or word.isdigit() for word in words)
     after = itertools.pairwise(words)
     return (
-        short_words >= max(1, len(words) // 6)
+        joining >= max(1, len(words) // 6)
         and short_words <= 0.85 * len(words)
         and not any(one in _ARTICLES and two in _NOT_AFTER_ARTICLES for one, two in after)
         and words[-1] not in _ARTICLES

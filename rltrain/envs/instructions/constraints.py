@@ -24,6 +24,9 @@ from rltrain.envs.instructions.ifeval import (
 _QUOTES = "\"'“”‘’*_([ \n"
 _NUMBERED = re.compile(r"(\d+)[.)]\s+\S")
 _PARENTHESES = re.compile(r"\(([^()\n]*)\)")
+_COLORS = texts.words(
+    "red blue green yellow orange purple pink brown black white gray grey golden silver violet"
+)
 MOST_WORDS_OF_ITEM = 4
 
 
@@ -63,6 +66,11 @@ def _start_phrase(text: str, start_phrase: str) -> bool:
 
 def _ends_with(text: str, *marks: str) -> bool:
     return text.rstrip().rstrip(texts.CLOSERS).endswith(marks)
+
+
+def _longest_word(text: str) -> int:
+    """Return the letters of the longest word; a word with a hyphen is one, its hyphens aside."""
+    return max((sum(map(str.isalpha, word)) for word in texts.words(text)), default=0)
 
 
 def _numbered(text: str, num_items: int) -> bool:
@@ -114,6 +122,9 @@ OWN: Mapping[str, Constraint] = {
         lambda text, keywords: all(texts.contains(text, word) for word in keywords),
         {"keywords": WORDS},
     ),
+    "keywords:color": Constraint(
+        lambda text: any(texts.contains(text, color) for color in _COLORS)
+    ),
     "keywords:in_order": Constraint(_in_order, {"keywords": WORDS}),
     "keywords:exactly": Constraint(
         lambda text, keyword, frequency: texts.contains(text, keyword) == frequency,
@@ -123,6 +134,9 @@ OWN: Mapping[str, Constraint] = {
         lambda text, letter: letter.lower() not in text.lower(), {"letter": CHARACTER}
     ),
     "startend:first_word": Constraint(_first_word, {"first_word": TEXT}),
+    "startend:not_first_word": Constraint(
+        lambda text, first_word: not _first_word(text, first_word), {"first_word": TEXT}
+    ),
     "startend:last_word": Constraint(_last_word, {"last_word": TEXT}),
     "startend:first_letter": Constraint(_first_letter, {"letter": CHARACTER}),
     "startend:start_phrase": Constraint(_start_phrase, {"start_phrase": TEXT}),
@@ -137,6 +151,12 @@ OWN: Mapping[str, Constraint] = {
     ),
     "length:at_least_words": Constraint(
         lambda text, num_words: len(texts.words(text)) >= num_words, {"num_words": COUNT}
+    ),
+    "length:long_word": Constraint(
+        lambda text, num_letters: _longest_word(text) >= num_letters, {"num_letters": COUNT}
+    ),
+    "length:short_words": Constraint(
+        lambda text, num_letters: _longest_word(text) <= num_letters, {"num_letters": COUNT}
     ),
     "length:exactly_sentences": Constraint(
         lambda text, num_sentences: len(texts.sentences(text)) == num_sentences,

@@ -13,11 +13,14 @@ from rltrain.envs.instructions.scoring import Task
 
 PROMPTS = Path(__file__).parents[2] / "assets" / "instructions" / "prompts.yaml"
 DATA_SEED = 2025  # of the data files, whatever seed the model is trained with
-PAIR_RATE = 0.35  # of the kinds that can be combined, which makes 15 to 20% of all rows
+PAIR_RATE = 0.55  # of the kinds that can be combined, which makes 15 to 20% of all rows
+EXAMPLE_RATE = 0.7  # of the prompts of one kind that has an example
+EXAMPLE_TOPIC = "hats"
 COMMON_WORDS = ("the", "is", "and", "a", "in", "of", "to", "it", "are", "that", "with", "very")
 _NUMBERS = texts.words("zero one two three four five six seven eight nine ten")
 
 Kind = dict[str, Any]
+Chat = list[dict[str, str]]
 
 
 @functools.cache
@@ -38,38 +41,37 @@ def sample(split: str, size: int, *, unseen: bool = False) -> list[dict[str, Any
     rng = random.Random(f"instructions/{split}/{unseen}/{DATA_SEED}")
     kinds = [kind for kind in vocabulary()["kinds"] if kind.get("unseen", False) == unseen]
     topics = list(vocabulary()["topics"][split].items())
-    tasks: dict[str, Task] = {}
-    turn = 0
-    while len(tasks) < size:
-        if turn % len(kinds) == 0:
+    sampled: dict[str, tuple[Chat, Task]] = {}
+    while len(sampled) < size:
+        turn = len(sampled) % len(kinds)
+        if turn == 0:
             rng.shuffle(kinds)
-        task = _task(kinds[turn % len(kinds)], kinds, rng.choice(topics), rng)
-        if task is not None and task.prompt not in tasks:
-            tasks[task.prompt] = task
-            turn += 1
+        found = _sample(kinds[turn], kinds, rng.choice(topics), rng)
+        if found is not None:
+            sampled.setdefault(found[0][-1]["content"], found)
     split = f"{split}_unseen" if unseen else split
     return [
-        row(task.prompt, task.to_ground_truth(), split, index, data_source="instructions")
-        for index, task in enumerate(tasks.values())
+        row(chat, task.to_ground_truth(), split, index, data_source="instructions")
+        for index, (chat, task) in enumerate(sampled.values())
     ]
 
 
 def row(
-    prompt: str, ground_truth: str, split: str, index: int, *, data_source: str
+    chat: Chat, ground_truth: str, split: str, index: int, *, data_source: str
 ) -> dict[str, Any]:
     """Return one row of a data file."""
     return {
         "data_source": data_source,
-        "prompt": [{"role": "user", "content": prompt}],
+        "prompt": chat,
         "env_class": "instructions",
         "reward_spec": {"method": "rule", "ground_truth": ground_truth},
-        "extra_info": {"split": split, "index": index, "question": prompt},
+        "extra_info": {"split": split, "index": index, "question": chat[-1]["content"]},
     }
 
 
-def _task(
+def _sample(
     kind: Kind, kinds: Sequence[Kind], topic_and_words: tuple[str, str], rng: random.Random
-) -> Task | None:
+) -> tuple[Chat, Task] | None:
     """Sample a prompt with a kind of constraint; None where its parts contradict each other."""
     topic, related = topic_and_words
     words = related.split("/")[0].split()
@@ -84,21 +86,35 @@ def _task(
     chosen = [kind]
     if partners and rng.random() < PAIR_RATE:
         chosen.append(rng.choice(partners))
-    form_text = rng.choice(vocabulary()["forms"].get(form, [""]))
-    request = rng.choice(vocabulary()["openings"]).format(form=form_text, topic=topic)
-    kwargs = [_draw(part.get("values", {}), words, f"{request}.", rng) for part in chosen]
-    topic_words = tuple(texts.words(f"{topic.removeprefix('the ')} {related}"))
+    opening = rng.choice(vocabulary()["openings"])
+    opening = opening.replace("{form}", rng.choice(vocabulary()["forms"].get(form, [""])))
+    kwargs = [_draw(part.get("values", {}), words, f"{opening}.", rng) for part in chosen]
     if _contradict(kwargs, words):
         return None
-    constraints = tuple(zip((part["id"] for part in chosen), kwargs, strict=True))
-    prompt = _phrase(request, chosen, kwargs, topic, rng)
-    return Task(constraints, form, topic_words, prompt)
+    phrasings = _choose_phrasings(chosen, rng)
+    in_words = rng.random() < 0.5
+
+    def request(about: str) -> Chat:
+        text = _phrase(opening, phrasings, _about(kwargs, about), about, in_words=in_words)
+        return [{"role": "user", "content": text}]
+
+    chat = request(topic)
+    if "example" in kind and len(chosen) == 1 and rng.random() < EXAMPLE_RATE:
+        answer = _example(kind["example"], _about(kwargs, EXAMPLE_TOPIC)[0])
+        chat = [*request(EXAMPLE_TOPIC), {"role": "assistant", "content": answer}, *chat]
+    task = Task(
+        tuple(zip((part["id"] for part in chosen), _about(kwargs, topic), strict=True)),
+        form,
+        tuple(texts.words(f"{topic.removeprefix('the ')} {related}")),
+        "\n".join(message["content"] for message in chat),
+    )
+    return chat, task
 
 
 def _draw(
     values: Mapping[str, Any], words: Sequence[str], request: str, rng: random.Random
 ) -> dict[str, Any]:
-    """Draw the arguments of a kind of constraint."""
+    """Draw the arguments of a kind of constraint; {topic} stands for the topic in them."""
     draws = {
         "related": lambda: rng.choice(words),
         "single": lambda: rng.sample(words, 1),
@@ -112,8 +128,19 @@ def _draw(
     }
 
 
-def _contradict(kwargs: Sequence[Mapping[str, Any]], topic_words: Sequence[str]) -> bool:
-    """Return whether a forbidden word or letter must be there, or leaves little to say."""
+def _about(kwargs: Sequence[Mapping[str, Any]], topic: str) -> list[dict[str, Any]]:
+    """Return arguments with a topic in place of {topic}."""
+    return [
+        {
+            name: value.replace("{topic}", topic) if isinstance(value, str) else value
+            for name, value in part.items()
+        }
+        for part in kwargs
+    ]
+
+
+def _contradict(kwargs: Sequence[Mapping[str, Any]], words: Sequence[str]) -> bool:
+    """Return whether a forbidden word or letter must be there, or leaves too few of the words."""
     letter = next((part["letter"] for part in kwargs if part.keys() == {"letter"}), "")
     forbidden = {word for part in kwargs for word in part.get("forbidden_words", ())}
     required = [
@@ -124,37 +151,56 @@ def _contradict(kwargs: Sequence[Mapping[str, Any]], topic_words: Sequence[str])
         for text in (value if isinstance(value, list) else [value])
         if isinstance(text, str)
     ]
-    if letter and any(letter in text.lower() for text in required):
+    if letter and (
+        any(letter in text.lower() for text in required)
+        or sum(letter not in word for word in words) < 3
+    ):
         return True
-    return bool(forbidden.intersection(required)) or (
-        bool(letter) and sum(letter not in word for word in topic_words) < 3
-    )
+    return bool(forbidden.intersection(required))
+
+
+def _choose_phrasings(kinds: Sequence[Kind], rng: random.Random) -> list[str]:
+    """Return a phrasing for each kind; at most one of them continues the opening."""
+    phrasings: list[str] = []
+    for kind in kinds:
+        continued = any(phrasing[0].islower() for phrasing in phrasings)
+        phrasings.append(
+            rng.choice(
+                [text for text in kind["phrasings"] if not (continued and text[0].islower())]
+            )
+        )
+    return phrasings
 
 
 def _phrase(
-    request: str,
-    kinds: Sequence[Kind],
+    opening: str,
+    phrasings: Sequence[str],
     kwargs: Sequence[Mapping[str, Any]],
     topic: str,
-    rng: random.Random,
+    *,
+    in_words: bool,
 ) -> str:
-    """Return a request and the phrasings of its constraints as one prompt."""
-    whole, continued, following = "", "", ""
-    for kind, values in zip(kinds, kwargs, strict=True):
-        # The second constraint has a sentence of its own.
-        phrasing = rng.choice(
-            [text for text in kind["phrasings"] if not continued or text[0].isupper()]
-        )
-        in_words = rng.random() < 0.5
+    """Return a request and its constraints as one prompt, small numbers in words or in digits."""
+    continued, following = "", ""
+    for phrasing, values in zip(phrasings, kwargs, strict=True):
         shown = {
             name: _NUMBERS[value] if in_words and value in range(len(_NUMBERS)) else value
             for name, value in values.items()
         }
         text = phrasing.format_map({**shown, "topic": topic})
         if "{topic}" in phrasing or "{prompt_to_repeat}" in phrasing:
-            whole = text
-        elif phrasing[0].islower():
+            return text
+        if phrasing[0].islower():
             continued = f" {text}"
         else:
             following += f" {text}"
-    return whole or f"{request}{continued}.{following}"
+    # No second point after one in quotes.
+    end = "" if continued.endswith('."') else "."
+    return f"{opening.format(topic=topic)}{continued}{end}{following}"
+
+
+def _example(example: str | Mapping[Any, str], kwargs: Mapping[str, Any]) -> str:
+    """Return the example of a kind for these arguments."""
+    if isinstance(example, str):
+        return example.format_map(kwargs) if kwargs else example
+    return example[next(iter(kwargs.values()))]

@@ -13,7 +13,7 @@ FILLERS = split(
     "so much all year long here now and also with every new day of their life in this town"
 )
 # With none of the letters that may be forbidden.
-OTHER_FILLERS = split("in here at all hours in the rain")
+OTHER_FILLERS = split("in here at all hours in rain or heat")
 MARKS = {
     "startend:question_mark": "?",
     "startend:exclamation_mark": "!",
@@ -86,7 +86,6 @@ def _sentences(task: Task, wanted: dict[str, dict[str, Any]], topic: list[str]) 
     """Return the sentences of a form, with the constraints on their words, length and end."""
     words = _words(wanted, topic)
     mark = next((MARKS[kind] for kind in wanted if kind in MARKS), ".")
-    mark = "?" if task.form == "question" else mark
     count = wanted.get("length:exactly_sentences", {}).get("num_sentences", 0)
     count = count or (2 if task.form == "two sentences" else 1)
     others = [word for word in topic if word not in words][: count - 1]
@@ -103,12 +102,21 @@ def _words(wanted: dict[str, dict[str, Any]], topic: list[str]) -> list[str]:
     absent = wanted.get("keywords:letter_absent", {}).get("letter", "\n")
     repeated = [arguments["keyword"]] * arguments["frequency"] if "keyword" in arguments else []
     last = [arguments["last_word"]] if "last_word" in arguments else []
-    subject = next(word for word in topic if absent not in word and word not in repeated + last)
+    longest = wanted.get("length:short_words", {}).get("num_letters", 100)
+    subject = next(
+        word
+        for word in topic
+        if absent not in word and word not in repeated + last and len(word) <= longest
+    )
     subjects = arguments.get("keywords", [subject])
 
     body = split("there is" if absent != "\n" else "people love")
     body += [*subjects[:1], *(word for other in subjects[1:] for word in ("and", other))]
-    opening = split(arguments.get("first_word") or arguments.get("start_phrase") or "")
+    opening = split(
+        wanted.get("startend:first_word", {}).get("first_word")
+        or arguments.get("start_phrase")
+        or ""
+    )
     if "startend:first_letter" in wanted:
         opening = [BY_LETTER[arguments["letter"]]]
     if opening[-1:] != body[:1]:
@@ -116,6 +124,8 @@ def _words(wanted: dict[str, dict[str, Any]], topic: list[str]) -> list[str]:
     tail = split(OFTEN[arguments["letter"]]) if "let_frequency" in arguments else []
     tail += ["with", *" and ".join(repeated).split()] if repeated else []
     tail += ["7", "times"] if "content:digits" in wanted else []
+    tail += ["near", "red", "hills"] if "keywords:color" in wanted else []
+    tail += ["on", "continents"] if "length:long_word" in wanted else []
     tail += last
     commas = arguments.get("num_commas", 0)
     body = [f"{word}," for word in split("yes well oh")[:commas]] + body

@@ -19,7 +19,7 @@ CASES: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
     (
         "punctuation:exactly_commas",
         {"num_commas": 1},
-        ["Yes, it snows.", "It snows, I think, it"[:14]],
+        ["Yes, it snows.", "It snows, I think."],
         ["It snows.", "Yes, well, it snows.", "It snows; it melts."],
     ),
     (
@@ -27,6 +27,12 @@ CASES: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
         {"keywords": ["snow", "ice"]},
         ["Snow and ice.", "ICE! The snow's gone.", "Ice comes before snow"],
         ["Snow alone.", "Snowy ice.", "Snow is nice.", ""],
+    ),
+    (
+        "keywords:color",
+        {},
+        ["The snow is white.", "RED leaves", "A blue-green sea", "golden"],
+        ["The snow is cold.", "A bored man", "reddish", "colorful", ""],
     ),
     (
         "keywords:in_order",
@@ -51,6 +57,12 @@ CASES: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
         {"first_word": "the"},
         ["The snow", "the snow.", '"The snow" is cold', "**The** snow"],
         ["Then snow", "In the snow", "", "There", "The-snow"],
+    ),
+    (
+        "startend:not_first_word",
+        {"first_word": "the"},
+        ["Snow is the thing.", "Then it snows.", '"In the snow"'],
+        ["The snow", '"the" snow', "THE"],
     ),
     (
         "startend:last_word",
@@ -105,6 +117,18 @@ CASES: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
         {"num_words": 3},
         ["Snow is cold.", "Snow is very cold."],
         ["Snow-covered hills", "It's cold.", ""],
+    ),
+    (
+        "length:long_word",
+        {"num_letters": 8},
+        ["The children see it.", "A snow-hill", "MOUNTAIN!"],
+        ["Snow is cold.", "It is 123456789.", "one-two", ""],
+    ),
+    (
+        "length:short_words",
+        {"num_letters": 4},
+        ["Snow is cold.", "It's 123456 here", ""],
+        ["Winter is cold.", "It is snowy", "ice-cold"],
     ),
     (
         "length:exactly_sentences",

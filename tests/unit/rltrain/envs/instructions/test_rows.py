@@ -10,7 +10,7 @@ import pytest
 
 from rltrain.data.files import read_rows
 from rltrain.envs.instructions import SPLIT_SIZES, UNSEEN_SIZE, prepare
-from rltrain.envs.instructions.constraints import CONSTRAINTS
+from rltrain.envs.instructions.constraints import CONSTRAINTS, OWN
 from rltrain.envs.instructions.rows import PROMPTS, sample, vocabulary
 from rltrain.envs.instructions.scoring import Task, failures, read_task
 from tests.unit.rltrain.envs.instructions.solver import solve
@@ -54,7 +54,9 @@ def test_an_ideal_answer_of_one_kind_does_not_win_the_others() -> None:
         "keywords:letter_absent",
         "keywords:forbidden_words",
         "length:at_most_words",
+        "length:short_words",
         "punctuation:no_comma",
+        "startend:not_first_word",
     }
 
 
@@ -85,7 +87,7 @@ def test_the_files_are_apart(tmp_path: Path) -> None:
         kinds[split] = {kind for task in found if task for kind, _ in task.constraints}
         for row in rows:
             assert row["env_class"] == "instructions"
-            assert row["prompt"] == [{"role": "user", "content": row["extra_info"]["question"]}]
+            assert row["prompt"][-1] == {"role": "user", "content": row["extra_info"]["question"]}
             assert row["extra_info"]["split"] == split
     for one, other in itertools.combinations(SPLIT_SIZES, 2):
         assert not topics[one] & topics[other]
@@ -96,16 +98,47 @@ def test_the_files_are_apart(tmp_path: Path) -> None:
 
 
 def test_prompts_show_what_is_asked() -> None:
-    for task in tasks("train", 1024):
-        assert "{" not in task.prompt.replace('{"', ""), task.prompt
-        assert task.prompt[0].isupper()
-        assert len(task.prompt.split()) <= 40, task.prompt
+    for row in sample("train", 1024):
+        task = read_task(row["reward_spec"]["ground_truth"])
+        assert task is not None
+        prompt = row["extra_info"]["question"]
+        assert "{" not in prompt.replace('{"', ""), prompt
+        assert len(prompt.split()) <= 32, prompt
         for _, kwargs in task.constraints:
             for name, value in kwargs.items():
                 values = value if isinstance(value, list) else [value]
                 for shown in values:
                     if isinstance(shown, str) and not name.endswith("relation"):
-                        assert shown in task.prompt, task.prompt
+                        assert shown in prompt, prompt
+
+
+def test_most_prompts_of_a_kind_with_an_example_follow_an_example_that_wins() -> None:
+    with_example = {kind["id"] for kind in vocabulary()["kinds"] if "example" in kind}
+    counts = Counter[tuple[str, int]]()
+    for row in sample("train", 1024) + sample("test", 256, unseen=True):
+        task = read_task(row["reward_spec"]["ground_truth"])
+        assert task is not None
+        if len(task.constraints) == 1:
+            counts[task.constraints[0][0], len(row["prompt"])] += 1
+        if len(row["prompt"]) == 1:
+            continue
+        request, example, prompt = row["prompt"]
+        assert [m["role"] for m in row["prompt"]] == ["user", "assistant", "user"]
+        assert "hats" in request["content"]
+        assert "hats" not in prompt["content"]
+        kind, kwargs = task.constraints[0]
+        if "prompt_to_repeat" in kwargs:
+            kwargs = {"prompt_to_repeat": example["content"].split("\n")[0]}
+            assert kwargs["prompt_to_repeat"] in request["content"]
+        hats = Task(((kind, kwargs),), task.form, ("hats", "hat", "head"))
+        assert failures(example["content"], hats) == []
+        # Copying the example wins nothing, whatever the topic.
+        about_red_hats = Task((), task.form, ("red", "hat", "head"), task.prompt)
+        if task.form not in ("list", "lines"):
+            assert "copy of the prompt" in failures(example["content"], about_red_hats)
+    for kind in with_example:
+        assert counts[kind, 3] > counts[kind, 1]
+    assert {kind for kind, messages in counts if messages == 3} == with_example
 
 
 def test_the_vocabulary_is_large_and_small() -> None:
@@ -114,8 +147,8 @@ def test_the_vocabulary_is_large_and_small() -> None:
     assert len(topics) == len(set(topics)) >= 120
     assert len(content["kinds"]) >= 25
     assert len({kind["id"] for kind in content["kinds"]}) == len(content["kinds"])
+    assert set(OWN) <= {kind["id"] for kind in content["kinds"]} <= set(CONSTRAINTS)
     for kind in content["kinds"]:
-        assert kind["id"] in CONSTRAINTS
         assert len(kind["phrasings"]) >= 3
     assert PROMPTS.stat().st_size < 30_000
 
