@@ -47,7 +47,7 @@ _REQUEST_WORDS = frozenset(
         "sentence sentences lowercase uppercase capitalized comma commas bullet bullets json "
         "asterisk asterisks hyphen hyphens hyphenated bracket brackets parentheses prompt "
         "placeholder headline placeholders postscript exclamation punctuation keyword keywords "
-        "digits slogan"
+        "digits letter letters dots quotation"
     )
 )
 _FUNCTION_WORDS = frozenset(

@@ -14,7 +14,7 @@ from rltrain.envs.instructions.scoring import Task
 PROMPTS = Path(__file__).parents[2] / "assets" / "instructions" / "prompts.yaml"
 DATA_SEED = 2025  # of the data files, whatever seed the model is trained with
 PAIR_RATE = 0.55  # of the kinds that can be combined, which makes 15 to 20% of all rows
-EXAMPLE_RATE = 0.7  # of the prompts of one kind that has an example
+EXAMPLE_RATE = 0.7  # of the prompts, which then follow an example
 EXAMPLE_TOPIC = "hats"
 COMMON_WORDS = ("the", "is", "and", "a", "in", "of", "to", "it", "are", "that", "with", "very")
 _NUMBERS = texts.words("zero one two three four five six seven eight nine ten")
@@ -93,15 +93,15 @@ def _sample(
         return None
     phrasings = _choose_phrasings(chosen, rng)
     in_words = rng.random() < 0.5
-
-    def request(about: str) -> Chat:
-        text = _phrase(opening, phrasings, _about(kwargs, about), about, in_words=in_words)
-        return [{"role": "user", "content": text}]
-
-    chat = request(topic)
-    if "example" in kind and len(chosen) == 1 and rng.random() < EXAMPLE_RATE:
-        answer = _example(kind["example"], _about(kwargs, EXAMPLE_TOPIC)[0])
-        chat = [*request(EXAMPLE_TOPIC), {"role": "assistant", "content": answer}, *chat]
+    chat = [_turn("user", _phrase(opening, phrasings, _about(kwargs, topic), topic, in_words))]
+    if rng.random() < EXAMPLE_RATE:
+        # The example of a kind alone keeps its constraint; others only show what is asked for.
+        kept = [kind["example"]] if "example" in kind and len(chosen) == 1 else []
+        shown = _about(kwargs, EXAMPLE_TOPIC)[: len(kept)]
+        request = _phrase(opening, phrasings[: len(kept)], shown, EXAMPLE_TOPIC, in_words)
+        answer = _example(kept[0], shown[0]) if kept else vocabulary()["examples"].get(form)
+        if answer:
+            chat = [_turn("user", request), _turn("assistant", answer), *chat]
     task = Task(
         tuple(zip((part["id"] for part in chosen), _about(kwargs, topic), strict=True)),
         form,
@@ -109,6 +109,10 @@ def _sample(
         "\n".join(message["content"] for message in chat),
     )
     return chat, task
+
+
+def _turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
 
 
 def _draw(
@@ -177,7 +181,6 @@ def _phrase(
     phrasings: Sequence[str],
     kwargs: Sequence[Mapping[str, Any]],
     topic: str,
-    *,
     in_words: bool,
 ) -> str:
     """Return a request and its constraints as one prompt, small numbers in words or in digits."""

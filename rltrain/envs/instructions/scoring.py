@@ -54,7 +54,7 @@ def parse_task(content: object) -> Task:
     form, topic, prompt = (content.get(name) for name in ("form", "topic", "prompt"))
     if form is None:
         return Task(constraints)
-    if form not in answers.FORMS:
+    if not isinstance(form, str) or form not in answers.FORMS:
         raise ValueError(f"form {form!r}", f"one of {', '.join(answers.FORMS)}")
     if not isinstance(topic, list) or not all(isinstance(word, str) for word in topic):
         raise ValueError(f"topic {topic!r}", "a list of words")

@@ -57,13 +57,11 @@ WRAPPERS: dict[str, Callable[..., str]] = {
     "format:asterisks": lambda t: f"*{t}*",
     "format:parentheses": lambda t: t.replace(" love", " (and animals) love"),
     "detectable_format:number_highlighted_sections": lambda t, **_: t.replace(
-        "People love", "*People* *love*"
+        "We love", "*We* *love*"
     ),
     "detectable_format:title": lambda t: f"<<What We Like>>\n{t}",
     "detectable_content:postscript": lambda t, **_: f"{t}\n\nP.S. It was good to see you.",
-    "detectable_content:number_placeholders": lambda t, **_: t.replace(
-        "People", "People from [place] and [name]"
-    ),
+    "detectable_content:number_placeholders": lambda t, **_: t.replace("love", "love [name] and"),
     "startend:end_checker": lambda t, end_phrase: f"{t} {end_phrase}",
     "combination:repeat_prompt": lambda t, prompt_to_repeat: f"{prompt_to_repeat}\n\n{t}",
 }
@@ -110,7 +108,7 @@ def _words(wanted: dict[str, dict[str, Any]], topic: list[str]) -> list[str]:
     )
     subjects = arguments.get("keywords", [subject])
 
-    body = split("there is" if absent != "\n" else "people love")
+    body = split("there is" if absent != "\n" else "we love")
     body += [*subjects[:1], *(word for other in subjects[1:] for word in ("and", other))]
     opening = split(
         wanted.get("startend:first_word", {}).get("first_word")
@@ -130,6 +128,9 @@ def _words(wanted: dict[str, dict[str, Any]], topic: list[str]) -> list[str]:
     commas = arguments.get("num_commas", 0)
     body = [f"{word}," for word in split("yes well oh")[:commas]] + body
 
-    fill = arguments.get("num_words", len(body) + len(tail) + 2) - len(body) - len(tail)
+    fill = 2
+    if "num_words" in arguments:
+        at_most = "length:at_most_words" in wanted
+        fill = 0 if at_most else arguments["num_words"] - len(body) - len(tail)
     fillers = OTHER_FILLERS if absent != "\n" else FILLERS
     return body + fillers[: max(0, fill)] + tail

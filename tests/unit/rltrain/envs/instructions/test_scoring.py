@@ -82,6 +82,7 @@ def test_a_ground_truth_is_read_as_it_was_written() -> None:
         {"instruction_id_list": ["punctuation:no_commas"], "kwargs": [{}]},
         {"instruction_id_list": ["length:lines"], "kwargs": [{"num_lines": "2"}]},
         {**json.loads(TRUTH), "form": "haiku"},
+        {**json.loads(TRUTH), "form": ["sentence"]},
         {**json.loads(TRUTH), "topic": "winter"},
         {**json.loads(TRUTH), "prompt": None},
     ],
