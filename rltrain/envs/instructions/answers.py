@@ -79,7 +79,7 @@ _CODE = re.compile(r"[{}\\|=~^<>`]|\w\(|;\s*$|://|#")
 _MARKER = re.compile(r"^\s*(?:[-*•]+|\d+[.)])\s+", re.MULTILINE)
 _TITLE = re.compile(r"^.*<<.*>>[ \t]*", re.MULTILINE)
 _INITIALS = re.compile(r"[^\W\d_](?:\.[^\W\d_])+")  # P.S, a.m
-_SUFFIX = re.compile(r"(?:'s|’s|'|’|ing|ed|es|s|er|ers|y|ies|e)$")
+_SUFFIX = re.compile(r"(?:'s|’s|'|’|ing|ed|es|s|er|ers|y|ies|ie|e)$")
 
 
 @functools.cache
@@ -154,13 +154,13 @@ def stem(word: str) -> str:
 
 def _repeats(words: Sequence[str]) -> bool:
     """Return whether a word or two words in a row come too often for so short a text."""
-    most = 2 + len(words) // 10
+    most_of_long, most_of_short = 2 + len(words) // 10, 3 + len(words) // 6
     long_words = Counter(stem(word) for word in words if word not in _FUNCTION_WORDS)
     short_words = Counter(word for word in words if word in _FUNCTION_WORDS)
     pairs = Counter(itertools.pairwise(words))
     return (
-        max(long_words.values(), default=0) > most
-        or max(short_words.values(), default=0) > most + 1
+        max(long_words.values(), default=0) > most_of_long
+        or max(short_words.values(), default=0) > most_of_short
         or max(pairs.values(), default=0) > 2
         or any(one == two for one, two in pairs)
     )

@@ -22,6 +22,7 @@ ANSWERS = [
     ("short sentence", "Snow fell for 12 days in 1978..."),
     ("sentence", "In the frosty morning, the children built a snowman near the old barn."),
     ("sentence", "The sun (when it comes) melts the *snow*."),
+    ("sentence", "On a cold day, a man in a coat can buy a cup of tea or a hat."),
     ("two sentences", "Winter is here. The lake is full of ice."),
     ("sentence", "There is love in the snow."),
     ("sentence", "why is the snow so white?"),
@@ -138,6 +139,7 @@ def test_a_repeated_request_is_no_part_of_the_answer() -> None:
         ("puppy", "puppies"),
         ("run", "runs", "running", "runner"),
         ("library", "libraries"),
+        ("movie", "movies"),
         ("bus", "buses"),
     ],
 )
