@@ -77,7 +77,7 @@ class Pack:
         self._problems: dict[tuple[str | int, ...], tuple[list[Problem], int]] = {}
         self.stop_token_ids = stop_token_ids(base, tokenizer)
         self.pad_id = self.stop_token_ids[0]
-        self.num_parameters = base.num_parameters()
+        self.active_parameters = loading.active_parameters(base)
         self.vocabulary_size = base.get_input_embeddings().weight.shape[0]
         dtype = placement.dtype_of(recipe)
         self.peak_flops = measured_peak(self.device, dtype) * ranks.size

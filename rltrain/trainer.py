@@ -210,7 +210,7 @@ def performance(pack: Pack, member: Member, row: dict[str, float]) -> dict[str, 
     recipe = member.recipe
     samples = recipe.trainer.train_batch_size * recipe.generator.n_samples_per_prompt
     samples *= int(row.get("num_sampled_batches", 1))
-    flops = flops_per_token(recipe, pack.num_parameters) * member.step_tokens
+    flops = flops_per_token(recipe, pack.active_parameters) * member.step_tokens
     if pack.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated() / 2**30
     else:

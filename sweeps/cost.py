@@ -171,6 +171,6 @@ def _parameters(path: str) -> float | None:
     """
     shape = shape_of(path)
     if shape is not None:
-        return float(shape.parameters)
+        return float(shape.active_parameters)
     names = _IN_NAME.findall(path) if locate(path) is None else []
     return float(next((n for active, n in names if active), names[0][1])) * 1e9 if names else None

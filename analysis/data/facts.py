@@ -30,6 +30,7 @@ _VARIED = (
     "trainer.seed",
     "trainer.gradient_checkpointing",
     "trainer.policy.model.lora.rank",
+    "trainer.policy.model.lora.expert_rank",
     "trainer.policy.model.lora.alpha",
     "trainer.policy.optimizer_config.lr",
     "trainer.target_modules",
@@ -92,6 +93,10 @@ def run_facts(directory: Path, record: Record, metric: str, maximize: bool) -> d
     folder = locate(path) if isinstance(path, str) else None
     weights = sorted(folder.glob("*.safetensors")) if folder is not None and folder.is_dir() else []
     model_parameters = _stored_parameters(tuple(weights))
+    shape = shape_of(path) if isinstance(path, str) else None
+    active_parameters = model_parameters
+    if shape is not None and shape.experts > 1:
+        active_parameters = shape.active_parameters
     group = _int(lookup(recipe, "generator.n_samples_per_prompt"))
     mini, batch = (
         _int(lookup(recipe, f"trainer.{name}"))
@@ -118,7 +123,7 @@ def run_facts(directory: Path, record: Record, metric: str, maximize: bool) -> d
         "diverged": _diverged(record, metric, maximize),
         "context": _context(recipe, record.manifest, metric) if recipe else None,
         "source": (record.manifest.get("recipe") or {}).get("source"),
-        "flops_per_token": _flops_per_token(recipe, rank, model_parameters),
+        "flops_per_token": _flops_per_token(recipe, rank, active_parameters),
     }
 
 

@@ -166,7 +166,9 @@ def _capacity(
     """
     trainer, lora = recipe.trainer, recipe.trainer.policy.model.lora
     if num_parameters is None and (shape := shape_of(trainer.policy.model.path)) is not None:
-        num_parameters = shape.adapter_parameters(lora.rank, _modules(recipe, lora))
+        num_parameters = shape.adapter_parameters(
+            lora.rank, _modules(recipe, lora), lora.expert_rank
+        )
     steps = trainer.max_steps
     if steps is None and num_problems is not None:
         steps = trainer.epochs * (num_problems // trainer.train_batch_size)
@@ -288,7 +290,12 @@ def _modules(recipe: Recipe, lora: LoRA) -> list[str]:
 
 def _matches(targets: Any, path: str) -> bool:
     """Return whether a module is among targets: a named set, a regex over its path, or names."""
-    sets = {"all-linear": (*ATTENTION, *MLP), "attention": ATTENTION, "mlp": MLP}
+    sets = {
+        "all-linear": (*ATTENTION, *MLP),
+        "attention": ATTENTION,
+        "mlp": MLP,
+        "experts": MLP,
+    }
     if isinstance(targets, str) and targets not in sets:
         try:
             return re.fullmatch(targets, path) is not None

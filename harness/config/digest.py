@@ -68,6 +68,8 @@ _YOUNGER: dict[str, tuple[Any, ...]] = {
     "generator.engine_args": ({},),
     "data.question_column": (None,),
     "data.answer_column": (None,),
+    "trainer.policy.model.lora.expert_rank": (None,),
+    "trainer.critic.model.lora.expert_rank": (None,),
 }
 
 

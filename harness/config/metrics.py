@@ -189,8 +189,8 @@ METRICS: dict[str, Metric] = {
         ),
         Metric(
             "perf/mfu",
-            "model FLOPs of the step, shared and skipped work counted in full, over its "
-            "time and the matmul peak",
+            "model FLOPs of the step, shared and skipped work counted in full, of a mixture "
+            "those of its active experts, over its time and the matmul peak",
             "share",
             "maximize",
             timing=True,
@@ -235,7 +235,7 @@ METRICS: dict[str, Metric] = {
         Metric("lora/norm_B", "Frobenius norm of all B together", logged=_LORA),
         Metric(
             "lora/effective_rank",
-            "mean over modules of exp(entropy of BA's normalised singular values)",
+            "mean over modules and experts of exp(entropy of BA's normalised singular values)",
             logged=_LORA,
         ),
     )

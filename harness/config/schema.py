@@ -143,6 +143,7 @@ class Algorithm:
 @dataclass(kw_only=True, slots=True)
 class LoRA:
     rank: int = num(32, ge=0, le=512)
+    expert_rank: int | None = num(None, ge=1, le=512)
     alpha: float = num(32.0, gt=0)
     dropout: float = num(0.0, ge=0, lt=1)
     target_modules: Any = None

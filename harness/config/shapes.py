@@ -19,13 +19,21 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 # FLOPs per parameter and token of a forward pass.
 FORWARD = 2
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+# Settings of mixtures with dense layers, or with experts that all tokens pass.
+_OTHER_LAYERS = (
+    "mlp_only_layers",
+    "first_k_dense_replace",
+    "n_shared_experts",
+    "shared_expert_intermediate_size",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
     """Sizes of a decoder of the Llama family (Llama, Qwen2, Qwen3, SmolLM2).
 
-    `tied` models use the embedding as their head.
+    `tied` models use the embedding as their head. A mixture has `experts` MLPs of `intermediate` a
+    layer, of which a token passes `active`; a dense model's are one.
     """
 
     hidden: int
@@ -36,6 +44,8 @@ class ModelShape:
     intermediate: int
     vocab: int
     tied: bool
+    experts: int = 1
+    active: int = 1
 
     @property
     def query(self) -> int:
@@ -51,9 +61,9 @@ class ModelShape:
     def layer_parameters(self) -> int:
         """Return the parameters of one layer's projections.
 
-        Norms and biases are left out: they are a ten-thousandth of a model.
+        Norms, biases and routers are left out: they are a ten-thousandth of a model.
         """
-        return sum(inputs * outputs for inputs, outputs in self.linears().values())
+        return self._layer_parameters(self.experts)
 
     @property
     def embedding_parameters(self) -> int:
@@ -65,8 +75,19 @@ class ModelShape:
         """Return the parameters of the whole model."""
         return self.embedding_parameters + self.layers * self.layer_parameters
 
+    @property
+    def active_parameters(self) -> int:
+        """Return the parameters that compute one token: of the experts the active ones."""
+        return self.embedding_parameters + self.layers * self._layer_parameters(self.active)
+
+    def _layer_parameters(self, experts: int) -> int:
+        return sum(
+            inputs * outputs * (experts if name in MLP else 1)
+            for name, (inputs, outputs) in self.linears().items()
+        )
+
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Return the inputs and outputs of each projection of a layer, by PEFT's name."""
+        """Return the inputs and outputs of each projection of a layer, or an expert, by name."""
         hidden, inner = self.hidden, self.intermediate
         attention = {
             "q_proj": (hidden, self.query),
@@ -87,10 +108,21 @@ class ModelShape:
         """
         return 2 * self.layers * math.ceil(self.kv_heads / split) * self.head_dim * dtype_bytes
 
-    def adapter_parameters(self, rank: int, modules: Sequence[str] = ATTENTION + MLP) -> int:
-        """Return the parameters of A and B of these projections in every layer."""
+    def adapter_parameters(
+        self, rank: int, modules: Sequence[str] = ATTENTION + MLP, expert_rank: int | None = None
+    ) -> int:
+        """Return the parameters of A and B of these projections in every layer.
+
+        `expert_rank` is the rank on a mixture's experts (`rank_on_experts` by default), where one
+        adapter has gate and up together.
+        """
         linears = self.linears()
-        return rank * self.layers * sum(sum(linears[name]) for name in modules)
+        if self.experts == 1:
+            return rank * self.layers * sum(sum(linears[name]) for name in modules)
+        attention = rank * sum(sum(linears[name]) for name in modules if name in ATTENTION)
+        expert = 2 * self.hidden + 3 * self.intermediate if set(modules) & set(MLP) else 0
+        expert_rank = expert_rank or rank_on_experts(rank, self.active)
+        return self.layers * (attention + self.experts * expert_rank * expert)
 
 
 # From the models' config.json on the hub; tests/unit/harness/config/test_shapes.py compares them
@@ -128,24 +160,51 @@ def shape_of(path: str) -> ModelShape | None:
 
 
 def shape_from(config: Mapping[str, Any]) -> ModelShape | None:
-    """Return the sizes in a config.json; None for an incomplete one or a mixture of experts."""
+    """Return the sizes in a config.json; None for an incomplete one.
+
+    None too for a mixture of experts with layers of another kind, or with experts for all tokens.
+    """
     try:
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        experts, active = experts_of(config) or (1, 1)
+        expert_width = config.get("moe_intermediate_size") if experts > 1 else None
         shape = ModelShape(
             hidden=hidden,
             layers=config["num_hidden_layers"],
             heads=heads,
             kv_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or hidden // heads,
-            intermediate=config["intermediate_size"],
+            intermediate=expert_width or config["intermediate_size"],
             vocab=config["vocab_size"],
             tied=bool(config.get("tie_word_embeddings")),
+            experts=experts,
+            active=active,
         )
     except (KeyError, TypeError, ZeroDivisionError):
         return None
     sizes = {name: size for name, size in asdict(shape).items() if name != "tied"}
     valid = all(type(size) is int and size > 0 for size in sizes.values())
-    return shape if valid and not any(config.get(key) for key in _EXPERTS) else None
+    uniform = config.get("decoder_sparse_step", 1) == 1 and not any(
+        config.get(key) for key in _OTHER_LAYERS
+    )
+    return shape if valid and uniform else None
+
+
+def experts_of(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the experts of a layer and those that a token passes; None for a dense model."""
+    experts = next((config[key] for key in _EXPERTS if config.get(key)), None)
+    active = config.get("num_experts_per_tok")
+    if type(experts) is not int or type(active) is not int or experts < 2 or active < 1:
+        return None
+    return experts, active
+
+
+def rank_on_experts(rank: int, active: int) -> int:
+    """Return the default rank on each expert: the active ones have together that of a dense MLP.
+
+    Schulman et al. 2025, LoRA Without Regret: the rank is divided by the active experts.
+    """
+    return max(1, rank // active)
 
 
 def read_config(path: str) -> dict[str, Any]:

@@ -102,8 +102,14 @@ class WorkerExtension:
 
     def start_reload(self) -> None:
         """Prepare the model for new weights."""
+        model = self.model_runner.get_model()
+        if current_platform.is_cpu():
+            # vLLM 0.32 packs a mixture's experts for a CPU only where it makes their kernel.
+            for module in model.modules():
+                if getattr(getattr(module, "quant_method", None), "moe_kernel", None) is not None:
+                    module.quant_method.moe_kernel = None
         with set_current_vllm_config(self.vllm_config):
-            initialize_layerwise_reload(self.model_runner.get_model())
+            initialize_layerwise_reload(model)
 
     def reload_part(self, weights: list[tuple[str, torch.Tensor]]) -> None:
         """Load some of the new weights, as from a checkpoint."""

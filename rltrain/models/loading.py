@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -20,6 +21,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from harness.config.schema import LoRA, Recipe
+from harness.config.shapes import experts_of, rank_on_experts
 from harness.config.validate import check_context, exclude_modules, num_processes, target_modules
 from harness.core.errors import UserError
 from harness.core.paths import locate
@@ -30,12 +32,17 @@ from rltrain.models.memory import checkpoints
 from rltrain.models.targets import (
     TO_SAFETENSORS,
     Modules,
+    adapted_experts,
     check_adapters,
     check_modules,
     modules,
     resolve,
 )
 
+# Modules with a matrix that PEFT adapts; a mixture's router is none of them.
+ADAPTABLE = (torch.nn.Linear, torch.nn.Embedding, Conv1D)
+# PEFT's pattern of the names of experts' parameters.
+EXPERTS = r"experts\.\w+"
 # Python code in a model's folder or repository is never run, and transformers does not ask.
 NO_CODE = {"trust_remote_code": False}
 
@@ -178,6 +185,7 @@ def lora_config(recipe: Recipe, lora: LoRA) -> LoraConfig:
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=lora.rank,
+        rank_pattern={} if lora.expert_rank is None else {EXPERTS: lora.expert_rank},
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=target_modules(recipe, lora),
@@ -198,11 +206,20 @@ def add_adapter(
     known = modules_of(model)
     check_modules("trainer.target_modules", config.target_modules, known)
     check_modules("trainer.exclude_modules", config.exclude_modules, known)
+    experts = adapted_experts(config.target_modules, config.exclude_modules, known)
+    config.target_parameters = experts or None
+    if experts:
+        _, active = experts_of(base_model(model).config.to_dict()) or (1, 1)
+        config.rank_pattern = {EXPERTS: rank_on_experts(config.r, active)} | config.rank_pattern
+    else:
+        config.rank_pattern = {}
     config.target_modules = resolve(config.target_modules, known)
     config.exclude_modules = resolve(config.exclude_modules, known)
     # GPT-2 stores its weights as [in, out].
     config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # PEFT 0.21 looks for the pattern of experts' ranks among modules alone, and applies it.
+        warnings.filterwarnings("ignore", message="The following rank_pattern keys")
         torch.manual_seed(seed)
         if isinstance(model, PeftModel):
             # PEFT names the base only in the first adapter's configuration.
@@ -222,13 +239,26 @@ def modules_of(model: Any) -> Modules:
         for name, module in base_model(model).named_modules()
     }
     named = {name: module for name, module in named.items() if ".lora_" not in name}
-    weights = {name: getattr(module, "weight", None) for name, module in named.items()}
-    matrices = {
-        name
-        for name, weight in weights.items()
-        if isinstance(weight, torch.Tensor) and weight.ndim > 1
+    matrices = {name for name, module in named.items() if isinstance(module, ADAPTABLE)}
+    experts = {
+        f"{name}.{leaf}"
+        for name, module in named.items()
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3
     }
-    return modules(matrices, named.keys() - matrices)
+    return modules(matrices, named.keys() - matrices, experts)
+
+
+def active_parameters(model: PreTrainedModel) -> int:
+    """Return the parameters that compute one token: of a mixture's experts the active ones."""
+    experts, active = experts_of(model.config.to_dict()) or (1, 1)
+    parameters = list(model.parameters())
+    in_experts = sum(parameter.numel() for parameter in parameters if parameter.ndim == 3)
+    return (
+        sum(parameter.numel() for parameter in parameters)
+        - in_experts
+        + (in_experts // experts * active)
+    )
 
 
 def adapter_layers(model: torch.nn.Module, name: str) -> dict[str, LoraLayer]:
@@ -254,12 +284,17 @@ def adapter_statistics(model: torch.nn.Module, name: str) -> dict[str, float]:
         a, b = layer.lora_A[name].weight.float(), layer.lora_B[name].weight.float()
         square_a += float(a.square().sum())
         square_b += float(b.square().sum())
-        # BA has the singular values of the small matrix R_B R_A^T.
-        small = torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T
-        values = torch.linalg.svdvals(small)
-        if float(values.sum()) > 0:
-            share = values / values.sum()
-            ranks.append(float(torch.exp(-(share * share.clamp(min=1e-30).log()).sum())))
+        # PEFT's layout of all experts' matrices: [E * r, in] and [out, r * E].
+        experts = layer.num_experts if isinstance(layer, ParamWrapper) else 1
+        for each_a, each_b in zip(
+            a.unflatten(0, (experts, -1)), b.unflatten(1, (-1, experts)).unbind(2), strict=True
+        ):
+            # BA has the singular values of the small matrix R_B R_A^T.
+            small = torch.linalg.qr(each_b).R @ torch.linalg.qr(each_a.T).R.T
+            values = torch.linalg.svdvals(small)
+            if float(values.sum()) > 0:
+                share = values / values.sum()
+                ranks.append(float(torch.exp(-(share * share.clamp(min=1e-30).log()).sum())))
     return {
         "lora/norm_A": square_a**0.5,
         "lora/norm_B": square_b**0.5,

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from harness.config import shapes
 from harness.config.schema import AdvantageEstimator, Backend, DType, Recipe
-from harness.config.shapes import ATTENTION, MLP, ModelShape, shape_of
+from harness.config.shapes import ATTENTION, MLP, ModelShape
 from harness.config.validate import engine_lora_rank
 
 __all__ = [
@@ -46,6 +47,15 @@ ENGINE_ASLEEP = 1 * GIB
 """What vLLM keeps while asleep, with its weights in host memory and its cache dropped."""
 ENGINE_AWAKE = int(1.5 * GIB)
 """vLLM's activations and CUDA graphs, without its sampler's logits."""
+
+
+def shape_of(path: str) -> ModelShape | None:
+    """Return a model's sizes; None where they are not known, and for a mixture of experts.
+
+    What its adapted experts take in a pass is not measured.
+    """
+    shape = shapes.shape_of(path)
+    return shape if shape is not None and shape.experts == 1 else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,14 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.config.schema import Recipe
-from harness.config.validate import exclude_modules, target_modules
+from harness.config.schema import LoRA, Recipe
+from harness.config.validate import exclude_modules, num_processes, target_modules
 from harness.core.errors import UserError, nearest
 from harness.core.paths import locate
 
 # The named sets, by what a layer calls the modules that hold its projections: `self_attn` and `mlp`
 # in Llama's family, `attn` and `mlp` in GPT-2, `attention` and `mlp` in GPT-NeoX.
-MODULE_SETS = {"attention": ("attn.", "attention."), "mlp": ("mlp.", "feed_forward.", "moe.")}
+MODULE_SETS = {
+    "attention": ("attn.", "attention."),
+    "mlp": ("mlp.", "feed_forward.", "moe."),
+    "experts": (),
+}
+# The sets that have the experts of a mixture, which are parameters of a module, not modules.
+WITH_EXPERTS = ("all-linear", "mlp", "experts")
 # How to convert a model's pickled weights.
 TO_SAFETENSORS = (
     'for weights you trust: python -c "from transformers import AutoModelForCausalLM as M; '
@@ -28,10 +34,14 @@ LARGEST_HEADER = 100 * 2**20  # safetensors' own limit
 
 @dataclass(frozen=True, slots=True)
 class Modules:
-    """A model's modules by full name: those with a weight matrix, and all others."""
+    """A model's modules by full name: those with a weight matrix, and all others.
+
+    `experts` are parameters that hold the matrices of several experts; in files, each expert's.
+    """
 
     matrices: frozenset[str]
     others: frozenset[str]
+    experts: frozenset[str] = frozenset()
 
 
 def stored_modules(path: str) -> Modules | None:
@@ -56,30 +66,47 @@ def stored_modules(path: str) -> Modules | None:
         for name, count in dimensions.items()
         if count > 1 and name.endswith(".weight")
     }
+    experts = {name for name in dimensions if ".experts." in name}
+    matrices = {name for name in matrices if ".experts." not in name}
     matrices.add("lm_head")  # not in the file where it is tied to the embedding
-    return modules(matrices, {name.rpartition(".")[0] for name in dimensions} - matrices)
+    others = {name.rpartition(".")[0] for name in dimensions.keys() - experts} - matrices
+    return modules(matrices, others, experts)
 
 
-def modules(matrices: Collection[str], others: Collection[str]) -> Modules:
+def modules(
+    matrices: Collection[str], others: Collection[str], experts: Collection[str] = ()
+) -> Modules:
     """Return the modules with a matrix, and the others with all parents of either."""
     parents = {
         name[: dot.start()] for name in (*matrices, *others) for dot in re.finditer(r"\.", name)
     }
-    return Modules(frozenset(matrices), frozenset({*others, *parents} - {*matrices, ""}))
+    return Modules(
+        frozenset(matrices), frozenset({*others, *parents} - {*matrices, ""}), frozenset(experts)
+    )
 
 
 def resolve(targets: Any, known: Modules) -> Any:
     """Return a named set's modules as names for PEFT; other targets are returned as they are.
 
     A name is the last part of a module's name, with its parent's where a module outside of the set
-    has the same last part (GPT-2 has a `c_proj` in attention and one in the MLP).
+    has the same last part (GPT-2 has a `c_proj` in attention and one in the MLP). A mixture's MLP
+    is its experts, which `adapted_experts` returns: PEFT would adapt the router with them.
     """
+    if known.experts and targets in WITH_EXPERTS:
+        return resolve("attention", known) if targets == "all-linear" else []
     if not isinstance(targets, str) or targets not in MODULE_SETS:
         return targets
     inside = {name for name in known.matrices if any(p in name for p in MODULE_SETS[targets])}
     outside = {name.rpartition(".")[2] for name in known.matrices - inside}
     parts = [name.split(".") for name in inside]
     return sorted({".".join(part[-2:] if part[-1] in outside else part[-1:]) for part in parts})
+
+
+def adapted_experts(targets: Any, excluded: Any, known: Modules) -> list[str]:
+    """Return the last parts of the names of the expert parameters that get an adapter."""
+    if targets not in WITH_EXPERTS or excluded in WITH_EXPERTS:
+        return []
+    return sorted({".".join(name.split(".")[-2:]) for name in known.experts})
 
 
 def check_adapters(recipe: Recipe, known: Modules | None = None) -> None:
@@ -107,6 +134,34 @@ def check_adapters(recipe: Recipe, known: Modules | None = None) -> None:
                 f"trainer.{name}_modules" if common else f"trainer.{role}.model.lora.{name}_modules"
             )
             check_modules(key, value, model)
+        targets, excluded = target_modules(recipe, lora), exclude_modules(recipe, lora)
+        if adapted_experts(targets, excluded, model):
+            _check_experts(recipe, role, lora, targets, model)
+
+
+def _check_experts(recipe: Recipe, role: str, lora: LoRA, targets: str, known: Modules) -> None:
+    """Raise UserError for settings, and for models, with which PEFT does not adapt all experts."""
+    fix = "trainer.target_modules=attention"
+    dense = sorted(name for name in known.matrices if name.endswith("mlp.down_proj"))
+    shared = sorted(name for name in known.matrices if "shared_expert" in name)
+    if targets != "experts" and (dense or shared):
+        raise UserError(
+            "PEFT cannot adapt a mixture's other MLPs beside its experts",
+            got=f"trainer.target_modules={targets}, {[*dense, *shared][0]}",
+            allowed="experts, attention, or a list of names",
+        )
+    if lora.dropout > 0:
+        raise UserError(
+            "adapters on the experts of a mixture have no dropout",
+            got=f"trainer.{role}.model.lora.dropout={lora.dropout:g}",
+            fix=f"trainer.{role}.model.lora.dropout=0, or {fix}",
+        )
+    if num_processes(recipe) > 1:
+        raise UserError(
+            "adapters on the experts of a mixture are trained by one process",
+            got=f"{num_processes(recipe)} processes",
+            fix=f"trainer.placement.policy_num_gpus_per_node=1, or {fix}",
+        )
 
 
 def check_modules(key: str, value: Any, known: Modules) -> None:
@@ -114,7 +169,7 @@ def check_modules(key: str, value: Any, known: Modules) -> None:
 
     Matching is PEFT's: a text is a regex of a module's whole name, a list's element its end.
     """
-    if value is None or value == "all-linear":
+    if value is None or value == "all-linear" or (value in ("mlp", "experts") and known.experts):
         return
     names = resolve(value, known) or [value]
     parts = [names] if isinstance(names, str) else list(names)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from transformers.core_model_loading import revert_weight_conversion
 
 from harness.core.errors import UserError
 from rltrain.distributed.process_group import full
@@ -20,7 +21,12 @@ class MergeSync:
     def publish(self, engine: Engine, model: Any, member: str, version: int) -> None:
         """Give the engine `model`'s weights with the member's adapter merged into copies."""
         if not engine.shares_weights:
-            engine.load_weights(merged_weights(model, member))
+            # By the names of stored models, which transformers changes where it joins experts.
+            engine.load_weights(
+                stored
+                for named in merged_weights(model, member)
+                for stored in revert_weight_conversion(base_model(model), dict([named])).items()
+            )
 
 
 @torch.no_grad()
@@ -38,25 +44,24 @@ def merged_weights(model: Any, member: str) -> Iterator[tuple[str, torch.Tensor]
         if base.config.tie_word_embeddings
         else {}
     )
+    # A wrapper of one of a mixture's parameters has its name, and other wrappers in it.
     adapted = {
-        name: layer
+        f"{name.replace('.base_layer', '')}.{getattr(layer, 'parameter_name', 'weight')}": layer
         for name, layer in base.named_modules()
         if isinstance(layer, LoraLayer)
         and (member in layer.lora_A or member in layer.lora_embedding_A)
     }
-    both = {name.removesuffix(".weight") for name in (*tied, *tied.values())} & adapted.keys()
+    both = {*tied, *tied.values()} & adapted.keys()
     if both:
         raise UserError(
             "an adapter on one of two tied weights cannot be merged",
-            got=", ".join(sorted(both)),
+            got=", ".join(sorted(name.removesuffix(".weight") for name in both)),
             fix="leave it out of trainer.target_modules, or set generator.backend=transformers",
         )
     for name, tensor in base.state_dict().items():
-        module, _, leaf = name.rpartition(".")
-        module, is_base, _ = module.partition(".base_layer")
         if name in tied or ".lora_" in name:
             continue
-        tensor = full(tensor)
-        if is_base and leaf == "weight" and module in adapted:
-            tensor = tensor + adapted[module].get_delta_weight(member).to(tensor.dtype)
-        yield f"{module}.{leaf}", tensor.detach()
+        name, tensor = name.replace(".base_layer", ""), full(tensor)
+        if name in adapted:
+            tensor = tensor + adapted[name].get_delta_weight(member).to(tensor.dtype)
+        yield name, tensor.detach()

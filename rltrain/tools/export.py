@@ -264,8 +264,18 @@ def _facts(export: Export) -> dict[str, str]:
 
 
 def _adapter_usage(export: Export) -> str:
+    config = json.loads((export.source / "adapter_config.json").read_text())
     rank = export.recipe.trainer.policy.model.lora.rank
     room = next(room for room in VLLM_LORA_RANKS if room >= rank)
+    serving = (
+        f"```\nvllm serve {export.base} --enable-lora --max-lora-rank {room} "
+        "--lora-modules noregret=FOLDER\n```"
+    )
+    if config.get("target_parameters"):
+        serving = (
+            "vLLM does not serve adapters on experts as PEFT stores them: export with `--merged` "
+            "for it."
+        )
     return f"""```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -275,9 +285,7 @@ model = PeftModel.from_pretrained(base, "FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 ```
 
-```
-vllm serve {export.base} --enable-lora --max-lora-rank {room} --lora-modules noregret=FOLDER
-```
+{serving}
 """
 
 

@@ -10,8 +10,8 @@ import urllib.request
 from pathlib import Path
 
 from harness.config.schema import AdvantageEstimator, Backend, DType, Recipe, SyncMode
-from harness.config.shapes import read_config
-from harness.config.validate import check_context, sync_mode, target_modules
+from harness.config.shapes import experts_of, read_config
+from harness.config.validate import check_context, exclude_modules, sync_mode, target_modules
 from harness.core import machine
 from harness.core.cli import invocation
 from harness.core.errors import UserError
@@ -21,7 +21,7 @@ from rltrain.distributed.placement import address_of, check_placement, uses_gpus
 from rltrain.engines.arguments import check_engine_args
 from rltrain.envs import Env, get_env
 from rltrain.envs.problems import check_truth, messages, reward_of
-from rltrain.models.targets import TO_SAFETENSORS, check_adapters
+from rltrain.models.targets import TO_SAFETENSORS, WITH_EXPERTS, check_adapters
 
 HUB_SECONDS = 5.0
 # Architectures that vLLM 0.32 serves without adapters.
@@ -269,6 +269,15 @@ def _check_sync(recipe: Recipe) -> None:
         raise UserError(
             "vLLM serves no adapters on this architecture",
             got=f"{path}: {architectures.pop()}, sync={sync_mode(lora).name}",
+            fix="trainer.policy.model.lora.sync=merge, or generator.backend=transformers",
+        )
+    mixture = experts_of(read_config(path)) is not None
+    with_experts = targets in WITH_EXPERTS and exclude_modules(recipe, lora) not in WITH_EXPERTS
+    if mixture and (with_experts or not uses_gpus(recipe)):
+        raise UserError(
+            "vLLM serves no adapters on the experts of a mixture as PEFT stores them, and none at "
+            "all on a mixture on a CPU",
+            got=f"trainer.target_modules={targets}, sync={sync_mode(lora).name}",
             fix="trainer.policy.model.lora.sync=merge, or generator.backend=transformers",
         )
     refused = sorted({"lm_head", "embed_tokens"} & set(targets if type(targets) is list else ()))

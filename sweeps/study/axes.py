@@ -141,7 +141,14 @@ def _default_of_adapters(name: str) -> list[Need]:
     ]
 
 
-_LORA_KEYS = ("alpha", "dropout", "target_modules", "exclude_modules", "init_method")
+_LORA_KEYS = (
+    "expert_rank",
+    "alpha",
+    "dropout",
+    "target_modules",
+    "exclude_modules",
+    "init_method",
+)
 NEEDS: dict[str, list[Need]] = {
     "trainer.critic.": [_GAE],
     "trainer.critic_mini_batch_size": [_GAE],

@@ -15,12 +15,11 @@ import psutil  # type: ignore[import-untyped]
 
 from harness.config import recipe as recipes
 from harness.config.schema import Recipe, Sampler
-from harness.config.shapes import shape_of
 from harness.config.validate import num_processes
 from harness.core.errors import UserError
 from rltrain.distributed.gpus import Gpus
 from rltrain.distributed.placement import bundles, needs_workers, shares_base, uses_gpus
-from rltrain.models.memory import members_that_fit
+from rltrain.models.memory import members_that_fit, shape_of
 from rltrain.tools.fit import gpus_to_plan_for, runs_together
 from sweeps.study.plan import Plan
 

@@ -77,7 +77,7 @@ class Measurement:
             "peak_flops": self._pack.peak_flops,
             # Weights, their gradients, and two moments of Adam.
             "adapter_state_gb": sum(4 * p.numel() * p.element_size() for p in adapters) / 2**30,
-            "base_gb": self._pack.num_parameters * 4 / 2**30,
+            "base_gb": self._pack.active_parameters * 4 / 2**30,
         }
         if self._spec.get("alternate"):
             content["gains"] = self._gains(self._spec["alternate"])
@@ -119,7 +119,7 @@ class Measurement:
         rollout, update = row["timing_s/rollout"], row["timing_s/update"]
         flops = (
             2
-            * self._pack.num_parameters
+            * self._pack.active_parameters
             * sum(computed_tokens(member, rows[member]) for member in members)
         )
         return {

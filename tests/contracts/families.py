@@ -15,6 +15,9 @@ LLAMA = {
     "attention": {"q_proj", "k_proj", "v_proj", "o_proj"},
     "mlp": {"gate_proj", "up_proj", "down_proj"},
 }
+# A wrapper of an expert parameter is around the wrapper of the other.
+EXPERTS = {"mlp.experts", "mlp.experts.base_layer"}
+MIXTURE = {"attention": LLAMA["attention"], "mlp": EXPERTS, "experts": EXPERTS}
 # The embedding has more rows than the tokenizer has tokens, as in real models.
 COMMON: dict[str, Any] = {
     "vocab_size": 896,
@@ -50,6 +53,7 @@ class Family:
         settings: of the configuration, beside COMMON; those that distinguish the family.
         renamed: COMMON's settings that the family calls otherwise, or (None) does not have.
         adapters: whether vLLM serves adapters on it, not merged weights alone.
+        mixture: whether it has experts.
     """
 
     model_type: str
@@ -57,6 +61,7 @@ class Family:
     modules: dict[str, set[str]] = field(default_factory=lambda: LLAMA)
     renamed: dict[str, str | None] = field(default_factory=dict)
     adapters: bool = True
+    mixture: bool = False
 
     def config(self) -> Any:
         """Return the configuration of a tiny model."""
@@ -117,6 +122,29 @@ FAMILIES = {
         {"attention": {"c_attn", "attn.c_proj"}, "mlp": {"c_fc", "mlp.c_proj"}},
         {"head_dim": None, "intermediate_size": None, "num_key_value_heads": None},
         adapters=False,
+    ),
+    "Qwen3-MoE": Family(
+        "qwen3_moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+        MIXTURE,
+        adapters=False,
+        mixture=True,
+    ),
+    "Mixtral": Family(
+        "mixtral",
+        {"num_local_experts": 4, "num_experts_per_tok": 2},
+        MIXTURE,
+        adapters=False,
+        mixture=True,
+    ),
+    # Its heads are as wide as hidden / heads.
+    "OLMoE": Family(
+        "olmoe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "num_attention_heads": 2},
+        MIXTURE,
+        {"head_dim": None},
+        adapters=False,
+        mixture=True,
     ),
 }
 

@@ -44,7 +44,8 @@ from tests.contracts.families import FAMILIES, LAYERS, Family, write_model
 from tests.recipes import quickstart
 
 MEMBERS = {
-    targets: f"on_{targets.replace('-', '_')}" for targets in ("all-linear", "attention", "mlp")
+    targets: f"on_{targets.replace('-', '_')}"
+    for targets in ("all-linear", "attention", "mlp", "experts")
 }
 CHATS = [
     "Tom has 3 apples.",
@@ -62,13 +63,22 @@ class Case:
     model: PeftModel
     tokenizer: Any
 
+    @property
+    def members(self) -> dict[str, str]:
+        """Return the members by their targets: of a dense model none is on experts."""
+        return {
+            targets: member
+            for targets, member in MEMBERS.items()
+            if targets != "experts" or self.family.mixture
+        }
+
     def engine(self, backend: str, *, adapters: bool = True) -> Engine:
         """Return a new engine that serves the base and, once published, the adapters."""
         recipe = recipes.with_values(self.recipe, {"generator.backend": backend})
         stops = stop_token_ids(self.model, self.tokenizer)
         path = recipe.trainer.policy.model.path
         options = EngineOptions(
-            path, torch.float32, stops, 4 if adapters else 0, max_loras=len(MEMBERS)
+            path, torch.float32, stops, 4 if adapters else 0, max_loras=len(self.members)
         )
         return build_engine(recipe, self.model, options)
 
@@ -114,6 +124,8 @@ def case(
     model: PreTrainedModel | PeftModel
     model, tokenizer = load_base(recipe)
     for seed, (targets, member) in enumerate(MEMBERS.items()):
+        if targets == "experts" and not family.mixture:
+            continue
         adapter_recipe = recipes.with_values(recipe, {"trainer.target_modules": targets})
         config = lora_config(adapter_recipe, adapter_recipe.trainer.policy.model.lora)
         model = add_adapter(model, member, config, seed)
@@ -149,7 +161,7 @@ def assert_served(case: Case, engine: Engine, members: Sequence[str | None]) -> 
         torch.testing.assert_close(
             sampled, case.logprobs(member, batch, temperature), atol=1e-4, rtol=0
         )
-        for other in {None, *MEMBERS.values()} - {member}:
+        for other in {None, *case.members.values()} - {member}:
             assert (sampled - case.logprobs(other, batch, temperature)).abs().mean() > 0.01
 
 
@@ -176,24 +188,24 @@ def test_the_base_is_loaded_frozen_in_float32_with_its_tokenizer(
     assert case.tokenizer.chat_template == template
 
 
-@pytest.mark.parametrize("targets", MEMBERS)
-def test_an_adapter_is_on_its_modules_in_every_layer_and_trains(case: Case, targets: str) -> None:
+def test_an_adapter_is_on_its_modules_in_every_layer_and_trains(case: Case) -> None:
     sets = case.family.modules
-    expected = sets["attention"] | sets["mlp"] if targets == "all-linear" else sets[targets]
-    layers = adapter_layers(case.model, MEMBERS[targets])
-    assert len(layers) == LAYERS * len(expected)
-    assert all(any(name.endswith(f".{part}") for part in expected) for name in layers)
+    for targets, member in case.members.items():
+        expected = sets["attention"] | sets["mlp"] if targets == "all-linear" else sets[targets]
+        layers = adapter_layers(case.model, member)
+        assert len(layers) == LAYERS * len(expected)
+        assert all(any(name.endswith(f".{part}") for part in expected) for name in layers)
 
-    case.model.set_adapter(MEMBERS[targets])
-    batch = collate([[5, 6, 7], [8]], [[9, 10], [11, 12, 13]], [[0.0] * 2, [0.0] * 3], pad_id=0)
-    parameters = adapter_parameters(case.model, MEMBERS[targets])
-    (token_logprobs(case.model, batch, 1.0) * batch.mask).sum().backward()
-    assert len(parameters) == 2 * len(layers)
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in parameters.values())
-    assert all(
-        p.grad is None for name, p in case.model.named_parameters() if name not in parameters
-    )
-    case.model.zero_grad(set_to_none=True)
+        case.model.set_adapter(member)
+        batch = collate([[5, 6, 7], [8]], [[9, 10], [11, 12, 13]], [[0.0] * 2, [0.0] * 3], pad_id=0)
+        parameters = adapter_parameters(case.model, member)
+        (token_logprobs(case.model, batch, 1.0) * batch.mask).sum().backward()
+        assert len(parameters) == 2 * len(layers)
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in parameters.values())
+        assert all(
+            p.grad is None for name, p in case.model.named_parameters() if name not in parameters
+        )
+        case.model.zero_grad(set_to_none=True)
 
 
 def test_training_sees_what_evaluation_sees(case: Case) -> None:
@@ -214,6 +226,7 @@ def test_a_critics_values_are_what_its_head_computes(case: Case) -> None:
     assert values.eq(2.5).all()
 
 
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")
 @pytest.mark.parametrize("merged", [False, True])
 def test_an_export_gives_each_sequence_alone_what_the_trainer_computes_together(
     case: Case, tmp_path: Path, merged: bool, monkeypatch: pytest.MonkeyPatch
@@ -224,10 +237,13 @@ def test_an_export_gives_each_sequence_alone_what_the_trainer_computes_together(
     run.create(recipes.to_yaml(case.recipe), record)
     run.update(status=Status.COMPLETE.value)
     batch = some_batch(case)
-    for member in MEMBERS.values():
+    for member in case.members.values():
         write_adapter(case.model, member, run.adapter / "final")
         folder = tmp_path / member
         export.write(export.plan(run.path, folder, merged=merged))
+        card = (folder / "README.md").read_text()
+        on_experts = case.family.mixture and member != "on_attention"
+        assert ("vllm serve" in card) is (merged or not on_experts)
         # transformers' own attention, which computes all scores.
         path = folder if merged else case.recipe.trainer.policy.model.path
         model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
@@ -254,7 +270,7 @@ def _plain_logprobs(model: Any, batch: Batch, row: int) -> torch.Tensor:
 
 
 def test_the_transformers_engine_samples_what_the_trainer_computes(case: Case) -> None:
-    assert_served(case, case.engine("transformers"), [*MEMBERS.values(), None])
+    assert_served(case, case.engine("transformers"), [*case.members.values(), None])
 
 
 def test_a_random_models_completions_decode(case: Case) -> None:
@@ -288,28 +304,33 @@ def test_vllm_serves_the_base_and_its_adapters(case: Case, tmp_path: Path) -> No
     try:
         for version, mode in enumerate([SyncMode.memory, SyncMode.disk]):
             sync = build_sync(mode, tmp_path)
-            for member in MEMBERS.values():
+            for member in case.members.values():
                 sync.publish(engine, case.model, member, version)
-            assert_served(case, engine, [*MEMBERS.values(), None])
+            assert_served(case, engine, [*case.members.values(), None])
     finally:
         engine.close()
 
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(name, marks=() if name == "GPT-2" else pytest.mark.slow) for name in FAMILIES],
+    [
+        pytest.param(name, marks=() if name in ("GPT-2", "Qwen3-MoE") else pytest.mark.slow)
+        for name in FAMILIES
+    ],
     indirect=True,
 )
 def test_vllm_serves_merged_weights(case: Case, tmp_path: Path) -> None:
     engine = case.engine("vllm", adapters=False)
     try:
         sync = build_sync(SyncMode.merge, tmp_path)
-        for version, member in enumerate(MEMBERS.values()):
+        for version, member in enumerate(case.members.values()):
             sync.publish(engine, case.model, member, version)
             requests = case.requests(None, 1.0)
             batch = collated(requests, engine.generate(requests))
             sampled = batch.engine_logprobs[batch.mask.bool()]
             expected = case.logprobs(member, batch, 1.0)
             torch.testing.assert_close(sampled, expected, atol=1e-4, rtol=0)
+            for other in {None, *case.members.values()} - {member}:
+                assert (sampled - case.logprobs(other, batch, 1.0)).abs().mean() > 0.01
     finally:
         engine.close()

@@ -172,7 +172,7 @@ def test_a_critic_shares_the_policys_base(
     assert critic.model is member.policy.model is pack.model
     weights = dict(critic.model.get_base_model().named_parameters())
     base = sum(p.numel() for name, p in weights.items() if ".lora_" not in name)
-    assert base == pack.num_parameters
+    assert base == pack.active_parameters
     critic_parameters = {id(p) for p in critic.parameters.values()}
     assert not critic_parameters & {id(p) for p in member.policy.parameters.values()}
     pack.close()

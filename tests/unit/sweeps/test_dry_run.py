@@ -171,6 +171,11 @@ def test_flops_on_a_gpu(recipe: Recipe, tmp_path: Path) -> None:
     (cost,) = estimate.costs(plans.build(gpu))
     assert cost.flops == pytest.approx(494e6 * (6 * 144 * 30 + 2 * 15 * 40), rel=1e-2)
     assert "FLOPs" in dry_run.describe(plans.build(gpu), "my.yaml")
+    # As wide as the dense model's MLP, eight times, of which a token passes two halves.
+    mixture = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 4864 // 2}
+    (tmp_path / "config.json").write_text(json.dumps(config | mixture))
+    (cost_of_mixture,) = estimate.costs(plans.build(gpu))
+    assert cost_of_mixture.flops == cost.flops
 
 
 def test_a_space_smaller_than_the_number_of_trials_is_noted(recipe: Recipe) -> None:

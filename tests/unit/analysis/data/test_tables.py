@@ -285,6 +285,36 @@ def test_parameters_are_those_the_adapter_holds(damaged: Path) -> None:
     ]  # neither an adapter nor the model is here
 
 
+def test_of_a_mixture_the_active_experts_cost_flops(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    config = {
+        "hidden_size": 4,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "intermediate_size": 8,
+        "vocab_size": 10,
+    }
+    # Four matrices of attention, four experts of three, embedding and head.
+    stored = 4 * 4 * 4 + 4 * 3 * 4 * 8 + 2 * 10 * 4
+    header = json.dumps({"all": {"dtype": "F32", "shape": [stored]}}).encode()
+    (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    path = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9))
+    recipe = path / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("path: tiny-model", f"path: {model}"))
+    metrics = path / "metrics.jsonl"
+    rows = [json.loads(line) | {"num_tokens": 100} for line in metrics.read_text().splitlines()]
+    metrics.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    flops = []
+    for more in ({}, {"num_experts": 4, "num_experts_per_tok": 1}):
+        (model / "config.json").write_text(json.dumps(config | more))
+        tables = load([path])
+        assert tables.runs["model_parameters"].tolist() == [stored]
+        flops.append(tables.steps["flops"].max())
+    assert flops[0] > 0
+    assert flops[1] / flops[0] == pytest.approx((stored - 3 * 3 * 4 * 8) / stored)
+
+
 def test_runs_differ_in_context_where_more_than_the_claims_axes_differ(tmp_path: Path) -> None:
     one = write_run(tmp_path, Trial(0, 0, params(8, 1e-3), 0.9), "one")
     two = write_run(tmp_path, Trial(0, 1, params(1, 1e-2, alpha=2, targets="mlp"), 0.9), "two")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from harness.config.shapes import ModelShape, shape_from, shape_of
+from harness.config.shapes import MLP, ModelShape, shape_from, shape_of
 from harness.core.paths import PROJECT
 
 TINY = "rltrain/assets/tiny_gsm"
@@ -83,10 +83,14 @@ def test_the_hubs_cache_comes_before_what_is_published(
         {"num_attention_heads": 0},
         {"vocab_size": "840"},
         {"num_hidden_layers": True},
-        {"num_local_experts": 8},
+        {"num_local_experts": 8, "num_experts_per_tok": 2, "decoder_sparse_step": 2},
+        {"num_experts": 8, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 64},
+        {"n_routed_experts": 8, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     ],
 )
-def test_what_does_not_say_its_sizes_or_has_experts_has_none(changed: dict[str, Any]) -> None:
+def test_what_does_not_say_its_sizes_or_has_layers_of_two_kinds_has_none(
+    changed: dict[str, Any],
+) -> None:
     assert shape_from(json.loads((PROJECT / TINY / "config.json").read_text()) | changed) is None
 
 
@@ -94,6 +98,41 @@ def test_a_folder_without_a_sound_config_has_none(tmp_path: Path) -> None:
     assert shape_of(str(tmp_path)) is None
     (tmp_path / "config.json").write_text("[1")
     assert shape_of(str(tmp_path)) is None
+
+
+def test_of_a_mixture_only_the_active_experts_compute() -> None:
+    # Qwen3-30B-A3B: 30.5 B parameters, 3.3 B of them active.
+    config = {
+        "hidden_size": 2048,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "vocab_size": 151_936,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+    shape = shape_from(config)
+    assert shape is not None
+    assert shape.parameters == pytest.approx(30.5e9, rel=0.005)
+    assert shape.active_parameters == pytest.approx(3.3e9, rel=0.02)
+    # An adapter has gate and up together: 2048 + 2 * 768, and 768 + 2048 down.
+    on_experts = 48 * 128 * (2048 + 2 * 768 + 768 + 2048)
+    assert shape.adapter_parameters(32, MLP) == 4 * on_experts
+    assert shape.adapter_parameters(32, MLP, expert_rank=3) == 3 * on_experts
+    assert shape.adapter_parameters(4, MLP) == on_experts
+    attention = 48 * (2 * (2048 + 4096) + 2 * (2048 + 512))
+    assert shape.adapter_parameters(32) == 32 * attention + 4 * on_experts
+
+
+def test_a_dense_models_parameters_are_all_active() -> None:
+    shape = shape_of(TINY)
+    assert shape is not None
+    assert shape.active_parameters == shape.parameters
 
 
 def test_adapters_of_the_embedded_model_by_hand() -> None:

@@ -11,7 +11,15 @@ import pytest
 
 from harness.config import recipe as recipes
 from harness.core.errors import UserError
-from rltrain.models.targets import Modules, check_modules, modules, resolve, stored_modules
+from rltrain.models.targets import (
+    Modules,
+    adapted_experts,
+    check_adapters,
+    check_modules,
+    modules,
+    resolve,
+    stored_modules,
+)
 from rltrain.tools.preflight import check_run
 from sweeps.study.space import from_recipe
 from tests.recipes import quickstart
@@ -91,6 +99,65 @@ def test_a_set_that_a_model_does_not_have() -> None:
     assert "got:     mlp" in message
     assert "fc1, fc2" in message
     assert "alone" not in message
+
+
+MIXTURE = modules(
+    ["l.0.self_attn.q_proj", "lm_head"],
+    ["l.0.mlp.gate", "l.0.mlp.experts"],
+    ["l.0.mlp.experts.gate_up_proj", "l.0.mlp.experts.down_proj"],
+)
+
+
+@pytest.mark.parametrize(
+    ("targets", "excluded", "names", "experts"),
+    [
+        ("all-linear", None, ["q_proj"], True),
+        ("all-linear", "experts", ["q_proj"], False),
+        ("mlp", None, [], True),
+        ("experts", None, [], True),
+        ("attention", None, ["q_proj"], False),
+        (["q_proj"], None, ["q_proj"], False),
+    ],
+)
+def test_named_sets_of_a_mixture(
+    targets: Any, excluded: str | None, names: list[str], experts: bool
+) -> None:
+    assert told(targets, MIXTURE) == ""
+    assert resolve(targets, MIXTURE) == names
+    parameters = ["experts.down_proj", "experts.gate_up_proj"] if experts else []
+    assert adapted_experts(targets, excluded, MIXTURE) == parameters
+
+
+def test_a_dense_model_has_no_experts(known: Modules) -> None:
+    assert "got:     experts" in told("experts", known)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "more", "said"),
+    [
+        ([], [], ""),
+        (["trainer.policy.model.lora.dropout=0.1"], [], "have no dropout"),
+        (
+            ["trainer.placement.policy_num_gpus_per_node=2", "generator.num_inference_engines=2"],
+            [],
+            "trained by one process",
+        ),
+        ([], ["l.0.mlp.shared_expert.up_proj"], "l.0.mlp.shared_expert.up_proj"),
+        ([], ["l.1.mlp.down_proj"], "l.1.mlp.down_proj"),
+        (["trainer.target_modules=experts"], ["l.1.mlp.down_proj"], ""),
+        (["trainer.target_modules=attention", "trainer.policy.model.lora.dropout=0.1"], [], ""),
+    ],
+)
+def test_what_peft_does_not_adapt_beside_experts_is_refused(
+    overrides: list[str], more: list[str], said: str
+) -> None:
+    recipe = quickstart(overrides)
+    known = modules([*MIXTURE.matrices, *more], MIXTURE.others, MIXTURE.experts)
+    if said:
+        with pytest.raises(UserError, match=said):
+            check_adapters(recipe, known)
+    else:
+        check_adapters(recipe, known)
 
 
 def test_exclusions_must_name_a_module_too(known: Modules) -> None:

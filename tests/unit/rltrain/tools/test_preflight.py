@@ -91,6 +91,17 @@ def test_a_config_tells_what_cannot_work(tmp_path: Path, config: dict[str, Any],
     assert told in str(caught.value)
 
 
+@pytest.mark.parametrize("targets", ["all-linear", "mlp", "experts", "attention"])
+def test_vllm_serves_no_adapters_on_a_mixture_on_a_cpu(tmp_path: Path, targets: str) -> None:
+    config = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    overrides = [f"trainer.policy.model.path={tmp_path}", f"trainer.target_modules={targets}"]
+    with pytest.raises(UserError, match=r"experts of a mixture(.*\n)+.*sync=merge"):
+        check_run(quickstart(overrides))
+    check_run(quickstart([*overrides, "trainer.policy.model.lora.sync=merge"]))
+    check_run(quickstart([*overrides, "generator.backend=transformers"]))
+
+
 RANKS = ["trainer.placement.policy_num_gpus_per_node=4"]
 
 

@@ -18,7 +18,15 @@ ALGORITHM, CRITIC, POLICY = "trainer.algorithm", "trainer.critic", "trainer.poli
 GAE, KL = {f"{ALGORITHM}.advantage_estimator": "gae"}, {f"{ALGORITHM}.use_kl_loss": True}
 CRITIC_LR = f"{CRITIC}.optimizer_config.lr"
 OPTIMIZER = ("lr", "betas", "weight_decay", "max_grad_norm", "scheduler", "num_warmup_steps")
-LORA = ("rank", "alpha", "dropout", "target_modules", "exclude_modules", "init_method")
+LORA = (
+    "rank",
+    "expert_rank",
+    "alpha",
+    "dropout",
+    "target_modules",
+    "exclude_modules",
+    "init_method",
+)
 # Keys that change the training, at least with certain values of other keys.
 SWEPT = {
     "data.train_data",
