@@ -165,7 +165,9 @@ def _create(recipe: Recipe, run_dir: RunDir, options: argparse.Namespace) -> Non
 def _composed(options: argparse.Namespace) -> Recipe:
     if options.recipe is None:
         raise UserError("no recipe was given", fix=f"{invocation('run')} recipes/quickstart.yaml")
-    recipe = recipes.load(options.recipe, options.overrides, sweeps=False)
+    from rltrain.models import adapter_start
+
+    recipe = adapter_start.compose(options.recipe, options.overrides, sweeps=False)
     recipe.sweep = None
     return recipe
 
@@ -195,6 +197,8 @@ def _print_notes(recipe: Recipe, overrides: list[str]) -> None:
 
 def _prepare_resume(options: argparse.Namespace) -> tuple[Recipe, RunDir]:
     """Return the recipe and the directory of a run that is resumed."""
+    from rltrain.models import adapter_start
+
     run_dir = RunDir(options.resume)
     words = [word for word in (options.recipe, *options.overrides) if word is not None]
     refused = [word for word in words if not word.startswith(MOVABLE) or "=" not in word]
@@ -210,7 +214,7 @@ def _prepare_resume(options: argparse.Namespace) -> tuple[Recipe, RunDir]:
     recipe = recipes.read(run_dir.recipe)
     _check_same(recipe, run_dir, options.changed_inputs)
     recipe = recipes.with_overrides(recipe, words)
-    _check(recipe)
+    _check(adapter_start.with_copy(recipe, run_dir))
     return recipe, run_dir
 
 
@@ -336,8 +340,9 @@ def overridden(run_dir: RunDir) -> list[str]:
 
 
 def _summary(run_dir: RunDir) -> str:
-    result = run_dir.read_manifest()["result"]
-    base = f" (base {result['base']['eval/accuracy']:.3f})" if result["base"] else ""
+    record = run_dir.read_manifest()
+    result, before = record["result"], "start" if record.get("adapter") else "base"
+    base = f" ({before} {result['base']['eval/accuracy']:.3f})" if result["base"] else ""
     return (
         f"held-out accuracy {result['metrics']['eval/accuracy']:.3f}{base} after "
         f"{result['step']} steps in {metrics.duration(result['seconds'])}  {shown(run_dir.path)}"

@@ -116,6 +116,7 @@ def _recipe(options: argparse.Namespace) -> str:
 
 
 def _dry_run(options: argparse.Namespace) -> int:
+    from rltrain.models import adapter_start
     from rltrain.tools.fit import gpus_to_plan_for
     from sweeps import dry_run
     from sweeps.study import plan
@@ -127,7 +128,7 @@ def _dry_run(options: argparse.Namespace) -> int:
             fix="leave out one of the two",
         )
     source = _recipe(options)
-    recipe = recipes.load(source, options.overrides)
+    recipe = adapter_start.compose(source, options.overrides)
     gpus = gpus_to_plan_for(recipe, options.gpu_memory)
     if options.gpu_memory is not None:
         recipe = recipes.with_values(recipe, {"trainer.placement.device": "cuda"})

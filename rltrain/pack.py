@@ -18,7 +18,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from harness.config.schema import AdvantageEstimator, LoRA, Recipe, SyncMode
+from harness.config.schema import AdvantageEstimator, KLReference, LoRA, Recipe, SyncMode
 from harness.config.validate import engine_lora_rank, sync_mode
 from harness.core.errors import UserError
 from harness.records.run_dir import RunDir
@@ -33,9 +33,15 @@ from rltrain.engines.base import Engine, EngineOptions, Sample, stop_token_ids
 from rltrain.engines.distributed import place_engine
 from rltrain.envs.problems import Problem, load_problems
 from rltrain.member import Member, sync_tolerance, total_steps
-from rltrain.models import loading, memory
+from rltrain.models import adapter_start, loading, memory
 from rltrain.models.flops import measured_peak
-from rltrain.models.logprobs import AdapterOff, FrozenModel, Reference, computing_dtype
+from rltrain.models.logprobs import (
+    AdapterOff,
+    FrozenAdapter,
+    FrozenModel,
+    Reference,
+    computing_dtype,
+)
 from rltrain.sync.registry import build_sync
 
 P = ParamSpec("P")
@@ -101,9 +107,10 @@ class Pack:
         return cls(recipe, *loading.load_base(recipe), slots, ranks or Ranks())
 
     def add(self, recipe: Recipe, run_dir: RunDir) -> Member:
-        """Add a member with a fresh adapter and, for PPO, a fresh critic.
+        """Add a member with its adapter, fresh or a stored one, and, for PPO, a fresh critic.
 
-        At rank 0 the base's own weights become trainable. Raises UserError for too few prompts.
+        At rank 0 the base's own weights become trainable. Raises UserError for too few prompts, and
+        for an adapter to start from that cannot be used.
         """
         name = next(self._names)
         problems, dropped = self._load_problems(recipe, recipe.data.train_data)
@@ -117,7 +124,8 @@ class Pack:
                 fix="raise generator.max_input_length, or lower trainer.train_batch_size",
             )
         steps = total_steps(recipe, len(problems))
-        policy = self._policy(name, recipe, steps)
+        start = self.ranks.once(lambda: adapter_start.keep(recipe, run_dir))
+        policy = self._policy(name, recipe, steps, start)
         has_critic = recipe.trainer.algorithm.advantage_estimator is AdvantageEstimator["gae"]
         sync = build_sync(
             sync_mode(recipe.trainer.policy.model.lora),
@@ -150,6 +158,8 @@ class Pack:
                 for model in member.trained_models:
                     if model.model is self.model:
                         self.model.delete_adapter(model.adapter)
+                if isinstance(member.policy.reference, FrozenAdapter):
+                    self.model.delete_adapter(member.policy.reference.adapter)
             else:
                 self.model = self.model.unload()
                 self.engine.use_model(self.model)
@@ -265,14 +275,20 @@ class Pack:
             reserved = torch.cuda.memory_reserved(self.device)
             return free + reserved - torch.cuda.memory_allocated(self.device)
 
-    def _policy(self, name: str, recipe: Recipe, steps: int) -> Policy:
+    def _policy(self, name: str, recipe: Recipe, steps: int, start: Path | None) -> Policy:
         algorithm, lora = recipe.trainer.algorithm, recipe.trainer.policy.model.lora
         wants_reference = algorithm.use_kl_loss or algorithm.use_kl_in_reward
         reference: Reference | None = None
         if lora.rank > 0:
-            self._add_adapter(name, recipe, lora)
+            self._add_adapter(name, recipe, lora, start)
             parameters = loading.adapter_parameters(self.model, name)
             reference = AdapterOff(self.model) if wants_reference else None
+            # Without an adapter to start from, the start is the base.
+            from_start = recipe.trainer.reference is KLReference.start and start is not None
+            if wants_reference and from_start:
+                frozen_name = f"{name}_start"
+                self._add_adapter(frozen_name, recipe, lora, start)
+                reference = FrozenAdapter(self.model, frozen_name, name)
         else:
             # Full fine-tuning changes the base: its member is alone in the pack.
             if wants_reference:
@@ -313,9 +329,13 @@ class Pack:
         self.ranks.shard(model, computing_dtype(model))
         return model
 
-    def _add_adapter(self, name: str, recipe: Recipe, lora: LoRA) -> None:
+    def _add_adapter(
+        self, name: str, recipe: Recipe, lora: LoRA, start: Path | None = None
+    ) -> None:
         config = loading.lora_config(recipe, lora)
         self.model = loading.add_adapter(self.model, name, config, _adapter_seed(recipe, name))
+        if start is not None:
+            loading.load_adapter(self.model, name, start)
         self.engine.use_model(self.model)
 
 

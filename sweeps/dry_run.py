@@ -105,7 +105,9 @@ def _run_settings(recipe: Recipe, source: str) -> str:
     losses = f"{algorithm.advantage_estimator.name}, {algorithm.policy_loss_type.name} loss"
     if algorithm.use_kl_loss or algorithm.use_kl_in_reward:
         where = "loss" if algorithm.use_kl_loss else "reward"
-        losses += f", {algorithm.kl_estimator.name} KL in the {where}"
+        losses += (
+            f", {algorithm.kl_estimator.name} KL to the {trainer.reference.name} in the {where}"
+        )
     engines = "inside the training processes"
     if not trainer.placement.colocate_all:
         engines = (
@@ -129,7 +131,9 @@ def _adapter(recipe: Recipe, lora: LoRA, lr: float) -> str:
         return f"full fine-tuning, lr {show(lr)}"
     targets = target_modules(recipe, lora)
     modules = targets if isinstance(targets, str) else ", ".join(targets)
-    return f"LoRA rank {lora.rank}, alpha {show(lora.alpha)}, {modules}, lr {show(lr)}"
+    start = getattr(lora, "adapter_path", None)
+    from_start = "" if start is None else f", from {start}"
+    return f"LoRA rank {lora.rank}, alpha {show(lora.alpha)}, {modules}, lr {show(lr)}{from_start}"
 
 
 def _sweep_settings(plan: Plan, source: str, confirm_runs: int, slots: str) -> str:

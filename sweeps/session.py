@@ -20,6 +20,8 @@ from harness.records.run_dir import RunDir, Status, run_dir_for
 from rltrain.distributed.cluster import gpus_of
 from rltrain.distributed.gpus import Gpus
 from rltrain.distributed.placement import address_of, uses_gpus, visible_gpus
+from rltrain.models import adapter_start
+from rltrain.models.adapter_files import KEY
 from rltrain.tools.fit import gpus_to_plan_for, note_fit
 from rltrain.tools.preflight import check_run
 from sweeps.execution import tune
@@ -58,7 +60,7 @@ def start(source: str, overrides: Sequence[str], confirm: int | None = None) -> 
 
     Raises UserError for anything wrong, and for a directory that exists.
     """
-    plan = plans.build(recipes.load(source, overrides))
+    plan = plans.build(adapter_start.compose(source, overrides))
     sweep_dir = run_dir_for(plan.recipe, source)
     _check_new(sweep_dir)
     session = _session(plan, sweep_dir, confirm)
@@ -89,7 +91,7 @@ def resume(
 
     Raises UserError where the recipe is not the one that the sweep started with.
     """
-    recipe = None if source is None else recipes.load(source, overrides)
+    recipe = None if source is None else adapter_start.compose(source, overrides)
     sweep_dir = RunDir(directory) if directory else _directory_by_name(recipe, source)
     record = sweep_dir.sound_manifest()
     if record["kind"] != "sweep":
@@ -100,7 +102,7 @@ def resume(
         )
     stored = recipes.read(sweep_dir.recipe)
     if recipe is None:
-        recipe = recipes.load(sweep_dir.recipe, overrides)
+        recipe = adapter_start.compose(sweep_dir.recipe, overrides)
     else:
         # This machine may have other GPUs or cores than the one where the sweep chose these.
         open_keys = [key for key in SETTLED if recipes.get(recipe, key) is None]
@@ -168,6 +170,8 @@ def conclude(session: Session, study: Study, best: dict[str, Any] | None) -> Non
 def _session(plan: Plan, sweep_dir: RunDir, confirm: int | None) -> Session:
     """Settle a sweep's recipe, and check that the machine can run its trials."""
     check_run(recipes.with_values(plan.recipe, {"sweep": None}))
+    for path in plan.adapters:
+        adapter_start.check(recipes.with_values(plan.recipe, {"sweep": None, KEY: path}))
     address = address_of(plan.recipe)
     sizes = (plan.sweep.max_concurrent, plan.sweep.pack_size)
     # A cluster is asked for its GPUs only where the packs depend on them.

@@ -13,6 +13,7 @@ from typing import Any
 
 from analysis.data.records import Record, check_inside, lookup
 from harness.config import advice
+from harness.config.digest import YOUNGER
 from harness.config.recipe_keys import flatten
 from harness.config.shapes import shape_of, training_flops
 from harness.core.errors import UserError
@@ -138,6 +139,7 @@ def _context(recipe: dict[str, Any], manifest: dict[str, Any], metric: str) -> s
         key: value
         for key, value in flatten(recipe)
         if not any(key == section or key.startswith(f"{section}.") for section in sections)
+        and value not in YOUNGER.get(key, ())
     }
     text = json.dumps([metric, kept, inputs], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

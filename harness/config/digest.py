@@ -9,7 +9,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from harness.config.recipe import get, to_dict
+from harness.config.recipe import to_dict
 from harness.config.schema import Recipe
 
 # What a key can be exempt from:
@@ -62,7 +62,7 @@ _EXEMPT: dict[str, tuple[Rule, ...]] = {
 
 # Keys that are younger than some run directories: with one of these values, a digest is what it was
 # before there was the key.
-_YOUNGER: dict[str, tuple[Any, ...]] = {
+YOUNGER: dict[str, tuple[Any, ...]] = {
     "deterministic": (False,),
     "trainer.gradient_checkpointing": ("auto", False),
     "generator.engine_args": ({},),
@@ -70,6 +70,8 @@ _YOUNGER: dict[str, tuple[Any, ...]] = {
     "data.answer_column": (None,),
     "trainer.policy.model.lora.expert_rank": (None,),
     "trainer.critic.model.lora.expert_rank": (None,),
+    "trainer.policy.model.lora.adapter_path": (None,),
+    "trainer.reference": ("base",),
 }
 
 
@@ -99,11 +101,11 @@ def older_digest(recipe: Recipe) -> str:
 
 def _digest(recipe: Recipe, exempt: Sequence[str]) -> str:
     values = to_dict(recipe)
-    exempt = [*exempt, *(key for key, old in _YOUNGER.items() if get(recipe, key) in old)]
-    for key in exempt:
+    for key in (*exempt, *YOUNGER):
         *groups, leaf = key.split(".")
         group = functools.reduce(operator.getitem, groups, values)
-        del group[leaf]
+        if key in exempt or group[leaf] in YOUNGER[key]:
+            del group[leaf]
     if not values["ray"]:
         del values["ray"]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -41,6 +41,7 @@ OTHER_NAMES = {
     "lora_rank": "rank",
     "lora_r": "rank",
     "r": "rank",
+    "lora_adapter_path": "adapter_path",
     "beta": "kl_loss_coef",
     "batch_size": "train_batch_size",
     "num_train_epochs": "epochs",

@@ -64,6 +64,11 @@ class SyncMode(Enum):
     merge = "merge"
 
 
+class KLReference(Enum):
+    base = "base"
+    start = "start"
+
+
 class Strategy(Enum):
     fsdp2 = "fsdp2"
 
@@ -153,6 +158,7 @@ class LoRA:
 
 @dataclass(kw_only=True, slots=True)
 class PolicyLoRA(LoRA):
+    adapter_path: str | None = None
     sync: SyncMode | None = None
     lora_sync_path: str | None = None
 
@@ -209,6 +215,7 @@ class TrainerConfig:
     critic: CriticConfig = field(default_factory=CriticConfig)
     target_modules: Any = "all-linear"
     exclude_modules: Any = None
+    reference: KLReference = KLReference.base
     strategy: Strategy = Strategy.fsdp2
     placement: Placement = field(default_factory=Placement)
     seed: int | None = num(None, ge=0)

@@ -22,16 +22,18 @@ from harness.core import machine
 from harness.core.cli import started_by_script
 from harness.core.errors import UserError
 from harness.core.paths import locate
-from harness.records.run_dir import RunDir, now
+from harness.records.run_dir import RunDir, adapter_folder, now
 
 FORMAT = 2
 ABSENT = "absent"
 SHOWN_DIGITS = 12
 _DIGEST = re.compile(r"(sha256:)?([0-9a-f]{40,64})")
 # Inputs that not every run has.
-_OPTIONAL = ("critic", "checkpoint")
+_OPTIONAL = ("critic", "adapter", "checkpoint")
 # Inputs that make another experiment when they change; "code" is the user's environment module.
-_INPUTS = ("model", "critic", "data", "code")
+_INPUTS = ("model", "critic", "adapter", "data", "code")
+# What an adapter's folder holds; a checkpoint has its weights alone.
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "weights.safetensors")
 _OWN_CODE = "noregret"
 _TOKENIZER = ("*token*", "vocab.*", "merges.txt", "chat_template*", "*.model")
 
@@ -102,12 +104,14 @@ def this_command() -> list[str]:
 def changed_inputs(record: dict[str, Any]) -> list[Difference]:
     """Return how a run's model, critic, data and environment module differ from its manifest.
 
-    Inputs without a digest, then or now, are not compared: a hub's model before its download.
+    Inputs without a digest, then or now, are not compared: a hub's model before its download. Nor
+    is the adapter that a run started from, of which the run has a copy; a sweep starts more trials.
     """
     old, new = _compared(record), _compared({**record, **_inputs_now(record)})
     changes = [
         _difference(name, was, new[kind].get(name))
         for kind in _INPUTS
+        if (kind, record.get("kind")) != ("adapter", "run")
         for name, was in old[kind].items()
         if was is not None and (kind in ("data", "code") or name in new[kind])
     ]
@@ -172,6 +176,14 @@ def digest_path(path: str) -> str | None:
     return _digest_of(files, root)
 
 
+def digest_adapter(path: str) -> str | None:
+    """Return the SHA-256 of an adapter's configuration and weights; None where there are none."""
+    folder = adapter_folder(path)
+    files = [] if folder is None else [folder / name for name in _ADAPTER]
+    files = [file for file in files if file.is_file()]
+    return _digest_of(files, files[0].parent) if files else None
+
+
 @dataclass(frozen=True, slots=True)
 class Difference:
     """One difference between a manifest and the present: what it is, its old and new value."""
@@ -220,14 +232,16 @@ def _code(recipe: Recipe) -> dict[str, str | None]:
 
 
 def _inputs(recipe: Recipe) -> dict[str, Any]:
-    """Return model, tokenizer, critic, data and the first checkpoint, with their digests."""
+    """Return model, tokenizer, critic, data, and what training starts from, with their digests."""
     trainer = recipe.trainer
     model, critic, start = trainer.policy.model.path, trainer.critic.model.path, trainer.resume_mode
+    adapter = trainer.policy.model.lora.adapter_path
     gae = trainer.algorithm.advantage_estimator is AdvantageEstimator["gae"]
     return {
         "model": _model(model),
         "tokenizer": {"path": model, "digest": _digest_tokenizer(model)},
         "critic": _model(critic) if gae and critic is not None else None,
+        "adapter": None if adapter is None else _adapter(adapter),
         "data": {
             path: digest_path(path) for path in (*recipe.data.train_data, *recipe.data.val_data)
         },
@@ -247,6 +261,9 @@ def _inputs_now(record: dict[str, Any]) -> dict[str, Any]:
     if "model" in inputs:
         path = inputs["model"]["path"]
         inputs["tokenizer"] = {"path": path, "digest": _digest_tokenizer(path)}
+    adapter = record.get("adapter")
+    if isinstance(adapter, dict) and isinstance(adapter.get("path"), str):
+        inputs["adapter"] = _adapter(adapter["path"])
     if isinstance(data := record.get("data"), dict):
         inputs["data"] = {path: digest_path(path) for path in data}
     if isinstance(code := record.get("code"), dict):
@@ -255,6 +272,10 @@ def _inputs_now(record: dict[str, Any]) -> dict[str, Any]:
             for name, digest in code.items()
         }
     return inputs
+
+
+def _adapter(path: str) -> dict[str, str | None]:
+    return {"path": path, "digest": digest_adapter(path)}
 
 
 def _model(path: str) -> dict[str, str | None]:
@@ -328,7 +349,7 @@ def _compared(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "threads": {**threads, **variables},
         **{
             kind: _labelled(kind, part(kind))
-            for kind in ("model", "tokenizer", "critic", "checkpoint")
+            for kind in ("model", "tokenizer", "critic", "adapter", "checkpoint")
         },
         "data": {f"data {path}": digest for path, digest in part("data").items()},
     }

@@ -16,7 +16,7 @@ from typing import Any
 from harness.config.schema import Recipe
 from harness.core.errors import UserError, machine_error
 from harness.core.locks import held
-from harness.core.paths import shown
+from harness.core.paths import locate, shown
 from harness.records.files import sync, tidy, write_json, write_text
 
 
@@ -63,6 +63,24 @@ def run_dir_for(recipe: Recipe, source: str | Path) -> RunDir:
     return RunDir(Path(recipe.trainer.ckpt_path) / name)
 
 
+def adapter_folder(path: str) -> Path | None:
+    """Return the folder with the files of an adapter that a recipe names; None where there is none.
+
+    The path is that of a folder with these files, of a run's directory, which stands for its final
+    adapter, or a hub's name, of which the cache has a copy.
+    """
+    folder = locate(path)
+    if folder is None:
+        from huggingface_hub import try_to_load_from_cache
+
+        with contextlib.suppress(ValueError, OSError):  # a name that the hub could not have
+            config = try_to_load_from_cache(path, "adapter_config.json")
+            return Path(config).parent if isinstance(config, str) else None
+        return None
+    run_dir = RunDir(folder)
+    return run_dir.adapter / "final" if run_dir.manifest.exists() else folder
+
+
 class RunDir:
     """The directory of a run, a trial or a sweep: its paths, and its manifest with the status."""
 
@@ -74,6 +92,7 @@ class RunDir:
         self.samples = self.path / "samples"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
+        self.start_adapter = self.adapter / "start"
         self.log = self.path / "log.txt"
         self.aside = self.path / "set_aside"
         # Of a sweep only:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer, ParamWrapper
+from safetensors.torch import load_file
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -26,7 +28,7 @@ from harness.config.validate import check_context, exclude_modules, num_processe
 from harness.core.errors import UserError
 from harness.core.paths import locate
 from rltrain.distributed.placement import device_of, dtype_of
-from rltrain.models import attention
+from rltrain.models import adapter_files, attention
 from rltrain.models.lora import LoRALinear, base_model
 from rltrain.models.memory import checkpoints
 from rltrain.models.targets import (
@@ -270,6 +272,26 @@ def adapter_parameters(model: torch.nn.Module, name: str) -> dict[str, torch.nn.
     """Return an adapter's parameters by full name, in a fixed order."""
     pattern = re.compile(rf"\.lora_\w+\.{re.escape(name)}(\.|$)")
     return {n: p for n, p in model.named_parameters() if pattern.search(n)}
+
+
+@torch.no_grad()
+def load_adapter(model: torch.nn.Module, name: str, folder: Path) -> None:
+    """Give an adapter the weights in a PEFT folder; raises UserError where they are others'."""
+    stored = load_file(folder / adapter_files.WEIGHTS)
+    parameters = {
+        full.replace(f".{name}.", "."): p for full, p in adapter_parameters(model, name).items()
+    }
+    others = parameters.keys() ^ stored.keys()
+    others |= {n for n in parameters.keys() & stored if parameters[n].shape != stored[n].shape}
+    if others:
+        raise UserError(
+            f"{adapter_files.KEY} does not fit the base model",
+            got=f"{len(others)} tensors are missing, too many or of another shape, such as "
+            f"{min(others)}",
+            allowed=f"{len(parameters)} tensors of the modules that it targets",
+        )
+    for stored_name, parameter in parameters.items():
+        parameter.copy_(stored[stored_name])
 
 
 @torch.no_grad()

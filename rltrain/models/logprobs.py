@@ -80,6 +80,27 @@ class AdapterOff:
 
 
 @dataclass(frozen=True)
+class FrozenAdapter:
+    """The reference of a run that started from an adapter: a copy of it, on the same model.
+
+    `trained` is the adapter that is active before and after.
+    """
+
+    model: Any
+    adapter: str
+    trained: str
+
+    @torch.no_grad()
+    def logprobs(self, batch: Batch, temperature: float) -> torch.Tensor:
+        """Return log-probabilities under the copy, `[B, T]`."""
+        self.model.set_adapter(self.adapter)
+        try:
+            return token_logprobs(self.model, batch, temperature)
+        finally:
+            self.model.set_adapter(self.trained)
+
+
+@dataclass(frozen=True)
 class FrozenModel:
     """The reference of full fine-tuning: another model with the initial weights."""
 

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from harness.config import shapes
-from harness.config.schema import AdvantageEstimator, Backend, DType, Recipe
+from harness.config.schema import AdvantageEstimator, Backend, DType, KLReference, Recipe
 from harness.config.shapes import ATTENTION, MLP, ModelShape
 from harness.config.validate import engine_lora_rank
 
@@ -235,8 +235,8 @@ def _weights(recipe: Recipe, shape: ModelShape, members: int, on_gpu: bool) -> d
 def _state(recipe: Recipe, shape: ModelShape, members: int) -> tuple[int, int]:
     """Return bytes of trained state and of gradients of all members, float32, on every rank.
 
-    State is an adapter with AdamW's two moments; in full fine-tuning only the moments, sharded as
-    the weights are.
+    State is an adapter with AdamW's two moments, and the copy of it that is a reference; in full
+    fine-tuning only the moments, sharded as the weights are.
     """
     trainer = recipe.trainer
     ranks = [(trainer.policy.model.lora.rank, shape)]
@@ -249,6 +249,9 @@ def _state(recipe: Recipe, shape: ModelShape, members: int) -> tuple[int, int]:
         for rank, model in ranks
     ]
     beside = [n * (3 if rank else 2) for n, (rank, _) in zip(trained, ranks, strict=True)]
+    algorithm, start = trainer.algorithm, trainer.policy.model.lora.adapter_path
+    if start and trainer.reference is KLReference.start:
+        beside.append(trained[0] * (algorithm.use_kl_loss or algorithm.use_kl_in_reward))
     return members * 4 * sum(beside), members * 4 * sum(trained)
 
 

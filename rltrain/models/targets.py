@@ -29,6 +29,8 @@ TO_SAFETENSORS = (
     'for weights you trust: python -c "from transformers import AutoModelForCausalLM as M; '
     "M.from_pretrained('FOLDER').save_pretrained('FOLDER')\", and remove the .bin files"
 )
+# Matrices that `all-linear` leaves out: embeddings and the head.
+UNTARGETED = {"embed_tokens", "wte", "wpe", "lm_head"}
 LARGEST_HEADER = 100 * 2**20  # safetensors' own limit
 
 
@@ -46,31 +48,36 @@ class Modules:
 
 def stored_modules(path: str) -> Modules | None:
     """Return a local model's modules from its safetensors headers; None where there are none."""
+    shapes = stored_shapes(path)
+    if not shapes:
+        return None
+    experts = {name for name in shapes if ".experts." in name}
+    matrices = {
+        name.removesuffix(".weight")
+        for name in shapes.keys() - experts
+        if len(shapes[name]) > 1 and name.endswith(".weight")
+    }
+    matrices.add("lm_head")  # not in the file where it is tied to the embedding
+    others = {name.rpartition(".")[0] for name in shapes.keys() - experts} - matrices
+    return modules(matrices, others, experts)
+
+
+def stored_shapes(path: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a local model's tensors by name, from its safetensors headers."""
     folder = _folder(path)
-    dimensions: dict[str, int] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in sorted(folder.glob("model*.safetensors")) if folder is not None else ():
         # Loading reports a damaged file.
         with contextlib.suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
             with file.open("rb") as content:
                 size = int.from_bytes(content.read(8), "little")
                 header = json.loads(content.read(size)) if size <= LARGEST_HEADER else {}
-            dimensions |= {
-                name: len(value["shape"])
+            shapes |= {
+                name: tuple(value["shape"])
                 for name, value in header.items()
                 if name != "__metadata__"
             }
-    if not dimensions:
-        return None
-    matrices = {
-        name.removesuffix(".weight")
-        for name, count in dimensions.items()
-        if count > 1 and name.endswith(".weight")
-    }
-    experts = {name for name in dimensions if ".experts." in name}
-    matrices = {name for name in matrices if ".experts." not in name}
-    matrices.add("lm_head")  # not in the file where it is tied to the embedding
-    others = {name.rpartition(".")[0] for name in dimensions.keys() - experts} - matrices
-    return modules(matrices, others, experts)
+    return shapes
 
 
 def modules(
@@ -208,6 +215,23 @@ def check_modules(key: str, value: Any, known: Modules) -> None:
             allowed=", ".join(leaves),
             fix="name the layers in them",
         )
+
+
+def adapted(known: Modules, targets: Any, exclude: Any) -> set[str]:
+    """Return the modules of `known` that an adapter with these targets and exclusions changes.
+
+    `all-linear` stands for all matrices but the embedding and the head.
+    """
+    names, left_out = resolve(targets, known), resolve(exclude, known)
+    if names == "all-linear":
+        names = sorted({name.rsplit(".", 1)[-1] for name in known.matrices} - UNTARGETED)
+    named, excluded = ([v] if isinstance(v, str) else list(v or ()) for v in (names, left_out))
+    return {
+        module
+        for module in known.matrices
+        if any(_matches(names, part, module) for part in named)
+        and not any(_matches(left_out, part, module) for part in excluded)
+    }
 
 
 def _matches(names: str | Sequence[str], part: str, module: str) -> bool:

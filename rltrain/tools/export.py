@@ -240,6 +240,9 @@ def _facts(export: Export) -> dict[str, str]:
         facts["LoRA"] = f"rank {lora.rank}, alpha {lora.alpha:g}, on {on}" + (
             ", merged" if export.merged else ""
         )
+    start = manifest.get("adapter")
+    if start is not None:
+        facts["started from"] = f"`{start['path']}`, digest `{start['digest']}`"
     if evaluated is not None:
         facts["policy"] = (
             f"{export.source.name}: step {evaluated['step']}, of a run that is {manifest['status']}"
@@ -248,7 +251,9 @@ def _facts(export: Export) -> dict[str, str]:
         first = next((row for row in rows if ACCURACY in row), None)
         has_base = first is not None and first["step"] == 0
         facts["held-out accuracy"] = f"{evaluated[ACCURACY]:.3f}" + (
-            f" (base {first[ACCURACY]:.3f})" if first is not None and has_base else ""
+            f" ({'base' if start is None else 'start'} {first[ACCURACY]:.3f})"
+            if first is not None and has_base
+            else ""
         )
     for entry in manifest.get("resumed") or []:
         if "inputs" in entry:

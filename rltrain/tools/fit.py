@@ -270,7 +270,7 @@ def _changes(recipe: Recipe, gpus: Gpus) -> Iterator[list[dict[str, Any]]]:
                 for n in range(gpus.count - ranks, 0, -1)
             ][:1]
     swept = recipe.sweep is not None and f"{LORA}.rank" in recipe.sweep.space
-    if not swept:
+    if not swept and trainer.policy.model.lora.adapter_path is None:
         yield [{f"{LORA}.rank": n} for n in _halves(trainer.policy.model.lora.rank, 1)]
 
 

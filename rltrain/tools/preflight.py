@@ -21,6 +21,7 @@ from rltrain.distributed.placement import address_of, check_placement, uses_gpus
 from rltrain.engines.arguments import check_engine_args
 from rltrain.envs import Env, get_env
 from rltrain.envs.problems import check_truth, messages, reward_of
+from rltrain.models import adapter_start
 from rltrain.models.targets import TO_SAFETENSORS, WITH_EXPERTS, check_adapters
 
 HUB_SECONDS = 5.0
@@ -51,6 +52,7 @@ def check_run(recipe: Recipe) -> None:
     _check_sync(recipe)
     if recipe.trainer.algorithm.advantage_estimator is AdvantageEstimator["gae"]:
         _check_critic(recipe)
+    adapter_start.check(recipe)
     check_adapters(recipe)
     _check_sync_path(recipe)
     _check_resumption(recipe)

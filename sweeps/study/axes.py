@@ -141,6 +141,7 @@ def _default_of_adapters(name: str) -> list[Need]:
     ]
 
 
+_START = _is_not(f"{POLICY}.adapter_path", None)
 _LORA_KEYS = (
     "expert_rank",
     "alpha",
@@ -154,6 +155,12 @@ NEEDS: dict[str, list[Need]] = {
     "trainer.critic_mini_batch_size": [_GAE],
     **{f"{CRITIC}.{name}": [_GAE, _is_not(f"{CRITIC}.rank", 0)] for name in _LORA_KEYS},
     **{f"{POLICY}.{name}": [_is_not(f"{POLICY}.rank", 0)] for name in (*_LORA_KEYS, "sync")},
+    f"{POLICY}.adapter_path": [_is_not(f"{POLICY}.rank", 0)],
+    f"{POLICY}.init_method": [
+        _is_not(f"{POLICY}.rank", 0),
+        _is(f"{POLICY}.adapter_path", None),
+    ],
+    "trainer.reference": [_KL, _START],
     "trainer.target_modules": _default_of_adapters("target_modules"),
     "trainer.exclude_modules": _default_of_adapters("exclude_modules"),
     "trainer.epochs": [_is("trainer.max_steps", None)],

@@ -20,6 +20,8 @@ from harness.config.schema import Recipe, Sampler, Sweep
 from harness.config.validate import check
 from harness.core.errors import UserError, nearest
 from rltrain.data.files import count_rows
+from rltrain.models import adapter_start
+from rltrain.models.adapter_files import KEY
 from rltrain.tools.preflight import check_batch
 from sweeps.study.pruner import build_pruner
 from sweeps.study.space import Params, Space, from_recipe, identity, show
@@ -72,6 +74,12 @@ class Plan:
         return self.num_configurations * len(self.sweep.seeds)
 
     @property
+    def adapters(self) -> list[str]:
+        """The adapters that trials start from, where the sweep varies them."""
+        axis = next((axis for axis in self.space.axes if axis.key == KEY), None)
+        return [path for path in (axis.values() if axis else None) or () if path is not None]
+
+    @property
     def fresh_seeds(self) -> range:
         """Seeds for confirmation runs: as many as the sweep has, but at least two for an interval.
 
@@ -104,6 +112,8 @@ class Plan:
                 setattr(parent, leaf, type(old)[value] if isinstance(old, Enum) else value)
             try:
                 check(recipe)
+                if recipe.trainer.policy.model.lora.adapter_path is not None:
+                    adapter_start.with_adapter(self.recipe, {"sweep": None, **params})
                 self._refusals[key] = None
             except UserError as error:
                 self._refusals[key] = error

@@ -19,6 +19,7 @@ from harness.config.validate import num_processes
 from harness.core.errors import UserError
 from rltrain.distributed.gpus import Gpus
 from rltrain.distributed.placement import bundles, needs_workers, shares_base, uses_gpus
+from rltrain.models import adapter_files
 from rltrain.models.memory import members_that_fit, shape_of
 from rltrain.tools.fit import gpus_to_plan_for, runs_together
 from sweeps.study.plan import Plan
@@ -104,11 +105,12 @@ def largest_trials(plan: Plan) -> list[Recipe]:
     They are a trial of the largest rank and, where rank 0 is in the space, full fine-tuning, which
     trains alone.
     """
-    swept = any(axis.key == RANK for axis in plan.space.axes)
-    ranks = plan.space[RANK].bounds() if swept else (plan.recipe.trainer.policy.model.lora.rank,)
+    ranks = _ranks(plan)
     candidates: list[dict[str, Any]] = []
     if max(ranks) > 0:
-        candidates.append({RANK: int(max(ranks)), "generator.max_lora_rank": engine_rank(plan)})
+        candidates.append({RANK: max(ranks), "generator.max_lora_rank": engine_rank(plan)})
+        if plan.adapters:
+            candidates[0][adapter_files.KEY] = plan.adapters[0]
     if min(ranks) == 0:
         candidates.append({RANK: 0, "generator.max_lora_rank": None, "sweep.pack_size": 1})
     largest = []
@@ -123,10 +125,17 @@ def engine_rank(plan: Plan) -> int | None:
 
     None where no trial has an adapter.
     """
-    ranks = [plan.recipe.trainer.policy.model.lora.rank]
+    return plan.recipe.generator.max_lora_rank or max(_ranks(plan)) or None
+
+
+def _ranks(plan: Plan) -> list[int]:
+    """Return the lowest and the highest ranks in the space, those of adapters included."""
+    stored = [adapter_files.find(path).rank for path in plan.adapters]
+    if stored and None not in plan.space[adapter_files.KEY].bounds():
+        return stored
     if any(axis.key == RANK for axis in plan.space.axes):
-        ranks = [int(rank) for rank in plan.space[RANK].bounds()]
-    return plan.recipe.generator.max_lora_rank or max(ranks) or None
+        return [*stored, *(int(rank) for rank in plan.space[RANK].bounds())]
+    return [*stored, plan.recipe.trainer.policy.model.lora.rank]
 
 
 def threads_per_process(recipe: Recipe) -> int:

@@ -22,6 +22,7 @@ from harness.config.digest import PLACE_KEYS
 from harness.config.recipe_keys import AXIS_FIELDS, axes_in, known_keys
 from harness.config.schema import Recipe
 from harness.core.errors import UserError
+from rltrain.models.adapter_start import with_adapter
 from rltrain.models.targets import check_modules, stored_modules
 from sweeps.study import axes
 
@@ -375,5 +376,5 @@ def _choices_or_bounds(spec: Mapping[str, Any]) -> list[Any]:
 
 def _read_back(plain: Recipe, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return values as the recipe has them after it was validated with them."""
-    accepted = recipes.to_dict(recipes.with_values(plain, dict(values)))
+    accepted = recipes.to_dict(with_adapter(plain, values))
     return {key: functools.reduce(operator.getitem, key.split("."), accepted) for key in values}

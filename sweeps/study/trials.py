@@ -14,6 +14,7 @@ from harness.core.errors import UserError
 from harness.records import manifest
 from harness.records.metrics_file import MetricsFile
 from harness.records.run_dir import RunDir, Status
+from rltrain.models.adapter_start import with_adapter
 from sweeps.study.plan import Plan
 from sweeps.study.sizing import engine_rank
 from sweeps.study.study import Study, Trial
@@ -62,7 +63,7 @@ def trial_recipe(plan: Plan, trial: Trial, sweep_dir: RunDir) -> Recipe:
         "trainer.run_name": path.name,
         "trainer.resume_mode": "latest",
     }
-    return recipes.with_values(plan.recipe, values | _trial_values(plan, trial))
+    return with_adapter(plan.recipe, values | _trial_values(plan, trial))
 
 
 def rerun_overrides(plan: Plan, trial: Trial, sweep_overrides: Sequence[str]) -> list[str]:
