@@ -194,7 +194,8 @@ def _check_sync(recipe: Recipe) -> None:
             got=f"sync={sync_mode(lora).name}",
             fix=f"{key}.sync=merge",
         )
-    if limit is not None and lora.rank > limit:
+    # The rank of an adapter to start from is known when it has been read.
+    if limit is not None and lora.rank > limit and lora.adapter_path is None:
         raise UserError(
             f"{key}.rank is above generator.max_lora_rank", got=lora.rank, allowed=f"<= {limit}"
         )

@@ -63,6 +63,13 @@ def with_adapter(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
         if own(key) != value and is_given(key):
             raise _differs(start.path, key, own(key), value)
         settings[key] = value
+    limit = own("generator.max_lora_rank")
+    if limit is not None and start.rank > limit:
+        raise UserError(
+            "the adapter's rank is above generator.max_lora_rank",
+            got=f"{start.rank}, {KEY}={path}",
+            allowed=f"<= {limit}",
+        )
     asked = [
         own(shared) if own(key) is None else own(key)
         for key, shared in zip(_OWN, _SHARED, strict=True)

@@ -33,6 +33,8 @@ SWEPT = {
     f"{POLICY}.model.path",
     f"{POLICY}.model.dtype",
     f"{POLICY}.model.lora.sync",
+    f"{POLICY}.model.lora.adapter_path",
+    "trainer.reference",
     f"{CRITIC}.model.path",
     "trainer.target_modules",
     "trainer.exclude_modules",
