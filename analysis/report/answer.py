@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.data import labels
-from analysis.data.labels import LR, MAIN_KEYS, RANK, TARGETS
+from analysis.data.labels import ALPHA, LR, MAIN_KEYS, RANK, TARGETS
 from analysis.data.records import OTHER_INPUTS, lookup
 from analysis.experiment import Experiment
 from analysis.stats import ranking
@@ -71,10 +71,13 @@ def settings_of(experiment: Experiment, trial: pd.Series) -> dict[str, Any]:
     """Return a trial's rank, alpha, learning rate and target modules, then its other swept keys."""
     recipe = experiment.recipe
     values: dict[str, Any] = {}
+    # A sweep over adapters to start from leaves rank, alpha and modules to the adapter.
+    starts = isinstance(trial.get("trainer.policy.model.lora.adapter_path"), str)
     for key in (*MAIN_KEYS, *experiment.axes):
-        values[key] = trial[key] if key in trial.index else lookup(recipe, key)
+        if key in trial.index or not starts or key not in (RANK, ALPHA, TARGETS):
+            values[key] = trial[key] if key in trial.index else lookup(recipe, key)
     adapter = lookup(recipe, "trainer.policy.model.lora.target_modules")
-    if adapter is not None and TARGETS not in trial.index:
+    if adapter is not None and not starts and TARGETS not in trial.index:
         values[TARGETS] = adapter
     return {key: value for key, value in values.items() if value is not None}
 

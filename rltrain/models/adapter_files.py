@@ -114,7 +114,12 @@ def find(path: str) -> StoredAdapter:
 def _download(path: str) -> Path:
     """Return the folder of a hub's adapter after its download; raise UserError without."""
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
-        raise UserError(f"{KEY} names no adapter", got=path, allowed=ALLOWED)
+        raise UserError(
+            f"{KEY} names no adapter",
+            got=path,
+            allowed=ALLOWED,
+            fix="a run that started from it has a copy, adapter/start in its directory",
+        )
     from huggingface_hub import snapshot_download
 
     try:
