@@ -96,7 +96,10 @@ def _same_modules(model: str, one: Sequence[Any], other: Sequence[Any]) -> bool:
     known = stored_modules(model)
     if known is not None:
         return adapted(known, *one) == adapted(known, *other)
-    first, second = ([v if isinstance(v, str) else sorted(v or ()) for v in p] for p in (one, other))
+    first, second = (
+        [value if isinstance(value, str) else sorted(value or ()) for value in pair]
+        for pair in (one, other)
+    )
     return first == second
 
 
