@@ -27,6 +27,7 @@ KEY = "trainer.policy.model.lora.adapter_path"
 ONE_UPDATE = ("trainer.policy_mini_batch_size=4", "trainer.micro_train_batch_size_per_gpu=null")
 KL = ("trainer.algorithm.use_kl_loss=true", "trainer.algorithm.kl_loss_coef=0.1")
 FROM_START = "trainer.reference=start"
+SLOW = pytest.mark.slow
 FAST = "trainer.policy.optimizer_config.lr=3e-3"
 
 
@@ -69,7 +70,9 @@ def started(make: MakeRecipe, path: Path, *overrides: str) -> Any:
     return with_adapter(make(*defaults, f"{KEY}={path}", *overrides), {})
 
 
-@pytest.mark.parametrize("part", ["", "adapter/final", "checkpoints/step_000004"])
+@pytest.mark.parametrize(
+    "part", ["", "checkpoints/step_000004", pytest.param("adapter/final", marks=SLOW)]
+)
 def test_a_run_starts_at_the_score_of_the_run_that_it_starts_from(
     source: RunDir, small_recipe: MakeRecipe, new_run: MakeRun, part: str
 ) -> None:
@@ -90,7 +93,7 @@ def test_a_run_starts_at_the_score_of_the_run_that_it_starts_from(
     assert completions == of_source != of_base
 
 
-@pytest.mark.parametrize("where", ["use_kl_loss", "use_kl_in_reward"])
+@pytest.mark.parametrize("where", ["use_kl_loss", pytest.param("use_kl_in_reward", marks=SLOW)])
 def test_kl_to_the_start_is_zero_at_the_first_step_and_to_the_base_is_not(
     source: RunDir, small_recipe: MakeRecipe, new_run: MakeRun, where: str
 ) -> None:
@@ -122,7 +125,9 @@ def test_kl_to_the_start_is_zero_at_the_first_step_and_to_the_base_is_not(
         assert abs(gaps["start kl"]) < 1e-9 < gaps["base kl"]
 
 
-@pytest.mark.parametrize("fate", ["kept", "deleted", "changed"])
+@pytest.mark.parametrize(
+    "fate", ["changed", *(pytest.param(fate, marks=SLOW) for fate in ("kept", "deleted"))]
+)
 def test_a_resumed_run_equals_an_uninterrupted_one_whatever_became_of_the_adapter(
     source: RunDir, small_recipe: MakeRecipe, new_run: MakeRun, tmp_path: Path, fate: str
 ) -> None:
@@ -162,6 +167,7 @@ def test_a_changed_adapter_is_noticed_and_a_run_without_a_copy_refuses_it(
         train_run(recipe, run)
 
 
+@SLOW
 def test_a_damaged_copy_is_made_again_from_the_adapter(
     source: RunDir, small_recipe: MakeRecipe, new_run: MakeRun
 ) -> None:
@@ -232,7 +238,7 @@ def test_an_adapter_of_plain_peft_starts_with_plain_pefts_log_probabilities(
                 at += 1
 
 
-@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("rank", [4, pytest.param(1, marks=SLOW)])
 def test_rslora_keeps_its_scale_at_a_square_rank(
     rank: int, tiny_model_dir: Path, small_recipe: MakeRecipe, new_run: MakeRun, tmp_path: Path
 ) -> None:
