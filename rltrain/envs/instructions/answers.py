@@ -111,11 +111,14 @@ def content(text: str, form: str, repeated: str = "") -> str:
     return text.translate({ord(mark): None for mark in '*[]"“”'}).strip()
 
 
-def faults(text: str, form: str, topic: Collection[str], prompt: str) -> list[str]:
+def faults(
+    text: str, form: str, topic: Collection[str], prompt: str, *, lowercase: bool = False
+) -> list[str]:
     """Return what keeps the content of a text from being an answer; nothing for an answer.
 
     `form` is one of FORMS, `topic` are the words that an answer is about, in any of their forms,
-    and `prompt` is what the text must not be a copy of.
+    and `prompt` is what the text must not be a copy of. A sentence begins with a capital letter,
+    unless small letters were asked for.
     """
     if len(text) > LONGEST:
         return ["too long"]
@@ -138,6 +141,7 @@ def faults(text: str, form: str, topic: Collection[str], prompt: str) -> list[st
     if shape.end:
         tests["unfinished"] = not text.rstrip(texts.CLOSERS).endswith(shape.end)
         tests["no sentence"] = not _reads_as_sentences(text, words)
+        tests["small first letter"] = text[:1].islower() and not lowercase
     return [name for name, found in tests.items() if found]
 
 

@@ -15,7 +15,6 @@ PROMPTS = Path(__file__).parents[2] / "assets" / "instructions" / "prompts.yaml"
 DATA_SEED = 2025  # of the data files, whatever seed the model is trained with
 PAIR_RATE = 0.55  # of the kinds that can be combined, which makes 15 to 20% of all rows
 EXAMPLE_RATE = 0.7  # of the prompts, which then follow an example
-EXAMPLE_TOPIC = "hats"
 COMMON_WORDS = ("the", "is", "and", "a", "in", "of", "to", "it", "are", "that", "with", "very")
 _NUMBERS = texts.words("zero one two three four five six seven eight nine ten")
 
@@ -97,9 +96,11 @@ def _sample(
     if rng.random() < EXAMPLE_RATE:
         # The example of a kind alone keeps its constraint; others only show what is asked for.
         kept = [kind["example"]] if "example" in kind and len(chosen) == 1 else []
-        shown = _about(kwargs, EXAMPLE_TOPIC)[: len(kept)]
-        request = _phrase(opening, phrasings[: len(kept)], shown, EXAMPLE_TOPIC, in_words)
-        answer = _example(kept[0], shown[0]) if kept else vocabulary()["examples"].get(form)
+        plain = vocabulary()["examples"].get(form, {})
+        about = kind["about"] if kept else rng.choice([*plain] or [""])
+        shown = _about(kwargs, about)[: len(kept)]
+        request = _phrase(opening, phrasings[: len(kept)], shown, about, in_words)
+        answer = _example(kept[0], shown[0]) if kept else plain.get(about)
         if answer:
             chat = [_turn("user", request), _turn("assistant", answer), *chat]
     task = Task(

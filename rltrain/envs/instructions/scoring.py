@@ -97,7 +97,8 @@ def failures(completion: str, task: Task) -> list[str]:
         "",
     )
     said = answers.content(completion, task.form, repeated)
-    return broken + answers.faults(said, task.form, task.topic, task.prompt)
+    lowercase = any(kind == "change_case:english_lowercase" for kind, _ in task.constraints)
+    return broken + answers.faults(said, task.form, task.topic, task.prompt, lowercase=lowercase)
 
 
 def reward(completion: str, ground_truth: str) -> float:

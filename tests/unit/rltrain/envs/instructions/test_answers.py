@@ -65,6 +65,8 @@ NO_ANSWERS = [
     ("short sentence", "The coal was in the office.", "not about the topic"),
     ("short sentence", "Winter is a time of cold and", "unfinished"),
     ("short sentence", "Winter is cold, and the", "unfinished"),
+    ("short sentence", "impossible, because of the snow.", "small first letter"),
+    ("two sentences", "snow is white. Ice is cold.", "small first letter"),
     ("short sentence", "Winter is the.", "no sentence"),
     ("short sentence", "winter snow cold ice frost.", "no sentence"),
     ("short sentence", "winter, snow, cold, ice, and frost.", "no sentence"),
@@ -96,7 +98,8 @@ NO_ANSWERS = [
 
 @pytest.mark.parametrize(("form", "text"), ANSWERS)
 def test_ordinary_writing_is_an_answer(form: str, text: str) -> None:
-    assert faults(content(text, form), form, TOPIC, PROMPT) == []
+    small = text.islower()  # as where small letters were asked for
+    assert faults(content(text, form), form, TOPIC, PROMPT, lowercase=small) == []
 
 
 @pytest.mark.parametrize(("form", "text", "told"), NO_ANSWERS)
