@@ -16,6 +16,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 from harness.core.errors import UserError
+from rltrain.models.loading import NO_CODE
 
 MAGIC = b"GGUF"
 
@@ -68,9 +69,9 @@ def read_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
     place: dict[str, Any] = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            **place, dtype=dtype, output_loading_info=True
+            **place, dtype=dtype, output_loading_info=True, **NO_CODE
         )
-        tokenizer = AutoTokenizer.from_pretrained(**place)
+        tokenizer = AutoTokenizer.from_pretrained(**place, **NO_CODE)
     except Exception as error:
         raise UserError(
             "cannot read the model in the GGUF file",

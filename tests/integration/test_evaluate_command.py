@@ -35,7 +35,7 @@ def test_base_and_policy_score_as_in_the_run(
     train_run(recipe, run)
     (held_out,), output = recipe.data.val_data, tmp_path / "scores"
     other = tmp_path / "other.parquet"
-    pd.read_parquet(PROJECT / held_out).head(16).to_parquet(other)
+    pd.read_parquet(PROJECT / held_out).head(8).to_parquet(other)
     arguments = ["--data", held_out, str(other), "--output", str(output)]
     assert main([str(run.path), *arguments]) == 0
 
@@ -44,7 +44,7 @@ def test_base_and_policy_score_as_in_the_run(
     assert first["base"][0] == pytest.approx(scored[0])
     assert first["final"][0] == pytest.approx(scored[-1])
     assert first["difference"][0] == pytest.approx(scored[-1] - scored[0])
-    assert (first["data"], second["problems"]) == (held_out, 16)
+    assert (first["data"], second["problems"]) == (held_out, 8)
     for name in ("base", "final", "difference"):
         value, low, high = second[name]
         assert low <= value <= high

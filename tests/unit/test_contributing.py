@@ -26,7 +26,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/guides/install.md
 
 
 def targets() -> set[str]:
-    return set(re.findall(r"(?m)^([a-z][a-z-]*):", (PROJECT / "Makefile").read_text()))
+    return set(re.findall(r"(?m)^([a-z][a-z0-9-]*):", (PROJECT / "Makefile").read_text()))
 
 
 def called(commands: list[str]) -> set[str]:

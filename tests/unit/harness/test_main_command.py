@@ -84,7 +84,7 @@ def test_an_unknown_command_is_explained(given: str, fix: str) -> None:
         main.main([given])
     error = caught.value
     assert (error.got, error.fix) == (given, fix)
-    assert error.allowed == "run, sweep, report, prepare, reproduce, check, export"
+    assert error.allowed == "run, sweep, report, prepare, reproduce, check, evaluate, export"
 
 
 def test_errors_exit_2_without_a_traceback(script: Path) -> None:
