@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from harness.config.schema import AdvantageEstimator, Recipe
-from harness.core.paths import locate
+from harness.core.paths import locate, locate_folder
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -212,19 +210,11 @@ def read_config(path: str) -> dict[str, Any]:
 
     The result is {} for one that is missing or damaged.
     """
-    if locate(path) is not None:
-        return _read(locate(f"{path}/config.json"))
-    from huggingface_hub import try_to_load_from_cache
-
-    with contextlib.suppress(ValueError, OSError):  # raised for a name that the hub cannot have
-        file = try_to_load_from_cache(path, "config.json")
-        return _read(Path(file)) if isinstance(file, str) else {}
-    return {}
-
-
-def _read(file: Path | None) -> dict[str, Any]:
+    folder = locate_folder(path, "config.json")
+    if folder is None:
+        return {}
     try:
-        config = json.loads(file.read_text()) if file is not None and file.is_file() else {}
+        config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -25,3 +26,18 @@ def locate(path: str) -> Path | None:
         if os.path.exists(candidate):
             return candidate.resolve()
     return None
+
+
+def locate_folder(name: str, file: str) -> Path | None:
+    """Return the folder of a recipe's path, or of a hub's name in its cache, or None.
+
+    A folder in the cache is found by a `file` that it holds.
+    """
+    folder = locate(name)
+    if folder is None:
+        from huggingface_hub import try_to_load_from_cache
+
+        with contextlib.suppress(ValueError, OSError):  # a name that the hub could not have
+            cached = try_to_load_from_cache(name, file)
+            return Path(cached).parent if isinstance(cached, str) else None
+    return folder

@@ -16,7 +16,7 @@ from typing import Any
 from harness.config.schema import Recipe
 from harness.core.errors import UserError, machine_error
 from harness.core.locks import held
-from harness.core.paths import locate, shown
+from harness.core.paths import locate_folder, shown
 from harness.records.files import sync, tidy, write_json, write_text
 
 
@@ -69,13 +69,8 @@ def adapter_folder(path: str) -> Path | None:
     The path is that of a folder with these files, of a run's directory, which stands for its final
     adapter, or a hub's name, of which the cache has a copy.
     """
-    folder = locate(path)
+    folder = locate_folder(path, "adapter_config.json")
     if folder is None:
-        from huggingface_hub import try_to_load_from_cache
-
-        with contextlib.suppress(ValueError, OSError):  # a name that the hub could not have
-            config = try_to_load_from_cache(path, "adapter_config.json")
-            return Path(config).parent if isinstance(config, str) else None
         return None
     run_dir = RunDir(folder)
     return run_dir.adapter / "final" if run_dir.manifest.exists() else folder

@@ -7,13 +7,12 @@ import json
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from harness.config.schema import LoRA, Recipe
 from harness.config.validate import exclude_modules, num_processes, target_modules
 from harness.core.errors import UserError, nearest
-from harness.core.paths import locate
+from harness.core.paths import locate_folder
 
 # The named sets, by what a layer calls the modules that hold its projections: `self_attn` and `mlp`
 # in Llama's family, `attn` and `mlp` in GPT-2, `attention` and `mlp` in GPT-NeoX.
@@ -64,7 +63,7 @@ def stored_modules(path: str) -> Modules | None:
 
 def stored_shapes(path: str) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a local model's tensors by name, from its safetensors headers."""
-    folder = _folder(path)
+    folder = locate_folder(path, "config.json")
     shapes: dict[str, tuple[int, ...]] = {}
     for file in sorted(folder.glob("model*.safetensors")) if folder is not None else ():
         # Loading reports a damaged file.
@@ -241,14 +240,3 @@ def _matches(names: str | Sequence[str], part: str, module: str) -> bool:
     return any(
         re.fullmatch(part, f"{body}{module}") is not None for body in ("", "model.", "transformer.")
     )
-
-
-def _folder(path: str) -> Path | None:
-    folder = locate(path)
-    if folder is None:
-        from huggingface_hub import try_to_load_from_cache
-
-        with contextlib.suppress(ValueError, OSError):  # a name that the hub could not have
-            config = try_to_load_from_cache(path, "config.json")
-            return Path(config).parent if isinstance(config, str) else None
-    return folder

@@ -190,6 +190,7 @@ def _check_model(recipe: Recipe, key: str, path: str) -> None:
                 f"{key} names no folder",
                 got=path,
                 allowed="a local folder with config.json, or a hub name owner/name",
+                fix=f"{invocation('prepare')} model SOURCE --output FOLDER makes such a folder",
             )
         return
     try:
