@@ -34,6 +34,11 @@ def _title_case(text: str) -> bool:
     return all(word[0].isupper() or not word[0].isalpha() for word in texts.words(text))
 
 
+def _capital_word(text: str) -> bool:
+    """Return whether a word is in capitals; `I` and `A` are no such words."""
+    return any(len(word) > 1 and word.isupper() for word in texts.words(text))
+
+
 def _in_order(text: str, keywords: list[str]) -> bool:
     """Return whether the keywords appear in their order; other mentions do not matter."""
     start = 0
@@ -115,6 +120,7 @@ def _parentheses(text: str) -> bool:
 
 OWN: Mapping[str, Constraint] = {
     "change_case:title_case": Constraint(_title_case),
+    "change_case:capital_word": Constraint(_capital_word),
     "punctuation:exactly_commas": Constraint(
         lambda text, num_commas: text.count(",") == num_commas, {"num_commas": COUNT}
     ),

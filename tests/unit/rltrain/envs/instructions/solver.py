@@ -51,7 +51,7 @@ WRAPPERS: dict[str, Callable[..., str]] = {
     "change_case:english_lowercase": lambda t: t.lower(),
     "change_case:english_capital": lambda t: t.upper(),
     "change_case:title_case": lambda t: t.title(),
-    "change_case:capital_word_frequency": lambda t, **_: t.replace(" love", " REALLY LOVE"),
+    "change_case:capital_word": lambda t: t.replace(" love", " LOVE"),
     "startend:quotation": lambda t: f'"{t}"',
     "format:brackets": lambda t: f"[{t}]",
     "format:asterisks": lambda t: f"*{t}*",

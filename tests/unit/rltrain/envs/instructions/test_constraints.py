@@ -17,6 +17,12 @@ CASES: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
         ["Snow on the Hill", "snow On The Hill", "Snow On The hill!"],
     ),
     (
+        "change_case:capital_word",
+        {},
+        ["It is VERY cold.", "THE END", "I saw the U.S. team."],
+        ["A cat sat here.", "I am cold.", "Very Cold Days", "it is very cold"],
+    ),
+    (
         "punctuation:exactly_commas",
         {"num_commas": 1},
         ["Yes, it snows.", "It snows, I think."],

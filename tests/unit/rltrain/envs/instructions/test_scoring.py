@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.core.errors import UserError
@@ -98,6 +98,7 @@ def test_what_is_no_json_scores_0(truth: str) -> None:
     assert reward("winter is cold.", truth) == 0.0
 
 
+@settings(deadline=None)  # the first call loads the list of words
 @given(st.text())
 def test_any_completion_has_a_score(completion: str) -> None:
     assert reward(completion, TRUTH) in (0.0, 1.0)
