@@ -189,7 +189,7 @@ def shape_from(config: Mapping[str, Any]) -> ModelShape | None:
 
 
 def experts_of(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return the experts of a layer and those that a token passes; None for a dense model."""
+    """Return the number of experts of a layer and of those active for a token; None if dense."""
     experts = next((config[key] for key in _EXPERTS if config.get(key)), None)
     active = config.get("num_experts_per_tok")
     if type(experts) is not int or type(active) is not int or experts < 2 or active < 1:

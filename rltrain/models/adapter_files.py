@@ -22,9 +22,9 @@ from harness.core.paths import locate
 from harness.records.files import SUMS, verify_folder
 from harness.records.run_dir import RunDir, adapter_folder
 from rltrain.models.targets import (
-    LARGEST_HEADER,
     Modules,
     adapted,
+    read_header,
     resolve,
     stored_modules,
     stored_shapes,
@@ -251,17 +251,14 @@ def check(start: StoredAdapter, model: str) -> None:
 def _stored_tensors(file: Path) -> dict[str, StoredTensor]:
     """Return what a safetensors file holds, by name; raises UserError for a damaged file."""
     try:
-        with file.open("rb") as content:
-            size = int.from_bytes(content.read(8), "little")
-            header: Any = json.loads(content.read(size)) if size <= LARGEST_HEADER else None
+        begin, entries = read_header(file)
         tensors = {
             name: StoredTensor(
                 value["dtype"],
                 tuple(value["shape"]),
-                *(8 + size + offset for offset in value["data_offsets"]),
+                *(begin + offset for offset in value["data_offsets"]),
             )
-            for name, value in header.items()
-            if name != "__metadata__"
+            for name, value in entries.items()
         }
         missing = max((tensor.end for tensor in tensors.values()), default=0) - file.stat().st_size
         problem = f"{missing} bytes are missing" if missing > 0 else None

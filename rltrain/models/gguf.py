@@ -16,7 +16,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 from harness.core.errors import UserError
-from rltrain.models.loading import NO_CODE
+from rltrain.models.loading import NO_CODE, first_line
 
 MAGIC = b"GGUF"
 
@@ -37,9 +37,6 @@ def read_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
     Raises UserError for a file that is damaged, is one part of several, has an architecture that
     transformers does not read, or holds weights or position scaling that would be left out.
     """
-    with file.open("rb") as content:
-        if content.read(len(MAGIC)) != MAGIC:
-            raise _damaged(file, f"it does not begin with {MAGIC.decode()}")
     from gguf import GGUFReader
 
     try:
@@ -49,7 +46,11 @@ def read_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
         parts = reader.fields.get("split.count")
         num_parts = int(parts.contents()) if parts is not None else 1
     except Exception as error:  # a damaged file can raise anything
-        raise _damaged(file, f"it is damaged or cut short ({_first_line(error)})") from error
+        raise UserError(
+            "cannot read the GGUF file",
+            got=f"{file}: it is damaged or cut short ({first_line(error)})",
+            fix="download it again, whole",
+        ) from error
     if num_parts > 1:
         raise UserError(
             "the GGUF file is one part of several",
@@ -75,8 +76,7 @@ def read_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
     except Exception as error:
         raise UserError(
             "cannot read the model in the GGUF file",
-            got=f"{file}, architecture {architecture}: {type(error).__name__}: "
-            f"{_first_line(error)}",
+            got=f"{file}, architecture {architecture}: {type(error).__name__}: {first_line(error)}",
             allowed=f"architectures: {', '.join(sorted(GGUF_SUPPORTED_ARCHITECTURES))}",
             fix="use the model's safetensors",
         ) from error
@@ -103,13 +103,3 @@ def read_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
     plain.load_state_dict(weights, assign=True)
     plain.tie_weights()
     return plain, tokenizer
-
-
-def _damaged(file: Path, reason: str) -> UserError:
-    return UserError(
-        "cannot read the GGUF file", got=f"{file}: {reason}", fix="download it again, whole"
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")

@@ -167,7 +167,8 @@ def _check_finite(key: str, path: str, model: PreTrainedModel) -> None:
 
 
 def cannot_load(key: str, path: str, error: Exception) -> UserError:
-    first = next(iter(str(error).strip().splitlines()), "")
+    """Return the error for a model that cannot be loaded; `key` says what named it."""
+    first = first_line(error)
     if "no file named" in first and "safetensors" in first:
         return UserError(
             f"{key} holds no weights as safetensors",
@@ -180,6 +181,11 @@ def cannot_load(key: str, path: str, error: Exception) -> UserError:
         got=f"{path}: {type(error).__name__}: {first}",
         allowed="a local folder or a hub name",
     )
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an exception's text."""
+    return next(iter(str(error).strip().splitlines()), "")
 
 
 def lora_config(recipe: Recipe, lora: LoRA) -> LoraConfig:

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from harness.config.schema import LoRA, Recipe
@@ -68,15 +69,20 @@ def stored_shapes(path: str) -> dict[str, tuple[int, ...]]:
     for file in sorted(folder.glob("model*.safetensors")) if folder is not None else ():
         # Loading reports a damaged file.
         with contextlib.suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
-            with file.open("rb") as content:
-                size = int.from_bytes(content.read(8), "little")
-                header = json.loads(content.read(size)) if size <= LARGEST_HEADER else {}
-            shapes |= {
-                name: tuple(value["shape"])
-                for name, value in header.items()
-                if name != "__metadata__"
-            }
+            _, tensors = read_header(file)
+            shapes |= {name: tuple(value["shape"]) for name, value in tensors.items()}
     return shapes
+
+
+def read_header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Return where the data of a safetensors file begin, and its tensors' entries by name.
+
+    A damaged file raises OSError, ValueError, AttributeError, TypeError or RecursionError.
+    """
+    with file.open("rb") as content:
+        size = int.from_bytes(content.read(8), "little")
+        header: Any = json.loads(content.read(size)) if size <= LARGEST_HEADER else None
+    return 8 + size, {name: value for name, value in header.items() if name != "__metadata__"}
 
 
 def modules(

@@ -172,10 +172,7 @@ def _check_engine(recipe: Recipe) -> None:
 
 
 def _check_model(recipe: Recipe, key: str, path: str) -> None:
-    """Raise UserError for a model that is no text model.
-
-    A path is a local model folder or looks like a hub's `owner/name`.
-    """
+    """Raise UserError unless a path is a text model's folder or looks like a hub's `owner/name`."""
     towers = [name for name in read_config(path) if name in ("vision_config", "audio_config")]
     if towers:
         raise UserError(

@@ -29,7 +29,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, slots=True)
 class PreparedModel:
-    """What the checks found.
+    """Facts about a prepared model, measured by its checks.
 
     Attributes:
         architecture: transformers' name of the model's class.

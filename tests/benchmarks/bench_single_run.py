@@ -50,7 +50,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What is compared.
+    """The recipe, settings and numbers of steps of a comparison.
 
     Attributes:
         variants: each contender's settings that change only the speed, by name.

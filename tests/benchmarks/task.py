@@ -1,4 +1,4 @@
-"""What contenders train alike, read from a recipe."""
+"""The task that all contenders train on, read from a recipe."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from rltrain.envs.instructions.ifeval import parse_json
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What an answer of a form must be: words, sentences (0: any number), and a finished end."""
+    """Limits of a form: numbers of words and sentences (0: any), and how an answer may end."""
 
     least_words: int
     most_words: int

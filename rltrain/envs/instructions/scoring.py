@@ -13,7 +13,7 @@ from rltrain.envs.instructions.constraints import CONSTRAINTS, fault, present
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What a completion is scored against.
+    """The constraints, form and topic that a completion is scored by.
 
     `form` is empty for IFEval's rows: these ask for constraints alone. Otherwise the completion
     must also be an answer of this form about the words `topic`, and no copy of `prompt`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 CLOSERS = "\"'”’»)]}*_"
-"""What may follow the last punctuation mark of a sentence."""
+"""Characters that may follow the last punctuation mark of a sentence."""
 
 _WORD = re.compile(
     r"[^\W_]+(?:(?:['’&-]|(?<=\d)[.,](?=\d)|(?<=\b[A-Za-z])\.(?=[A-Za-z]\b))[^\W_]+)*"
